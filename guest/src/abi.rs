@@ -1,0 +1,607 @@
+//! The contract between the VMM and a guest program.
+//!
+//! A guest is a static, non-relocatable 64-bit ELF (`ET_EXEC`) linked at [`IMAGE_GPA`]. There is no
+//! kernel in it: it runs in **ring 3 from its first instruction**, in 64-bit mode, under page tables
+//! that map guest-virtual addresses one to one on guest-physical ones (`gva == gpa`).
+//!
+//! # Entry state
+//! Every vCPU starts at the ELF's entry point, at the same time, with
+//!
+//! | register | value |
+//! |---|---|
+//! | `rdi` | gpa of [`BootInfo`] ([`BOOT_INFO_GPA`]) |
+//! | `rsi` | index of this vCPU, from 0 |
+//! | `rsp` | top of this vCPU's stack ([`stack_top`]), 16-byte aligned, with nothing on it |
+//! | `rflags` | IOPL 3, interrupts off |
+//! | others | 0 |
+//!
+//! SSE is on. `syscall` and `int` are not available, there is no IDT: any exception is a triple fault
+//! and ends the run as a guest crash. A guest ends by writing to [`PORT_EXIT`], never by `hlt`.
+//!
+//! # Memory map
+//! ```text
+//! 0x0000_0000  never written (a null pointer reads zeros here, it does not trap); see below
+//! 0x0000_1000  BootInfo
+//! 0x0001_0000  page tables, built by the VMM with accessed and dirty bits set; read-only to the guest by agreement
+//! 0x0010_0000  stacks, 64 KiB a vCPU, MAX_VCPUS of them
+//! 0x0020_0000  the ELF image
+//! Layout       vCPU pages, device areas, hammered memory: see Layout, which is computed by the VMM and
+//!              handed over in BootInfo
+//! ```
+//!
+//! The first page stays zero for the sake of PVM, which does not honour IOPL in ring 3 but looks into the
+//! I/O bitmap of the TSS. With a task register of base 0 and a limit of a page, zeros are a bitmap that allows
+//! the ports.
+//!
+//! # Ports
+//! All are written with a 32-bit `out`; a pointer is a gpa below 4 GiB.
+//!
+//! | port | meaning of the value |
+//! |---|---|
+//! | [`PORT_CONSOLE`] | gpa of a [`Text`] to print as a line; it has no newline of its own |
+//! | [`PORT_EXIT`] | exit status; 0 is success. Ends this run for all vCPUs |
+//! | [`PORT_PANIC`] | gpa of a [`Text`] that says where and why; ends the run as a guest crash |
+//! | [`PORT_FAILURE`] | gpa of a [`Failure`]: a check of the guest did not hold. The guest runs on |
+//! | [`PORT_DOORBELL_EXIT`]` + d` | rings device `d`; the vCPU thread takes the requests and pins their buffers |
+//! | [`PORT_DOORBELL_EVENT`]` + d` | rings device `d` through an ioeventfd; the device thread does the same |
+//!
+//! # Devices
+//! A device is a DMA engine with one split virtqueue of [`QUEUE_SIZE`] descriptors. A request is a chain:
+//! a [`RequestHeader`] (device-readable), the data descriptors if the request streams, a [`Status`]
+//! (device-writable). The guest finds completions by polling the used ring; there are no interrupts.
+//!
+//! # The operation counter
+//! A hammering guest keeps the number of the operation it is doing in **MM7**. No compiler uses the MMX
+//! registers, so it is there whatever the vCPU was doing when it was stopped, and every snapshot's XSAVE
+//! area has it: when MM7 is `n`, operations `0..n` are complete, `n` may be done in part, and none beyond it has begun.
+
+/// Bytes in a page, and in a frame.
+pub const PAGE_SIZE: u64 = 4096;
+/// Bytes in a region: what one huge page would map.
+pub const REGION_SIZE: u64 = 2 << 20;
+/// Where [`BootInfo`] is.
+pub const BOOT_INFO_GPA: u64 = 0x1000;
+/// Where the page tables begin: PML4, PDPT, then one page directory a GiB.
+pub const PAGE_TABLES_GPA: u64 = 0x1_0000;
+/// Where the stacks begin.
+pub const STACKS_GPA: u64 = 0x10_0000;
+/// Bytes of stack a vCPU has.
+pub const STACK_SIZE: u64 = 0x1_0000;
+/// Where the ELF is linked and loaded. Every segment must lie at or above it.
+pub const IMAGE_GPA: u64 = 0x20_0000;
+/// The most vCPUs a guest may have.
+pub const MAX_VCPUS: u64 = 16;
+/// The most DMA devices a guest may have.
+pub const MAX_DEVICES: u64 = 8;
+/// The most memory a guest may have: what the page tables below the stacks can map.
+pub const MAX_MEMORY: u64 = 128 << 30;
+
+/// Console port.
+pub const PORT_CONSOLE: u16 = 0x500;
+/// Exit port.
+pub const PORT_EXIT: u16 = 0x501;
+/// Panic port.
+pub const PORT_PANIC: u16 = 0x502;
+/// Port for failed checks.
+pub const PORT_FAILURE: u16 = 0x503;
+/// First doorbell port of the kind that exits to the vCPU thread.
+pub const PORT_DOORBELL_EXIT: u16 = 0x510;
+/// First doorbell port of the kind that signals an ioeventfd.
+pub const PORT_DOORBELL_EVENT: u16 = 0x520;
+
+/// First word of a [`BootInfo`].
+pub const BOOT_MAGIC: u64 = u64::from_le_bytes(*b"PALIMPS1");
+
+/// Gpa just above the stack of vCPU `vcpu`.
+pub const fn stack_top(vcpu: u64) -> u64 {
+    STACKS_GPA + (vcpu + 1) * STACK_SIZE
+}
+
+/// What the VMM tells the guest. Lies at [`BOOT_INFO_GPA`]; written once, before the first instruction.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct BootInfo {
+    /// [`BOOT_MAGIC`].
+    pub magic: u64,
+    /// Seed of every formula.
+    pub seed: u64,
+    /// Where things are, and how many.
+    pub layout: Layout,
+    /// A [`Pattern`] as a number.
+    pub pattern: u64,
+}
+
+/// How a vCPU chooses the page of its next operation.
+#[repr(u64)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pattern {
+    /// Page after page, over and over.
+    Dense = 0,
+    /// Every page once an epoch, in an order that differs from epoch to epoch.
+    Uniform = 1,
+    /// Nine operations of ten in a tenth of the pages, each set in the manner of [`Pattern::Uniform`].
+    Hot = 2,
+    /// One page of every 2 MiB region, region after region.
+    Sparse = 3,
+}
+
+impl Pattern {
+    /// The pattern with number `raw`, if there is one.
+    pub const fn from_raw(raw: u64) -> Option<Self> {
+        Some(match raw {
+            0 => Self::Dense,
+            1 => Self::Uniform,
+            2 => Self::Hot,
+            3 => Self::Sparse,
+            _ => return None,
+        })
+    }
+}
+
+/// Where the parts of guest memory above the image are.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Layout {
+    /// Bytes of guest memory, from gpa 0.
+    pub memory: u64,
+    /// Number of vCPUs.
+    pub vcpus: u64,
+    /// Number of devices.
+    pub devices: u64,
+    /// Registered buffers of each device.
+    pub registered: u64,
+    /// Gpa of the first vCPU's [`VcpuPage`]; they lie [`VCPU_STRIDE`] apart.
+    pub vcpu_base: u64,
+    /// Gpa of the first device area; they lie [`DEVICE_STRIDE`] apart.
+    pub device_base: u64,
+    /// Gpa of the hammered memory, aligned to [`REGION_SIZE`]; it reaches to the end of memory.
+    pub hammer_base: u64,
+}
+
+impl Layout {
+    /// Lays out a guest whose image ends at `image_end`. `None` if `memory` does not leave at least one
+    /// whole 2 MiB region a vCPU to hammer, or a count is out of range.
+    pub const fn new(
+        memory: u64,
+        image_end: u64,
+        vcpus: u64,
+        devices: u64,
+        registered: u64,
+    ) -> Option<Self> {
+        if vcpus == 0
+            || vcpus > MAX_VCPUS
+            || devices > MAX_DEVICES
+            || registered > MAX_REGISTERED
+            || memory > MAX_MEMORY
+            || !memory.is_multiple_of(PAGE_SIZE)
+            || image_end < IMAGE_GPA
+            || image_end > memory
+        {
+            return None;
+        }
+        let vcpu_base = image_end.next_multiple_of(REGION_SIZE);
+        let device_base = (vcpu_base + vcpus * VCPU_STRIDE).next_multiple_of(PAGE_SIZE);
+        let hammer_base = (device_base + devices * DEVICE_STRIDE).next_multiple_of(REGION_SIZE);
+        if hammer_base + vcpus * REGION_SIZE > memory {
+            return None;
+        }
+        Some(Self {
+            memory,
+            vcpus,
+            devices,
+            registered,
+            vcpu_base,
+            device_base,
+            hammer_base,
+        })
+    }
+
+    /// Gpa of the [`VcpuPage`] of vCPU `vcpu`.
+    pub const fn vcpu_page(&self, vcpu: u64) -> u64 {
+        self.vcpu_base + vcpu * VCPU_STRIDE
+    }
+
+    /// Gpa of the area of device `device`.
+    pub const fn device_area(&self, device: u64) -> u64 {
+        self.device_base + device * DEVICE_STRIDE
+    }
+
+    /// Number of hammered pages vCPU `vcpu` owns under `pattern`: the range of its slots.
+    ///
+    /// vCPUs interleave page by page (region by region under [`Pattern::Sparse`]), so that they collide in
+    /// the same 2 MiB.
+    pub const fn slots(&self, pattern: Pattern, vcpu: u64) -> u64 {
+        let unit = match pattern {
+            Pattern::Sparse => REGION_SIZE,
+            _ => PAGE_SIZE,
+        };
+        ((self.memory - self.hammer_base) / unit + self.vcpus - 1 - vcpu) / self.vcpus
+    }
+
+    /// Gpa of slot `slot` of vCPU `vcpu`.
+    pub const fn slot_gpa(&self, pattern: Pattern, vcpu: u64, slot: u64) -> u64 {
+        let unit = slot * self.vcpus + vcpu;
+        match pattern {
+            // A page that differs from region to region, so that not all of them share cache sets.
+            Pattern::Sparse => {
+                self.hammer_base + unit * REGION_SIZE + (unit * 37 % 512) * PAGE_SIZE
+            }
+            _ => self.hammer_base + unit * PAGE_SIZE,
+        }
+    }
+}
+
+/// Bytes from one [`VcpuPage`] to the next.
+pub const VCPU_STRIDE: u64 = 8 * PAGE_SIZE;
+/// Buckets in [`VcpuPage::gaps`].
+pub const GAP_BUCKETS: usize = 1024;
+/// A gap that ended at TSC value `t` is kept in the bucket with tag `t >> GAP_SHIFT`.
+pub const GAP_SHIFT: u32 = 22;
+
+/// What [`VcpuPage::formula`] holds when it holds.
+pub const FOLLOWS_FORMULA: u64 = u64::from_le_bytes(*b"FORMULA1");
+
+/// What a vCPU says of itself, for the VMM to read. Spans several pages.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct VcpuPage {
+    /// Operations complete. MM7 is the truth; this is for the live display.
+    pub ops: u64,
+    /// TSC when the last operation was complete.
+    pub last_tsc: u64,
+    /// Checks of the guest's own that did not hold.
+    pub failures: u64,
+    /// [`FOLLOWS_FORMULA`] once this vCPU's hammered pages and devices follow `guest::formula`: the VMM then checks
+    /// them in every snapshot. Else it only checks that snapshots do not change.
+    pub formula: u64,
+    /// Unused.
+    pub reserved: [u64; 4],
+    /// The longest gap between two operations, by the time it ended.
+    /// Bucket `tag % GAP_BUCKETS`; a bucket whose tag differs is stale.
+    pub gaps: [Gap; GAP_BUCKETS],
+}
+
+/// One bucket of [`VcpuPage::gaps`].
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Gap {
+    /// `tsc >> GAP_SHIFT` of the gaps counted here.
+    pub tag: u64,
+    /// The longest of them, in TSC ticks.
+    pub ticks: u64,
+}
+
+/// A string in guest memory.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Text {
+    /// Gpa of the first byte.
+    pub gpa: u64,
+    /// Bytes, at most [`MAX_TEXT`]; the VMM cuts what is longer.
+    pub len: u64,
+}
+
+/// The longest [`Text`] the VMM reads, in bytes.
+pub const MAX_TEXT: u64 = 4096;
+
+/// A check of the guest that did not hold.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Failure {
+    /// A [`FailureKind`] as a number.
+    pub kind: u64,
+    /// The vCPU that found it.
+    pub vcpu: u64,
+    /// Its operation at the time.
+    pub op: u64,
+    /// Gpa of the word that is wrong.
+    pub gpa: u64,
+    /// What it should be.
+    pub expected: u64,
+    /// What it is.
+    pub found: u64,
+    /// Device of a DMA failure, else 0.
+    pub device: u64,
+    /// Sequence number of a DMA failure's request, else 0.
+    pub seq: u64,
+}
+
+/// What a [`Failure`] is about.
+#[repr(u64)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FailureKind {
+    /// A hammered page does not hold what its last writer wrote.
+    Page = 1,
+    /// What a device wrote is not in the buffer.
+    DmaToGuest = 2,
+    /// The device says that what it read from the buffer is not what the guest wrote there.
+    DmaFromGuest = 3,
+    /// The guest's own bytes beside a DMA buffer, on the same page, were lost.
+    Margin = 4,
+    /// A completion that makes no sense: unknown descriptor, wrong sequence number or status.
+    Ring = 5,
+}
+
+impl FailureKind {
+    /// The kind with number `raw`, if there is one.
+    pub const fn from_raw(raw: u64) -> Option<Self> {
+        Some(match raw {
+            1 => Self::Page,
+            2 => Self::DmaToGuest,
+            3 => Self::DmaFromGuest,
+            4 => Self::Margin,
+            5 => Self::Ring,
+            _ => return None,
+        })
+    }
+}
+
+/// Descriptors in a device's queue.
+pub const QUEUE_SIZE: u16 = 64;
+/// Streaming request slots of a device. Slot `s` uses descriptors `4 * s .. 4 * s + 4`.
+pub const STREAM_SLOTS: u64 = 8;
+/// The most registered buffers a device may have; buffer `b` is slot `STREAM_SLOTS + b` and uses
+/// descriptors `32 + 2 * b .. 32 + 2 * b + 2`.
+pub const MAX_REGISTERED: u64 = 16;
+/// All slots of a device.
+pub const SLOTS: u64 = STREAM_SLOTS + MAX_REGISTERED;
+
+/// Bytes from one device area to the next.
+pub const DEVICE_STRIDE: u64 = 128 * PAGE_SIZE;
+/// Offset of the descriptor table in a device area.
+pub const AREA_DESC: u64 = 0;
+/// Offset of the available ring.
+pub const AREA_AVAIL: u64 = PAGE_SIZE;
+/// Offset of the used ring.
+pub const AREA_USED: u64 = 2 * PAGE_SIZE;
+/// Offset of the [`DriverPage`].
+pub const AREA_DRIVER: u64 = 3 * PAGE_SIZE;
+/// Offset of the [`RequestHeader`]s, one a slot, 64 bytes apart.
+pub const AREA_HEADERS: u64 = 4 * PAGE_SIZE;
+/// Offset of the [`Status`]es, one a slot, 64 bytes apart.
+pub const AREA_STATUS: u64 = 5 * PAGE_SIZE;
+/// Bytes from one header, or status, to the next.
+pub const SLOT_STRIDE: u64 = 64;
+/// Offset of the buffers, one a slot, [`BUFFER_STRIDE`] apart.
+pub const AREA_BUFFERS: u64 = 8 * PAGE_SIZE;
+/// Bytes from one buffer to the next: its pages are its own.
+pub const BUFFER_STRIDE: u64 = 4 * PAGE_SIZE;
+/// Offset of the bytes a device transfers in a buffer. What lies before them on the page is the guest's: the *margin*.
+pub const DATA_OFFSET: u64 = 512;
+/// Bytes a device transfers. They end in the middle of the last page; the rest of that page is margin too.
+pub const DATA_LEN: u64 = 3 * PAGE_SIZE - 1024;
+/// A streaming request's data is two descriptors; this many bytes are in the first.
+pub const DATA_SPLIT: u64 = 5000;
+/// Bytes of a buffer that are used, margins included.
+pub const BUFFER_LEN: u64 = 3 * PAGE_SIZE;
+
+const _: () = assert!(AREA_BUFFERS + SLOTS * BUFFER_STRIDE <= DEVICE_STRIDE);
+const _: () = assert!(core::mem::size_of::<VcpuPage>() as u64 <= VCPU_STRIDE);
+const _: () = assert!(core::mem::size_of::<DriverPage>() as u64 <= PAGE_SIZE);
+const _: () = assert!(PAGE_TABLES_GPA + (2 + (MAX_MEMORY >> 30)) * PAGE_SIZE <= STACKS_GPA);
+const _: () = assert!(STACKS_GPA + MAX_VCPUS * STACK_SIZE <= IMAGE_GPA);
+const _: () = assert!(DATA_OFFSET + DATA_LEN <= BUFFER_LEN && DATA_SPLIT.is_multiple_of(8));
+
+/// Offset in a device area of the buffer of slot `slot`.
+pub const fn buffer_offset(slot: u64) -> u64 {
+    AREA_BUFFERS + slot * BUFFER_STRIDE
+}
+
+/// First descriptor of slot `slot`: the head of its chain.
+pub const fn slot_head(slot: u64) -> u64 {
+    if slot < STREAM_SLOTS {
+        4 * slot
+    } else {
+        4 * STREAM_SLOTS + 2 * (slot - STREAM_SLOTS)
+    }
+}
+
+/// The slot whose chain begins at descriptor `head`, if one does.
+pub const fn slot_of_head(head: u64) -> Option<u64> {
+    let streaming = 4 * STREAM_SLOTS;
+    if head < streaming && head.is_multiple_of(4) {
+        Some(head / 4)
+    } else if head >= streaming && head < streaming + 2 * MAX_REGISTERED && head.is_multiple_of(2) {
+        Some(STREAM_SLOTS + (head - streaming) / 2)
+    } else {
+        None
+    }
+}
+
+/// What a request asks for. Device-readable.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct RequestHeader {
+    /// A [`RequestKind`] as a number.
+    pub kind: u32,
+    /// Registered buffer the request is about, from 0; 0 for streaming requests.
+    pub buffer: u32,
+    /// Number of the request, unique on its device. It names the data.
+    pub seq: u64,
+    /// [`RequestKind::Register`]: gpa of the bytes to register. Else 0.
+    pub gpa: u64,
+    /// [`RequestKind::Register`]: how many they are. Else 0.
+    pub len: u64,
+}
+
+/// What a request is.
+#[repr(u32)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RequestKind {
+    /// Write the data of `seq` to the chain's data descriptors.
+    ToGuest = 1,
+    /// Read the chain's data descriptors and compare them with the data of `seq`.
+    FromGuest = 2,
+    /// Pin `gpa..gpa + len`, for reading and writing, and hold it as registered buffer `buffer` to the end.
+    Register = 3,
+    /// [`RequestKind::ToGuest`], with the registered buffer for data.
+    RegisteredToGuest = 4,
+    /// [`RequestKind::FromGuest`], with the registered buffer for data.
+    RegisteredFromGuest = 5,
+}
+
+impl RequestKind {
+    /// The kind with number `raw`, if there is one.
+    pub const fn from_raw(raw: u32) -> Option<Self> {
+        Some(match raw {
+            1 => Self::ToGuest,
+            2 => Self::FromGuest,
+            3 => Self::Register,
+            4 => Self::RegisteredToGuest,
+            5 => Self::RegisteredFromGuest,
+            _ => return None,
+        })
+    }
+}
+
+/// How a request ended. Device-writable; 16 bytes, 16-byte aligned.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Status {
+    /// The request's `seq`.
+    pub seq: u64,
+    /// [`STATUS_PENDING`] (written by the guest), [`STATUS_OK`], [`STATUS_MISMATCH`] or [`STATUS_BAD_REQUEST`].
+    pub code: u32,
+    /// [`STATUS_MISMATCH`]: byte offset in the data of the first wrong word.
+    pub offset: u32,
+}
+
+/// The device has not written this status yet.
+pub const STATUS_PENDING: u32 = 0;
+/// The request was done.
+pub const STATUS_OK: u32 = 1;
+/// The data the device read is not the data of `seq`.
+pub const STATUS_MISMATCH: u32 = 2;
+/// The request makes no sense.
+pub const STATUS_BAD_REQUEST: u32 = 3;
+
+/// The driver's own notes, in guest memory so that a snapshot has them.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct DriverPage {
+    /// Entries of the used ring the driver has dealt with, as the ring counts (wraps at 2^16).
+    pub last_used: u64,
+    /// Next sequence number.
+    pub next_seq: u64,
+    /// Requests completed and checked.
+    pub completed: u64,
+    /// Unused.
+    pub reserved: u64,
+    /// What each slot is doing.
+    pub slots: [DriverSlot; SLOTS as usize],
+}
+
+/// What one slot is doing.
+///
+/// While `state` is [`SLOT_POSTED`] the buffer's content is known: the *poison* of `seq` until a device
+/// has done a to-guest request, the *data* of `seq` from then on, and from the start for a from-guest request.
+/// Of a [`RequestKind::Register`] it is not: the bytes are registered as they are.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct DriverSlot {
+    /// Sequence number of the slot's request.
+    pub seq: u64,
+    /// The [`RequestKind`] as a number.
+    pub kind: u32,
+    /// [`SLOT_IDLE`] or [`SLOT_POSTED`].
+    pub state: u32,
+    /// How many times the guest has begun to rewrite the slot's margins: their words are of this count or of the one before.
+    pub margin: u64,
+    /// Unused.
+    pub reserved: u64,
+}
+
+/// The slot's buffer is the driver's, and may hold anything.
+pub const SLOT_IDLE: u32 = 0;
+/// The slot's request is on its way: content as [`DriverSlot`] says.
+pub const SLOT_POSTED: u32 = 1;
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+
+    use super::*;
+
+    #[test]
+    fn numbers_name_what_they_are() {
+        for raw in 0..10 {
+            if let Some(pattern) = Pattern::from_raw(raw) {
+                assert_eq!(pattern as u64, raw);
+            }
+            if let Some(kind) = FailureKind::from_raw(raw) {
+                assert_eq!(kind as u64, raw);
+            }
+            if let Some(kind) = RequestKind::from_raw(raw as u32) {
+                assert_eq!(u64::from(kind as u32), raw);
+            }
+        }
+        assert_eq!((0..100).filter_map(Pattern::from_raw).count(), 4);
+        assert_eq!((0..100).filter_map(FailureKind::from_raw).count(), 5);
+        assert_eq!((0..100).filter_map(RequestKind::from_raw).count(), 5);
+    }
+
+    #[test]
+    fn slots_have_chains_of_their_own() {
+        let heads: Vec<_> = (0..SLOTS).map(slot_head).collect();
+        for (slot, &head) in heads.iter().enumerate() {
+            assert_eq!(slot_of_head(head), Some(slot as u64));
+        }
+        let known = (0..1000).filter(|&head| slot_of_head(head).is_some());
+        assert_eq!(known.collect::<Vec<_>>(), heads);
+        assert!(heads[SLOTS as usize - 1] + 2 <= u64::from(QUEUE_SIZE));
+    }
+
+    #[test]
+    fn vcpus_share_out_the_hammered_memory() {
+        for vcpus in 1..=MAX_VCPUS {
+            // An end in the middle of a region.
+            let memory = 64 * REGION_SIZE + 37 * PAGE_SIZE;
+            let layout = Layout::new(memory, IMAGE_GPA + 12_345, vcpus, 2, 3).unwrap();
+            for pattern in [Pattern::Dense, Pattern::Sparse] {
+                let mut pages = HashSet::new();
+                for vcpu in 0..vcpus {
+                    let slots = layout.slots(pattern, vcpu);
+                    assert!(slots > 0);
+                    for slot in 0..slots {
+                        let gpa = layout.slot_gpa(pattern, vcpu, slot);
+                        assert!(gpa.is_multiple_of(PAGE_SIZE));
+                        assert!(gpa >= layout.hammer_base && gpa + PAGE_SIZE <= memory);
+                        assert!(pages.insert(gpa));
+                    }
+                }
+                let unit = match pattern {
+                    Pattern::Sparse => REGION_SIZE,
+                    _ => PAGE_SIZE,
+                };
+                assert_eq!(pages.len() as u64, (memory - layout.hammer_base) / unit);
+            }
+        }
+    }
+
+    #[test]
+    fn parts_of_a_layout_do_not_overlap() {
+        let layout = Layout::new(64 << 20, IMAGE_GPA + 12_345, 3, 2, 0).unwrap();
+        assert!(layout.vcpu_base >= IMAGE_GPA + 12_345);
+        assert!(layout.vcpu_page(3) <= layout.device_area(0));
+        assert!(layout.device_area(2) <= layout.hammer_base);
+        assert!(layout.hammer_base.is_multiple_of(REGION_SIZE));
+    }
+
+    #[test]
+    fn impossible_layouts_are_refused() {
+        let fits = |memory, image_end, vcpus, devices, registered| {
+            Layout::new(memory, image_end, vcpus, devices, registered).is_some()
+        };
+        assert!(fits(64 << 20, IMAGE_GPA, 1, 0, 0));
+        assert!(!fits(64 << 20, IMAGE_GPA, 0, 0, 0));
+        assert!(!fits(64 << 20, IMAGE_GPA, MAX_VCPUS + 1, 0, 0));
+        assert!(!fits(64 << 20, IMAGE_GPA, 1, MAX_DEVICES + 1, 0));
+        assert!(!fits(64 << 20, IMAGE_GPA, 1, 1, MAX_REGISTERED + 1));
+        assert!(!fits((64 << 20) + 1, IMAGE_GPA, 1, 0, 0));
+        assert!(!fits(MAX_MEMORY + PAGE_SIZE, IMAGE_GPA, 1, 0, 0));
+        assert!(!fits(64 << 20, IMAGE_GPA - 1, 1, 0, 0));
+        assert!(!fits(64 << 20, u64::MAX, 1, 0, 0));
+        assert!(!fits(0, IMAGE_GPA, 1, 0, 0));
+        assert!(!fits(4 << 20, IMAGE_GPA, 1, 0, 0));
+    }
+}
