@@ -1,0 +1,129 @@
+//! The physmap: one linear mapping of all frames, the VMM's direct map.
+#![expect(unsafe_code, reason = "maps the frame pool and hands out parts of it")]
+
+use std::ffi::c_void;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::ptr::{self, NonNull};
+use std::sync::Arc;
+
+use rustix::fs::{FallocateFlags, MemfdFlags, fallocate, ftruncate, memfd_create};
+use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
+use vm_memory::VolatileSlice;
+use vm_memory::bitmap::BitmapSlice;
+
+use crate::mm::{FrameMemory, PAGE_SIZE, Pfn};
+
+/// The bytes of all frames: an unnamed file in memory, mapped once, readable and writable, for as long as
+/// this lives. Frames get memory by `fallocate` before their first use, so that a host without memory
+/// answers with an error and not with a `SIGBUS`.
+#[derive(Debug)]
+pub struct PhysMap {
+    file: OwnedFd,
+    base: NonNull<u8>,
+    len: u64,
+}
+
+// SAFETY: the mapping belongs to the process, not to a thread; `base` and `len` never change, and all access is
+// through raw pointers or volatile slices, which promise nothing about other writers.
+unsafe impl Send for PhysMap {}
+// SAFETY: as above.
+unsafe impl Sync for PhysMap {}
+
+impl PhysMap {
+    /// A physmap with room for `frames` frames, none of which has memory yet.
+    ///
+    /// # Errors
+    /// The host's, if it has no memory or address space for the mapping.
+    pub fn new(frames: u64) -> io::Result<Arc<Self>> {
+        let len = frames * PAGE_SIZE;
+        let file = memfd_create("palimpsest-frames", MemfdFlags::CLOEXEC)?;
+        ftruncate(&file, len)?;
+        // SAFETY: a new mapping at an address of the kernel's choice replaces nothing.
+        let base = unsafe {
+            mmap(
+                ptr::null_mut(),
+                len as usize,
+                ProtFlags::READ | ProtFlags::WRITE,
+                MapFlags::SHARED | MapFlags::NORESERVE,
+                &file,
+                0,
+            )
+        }?;
+        let base = NonNull::new(base.cast()).ok_or(io::ErrorKind::OutOfMemory)?;
+        Ok(Arc::new(Self { file, base, len }))
+    }
+
+    /// The file, for windows to map.
+    pub(super) fn file(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+
+    /// `len` bytes of frame `pfn`, from byte `offset` on.
+    ///
+    /// # Panics
+    /// If they are not all in the frame, or the frame is beyond the end.
+    pub fn slice(&self, pfn: Pfn, offset: u64, len: u64) -> VolatileSlice<'_> {
+        self.slice_held(pfn, offset, len, ())
+    }
+
+    /// As [`PhysMap::slice`], with `held` kept for as long as the slice and its parts are.
+    pub(super) fn slice_held<B: BitmapSlice>(
+        &self,
+        pfn: Pfn,
+        offset: u64,
+        len: u64,
+        held: B,
+    ) -> VolatileSlice<'_, B> {
+        assert!(
+            offset <= PAGE_SIZE && len <= PAGE_SIZE - offset && pfn.offset() < self.len,
+            "{len} bytes at offset {offset} are not in {pfn:?}"
+        );
+        // SAFETY: the range was just checked to lie in the mapping, which lives as long as `self` is
+        // borrowed. The frame has memory: frame numbers come from the pool, which commits before it hands out.
+        unsafe {
+            let at = self.base.as_ptr().add((pfn.offset() + offset) as usize);
+            VolatileSlice::with_bitmap(at, len as usize, held, None)
+        }
+    }
+
+    fn frame(&self, pfn: Pfn) -> *mut u8 {
+        assert!(pfn.offset() < self.len, "{pfn:?} is beyond the physmap");
+        // SAFETY: just checked to be inside the mapping.
+        unsafe { self.base.as_ptr().add(pfn.offset() as usize) }
+    }
+}
+
+impl FrameMemory for PhysMap {
+    fn commit(&self, first: Pfn, count: u64) -> io::Result<()> {
+        Ok(fallocate(
+            &self.file,
+            FallocateFlags::empty(),
+            first.offset(),
+            count * PAGE_SIZE,
+        )?)
+    }
+
+    fn copy(&self, from: Pfn, to: Pfn) {
+        assert_ne!(from, to, "a frame is not copied to itself");
+        // SAFETY: both are whole frames inside the mapping and differ, so they do not overlap. A device that writes to `from`
+        // meanwhile (it was not stopped) makes the copy a mixture, as the trait says; no
+        // reference to either exists.
+        unsafe { ptr::copy_nonoverlapping(self.frame(from), self.frame(to), PAGE_SIZE as usize) }
+    }
+
+    fn zero(&self, frame: Pfn) {
+        // SAFETY: a whole frame inside the mapping; no reference to it exists.
+        unsafe { ptr::write_bytes(self.frame(frame), 0, PAGE_SIZE as usize) }
+    }
+}
+
+impl Drop for PhysMap {
+    fn drop(&mut self) {
+        // SAFETY: nobody borrows from `self` any more, and windows have mappings of their own.
+        let unmapped = unsafe { munmap(self.base.as_ptr().cast::<c_void>(), self.len as usize) };
+        if let Err(error) = unmapped {
+            tracing::warn!(%error, "cannot unmap the physmap");
+        }
+    }
+}

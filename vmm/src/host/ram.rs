@@ -1,0 +1,301 @@
+//! Guest memory by guest-physical address, for host code.
+//!
+//! [`Ram`] is what devices are given. It implements `vm-memory`'s `GuestMemory`, so that `virtio-queue`
+//! drives a ring through it, and **every slice it hands out is pinned for as long as the slice lives**: the pin
+//! travels in the place `vm-memory` has for a dirty bitmap, with the slice and all its parts. Code that
+//! only knows `GuestMemory` so follows the protocol without knowing of it.
+
+use std::fmt;
+use std::iter::FusedIterator;
+use std::sync::Arc;
+
+use vm_memory::bitmap::{Bitmap, BitmapSlice, WithBitmapSlice};
+use vm_memory::guest_memory::{Error, GuestMemorySliceIterator, Result};
+use vm_memory::{GuestAddress, GuestMemory, GuestMemoryMmap, Permissions, VolatileSlice};
+
+use super::physmap::PhysMap;
+use crate::mm::{Access, AddressSpace, CowPolicy, Gfn, OutOfRange, PAGE_SIZE, Pin, PinError};
+
+/// Guest memory of a running VM.
+#[derive(Debug)]
+pub struct Ram<P> {
+    space: Arc<AddressSpace<P>>,
+    physmap: Arc<PhysMap>,
+}
+
+impl<P> Clone for Ram<P> {
+    fn clone(&self) -> Self {
+        Self {
+            space: Arc::clone(&self.space),
+            physmap: Arc::clone(&self.physmap),
+        }
+    }
+}
+
+/// Why guest memory could not be accessed.
+#[derive(Debug, thiserror::Error)]
+pub enum RamError {
+    /// Beyond the end.
+    #[error("guest memory has no {len} bytes at {gpa:#x}")]
+    OutOfRange {
+        /// First byte.
+        gpa: u64,
+        /// How many.
+        len: u64,
+    },
+    /// A page could not be pinned.
+    #[error(transparent)]
+    Pin(#[from] PinError),
+    /// No such page.
+    #[error(transparent)]
+    Page(#[from] OutOfRange),
+}
+
+impl<P: CowPolicy> Ram<P> {
+    /// Guest memory of `space`, whose frames are in `physmap`.
+    pub fn new(space: Arc<AddressSpace<P>>, physmap: Arc<PhysMap>) -> Self {
+        Self { space, physmap }
+    }
+
+    /// The address space.
+    pub fn space(&self) -> &Arc<AddressSpace<P>> {
+        &self.space
+    }
+
+    /// The physmap.
+    pub fn physmap(&self) -> &Arc<PhysMap> {
+        &self.physmap
+    }
+
+    /// Bytes of guest memory, from gpa 0.
+    pub fn size(&self) -> u64 {
+        self.space.pages() * PAGE_SIZE
+    }
+
+    /// Pins the `len` bytes at `gpa`, and holds them until the buffer is dropped.
+    ///
+    /// # Errors
+    /// If they are not all guest memory, or a page can't be pinned; nothing is held then.
+    pub fn pin(
+        &self,
+        gpa: u64,
+        len: u64,
+        access: Access,
+    ) -> std::result::Result<PinnedBuffer, RamError> {
+        self.check(gpa, len)?;
+        let parts = pages(gpa, len)
+            .map(|part| {
+                Ok(PinnedPart {
+                    pin: self.space.pin(part.gfn, access)?,
+                    offset: part.offset,
+                    len: part.len,
+                })
+            })
+            .collect::<std::result::Result<_, PinError>>()?;
+        Ok(PinnedBuffer {
+            physmap: Arc::clone(&self.physmap),
+            parts,
+            len,
+        })
+    }
+
+    /// Copies guest memory at `gpa` out, as a transient reader: bytes the guest is writing meanwhile may be old, new or mixed.
+    ///
+    /// # Errors
+    /// If the bytes are not all guest memory.
+    pub fn read(&self, gpa: u64, buf: &mut [u8]) -> std::result::Result<(), RamError> {
+        self.check(gpa, buf.len() as u64)?;
+        let mut done = 0;
+        for part in pages(gpa, buf.len() as u64) {
+            let hold = self.space.get(part.gfn)?;
+            let slice = self.physmap.slice(hold.pfn(), part.offset, part.len);
+            done += slice.copy_to(&mut buf[done..done + part.len as usize]);
+        }
+        Ok(())
+    }
+
+    /// Copies `buf` to guest memory at `gpa`, through a pin.
+    ///
+    /// # Errors
+    /// As [`Ram::pin`].
+    pub fn write(&self, gpa: u64, buf: &[u8]) -> std::result::Result<(), RamError> {
+        let pinned = self.pin(gpa, buf.len() as u64, Access::Write)?;
+        let mut done = 0;
+        for slice in pinned.slices() {
+            let next = done + slice.len();
+            slice.copy_from(&buf[done..next]);
+            done = next;
+        }
+        Ok(())
+    }
+
+    fn check(&self, gpa: u64, len: u64) -> std::result::Result<(), RamError> {
+        match gpa.checked_add(len) {
+            Some(end) if end <= self.size() => Ok(()),
+            _ => Err(RamError::OutOfRange { gpa, len }),
+        }
+    }
+}
+
+/// The part of a byte range that lies in one page.
+#[derive(Clone, Copy)]
+struct Part {
+    gfn: Gfn,
+    offset: u64,
+    len: u64,
+}
+
+/// Splits the `len` bytes at `gpa` at page borders. The range does not wrap.
+fn pages(gpa: u64, len: u64) -> impl Iterator<Item = Part> {
+    let end = gpa + len;
+    let mut at = gpa;
+    std::iter::from_fn(move || {
+        (at < end).then(|| {
+            let offset = at % PAGE_SIZE;
+            let len = (PAGE_SIZE - offset).min(end - at);
+            let part = Part {
+                gfn: Gfn::of_gpa(at),
+                offset,
+                len,
+            };
+            at += len;
+            part
+        })
+    })
+}
+
+/// Bytes of guest memory that are pinned: they stay where they are, and what the guest sees there, until this is dropped.
+pub struct PinnedBuffer {
+    physmap: Arc<PhysMap>,
+    parts: Vec<PinnedPart>,
+    len: u64,
+}
+
+struct PinnedPart {
+    pin: Pin,
+    offset: u64,
+    len: u64,
+}
+
+impl PinnedBuffer {
+    /// Bytes.
+    pub fn len(&self) -> u64 {
+        self.len
+    }
+
+    /// Whether it has none.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// The bytes, in order: one slice a page.
+    pub fn slices(&self) -> impl Iterator<Item = VolatileSlice<'_>> {
+        self.parts
+            .iter()
+            .map(|part| self.physmap.slice(part.pin.pfn(), part.offset, part.len))
+    }
+
+    /// The pins themselves.
+    pub fn into_pins(self) -> impl Iterator<Item = Pin> {
+        self.parts.into_iter().map(|part| part.pin)
+    }
+}
+
+impl fmt::Debug for PinnedBuffer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("PinnedBuffer")
+            .field("len", &self.len)
+            .field("pages", &self.parts.len())
+            .finish()
+    }
+}
+
+/// Keeps a page pinned for as long as a slice of it, or any part of the slice, lives.
+#[derive(Clone, Debug)]
+pub struct Held {
+    _pin: Arc<Pin>,
+}
+
+impl WithBitmapSlice<'_> for Held {
+    type S = Self;
+}
+
+impl BitmapSlice for Held {}
+
+impl Bitmap for Held {
+    fn mark_dirty(&self, _offset: usize, _len: usize) {}
+    fn dirty_at(&self, _offset: usize) -> bool {
+        false
+    }
+    fn slice_at(&self, _offset: usize) -> Self {
+        self.clone()
+    }
+}
+
+impl<P: CowPolicy> GuestMemory for Ram<P> {
+    // There is no memory below that could be reached without a pin: `physical_memory` says so.
+    type PhysicalMemory = GuestMemoryMmap<()>;
+    type Bitmap = Held;
+
+    fn check_range(&self, addr: GuestAddress, count: usize, _access: Permissions) -> bool {
+        self.check(addr.0, count as u64).is_ok()
+    }
+
+    fn get_slices<'a>(
+        &'a self,
+        addr: GuestAddress,
+        count: usize,
+        access: Permissions,
+    ) -> Result<impl GuestMemorySliceIterator<'a, Held>> {
+        self.check(addr.0, count as u64)
+            .map_err(|_| Error::InvalidGuestAddress(addr))?;
+        let access = if access.has_write() {
+            Access::Write
+        } else {
+            Access::Read
+        };
+        Ok(Slices {
+            ram: self,
+            parts: pages(addr.0, count as u64).fuse(),
+            access,
+        })
+    }
+}
+
+struct Slices<'a, P, I> {
+    ram: &'a Ram<P>,
+    parts: std::iter::Fuse<I>,
+    access: Access,
+}
+
+impl<'a, P: CowPolicy, I: Iterator<Item = Part>> Iterator for Slices<'a, P, I> {
+    type Item = Result<VolatileSlice<'a, Held>>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        let part = self.parts.next()?;
+        Some(match self.ram.space.pin(part.gfn, self.access) {
+            Ok(pin) => {
+                let pfn = pin.pfn();
+                let held = Held {
+                    _pin: Arc::new(pin),
+                };
+                Ok(self
+                    .ram
+                    .physmap
+                    .slice_held(pfn, part.offset, part.len, held))
+            }
+            Err(error) => {
+                // What follows an error must not be handed out.
+                self.parts.by_ref().for_each(drop);
+                Err(Error::IOError(std::io::Error::other(error)))
+            }
+        })
+    }
+}
+
+impl<P: CowPolicy, I: Iterator<Item = Part>> FusedIterator for Slices<'_, P, I> {}
+
+impl<'a, P: CowPolicy, I: Iterator<Item = Part>> GuestMemorySliceIterator<'a, Held>
+    for Slices<'a, P, I>
+{
+}

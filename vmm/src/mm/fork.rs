@@ -1,0 +1,188 @@
+//! Fork: a frozen copy of an address space that shares its frames (PROTOCOL.md T10 to T12, 4.1, 4.2, 4.5).
+//!
+//! Two passes, each of which leaves a legal state wherever it stops:
+//! 1. **Write-protect.** Every writable page that may be shared becomes read-only in the MMU, then in its
+//!    entry. The bit stays: read-only and exclusive is a normal state, and a fork that fails here costs
+//!    the guest a few faults that copy nothing.
+//! 2. **Share.** For every page that is read-only now: clear the bit and add the child's mapping, in one
+//!    step. A page that is writable still (a device holds it), or whose frame refuses (it was pinned since), is
+//!    copied for the child at once, and the parent's entry is not touched.
+//!
+//! Protecting before sharing is what J. Horn proposed for Linux in June 2025: a writer that was not
+//! stopped cannot tear the child's pages, since no frame is shared while anybody may write it.
+
+use std::sync::Arc;
+
+use super::addr::{Gfn, Pfn, Protection};
+use super::mmu::{Mmu, MmuError};
+use super::policy::CowPolicy;
+use super::pool::AllocError;
+use super::space::{AddressSpace, Counters, Frozen};
+use super::sync::{lock, write};
+use super::table::{Entry, RegionGuard, Table};
+
+/// Why a fork failed. The parent is whole and runs on; nothing was leaked.
+#[derive(Debug, thiserror::Error)]
+pub enum ForkError {
+    /// No frame for the copy of a pinned page.
+    #[error("cannot copy {gfn:?}, which a device holds")]
+    EagerCopy {
+        /// The pinned page.
+        gfn: Gfn,
+        /// Why.
+        source: AllocError,
+    },
+    /// The window could not be write-protected.
+    #[error("cannot write-protect guest memory")]
+    WriteProtect(#[source] MmuError),
+    /// The child's own MMU or home could not be set up.
+    #[error("cannot map the clone's memory")]
+    Map(#[source] MmuError),
+    /// The pool has no room for the clone.
+    #[error("cannot make room for the clone")]
+    Home(#[source] AllocError),
+}
+
+impl<P: CowPolicy> AddressSpace<P> {
+    /// Forks the address space into a snapshot.
+    ///
+    /// Pins may be taken meanwhile: each page is either shared and not pinned, or pinned and copied. For
+    /// the result to be the state at *one* instant the caller has parked the vCPUs and stopped the devices.
+    ///
+    /// # Errors
+    /// If there is no memory for the copy of a pinned page, or the MMU refuses.
+    pub fn fork(&self) -> Result<Arc<Frozen>, ForkError> {
+        let _alone = write(&self.fork_lock);
+        self.write_protect().map_err(ForkError::WriteProtect)?;
+        // Dropping it gives back what was shared so far.
+        let child = Frozen {
+            pool: Arc::clone(&self.pool),
+            table: Table::new(self.table.pages()),
+        };
+        for index in 0..self.table.regions() {
+            let parents = self.table.lock(index);
+            if parents.is_untouched() {
+                continue;
+            }
+            let mut childs = child.table.lock(index);
+            for gfn in parents.pages() {
+                let entry = parents.get(gfn);
+                if !entry.is_present() {
+                    continue;
+                }
+                let pfn = entry.pfn();
+                let shared =
+                    !entry.is_writable() && self.pool.frames().try_share(pfn, &self.policy).is_ok();
+                let childs_pfn = if shared {
+                    pfn
+                } else {
+                    let fresh = self
+                        .pool
+                        .allocate()
+                        .map_err(|source| ForkError::EagerCopy { gfn, source })?;
+                    self.pool.memory().copy(pfn, fresh.pfn());
+                    Counters::add(&self.counters.eager_copied);
+                    fresh.into_mapped()
+                };
+                childs.set(gfn, Entry::read_only(childs_pfn));
+            }
+        }
+        let child = Arc::new(child);
+        let mut snapshots = lock(&self.snapshots);
+        snapshots.retain(|s| s.strong_count() > 0);
+        snapshots.push(Arc::downgrade(&child));
+        Ok(child)
+    }
+
+    /// Pass 1: protects runs of pages with one call each. A run ends where a page must stay writable, so
+    /// pages that are read-only already, or untouched, do not break it.
+    ///
+    /// The caller holds `fork_lock` alone: no entry changes between the look at it and its protection.
+    fn write_protect(&self) -> Result<(), MmuError> {
+        let mut run = None;
+        for index in 0..self.table.regions() {
+            let region = self.table.lock(index);
+            if region.is_untouched() {
+                continue;
+            }
+            let pages = region.pages();
+            // A run is protected under the locks of its own regions, one at a time.
+            drop(region);
+            for gfn in pages {
+                let entry = self.table.peek(gfn);
+                if !entry.is_writable() {
+                    continue;
+                }
+                if self.policy.may_share(self.pool.state(entry.pfn())) {
+                    run = Some((run.map_or(gfn, |(first, _)| first), gfn));
+                } else if let Some((first, last)) = run.take() {
+                    self.protect_run(first, last)?;
+                }
+            }
+        }
+        run.map_or(Ok(()), |(first, last)| self.protect_run(first, last))
+    }
+
+    fn protect_run(&self, first: Gfn, last: Gfn) -> Result<(), MmuError> {
+        let count = last.0 - first.0 + 1;
+        self.mmu.protect(first, count, Protection::ReadOnly)?;
+        for index in first.region()..=last.region() {
+            let mut region = self.table.lock(index);
+            for gfn in region.pages().filter(|g| (first..=last).contains(g)) {
+                let entry = region.get(gfn);
+                if entry.is_writable() {
+                    region.set(gfn, Entry::read_only(entry.pfn()));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// A running clone of a snapshot: a live address space that shares the snapshot's frames. `mmu` shows zeros, read-only,
+    /// everywhere.
+    ///
+    /// # Errors
+    /// If the pool has no room for the clone's home, or `mmu` refuses.
+    pub fn from_frozen(frozen: &Frozen, policy: P, mmu: Box<dyn Mmu>) -> Result<Self, ForkError> {
+        let pool = Arc::clone(&frozen.pool);
+        let clone = Self::new(pool, policy, mmu, frozen.pages()).map_err(ForkError::Home)?;
+        for index in 0..frozen.table.regions() {
+            let from = frozen.table.lock(index);
+            if from.is_untouched() {
+                continue;
+            }
+            let mut to = clone.table.lock(index);
+            for gfn in from.pages().filter(|&g| from.get(g).is_present()) {
+                clone.adopt(&mut to, gfn, from.get(gfn).pfn())?;
+            }
+        }
+        Ok(clone)
+    }
+
+    /// Maps the frame of a snapshot's page, or a copy if it cannot be shared, at the same page of this
+    /// space, read-only. The page's old frame is the caller's to give back.
+    pub(super) fn adopt(
+        &self,
+        region: &mut RegionGuard<'_>,
+        gfn: Gfn,
+        pfn: Pfn,
+    ) -> Result<(), ForkError> {
+        let shared = self.pool.frames().try_share(pfn, &self.policy).is_ok();
+        let pfn = if shared {
+            pfn
+        } else {
+            let fresh = self
+                .pool
+                .allocate()
+                .map_err(|source| ForkError::EagerCopy { gfn, source })?;
+            self.pool.memory().copy(pfn, fresh.pfn());
+            fresh.into_mapped()
+        };
+        if let Err(error) = self.mmu.map(gfn, pfn, 1, Protection::ReadOnly) {
+            self.pool.unmap(pfn);
+            return Err(ForkError::Map(error));
+        }
+        region.set(gfn, Entry::read_only(pfn));
+        Ok(())
+    }
+}

@@ -1,0 +1,268 @@
+//! The frame table: one packed word a frame.
+//!
+//! The word holds **everything that decides whether a frame may be written or shared**: how many entries
+//! map it, how many transient readers and how many devices hold it, and the exclusive bit. Because it is
+//! one word, "is it exclusive?" and "is it pinned?" are asked and answered in the same compare-and-swap:
+//! a pin is granted only while the bit is set, the bit is cleared only while no pin is there, and whichever
+//! comes second in the word's modification order sees the first. The kernel keeps the two apart (a flag in
+//! `page->flags`, a bias in `_refcount`) and needs full barriers on both sides, a sequence count against
+//! fork and a sticky `MMF_HAS_PINNED` flag to get the same (PROTOCOL.md 5.2, 5.3). See
+//! `docs/decisions/0001-one-word-a-frame.md`.
+//!
+//! # States of a frame
+//! | maps | gets | pins | exclusive | state |
+//! |---|---|---|---|---|
+//! | 0 | 0 | 0 | no | **free**, or allocated and not mapped yet |
+//! | 1 | any | any | yes | **exclusive**: one address space owns it; COW is disabled; pins are granted |
+//! | 1 or more | any | 0 | no | **possibly shared**: nobody may write it; a break reuses it if it is provably the last |
+//! | 0 | any | any | no | **held**: an orphan that was unmapped while held, or a copy that is not mapped yet; freed by the last holder |
+//!
+//! Never: exclusive with `maps != 1`; a pin *granted* on a frame that is not exclusive (the weaker policies
+//! do that, which is their bug).
+
+use std::fmt;
+
+use super::addr::{Access, Pfn};
+use super::policy::CowPolicy;
+use super::sync::{AtomicU64, Ordering, zeroed};
+
+/// A field of the packed word: `bits` bits from bit `shift` on.
+struct Field {
+    shift: u32,
+    bits: u32,
+}
+
+impl Field {
+    const fn after(previous: &Field, bits: u32) -> Self {
+        Self {
+            shift: previous.shift + previous.bits,
+            bits,
+        }
+    }
+    const fn max(&self) -> u64 {
+        (1 << self.bits) - 1
+    }
+    const fn one(&self) -> u64 {
+        1 << self.shift
+    }
+    const fn of(&self, word: u64) -> u64 {
+        (word >> self.shift) & self.max()
+    }
+}
+
+const MAPS: Field = Field { shift: 0, bits: 24 };
+const GETS: Field = Field::after(&MAPS, 16);
+const PINS: Field = Field::after(&GETS, 20);
+const EXCLUSIVE: Field = Field::after(&PINS, 1);
+const _: () = assert!(EXCLUSIVE.shift + EXCLUSIVE.bits <= 64);
+
+/// What is known of a frame at one instant: a value of its packed word.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct FrameState(u64);
+
+impl FrameState {
+    const FREE: Self = Self(0);
+
+    /// Shadow page-table entries that map the frame, over all address spaces.
+    pub const fn maps(self) -> u64 {
+        MAPS.of(self.0)
+    }
+    /// Transient readers (`FOLL_GET`).
+    pub const fn gets(self) -> u64 {
+        GETS.of(self.0)
+    }
+    /// Device holds (`FOLL_PIN`), exact.
+    pub const fn pins(self) -> u64 {
+        PINS.of(self.0)
+    }
+    /// All holds together: what the kernel calls the reference count.
+    pub const fn refs(self) -> u64 {
+        self.maps() + self.gets() + self.pins()
+    }
+    /// The exclusive bit (`PageAnonExclusive`): one address space owns the frame, COW is disabled.
+    pub const fn is_exclusive(self) -> bool {
+        EXCLUSIVE.of(self.0) != 0
+    }
+
+    const fn exclusive(self) -> Self {
+        Self(self.0 | EXCLUSIVE.one())
+    }
+    const fn possibly_shared(self) -> Self {
+        Self(self.0 & !EXCLUSIVE.one())
+    }
+    fn plus(self, field: &Field) -> Option<Self> {
+        (field.of(self.0) < field.max()).then(|| Self(self.0 + field.one()))
+    }
+    fn minus(self, field: &Field) -> Self {
+        debug_assert!(field.of(self.0) > 0, "count below zero: {self:?}");
+        Self(self.0 - field.one())
+    }
+}
+
+impl fmt::Debug for FrameState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "{{maps {}, gets {}, pins {}, {}}}",
+            self.maps(),
+            self.gets(),
+            self.pins(),
+            if self.is_exclusive() {
+                "exclusive"
+            } else {
+                "possibly shared"
+            }
+        )
+    }
+}
+
+/// Whether a hold that was given back was the last one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[must_use = "a frame without holders must go back to the allocator"]
+pub(super) enum Released {
+    /// Others still hold the frame.
+    StillHeld,
+    /// Nobody does.
+    Last,
+}
+
+/// The packed words of all frames.
+pub(super) struct FrameTable {
+    words: Box<[AtomicU64]>,
+}
+
+impl FrameTable {
+    pub(super) fn new(frames: u64) -> Self {
+        Self {
+            words: zeroed(frames as usize),
+        }
+    }
+
+    pub(super) fn len(&self) -> u64 {
+        self.words.len() as u64
+    }
+
+    pub(super) fn state(&self, pfn: Pfn) -> FrameState {
+        FrameState(self.words[pfn.0 as usize].load(Ordering::Acquire))
+    }
+
+    /// Replaces the state by `next(state)` until that succeeds or `next` declines.
+    ///
+    /// # Ordering
+    /// Every change of a word is an `AcqRel` read-modify-write, so the changes of one frame form a single
+    /// release sequence: who sees a change sees all that the earlier ones' makers did before them. What that
+    /// buys, by partner:
+    /// * *pin* against *share* (fork): the later of the two sees the earlier in the word itself.
+    /// * *pin* against *an entry moved away from the frame*: the mover stores the entry, then gives its
+    ///   mapping back here. A pin that finds the frame exclusive again for somebody else comes after that in
+    ///   the word's order, so its re-read of the entry (`pin.rs`) sees the new entry. Without acquire here
+    ///   it could read the old one and grant a pin on another's frame.
+    /// * *reuse* against *the last other mapping going away*: a space unmaps its readers' window before it gives the
+    ///   mapping back (PROTOCOL.md 5.4), so a writer that finds itself alone has no reader left.
+    fn update(
+        &self,
+        pfn: Pfn,
+        next: impl Fn(FrameState) -> Option<FrameState>,
+    ) -> Result<FrameState, FrameState> {
+        let word = &self.words[pfn.0 as usize];
+        let mut seen = word.load(Ordering::Acquire);
+        loop {
+            let Some(new) = next(FrameState(seen)) else {
+                return Err(FrameState(seen));
+            };
+            match word.compare_exchange_weak(seen, new.0, Ordering::AcqRel, Ordering::Acquire) {
+                Ok(_) => return Ok(new),
+                Err(now) => seen = now,
+            }
+        }
+    }
+
+    /// The first mapping of a frame that was just allocated: exclusive from birth (PROTOCOL.md T1, I4).
+    pub(super) fn map_fresh(&self, pfn: Pfn) {
+        let result = self.update(pfn, |s| s.plus(&MAPS).map(FrameState::exclusive));
+        debug_assert_eq!(result.map(FrameState::maps), Ok(1), "{pfn:?} was not fresh");
+    }
+
+    /// `try_dup`: shares the frame with one more mapping if `policy` allows it, and makes it possibly
+    /// shared. Refused, with nothing changed, if it may be pinned (PROTOCOL.md 4.1;
+    /// `folio_try_dup_anon_rmap_pte`, `include/linux/rmap.h`).
+    pub(super) fn try_share(&self, pfn: Pfn, policy: &impl CowPolicy) -> Result<(), FrameState> {
+        self.update(pfn, |s| {
+            policy
+                .may_share(s)
+                .then(|| s.possibly_shared().plus(&MAPS))
+                .flatten()
+        })
+        .map(drop)
+    }
+
+    /// The first hold of a frame that was just allocated and that nothing maps yet.
+    pub(super) fn hold_fresh(&self, pfn: Pfn) {
+        let result = self.update(pfn, |s| s.plus(&GETS));
+        debug_assert_eq!(result.map(FrameState::refs), Ok(1), "{pfn:?} was not fresh");
+    }
+
+    /// One more mapping, possibly shared, of a frame the caller holds. Refused if the counter is full.
+    pub(super) fn try_map_held(&self, pfn: Pfn) -> Result<(), FrameState> {
+        self.update(pfn, |s| {
+            debug_assert!(s.gets() > 0, "{pfn:?} is not held");
+            s.possibly_shared().plus(&MAPS)
+        })
+        .map(drop)
+    }
+
+    /// Makes the frame exclusive to the one mapping the caller holds, if `policy` says that it may be written in place
+    /// (PROTOCOL.md T3, T4, T7).
+    pub(super) fn try_reuse(&self, pfn: Pfn, policy: &impl CowPolicy) -> Result<(), FrameState> {
+        self.update(pfn, |s| policy.may_reuse(s).then(|| s.exclusive()))
+            .map(drop)
+    }
+
+    /// Takes a pin if `policy` grants one on the frame as it is (PROTOCOL.md 3: a pin may only be taken on an exclusive frame).
+    pub(super) fn try_pin(
+        &self,
+        pfn: Pfn,
+        access: Access,
+        policy: &impl CowPolicy,
+    ) -> Result<(), FrameState> {
+        self.update(pfn, |s| {
+            (s.maps() > 0 && policy.may_pin(s, access))
+                .then(|| s.plus(&PINS))
+                .flatten()
+        })
+        .map(drop)
+    }
+
+    /// Takes a transient hold, unless the frame is not mapped (`folio_try_get`).
+    pub(super) fn try_get(&self, pfn: Pfn) -> Result<(), FrameState> {
+        self.update(pfn, |s| (s.maps() > 0).then(|| s.plus(&GETS)).flatten())
+            .map(drop)
+    }
+
+    pub(super) fn unmap(&self, pfn: Pfn) -> Released {
+        self.give_back(pfn, |s| {
+            let s = s.minus(&MAPS);
+            // What nobody maps belongs to no address space (I2).
+            if s.maps() == 0 {
+                s.possibly_shared()
+            } else {
+                s
+            }
+        })
+    }
+
+    pub(super) fn unpin(&self, pfn: Pfn) -> Released {
+        self.give_back(pfn, |s| s.minus(&PINS))
+    }
+
+    pub(super) fn put(&self, pfn: Pfn) -> Released {
+        self.give_back(pfn, |s| s.minus(&GETS))
+    }
+
+    fn give_back(&self, pfn: Pfn, less: impl Fn(FrameState) -> FrameState) -> Released {
+        match self.update(pfn, |s| Some(less(s))) {
+            Ok(FrameState::FREE) => Released::Last,
+            _ => Released::StillHeld,
+        }
+    }
+}

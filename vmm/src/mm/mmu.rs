@@ -1,0 +1,67 @@
+//! What `mm` asks of the outside: an MMU for each address space, and bytes for the frames.
+
+use std::io;
+
+use super::addr::{Gfn, Pfn, Protection};
+
+/// What vCPUs go through to reach frames: the window of a running VM, or a software model of one.
+///
+/// When a call returns, every vCPU sees its effect: flushing is implied. A call that fails has changed nothing.
+pub trait Mmu: Send + Sync {
+    /// Maps `count` pages from `first` on to the frames from `frame` on, one after the other. With
+    /// [`Pfn::ZERO`] all of them read as zeros; `protection` is read-only then.
+    fn map(
+        &self,
+        first: Gfn,
+        frame: Pfn,
+        count: u64,
+        protection: Protection,
+    ) -> Result<(), MmuError>;
+
+    /// Changes the protection of `count` mapped pages from `first` on.
+    fn protect(&self, first: Gfn, count: u64, protection: Protection) -> Result<(), MmuError>;
+
+    /// Whether mappings are running short, so that whole regions should be resolved at once: neighbours
+    /// that are alike need one mapping between them.
+    fn is_crowded(&self) -> bool {
+        false
+    }
+}
+
+/// Why an [`Mmu`] could not do what it was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum MmuError {
+    /// The host allows a process only so many mappings.
+    #[error(
+        "the window needs more than {limit} memory mappings: raise vm.max_map_count (sysctl -w vm.max_map_count=262144)"
+    )]
+    MappingLimit {
+        /// How many this process may use for windows.
+        limit: u64,
+    },
+    /// The host refused.
+    #[error("cannot {what} {count} pages of the window from {first:?} on")]
+    Host {
+        /// What was tried.
+        what: &'static str,
+        /// First page.
+        first: Gfn,
+        /// How many.
+        count: u64,
+        /// The host's reason.
+        source: io::Error,
+    },
+}
+
+/// The bytes behind the frames.
+pub trait FrameMemory: Send + Sync {
+    /// Makes sure that `count` frames from `first` on have memory behind them. Frames that had none read as zeros.
+    fn commit(&self, first: Pfn, count: u64) -> io::Result<()>;
+
+    /// Copies the frame `from` to the frame `to`. Nobody writes to either meanwhile, except a device that
+    /// was not stopped and holds a pin on `from`: the copy may be torn then, and nothing else.
+    fn copy(&self, from: Pfn, to: Pfn);
+
+    /// Fills a frame with zeros.
+    fn zero(&self, frame: Pfn);
+}

@@ -1,0 +1,63 @@
+//! The protocol: frames, shadow page tables, faults, pins, forks.
+//!
+//! **Guarantee.** After [`AddressSpace::fork`] nothing that the parent, its devices or another fork writes is ever seen in the
+//! child (isolation), and a page that a device holds pinned stays the page the guest sees (coherence).
+//! Both rest on one bit a frame, *exclusive*, and four rules:
+//!
+//! 1. A writable entry implies an exclusive frame. The reverse does not hold: read-only and exclusive is normal.
+//! 2. A write to an exclusive frame never copies. A write to any other copies, unless the writer is provably the last holder.
+//! 3. A pin is only granted on an exclusive frame.
+//! 4. A frame stops being exclusive only when it is shared, and a pinned frame is not shared: fork copies it at once instead.
+//!
+//! They are the Linux kernel's since v5.19 (`PageAnonExclusive`; David Hildenbrand, 6c287605fd56 and a7f226604170).
+//!
+//! | file | concept |
+//! |---|---|
+//! | [`frame`] | the packed word of a frame, its states, the atomic transitions |
+//! | [`policy`] | the rules: may share, may write in place, may pin |
+//! | [`table`] | the shadow page table and its region locks |
+//! | [`pool`] | which frames are free; the handles by which they are held |
+//! | [`space`] | address spaces, live and frozen; lock order |
+//! | [`fault`] | write fault and unshare: how a page becomes exclusive, and who gets the copy |
+//! | [`pin`] | pins: the path without a lock and the one with |
+//! | [`fork`] | share everything, copy what is pinned |
+//! | [`restore`] | back to a snapshot, in place |
+//! | [`soft`] | a software MMU, for tests and model checkers |
+//! | [`mmu`] | what is asked of the outside: two small traits |
+//!
+//! There are no system calls in here, no KVM and no threads: the window of a running VM, a software model and
+//! a model checker are interchangeable under it.
+//!
+//! **Not here yet**: folios larger than a page, write-protection without intent to copy as an operation of
+//! its own (the state it leaves, read-only and exclusive, is handled), discard, compaction, merging.
+
+mod addr;
+mod fault;
+mod fork;
+mod frame;
+mod mmu;
+mod pin;
+mod policy;
+mod pool;
+mod restore;
+pub mod soft;
+mod space;
+mod sync;
+mod table;
+
+#[cfg(all(test, not(loom)))]
+mod model;
+#[cfg(all(test, not(loom)))]
+mod tests;
+
+pub use addr::{Access, Gfn, Order, PAGE_SIZE, Pfn, Protection, REGION_PAGES};
+pub use fault::Resolution;
+pub use fork::ForkError;
+pub use frame::FrameState;
+pub use mmu::{FrameMemory, Mmu, MmuError};
+pub use pin::PinError;
+pub use policy::{CowPolicy, Exclusive};
+pub use pool::{AllocError, FramePool, Get, Pin, PoolUsage};
+pub use restore::RestoreError;
+pub use space::{AddressSpace, FaultError, Frozen, MmStats, OutOfRange};
+pub use table::Entry;

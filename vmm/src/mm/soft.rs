@@ -1,0 +1,208 @@
+//! A software MMU and frames of one word: enough of a machine to drive the protocol without one.
+//!
+//! A page's content is a single 64-bit word. What makes it faithful is the flush: a vCPU's access and a
+//! change of the MMU exclude each other, so that when [`Mmu::protect`] returns no write through the old
+//! protection is still on its way. That is what KVM's MMU notifier gives the real window.
+
+use std::io;
+use std::sync::Arc;
+
+use super::addr::{Gfn, Pfn, Protection};
+use super::mmu::{FrameMemory, Mmu, MmuError};
+use super::policy::CowPolicy;
+use super::pool::{AllocError, FramePool, Get, Pin};
+use super::space::{AddressSpace, FaultError, Frozen};
+use super::sync::{AtomicU64, Ordering, RwLock, read, write, zeroed};
+
+/// Frames of one word each.
+#[derive(Debug)]
+pub struct SoftMemory {
+    words: Box<[AtomicU64]>,
+}
+
+impl SoftMemory {
+    /// `frames` frames.
+    pub fn new(frames: u64) -> Arc<Self> {
+        Arc::new(Self {
+            words: zeroed(frames as usize),
+        })
+    }
+
+    /// The word in a frame.
+    pub fn load(&self, pfn: Pfn) -> u64 {
+        self.words[pfn.0 as usize].load(Ordering::Acquire)
+    }
+
+    /// Writes the word in a frame.
+    pub fn store(&self, pfn: Pfn, value: u64) {
+        self.words[pfn.0 as usize].store(value, Ordering::Release);
+    }
+}
+
+impl FrameMemory for SoftMemory {
+    fn commit(&self, _first: Pfn, _count: u64) -> io::Result<()> {
+        Ok(())
+    }
+    fn copy(&self, from: Pfn, to: Pfn) {
+        self.store(to, self.load(from));
+    }
+    fn zero(&self, frame: Pfn) {
+        self.store(frame, 0);
+    }
+}
+
+/// What each page of one address space is mapped to.
+#[derive(Debug)]
+pub struct SoftMmu {
+    pages: RwLock<Vec<(Pfn, Protection)>>,
+}
+
+impl SoftMmu {
+    /// An MMU of `pages` pages that show zeros.
+    pub fn new(pages: u64) -> Arc<Self> {
+        Arc::new(Self {
+            pages: RwLock::new(vec![(Pfn::ZERO, Protection::ReadOnly); pages as usize]),
+        })
+    }
+
+    /// What `gfn` is mapped to.
+    pub fn page(&self, gfn: Gfn) -> (Pfn, Protection) {
+        read(&self.pages)[gfn.0 as usize]
+    }
+}
+
+impl Mmu for Arc<SoftMmu> {
+    fn map(
+        &self,
+        first: Gfn,
+        frame: Pfn,
+        count: u64,
+        protection: Protection,
+    ) -> Result<(), MmuError> {
+        let mut pages = write(&self.pages);
+        for i in 0..count {
+            let pfn = match frame {
+                Pfn::ZERO => Pfn::ZERO,
+                Pfn(n) => Pfn(n + i),
+            };
+            pages[(first.0 + i) as usize] = (pfn, protection);
+        }
+        Ok(())
+    }
+
+    fn protect(&self, first: Gfn, count: u64, protection: Protection) -> Result<(), MmuError> {
+        let mut pages = write(&self.pages);
+        for page in &mut pages[first.0 as usize..(first.0 + count) as usize] {
+            // As `mprotect` on a window: zeros stay read-only.
+            if page.0 != Pfn::ZERO {
+                page.1 = protection;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// An address space with a software MMU, and a vCPU's and a device's view of it.
+#[derive(Debug)]
+pub struct SoftVm<P> {
+    /// The address space.
+    pub space: AddressSpace<P>,
+    /// Its MMU.
+    pub mmu: Arc<SoftMmu>,
+    memory: Arc<SoftMemory>,
+}
+
+/// A pool of `frames` frames of one word.
+///
+/// # Panics
+/// If `frames` is 0.
+pub fn soft_pool(frames: u64) -> Result<(Arc<FramePool>, Arc<SoftMemory>), AllocError> {
+    let memory = SoftMemory::new(frames);
+    let pool = FramePool::new(Arc::clone(&memory) as Arc<dyn FrameMemory>, frames, frames)?;
+    Ok((pool, memory))
+}
+
+impl<P: CowPolicy> SoftVm<P> {
+    /// An untouched VM of `pages` pages.
+    ///
+    /// # Errors
+    /// If the pool has no room for it.
+    pub fn new(
+        pool: &Arc<FramePool>,
+        memory: &Arc<SoftMemory>,
+        policy: P,
+        pages: u64,
+    ) -> Result<Self, AllocError> {
+        let mmu = SoftMmu::new(pages);
+        let space = AddressSpace::new(Arc::clone(pool), policy, Box::new(Arc::clone(&mmu)), pages)?;
+        Ok(Self {
+            space,
+            mmu,
+            memory: Arc::clone(memory),
+        })
+    }
+
+    /// A VM that runs on from `frozen`.
+    ///
+    /// # Errors
+    /// As [`AddressSpace::from_frozen`].
+    pub fn clone_of(
+        frozen: &Frozen,
+        memory: &Arc<SoftMemory>,
+        policy: P,
+    ) -> Result<Self, super::fork::ForkError> {
+        let mmu = SoftMmu::new(frozen.pages());
+        let space = AddressSpace::from_frozen(frozen, policy, Box::new(Arc::clone(&mmu)))?;
+        Ok(Self {
+            space,
+            mmu,
+            memory: Arc::clone(memory),
+        })
+    }
+
+    /// A vCPU reads a page.
+    pub fn cpu_read(&self, gfn: Gfn) -> u64 {
+        let pages = read(&self.mmu.pages);
+        self.memory.load(pages[gfn.0 as usize].0)
+    }
+
+    /// A vCPU writes a page, faulting as often as it must.
+    ///
+    /// # Errors
+    /// If a fault can't be resolved.
+    pub fn cpu_write(&self, gfn: Gfn, value: u64) -> Result<(), FaultError> {
+        loop {
+            {
+                let pages = read(&self.mmu.pages);
+                let (pfn, protection) = pages[gfn.0 as usize];
+                if protection == Protection::ReadWrite {
+                    self.memory.store(pfn, value);
+                    return Ok(());
+                }
+            }
+            self.space.write_fault(gfn)?;
+        }
+    }
+
+    /// A device reads through its pin.
+    pub fn dma_read(&self, pin: &Pin) -> u64 {
+        self.memory.load(pin.pfn())
+    }
+
+    /// A device writes through its pin.
+    pub fn dma_write(&self, pin: &Pin, value: u64) {
+        self.memory.store(pin.pfn(), value);
+    }
+
+    /// A host-side reader reads through its hold.
+    pub fn read_held(&self, get: &Get) -> u64 {
+        self.memory.load(get.pfn())
+    }
+
+    /// What a snapshot has in a page; 0 beyond its end.
+    pub fn read_frozen(&self, frozen: &Frozen, gfn: Gfn) -> u64 {
+        frozen
+            .with_frame(gfn, |pfn| self.memory.load(pfn))
+            .unwrap_or(0)
+    }
+}

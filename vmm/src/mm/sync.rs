@@ -1,0 +1,43 @@
+//! The one place where `mm` takes its atomics and locks from: `std`, or `loom` under `--cfg loom`.
+
+#[cfg(loom)]
+pub(super) use loom::sync::{
+    Mutex, MutexGuard, RwLock, RwLockReadGuard, RwLockWriteGuard,
+    atomic::{AtomicU64, Ordering},
+};
+#[cfg(not(loom))]
+pub(super) use std::sync::{
+    Mutex, MutexGuard, RwLock, RwLockReadGuard, RwLockWriteGuard,
+    atomic::{AtomicU64, Ordering},
+};
+
+use std::sync::PoisonError;
+
+/// Locks `mutex`. A panic elsewhere does not make the data wrong: every critical section of `mm` leaves
+/// a legal state at each step.
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Locks `lock` shared; poisoning as in [`lock`].
+pub(super) fn read<T>(lock: &RwLock<T>) -> RwLockReadGuard<'_, T> {
+    lock.read().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Locks `lock` alone; poisoning as in [`lock`].
+pub(super) fn write<T>(lock: &RwLock<T>) -> RwLockWriteGuard<'_, T> {
+    lock.write().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A boxed slice of zeroed atomics. With `std` the memory comes from the kernel untouched, so that a
+/// table costs what is used of it.
+pub(super) fn zeroed(len: usize) -> Box<[AtomicU64]> {
+    #[cfg(not(loom))]
+    {
+        use zerocopy::FromZeros;
+        <[AtomicU64]>::new_box_zeroed_with_elems(len)
+            .unwrap_or_else(|_| std::alloc::handle_alloc_error(std::alloc::Layout::new::<u64>()))
+    }
+    #[cfg(loom)]
+    (0..len).map(|_| AtomicU64::new(0)).collect()
+}
