@@ -24,4 +24,5 @@
 //! `session/vm.rs` does just that.
 
 pub mod host;
+pub mod kvm;
 pub mod mm;

@@ -1,0 +1,587 @@
+//! Puts a guest program into guest memory.
+//!
+//! A program that is not what [`guest::abi`] asks for is refused with the reason, before anything is loaded: the checks
+//! do not rely on the loader's. Loading itself is `linux-loader`'s, into memory of its own, from where the loaded bytes are
+//! copied: guest memory is reached through [`GuestRam`] only, and a failed load leaves it as it was.
+
+use std::io::Cursor;
+use std::ops::Range;
+
+use guest::abi::{
+    BOOT_INFO_GPA, BootInfo, IMAGE_GPA, Layout, MAX_MEMORY, PAGE_SIZE, PAGE_TABLES_GPA,
+};
+use linux_loader::elf;
+use linux_loader::loader::KernelLoader;
+use linux_loader::loader::elf::Elf;
+use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemoryMmap};
+
+use super::memory::{GuestRam, MemoryError};
+
+/// Why a guest program cannot be loaded.
+#[derive(Debug, thiserror::Error)]
+pub enum BootError {
+    /// No ELF magic.
+    #[error("not an ELF file")]
+    NotElf,
+    /// ELF class 32, or big-endian.
+    #[error("not a 64-bit little-endian ELF file")]
+    Not64Bit,
+    /// Another CPU's program.
+    #[error("not a program for x86-64: ELF machine {machine}")]
+    NotX86_64 {
+        /// `e_machine`.
+        machine: u16,
+    },
+    /// A shared object, a position-independent executable, an object file.
+    #[error("not a static executable (ET_EXEC): ELF type {kind}; link it with -static -no-pie")]
+    NotExecutable {
+        /// `e_type`.
+        kind: u16,
+    },
+    /// The program wants a dynamic linker.
+    #[error(
+        "program header {header} asks for a dynamic linker; link the program with -static -no-pie"
+    )]
+    Dynamic {
+        /// Index of the program header.
+        header: usize,
+    },
+    /// The file ends before something it says it has.
+    #[error("truncated ELF file: {what} reaches to byte {end}, the file has {len}")]
+    Truncated {
+        /// What is cut off.
+        what: String,
+        /// Where it would end.
+        end: u64,
+        /// Bytes in the file.
+        len: u64,
+    },
+    /// The program headers have a size that is not theirs.
+    #[error("malformed ELF file: program headers of {size} bytes each")]
+    HeaderSize {
+        /// `e_phentsize`.
+        size: u16,
+    },
+    /// There is nothing to load.
+    #[error("the ELF file has no segment to load")]
+    Empty,
+    /// A segment below the place for programs, where boot data and stacks are.
+    #[error("segment {segment} is linked at {start:#x}, below {IMAGE_GPA:#x}")]
+    SegmentTooLow {
+        /// Index of the program header.
+        segment: usize,
+        /// Where it is linked.
+        start: u64,
+    },
+    /// A segment that no guest has memory for, or larger in the file than in memory.
+    #[error(
+        "segment {segment} at {start:#x} has {file} bytes in the file, {memory} in memory: out of range"
+    )]
+    SegmentSize {
+        /// Index of the program header.
+        segment: usize,
+        /// Where it is linked.
+        start: u64,
+        /// Bytes of it in the file.
+        file: u64,
+        /// Bytes of it in memory.
+        memory: u64,
+    },
+    /// Physical and virtual addresses differ, and a guest's are the same.
+    #[error(
+        "segment {segment} is linked at {start:#x}, but to be loaded at {load:#x}: these must be the same"
+    )]
+    SegmentMoved {
+        /// Index of the program header.
+        segment: usize,
+        /// Where it is linked.
+        start: u64,
+        /// Where it asks to be loaded.
+        load: u64,
+    },
+    /// The first instruction would be somewhere else.
+    #[error("entry point {entry:#x} lies in no segment")]
+    Entry {
+        /// The entry point.
+        entry: u64,
+    },
+    /// The image does not fit.
+    #[error("the program ends at {end:#x}, guest memory at {memory:#x}")]
+    TooLarge {
+        /// End of the image.
+        end: u64,
+        /// Bytes of guest memory.
+        memory: u64,
+    },
+    /// No memory to load the program into first.
+    #[error("cannot allocate {len} bytes to load the program")]
+    Staging {
+        /// Bytes wanted.
+        len: u64,
+        /// What went wrong.
+        #[source]
+        source: vm_memory::mmap::FromRangesError,
+    },
+    /// The loader refused what passed all checks here.
+    #[error("cannot load the ELF file")]
+    Load {
+        /// What it said.
+        #[source]
+        source: linux_loader::loader::Error,
+    },
+    /// What was loaded could not be read back.
+    #[error("cannot copy the loaded program")]
+    Copy {
+        /// What went wrong.
+        #[source]
+        source: vm_memory::GuestMemoryError,
+    },
+    /// Guest memory could not be written.
+    #[error("cannot write guest memory at {gpa:#x}")]
+    Memory {
+        /// Where.
+        gpa: u64,
+        /// What went wrong.
+        #[source]
+        source: MemoryError,
+    },
+}
+
+/// A guest program that was checked.
+#[derive(Clone, Debug)]
+pub struct Image {
+    file: Vec<u8>,
+    entry: u64,
+    end: u64,
+    /// Where bytes of the file go. The rest of the image is zero.
+    loaded: Vec<Range<u64>>,
+}
+
+impl Image {
+    /// Checks that `file` is a program a guest can run.
+    pub fn parse(file: impl Into<Vec<u8>>) -> Result<Self, BootError> {
+        let file = file.into();
+        let header: elf::Elf64_Ehdr = check_header(&file)?;
+        let segments = program_headers(&file, &header)?;
+
+        let mut end = 0;
+        let mut loaded = Vec::new();
+        let mut entry_found = false;
+        for (segment, phdr) in segments.iter().enumerate() {
+            let (offset, filesz) = (phdr.p_offset, phdr.p_filesz);
+            if filesz != 0 {
+                within(&file, offset, filesz, || {
+                    format!("program header {segment}")
+                })?;
+            }
+            match phdr.p_type {
+                elf::PT_LOAD => {}
+                elf::PT_DYNAMIC | elf::PT_INTERP => {
+                    return Err(BootError::Dynamic { header: segment });
+                }
+                _ => continue,
+            }
+            let start = phdr.p_vaddr;
+            let memory = phdr.p_memsz;
+            if memory == 0 && filesz == 0 {
+                continue;
+            }
+            if phdr.p_paddr != start {
+                return Err(BootError::SegmentMoved {
+                    segment,
+                    start,
+                    load: phdr.p_paddr,
+                });
+            }
+            if start < IMAGE_GPA {
+                return Err(BootError::SegmentTooLow { segment, start });
+            }
+            let segment_end = start.checked_add(memory).filter(|end| *end <= MAX_MEMORY);
+            let (Some(segment_end), true) = (segment_end, filesz <= memory) else {
+                return Err(BootError::SegmentSize {
+                    segment,
+                    start,
+                    file: filesz,
+                    memory,
+                });
+            };
+            end = end.max(segment_end);
+            entry_found |= (start..segment_end).contains(&header.e_entry);
+            if filesz != 0 {
+                loaded.push(start..start + filesz);
+            }
+        }
+        if end == 0 {
+            return Err(BootError::Empty);
+        }
+        if !entry_found {
+            return Err(BootError::Entry {
+                entry: header.e_entry,
+            });
+        }
+        Ok(Self {
+            file,
+            entry: header.e_entry,
+            end,
+            loaded,
+        })
+    }
+
+    /// Address of the first instruction.
+    pub fn entry(&self) -> u64 {
+        self.entry
+    }
+
+    /// The gpa behind the program, its zeroed data included.
+    pub fn end(&self) -> u64 {
+        self.end
+    }
+
+    /// Copies the program into guest memory, which must be zero from [`IMAGE_GPA`] to [`Image::end`].
+    pub fn load(&self, ram: &dyn GuestRam) -> Result<(), BootError> {
+        if self.end > ram.len() {
+            return Err(BootError::TooLarge {
+                end: self.end,
+                memory: ram.len(),
+            });
+        }
+        // Anonymous and never reserved: only what is loaded costs memory.
+        let len = (self.end - IMAGE_GPA).next_multiple_of(PAGE_SIZE);
+        let staging =
+            GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(IMAGE_GPA), len as usize)])
+                .map_err(|source| BootError::Staging { len, source })?;
+        Elf::load(&staging, None, &mut Cursor::new(self.file.as_slice()), None)
+            .map_err(|source| BootError::Load { source })?;
+
+        let mut page = [0; PAGE_SIZE as usize];
+        for range in &self.loaded {
+            let mut gpa = range.start;
+            while gpa < range.end {
+                let count = (range.end - gpa).min(PAGE_SIZE - gpa % PAGE_SIZE);
+                let bytes = &mut page[..count as usize];
+                staging
+                    .read_slice(bytes, GuestAddress(gpa))
+                    .map_err(|source| BootError::Copy { source })?;
+                ram.write(gpa, bytes)
+                    .map_err(|source| BootError::Memory { gpa, source })?;
+                gpa += count;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Checks what kind of file this is.
+fn check_header(file: &[u8]) -> Result<elf::Elf64_Ehdr, BootError> {
+    if !file.starts_with(elf::ELFMAG) {
+        return Err(BootError::NotElf);
+    }
+    // The class says how long the header is, so it comes before the header's own length.
+    let ident = |index: usize| file.get(index).copied();
+    if ident(elf::EI_CLASS).is_some_and(|class| class != elf::ELFCLASS64)
+        || ident(elf::EI_DATA).is_some_and(|data| data != elf::ELFDATA2LSB)
+    {
+        return Err(BootError::Not64Bit);
+    }
+    let header: elf::Elf64_Ehdr = read_at(file, 0, || "the ELF header".into())?;
+    if header.e_machine != elf::EM_X86_64 {
+        return Err(BootError::NotX86_64 {
+            machine: header.e_machine,
+        });
+    }
+    if header.e_type != elf::ET_EXEC {
+        return Err(BootError::NotExecutable {
+            kind: header.e_type,
+        });
+    }
+    Ok(header)
+}
+
+/// Reads all program headers.
+fn program_headers(
+    file: &[u8],
+    header: &elf::Elf64_Ehdr,
+) -> Result<Vec<elf::Elf64_Phdr>, BootError> {
+    let size = size_of::<elf::Elf64_Phdr>() as u64;
+    if header.e_phnum == 0 {
+        return Err(BootError::Empty);
+    }
+    if u64::from(header.e_phentsize) != size {
+        return Err(BootError::HeaderSize {
+            size: header.e_phentsize,
+        });
+    }
+    (0..u64::from(header.e_phnum))
+        .map(|index| {
+            let offset = header.e_phoff.saturating_add(index * size);
+            read_at(file, offset, || format!("program header {index}"))
+        })
+        .collect()
+}
+
+/// Copies a `T` out of the file at `offset`.
+fn read_at<T: ByteValued + Default>(
+    file: &[u8],
+    offset: u64,
+    what: impl FnOnce() -> String,
+) -> Result<T, BootError> {
+    let bytes = within(file, offset, size_of::<T>() as u64, what)?;
+    let mut value = T::default();
+    value.as_mut_slice().copy_from_slice(bytes);
+    Ok(value)
+}
+
+/// The `len` bytes of the file at `offset`.
+fn within(
+    file: &[u8],
+    offset: u64,
+    len: u64,
+    what: impl FnOnce() -> String,
+) -> Result<&[u8], BootError> {
+    let end = offset.saturating_add(len);
+    let range = usize::try_from(offset).ok().zip(usize::try_from(end).ok());
+    range
+        .and_then(|(start, end)| file.get(start..end))
+        .ok_or_else(|| BootError::Truncated {
+            what: what(),
+            end,
+            len: file.len() as u64,
+        })
+}
+
+/// Words of a [`BootInfo`].
+const BOOT_INFO_WORDS: usize = 10;
+const _: () = assert!(size_of::<BootInfo>() == BOOT_INFO_WORDS * 8);
+
+/// Writes `info` where the guest looks for it.
+pub fn write_boot_info(ram: &dyn GuestRam, info: &BootInfo) -> Result<(), BootError> {
+    // Taken apart by name, in the order of `repr(C)`: a field that is added does not compile here.
+    let &BootInfo {
+        magic,
+        seed,
+        layout:
+            Layout {
+                memory,
+                vcpus,
+                devices,
+                registered,
+                vcpu_base,
+                device_base,
+                hammer_base,
+            },
+        pattern,
+    } = info;
+    let words: [u64; BOOT_INFO_WORDS] = [
+        magic,
+        seed,
+        memory,
+        vcpus,
+        devices,
+        registered,
+        vcpu_base,
+        device_base,
+        hammer_base,
+        pattern,
+    ];
+    let bytes: Vec<u8> = words.into_iter().flat_map(u64::to_le_bytes).collect();
+    ram.write(BOOT_INFO_GPA, &bytes)
+        .map_err(|source| BootError::Memory {
+            gpa: BOOT_INFO_GPA,
+            source,
+        })
+}
+
+/// Writes page tables for `memory` bytes of guest memory at [`PAGE_TABLES_GPA`], and returns the gpa behind them.
+///
+/// They map every address to itself in 2 MiB pages, for ring 3, accessed and dirty bits set. A last partial 2 MiB is mapped
+/// whole: what the guest touches beyond its memory is MMIO, and so a crash.
+pub fn write_page_tables(ram: &dyn GuestRam, memory: u64) -> Result<u64, BootError> {
+    super::paging::write_page_tables(ram, memory).map_err(|source| BootError::Memory {
+        gpa: PAGE_TABLES_GPA,
+        source,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::paging::tests::Bytes as Ram;
+    use super::*;
+    use guest::abi::{BOOT_MAGIC, Pattern};
+
+    /// Offset of the first program header in [`file`].
+    const PHDR: usize = 64;
+
+    /// A small good program: one segment with 16 bytes of code at [`IMAGE_GPA`] and a page of memory.
+    fn file() -> Vec<u8> {
+        let mut file = vec![0; PHDR + 56];
+        file[..4].copy_from_slice(b"\x7fELF");
+        file[4..7].copy_from_slice(&[2, 1, 1]);
+        put(&mut file, 16, 2, 2); // e_type
+        put(&mut file, 18, 62, 2); // e_machine
+        put(&mut file, 20, 1, 4); // e_version
+        put(&mut file, 24, IMAGE_GPA + 4, 8); // e_entry
+        put(&mut file, 32, PHDR as u64, 8); // e_phoff
+        put(&mut file, 52, 64, 2); // e_ehsize
+        put(&mut file, 54, 56, 2); // e_phentsize
+        put(&mut file, 56, 1, 2); // e_phnum
+        put(&mut file, PHDR, 1, 4); // p_type
+        put(&mut file, PHDR + 4, 7, 4); // p_flags: writable and executable
+        put(&mut file, PHDR + 8, PHDR as u64 + 56, 8); // p_offset
+        put(&mut file, PHDR + 16, IMAGE_GPA, 8); // p_vaddr
+        put(&mut file, PHDR + 24, IMAGE_GPA, 8); // p_paddr
+        put(&mut file, PHDR + 32, 16, 8); // p_filesz
+        put(&mut file, PHDR + 40, 4096, 8); // p_memsz
+        file.extend(1..=16);
+        file
+    }
+
+    fn put(file: &mut [u8], offset: usize, value: u64, len: usize) {
+        file[offset..offset + len].copy_from_slice(&value.to_le_bytes()[..len]);
+    }
+
+    fn refused(offset: usize, value: u64, len: usize) -> BootError {
+        let mut file = file();
+        put(&mut file, offset, value, len);
+        Image::parse(file).unwrap_err()
+    }
+
+    #[test]
+    fn good_program_loads() {
+        let image = Image::parse(file()).unwrap();
+        assert_eq!(image.entry(), IMAGE_GPA + 4);
+        assert_eq!(image.end(), IMAGE_GPA + 4096);
+        let ram = Ram::new(4 << 20);
+        image.load(&ram).unwrap();
+        let mut bytes = [0; 18];
+        ram.read(IMAGE_GPA, &mut bytes).unwrap();
+        assert_eq!(bytes[..16], (1..=16).collect::<Vec<u8>>());
+        assert_eq!(bytes[16..], [0, 0]);
+    }
+
+    #[test]
+    fn program_larger_than_memory_is_refused() {
+        let image = Image::parse(file()).unwrap();
+        let error = image.load(&Ram::new(IMAGE_GPA + 4095)).unwrap_err();
+        assert!(matches!(error, BootError::TooLarge { .. }));
+    }
+
+    #[test]
+    fn every_malformation_has_its_own_error() {
+        assert!(matches!(refused(0, 0, 4), BootError::NotElf));
+        assert!(matches!(refused(4, 1, 1), BootError::Not64Bit));
+        assert!(matches!(refused(5, 2, 1), BootError::Not64Bit));
+        assert!(matches!(
+            refused(16, 3, 2),
+            BootError::NotExecutable { kind: 3 }
+        ));
+        assert!(matches!(
+            refused(18, 183, 2),
+            BootError::NotX86_64 { machine: 183 }
+        ));
+        assert!(matches!(refused(24, 0x1000, 8), BootError::Entry { .. }));
+        assert!(matches!(
+            refused(32, u64::MAX, 8),
+            BootError::Truncated { .. }
+        ));
+        assert!(matches!(
+            refused(54, 32, 2),
+            BootError::HeaderSize { size: 32 }
+        ));
+        assert!(matches!(refused(56, 0, 2), BootError::Empty));
+        assert!(matches!(
+            refused(56, 9, 2),
+            BootError::Truncated { .. } | BootError::SegmentSize { .. }
+        ));
+        assert!(matches!(
+            refused(PHDR, 2, 4),
+            BootError::Dynamic { header: 0 }
+        ));
+        assert!(matches!(
+            refused(PHDR, 3, 4),
+            BootError::Dynamic { header: 0 }
+        ));
+        assert!(matches!(refused(PHDR, 4, 4), BootError::Empty));
+        assert!(matches!(
+            refused(PHDR + 8, 1 << 40, 8),
+            BootError::Truncated { .. }
+        ));
+        assert!(matches!(
+            refused(PHDR + 24, IMAGE_GPA + 4096, 8),
+            BootError::SegmentMoved { .. }
+        ));
+        assert!(matches!(
+            refused(PHDR + 32, 17, 8),
+            BootError::Truncated { .. }
+        ));
+        assert!(matches!(
+            refused(PHDR + 40, 15, 8),
+            BootError::SegmentSize { .. }
+        ));
+        assert!(matches!(
+            refused(PHDR + 40, u64::MAX, 8),
+            BootError::SegmentSize { .. }
+        ));
+        let mut low = file();
+        put(&mut low, PHDR + 16, IMAGE_GPA - 4096, 8);
+        put(&mut low, PHDR + 24, IMAGE_GPA - 4096, 8);
+        assert!(matches!(
+            Image::parse(low).unwrap_err(),
+            BootError::SegmentTooLow { segment: 0, .. }
+        ));
+    }
+
+    #[test]
+    fn no_cut_or_changed_file_panics() {
+        let ram = Ram::new(4 << 20);
+        let good = file();
+        for len in 0..good.len() {
+            assert!(Image::parse(&good[..len]).is_err(), "cut at {len}");
+        }
+        for offset in 0..PHDR + 56 {
+            for value in [0, 1, 0x7f, 0x80, 0xff] {
+                let mut file = file();
+                file[offset] = value;
+                if let Ok(image) = Image::parse(file)
+                    && image.end() <= ram.len()
+                {
+                    let _ = image.load(&ram);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn boot_info_is_laid_out_as_the_guest_reads_it() {
+        let ram = Ram::new(1 << 20);
+        let layout = Layout::new(64 << 20, IMAGE_GPA + 4096, 2, 1, 3).unwrap();
+        let info = BootInfo {
+            magic: BOOT_MAGIC,
+            seed: 7,
+            layout,
+            pattern: Pattern::Hot as u64,
+        };
+        write_boot_info(&ram, &info).unwrap();
+        let mut bytes = [0; 80];
+        ram.read(BOOT_INFO_GPA, &mut bytes).unwrap();
+        let word =
+            |offset: usize| u64::from_le_bytes(bytes[offset..offset + 8].try_into().unwrap());
+        use std::mem::offset_of;
+        assert_eq!(word(offset_of!(BootInfo, magic)), BOOT_MAGIC);
+        assert_eq!(word(offset_of!(BootInfo, seed)), 7);
+        assert_eq!(word(offset_of!(BootInfo, pattern)), Pattern::Hot as u64);
+        let at = offset_of!(BootInfo, layout);
+        assert_eq!(word(at + offset_of!(Layout, memory)), layout.memory);
+        assert_eq!(word(at + offset_of!(Layout, vcpus)), 2);
+        assert_eq!(word(at + offset_of!(Layout, devices)), 1);
+        assert_eq!(word(at + offset_of!(Layout, registered)), 3);
+        assert_eq!(word(at + offset_of!(Layout, vcpu_base)), layout.vcpu_base);
+        assert_eq!(
+            word(at + offset_of!(Layout, device_base)),
+            layout.device_base
+        );
+        assert_eq!(
+            word(at + offset_of!(Layout, hammer_base)),
+            layout.hammer_base
+        );
+    }
+}

@@ -1,0 +1,612 @@
+//! A virtual machine: its memslot, its vCPU threads, and stopping them.
+//!
+//! ```no_run
+//! # use palimpsest::kvm::*;
+//! # fn example(kvm: &Kvm, window: Window, ram: std::sync::Arc<dyn GuestRam>,
+//! #            handler: std::sync::Arc<dyn PortHandler>) -> Result<(), KvmError> {
+//! let machine = Machine::new(kvm, window, ram, 2, handler, Box::new(|vcpu, outcome| {
+//!     eprintln!("vcpu {vcpu}: {outcome}");
+//! }))?;
+//! machine.start(0x20_0000)?;
+//! let paused = machine.pause(Capture::Registers)?;
+//! // Fork memory here: registers are read meanwhile.
+//! let states = paused.states()?;
+//! let running = paused.resume();
+//! # Ok(())
+//! # }
+//! ```
+
+#![expect(
+    unsafe_code,
+    reason = "the memslot: the kernel is given a range of host memory"
+)]
+
+use std::ptr::NonNull;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+use std::{fmt, io};
+
+use guest::abi::MAX_VCPUS;
+use kvm_bindings::kvm_userspace_memory_region;
+use kvm_ioctls::{Cap, IoEventAddress, NoDatamatch, VcpuFd, VmFd};
+use rustix::io::Errno;
+use vmm_sys_util::errno;
+use vmm_sys_util::eventfd::EventFd;
+
+use super::control::{Control, Job, Order, Phase, Slot, Work};
+use super::kick;
+use super::memory::GuestRam;
+use super::msr::MsrSet;
+use super::outcome::Outcome;
+use super::platform::Kvm;
+use super::port::PortHandler;
+use super::registers;
+use super::state::{Capturer, Clock, StateError, VcpuState, XSAVE_BYTES, XsaveFits};
+use super::vcpu::{Counters, SyncRegs, Vcpu};
+
+/// How long a vCPU may take to do what it is told. It is in the guest, where a kick reaches it in microseconds, or in
+/// a handler that should not block; the rest is the host being busy.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Why a machine could not be made or driven.
+#[derive(Debug, thiserror::Error)]
+pub enum KvmError {
+    /// No VM.
+    #[error("cannot create a virtual machine")]
+    CreateVm {
+        /// What the kernel said.
+        #[source]
+        source: errno::Error,
+    },
+    /// No memory for the guest.
+    #[error("cannot give {len} bytes of memory to the virtual machine")]
+    Memory {
+        /// Bytes of the window.
+        len: u64,
+        /// What the kernel said.
+        #[source]
+        source: errno::Error,
+    },
+    /// No vCPUs, or too many.
+    #[error("{vcpus} vcpus: a machine has 1 to {MAX_VCPUS}")]
+    VcpuCount {
+        /// How many were asked for.
+        vcpus: usize,
+    },
+    /// No vCPU.
+    #[error("cannot create vcpu {vcpu}")]
+    CreateVcpu {
+        /// Which.
+        vcpu: usize,
+        /// What the kernel said.
+        #[source]
+        source: errno::Error,
+    },
+    /// More extended state than is saved here.
+    #[error("this host's xsave area has {bytes} bytes, more than {XSAVE_BYTES}")]
+    XsaveSize {
+        /// Its size.
+        bytes: i32,
+    },
+    /// No thread for a vCPU, or no signal to stop it with.
+    #[error("cannot start the thread of vcpu {vcpu}")]
+    Thread {
+        /// Which.
+        vcpu: usize,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+    /// Registers could not be captured or set.
+    #[error("registers of vcpu {vcpu}")]
+    State {
+        /// Which vCPU.
+        vcpu: usize,
+        /// What went wrong.
+        #[source]
+        source: StateError,
+    },
+    /// Not as many states as vCPUs.
+    #[error("{states} states for {vcpus} vcpus")]
+    StateCount {
+        /// States given.
+        states: usize,
+        /// vCPUs there are.
+        vcpus: usize,
+    },
+    /// The machine was not started yet.
+    #[error("the machine was not started")]
+    NotStarted,
+    /// The machine was started before.
+    #[error("the machine was started before")]
+    AlreadyStarted,
+    /// A vCPU has ended, so the machine cannot be paused. Its outcome says why.
+    #[error("vcpu {vcpu} has stopped")]
+    Stopped {
+        /// Which.
+        vcpu: usize,
+    },
+    /// A vCPU did not come out of a handler.
+    #[error("vcpu {vcpu} did not answer within {} s: it is stuck in a handler", PATIENCE.as_secs())]
+    Stuck {
+        /// Which.
+        vcpu: usize,
+    },
+    /// A doorbell could not be set up.
+    #[error("cannot register port {port:#x} as a doorbell")]
+    Doorbell {
+        /// The port.
+        port: u16,
+        /// What the kernel said.
+        #[source]
+        source: errno::Error,
+    },
+}
+
+/// The host memory that a guest has as its own, from gpa 0.
+#[derive(Clone, Copy, Debug)]
+pub struct Window {
+    host: NonNull<u8>,
+    len: u64,
+}
+
+// SAFETY: it is an address that is only handed to the kernel; nothing here reads or writes through it.
+unsafe impl Send for Window {}
+// SAFETY: as above.
+unsafe impl Sync for Window {}
+
+impl Window {
+    /// The window of `len` bytes at `host`, both multiples of the page size.
+    ///
+    /// # Safety
+    /// The range is mmapped, and the guest's: no Rust reference points into it, and until every [`Machine`] made with it is
+    /// dropped nothing else than guest memory is mapped there. Protections and the pages behind it may change at any time.
+    pub unsafe fn new(host: NonNull<u8>, len: u64) -> Self {
+        Self { host, len }
+    }
+}
+
+/// Is told on a vCPU's thread that the vCPU has ended by itself, and why. Not called for vCPUs that the machine stops.
+pub type OnStop = Box<dyn Fn(usize, Outcome) + Send + Sync>;
+
+/// Whether a pause captures registers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Capture {
+    /// Every vCPU captures its registers as soon as it is parked, beside whatever the pauser does.
+    Registers,
+    /// Only if [`Paused::states`] asks for it.
+    Nothing,
+}
+
+/// What the vCPUs of a machine have done so far.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct MachineStats {
+    /// Write faults: exits because a page was not writable.
+    pub write_faults: u64,
+    /// Exits because a port was written.
+    pub port_exits: u64,
+    /// Kicks: one a running vCPU and pause.
+    pub kicks: u64,
+}
+
+/// A virtual machine. Dropping it stops its vCPUs and waits for their threads.
+pub struct Machine {
+    vm: VmFd,
+    control: Arc<Control>,
+    counters: Arc<Counters>,
+    threads: Vec<JoinHandle<()>>,
+    /// Whether the machine was started. Locked while somebody drives it: pauses exclude each other.
+    started: Mutex<bool>,
+    tsc_khz: u32,
+    left_out: Vec<u32>,
+}
+
+impl fmt::Debug for Machine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Machine")
+            .field("vcpus", &self.threads.len())
+            .finish_non_exhaustive()
+    }
+}
+
+impl Machine {
+    /// A machine with `vcpus` vCPUs and all of `window` as its memory. It does not run before it is started.
+    pub fn new(
+        kvm: &Kvm,
+        window: Window,
+        ram: Arc<dyn GuestRam>,
+        vcpus: usize,
+        handler: Arc<dyn PortHandler>,
+        on_stop: OnStop,
+    ) -> Result<Self, KvmError> {
+        if vcpus == 0 || vcpus > MAX_VCPUS as usize {
+            return Err(KvmError::VcpuCount { vcpus });
+        }
+        let vm = create_vm(kvm)?;
+        let region = kvm_userspace_memory_region {
+            slot: 0,
+            flags: 0,
+            guest_phys_addr: 0,
+            memory_size: window.len,
+            userspace_addr: window.host.as_ptr() as u64,
+        };
+        // SAFETY: the range is the guest's, as the maker of `Window` has promised.
+        unsafe { vm.set_user_memory_region(region) }.map_err(|source| KvmError::Memory {
+            len: window.len,
+            source,
+        })?;
+        let xsave2 = vm.check_extension_int(Cap::Xsave2);
+        let xsave_fits = XsaveFits::check(xsave2).ok_or(KvmError::XsaveSize { bytes: xsave2 })?;
+        const ALL_SYNC_REGS: i32 = 0b111;
+        let sync_regs = if vm.check_extension_int(Cap::SyncRegs) & ALL_SYNC_REGS == ALL_SYNC_REGS {
+            SyncRegs::Stale
+        } else {
+            SyncRegs::Absent
+        };
+
+        let control = Arc::new(Control::new(vcpus));
+        let counters = Arc::new(Counters::default());
+        let on_stop = Arc::new(on_stop);
+        kick::install().map_err(|source| KvmError::Thread { vcpu: 0, source })?;
+        let mut machine = Self {
+            vm,
+            control,
+            counters,
+            threads: Vec::with_capacity(vcpus),
+            started: Mutex::new(false),
+            tsc_khz: 0,
+            left_out: Vec::new(),
+        };
+        for index in 0..vcpus {
+            let cpuid = registers::vcpu_cpuid(&kvm.cpuid, index as u8);
+            let fd = create_vcpu(&machine.vm, index, &cpuid)?;
+            let msrs = msr_set(kvm, &fd, index)?;
+            if index == 0 {
+                machine.tsc_khz = fd.get_tsc_khz().unwrap_or(0);
+                machine.left_out.clone_from(&msrs.left_out);
+            }
+            let vcpu = Vcpu {
+                index,
+                fd,
+                cpuid,
+                capturer: Capturer::new(msrs),
+                xsave_fits,
+                sync_regs,
+                ram: Arc::clone(&ram),
+                handler: Arc::clone(&handler),
+                control: Arc::clone(&machine.control),
+                counters: Arc::clone(&machine.counters),
+            };
+            let on_stop = Arc::clone(&on_stop);
+            let thread = thread::Builder::new()
+                .name(format!("vcpu{index}"))
+                .spawn(move || {
+                    if let Some(outcome) = vcpu.run() {
+                        on_stop(index, outcome);
+                    }
+                })
+                .map_err(|source| KvmError::Thread {
+                    vcpu: index,
+                    source,
+                })?;
+            machine.threads.push(thread);
+        }
+        Ok(machine)
+    }
+
+    /// Starts all vCPUs at `entry`, in the entry state of [`guest::abi`].
+    pub fn start(&self, entry: u64) -> Result<(), KvmError> {
+        self.start_with(|_| Job::Enter { entry })
+    }
+
+    /// Starts the vCPUs where they were captured.
+    pub fn start_from(&self, states: &[VcpuState], clock: Clock) -> Result<(), KvmError> {
+        self.check_count(states)?;
+        self.start_with(|vcpu| Job::Restore(Box::new(states[vcpu].clone()), clock))
+    }
+
+    fn start_with(&self, job: impl FnMut(usize) -> Job) -> Result<(), KvmError> {
+        let mut started = self.started.lock().unwrap_or_else(|e| e.into_inner());
+        if *started {
+            return Err(KvmError::AlreadyStarted);
+        }
+        self.do_all(job)?;
+        *started = true;
+        self.run_all();
+        Ok(())
+    }
+
+    /// Stops all vCPUs at an instruction boundary.
+    ///
+    /// Returns when none of them is in the guest or in a handler. If one has ended already, or is stuck in a handler, the others
+    /// run on and the error names it. Must not be called on a vCPU's thread.
+    pub fn pause(&self, capture: Capture) -> Result<Paused<'_>, KvmError> {
+        let started = self.started.lock().unwrap_or_else(|e| e.into_inner());
+        if !*started {
+            return Err(KvmError::NotStarted);
+        }
+        let mut slots = self.control.lock();
+        check_alive(&slots)?;
+        for slot in slots.iter_mut() {
+            slot.work = match capture {
+                Capture::Registers => Work::Wanted(Job::Capture),
+                Capture::Nothing => Work::None,
+            };
+        }
+        let kicked = Instant::now();
+        self.control.give(&mut slots, Order::Pause);
+        let running: Vec<_> = slots
+            .iter()
+            .map(|slot| slot.phase == Phase::Running)
+            .collect();
+        drop(slots);
+        for (thread, _) in self.threads.iter().zip(running).filter(|(_, run)| *run) {
+            kick::kick(thread);
+            self.counters.kicks.fetch_add(1, Ordering::Relaxed);
+        }
+
+        let (mut slots, in_time) = self.control.wait(self.control.lock(), PATIENCE, |slots| {
+            slots.iter().all(|slot| slot.phase == Phase::Parked)
+                || slots.iter().any(|slot| slot.phase == Phase::Ended)
+        });
+        let stuck = slots.iter().position(|slot| slot.phase == Phase::Running);
+        let result = match (in_time, stuck) {
+            (Err(_), Some(vcpu)) => Err(KvmError::Stuck { vcpu }),
+            _ => check_alive(&slots),
+        };
+        if let Err(error) = result {
+            self.control.give(&mut slots, Order::Run);
+            return Err(error);
+        }
+        let parked = last_change(&slots).unwrap_or(kicked);
+        Ok(Paused {
+            machine: self,
+            _driving: started,
+            kicked,
+            parked,
+        })
+    }
+
+    /// Makes a 1-, 2- or 4-byte `out` to `port` signal `event` instead of exiting to the VMM.
+    pub fn register_doorbell(&self, port: u16, event: &EventFd) -> Result<(), KvmError> {
+        let address = IoEventAddress::Pio(port.into());
+        self.vm
+            .register_ioevent(event, &address, NoDatamatch)
+            .map_err(|source| KvmError::Doorbell { port, source })
+    }
+
+    /// Frequency of the guest's time-stamp counter in kHz; 0 if the host does not know it.
+    pub fn tsc_khz(&self) -> u32 {
+        self.tsc_khz
+    }
+
+    /// MSRs that this host cannot save or set back, and that states therefore lack.
+    pub fn left_out(&self) -> &[u32] {
+        &self.left_out
+    }
+
+    /// Number of vCPUs.
+    pub fn vcpus(&self) -> usize {
+        self.threads.len()
+    }
+
+    /// What the vCPUs have done so far.
+    pub fn stats(&self) -> MachineStats {
+        let Counters {
+            write_faults,
+            port_exits,
+            kicks,
+        } = &*self.counters;
+        MachineStats {
+            write_faults: write_faults.load(Ordering::Relaxed),
+            port_exits: port_exits.load(Ordering::Relaxed),
+            kicks: kicks.load(Ordering::Relaxed),
+        }
+    }
+
+    /// Tells all vCPUs to stop for good, without waiting for them.
+    pub fn stop(&self) {
+        let mut slots = self.control.lock();
+        self.control.give(&mut slots, Order::Stop);
+        drop(slots);
+        self.threads.iter().for_each(kick::kick);
+    }
+
+    /// Sends every vCPU the signal without an order.
+    #[cfg(test)]
+    pub(super) fn kick_for_nothing(&self) {
+        self.threads.iter().for_each(kick::kick);
+    }
+
+    fn check_count(&self, states: &[VcpuState]) -> Result<(), KvmError> {
+        let (states, vcpus) = (states.len(), self.vcpus());
+        if states == vcpus {
+            Ok(())
+        } else {
+            Err(KvmError::StateCount { states, vcpus })
+        }
+    }
+
+    /// Gives every parked vCPU a job, and waits for all. If one fails, the machine is stopped: its vCPUs are of
+    /// different times now.
+    fn do_all(&self, mut job: impl FnMut(usize) -> Job) -> Result<(), KvmError> {
+        let mut slots = self.finish_pending()?;
+        for (vcpu, slot) in slots.iter_mut().enumerate() {
+            slot.work = Work::Wanted(job(vcpu));
+        }
+        drop(slots);
+        self.control.work_given();
+        let mut slots = self.finish_pending()?;
+        for (vcpu, slot) in slots.iter_mut().enumerate() {
+            if let Work::Failed(source) = std::mem::replace(&mut slot.work, Work::None) {
+                self.control.give(&mut slots, Order::Stop);
+                return Err(KvmError::State { vcpu, source });
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits until no vCPU has work to do.
+    fn finish_pending(&self) -> Result<MutexGuard<'_, Vec<Slot>>, KvmError> {
+        let (slots, in_time) = self.control.wait(self.control.lock(), PATIENCE, |slots| {
+            slots
+                .iter()
+                .all(|slot| !slot.work.is_pending() || slot.phase == Phase::Ended)
+        });
+        check_alive(&slots)?;
+        let pending = slots.iter().position(|slot| slot.work.is_pending());
+        match (in_time, pending) {
+            (Err(_), Some(vcpu)) => Err(KvmError::Stuck { vcpu }),
+            _ => Ok(slots),
+        }
+    }
+
+    /// Lets all vCPUs run. Returns when the last of them was about to enter the guest.
+    fn run_all(&self) -> Instant {
+        let mut slots = self.control.lock();
+        self.control.give(&mut slots, Order::Run);
+        let (slots, _) = self.control.wait(slots, PATIENCE, |slots| {
+            slots.iter().all(|slot| slot.phase != Phase::Parked)
+        });
+        last_change(&slots).unwrap_or_else(Instant::now)
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        self.stop();
+        for thread in self.threads.drain(..) {
+            // The last owner may be what `on_stop` holds: a thread cannot wait for itself.
+            if thread.thread().id() != thread::current().id() {
+                let _ = thread.join();
+            }
+        }
+    }
+}
+
+/// A machine none of whose vCPUs runs. Dropping it lets them run on.
+#[must_use = "the machine runs on when this is dropped"]
+pub struct Paused<'a> {
+    machine: &'a Machine,
+    _driving: MutexGuard<'a, bool>,
+    kicked: Instant,
+    parked: Instant,
+}
+
+impl fmt::Debug for Paused<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { kicked, parked, .. } = self;
+        f.debug_struct("Paused")
+            .field("kicked", kicked)
+            .field("parked", parked)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Paused<'_> {
+    /// When the vCPUs were told to stop.
+    pub fn kicked(&self) -> Instant {
+        self.kicked
+    }
+
+    /// When the last of them had.
+    pub fn parked(&self) -> Instant {
+        self.parked
+    }
+
+    /// The registers of all vCPUs; waits until they are captured.
+    pub fn states(&self) -> Result<Vec<VcpuState>, KvmError> {
+        let mut slots = self.machine.finish_pending()?;
+        let mut asked = false;
+        for slot in slots.iter_mut() {
+            if matches!(slot.work, Work::None | Work::Done) {
+                slot.work = Work::Wanted(Job::Capture);
+                asked = true;
+            }
+        }
+        if asked {
+            drop(slots);
+            self.machine.control.work_given();
+            slots = self.machine.finish_pending()?;
+        }
+        let mut states = Vec::with_capacity(slots.len());
+        for (vcpu, slot) in slots.iter_mut().enumerate() {
+            match &slot.work {
+                Work::Captured(state) => states.push((**state).clone()),
+                Work::Failed(_) => {
+                    if let Work::Failed(source) = std::mem::replace(&mut slot.work, Work::None) {
+                        return Err(KvmError::State { vcpu, source });
+                    }
+                }
+                // Nobody else gives work while the machine is paused.
+                Work::None | Work::Done | Work::Wanted(_) | Work::Doing => {
+                    return Err(KvmError::Stuck { vcpu });
+                }
+            }
+        }
+        Ok(states)
+    }
+
+    /// Sets the registers of all vCPUs. Memory is the caller's to restore.
+    ///
+    /// If a vCPU refuses, the machine is stopped for good: part of it would be of another time.
+    pub fn restore(&self, states: &[VcpuState], clock: Clock) -> Result<(), KvmError> {
+        self.machine.check_count(states)?;
+        self.machine
+            .do_all(|vcpu| Job::Restore(Box::new(states[vcpu].clone()), clock))
+    }
+
+    /// Lets all vCPUs run on. Returns the time when the last of them was about to enter the guest.
+    pub fn resume(self) -> Instant {
+        self.machine.run_all()
+    }
+}
+
+impl Drop for Paused<'_> {
+    fn drop(&mut self) {
+        // After `resume` this finds all vCPUs running.
+        self.machine.run_all();
+    }
+}
+
+/// Creates the VM. The call allocates much, and gives up with `EINTR` when a signal comes in between.
+fn create_vm(kvm: &Kvm) -> Result<VmFd, KvmError> {
+    loop {
+        match kvm.fd.create_vm() {
+            Ok(vm) => return Ok(vm),
+            Err(error) if error.errno() == Errno::INTR.raw_os_error() => {}
+            Err(source) => return Err(KvmError::CreateVm { source }),
+        }
+    }
+}
+
+fn create_vcpu(vm: &VmFd, vcpu: usize, cpuid: &kvm_bindings::CpuId) -> Result<VcpuFd, KvmError> {
+    let error = |source| KvmError::CreateVcpu { vcpu, source };
+    let fd = vm.create_vcpu(vcpu as u64).map_err(error)?;
+    fd.set_cpuid2(cpuid).map_err(error)?;
+    Ok(fd)
+}
+
+/// The MSRs to save, probed with the first vCPU of this KVM.
+fn msr_set(kvm: &Kvm, fd: &VcpuFd, vcpu: usize) -> Result<MsrSet, KvmError> {
+    if let Some(msrs) = kvm.msrs.get() {
+        return Ok(msrs.clone());
+    }
+    let msrs = MsrSet::probe(&kvm.fd, fd).map_err(|source| KvmError::State { vcpu, source })?;
+    Ok(kvm.msrs.get_or_init(|| msrs).clone())
+}
+
+/// Fails if a vCPU has ended.
+fn check_alive(slots: &[Slot]) -> Result<(), KvmError> {
+    match slots.iter().position(|slot| slot.phase == Phase::Ended) {
+        Some(vcpu) => Err(KvmError::Stopped { vcpu }),
+        None => Ok(()),
+    }
+}
+
+/// When the last vCPU changed its phase.
+fn last_change(slots: &[Slot]) -> Option<Instant> {
+    slots.iter().map(|slot| slot.since).max()
+}

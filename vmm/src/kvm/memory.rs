@@ -1,0 +1,28 @@
+//! The KVM layer's view of guest memory.
+
+/// Why guest memory could not be reached or made writable.
+pub type MemoryError = Box<dyn std::error::Error + Send + Sync>;
+
+/// What the KVM layer needs of guest memory.
+///
+/// Addresses are guest-physical; memory begins at 0 and has no holes. vCPUs reach it through the window that
+/// the memslot points at, not through this.
+pub trait GuestRam: Send + Sync {
+    /// Bytes of guest memory.
+    fn len(&self) -> u64;
+
+    /// Whether there is no guest memory at all.
+    fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Makes the page at guest frame `gfn` writable for the guest: a vCPU faulted writing it. `false` if it was
+    /// writable already, because somebody else was first.
+    fn write_fault(&self, gfn: u64) -> Result<bool, MemoryError>;
+
+    /// Copies guest memory at `gpa` out, as a transient reader.
+    fn read(&self, gpa: u64, buf: &mut [u8]) -> Result<(), MemoryError>;
+
+    /// Copies `buf` into guest memory at `gpa`.
+    fn write(&self, gpa: u64, buf: &[u8]) -> Result<(), MemoryError>;
+}

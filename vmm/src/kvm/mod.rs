@@ -1,0 +1,43 @@
+//! Owns KVM: the VM, its memslot, its vCPU threads and their registers.
+//!
+//! What it guarantees
+//! - A vCPU runs on one thread of its own from first to last; every KVM call for it is made there.
+//! - [`Machine::pause`] returns when no vCPU is in guest mode and none has an instruction half done: an `out`
+//!   that the guest has begun is complete, so that captured registers are those of an instruction boundary.
+//! - A write to a page that the guest may not write yet is handed to [`GuestRam::write_fault`] on the vCPU's own
+//!   thread, and the instruction is tried again. A fault that no page explains is an error, not a loop.
+//! - Nothing a guest does panics the VMM: what a guest must not do ends its vCPU with an [`Outcome`].
+//!
+//! How: [`platform`] opens KVM, [`boot`] (with `paging`) fills guest memory, [`registers`] holds the entry state,
+//! [`machine`] and `control` drive the vCPU threads of `vcpu`, `kick` gets them out of the guest, [`fault`] finds the pages
+//! of a write fault, [`state`] and `msr` capture and restore registers. Memory is reached only through [`GuestRam`],
+//! ports only through [`PortHandler`].
+//!
+//! Not covered: interrupts (there is no interrupt controller), guests that leave 64-bit mode, `in` and MMIO (both
+//! end the vCPU as a crash), nested virtualisation.
+
+pub mod boot;
+mod control;
+pub mod fault;
+mod kick;
+pub mod machine;
+pub mod memory;
+mod msr;
+pub mod outcome;
+mod paging;
+pub mod platform;
+pub mod port;
+pub mod registers;
+pub mod state;
+#[cfg(test)]
+mod tests;
+mod vcpu;
+
+pub use boot::{BootError, Image, write_boot_info, write_page_tables};
+pub use fault::FaultError;
+pub use machine::{Capture, KvmError, Machine, MachineStats, OnStop, Paused, Window};
+pub use memory::{GuestRam, MemoryError};
+pub use outcome::{CrashReason, Outcome, Report, RunError};
+pub use platform::{Kvm, Platform, PlatformError};
+pub use port::{PortAction, PortHandler, StopReason};
+pub use state::{Clock, StateError, VcpuState};

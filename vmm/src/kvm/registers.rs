@@ -1,0 +1,207 @@
+//! The registers a vCPU starts with: 64-bit mode, ring 3, as [`guest::abi`] promises.
+//!
+//! The state is legal on VMX and SVM, and the only one in which PVM runs guest code natively: it interprets ring 0. There are
+//! no descriptor tables; segments are what is written here, and an exception ends in a triple fault. The only memory
+//! it relies on beside the page tables is the page of zeros at `TASK_GPA`.
+
+use guest::abi::{BOOT_INFO_GPA, PAGE_SIZE, PAGE_TABLES_GPA, stack_top};
+use kvm_bindings::{
+    CpuId, kvm_cpuid_entry2, kvm_dtable, kvm_fpu, kvm_regs, kvm_segment, kvm_sregs, kvm_xcrs,
+};
+
+/// RFLAGS: the bit that is always set.
+const RFLAGS_FIXED: u64 = 1 << 1;
+/// RFLAGS: I/O privilege level 3, so that `out` in ring 3 exits to the VMM instead of faulting. PVM loses it as soon as the
+/// guest has run: see [`TASK_GPA`].
+const RFLAGS_IOPL3: u64 = 3 << 12;
+
+/// CR0: PE, MP, ET, NE, WP, PG.
+const CR0: u64 = 1 | 1 << 1 | 1 << 4 | 1 << 5 | 1 << 16 | 1 << 31;
+/// CR4: PAE, OSFXSR, OSXMMEXCPT.
+const CR4: u64 = 1 << 5 | 1 << 9 | 1 << 10;
+/// CR4: XSAVE and XGETBV are usable.
+const CR4_OSXSAVE: u64 = 1 << 18;
+/// EFER: LME, LMA, NX.
+const EFER: u64 = 1 << 8 | 1 << 10 | 1 << 11;
+
+/// State components a guest may have if the CPU has them: x87, SSE, AVX, AVX-512. The area they need fits
+/// into the 4 KiB that `KVM_GET_XSAVE` transfers.
+const XCR0_WANTED: u64 = 0b1110_0111;
+/// x87 and SSE: what is always there.
+const XCR0_LEAST: u64 = 0b11;
+
+/// The task state segment: a page that the guest ABI leaves unused, and that stays zero.
+///
+/// PVM runs the guest with RFLAGS of its own, in which the I/O privilege level is 0. It then asks the TSS whether a port
+/// may be used, as a CPU would: a TSS of zeros has its I/O bitmap at offset 0, and a bit that is 0 allows a port. A page
+/// of them allows ports up to 0x7fff.
+const TASK_GPA: u64 = 0x2000;
+const _: () = assert!(BOOT_INFO_GPA + PAGE_SIZE <= TASK_GPA);
+const _: () = assert!(TASK_GPA + PAGE_SIZE <= PAGE_TABLES_GPA);
+
+/// General registers of vCPU `vcpu` before its first instruction, at `entry`.
+pub fn entry_regs(entry: u64, vcpu: u64) -> kvm_regs {
+    kvm_regs {
+        rip: entry,
+        rdi: BOOT_INFO_GPA,
+        rsi: vcpu,
+        rsp: stack_top(vcpu),
+        rflags: RFLAGS_FIXED | RFLAGS_IOPL3,
+        ..Default::default()
+    }
+}
+
+/// System registers before the first instruction; `reset` is what KVM gave the vCPU.
+pub fn entry_sregs(reset: &kvm_sregs, cpuid: &CpuId) -> kvm_sregs {
+    let data = segment(0x2b, 3, false);
+    let code = segment(0x33, 11, true);
+    // A busy 64-bit TSS: VMX asks for one, PVM uses it.
+    let task = kvm_segment {
+        base: TASK_GPA,
+        limit: PAGE_SIZE as u32 - 1,
+        selector: 0x40,
+        type_: 11,
+        present: 1,
+        ..Default::default()
+    };
+    let no_table = kvm_segment {
+        type_: 2,
+        unusable: 1,
+        ..Default::default()
+    };
+    let mut sregs = *reset;
+    sregs.cs = code;
+    (sregs.ds, sregs.es, sregs.fs) = (data, data, data);
+    (sregs.gs, sregs.ss) = (data, data);
+    sregs.tr = task;
+    sregs.ldt = no_table;
+    sregs.gdt = kvm_dtable::default();
+    sregs.idt = kvm_dtable::default();
+    sregs.cr0 = CR0;
+    sregs.cr3 = PAGE_TABLES_GPA;
+    sregs.cr4 = CR4 | entry_xcr0(cpuid).map_or(0, |_| CR4_OSXSAVE);
+    sregs.efer = EFER;
+    sregs
+}
+
+/// A flat segment of ring 3. The selectors are those of Linux's user segments.
+fn segment(selector: u16, type_: u8, code: bool) -> kvm_segment {
+    kvm_segment {
+        limit: u32::MAX,
+        selector,
+        type_,
+        present: 1,
+        dpl: 3,
+        db: u8::from(!code),
+        s: 1,
+        l: u8::from(code),
+        g: 1,
+        ..Default::default()
+    }
+}
+
+/// XCR0 before the first instruction; `None` if guests have no XSAVE.
+fn entry_xcr0(cpuid: &CpuId) -> Option<u64> {
+    const XSAVE: u32 = 1 << 26;
+    let entry = |function, index| {
+        let found = |e: &&kvm_cpuid_entry2| (e.function, e.index) == (function, index);
+        cpuid.as_slice().iter().find(found)
+    };
+    entry(1, 0).filter(|leaf| leaf.ecx & XSAVE != 0)?;
+    let area = entry(0xd, 0)?;
+    let supported = u64::from(area.eax) | u64::from(area.edx) << 32;
+    let wanted = supported & XCR0_WANTED;
+    // The three AVX-512 components come together or not at all, and not without AVX.
+    let avx512 = 0b1110_0000;
+    let wanted = if wanted & (avx512 | 0b100) == (avx512 | 0b100) {
+        wanted
+    } else {
+        wanted & !avx512
+    };
+    Some(wanted | XCR0_LEAST)
+}
+
+/// Extended control registers before the first instruction, if guests have any.
+pub fn entry_xcrs(cpuid: &CpuId) -> Option<kvm_xcrs> {
+    let mut xcrs = kvm_xcrs {
+        nr_xcrs: 1,
+        ..Default::default()
+    };
+    xcrs.xcrs[0].value = entry_xcr0(cpuid)?;
+    Some(xcrs)
+}
+
+/// The FPU as `fninit` and a reset MXCSR leave it: all exceptions masked.
+pub fn entry_fpu() -> kvm_fpu {
+    kvm_fpu {
+        fcw: 0x37f,
+        mxcsr: 0x1f80,
+        ..Default::default()
+    }
+}
+
+/// The CPUID of vCPU `vcpu`: what KVM supports, with the vCPU's own number where a CPU says which one it is.
+pub fn vcpu_cpuid(supported: &CpuId, vcpu: u8) -> CpuId {
+    let mut cpuid = supported.clone();
+    for entry in cpuid.as_mut_slice() {
+        match entry.function {
+            1 => entry.ebx = entry.ebx & 0x00ff_ffff | u32::from(vcpu) << 24,
+            0xb | 0x1f => entry.edx = u32::from(vcpu),
+            _ => {}
+        }
+    }
+    cpuid
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn cpuid(xsave: bool, components: u32) -> CpuId {
+        CpuId::from_entries(&[
+            kvm_cpuid_entry2 {
+                function: 1,
+                ecx: u32::from(xsave) << 26,
+                ebx: 0xff12_3456,
+                ..Default::default()
+            },
+            kvm_cpuid_entry2 {
+                function: 0xd,
+                eax: components,
+                ..Default::default()
+            },
+        ])
+        .unwrap()
+    }
+
+    #[test]
+    fn ring_3_in_64_bit_mode() {
+        let sregs = entry_sregs(&kvm_sregs::default(), &cpuid(true, 7));
+        assert_eq!((sregs.cs.dpl, sregs.ss.dpl), (3, 3));
+        assert_eq!((sregs.cs.selector & 3, sregs.ss.selector & 3), (3, 3));
+        assert_eq!((sregs.cs.l, sregs.cs.db), (1, 0));
+        assert_eq!(sregs.cr4 & CR4_OSXSAVE, CR4_OSXSAVE);
+        let regs = entry_regs(0x20_0000, 1);
+        assert_eq!(regs.rflags, 0x3002);
+        assert_eq!((regs.rdi, regs.rsi), (BOOT_INFO_GPA, 1));
+        assert_eq!(regs.rsp % 16, 0);
+    }
+
+    #[test]
+    fn xcr0_follows_the_cpu() {
+        let xcr0 = |xsave, components| {
+            entry_xcrs(&cpuid(xsave, components)).map(|xcrs| xcrs.xcrs[0].value)
+        };
+        assert_eq!(xcr0(false, 7), None);
+        assert_eq!(xcr0(true, 7), Some(7));
+        assert_eq!(xcr0(true, 3), Some(3));
+        assert_eq!(xcr0(true, 0x602e7), Some(0xe7));
+        assert_eq!(xcr0(true, 0x67), Some(7));
+    }
+
+    #[test]
+    fn cpuid_has_the_vcpus_number() {
+        let cpuid = vcpu_cpuid(&cpuid(true, 7), 5);
+        assert_eq!(cpuid.as_slice()[0].ebx, 0x0512_3456);
+    }
+}
