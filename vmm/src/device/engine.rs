@@ -1,0 +1,564 @@
+//! One device: its doorbells, its thread, its lock.
+//!
+//! # Waking
+//! The thread sleeps in a read of one eventfd. The guest's ioeventfd adds 1 to it, everybody here adds
+//! [`WORK`], so that the value read says whether the guest rang. Before it sleeps the thread says so under
+//! the lock: who finds it awake need not wake it. A busy device costs no system calls; a device without work, no time.
+//!
+//! # Stopping
+//! ```text
+//!              begin_stop             nothing is being transferred, or out of time
+//!   Running  ------------>  Stopping  -------------------------------------------->  Stopped
+//!      ^       begins nothing more,                  publishes nothing more               |
+//!      '-------------------------------- resume ------------------------------------------'
+//! ```
+//! A device between requests is stopped by the change of state alone: its thread is not woken, nor waited
+//! for. One in the middle of a transfer publishes it while `Stopping`; if it comes too late for that, it keeps the
+//! completion to itself until it is resumed, and the request is *in flight*.
+
+use std::collections::VecDeque;
+use std::io;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+use guest::abi::QUEUE_SIZE;
+use vmm_sys_util::eventfd::EventFd;
+
+use super::registered::Registered;
+use super::request::{Data, Direction, Job, Outcome, Request};
+use super::ring::{Ring, TakeError};
+use super::set::StartError;
+use super::state::{DeviceState, RestoreError};
+use super::stats::{DeviceStats, Mismatch, Mismatches};
+use super::transfer::{Buffer, Words};
+use crate::host::{Ram, RamError};
+use crate::mm::{CowPolicy, PinError};
+
+/// What is added to the eventfd to wake the thread, and is no doorbell. Doorbells are the bits below it.
+const WORK: u64 = 1 << 32;
+
+/// The most chains taken and not completed. A guest that makes more available has overrun its ring;
+/// they wait there.
+const MAX_OUTSTANDING: usize = QUEUE_SIZE as usize;
+
+/// A device could not go on with a request for a reason that is not the guest's. The request stays unanswered.
+#[derive(Debug, thiserror::Error)]
+pub enum DeviceError {
+    /// No memory for the pins of a request.
+    #[error("device {device} cannot pin a request's memory")]
+    Request {
+        /// The device.
+        device: u64,
+        /// Why.
+        source: PinError,
+    },
+    /// No memory for the pins of the ring.
+    #[error("device {device} cannot pin its ring")]
+    Ring {
+        /// The device.
+        device: u64,
+        /// Why.
+        source: RamError,
+    },
+    /// The device's eventfd does not work. The device is dead.
+    #[error("device {device} cannot wait for its doorbell")]
+    Doorbell {
+        /// The device.
+        device: u64,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+/// A DMA engine behind a virtqueue.
+pub struct Device<P> {
+    index: u64,
+    seed: u64,
+    ram: Ram<P>,
+    wake: EventFd,
+    state: Mutex<State>,
+    /// Signalled when a transfer ends while somebody stops the device.
+    boundary: Condvar,
+}
+
+/// All that changes in a device. Whoever holds the lock sees no request half published.
+struct State {
+    ring: Ring,
+    registered: Registered,
+    /// Taken, in order.
+    pending: VecDeque<Request>,
+    /// The one before those.
+    current: Current,
+    phase: Phase,
+    /// How many want it stopped.
+    stops: usize,
+    /// The available ring is to be looked at.
+    rung: bool,
+    /// The thread sleeps, or is about to: it must be woken to see anything.
+    asleep: bool,
+    quit: bool,
+    stats: DeviceStats,
+    mismatches: Mismatches,
+    error: Option<DeviceError>,
+}
+
+enum Current {
+    None,
+    /// The thread has it: the chain that begins at this descriptor.
+    Transferring(u16),
+    /// Transferred too late to be published before the device was stopped.
+    Transferred(Transferred),
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Phase {
+    Running,
+    Stopping,
+    Stopped,
+}
+
+/// A request whose data has been dealt with.
+struct Transferred {
+    request: Request,
+    outcome: Outcome,
+}
+
+/// A request and the registered buffer it is about, if it is.
+struct Work {
+    request: Request,
+    registered: Option<Arc<Buffer>>,
+}
+
+impl<P: CowPolicy> Device<P> {
+    pub(super) fn new(ram: &Ram<P>, index: u64, area: u64, seed: u64) -> Result<Self, StartError> {
+        let ring = Ring::new(ram, area).map_err(|source| StartError::Area { area, source })?;
+        Ok(Self {
+            index,
+            seed,
+            ram: ram.clone(),
+            wake: EventFd::new(0).map_err(StartError::EventFd)?,
+            state: Mutex::new(State {
+                ring,
+                registered: Registered::default(),
+                pending: VecDeque::new(),
+                current: Current::None,
+                phase: Phase::Running,
+                stops: 0,
+                rung: false,
+                asleep: false,
+                quit: false,
+                stats: DeviceStats::default(),
+                mismatches: Mismatches::default(),
+                error: None,
+            }),
+            boundary: Condvar::new(),
+        })
+    }
+
+    /// Number of the device.
+    pub fn index(&self) -> u64 {
+        self.index
+    }
+
+    /// What to signal when the guest rings by an ioeventfd. The device's own thread takes the requests then.
+    pub fn doorbell(&self) -> &EventFd {
+        &self.wake
+    }
+
+    /// The guest rang by an exit: takes the requests and pins their buffers on this thread, which is the vCPU's. The
+    /// device's thread transfers them. If the device is stopped, all of that is left for later.
+    pub fn ring_from_vcpu(&self) {
+        let mut state = self.lock();
+        if state.quit {
+            return;
+        }
+        state.rung = true;
+        if state.phase == Phase::Running {
+            self.take(&mut state);
+            if state.has_work() {
+                self.wake_if_asleep(&mut state);
+            }
+        }
+    }
+
+    /// Counters.
+    pub fn stats(&self) -> DeviceStats {
+        let state = self.lock();
+        DeviceStats {
+            registered: state.registered.len(),
+            ..state.stats
+        }
+    }
+
+    pub(super) fn take_mismatches(&self) -> Vec<Mismatch> {
+        self.lock().mismatches.drain()
+    }
+
+    pub(super) fn take_error(&self) -> Option<DeviceError> {
+        self.lock().error.take()
+    }
+
+    pub(super) fn ram(&self) -> &Ram<P> {
+        &self.ram
+    }
+
+    /// Critical sections leave a legal state at each step, so that one that panicked does not spoil it for others.
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The thread: works until there is no more to do, then sleeps.
+    pub(super) fn run(&self) {
+        let mut state = self.lock();
+        while !state.quit {
+            if let Some(work) = self.next(&mut state) {
+                drop(state);
+                let transferred = self.transfer(work);
+                state = self.lock();
+                self.finish(&mut state, transferred);
+                continue;
+            }
+            state.asleep = true;
+            drop(state);
+            let woken = self.sleep();
+            state = self.lock();
+            state.asleep = false;
+            match woken {
+                Ok(value) => state.rung |= value % WORK != 0,
+                Err(source) => {
+                    let device = self.index;
+                    state.fail(DeviceError::Doorbell { device, source });
+                    return;
+                }
+            }
+        }
+    }
+
+    fn sleep(&self) -> io::Result<u64> {
+        loop {
+            match self.wake.read() {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                other => return other,
+            }
+        }
+    }
+
+    fn wake_if_asleep(&self, state: &mut State) {
+        if std::mem::take(&mut state.asleep)
+            && let Err(source) = self.wake.write(WORK)
+        {
+            let device = self.index;
+            state.fail(DeviceError::Doorbell { device, source });
+        }
+    }
+
+    /// Publishes what is late, takes what is available, and begins the next request.
+    fn next(&self, state: &mut State) -> Option<Work> {
+        if state.phase != Phase::Running {
+            return None;
+        }
+        // The thread is here, so it is not transferring.
+        if let Current::Transferred(late) = std::mem::replace(&mut state.current, Current::None) {
+            self.publish(state, late);
+        }
+        if state.rung {
+            self.take(state);
+        }
+        let request = state.pending.pop_front()?;
+        state.current = Current::Transferring(request.head);
+        let registered = match request.job {
+            Job::Transfer {
+                data: Data::Registered(index),
+                ..
+            } => state.registered.get(index),
+            _ => None,
+        };
+        Some(Work {
+            request,
+            registered,
+        })
+    }
+
+    /// Takes what is available, as far as there is room. The guest rang.
+    fn take(&self, state: &mut State) {
+        let room = MAX_OUTSTANDING - state.outstanding();
+        if room == 0 {
+            return;
+        }
+        state.rung = false;
+        match self.take_at_most(state, room) {
+            // There may be more: the thread looks again when there is room.
+            Ok(taken) => state.rung = taken == room,
+            Err(TakeError::Nonsense) => state.stats.bad_doorbells += 1,
+            Err(TakeError::Pin(source)) => {
+                let device = self.index;
+                state.fail(DeviceError::Ring { device, source });
+            }
+        }
+    }
+
+    fn take_at_most(&self, state: &mut State, most: usize) -> Result<usize, TakeError> {
+        let mut failed = None;
+        let taken = state.ring.take(&self.ram, most, |chain| {
+            let (request, error) = Request::parse(&self.ram, chain);
+            state.pending.push_back(request);
+            failed = failed.take().or(error);
+        });
+        if let Some(source) = failed {
+            let device = self.index;
+            state.fail(DeviceError::Request { device, source });
+        }
+        taken
+    }
+
+    /// Deals with the data of a request. No lock is held.
+    fn transfer(&self, work: Work) -> Transferred {
+        let Work {
+            request,
+            registered,
+        } = work;
+        let outcome = match &request.job {
+            Job::Transfer { direction, data } => {
+                let buffers = match data {
+                    Data::Streamed(buffers) => Some(buffers.as_slice()),
+                    Data::Registered(_) => registered.as_deref().map(std::slice::from_ref),
+                };
+                let words = Words::new(self.seed, self.index, request.seq);
+                buffers.map_or(Outcome::BadRequest, |b| direction.transfer(words, b))
+            }
+            Job::Register { .. } => Outcome::Done { bytes: 0 },
+            Job::Bad | Job::Unanswerable => Outcome::BadRequest,
+        };
+        Transferred { request, outcome }
+    }
+
+    /// The thread is back from a transfer.
+    fn finish(&self, state: &mut State, transferred: Transferred) {
+        if state.phase == Phase::Stopped {
+            state.current = Current::Transferred(transferred);
+        } else {
+            self.publish(state, transferred);
+            state.current = Current::None;
+        }
+        if state.phase != Phase::Running {
+            self.boundary.notify_all();
+        }
+    }
+
+    /// Answers a request: status, then used entry. Its pins go after that.
+    fn publish(&self, state: &mut State, transferred: Transferred) {
+        let Transferred { request, outcome } = transferred;
+        if matches!(request.job, Job::Unanswerable) {
+            return;
+        }
+        let used = match state.ring.pin_used(&self.ram) {
+            Ok(used) => used,
+            Err(source) => {
+                let device = self.index;
+                state.fail(DeviceError::Ring { device, source });
+                return;
+            }
+        };
+        let outcome = match &request.job {
+            Job::Register { index, buffer } if !state.registered.add(*index, buffer) => {
+                Outcome::BadRequest
+            }
+            _ => outcome,
+        };
+        state.account(self.index, &request, outcome);
+        let written = request.answer(outcome);
+        state.ring.complete(&self.ram, &used, request.head, written);
+    }
+
+    /// Stops a device that is between requests. One that is in the middle of one is told to stop after it.
+    pub(super) fn begin_stop(&self) {
+        let mut state = self.lock();
+        state.stops += 1;
+        if state.phase == Phase::Running {
+            state.phase = Phase::Stopping;
+        }
+    }
+
+    /// Waits for the end of the transfer, if there is one, until `deadline`. Whatever comes later is not
+    /// published. Says whether the device is at a boundary.
+    pub(super) fn finish_stop(&self, deadline: Instant) -> bool {
+        let mut state = self.lock();
+        while state.is_transferring() {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                break;
+            }
+            state = self
+                .boundary
+                .wait_timeout(state, left)
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
+        }
+        state.phase = Phase::Stopped;
+        matches!(state.current, Current::None)
+    }
+
+    /// Undoes one stop. The device runs on when it was the last.
+    pub(super) fn resume(&self) {
+        let mut state = self.lock();
+        state.stops -= 1;
+        if state.stops == 0 {
+            state.phase = Phase::Running;
+            if state.has_work() {
+                self.wake_if_asleep(&mut state);
+            }
+        }
+    }
+
+    pub(super) fn capture(&self) -> DeviceState {
+        let state = self.lock();
+        DeviceState {
+            queue: state.ring.state(),
+            pending: state.pending.iter().map(|r| r.head).collect(),
+            in_flight: match &state.current {
+                Current::None => None,
+                Current::Transferring(head) => Some(*head),
+                Current::Transferred(transferred) => Some(transferred.request.head),
+            },
+            registered: state.registered.state(),
+        }
+    }
+
+    /// Whether it is stopped, and nothing is being transferred: it touches no memory.
+    pub(super) fn is_quiet(&self) -> bool {
+        let state = self.lock();
+        state.phase == Phase::Stopped && !state.is_transferring()
+    }
+
+    /// Gives all chains that were not completed back to the ring, with their pins. The device is quiet.
+    pub(super) fn release_streaming(&self) {
+        self.lock().give_back();
+    }
+
+    /// Makes this the device that `saved` describes, in memory as it is now. The device is quiet.
+    pub(super) fn restore(&self, saved: &DeviceState) -> Result<(), RestoreError> {
+        let mut state = self.lock();
+        state.give_back();
+        let outstanding = saved.outstanding();
+        if outstanding > MAX_OUTSTANDING {
+            return Err(RestoreError::Pending {
+                pending: outstanding,
+                size: QUEUE_SIZE,
+            });
+        }
+        state.ring = Ring::from_state(&self.ram, saved.queue)?;
+        state.registered.restore(&self.ram, &saved.registered)?;
+        state.ring.give_back(outstanding);
+        let taken = self.take_at_most(&mut state, outstanding);
+        if let Err(TakeError::Pin(error)) = taken {
+            return Err(error.into());
+        }
+        let again = state.pending.iter().map(|r| r.head);
+        if !again.eq(saved.in_flight.iter().chain(&saved.pending).copied()) {
+            // Only a guest that writes over chains it has not got back can bring this about.
+            tracing::warn!(
+                device = self.index,
+                ?taken,
+                "the available ring is not what it was"
+            );
+            state.stats.bad_requests += 1;
+        }
+        state.ring.go_on_at(saved.queue.next_avail);
+        Ok(())
+    }
+
+    /// Tells the thread to go, once it is through with its transfer. Doorbells do nothing from now on.
+    pub(super) fn quit(&self) {
+        let mut state = self.lock();
+        state.quit = true;
+        self.wake_if_asleep(&mut state);
+    }
+
+    /// Drops all pins. The thread has gone.
+    pub(super) fn release_all(&self) {
+        let mut state = self.lock();
+        state.pending.clear();
+        state.current = Current::None;
+        state.registered.clear();
+    }
+
+    /// An address that the device holds, or will.
+    pub(super) fn some_gpa(&self) -> u64 {
+        let state = self.lock();
+        let registered = state.registered.state();
+        registered
+            .first()
+            .map_or(state.ring.state().used_ring, |buffer| buffer.gpa)
+    }
+}
+
+impl State {
+    fn is_transferring(&self) -> bool {
+        matches!(self.current, Current::Transferring(_))
+    }
+
+    fn has_work(&self) -> bool {
+        self.rung || !self.pending.is_empty() || matches!(self.current, Current::Transferred(_))
+    }
+
+    /// Chains taken and not completed.
+    fn outstanding(&self) -> usize {
+        self.pending.len() + usize::from(!matches!(self.current, Current::None))
+    }
+
+    /// What was given back will be taken again: the ring is to be looked at, whoever rang for it. So it is with
+    /// a doorbell that a restored guest had rung just before its snapshot.
+    fn give_back(&mut self) {
+        self.ring.give_back(self.outstanding());
+        self.pending.clear();
+        self.current = Current::None;
+        self.rung = true;
+    }
+
+    fn account(&mut self, device: u64, request: &Request, outcome: Outcome) {
+        let stats = &mut self.stats;
+        match outcome {
+            Outcome::Done { bytes } => stats.bytes += bytes,
+            Outcome::Mismatch(wrong) => {
+                stats.mismatches += 1;
+                stats.bytes += wrong.offset;
+                self.mismatches.push(Mismatch {
+                    device,
+                    seq: request.seq,
+                    offset: wrong.offset,
+                    gpa: wrong.gpa,
+                    expected: wrong.expected,
+                    found: wrong.found,
+                });
+            }
+            Outcome::BadRequest => {
+                stats.bad_requests += 1;
+                return;
+            }
+        }
+        match request.job {
+            Job::Transfer {
+                direction: Direction::ToGuest,
+                ..
+            } => stats.to_guest += 1,
+            Job::Transfer {
+                direction: Direction::FromGuest,
+                ..
+            } => stats.from_guest += 1,
+            _ => {}
+        }
+    }
+
+    /// Keeps the first error: the others follow from it.
+    fn fail(&mut self, error: DeviceError) {
+        self.error.get_or_insert(error);
+    }
+}
+
+impl<P> std::fmt::Debug for Device<P> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Device")
+            .field("index", &self.index)
+            .finish_non_exhaustive()
+    }
+}

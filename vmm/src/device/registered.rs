@@ -1,0 +1,78 @@
+//! Registered buffers: pinned once, and held to the end.
+
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
+use std::sync::Arc;
+
+use guest::abi::MAX_REGISTERED;
+
+use super::request::MAX_DATA;
+use super::state::{RegisteredState, RestoreError};
+use super::transfer::Buffer;
+use crate::host::Ram;
+use crate::mm::{Access, CowPolicy};
+
+/// The registered buffers of a device, by their index.
+#[derive(Default)]
+pub(super) struct Registered(BTreeMap<u32, Arc<Buffer>>);
+
+/// Whether a buffer of `len` bytes may be registered under `index`.
+pub(super) fn is_sound(index: u32, len: u64) -> bool {
+    u64::from(index) < MAX_REGISTERED && (1..=MAX_DATA).contains(&len)
+}
+
+impl Registered {
+    pub(super) fn get(&self, index: u32) -> Option<Arc<Buffer>> {
+        self.0.get(&index).cloned()
+    }
+
+    /// Holds `buffer` from now on. Says whether `index` was free: a buffer is never replaced.
+    pub(super) fn add(&mut self, index: u32, buffer: &Arc<Buffer>) -> bool {
+        match self.0.entry(index) {
+            Entry::Occupied(_) => false,
+            Entry::Vacant(free) => {
+                free.insert(Arc::clone(buffer));
+                true
+            }
+        }
+    }
+
+    pub(super) fn len(&self) -> u64 {
+        self.0.len() as u64
+    }
+
+    pub(super) fn clear(&mut self) {
+        self.0.clear();
+    }
+
+    pub(super) fn state(&self) -> Vec<RegisteredState> {
+        self.0
+            .iter()
+            .map(|(&index, buffer)| RegisteredState {
+                index,
+                gpa: buffer.gpa,
+                len: buffer.len(),
+            })
+            .collect()
+    }
+
+    /// Makes these the registered buffers. Those that are held already stay pinned: a restore in place wrote into
+    /// their frames. The rest is released, or pinned in memory as it is now.
+    pub(super) fn restore<P: CowPolicy>(
+        &mut self,
+        ram: &Ram<P>,
+        states: &[RegisteredState],
+    ) -> Result<(), RestoreError> {
+        let mut held = std::mem::take(&mut self.0);
+        for &RegisteredState { index, gpa, len } in states {
+            let buffer = match held.remove(&index) {
+                Some(buffer) if (buffer.gpa, buffer.len()) == (gpa, len) => buffer,
+                _ => Arc::new(Buffer::pin(ram, gpa, len, Access::Write)?),
+            };
+            if !is_sound(index, len) || !self.add(index, &buffer) {
+                return Err(RestoreError::Registered { index });
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,1489 @@
+//! Devices against a driver written out by hand, on real memory and without KVM.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use guest::abi::{
+    AREA_AVAIL, AREA_DESC, AREA_HEADERS, AREA_STATUS, AREA_USED, IMAGE_GPA, Layout, QUEUE_SIZE,
+    RequestHeader, RequestKind, SLOT_STRIDE, STATUS_BAD_REQUEST, STATUS_MISMATCH, STATUS_OK,
+    STATUS_PENDING, Status,
+};
+use guest::formula::{dma_word, poison_word};
+
+use super::*;
+use crate::host::{PhysMap, Ram};
+use crate::mm::{
+    AddressSpace, Exclusive, FramePool, Frozen, Gfn, Mmu, MmuError, PAGE_SIZE, Pfn, Protection,
+};
+
+const SEED: u64 = 42;
+const MEMORY: u64 = 8 << 20;
+const FRAMES: u64 = 4 * MEMORY / PAGE_SIZE;
+/// The most data of a request.
+const MAX_DATA: u64 = super::request::MAX_DATA;
+/// Nothing waits longer than this for something that should happen.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+const NEXT: u16 = 1;
+const WRITE: u16 = 2;
+const INDIRECT: u16 = 4;
+
+/// There is no window: only devices and the test reach memory.
+struct NoWindow;
+
+impl Mmu for NoWindow {
+    fn map(&self, _: Gfn, _: Pfn, _: u64, _: Protection) -> Result<(), MmuError> {
+        Ok(())
+    }
+    fn protect(&self, _: Gfn, _: u64, _: Protection) -> Result<(), MmuError> {
+        Ok(())
+    }
+}
+
+struct Rig {
+    pool: Arc<FramePool>,
+    ram: Ram<Exclusive>,
+    layout: Layout,
+    set: DeviceSet<Exclusive>,
+}
+
+impl Rig {
+    fn new(devices: u64) -> Self {
+        Self::with_limit(devices, FRAMES)
+    }
+
+    /// A guest with `devices` devices, in a pool that has memory for `limit` frames.
+    fn with_limit(devices: u64, limit: u64) -> Self {
+        let physmap = PhysMap::new(FRAMES).unwrap();
+        let pool = FramePool::new(physmap.clone(), FRAMES, limit).unwrap();
+        let pages = MEMORY / PAGE_SIZE;
+        let space =
+            AddressSpace::new(Arc::clone(&pool), Exclusive, Box::new(NoWindow), pages).unwrap();
+        let ram = Ram::new(Arc::new(space), physmap);
+        let layout = Layout::new(MEMORY, IMAGE_GPA, 1, devices, 0).unwrap();
+        let set = DeviceSet::start(&ram, &layout, SEED).unwrap();
+        Self {
+            pool,
+            ram,
+            layout,
+            set,
+        }
+    }
+
+    fn driver(&self, device: u64) -> Driver {
+        Driver {
+            ram: self.ram.clone(),
+            handle: Arc::clone(&self.set.devices()[device as usize]),
+            device,
+            area: self.layout.device_area(device),
+            posted: 0,
+            next_seq: 0,
+        }
+    }
+
+    /// Bytes of test data begin here.
+    fn heap(&self) -> u64 {
+        self.layout.hammer_base
+    }
+
+    fn stop(&self) -> Stopped<'_, Exclusive> {
+        let stopped = self.set.stop(Instant::now() + PATIENCE);
+        assert!(stopped.all_reached());
+        stopped
+    }
+
+    fn pfn(&self, gpa: u64) -> Pfn {
+        self.ram.space().entry(Gfn::of_gpa(gpa)).unwrap().pfn()
+    }
+
+    fn pins(&self, gpa: u64) -> u64 {
+        self.pool.state(self.pfn(gpa)).pins()
+    }
+
+    fn read_frozen(&self, frozen: &Frozen, gpa: u64, len: u64) -> Vec<u8> {
+        (gpa..gpa + len)
+            .step_by(1)
+            .fold((Vec::new(), None), |(mut bytes, page), at| {
+                let gfn = Gfn::of_gpa(at);
+                let page: Vec<u8> = match page {
+                    Some((held, page)) if held == gfn => page,
+                    _ => frozen
+                        .with_frame(gfn, |pfn| {
+                            let mut page = vec![0; PAGE_SIZE as usize];
+                            self.ram
+                                .physmap()
+                                .slice(pfn, 0, PAGE_SIZE)
+                                .copy_to(&mut page[..]);
+                            page
+                        })
+                        .unwrap(),
+                };
+                bytes.push(page[(at % PAGE_SIZE) as usize]);
+                (bytes, Some((gfn, page)))
+            })
+            .0
+    }
+
+    /// Ends the guest, whole, with its `drivers`. Nothing may be left.
+    fn end<D>(self, drivers: D) {
+        assert!(self.set.take_error().is_none());
+        let Self { pool, ram, set, .. } = self;
+        drop((set, ram, drivers));
+        assert_eq!(pool.leftovers(16), []);
+    }
+}
+
+/// What a guest's driver does, by hand.
+struct Driver {
+    ram: Ram<Exclusive>,
+    handle: Arc<Device<Exclusive>>,
+    device: u64,
+    area: u64,
+    posted: u16,
+    next_seq: u64,
+}
+
+#[derive(Clone, Copy)]
+enum Doorbell {
+    Exit,
+    Event,
+}
+
+impl Driver {
+    fn write<const N: usize>(&self, gpa: u64, bytes: [u8; N]) {
+        self.ram.write(gpa, &bytes).unwrap();
+    }
+
+    fn read<const N: usize>(&self, gpa: u64) -> [u8; N] {
+        let mut bytes = [0; N];
+        self.ram.read(gpa, &mut bytes).unwrap();
+        bytes
+    }
+
+    fn bytes(&self, gpa: u64, len: u64) -> Vec<u8> {
+        let mut bytes = vec![0; len as usize];
+        self.ram.read(gpa, &mut bytes).unwrap();
+        bytes
+    }
+
+    fn descriptor(&self, index: u16, gpa: u64, len: u32, flags: u16, next: u16) {
+        write_descriptor(
+            &self.ram,
+            self.area + AREA_DESC,
+            index,
+            gpa,
+            len,
+            flags,
+            next,
+        );
+    }
+
+    fn header_gpa(&self, slot: u64) -> u64 {
+        self.area + AREA_HEADERS + slot * SLOT_STRIDE
+    }
+
+    fn status_gpa(&self, slot: u64) -> u64 {
+        self.area + AREA_STATUS + slot * SLOT_STRIDE
+    }
+
+    fn write_header(&self, slot: u64, header: RequestHeader) {
+        let gpa = self.header_gpa(slot);
+        self.write(gpa, header.kind.to_le_bytes());
+        self.write(gpa + 4, header.buffer.to_le_bytes());
+        self.write(gpa + 8, header.seq.to_le_bytes());
+        self.write(gpa + 16, header.gpa.to_le_bytes());
+        self.write(gpa + 24, header.len.to_le_bytes());
+    }
+
+    fn clear_status(&self, slot: u64) {
+        self.write(self.status_gpa(slot), [0; 16]);
+    }
+
+    fn status(&self, slot: u64) -> Status {
+        parse_status(&self.read::<16>(self.status_gpa(slot)))
+    }
+
+    /// Writes header, status and chain of a request in slot `slot`, whose descriptors begin at `head`.
+    fn prepare(&mut self, slot: u64, head: u16, header: RequestHeader, data: &[(u64, u32)]) {
+        self.write_header(slot, header);
+        self.clear_status(slot);
+        let data_flags = if header.kind == RequestKind::ToGuest as u32 {
+            NEXT | WRITE
+        } else {
+            NEXT
+        };
+        self.descriptor(head, self.header_gpa(slot), 32, NEXT, head + 1);
+        let mut index = head + 1;
+        for &(gpa, len) in data {
+            self.descriptor(index, gpa, len, data_flags, index + 1);
+            index += 1;
+        }
+        self.descriptor(index, self.status_gpa(slot), 16, WRITE, 0);
+    }
+
+    /// Makes the chain at `head` available.
+    fn post(&mut self, head: u16) {
+        let entry = self.area + AREA_AVAIL + 4 + 2 * u64::from(self.posted % QUEUE_SIZE);
+        self.write(entry, head.to_le_bytes());
+        self.posted = self.posted.wrapping_add(1);
+        self.write(self.area + AREA_AVAIL + 2, self.posted.to_le_bytes());
+    }
+
+    fn ring(&self, doorbell: Doorbell) {
+        match doorbell {
+            Doorbell::Exit => self.handle.ring_from_vcpu(),
+            Doorbell::Event => self.handle.doorbell().write(1).unwrap(),
+        }
+    }
+
+    fn used(&self) -> u16 {
+        u16::from_le_bytes(self.read(self.area + AREA_USED + 2))
+    }
+
+    /// Head and length of entry `index` of the used ring.
+    fn used_entry(&self, index: u16) -> (u32, u32) {
+        let entry = self.area + AREA_USED + 4 + 8 * u64::from(index % QUEUE_SIZE);
+        (
+            u32::from_le_bytes(self.read(entry)),
+            u32::from_le_bytes(self.read(entry + 4)),
+        )
+    }
+
+    fn wait_used(&self, count: u16) {
+        eventually("completions", || self.used() == count);
+    }
+
+    fn seq(&mut self) -> u64 {
+        self.next_seq += 1;
+        self.next_seq
+    }
+
+    /// Does one request in slot 0 and waits for it.
+    fn request(
+        &mut self,
+        header: RequestHeader,
+        data: &[(u64, u32)],
+        doorbell: Doorbell,
+    ) -> Status {
+        self.prepare(0, 0, header, data);
+        self.post(0);
+        self.ring(doorbell);
+        self.wait_used(self.posted);
+        self.status(0)
+    }
+
+    fn stream(&mut self, kind: RequestKind, data: &[(u64, u32)]) -> (u64, Status) {
+        let seq = self.seq();
+        (seq, self.request(header(kind, seq), data, Doorbell::Exit))
+    }
+
+    fn register(&mut self, index: u32, gpa: u64, len: u64) -> Status {
+        let seq = self.seq();
+        let header = RequestHeader {
+            buffer: index,
+            gpa,
+            len,
+            ..header(RequestKind::Register, seq)
+        };
+        self.request(header, &[], Doorbell::Exit)
+    }
+
+    fn registered(&mut self, kind: RequestKind, index: u32) -> (u64, Status) {
+        let seq = self.seq();
+        let header = RequestHeader {
+            buffer: index,
+            ..header(kind, seq)
+        };
+        (seq, self.request(header, &[], Doorbell::Exit))
+    }
+
+    /// The data of request `seq`.
+    fn data(&self, seq: u64, len: u64) -> Vec<u8> {
+        words(len, |word| dma_word(SEED, self.device, seq, word))
+    }
+}
+
+fn write_descriptor(
+    ram: &Ram<Exclusive>,
+    table: u64,
+    index: u16,
+    gpa: u64,
+    len: u32,
+    flags: u16,
+    next: u16,
+) {
+    let mut bytes = [0; 16];
+    bytes[..8].copy_from_slice(&gpa.to_le_bytes());
+    bytes[8..12].copy_from_slice(&len.to_le_bytes());
+    bytes[12..14].copy_from_slice(&flags.to_le_bytes());
+    bytes[14..].copy_from_slice(&next.to_le_bytes());
+    ram.write(table + 16 * u64::from(index), &bytes).unwrap();
+}
+
+fn header(kind: RequestKind, seq: u64) -> RequestHeader {
+    RequestHeader {
+        kind: kind as u32,
+        buffer: 0,
+        seq,
+        gpa: 0,
+        len: 0,
+    }
+}
+
+fn ok(seq: u64) -> Status {
+    answer(seq, STATUS_OK)
+}
+
+fn answer(seq: u64, code: u32) -> Status {
+    Status {
+        seq,
+        code,
+        offset: 0,
+    }
+}
+
+fn parse_status(bytes: &[u8]) -> Status {
+    let half = |at| u32::from_le_bytes(std::array::from_fn(|i| bytes[at + i]));
+    Status {
+        seq: u64::from(half(0)) | u64::from(half(4)) << 32,
+        code: half(8),
+        offset: half(12),
+    }
+}
+
+fn words(len: u64, word: impl Fn(u64) -> u64) -> Vec<u8> {
+    (0..len.div_ceil(8))
+        .flat_map(|index| word(index).to_le_bytes())
+        .take(len as usize)
+        .collect()
+}
+
+#[track_caller]
+fn eventually(what: &str, mut is_so: impl FnMut() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !is_so() {
+        assert!(Instant::now() < deadline, "waited in vain for {what}");
+        thread::yield_now();
+    }
+}
+
+/// Descriptors of uneven lengths, at uneven places and out of order, on pages of their own or shared.
+fn uneven(heap: u64) -> Vec<(u64, u32)> {
+    vec![
+        (heap + 3 * PAGE_SIZE + 5, 1),
+        (heap + 3 * PAGE_SIZE + 9, 3),
+        (heap + PAGE_SIZE - 4, 9),
+        (heap + 8 * PAGE_SIZE - 3, 2 * PAGE_SIZE as u32 + 7),
+        (heap + 4 * PAGE_SIZE, 8),
+        (heap + 5 * PAGE_SIZE + 1, 1003),
+    ]
+}
+
+fn total(data: &[(u64, u32)]) -> u64 {
+    data.iter().map(|&(_, len)| u64::from(len)).sum()
+}
+
+fn gather(driver: &Driver, data: &[(u64, u32)]) -> Vec<u8> {
+    data.iter()
+        .flat_map(|&(gpa, len)| driver.bytes(gpa, len.into()))
+        .collect()
+}
+
+fn scatter(driver: &Driver, data: &[(u64, u32)], bytes: &[u8]) {
+    let mut done = 0;
+    for &(gpa, len) in data {
+        let next = done + len as usize;
+        driver.ram.write(gpa, &bytes[done..next]).unwrap();
+        done = next;
+    }
+}
+
+#[test]
+fn to_guest_writes_the_data_and_nothing_beside_it() {
+    let rig = Rig::new(2);
+    for device in 0..2 {
+        let mut driver = rig.driver(device);
+        let (gpa, len) = (rig.heap() + 512, 2 * PAGE_SIZE + 40);
+        driver
+            .ram
+            .write(rig.heap(), &vec![0xee; 4 * PAGE_SIZE as usize])
+            .unwrap();
+        let (seq, status) = driver.stream(RequestKind::ToGuest, &[(gpa, len as u32)]);
+        assert_eq!(status, ok(seq));
+        assert_eq!(driver.used_entry(0), (0, len as u32 + 16));
+        assert_eq!(driver.bytes(gpa, len), driver.data(seq, len));
+        assert!(driver.bytes(rig.heap(), 512).iter().all(|&b| b == 0xee));
+        let after = driver.bytes(gpa + len, 4 * PAGE_SIZE - 512 - len);
+        assert!(after.iter().all(|&b| b == 0xee));
+    }
+    let stats = rig.set.stats();
+    assert_eq!((stats.to_guest, stats.bytes), (2, 2 * (2 * PAGE_SIZE + 40)));
+    rig.end(());
+}
+
+#[test]
+fn from_guest_finds_the_first_wrong_word() {
+    let rig = Rig::new(1);
+    let mut driver = rig.driver(0);
+    let (gpa, len) = (rig.heap() + 64, 3 * PAGE_SIZE);
+    let data = [(gpa, len as u32)];
+    let fill = |driver: &Driver, seq| driver.ram.write(gpa, &driver.data(seq, len)).unwrap();
+
+    fill(&driver, 1);
+    assert_eq!(driver.stream(RequestKind::FromGuest, &data), (1, ok(1)));
+    assert_eq!(driver.used_entry(0), (0, 16));
+    assert_eq!(rig.set.take_mismatches(), []);
+
+    fill(&driver, 2);
+    let right = dma_word(SEED, 0, 2, 700);
+    driver.write(gpa + 5600, (right ^ 0x100).to_le_bytes());
+    driver.write(gpa + 8000, [0xff; 8]);
+    let (seq, status) = driver.stream(RequestKind::FromGuest, &data);
+    assert_eq!(
+        (seq, status.code, status.offset),
+        (2, STATUS_MISMATCH, 5600)
+    );
+    let found = Mismatch {
+        device: 0,
+        seq: 2,
+        offset: 5600,
+        gpa: gpa + 5600,
+        expected: right,
+        found: right ^ 0x100,
+    };
+    assert_eq!(rig.set.take_mismatches(), [found]);
+    assert_eq!(rig.set.take_mismatches(), []);
+    let stats = rig.set.stats();
+    assert_eq!((stats.from_guest, stats.mismatches), (2, 1));
+    rig.end(driver);
+}
+
+#[test]
+fn words_may_be_cut_anywhere() {
+    let rig = Rig::new(1);
+    let mut driver = rig.driver(0);
+    let data = uneven(rig.heap());
+    let len = total(&data);
+    let (seq, status) = driver.stream(RequestKind::ToGuest, &data);
+    assert_eq!(status, ok(seq));
+    assert_eq!(gather(&driver, &data), driver.data(seq, len));
+
+    // Any single wrong byte is seen, wherever the cuts are.
+    for wrong in (0..len).filter(|at| *at < 40 || at % 97 == 0 || len - at < 20) {
+        let seq = driver.next_seq + 1;
+        let mut bytes = driver.data(seq, len);
+        scatter(&driver, &data, &bytes);
+        assert_eq!(driver.stream(RequestKind::FromGuest, &data).1, ok(seq));
+
+        let seq = driver.next_seq + 1;
+        bytes = driver.data(seq, len);
+        bytes[wrong as usize] ^= 0x40;
+        scatter(&driver, &data, &bytes);
+        let (_, status) = driver.stream(RequestKind::FromGuest, &data);
+        let expected = (STATUS_MISMATCH, (wrong / 8 * 8) as u32);
+        assert_eq!((status.code, status.offset), expected, "byte {wrong}");
+        let mismatch = rig.set.take_mismatches()[0];
+        let bit = 0x40 << (8 * (wrong % 8));
+        assert_eq!(mismatch.expected ^ mismatch.found, bit, "byte {wrong}");
+    }
+    rig.end(driver);
+}
+
+#[test]
+fn both_doorbells_serve_and_the_vcpu_takes_at_once() {
+    let rig = Rig::new(1);
+    let mut driver = rig.driver(0);
+    for (doorbell, slot) in [
+        (Doorbell::Exit, 0),
+        (Doorbell::Event, 1),
+        (Doorbell::Exit, 2),
+    ] {
+        let seq = driver.seq();
+        let data = [(rig.heap(), MAX_DATA as u32)];
+        let head = 4 * slot as u16;
+        driver.prepare(slot, head, header(RequestKind::ToGuest, seq), &data);
+        driver.post(head);
+        thread::sleep(Duration::from_millis(5));
+        assert_eq!(driver.used(), driver.posted - 1, "nobody rang");
+        driver.ring(doorbell);
+        if let Doorbell::Exit = doorbell {
+            assert_eq!(rig.set.capture()[0].queue.next_avail, driver.posted);
+        }
+        driver.wait_used(driver.posted);
+        assert_eq!(driver.status(slot), ok(seq));
+    }
+    rig.end(driver);
+}
+
+#[test]
+fn registered_buffer_stays_the_guests_across_forks() {
+    let rig = Rig::new(1);
+    let mut driver = rig.driver(0);
+    let (gpa, len) = (rig.heap() + 512, 2 * PAGE_SIZE);
+    assert_eq!(driver.register(3, gpa, len).code, STATUS_OK);
+    assert_eq!(rig.set.stats().registered, 1);
+    assert_eq!(rig.pins(gpa), 1);
+    let frame = rig.pfn(gpa);
+
+    let mut frozen = Vec::new();
+    for _ in 0..3 {
+        let (seq, status) = driver.registered(RequestKind::RegisteredToGuest, 3);
+        assert_eq!(status, ok(seq));
+        assert_eq!(driver.bytes(gpa, len), driver.data(seq, len));
+        let stopped = rig.stop();
+        frozen.push((seq, rig.ram.space().fork().unwrap()));
+        stopped.resume();
+        assert_eq!(rig.pfn(gpa), frame);
+    }
+    // What the guest wrote after a fork, the device reads.
+    let seq = driver.next_seq + 1;
+    driver.ram.write(gpa, &driver.data(seq, len)).unwrap();
+    let read = driver.registered(RequestKind::RegisteredFromGuest, 3);
+    assert_eq!(read, (seq, ok(seq)));
+    for (seq, child) in &frozen {
+        assert_ne!(child.frame(Gfn::of_gpa(gpa)).unwrap(), frame);
+        assert_eq!(rig.read_frozen(child, gpa, len), driver.data(*seq, len));
+    }
+    drop(frozen);
+    rig.end(driver);
+}
+
+#[test]
+fn stopped_devices_leave_doorbells_for_later() {
+    let rig = Rig::new(1);
+    let mut driver = rig.driver(0);
+    for doorbell in [Doorbell::Exit, Doorbell::Event] {
+        let outer = rig.stop();
+        // An idle device is stopped without waiting, and stops may be nested.
+        let inner = rig.set.stop(Instant::now());
+        assert_eq!(inner.reached(), [true]);
+        let seq = driver.seq();
+        driver.prepare(0, 0, header(RequestKind::ToGuest, seq), &[(rig.heap(), 64)]);
+        driver.post(0);
+        driver.ring(doorbell);
+        thread::sleep(Duration::from_millis(10));
+        inner.resume();
+        thread::sleep(Duration::from_millis(10));
+        let state = &rig.set.capture()[0];
+        assert_eq!(state.queue.next_avail, driver.posted - 1);
+        assert_eq!(driver.status(0).code, STATUS_PENDING);
+        outer.resume();
+        driver.wait_used(driver.posted);
+        assert_eq!(driver.status(0), ok(seq));
+    }
+    rig.end(driver);
+}
+
+#[test]
+fn a_stop_waits_for_one_request_and_begins_no_other() {
+    let rig = Rig::new(1);
+    let mut driver = rig.driver(0);
+    let seq = driver.seq();
+    let data = [(rig.heap(), MAX_DATA as u32)];
+    driver.prepare(0, 0, header(RequestKind::ToGuest, seq), &data);
+    let caught = (0..1000).any(|_| {
+        (0..16).for_each(|_| driver.post(0));
+        driver.ring(Doorbell::Exit);
+        eventually("the first transfer", || {
+            rig.set.capture()[0].pending.len() < 16
+        });
+        let was_busy = rig.set.capture()[0].in_flight.is_some();
+        let since = Instant::now();
+        let stopped = rig.stop();
+        assert!(since.elapsed() < PATIENCE / 2, "the end was not noticed");
+        let pending = rig.set.capture()[0].pending.len();
+        thread::sleep(Duration::from_millis(1));
+        assert_eq!(rig.set.capture()[0].pending.len(), pending);
+        stopped.resume();
+        driver.wait_used(driver.posted);
+        was_busy && pending > 0
+    });
+    assert!(caught, "never in time");
+    rig.end(driver);
+}
+
+/// A guest thread that keeps both directions busy, and can be parked.
+struct Load {
+    driver: Driver,
+    base: u64,
+    doorbell: Doorbell,
+    /// What each slot's outstanding request is.
+    outstanding: BTreeMap<u16, (u64, RequestKind)>,
+    last_used: u16,
+}
+
+const LOAD_SLOTS: u64 = 8;
+const LOAD_LEN: u64 = 2 * PAGE_SIZE + 24;
+
+impl Load {
+    fn buffer(&self, slot: u64) -> u64 {
+        self.base + slot * 4 * PAGE_SIZE + 72
+    }
+
+    fn step(&mut self) {
+        let used = self.driver.used();
+        while self.last_used != used {
+            let head = self.driver.used_entry(self.last_used).0 as u16;
+            let (seq, kind) = self
+                .outstanding
+                .remove(&head)
+                .expect("an outstanding request");
+            let slot = u64::from(head / 4);
+            assert_eq!(self.driver.status(slot), ok(seq));
+            if kind == RequestKind::ToGuest {
+                let data = self.driver.bytes(self.buffer(slot), LOAD_LEN);
+                assert!(data == self.driver.data(seq, LOAD_LEN), "data of {seq}");
+            }
+            self.last_used = self.last_used.wrapping_add(1);
+        }
+        for slot in 0..LOAD_SLOTS {
+            let head = 4 * slot as u16;
+            if self.outstanding.contains_key(&head) {
+                continue;
+            }
+            let seq = self.driver.seq();
+            let (kind, bytes) = if seq.is_multiple_of(3) {
+                (RequestKind::FromGuest, self.driver.data(seq, LOAD_LEN))
+            } else {
+                (RequestKind::ToGuest, self.poison(seq))
+            };
+            let gpa = self.buffer(slot);
+            self.driver.ram.write(gpa, &bytes).unwrap();
+            let data = [(gpa, 5001), (gpa + 5001, LOAD_LEN as u32 - 5001)];
+            self.driver.prepare(slot, head, header(kind, seq), &data);
+            self.outstanding.insert(head, (seq, kind));
+            self.driver.post(head);
+        }
+        self.driver.ring(self.doorbell);
+    }
+
+    fn poison(&self, seq: u64) -> Vec<u8> {
+        words(LOAD_LEN, |word| {
+            poison_word(SEED, self.driver.device, seq, word)
+        })
+    }
+
+    /// Every request is all done in `frozen`, or none of it.
+    fn check(&self, rig: &Rig, frozen: &Frozen, state: &DeviceState) -> [u64; 2] {
+        let used_at = self.driver.area + AREA_USED;
+        let used = rig.read_frozen(frozen, used_at, 4 + 8 * u64::from(QUEUE_SIZE));
+        let index = u16::from_le_bytes([used[2], used[3]]);
+        assert_eq!(index, state.queue.next_used);
+        assert_eq!(state.in_flight, None);
+        let done: Vec<u16> = (0..index.wrapping_sub(self.last_used))
+            .map(|n| {
+                let at = 4 + 8 * usize::from(self.last_used.wrapping_add(n) % QUEUE_SIZE);
+                u16::from_le_bytes([used[at], used[at + 1]])
+            })
+            .collect();
+        assert!(done.iter().all(|head| !state.pending.contains(head)));
+        let mut seen = [0, 0];
+        for (&head, &(seq, kind)) in &self.outstanding {
+            let slot = u64::from(head / 4);
+            let status = parse_status(&rig.read_frozen(frozen, self.driver.status_gpa(slot), 16));
+            let data = rig.read_frozen(frozen, self.buffer(slot), LOAD_LEN);
+            if done.contains(&head) {
+                assert_eq!(status, ok(seq));
+                assert!(data == self.driver.data(seq, LOAD_LEN), "data of {seq}");
+                seen[0] += 1;
+            } else {
+                assert_eq!(status.code, STATUS_PENDING);
+                let before = match kind {
+                    RequestKind::ToGuest => self.poison(seq),
+                    _ => self.driver.data(seq, LOAD_LEN),
+                };
+                assert!(data == before, "data of {seq}, which is not done");
+                seen[1] += 1;
+            }
+        }
+        seen
+    }
+}
+
+#[test]
+fn a_fork_under_load_has_no_half_done_request() {
+    let rig = Rig::new(2);
+    let loads: Vec<_> = [(0, Doorbell::Exit), (1, Doorbell::Event)]
+        .map(|(device, doorbell)| {
+            Mutex::new(Load {
+                driver: rig.driver(device),
+                base: rig.heap() + device * (1 << 20),
+                doorbell,
+                outstanding: BTreeMap::new(),
+                last_used: 0,
+            })
+        })
+        .into();
+    let over = AtomicBool::new(false);
+    let mut seen = [0, 0];
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            while !over.load(Ordering::Relaxed) {
+                loads.iter().for_each(|load| load.lock().unwrap().step());
+                thread::yield_now();
+            }
+        });
+        // Whatever happens below, the thread above must end.
+        let checked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            for round in 0..300 {
+                thread::sleep(Duration::from_micros(100 + round * 7));
+                let parked: Vec<_> = loads.iter().map(|load| load.lock().unwrap()).collect();
+                let stopped = rig.stop();
+                let frozen = rig.ram.space().fork().unwrap();
+                let states = rig.set.capture();
+                stopped.resume();
+                for (load, state) in parked.iter().zip(&states) {
+                    let [done, open] = load.check(&rig, &frozen, state);
+                    seen = [seen[0] + done, seen[1] + open];
+                }
+            }
+        }));
+        over.store(true, Ordering::Relaxed);
+        checked.unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+    });
+    assert!(
+        seen[0] > 20 && seen[1] > 20,
+        "both cases must occur: {seen:?}"
+    );
+    let stats = rig.set.stats();
+    assert_eq!(
+        (stats.mismatches, stats.bad_requests, stats.bad_doorbells),
+        (0, 0, 0)
+    );
+    rig.end(loads);
+}
+
+#[test]
+fn a_device_that_stops_too_late_is_in_flight_and_publishes_nothing() {
+    let rig = Rig::new(1);
+    let mut driver = rig.driver(0);
+    let data = [(rig.heap(), MAX_DATA as u32)];
+    let mut caught = 0;
+    for _ in 0..2000 {
+        let seq = driver.seq();
+        driver.prepare(0, 0, header(RequestKind::ToGuest, seq), &data);
+        driver.post(0);
+        driver.ring(Doorbell::Exit);
+        eventually("the transfer to begin", || {
+            rig.set.capture()[0].pending.is_empty()
+        });
+        let stopped = rig.set.stop(Instant::now());
+        let state = rig.set.capture().remove(0);
+        if stopped.all_reached() {
+            assert_eq!(state.in_flight, None);
+        } else {
+            caught += 1;
+            assert_eq!(state.in_flight, Some(0));
+            assert_eq!(state.queue.next_avail, driver.posted);
+            // The transfer ends, and nothing is said of it.
+            assert!(rig.pins(rig.heap()) > 0);
+            eventually("the device to be quiet", || {
+                rig.set.release_streaming().is_ok()
+            });
+            assert_eq!(rig.pins(rig.heap()), 0);
+            assert_eq!(driver.used(), driver.posted - 1);
+            assert_eq!(driver.status(0).code, STATUS_PENDING);
+            if caught % 2 == 0 {
+                // It is done again from the start.
+                driver.ram.write(rig.heap(), &[0; 64]).unwrap();
+                rig.set.restore(&[state]).unwrap();
+            }
+        }
+        stopped.resume();
+        driver.wait_used(driver.posted);
+        assert_eq!(driver.status(0), ok(seq));
+        assert_eq!(driver.bytes(rig.heap(), 64), driver.data(seq, 64));
+        if caught == 6 {
+            break;
+        }
+    }
+    assert!(caught >= 2, "never too late");
+    rig.end(driver);
+}
+
+#[test]
+fn what_is_late_is_published_on_resume() {
+    let rig = Rig::new(1);
+    let mut driver = rig.driver(0);
+    let data = [(rig.heap(), MAX_DATA as u32)];
+    for _ in 0..2000 {
+        let seq = driver.seq();
+        driver.prepare(0, 0, header(RequestKind::ToGuest, seq), &data);
+        driver.post(0);
+        driver.ring(Doorbell::Exit);
+        eventually("the transfer to begin", || {
+            rig.set.capture()[0].pending.is_empty()
+        });
+        let stopped = rig.set.stop(Instant::now());
+        let is_late = !stopped.all_reached();
+        thread::sleep(Duration::from_millis(if is_late { 20 } else { 0 }));
+        assert_eq!(driver.used(), driver.posted - u16::from(is_late));
+        assert_eq!(rig.set.capture()[0].in_flight, is_late.then_some(0));
+        stopped.resume();
+        driver.wait_used(driver.posted);
+        assert_eq!(driver.status(0), ok(seq));
+        if is_late {
+            rig.end(driver);
+            return;
+        }
+    }
+    panic!("never too late");
+}
+
+#[test]
+fn restore_takes_pending_requests_again() {
+    let rig = Rig::new(1);
+    let mut driver = rig.driver(0);
+    let len = MAX_DATA / 8;
+    // Every slot has a buffer of its own.
+    let buffer = |slot: u64| rig.heap() + slot * 2 * len;
+    let kept = rig.heap() - PAGE_SIZE;
+    assert_eq!(driver.register(0, kept, 100).code, STATUS_OK);
+    // Positions in the rings are about to wrap.
+    for _ in 0..60 {
+        driver.stream(RequestKind::ToGuest, &[(buffer(0), 8)]);
+    }
+    // Entries that are no chain have their place among the pending ones, and never complete.
+    let mut junk = 0;
+    let mut post_all = || {
+        let seqs = [(); 8].map(|()| driver.seq());
+        for (slot, &seq) in (0..).zip(&seqs) {
+            let head = 4 * slot as u16;
+            let data = [(buffer(slot), len as u32)];
+            driver.prepare(slot, head, header(RequestKind::ToGuest, seq), &data);
+            driver
+                .ram
+                .write(buffer(slot), &vec![1; len as usize])
+                .unwrap();
+            driver.post(head);
+            if slot == 5 {
+                driver.post(u16::MAX);
+                junk += 1;
+            }
+        }
+        driver.ring(Doorbell::Exit);
+        let stopped = rig.stop();
+        let states = rig.set.capture();
+        let frozen = rig.ram.space().fork().unwrap();
+        let done_then = driver.used();
+        stopped.resume();
+        driver.wait_used(driver.posted - junk);
+        (seqs, states, frozen, done_then)
+    };
+    // The device may be through with all of them before it is stopped.
+    let (seqs, states, frozen, done_then) = (0..1000)
+        .map(|_| post_all())
+        .find(|(_, states, ..)| states[0].pending.len() > 3)
+        .expect("pending requests");
+    assert_eq!(states[0].queue.next_avail, driver.posted);
+    let all_done = done_then + states[0].pending.len() as u16 - 1;
+    assert_eq!(all_done, driver.posted - junk);
+
+    // The guest goes on, and does other things in the same slots.
+    let seq = driver.seq();
+    let more = rig.heap() - 2 * PAGE_SIZE;
+    let registration = RequestHeader {
+        buffer: 5,
+        gpa: more,
+        len: 100,
+        ..header(RequestKind::Register, seq)
+    };
+    driver.prepare(1, 4, registration, &[]);
+    driver.post(4);
+    driver.ring(Doorbell::Event);
+    driver.wait_used(all_done + 1);
+    assert_eq!(driver.status(1), ok(seq));
+    assert_eq!(rig.set.stats().registered, 2);
+    let kept_frame = rig.pfn(kept);
+
+    for round in 0..3 {
+        let stopped = rig.stop();
+        rig.set.release_streaming().unwrap();
+        assert_eq!(rig.pins(kept), 1);
+        rig.ram.space().restore(&frozen).unwrap();
+        rig.set.restore(&states).unwrap();
+        assert_eq!(rig.set.capture(), states);
+        assert_eq!(driver.used(), done_then);
+        // Held across the restore; released; taken again with their pins.
+        assert_eq!((rig.pfn(kept), rig.pins(kept)), (kept_frame, 1));
+        assert_eq!(rig.pins(more), 0, "round {round}");
+        assert_eq!(rig.pins(buffer(7)), 1);
+        assert!(driver.bytes(buffer(7), len).iter().all(|&byte| byte == 1));
+        stopped.resume();
+        driver.wait_used(all_done);
+        for (slot, &seq) in (0..).zip(&seqs) {
+            assert_eq!(driver.status(slot), ok(seq));
+            let data = driver.bytes(buffer(slot), len);
+            assert!(
+                data == driver.data(seq, len),
+                "slot {slot} in round {round}"
+            );
+        }
+    }
+    assert_eq!(rig.set.stats().registered, 1);
+    drop(frozen);
+    rig.end(driver);
+}
+
+#[test]
+fn restore_pins_registered_buffers_of_the_snapshot() {
+    let rig = Rig::new(1);
+    let mut driver = rig.driver(0);
+    let gpa = rig.heap();
+    driver.ram.write(gpa, &[7; 64]).unwrap();
+    let snapshot = || {
+        let stopped = rig.stop();
+        let taken = (rig.ram.space().fork().unwrap(), rig.set.capture());
+        stopped.resume();
+        taken
+    };
+    let restore = |(memory, states): &(Arc<Frozen>, Vec<DeviceState>)| {
+        let stopped = rig.stop();
+        rig.set.release_streaming().unwrap();
+        rig.ram.space().restore(memory).unwrap();
+        rig.set.restore(states).unwrap();
+        stopped.resume();
+    };
+    let without = snapshot();
+    let posted_without = driver.posted;
+    assert_eq!(driver.register(2, gpa, 64).code, STATUS_OK);
+    let with = snapshot();
+    let posted_with = driver.posted;
+
+    restore(&without);
+    driver.posted = posted_without;
+    assert_eq!((rig.pins(gpa), rig.set.stats().registered), (0, 0));
+    let (seq, status) = driver.registered(RequestKind::RegisteredToGuest, 2);
+    assert_eq!(status, answer(seq, STATUS_BAD_REQUEST));
+
+    restore(&with);
+    driver.posted = posted_with;
+    assert_eq!((rig.pins(gpa), rig.set.stats().registered), (1, 1));
+    let (seq, status) = driver.registered(RequestKind::RegisteredToGuest, 2);
+    assert_eq!(status, ok(seq));
+    assert_eq!(driver.bytes(gpa, 64), driver.data(seq, 64));
+    // Neither snapshot has seen that.
+    for (memory, _) in [&without, &with] {
+        assert_eq!(rig.read_frozen(memory, gpa, 64), [7; 64]);
+    }
+    drop((with, without));
+    rig.end(driver);
+}
+
+#[test]
+fn a_doorbell_rung_just_before_a_snapshot_is_not_lost_in_a_restore() {
+    let rig = Rig::new(1);
+    let mut driver = rig.driver(0);
+    let stopped = rig.stop();
+    let seq = driver.seq();
+    driver.prepare(0, 0, header(RequestKind::ToGuest, seq), &[(rig.heap(), 64)]);
+    driver.post(0);
+    driver.ring(Doorbell::Event);
+    let (memory, states) = (rig.ram.space().fork().unwrap(), rig.set.capture());
+    stopped.resume();
+    driver.wait_used(1);
+
+    let stopped = rig.stop();
+    rig.set.release_streaming().unwrap();
+    rig.ram.space().restore(&memory).unwrap();
+    rig.set.restore(&states).unwrap();
+    assert_eq!(driver.used(), 0);
+    stopped.resume();
+    driver.wait_used(1);
+    assert_eq!(driver.status(0), ok(seq));
+    drop(memory);
+    rig.end(driver);
+}
+
+#[test]
+fn states_are_plain_data_and_not_trusted() {
+    let rig = Rig::new(1);
+    let mut driver = rig.driver(0);
+    driver.register(1, rig.heap(), 64);
+    let good = rig.set.capture();
+    let text = serde_json::to_string(&good).unwrap();
+    assert_eq!(
+        serde_json::from_str::<Vec<DeviceState>>(&text).unwrap(),
+        good
+    );
+    let running = rig.set.restore(&good).unwrap_err();
+    assert!(matches!(running, RestoreError::NotStopped { device: 0 }));
+
+    let stopped = rig.stop();
+    let with = |change: fn(&mut DeviceState)| {
+        let mut state = good[0].clone();
+        change(&mut state);
+        rig.set.restore(&[state]).unwrap_err()
+    };
+    assert!(matches!(
+        rig.set.restore(&[]),
+        Err(RestoreError::Count { .. })
+    ));
+    assert!(matches!(with(|s| s.queue.size = 3), RestoreError::Queue(_)));
+    assert!(matches!(
+        with(|s| s.queue.used_ring = MEMORY - 4),
+        RestoreError::Queue(_)
+    ));
+    assert!(matches!(
+        with(|s| s.queue.desc_table = u64::MAX - 15),
+        RestoreError::Queue(_)
+    ));
+    assert!(matches!(
+        with(|s| s.pending = vec![0; 65]),
+        RestoreError::Pending { pending: 65, .. }
+    ));
+    assert!(matches!(
+        with(|s| s.registered.push(s.registered[0])),
+        RestoreError::Registered { index: 1 }
+    ));
+    assert!(matches!(
+        with(|s| s.registered[0].index = 16),
+        RestoreError::Registered { index: 16 }
+    ));
+    assert!(matches!(
+        with(|s| s.registered[0].gpa = MEMORY),
+        RestoreError::Pin(_)
+    ));
+    assert!(matches!(
+        with(|s| s.registered[0].len = u64::MAX),
+        RestoreError::Registered { .. } | RestoreError::Pin(_)
+    ));
+    // Chains that are not in the ring: there is nothing to take again, and that is that.
+    let mut state = good[0].clone();
+    state.pending = vec![0; 10];
+    rig.set.restore(&[state]).unwrap();
+    rig.set.restore(&good).unwrap();
+    stopped.resume();
+    let (seq, status) = driver.registered(RequestKind::RegisteredToGuest, 1);
+    assert_eq!(status, ok(seq));
+    rig.end(driver);
+}
+
+/// Writes a chain to slot 0 that is wrong in one way. `None`: there is no place for a status.
+type Malformed = (&'static str, fn(&mut Driver, u64), Option<u32>);
+
+fn good_chain(driver: &mut Driver, heap: u64) {
+    driver.prepare(
+        0,
+        0,
+        header(RequestKind::ToGuest, 9),
+        &[(heap, 64), (heap + 64, 64)],
+    );
+}
+
+fn with_header(driver: &mut Driver, header: RequestHeader) {
+    driver.prepare(0, 0, header, &[]);
+}
+
+const MALFORMED: &[Malformed] = &[
+    (
+        "a loop",
+        |d, h| {
+            good_chain(d, h);
+            d.descriptor(2, h, 8, NEXT | WRITE, 1);
+        },
+        None,
+    ),
+    (
+        "a descriptor that is its own next",
+        |d, _| {
+            d.descriptor(0, d.header_gpa(0), 32, NEXT, 0);
+        },
+        None,
+    ),
+    (
+        "a next that is no descriptor",
+        |d, h| {
+            good_chain(d, h);
+            d.descriptor(2, h, 8, NEXT | WRITE, QUEUE_SIZE);
+        },
+        None,
+    ),
+    (
+        "no status",
+        |d, h| {
+            good_chain(d, h);
+            d.descriptor(3, d.status_gpa(0), 16, 0, 0);
+        },
+        None,
+    ),
+    (
+        "a short status",
+        |d, h| {
+            good_chain(d, h);
+            d.descriptor(3, d.status_gpa(0), 15, WRITE, 0);
+        },
+        None,
+    ),
+    (
+        "an unaligned status",
+        |d, h| {
+            good_chain(d, h);
+            d.descriptor(3, h + PAGE_SIZE - 8, 16, WRITE, 0);
+        },
+        None,
+    ),
+    (
+        "a status beyond memory",
+        |d, h| {
+            good_chain(d, h);
+            d.descriptor(3, MEMORY, 16, WRITE, 0);
+        },
+        None,
+    ),
+    (
+        "a status at the end of all addresses",
+        |d, h| {
+            good_chain(d, h);
+            d.descriptor(3, u64::MAX - 15, 16, WRITE, 0);
+        },
+        None,
+    ),
+    (
+        "nothing but a status",
+        |d, _| {
+            d.clear_status(0);
+            d.descriptor(0, d.status_gpa(0), 16, WRITE, 0);
+        },
+        Some(STATUS_BAD_REQUEST),
+    ),
+    (
+        "data beyond memory",
+        |d, h| {
+            good_chain(d, h);
+            d.descriptor(2, MEMORY - 8, 16, NEXT | WRITE, 3);
+        },
+        Some(STATUS_BAD_REQUEST),
+    ),
+    (
+        "data at the end of all addresses",
+        |d, h| {
+            good_chain(d, h);
+            d.descriptor(1, u64::MAX - 99, 100, NEXT | WRITE, 2);
+            d.descriptor(2, u64::MAX, 100, NEXT | WRITE, 3);
+        },
+        Some(STATUS_BAD_REQUEST),
+    ),
+    (
+        "data of no length",
+        |d, h| {
+            good_chain(d, h);
+            d.descriptor(1, h, 0, NEXT | WRITE, 2);
+        },
+        Some(STATUS_BAD_REQUEST),
+    ),
+    (
+        "no data",
+        |d, _| {
+            with_header(d, header(RequestKind::ToGuest, 9));
+        },
+        Some(STATUS_BAD_REQUEST),
+    ),
+    (
+        "too much data",
+        |d, h| {
+            good_chain(d, h);
+            d.descriptor(1, h, MAX_DATA as u32 - 63, NEXT | WRITE, 2);
+        },
+        Some(STATUS_BAD_REQUEST),
+    ),
+    (
+        "more than 2^32 bytes",
+        |d, h| {
+            good_chain(d, h);
+            d.descriptor(1, h, u32::MAX, NEXT | WRITE, 2);
+            d.descriptor(2, h, u32::MAX, NEXT | WRITE, 3);
+        },
+        None,
+    ),
+    (
+        "data for the wrong direction",
+        |d, h| {
+            good_chain(d, h);
+            d.descriptor(2, h, 8, NEXT, 3);
+        },
+        Some(STATUS_BAD_REQUEST),
+    ),
+    (
+        "a header that is writable",
+        |d, h| {
+            good_chain(d, h);
+            d.descriptor(0, d.header_gpa(0), 32, NEXT | WRITE, 1);
+        },
+        Some(STATUS_BAD_REQUEST),
+    ),
+    (
+        "a short header",
+        |d, h| {
+            good_chain(d, h);
+            d.descriptor(0, d.header_gpa(0), 31, NEXT, 1);
+        },
+        Some(STATUS_BAD_REQUEST),
+    ),
+    (
+        "a header beyond memory",
+        |d, h| {
+            good_chain(d, h);
+            d.descriptor(0, MEMORY - 16, 32, NEXT, 1);
+        },
+        Some(STATUS_BAD_REQUEST),
+    ),
+    (
+        "an unknown kind",
+        |d, h| {
+            good_chain(d, h);
+            d.write(d.header_gpa(0), 77u32.to_le_bytes());
+        },
+        Some(STATUS_BAD_REQUEST),
+    ),
+    (
+        "data where there should be none",
+        |d, h| {
+            good_chain(d, h);
+            d.write(
+                d.header_gpa(0),
+                (RequestKind::RegisteredToGuest as u32).to_le_bytes(),
+            );
+        },
+        Some(STATUS_BAD_REQUEST),
+    ),
+    (
+        "a buffer that is not registered",
+        |d, _| {
+            with_header(d, header(RequestKind::RegisteredFromGuest, 9));
+        },
+        Some(STATUS_BAD_REQUEST),
+    ),
+    (
+        "a registration with too high an index",
+        |d, h| {
+            let header = RequestHeader {
+                buffer: 16,
+                gpa: h,
+                len: 64,
+                ..header(RequestKind::Register, 9)
+            };
+            with_header(d, header);
+        },
+        Some(STATUS_BAD_REQUEST),
+    ),
+    (
+        "a registration of nothing",
+        |d, h| {
+            with_header(
+                d,
+                RequestHeader {
+                    gpa: h,
+                    ..header(RequestKind::Register, 9)
+                },
+            );
+        },
+        Some(STATUS_BAD_REQUEST),
+    ),
+    (
+        "a registration of all addresses",
+        |d, h| {
+            with_header(
+                d,
+                RequestHeader {
+                    gpa: h,
+                    len: u64::MAX,
+                    ..header(RequestKind::Register, 9)
+                },
+            );
+        },
+        Some(STATUS_BAD_REQUEST),
+    ),
+    (
+        "a registration beyond memory",
+        |d, _| {
+            let header = RequestHeader {
+                gpa: u64::MAX - 4,
+                len: 64,
+                ..header(RequestKind::Register, 9)
+            };
+            with_header(d, header);
+        },
+        Some(STATUS_BAD_REQUEST),
+    ),
+    (
+        "a second registration",
+        |d, h| {
+            assert_eq!(d.register(7, h, 64).code, STATUS_OK);
+            let header = RequestHeader {
+                buffer: 7,
+                gpa: h,
+                len: 64,
+                ..header(RequestKind::Register, 9)
+            };
+            with_header(d, header);
+        },
+        Some(STATUS_BAD_REQUEST),
+    ),
+    (
+        "an indirect table beyond memory",
+        |d, h| {
+            good_chain(d, h);
+            d.descriptor(1, MEMORY - 16, 64, NEXT | INDIRECT, 2);
+        },
+        None,
+    ),
+    (
+        "an indirect table longer than the ring",
+        |d, h| {
+            for index in 0..1000 {
+                write_descriptor(&d.ram, h, index, h, 1, NEXT, index + 1);
+            }
+            d.descriptor(0, h, 16 * 1000, INDIRECT, 0);
+        },
+        None,
+    ),
+];
+
+#[test]
+fn malformed_chains_are_answered_and_nothing_is_held() {
+    let rig = Rig::new(1);
+    let mut driver = rig.driver(0);
+    for (count, &(what, write, expected)) in (1..).zip(MALFORMED) {
+        for doorbell in [Doorbell::Exit, Doorbell::Event] {
+            if what == "a second registration" && matches!(doorbell, Doorbell::Event) {
+                continue;
+            }
+            driver.clear_status(0);
+            write(&mut driver, rig.heap());
+            let before = rig.set.stats().bad_requests;
+            driver.post(0);
+            driver.ring(doorbell);
+            driver.wait_used(driver.posted);
+            let (head, len) = driver.used_entry(driver.posted - 1);
+            assert_eq!(head, 0, "{what}");
+            assert_eq!(len, if expected.is_some() { 16 } else { 0 }, "{what}");
+            let code = driver.status(0).code;
+            assert_eq!(code, expected.unwrap_or(STATUS_PENDING), "{what}");
+            assert_eq!(rig.set.stats().bad_requests, before + 1, "{what}");
+            let (seq, status) = driver.stream(RequestKind::ToGuest, &[(rig.heap(), 64)]);
+            assert_eq!(status, ok(seq), "after {what}, chain {count}");
+        }
+    }
+    assert_eq!(rig.set.stats().bad_doorbells, 0);
+    rig.end(driver);
+}
+
+#[test]
+fn heads_that_are_no_descriptors_keep_their_place_and_get_no_answer() {
+    let rig = Rig::new(1);
+    let mut driver = rig.driver(0);
+    driver.post(u16::MAX);
+    driver.ring(Doorbell::Event);
+    eventually("the bad request", || rig.set.stats().bad_requests == 1);
+    let seq = driver.seq();
+    driver.prepare(0, 0, header(RequestKind::ToGuest, seq), &[(rig.heap(), 64)]);
+    driver.post(QUEUE_SIZE);
+    driver.post(0);
+    driver.ring(Doorbell::Exit);
+    driver.wait_used(1);
+    assert_eq!(driver.used_entry(0), (0, 64 + 16));
+    assert_eq!(rig.set.stats().bad_requests, 2);
+    rig.end(driver);
+}
+
+#[test]
+fn a_ring_that_makes_no_sense_is_left_alone() {
+    let rig = Rig::new(1);
+    let mut driver = rig.driver(0);
+    let index = driver.area + AREA_AVAIL + 2;
+    for (count, doorbell) in [(1, Doorbell::Exit), (2, Doorbell::Event)] {
+        driver.write(index, (driver.posted + QUEUE_SIZE + 1).to_le_bytes());
+        driver.ring(doorbell);
+        eventually("the bad doorbell", || {
+            rig.set.stats().bad_doorbells == count
+        });
+        driver.write(index, driver.posted.to_le_bytes());
+        let (seq, status) = driver.stream(RequestKind::ToGuest, &[(rig.heap(), 64)]);
+        assert_eq!(status, ok(seq));
+    }
+    rig.end(driver);
+}
+
+#[test]
+fn an_overrun_ring_bounds_what_is_outstanding() {
+    let rig = Rig::new(1);
+    let mut driver = rig.driver(0);
+    let seq = driver.seq();
+    let data = [(rig.heap(), MAX_DATA as u32)];
+    driver.prepare(0, 0, header(RequestKind::ToGuest, seq), &data);
+    for _ in 0..4 {
+        for _ in 0..QUEUE_SIZE / 2 {
+            driver.post(0);
+        }
+        driver.ring(Doorbell::Exit);
+        let state = &rig.set.capture()[0];
+        let outstanding = state.pending.len() + usize::from(state.in_flight.is_some());
+        assert!(outstanding <= usize::from(QUEUE_SIZE));
+    }
+    // What found no room is taken without another doorbell.
+    driver.wait_used(2 * QUEUE_SIZE);
+    assert_eq!(rig.set.stats().to_guest, 2 * u64::from(QUEUE_SIZE));
+    rig.end(driver);
+}
+
+#[test]
+fn lack_of_memory_is_an_error_of_the_device_and_not_the_guests() {
+    let rig = Rig::with_limit(1, 64);
+    let mut driver = rig.driver(0);
+    let seq = driver.seq();
+    let data = [(rig.heap(), MAX_DATA as u32)];
+    driver.prepare(0, 0, header(RequestKind::ToGuest, seq), &data);
+    driver.post(0);
+    driver.ring(Doorbell::Exit);
+    let error = rig.set.take_error().unwrap();
+    assert!(matches!(error, DeviceError::Request { device: 0, .. }));
+    assert!(rig.set.take_error().is_none());
+    thread::sleep(Duration::from_millis(5));
+    assert_eq!((driver.used(), driver.status(0).code), (0, STATUS_PENDING));
+    assert_eq!(rig.set.stats().bad_requests, 0);
+    rig.end(driver);
+}
+
+#[test]
+fn a_leaked_pin_shows_in_the_accounts() {
+    let rig = Rig::new(1);
+    rig.set.leak_one_pin().unwrap();
+    let Rig { pool, ram, set, .. } = rig;
+    drop((set, ram));
+    let left = pool.leftovers(16);
+    assert_eq!(left.len(), 1);
+    assert_eq!(left[0].1.pins(), 1);
+}
+
+#[test]
+fn dropping_the_set_releases_everything_whoever_holds_a_device() {
+    let rig = Rig::new(1);
+    let mut driver = rig.driver(0);
+    driver.register(0, rig.heap(), 64);
+    for slot in 1..9 {
+        let seq = driver.seq();
+        let data = [(rig.heap(), MAX_DATA as u32)];
+        driver.prepare(
+            slot,
+            4 * slot as u16,
+            header(RequestKind::ToGuest, seq),
+            &data,
+        );
+        driver.post(4 * slot as u16);
+    }
+    driver.ring(Doorbell::Exit);
+    let device = Arc::clone(&driver.handle);
+    let gpa = rig.heap();
+    let frame = rig.pfn(gpa);
+    let Rig { pool, ram, set, .. } = rig;
+    drop(set);
+    assert_eq!(pool.state(frame).pins(), 0);
+    device.ring_from_vcpu();
+    assert_eq!(device.stats().registered, 0);
+    drop((ram, driver, device));
+    assert_eq!(pool.leftovers(16), []);
+}
