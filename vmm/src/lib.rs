@@ -23,7 +23,11 @@
 //! a [`kvm::Machine`] whose memslot is that window; [`snapshot::Parts`] then takes and restores snapshots.
 //! `session/vm.rs` does just that.
 
+pub mod check;
+pub mod cli;
 pub mod device;
 pub mod host;
 pub mod kvm;
 pub mod mm;
+pub mod session;
+pub mod snapshot;

@@ -1,3 +1,7 @@
-//! The `vmm` program.
+//! The `vmm` program. What it does is [`palimpsest::cli`].
 
-fn main() {}
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    palimpsest::cli::main()
+}

@@ -1,0 +1,173 @@
+//! Examines snapshots: once when they are new (*cut*), once before they are dropped (*isolation*).
+//!
+//! A frame that two snapshots share is the same memory: it is read when it first appears in a snapshot and
+//! when it is last seen in one, and not in between. So a look costs what was written since the one before, not what
+//! there is, and still every page of every snapshot is compared bit for bit at both ends of the snapshot's life.
+
+use std::collections::HashMap;
+use std::mem::offset_of;
+use std::sync::Arc;
+
+use guest::abi::{FOLLOWS_FORMULA, Layout, PAGE_SIZE, Pattern, VcpuPage};
+
+use super::hammer::{At, Hammered};
+use super::hashes::{self, Hashes};
+use super::rings;
+use super::view::View;
+use super::violation::{Oracle, Violation};
+use crate::host::PhysMap;
+use crate::mm::FramePool;
+use crate::snapshot::Snapshot;
+
+/// After this many violations in one look at one snapshot the rest of that look is not reported.
+const ENOUGH: usize = 16;
+
+/// Knows a guest, and what was found out about its living snapshots.
+#[derive(Debug)]
+pub struct Examiner {
+    seed: u64,
+    layout: Layout,
+    hammered: Hammered,
+    physmap: Arc<PhysMap>,
+    pool: Arc<FramePool>,
+    known: HashMap<u64, Known>,
+}
+
+/// What the first look at a snapshot found out.
+#[derive(Debug)]
+struct Known {
+    /// Operations of each vCPU, if the guest follows the formula.
+    ops: Option<Vec<u64>>,
+    hashes: Hashes,
+}
+
+/// What a look found.
+#[derive(Debug, Default)]
+pub struct Findings {
+    /// Pages looked at.
+    pub pages: u64,
+    /// What was wrong.
+    pub violations: Vec<Violation>,
+}
+
+impl Findings {
+    fn reporter(violations: &mut Vec<Violation>) -> impl FnMut(Violation) {
+        |violation| {
+            if violations.len() < ENOUGH {
+                violations.push(violation);
+            }
+        }
+    }
+}
+
+impl Examiner {
+    /// An examiner for a guest of this layout.
+    pub fn new(
+        seed: u64,
+        pattern: Pattern,
+        layout: Layout,
+        physmap: Arc<PhysMap>,
+        pool: Arc<FramePool>,
+    ) -> Self {
+        Self {
+            seed,
+            layout,
+            hammered: Hammered::new(seed, pattern, layout),
+            physmap,
+            pool,
+            known: HashMap::new(),
+        }
+    }
+
+    /// Is it the state at one instant? `parent` is the snapshot the VM ran on from, if it lives and was looked at.
+    pub fn first_look(&mut self, snapshot: &Snapshot, parent: Option<&Snapshot>) -> Findings {
+        let view = self.view(snapshot);
+        let parent = parent.and_then(|p| Some((self.view(p), self.known.get(&p.number())?)));
+        let mut findings = Findings::default();
+        let ops = self.operations(view);
+        if let Some(ops) = &ops {
+            let mut report = Findings::reporter(&mut findings.violations);
+            self.check_counters(view, ops, &mut report);
+            let parent = parent.as_ref().and_then(|(view, known)| {
+                Some(At {
+                    view: *view,
+                    ops: known.ops.as_ref()?,
+                })
+            });
+            findings.pages += self
+                .hammered
+                .first_look(At { view, ops }, parent, &mut report);
+            for (device, state) in (0..).zip(snapshot.devices()) {
+                findings.pages +=
+                    rings::check(view, &self.layout, self.seed, device, state, &mut report);
+            }
+        }
+        let end = match ops {
+            Some(_) => self.layout.hammer_base,
+            None => self.layout.memory,
+        };
+        let parent_hashes = parent.map(|(view, known)| (view, &known.hashes));
+        let hashes = hashes::first_look(view, 0..end / PAGE_SIZE, parent_hashes);
+        findings.pages += hashes.len() as u64;
+        self.known.insert(snapshot.number(), Known { ops, hashes });
+        findings
+    }
+
+    /// Is it still what it was? `heir` is a younger snapshot whose parent this is, and which will be looked at last, too.
+    pub fn last_look(&mut self, snapshot: &Snapshot, heir: Option<&Snapshot>) -> Findings {
+        let mut findings = Findings::default();
+        let Some(known) = self.known.remove(&snapshot.number()) else {
+            return findings;
+        };
+        let view = self.view(snapshot);
+        let heir = heir
+            .filter(|h| {
+                h.parent() == Some(snapshot.number())
+                    // Both must be compared by the same rule.
+                    && self.known.get(&h.number()).is_some_and(|k| k.ops.is_some() == known.ops.is_some())
+            })
+            .map(|h| self.view(h));
+        let mut report = Findings::reporter(&mut findings.violations);
+        if let Some(ops) = &known.ops {
+            findings.pages += self.hammered.last_look(At { view, ops }, heir, &mut report);
+        }
+        findings.pages += hashes::last_look(view, &known.hashes, heir, &mut report);
+        drop(report);
+        findings
+    }
+
+    fn view<'a>(&'a self, snapshot: &'a Snapshot) -> View<'a> {
+        View::new(snapshot, &self.physmap, &self.pool)
+    }
+
+    /// How many operations each vCPU has done, by its registers. `None` if the guest does not follow the formula, or not yet.
+    fn operations(&self, view: View<'_>) -> Option<Vec<u64>> {
+        (0..self.layout.vcpus)
+            .zip(view.snapshot.vcpus())
+            .map(|(vcpu, state)| {
+                let formula = self.layout.vcpu_page(vcpu) + offset_of!(VcpuPage, formula) as u64;
+                (view.u64(formula) == FOLLOWS_FORMULA).then(|| state.mm7())
+            })
+            .collect()
+    }
+
+    /// The counter in memory is that of the registers, or one behind: it is written last.
+    fn check_counters(&self, view: View<'_>, ops: &[u64], report: &mut dyn FnMut(Violation)) {
+        for (vcpu, &done) in (0..).zip(ops) {
+            let gpa = self.layout.vcpu_page(vcpu) + offset_of!(VcpuPage, ops) as u64;
+            let counted = view.u64(gpa);
+            if counted != done && counted.wrapping_add(1) != done {
+                let mut v = Violation::new(
+                    Oracle::Cut,
+                    format!("memory and registers of vcpu {vcpu} are not of the same instant"),
+                );
+                v.snapshot = Some(view.snapshot.number());
+                v.gpa = Some(gpa);
+                v.expected = format!("{done} operations (by the registers)");
+                v.found = format!("{counted} operations (in memory)");
+                v.frame = view.describe_frame(gpa / PAGE_SIZE);
+                report(v);
+            }
+        }
+    }
+}

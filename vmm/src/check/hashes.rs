@@ -1,0 +1,70 @@
+//! Pages that follow no formula: only that they do not change can be checked.
+
+use std::collections::HashMap;
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::ops::Range;
+
+use super::view::{View, WORDS};
+use super::violation::{Oracle, Violation};
+use crate::mm::Pfn;
+
+/// What pages hashed to when a snapshot was first looked at. Untouched pages are not in it.
+pub(super) type Hashes = HashMap<u64, u64>;
+
+/// Hashes the touched pages of `gfns`. Those whose frame is `parent`'s still are not hashed again.
+pub(super) fn first_look(
+    view: View<'_>,
+    gfns: Range<u64>,
+    parent: Option<(View<'_>, &Hashes)>,
+) -> Hashes {
+    gfns.filter_map(|gfn| {
+        let frame = view.frame(gfn);
+        if frame == Pfn::ZERO {
+            return None;
+        }
+        let inherited = parent
+            .filter(|(parent, _)| parent.frame(gfn) == frame)
+            .and_then(|(_, hashes)| hashes.get(&gfn).copied());
+        Some((gfn, inherited.unwrap_or_else(|| hash(view, gfn))))
+    })
+    .collect()
+}
+
+/// Hashes the pages again and compares. Those that `heir`, whose parent this snapshot is, shares still are looked at with it.
+/// Returns the pages it has looked at.
+pub(super) fn last_look(
+    view: View<'_>,
+    hashes: &Hashes,
+    heir: Option<View<'_>>,
+    report: &mut dyn FnMut(Violation),
+) -> u64 {
+    let mut pages = 0;
+    for (&gfn, &expected) in hashes {
+        if heir.is_some_and(|h| h.frame(gfn) == view.frame(gfn)) {
+            continue;
+        }
+        pages += 1;
+        let found = hash(view, gfn);
+        if found != expected {
+            let mut v = Violation::new(
+                Oracle::Isolation,
+                "a page has changed since the snapshot was taken",
+            );
+            v.snapshot = Some(view.snapshot.number());
+            v.gpa = Some(gfn * guest::abi::PAGE_SIZE);
+            v.expected = format!("hash {expected:#018x}");
+            v.found = format!("hash {found:#018x}");
+            v.frame = view.describe_frame(gfn);
+            report(v);
+        }
+    }
+    pages
+}
+
+fn hash(view: View<'_>, gfn: u64) -> u64 {
+    let mut page = [0; WORDS];
+    view.page(gfn, &mut page);
+    let mut hasher = DefaultHasher::new();
+    page.hash(&mut hasher);
+    hasher.finish()
+}

@@ -1,0 +1,31 @@
+//! The oracles: is every snapshot right, and does the VM run on as it should?
+//!
+//! | oracle | what it says | who looks |
+//! |---|---|---|
+//! | cut | a snapshot is the state at one instant: registers, hammered pages, rings, DMA data and devices agree | [`Examiner::first_look`] |
+//! | isolation | nothing written after a snapshot ever shows in it | both looks of [`Examiner`] |
+//! | coherence | what a device writes through a pin the guest sees, and the other way round | the guest itself, see `guest::abi::Failure` |
+//! | life | a rewound guest runs on and its own checks hold | the guest, and [`crate::session`] |
+//! | accounting | at the end every frame is free, no reference or pin is left | [`account`] |
+//!
+//! What memory must hold is a closed formula of the seed and of how many operations each vCPU has done
+//! (`guest::formula`), and that number is in the captured registers. So nothing is replayed or recorded, and an oracle knows
+//! nothing of how a snapshot was made.
+//!
+//! The first two run on a thread of their own ([`Worker`]), beside the guest. Every oracle has a fault that trips
+//! it: [`inject`] has those of memory, [`crate::snapshot::Fault`] those of the steps, `device` that of a pin.
+
+mod account;
+mod examiner;
+mod hammer;
+mod hashes;
+pub mod inject;
+mod rings;
+mod view;
+pub mod violation;
+mod worker;
+
+pub use account::account;
+pub use examiner::{Examiner, Findings};
+pub use violation::{Oracle, Violation, ViolationCounts};
+pub use worker::{Progress, Worker};

@@ -1,0 +1,244 @@
+//! Device areas: do the rings, the data, the statuses, the margins and what the device itself says agree?
+
+use std::mem::offset_of;
+
+use guest::abi::{
+    AREA_AVAIL, AREA_DRIVER, AREA_STATUS, AREA_USED, BUFFER_LEN, DATA_LEN, DATA_OFFSET, DriverPage,
+    DriverSlot, Layout, QUEUE_SIZE, RequestKind, SLOT_POSTED, SLOT_STRIDE, SLOTS, STATUS_OK,
+    STATUS_PENDING, STREAM_SLOTS, Status, buffer_offset, slot_head,
+};
+use guest::formula::{buffer_word_from_key, dma_key, margin_key, poison_key};
+
+use super::view::View;
+use super::violation::{Oracle, Violation};
+use crate::device::DeviceState;
+
+/// Checks one device's area of a snapshot. Returns the pages it has looked at.
+pub(super) fn check(
+    view: View<'_>,
+    layout: &Layout,
+    seed: u64,
+    device: u64,
+    state: &DeviceState,
+    report: &mut dyn FnMut(Violation),
+) -> u64 {
+    let area = Area {
+        view,
+        base: layout.device_area(device),
+        seed,
+        device,
+        state,
+    };
+    area.check_counts(report);
+    let slots = STREAM_SLOTS + layout.registered;
+    for slot in 0..slots.min(SLOTS) {
+        area.check_slot(slot, report);
+    }
+    4 + slots * BUFFER_LEN / guest::abi::PAGE_SIZE
+}
+
+struct Area<'a> {
+    view: View<'a>,
+    base: u64,
+    seed: u64,
+    device: u64,
+    state: &'a DeviceState,
+}
+
+/// Where a request that the driver has posted is.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Progress {
+    /// Not completed: nothing of it is done.
+    Waiting,
+    /// Being transferred: its data is in part what it was.
+    InFlight,
+    /// Completed: all of it is done.
+    Done,
+}
+
+impl Area<'_> {
+    fn violation(&self, what: String, gpa: u64, expected: String, found: String) -> Violation {
+        let mut v = Violation::new(Oracle::Cut, format!("device {}: {what}", self.device));
+        v.snapshot = Some(self.view.snapshot.number());
+        v.gpa = Some(gpa);
+        v.expected = expected;
+        v.found = found;
+        v.frame = self.view.describe_frame(gpa / guest::abi::PAGE_SIZE);
+        v
+    }
+
+    fn ring_index(&self, ring: u64) -> u16 {
+        self.view.u16(self.base + ring + 2)
+    }
+
+    /// Entry `position` of the used ring: the head of the chain that was completed.
+    fn used_entry(&self, position: u16) -> u32 {
+        let entry = u64::from(position % QUEUE_SIZE);
+        self.view.u32(self.base + AREA_USED + 4 + 8 * entry)
+    }
+
+    /// The device's own account against the rings'.
+    fn check_counts(&self, report: &mut dyn FnMut(Violation)) {
+        let queue = &self.state.queue;
+        let used = self.ring_index(AREA_USED);
+        if used != queue.next_used {
+            report(self.violation(
+                "the used ring and the device disagree on how many requests are done".to_owned(),
+                self.base + AREA_USED + 2,
+                format!("{} (by the device)", queue.next_used),
+                format!("{used} (in memory)"),
+            ));
+        }
+        let taken = self.state.pending.len() + usize::from(self.state.in_flight.is_some());
+        let done = queue.next_avail.wrapping_sub(taken as u16);
+        if done != queue.next_used {
+            report(self.violation(
+                format!(
+                    "{taken} requests are taken and not done, and the queue's indices do not say so"
+                ),
+                self.base + AREA_USED + 2,
+                format!("{done}"),
+                format!("{}", queue.next_used),
+            ));
+        }
+        let posted = self.ring_index(AREA_AVAIL);
+        if posted.wrapping_sub(queue.next_avail) > QUEUE_SIZE {
+            report(self.violation(
+                "the device has taken requests that are not in the ring".to_owned(),
+                self.base + AREA_AVAIL + 2,
+                format!("at least {}", queue.next_avail),
+                format!("{posted}"),
+            ));
+        }
+    }
+
+    fn check_slot(&self, slot: u64, report: &mut dyn FnMut(Violation)) {
+        let notes = self.base
+            + AREA_DRIVER
+            + offset_of!(DriverPage, slots) as u64
+            + slot * size_of::<DriverSlot>() as u64;
+        let seq = self.view.u64(notes + offset_of!(DriverSlot, seq) as u64);
+        let kind = self.view.u32(notes + offset_of!(DriverSlot, kind) as u64);
+        let state = self.view.u32(notes + offset_of!(DriverSlot, state) as u64);
+        let margin = self.view.u64(notes + offset_of!(DriverSlot, margin) as u64);
+        if state != SLOT_POSTED {
+            return;
+        }
+        let Some(kind) = RequestKind::from_raw(kind) else {
+            return;
+        };
+        if kind == RequestKind::Register {
+            return;
+        }
+        let progress = self.progress(slot);
+        self.check_status(slot, seq, progress, report);
+        self.check_data(slot, seq, kind, progress, report);
+        self.check_margins(slot, margin, report);
+    }
+
+    fn progress(&self, slot: u64) -> Progress {
+        let head = slot_head(slot);
+        if self.state.in_flight.map(u64::from) == Some(head) {
+            return Progress::InFlight;
+        }
+        // Completions the driver has not dealt with yet. One it has dealt with, but not noted so, is of a request that is still posted:
+        // looking one further back covers it, since its slot is idle before it counts on.
+        let last = self.base + AREA_DRIVER + offset_of!(DriverPage, last_used) as u64;
+        let (mut at, end) = (self.view.u64(last) as u16, self.ring_index(AREA_USED));
+        while at != end {
+            if u64::from(self.used_entry(at)) == head {
+                return Progress::Done;
+            }
+            at = at.wrapping_add(1);
+        }
+        Progress::Waiting
+    }
+
+    fn check_status(
+        &self,
+        slot: u64,
+        seq: u64,
+        progress: Progress,
+        report: &mut dyn FnMut(Violation),
+    ) {
+        let expected = match progress {
+            Progress::Done => STATUS_OK,
+            Progress::Waiting => STATUS_PENDING,
+            Progress::InFlight => return,
+        };
+        let status = self.base + AREA_STATUS + slot * SLOT_STRIDE;
+        let code = self.view.u32(status + offset_of!(Status, code) as u64);
+        let of = self.view.u64(status + offset_of!(Status, seq) as u64);
+        if (code, of) != (expected, seq) {
+            report(self.violation(
+                format!("the status of request {seq} and the used ring disagree"),
+                status,
+                format!("code {expected} of request {seq}"),
+                format!("code {code} of request {of}"),
+            ));
+        }
+    }
+
+    fn check_data(
+        &self,
+        slot: u64,
+        seq: u64,
+        kind: RequestKind,
+        progress: Progress,
+        report: &mut dyn FnMut(Violation),
+    ) {
+        let to_guest = matches!(kind, RequestKind::ToGuest | RequestKind::RegisteredToGuest);
+        let (key, whose) = match (to_guest, progress) {
+            (true, Progress::InFlight) => return,
+            (true, Progress::Waiting) => (poison_key(self.seed, self.device, seq), "the guest"),
+            _ => (dma_key(self.seed, self.device, seq), "the request"),
+        };
+        let data = self.base + buffer_offset(slot) + DATA_OFFSET;
+        for word in 0..DATA_LEN / 8 {
+            let (expected, found) = (
+                buffer_word_from_key(key, word),
+                self.view.u64(data + 8 * word),
+            );
+            if expected != found {
+                report(self.violation(
+                    match progress {
+                        Progress::Done => {
+                            format!("request {seq} is completed and its data is not there")
+                        }
+                        _ => format!("request {seq} is not completed and its buffer was written"),
+                    },
+                    data + 8 * word,
+                    format!("{expected:#018x} (by {whose})"),
+                    format!("{found:#018x}"),
+                ));
+                return;
+            }
+        }
+    }
+
+    /// The guest rewrites its margins from the first word to the last: up to some word they are of the newest
+    /// count, from there on of the one before.
+    fn check_margins(&self, slot: u64, count: u64, report: &mut dyn FnMut(Violation)) {
+        let buffer = self.base + buffer_offset(slot);
+        let new = margin_key(self.seed, self.device, slot, count);
+        let old = margin_key(self.seed, self.device, slot, count.wrapping_sub(1));
+        let words = (0..DATA_OFFSET / 8).chain((DATA_OFFSET + DATA_LEN) / 8..BUFFER_LEN / 8);
+        let mut key = new;
+        for word in words {
+            let found = self.view.u64(buffer + 8 * word);
+            if found != buffer_word_from_key(key, word) {
+                key = old;
+            }
+            let expected = buffer_word_from_key(key, word);
+            if found != expected {
+                report(self.violation(
+                    format!("the guest's own bytes beside slot {slot} are lost"),
+                    buffer + 8 * word,
+                    format!("{expected:#018x} (by the guest, count {count} or the one before)"),
+                    format!("{found:#018x}"),
+                ));
+                return;
+            }
+        }
+    }
+}

@@ -1,0 +1,81 @@
+//! Reading a snapshot's memory.
+
+use crate::host::PhysMap;
+use crate::mm::{FramePool, Gfn, PAGE_SIZE, Pfn};
+use crate::snapshot::Snapshot;
+
+/// The 64-bit words of a page.
+pub(super) const WORDS: usize = (PAGE_SIZE / 8) as usize;
+
+/// The words of one page.
+pub(super) type Page = [u64; WORDS];
+
+/// A snapshot's memory, by guest-physical address. Reads beyond its end give zeros.
+///
+/// A page is copied out under its lock: a break that wants to move it waits, and no page is seen half moved.
+#[derive(Clone, Copy)]
+pub(super) struct View<'a> {
+    pub(super) snapshot: &'a Snapshot,
+    physmap: &'a PhysMap,
+    pool: &'a FramePool,
+}
+
+impl<'a> View<'a> {
+    pub(super) fn new(snapshot: &'a Snapshot, physmap: &'a PhysMap, pool: &'a FramePool) -> Self {
+        Self {
+            snapshot,
+            physmap,
+            pool,
+        }
+    }
+
+    /// The frame a page is in just now.
+    pub(super) fn frame(&self, gfn: u64) -> Pfn {
+        self.snapshot.memory().frame(Gfn(gfn)).unwrap_or(Pfn::ZERO)
+    }
+
+    /// What is known of the frame a page is in, in words.
+    pub(super) fn describe_frame(&self, gfn: u64) -> String {
+        let pfn = self.frame(gfn);
+        match pfn {
+            Pfn::ZERO => "the zero frame".to_owned(),
+            pfn => format!("{pfn:?} {:?}", self.pool.state(pfn)),
+        }
+    }
+
+    pub(super) fn page(&self, gfn: u64, page: &mut Page) {
+        let read = self
+            .snapshot
+            .memory()
+            .with_frame(Gfn(gfn), |pfn| match pfn {
+                Pfn::ZERO => page.fill(0),
+                pfn => {
+                    self.physmap.slice(pfn, 0, PAGE_SIZE).copy_to(&mut page[..]);
+                }
+            });
+        if read.is_err() {
+            page.fill(0);
+        }
+    }
+
+    /// The word at `gpa`, which is a multiple of 8.
+    pub(super) fn u64(&self, gpa: u64) -> u64 {
+        let mut word = [0u64];
+        let read = self.snapshot.memory().with_frame(Gfn::of_gpa(gpa), |pfn| {
+            self.physmap
+                .slice(pfn, gpa % PAGE_SIZE / 8 * 8, 8)
+                .copy_to(&mut word[..]);
+        });
+        read.map_or(0, |()| word[0])
+    }
+
+    /// The half word at `gpa`, a multiple of 4.
+    pub(super) fn u32(&self, gpa: u64) -> u32 {
+        (self.u64(gpa / 8 * 8) >> (gpa % 8 * 8)) as u32
+    }
+
+    /// The quarter word at `gpa`, a multiple of 2.
+    pub(super) fn u16(&self, gpa: u64) -> u16 {
+        (self.u64(gpa / 8 * 8) >> (gpa % 8 * 8)) as u16
+    }
+}

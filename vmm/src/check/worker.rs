@@ -1,0 +1,145 @@
+//! The thread that examines snapshots beside the running guest.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{self, Receiver, Sender};
+use std::thread::{self, JoinHandle};
+
+use super::examiner::{Examiner, Findings};
+use super::violation::Violation;
+use crate::snapshot::Snapshot;
+
+/// Examines snapshots in the order they are handed over, on its own thread.
+#[derive(Debug)]
+pub struct Worker {
+    tasks: Option<Sender<Task>>,
+    violations: Receiver<Violation>,
+    counters: Arc<Counters>,
+    handed_over: u64,
+    thread: Option<JoinHandle<()>>,
+}
+
+#[derive(Debug)]
+enum Task {
+    First(Arc<Snapshot>, Option<Arc<Snapshot>>),
+    Last(Arc<Snapshot>, Option<Arc<Snapshot>>),
+}
+
+/// Statistics, and how far the thread is: nothing else is ordered by them.
+#[derive(Debug, Default)]
+struct Counters {
+    tasks_done: AtomicU64,
+    checked: AtomicU64,
+    pages: AtomicU64,
+}
+
+/// How far the worker is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Progress {
+    /// Snapshots that had their first look.
+    pub checked: u64,
+    /// Pages looked at.
+    pub pages: u64,
+}
+
+impl Worker {
+    /// Starts the thread.
+    ///
+    /// # Errors
+    /// If the host gives no thread.
+    pub fn start(mut examiner: Examiner) -> io::Result<Self> {
+        let (tasks, todo) = mpsc::channel::<Task>();
+        let (report, violations) = mpsc::channel();
+        let counters = Arc::new(Counters::default());
+        let count = Arc::clone(&counters);
+        let thread = thread::Builder::new()
+            .name("checker".to_owned())
+            .spawn(move || {
+                for task in todo {
+                    let Findings { pages, violations } = match &task {
+                        Task::First(snapshot, parent) => {
+                            let findings = examiner.first_look(snapshot, parent.as_deref());
+                            count.checked.fetch_add(1, Ordering::Relaxed);
+                            findings
+                        }
+                        Task::Last(snapshot, heir) => examiner.last_look(snapshot, heir.as_deref()),
+                    };
+                    count.pages.fetch_add(pages, Ordering::Relaxed);
+                    for violation in violations {
+                        // Nobody listens any more: the run is over.
+                        let _ = report.send(violation);
+                    }
+                    // Snapshots are dropped before the task counts as done.
+                    drop(task);
+                    count.tasks_done.fetch_add(1, Ordering::Release);
+                }
+            })?;
+        Ok(Self {
+            tasks: Some(tasks),
+            violations,
+            counters,
+            handed_over: 0,
+            thread: Some(thread),
+        })
+    }
+
+    /// Hands over a new snapshot. `parent` is the one the VM ran on from, if it lives.
+    pub fn first_look(&mut self, snapshot: &Arc<Snapshot>, parent: Option<&Arc<Snapshot>>) {
+        self.hand_over(Task::First(Arc::clone(snapshot), parent.cloned()));
+    }
+
+    /// Hands over a snapshot that nobody needs any more: it is looked at once more and dropped. `heir` is one that lives
+    /// on, if there is one whose parent this is.
+    pub fn last_look(&mut self, snapshot: Arc<Snapshot>, heir: Option<&Arc<Snapshot>>) {
+        self.hand_over(Task::Last(snapshot, heir.cloned()));
+    }
+
+    fn hand_over(&mut self, task: Task) {
+        if let Some(tasks) = &self.tasks
+            && tasks.send(task).is_ok()
+        {
+            self.handed_over += 1;
+        }
+    }
+
+    /// Tasks that are not done yet.
+    pub fn backlog(&self) -> u64 {
+        self.handed_over - self.counters.tasks_done.load(Ordering::Acquire)
+    }
+
+    /// How far it is.
+    pub fn progress(&self) -> Progress {
+        Progress {
+            checked: self.counters.checked.load(Ordering::Relaxed),
+            pages: self.counters.pages.load(Ordering::Relaxed),
+        }
+    }
+
+    /// What was found since the last call.
+    pub fn take_violations(&self) -> Vec<Violation> {
+        self.violations.try_iter().collect()
+    }
+
+    /// Whether the thread has ended though it should not have: it panicked.
+    pub fn is_dead(&self) -> bool {
+        self.thread.as_ref().is_some_and(JoinHandle::is_finished) && self.tasks.is_some()
+    }
+
+    /// Lets it finish what it was handed, and gives what it found since the last call.
+    pub fn finish(&mut self) -> Vec<Violation> {
+        self.tasks = None;
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            tracing::error!("the checker panicked: not every snapshot was checked");
+        }
+        self.take_violations()
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        self.finish();
+    }
+}

@@ -1,0 +1,267 @@
+//! The command line.
+
+use std::{
+    hash::{BuildHasher, Hasher, RandomState},
+    path::PathBuf,
+    time::Duration,
+};
+
+use clap::{
+    ArgAction, Parser,
+    builder::{PossibleValue, PossibleValuesParser, TypedValueParser},
+};
+use guest::abi::Pattern;
+
+use super::units::{parse_size, parse_time};
+use crate::session::config::{Config, GuestSource, Injection, RunLength, pattern_named};
+
+const AFTER_HELP: &str = "\
+Sizes are binary: K, M, G, T (or KiB, MiB, ...). Times: us, ms, s, m, h.
+
+Examples:
+  vmm                                         ten seconds with the built-in guest
+  vmm --duration 60s --vcpus 4 --pattern hot  a longer run, most writes in few pages
+  vmm --snapshots 1000 --report run.json      a number of snapshots, results as JSON
+  vmm --inject share-pinned                   see an oracle catch a wrong fork (exit code 3)
+
+Ctrl-C ends a run early, with its report. A second one kills it.
+
+Exit codes:
+  0  every snapshot taken was right
+  1  the run could not start or finish, or the guest crashed
+  2  the command line makes no sense
+  3  an oracle found a violation";
+
+/// Snapshot a running KVM guest while devices do DMA into it, and check every snapshot bit for bit.
+///
+/// Boots a guest that writes its memory in a way that can be predicted, takes copy-on-write snapshots of it while it runs, compares each with what memory must have held at that instant, and rewinds the guest to some of them. At the end it says what was found.
+#[derive(Debug, Parser)]
+#[command(name = "vmm", version, after_help = AFTER_HELP, max_term_width = 100)]
+pub(crate) struct Args {
+    /// The program to run: the built-in `payload`, or an ELF that follows the guest ABI
+    #[arg(long, value_name = "payload|FILE", default_value = "payload", help_heading = "Guest", value_parser = parse_guest)]
+    guest: GuestSource,
+
+    /// Memory of the guest
+    #[arg(long, value_name = "SIZE", default_value = "256M", help_heading = "Guest", value_parser = parse_size)]
+    memory: u64,
+
+    /// vCPUs of the guest
+    #[arg(long, value_name = "N", default_value_t = 2, help_heading = "Guest")]
+    vcpus: u64,
+
+    /// How vCPUs choose the pages they write
+    #[arg(long, value_name = "PATTERN", default_value = "uniform", help_heading = "Guest", value_parser = pattern_parser())]
+    pattern: Pattern,
+
+    /// Seed of everything that is chosen; a run with the same seed writes the same memory [default: random]
+    #[arg(long, value_name = "N", help_heading = "Guest")]
+    seed: Option<u64>,
+
+    /// DMA devices that read and write the guest's memory
+    #[arg(long, value_name = "N", default_value_t = 2, help_heading = "Devices")]
+    dma_devices: u64,
+
+    /// Buffers each device pins once and holds to the end
+    #[arg(long, value_name = "N", default_value_t = 4, help_heading = "Devices")]
+    registered_buffers: u64,
+
+    /// Time from one snapshot to the next
+    #[arg(long, value_name = "TIME", default_value = "20ms", help_heading = "Snapshots", value_parser = parse_time)]
+    snapshot_every: Duration,
+
+    /// Snapshots kept alive at once; the oldest makes room for the next
+    #[arg(
+        long,
+        value_name = "N",
+        default_value_t = 4,
+        help_heading = "Snapshots"
+    )]
+    keep: usize,
+
+    /// Rewind the guest to one of the kept snapshots after every N; 0 is never
+    #[arg(
+        long,
+        value_name = "N",
+        default_value_t = 10,
+        help_heading = "Snapshots"
+    )]
+    restore_every: u64,
+
+    /// How long to run [default: 10s]
+    #[arg(long, value_name = "TIME", help_heading = "Run", conflicts_with = "snapshots", value_parser = parse_time)]
+    duration: Option<Duration>,
+
+    /// Run until this many snapshots are taken, instead of for a time
+    #[arg(long, value_name = "N", help_heading = "Run")]
+    snapshots: Option<u64>,
+
+    /// Do one thing wrong on purpose, to see that an oracle catches it; the run must end with exit code 3
+    #[arg(long, value_name = "FAULT", help_heading = "Run")]
+    inject: Option<Injection>,
+
+    /// Write what was found as JSON, too
+    #[arg(long, value_name = "FILE", help_heading = "Output")]
+    pub(crate) report: Option<PathBuf>,
+
+    /// Log more to standard error: -v what happens, -vv every step, -vvv everything
+    #[arg(short, long, action = ArgAction::Count, help_heading = "Output")]
+    pub(crate) verbose: u8,
+}
+
+impl Args {
+    /// What the run is asked to do. Draws a seed if none was given.
+    pub(crate) fn config(&self) -> Config {
+        Config {
+            guest: self.guest.clone(),
+            memory: self.memory,
+            vcpus: self.vcpus,
+            length: match (self.snapshots, self.duration) {
+                (Some(snapshots), _) => RunLength::Snapshots(snapshots),
+                (None, Some(duration)) => RunLength::Duration(duration),
+                (None, None) => RunLength::Duration(Duration::from_secs(10)),
+            },
+            snapshot_every: self.snapshot_every,
+            keep: self.keep,
+            restore_every: self.restore_every,
+            dma_devices: self.dma_devices,
+            registered_buffers: self.registered_buffers,
+            pattern: self.pattern,
+            seed: self.seed.unwrap_or_else(random_seed),
+            inject: self.inject,
+        }
+    }
+}
+
+/// Seeds are typed again by people, and read by programs that keep numbers as doubles: 32 bits will do.
+fn random_seed() -> u64 {
+    // The standard library's only source of randomness.
+    RandomState::new().build_hasher().finish() & u64::from(u32::MAX)
+}
+
+fn parse_guest(text: &str) -> Result<GuestSource, String> {
+    match text {
+        "" => Err("must be payload, or a path".to_owned()),
+        "payload" => Ok(GuestSource::Payload),
+        path => Ok(GuestSource::File(path.into())),
+    }
+}
+
+fn pattern_parser() -> impl TypedValueParser<Value = Pattern> {
+    PossibleValuesParser::new([
+        PossibleValue::new("dense").help("Page after page, over and over"),
+        PossibleValue::new("uniform").help("All pages alike, in an order that keeps changing"),
+        PossibleValue::new("hot").help("Nine writes of ten in a tenth of the pages"),
+        PossibleValue::new("sparse").help("One page of every 2 MiB"),
+    ])
+    .map(|name| pattern_named(&name).expect("every name listed is that of a pattern"))
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+    use crate::session::config::pattern_name;
+
+    fn parse(flags: &[&str]) -> Config {
+        Args::try_parse_from(["vmm"].iter().chain(flags))
+            .unwrap()
+            .config()
+    }
+
+    fn refusal(flags: &[&str]) -> String {
+        Args::try_parse_from(["vmm"].iter().chain(flags))
+            .unwrap_err()
+            .to_string()
+    }
+
+    #[test]
+    fn the_definition_is_sound() {
+        Args::command().debug_assert();
+    }
+
+    #[test]
+    fn no_flags_give_the_documented_defaults() {
+        let expected = Config {
+            seed: 5,
+            ..crate::session::config::tests::example()
+        };
+        assert_eq!(parse(&["--seed", "5"]), expected);
+    }
+
+    #[test]
+    fn every_flag_arrives() {
+        let config = parse(&[
+            "--guest=a.elf",
+            "--memory=1G",
+            "--vcpus=4",
+            "--snapshots=9",
+            "--snapshot-every=5ms",
+            "--keep=3",
+            "--restore-every=0",
+            "--dma-devices=1",
+            "--registered-buffers=2",
+            "--pattern=sparse",
+            "--seed=18446744073709551615",
+            "--inject=leak-pin",
+        ]);
+        assert_eq!(
+            config,
+            Config {
+                guest: GuestSource::File("a.elf".into()),
+                memory: 1 << 30,
+                vcpus: 4,
+                length: RunLength::Snapshots(9),
+                snapshot_every: Duration::from_millis(5),
+                keep: 3,
+                restore_every: 0,
+                dma_devices: 1,
+                registered_buffers: 2,
+                pattern: Pattern::Sparse,
+                seed: u64::MAX,
+                inject: Some(Injection::LeakPin),
+            }
+        );
+        assert_eq!(
+            parse(&["--duration", "2m"]).length,
+            RunLength::Duration(Duration::from_secs(120))
+        );
+    }
+
+    #[test]
+    fn every_pattern_has_a_name() {
+        for name in ["dense", "uniform", "hot", "sparse"] {
+            assert_eq!(pattern_name(parse(&["--pattern", name]).pattern), name);
+        }
+    }
+
+    #[test]
+    fn every_fault_can_be_asked_for() {
+        for fault in Injection::ALL {
+            assert_eq!(parse(&["--inject", fault.name()]).inject, Some(fault));
+        }
+    }
+
+    #[test]
+    fn a_run_has_one_length() {
+        let refusal = refusal(&["--duration", "1s", "--snapshots", "3"]);
+        assert!(refusal.contains("cannot be used with"), "{refusal}");
+    }
+
+    #[test]
+    fn refusals_say_what_is_wrong() {
+        let refused = refusal(&["--memory", "lots"]);
+        assert!(refused.contains("must be a number and a unit"), "{refused}");
+        let refused = refusal(&["--duration", "10"]);
+        assert!(refused.contains("write 10us, 10ms, 10s"), "{refused}");
+        assert!(refusal(&["--pattern", "x"]).contains("possible values: dense"));
+    }
+
+    #[test]
+    fn seeds_differ_and_are_short() {
+        let (one, other) = (random_seed(), random_seed());
+        assert_ne!(one, other);
+        assert!(one <= u64::from(u32::MAX));
+    }
+}

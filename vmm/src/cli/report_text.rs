@@ -1,0 +1,339 @@
+//! The report at the end of a run, for people.
+
+use std::fmt::Write;
+
+use super::{
+    status::printable,
+    units::{bytes, count, exact_time, micros},
+};
+use crate::session::{
+    config::{Config, RunLength, Size, pattern_name},
+    report::{EndedBy, Oracle, Quantiles, Report, Verdict},
+};
+
+/// `report` on one screen. The first line is the verdict; what a crashed guest left comes right after it.
+pub(crate) fn render(report: &Report) -> String {
+    let mut text = verdict(report);
+    text.push('\n');
+    // The first line of the error is in the verdict, if that is an error.
+    let error = report.error.as_deref().unwrap_or_default();
+    let told = usize::from(report.verdict == Verdict::Error);
+    for line in error.lines().skip(told) {
+        text.push_str("  ");
+        text.push_str(&printable(line));
+        text.push('\n');
+    }
+    text.push('\n');
+    for (name, value) in rows(report) {
+        // Writing to a string cannot fail.
+        let _ = writeln!(text, "{name:<11} {value}");
+    }
+    text
+}
+
+fn verdict(report: &Report) -> String {
+    let snapshots = &report.snapshots;
+    match report.verdict {
+        Verdict::Ok => {
+            let checked = match (snapshots.taken, snapshots.checked) {
+                (0, _) => "no snapshot taken, so none checked".to_owned(),
+                (taken, checked) if taken == checked => {
+                    format!(
+                        "{} taken, every one checked bit for bit",
+                        plural(taken, "snapshot")
+                    )
+                }
+                (taken, checked) => format!(
+                    "{} taken, {} checked bit for bit",
+                    plural(taken, "snapshot"),
+                    count(checked)
+                ),
+            };
+            match report.config.inject {
+                None => format!("ok: {checked}, no violation"),
+                Some(fault) => {
+                    format!("ok: {checked}, no violation: the injected {fault} was NOT caught")
+                }
+            }
+        }
+        Verdict::Violated => format!(
+            "VIOLATED: {} in {}",
+            plural(report.violations.total(), "violation"),
+            plural(snapshots.taken, "snapshot")
+        ),
+        Verdict::Error => {
+            let error = report.error.as_deref().unwrap_or_default();
+            format!(
+                "could not finish: {}",
+                printable(error.lines().next().unwrap_or("no reason given"))
+            )
+        }
+    }
+}
+
+fn rows(report: &Report) -> Vec<(&'static str, String)> {
+    let Report {
+        config,
+        guest,
+        snapshots,
+        faults,
+        pins,
+        dma,
+        memory,
+        platform,
+        ..
+    } = report;
+    let mut rows = vec![
+        ("run", ended(report)),
+        ("asked for", asked(config)),
+        (
+            "guest",
+            format!(
+                "{} operations, {} a second",
+                count(guest.ops),
+                count(guest.ops_per_s as u64)
+            ),
+        ),
+        (
+            "snapshots",
+            format!(
+                "{} taken, {} checked ({}), {} restored",
+                count(snapshots.taken),
+                count(snapshots.checked),
+                plural(report.checked_pages, "page"),
+                count(snapshots.restored)
+            ),
+        ),
+        ("", format!("{:>10} {:>10} {:>10}", "p50", "p99", "max")),
+        (
+            "pause",
+            quantiles(&report.pause_us, "kick to last vCPU running again"),
+        ),
+        (
+            "stall",
+            quantiles(&report.stall_us, "longest gap the guest saw"),
+        ),
+        (
+            "faults",
+            format!(
+                "{} copied, {} reused, {} unshared, {} zero-filled",
+                count(faults.copied),
+                count(faults.reused),
+                count(faults.unshared),
+                count(faults.zero_filled)
+            ),
+        ),
+        (
+            "pins",
+            format!(
+                "{} fast, {} slow, {} registered",
+                count(pins.fast),
+                count(pins.slow),
+                count(pins.registered)
+            ),
+        ),
+        (
+            "forks",
+            format!(
+                "{} copied at once",
+                plural(faults.eager_copied, "pinned page")
+            ),
+        ),
+        (
+            "DMA",
+            format!(
+                "{} to the guest, {} from it, {}",
+                plural(dma.to_guest, "request"),
+                count(dma.from_guest),
+                bytes(dma.bytes)
+            ),
+        ),
+        (
+            "memory",
+            format!(
+                "{} at most, {} of {} mappings",
+                bytes(memory.bytes_peak),
+                count(memory.vmas_peak),
+                count(memory.vmas_limit)
+            ),
+        ),
+        (
+            "violations",
+            Oracle::ALL
+                .map(|oracle| format!("{oracle} {}", count(report.violations.of(oracle))))
+                .join(", "),
+        ),
+    ];
+    if let Some(fault) = config.inject {
+        let oracle = fault.caught_by();
+        let outcome = if report.violations.of(oracle) > 0 {
+            format!("caught by {oracle}")
+        } else if report.violations.total() > 0 {
+            format!("caught, but not by {oracle}")
+        } else {
+            format!("NOT caught by {oracle}")
+        };
+        rows.push(("injected", format!("{fault}: {outcome}")));
+    }
+    rows.push(("policy", report.policy.clone()));
+    rows.push((
+        "platform",
+        format!(
+            "{}, Linux {}, {}",
+            kvm_in_words(&platform.kvm),
+            platform.kernel,
+            plural(platform.cpus, "CPU")
+        ),
+    ));
+    rows.push(("seed", format!("{} (repeat with --seed {0})", config.seed)));
+    rows
+}
+
+fn ended(report: &Report) -> String {
+    let ran = micros(report.duration_s * 1e6);
+    match (report.ended_by, report.config.length) {
+        (EndedBy::Duration, _) => format!("{ran}, as asked"),
+        (EndedBy::Snapshots, _) => format!("{ran}, until the snapshots asked for were taken"),
+        (EndedBy::CtrlC, RunLength::Duration(asked)) => {
+            format!("{ran} of {}, ended early by Ctrl-C", exact_time(asked))
+        }
+        (EndedBy::CtrlC, RunLength::Snapshots(_)) => format!("{ran}, ended early by Ctrl-C"),
+        (EndedBy::GuestExit, _) => format!("{ran}, until the guest exited"),
+        (EndedBy::GuestCrash, _) => format!("{ran}, until the guest crashed"),
+        (EndedBy::Error, _) => format!("{ran}, until an error"),
+    }
+}
+
+fn asked(config: &Config) -> String {
+    format!(
+        "{}, {}, {}, {}, a snapshot every {}",
+        printable(&config.guest.to_string()),
+        plural(config.vcpus, "vCPU"),
+        Size(config.memory),
+        pattern_name(config.pattern),
+        exact_time(config.snapshot_every)
+    )
+}
+
+fn quantiles(quantiles: &Quantiles, meaning: &str) -> String {
+    let cell = |value: Option<f64>| value.map_or_else(|| "-".to_owned(), micros);
+    format!(
+        "{:>10} {:>10} {:>10}   {meaning}",
+        cell(quantiles.p50),
+        cell(quantiles.p99),
+        cell(quantiles.max)
+    )
+}
+
+fn kvm_in_words(kvm: &str) -> &str {
+    match kvm {
+        "pvm" => "PVM (KVM without VMX or SVM)",
+        "vmx" => "KVM on VMX",
+        "svm" => "KVM on SVM",
+        other => other,
+    }
+}
+
+fn plural(number: u64, noun: &str) -> String {
+    let s = if number == 1 { "" } else { "s" };
+    format!("{} {noun}{s}", count(number))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::session::{config::Injection, report::tests::example};
+
+    #[test]
+    fn a_good_run_reads_like_this() {
+        let text = render(&example());
+        assert_eq!(
+            text,
+            "\
+ok: 2,941 snapshots taken, every one checked bit for bit, no violation
+
+run         60.0 s, as asked
+asked for   payload, 2 vCPUs, 256 MiB, uniform, a snapshot every 20 ms
+guest       1,234,567 operations, 20,576 a second
+snapshots   2,941 taken, 2,941 checked (178,231,004 pages), 294 restored
+                   p50        p99        max
+pause           812 µs    2.20 ms    5.18 ms   kick to last vCPU running again
+stall          1.48 ms    9.12 ms    41.0 ms   longest gap the guest saw
+faults      734,889 copied, 1,002 reused, 16 unshared, 61,402 zero-filled
+pins        480,211 fast, 9,004 slow, 24 registered
+forks       94,113 pinned pages copied at once
+DMA         80,120 requests to the guest, 80,118 from it, 1.68 GiB
+memory      1.19 GiB at most, 31,004 of 65,530 mappings
+violations  cut 0, isolation 0, coherence 0, life 0, accounting 0
+policy      exclusive
+platform    PVM (KVM without VMX or SVM), Linux 6.18.0, 2 CPUs
+seed        7 (repeat with --seed 7)
+"
+        );
+        assert!(text.lines().count() <= 24);
+        assert!(text.lines().all(|line| line.chars().count() <= 80));
+    }
+
+    #[test]
+    fn a_violated_run_says_so_first() {
+        let mut report = example();
+        report.verdict = Verdict::Violated;
+        report.violations.coherence = 1;
+        report.config.inject = Some(Injection::SharePinned);
+        let text = render(&report);
+        assert!(text.starts_with("VIOLATED: 1 violation in 2,941 snapshots\n\n"));
+        assert!(text.contains("\ninjected    share-pinned: caught by coherence\n"));
+        assert!(text.lines().count() <= 24);
+    }
+
+    #[test]
+    fn a_crash_is_told_with_its_registers() {
+        let mut report = example();
+        report.verdict = Verdict::Error;
+        report.ended_by = EndedBy::GuestCrash;
+        report.error = Some("the guest crashed: triple fault\nrip 0x200010\x1b[0m".to_owned());
+        let text = render(&report);
+        assert!(text.starts_with(
+            "could not finish: the guest crashed: triple fault\n  rip 0x200010\\u{1b}[0m\n\nrun "
+        ));
+        assert!(text.contains("60.0 s, until the guest crashed\n"));
+        // A violation comes first, and the error in full after it.
+        report.verdict = Verdict::Violated;
+        let text = render(&report);
+        assert!(text.starts_with("VIOLATED: "));
+        assert!(text.contains("\n  the guest crashed: triple fault\n  rip"));
+    }
+
+    #[test]
+    fn what_was_not_checked_is_not_claimed() {
+        let mut report = example();
+        report.snapshots.checked = 2_940;
+        let text = render(&report);
+        assert!(text.starts_with("ok: 2,941 snapshots taken, 2,940 checked bit for bit, no"));
+        report.snapshots.taken = 0;
+        report.snapshots.checked = 0;
+        report.pause_us = Quantiles::default();
+        let text = render(&report);
+        assert!(text.starts_with("ok: no snapshot taken, so none checked, no violation\n"));
+        assert!(text.contains("\npause                -          -          -   kick"));
+    }
+
+    #[test]
+    fn an_injected_fault_that_was_missed_is_told() {
+        let mut report = example();
+        report.config.inject = Some(Injection::StalePage);
+        let text = render(&report);
+        let first = text.lines().next().unwrap();
+        assert!(first.ends_with("the injected stale-page was NOT caught"));
+        assert!(text.contains("\ninjected    stale-page: NOT caught by life\n"));
+    }
+
+    #[test]
+    fn an_interrupted_run_says_how_far_it_came() {
+        let mut report = example();
+        report.ended_by = EndedBy::CtrlC;
+        report.duration_s = 4.2;
+        let text = render(&report);
+        assert!(text.contains("4.20 s of 10 s, ended early by Ctrl-C\n"));
+    }
+}

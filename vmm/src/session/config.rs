@@ -1,0 +1,666 @@
+//! What a run is asked to do, and the limits it is held to.
+//!
+//! A [`Config`] that [`Config::validate`] let pass can still fail to start: a guest image larger than the
+//! one assumed here leaves less room, and the host's memory may be gone a moment later. Both are found, and
+//! said, when the run starts.
+
+use std::{fmt, fs, io, path::PathBuf, time::Duration};
+
+use guest::abi::{self, Layout, Pattern};
+use serde::{Deserialize, Serialize};
+
+use crate::check::Oracle;
+
+/// End of the guest image that [`Config::validate`] assumes: well above that of the payload.
+const ASSUMED_IMAGE_END: u64 = 4 << 20;
+
+/// No time in a [`Config`] is longer, so that adding one to a clock never overflows.
+const LONGEST: Duration = Duration::from_secs(365 * 24 * 60 * 60);
+
+/// Everything that decides how a run goes. Two runs with equal configurations do the same work.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Config {
+    /// The program the guest runs.
+    pub guest: GuestSource,
+    /// Bytes of guest memory.
+    #[serde(rename = "memory_bytes")]
+    pub memory: u64,
+    /// Number of vCPUs.
+    pub vcpus: u64,
+    /// When the run is over.
+    pub length: RunLength,
+    /// Time from one snapshot to the next.
+    #[serde(rename = "snapshot_every_s", with = "seconds")]
+    pub snapshot_every: Duration,
+    /// Snapshots that are alive at once; the oldest is dropped for the next.
+    pub keep: usize,
+    /// After every this many snapshots the guest is rewound to one of those kept; 0 is never.
+    pub restore_every: u64,
+    /// Number of DMA devices.
+    pub dma_devices: u64,
+    /// Buffers each device registers: pinned once and held to the end.
+    pub registered_buffers: u64,
+    /// How vCPUs choose the pages they write.
+    #[serde(with = "pattern")]
+    pub pattern: Pattern,
+    /// Seed of every formula and of every choice the session makes.
+    pub seed: u64,
+    /// The fault to inject, if any.
+    pub inject: Option<Injection>,
+}
+
+/// Where the guest program comes from.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum GuestSource {
+    /// The built-in payload.
+    Payload,
+    /// An ELF that follows the ABI.
+    // Serde refuses paths that are not UTF-8. A report must not be lost over one.
+    File(#[serde(serialize_with = "lossy_path")] PathBuf),
+}
+
+impl fmt::Display for GuestSource {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Payload => f.write_str("payload"),
+            Self::File(path) => path.display().fmt(f),
+        }
+    }
+}
+
+/// When a run is over, if nothing ends it before.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum RunLength {
+    /// After this much time.
+    #[serde(rename = "duration_s", with = "seconds")]
+    Duration(Duration),
+    /// After this many snapshots.
+    #[serde(rename = "snapshots")]
+    Snapshots(u64),
+}
+
+/// A fault put into the implementation, to see that an oracle catches it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Injection {
+    /// A fork shares frames that devices have pinned, instead of copying them at once [caught by: coherence, isolation]
+    SharePinned,
+    /// One page of every snapshot stays writable for the running guest [caught by: isolation]
+    SkipWriteProtect,
+    /// Devices are not stopped for a snapshot [caught by: cut]
+    RunDevices,
+    /// A write to a shared frame takes the frame over without a copy [caught by: isolation]
+    ReuseShared,
+    /// One pin is never released [caught by: accounting]
+    LeakPin,
+    /// A restore leaves one page as it was [caught by: life]
+    StalePage,
+    /// vCPU registers are captured only after the vCPUs ran on [caught by: cut]
+    LateRegisters,
+}
+
+impl Injection {
+    /// Every fault there is.
+    pub const ALL: [Self; 7] = [
+        Self::SharePinned,
+        Self::SkipWriteProtect,
+        Self::RunDevices,
+        Self::ReuseShared,
+        Self::LeakPin,
+        Self::StalePage,
+        Self::LateRegisters,
+    ];
+
+    /// The fault's name, as `--inject` takes it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::SharePinned => "share-pinned",
+            Self::SkipWriteProtect => "skip-write-protect",
+            Self::RunDevices => "run-devices",
+            Self::ReuseShared => "reuse-shared",
+            Self::LeakPin => "leak-pin",
+            Self::StalePage => "stale-page",
+            Self::LateRegisters => "late-registers",
+        }
+    }
+
+    /// The oracle this fault is there to trip. Others may see it too.
+    pub const fn caught_by(self) -> Oracle {
+        match self {
+            Self::SharePinned => Oracle::Coherence,
+            Self::SkipWriteProtect | Self::ReuseShared => Oracle::Isolation,
+            Self::RunDevices | Self::LateRegisters => Oracle::Cut,
+            Self::LeakPin => Oracle::Accounting,
+            Self::StalePage => Oracle::Life,
+        }
+    }
+
+    /// Whether the fault is about DMA, so that without devices it never happens.
+    const fn needs_devices(self) -> bool {
+        matches!(self, Self::SharePinned | Self::RunDevices | Self::LeakPin)
+    }
+
+    /// Whether the fault is about restoring, so that without restores it never happens.
+    const fn needs_restores(self) -> bool {
+        matches!(self, Self::StalePage)
+    }
+}
+
+impl fmt::Display for Injection {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.name())
+    }
+}
+
+/// The name of `pattern`, as `--pattern` takes it.
+pub const fn pattern_name(pattern: Pattern) -> &'static str {
+    match pattern {
+        Pattern::Dense => "dense",
+        Pattern::Uniform => "uniform",
+        Pattern::Hot => "hot",
+        Pattern::Sparse => "sparse",
+    }
+}
+
+/// The pattern called `name`, if there is one.
+pub fn pattern_named(name: &str) -> Option<Pattern> {
+    [
+        Pattern::Dense,
+        Pattern::Uniform,
+        Pattern::Hot,
+        Pattern::Sparse,
+    ]
+    .into_iter()
+    .find(|pattern| pattern_name(*pattern) == name)
+}
+
+/// What the host can give.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HostLimits {
+    /// Bytes of memory that can be had without swapping.
+    pub memory_available: u64,
+}
+
+impl HostLimits {
+    /// Asks this host.
+    pub fn detect() -> io::Result<Self> {
+        let meminfo = fs::read_to_string("/proc/meminfo")?;
+        let memory_available = mem_available(&meminfo).ok_or_else(|| {
+            io::Error::new(
+                io::ErrorKind::InvalidData,
+                "no MemAvailable in /proc/meminfo",
+            )
+        })?;
+        Ok(Self { memory_available })
+    }
+}
+
+/// Bytes that the `MemAvailable` line of `meminfo` gives.
+fn mem_available(meminfo: &str) -> Option<u64> {
+    let line = meminfo
+        .lines()
+        .find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    let kib: u64 = line.trim().strip_suffix("kB")?.trim_end().parse().ok()?;
+    kib.checked_mul(1024)
+}
+
+/// Why a [`Config`] is refused. Each names the flag and the limit.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ConfigError {
+    /// No vCPU, or too many.
+    #[error("--vcpus {given}: a guest has 1 to {} vCPUs", abi::MAX_VCPUS)]
+    Vcpus {
+        /// What was asked for.
+        given: u64,
+    },
+    /// Too many devices.
+    #[error(
+        "--dma-devices {given}: a guest has at most {} devices",
+        abi::MAX_DEVICES
+    )]
+    Devices {
+        /// What was asked for.
+        given: u64,
+    },
+    /// Too many registered buffers.
+    #[error(
+        "--registered-buffers {given}: a device registers at most {} buffers",
+        abi::MAX_REGISTERED
+    )]
+    RegisteredBuffers {
+        /// What was asked for.
+        given: u64,
+    },
+    /// Less memory than the parts of the guest need.
+    #[error(
+        "--memory {}: a guest of this shape needs at least {} (--vcpus {vcpus}, --dma-devices {devices})",
+        Size(*given),
+        Size(*minimum)
+    )]
+    MemoryTooSmall {
+        /// What was asked for, in bytes.
+        given: u64,
+        /// What is needed, in bytes.
+        minimum: u64,
+        /// vCPUs of the guest.
+        vcpus: u64,
+        /// Devices of the guest.
+        devices: u64,
+    },
+    /// More memory than a guest can address.
+    #[error("--memory {}: a guest has at most {}", Size(*given), Size(abi::MAX_MEMORY))]
+    MemoryTooLarge {
+        /// What was asked for, in bytes.
+        given: u64,
+    },
+    /// Memory that is not whole pages.
+    #[error("--memory {}: must be a multiple of {}", Size(*given), Size(abi::PAGE_SIZE))]
+    MemoryNotPages {
+        /// What was asked for, in bytes.
+        given: u64,
+    },
+    /// More memory than the host has to give.
+    #[error(
+        "--memory {}: this host has {} available",
+        Size(*given),
+        Size(available >> 20 << 20)
+    )]
+    MemoryNotAvailable {
+        /// What was asked for, in bytes.
+        given: u64,
+        /// What the host has, in bytes.
+        available: u64,
+    },
+    /// No snapshot would be kept.
+    #[error("--keep 0: at least 1 snapshot must be kept, or there is none to check")]
+    KeepNone,
+    /// A time or a count that must not be zero is.
+    #[error("{flag} 0: must be more than zero")]
+    Zero {
+        /// The flag.
+        flag: &'static str,
+    },
+    /// A time that is out of reason.
+    #[error("{flag}: must be at most {} days", LONGEST.as_secs() / 86_400)]
+    TooLong {
+        /// The flag.
+        flag: &'static str,
+    },
+    /// The fault to inject is about devices, and there are none.
+    #[error("--inject {fault}: this fault needs --dma-devices 1 or more")]
+    InjectionNeedsDevices {
+        /// The fault.
+        fault: Injection,
+    },
+    /// The fault to inject is about restores, and there are none.
+    #[error("--inject {fault}: this fault needs --restore-every 1 or more")]
+    InjectionNeedsRestores {
+        /// The fault.
+        fault: Injection,
+    },
+}
+
+impl Config {
+    /// Refuses what makes no sense, and what `host` cannot give.
+    pub fn validate(&self, host: &HostLimits) -> Result<(), ConfigError> {
+        if self.vcpus == 0 || self.vcpus > abi::MAX_VCPUS {
+            return Err(ConfigError::Vcpus { given: self.vcpus });
+        }
+        if self.dma_devices > abi::MAX_DEVICES {
+            return Err(ConfigError::Devices {
+                given: self.dma_devices,
+            });
+        }
+        if self.registered_buffers > abi::MAX_REGISTERED {
+            return Err(ConfigError::RegisteredBuffers {
+                given: self.registered_buffers,
+            });
+        }
+        self.validate_memory(host)?;
+        if self.keep == 0 {
+            return Err(ConfigError::KeepNone);
+        }
+        validate_time("--snapshot-every", self.snapshot_every)?;
+        match self.length {
+            RunLength::Duration(duration) => validate_time("--duration", duration)?,
+            RunLength::Snapshots(0) => {
+                return Err(ConfigError::Zero {
+                    flag: "--snapshots",
+                });
+            }
+            RunLength::Snapshots(_) => {}
+        }
+        match self.inject {
+            Some(fault) if fault.needs_devices() && self.dma_devices == 0 => {
+                Err(ConfigError::InjectionNeedsDevices { fault })
+            }
+            Some(fault) if fault.needs_restores() && self.restore_every == 0 => {
+                Err(ConfigError::InjectionNeedsRestores { fault })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    // Comes after the counts are known to be in range.
+    fn validate_memory(&self, host: &HostLimits) -> Result<(), ConfigError> {
+        let given = self.memory;
+        let layout_in = |memory| {
+            Layout::new(
+                memory,
+                ASSUMED_IMAGE_END,
+                self.vcpus,
+                self.dma_devices,
+                self.registered_buffers,
+            )
+        };
+        // Where the hammered memory begins does not depend on how much there is, so the largest guest
+        // tells what the smallest one needs.
+        let minimum = layout_in(abi::MAX_MEMORY).map_or(abi::MAX_MEMORY, |layout| {
+            layout.hammer_base + self.vcpus * abi::REGION_SIZE
+        });
+        if given < minimum {
+            return Err(ConfigError::MemoryTooSmall {
+                given,
+                minimum,
+                vcpus: self.vcpus,
+                devices: self.dma_devices,
+            });
+        }
+        if given > abi::MAX_MEMORY {
+            return Err(ConfigError::MemoryTooLarge { given });
+        }
+        if !given.is_multiple_of(abi::PAGE_SIZE) {
+            return Err(ConfigError::MemoryNotPages { given });
+        }
+        if given > host.memory_available {
+            return Err(ConfigError::MemoryNotAvailable {
+                given,
+                available: host.memory_available,
+            });
+        }
+        debug_assert!(layout_in(given).is_some());
+        Ok(())
+    }
+}
+
+fn validate_time(flag: &'static str, time: Duration) -> Result<(), ConfigError> {
+    if time.is_zero() {
+        Err(ConfigError::Zero { flag })
+    } else if time > LONGEST {
+        Err(ConfigError::TooLong { flag })
+    } else {
+        Ok(())
+    }
+}
+
+/// A number of bytes, displayed exactly, in the largest unit that divides it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Size(pub u64);
+
+impl fmt::Display for Size {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        const UNITS: [(&str, u32); 3] = [("GiB", 30), ("MiB", 20), ("KiB", 10)];
+        for (unit, shift) in UNITS {
+            if self.0 != 0 && self.0.trailing_zeros() >= shift {
+                return write!(f, "{} {unit}", self.0 >> shift);
+            }
+        }
+        write!(f, "{} B", self.0)
+    }
+}
+
+/// Durations as seconds.
+mod seconds {
+    use std::time::Duration;
+
+    use serde::{Deserialize, Deserializer, Serializer, de::Error};
+
+    pub(super) fn serialize<S: Serializer>(value: &Duration, to: S) -> Result<S::Ok, S::Error> {
+        to.serialize_f64(value.as_secs_f64())
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Duration, D::Error> {
+        Duration::try_from_secs_f64(f64::deserialize(from)?).map_err(D::Error::custom)
+    }
+}
+
+/// Patterns by name.
+mod pattern {
+    use guest::abi::Pattern;
+    use serde::{Deserialize, Deserializer, Serializer, de::Error};
+
+    pub(super) fn serialize<S: Serializer>(value: &Pattern, to: S) -> Result<S::Ok, S::Error> {
+        to.serialize_str(super::pattern_name(*value))
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Pattern, D::Error> {
+        let name = String::deserialize(from)?;
+        super::pattern_named(&name)
+            .ok_or_else(|| D::Error::custom(format_args!("unknown pattern {name:?}")))
+    }
+}
+
+fn lossy_path<S: serde::Serializer>(path: &std::path::Path, to: S) -> Result<S::Ok, S::Error> {
+    to.serialize_str(&path.to_string_lossy())
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use clap::ValueEnum;
+
+    use super::*;
+
+    const HOST: HostLimits = HostLimits {
+        memory_available: 2 << 30,
+    };
+
+    /// What the command line gives when nothing is asked for.
+    pub(crate) fn example() -> Config {
+        Config {
+            guest: GuestSource::Payload,
+            memory: 256 << 20,
+            vcpus: 2,
+            length: RunLength::Duration(Duration::from_secs(10)),
+            snapshot_every: Duration::from_millis(20),
+            keep: 4,
+            restore_every: 10,
+            dma_devices: 2,
+            registered_buffers: 4,
+            pattern: Pattern::Uniform,
+            seed: 7,
+            inject: None,
+        }
+    }
+
+    fn refusal(change: impl FnOnce(&mut Config)) -> String {
+        let mut config = example();
+        change(&mut config);
+        config.validate(&HOST).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn the_default_is_accepted() {
+        assert_eq!(example().validate(&HOST), Ok(()));
+    }
+
+    #[test]
+    fn vcpus_are_bounded() {
+        assert_eq!(
+            refusal(|c| c.vcpus = 0),
+            "--vcpus 0: a guest has 1 to 16 vCPUs"
+        );
+        assert_eq!(
+            refusal(|c| c.vcpus = 17),
+            "--vcpus 17: a guest has 1 to 16 vCPUs"
+        );
+    }
+
+    #[test]
+    fn devices_and_buffers_are_bounded() {
+        assert_eq!(
+            refusal(|c| c.dma_devices = 9),
+            "--dma-devices 9: a guest has at most 8 devices"
+        );
+        assert_eq!(
+            refusal(|c| c.registered_buffers = 17),
+            "--registered-buffers 17: a device registers at most 16 buffers"
+        );
+    }
+
+    #[test]
+    fn memory_is_bounded_by_the_layout() {
+        assert_eq!(
+            refusal(|c| c.memory = 3 << 10),
+            "--memory 3 KiB: a guest of this shape needs at least 10 MiB (--vcpus 2, --dma-devices 2)"
+        );
+        assert_eq!(
+            refusal(|c| c.memory = 129 << 30),
+            "--memory 129 GiB: a guest has at most 128 GiB"
+        );
+        assert_eq!(
+            refusal(|c| c.memory = (256 << 20) + 1),
+            "--memory 268435457 B: must be a multiple of 4 KiB"
+        );
+    }
+
+    #[test]
+    fn the_smallest_memory_named_is_accepted() {
+        for vcpus in [1, 2, 16] {
+            for dma_devices in [0, 1, 8] {
+                let mut config = Config {
+                    memory: 0,
+                    vcpus,
+                    dma_devices,
+                    ..example()
+                };
+                let Err(ConfigError::MemoryTooSmall { minimum, .. }) = config.validate(&HOST)
+                else {
+                    panic!("{config:?} has no memory");
+                };
+                config.memory = minimum;
+                assert_eq!(config.validate(&HOST), Ok(()));
+                config.memory = minimum - abi::PAGE_SIZE;
+                assert!(config.validate(&HOST).is_err());
+            }
+        }
+    }
+
+    #[test]
+    fn memory_is_bounded_by_the_host() {
+        assert_eq!(
+            refusal(|c| c.memory = 4 << 30),
+            "--memory 4 GiB: this host has 2 GiB available"
+        );
+    }
+
+    #[test]
+    fn zeros_are_refused() {
+        assert_eq!(
+            refusal(|c| c.keep = 0),
+            "--keep 0: at least 1 snapshot must be kept, or there is none to check"
+        );
+        assert_eq!(
+            refusal(|c| c.snapshot_every = Duration::ZERO),
+            "--snapshot-every 0: must be more than zero"
+        );
+        assert_eq!(
+            refusal(|c| c.length = RunLength::Duration(Duration::ZERO)),
+            "--duration 0: must be more than zero"
+        );
+        assert_eq!(
+            refusal(|c| c.length = RunLength::Snapshots(0)),
+            "--snapshots 0: must be more than zero"
+        );
+    }
+
+    #[test]
+    fn times_that_would_overflow_a_clock_are_refused() {
+        assert_eq!(
+            refusal(|c| c.length = RunLength::Duration(Duration::MAX)),
+            "--duration: must be at most 365 days"
+        );
+        assert_eq!(
+            refusal(|c| c.snapshot_every = Duration::MAX),
+            "--snapshot-every: must be at most 365 days"
+        );
+    }
+
+    #[test]
+    fn a_fault_that_could_never_happen_is_refused() {
+        assert_eq!(
+            refusal(|c| {
+                c.inject = Some(Injection::SharePinned);
+                c.dma_devices = 0;
+            }),
+            "--inject share-pinned: this fault needs --dma-devices 1 or more"
+        );
+        assert_eq!(
+            refusal(|c| {
+                c.inject = Some(Injection::StalePage);
+                c.restore_every = 0;
+            }),
+            "--inject stale-page: this fault needs --restore-every 1 or more"
+        );
+    }
+
+    #[test]
+    fn a_fault_has_one_name_everywhere() {
+        assert_eq!(Injection::value_variants(), Injection::ALL);
+        for fault in Injection::ALL {
+            let value = fault.to_possible_value().unwrap();
+            assert_eq!(value.get_name(), fault.name());
+            assert_eq!(serde_json::to_value(fault).unwrap(), fault.name());
+            let help = value.get_help().unwrap().to_string();
+            let (_, oracles) = help.split_once("[caught by: ").unwrap();
+            assert!(oracles.starts_with(fault.caught_by().name()), "{help}");
+        }
+    }
+
+    #[test]
+    fn a_configuration_survives_json() {
+        let mut config = example();
+        for (length, inject) in [
+            (RunLength::Snapshots(3), None),
+            (
+                RunLength::Duration(Duration::from_micros(1_234_567)),
+                Some(Injection::LeakPin),
+            ),
+        ] {
+            config.length = length;
+            config.inject = inject;
+            config.guest = GuestSource::File("a.elf".into());
+            let json = serde_json::to_string(&config).unwrap();
+            assert_eq!(serde_json::from_str::<Config>(&json).unwrap(), config);
+        }
+    }
+
+    #[test]
+    fn a_path_that_is_not_utf8_does_not_lose_the_report() {
+        use std::{ffi::OsStr, os::unix::ffi::OsStrExt};
+        let guest = GuestSource::File(OsStr::from_bytes(b"a\xff.elf").into());
+        assert!(serde_json::to_string(&guest).is_ok());
+    }
+
+    #[test]
+    fn available_memory_is_read_from_meminfo() {
+        let meminfo = "MemTotal:       24576000 kB\nMemAvailable:   20480 kB\nBuffers: 1 kB\n";
+        assert_eq!(mem_available(meminfo), Some(20 << 20));
+        assert_eq!(mem_available("MemTotal: 1 kB\n"), None);
+        assert!(HostLimits::detect().unwrap().memory_available > 0);
+    }
+
+    #[test]
+    fn sizes_are_exact() {
+        for (bytes, text) in [
+            (0, "0 B"),
+            (1023, "1023 B"),
+            (3 << 10, "3 KiB"),
+            (256 << 20, "256 MiB"),
+            (1 << 40, "1024 GiB"),
+            ((1 << 30) + 512, "1073742336 B"),
+        ] {
+            assert_eq!(Size(bytes).to_string(), text);
+        }
+    }
+}

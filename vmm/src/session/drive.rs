@@ -1,0 +1,591 @@
+//! The loop of a run.
+
+use std::collections::VecDeque;
+use std::mem::offset_of;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use guest::abi::{FOLLOWS_FORMULA, Failure, FailureKind, PAGE_SIZE, VcpuPage};
+use guest::formula::Schedule;
+use hdrhistogram::Histogram;
+
+use super::RunError;
+use super::config::{Config, Injection, RunLength};
+use super::life::LifeWatch;
+use super::ports::{Event, Inbox};
+use super::progress::{Observer, Progress};
+use super::report::{
+    DmaCounts, EndedBy, FaultCounts, GuestCounts, MemoryPeaks, PinCounts, Quantiles, Report,
+    SnapshotCounts, Verdict, nanoseconds,
+};
+use super::stall::StallMeter;
+use super::vm::Vm;
+use crate::check::{Examiner, Oracle, Violation, ViolationCounts, Worker, account};
+use crate::kvm::{self, KvmError, Outcome, StopReason};
+use crate::mm::{CowPolicy, MmStats};
+use crate::snapshot::{Fault, Snapshot, TakeError, Timing};
+
+/// Between two calls of the observer.
+const TICK: Duration = Duration::from_millis(100);
+/// Looks the checker may be behind before the next snapshot waits for it.
+const MOST_BACKLOG: u64 = 3;
+/// How long an ended vCPU's reason may take to arrive.
+const LAST_WORDS: Duration = Duration::from_secs(5);
+
+/// A run that goes on.
+pub(super) struct Drive<'a, P: CowPolicy> {
+    config: &'a Config,
+    stop: &'a AtomicBool,
+    observer: &'a mut dyn Observer,
+    vm: Vm<P>,
+    inbox: Inbox,
+    worker: Worker,
+    started: Instant,
+    /// Snapshots that can be restored, oldest first.
+    kept: VecDeque<Arc<Snapshot>>,
+    /// The one the VM ran on from.
+    parent: Option<Arc<Snapshot>>,
+    taken: u64,
+    restored: u64,
+    next_snapshot: Instant,
+    next_tick: Instant,
+    pauses: Histogram<u64>,
+    last_pause: Option<Duration>,
+    stall: StallMeter,
+    life: LifeWatch,
+    /// Operations that restores have undone.
+    ops_undone: u64,
+    recent_ops: (Instant, u64, f64),
+    violations: ViolationCounts,
+    random: Random,
+    leaked: bool,
+}
+
+/// How a run ended.
+struct End {
+    by: EndedBy,
+    error: Option<String>,
+}
+
+impl End {
+    fn fine(by: EndedBy) -> Self {
+        Self { by, error: None }
+    }
+
+    fn error(error: &dyn std::error::Error) -> Self {
+        let mut text = error.to_string();
+        let mut source = error.source();
+        while let Some(cause) = source {
+            text.push_str(&format!(": {cause}"));
+            source = cause.source();
+        }
+        Self {
+            by: EndedBy::Error,
+            error: Some(text),
+        }
+    }
+
+    fn of_vcpu(vcpu: usize, outcome: &Outcome) -> Self {
+        let crash = |error: String| Self {
+            by: EndedBy::GuestCrash,
+            error: Some(error),
+        };
+        match outcome {
+            Outcome::Stopped(StopReason::Exit { status: 0 }) => Self::fine(EndedBy::GuestExit),
+            Outcome::Stopped(reason @ StopReason::Exit { .. }) => Self {
+                by: EndedBy::GuestExit,
+                error: Some(reason.to_string()),
+            },
+            Outcome::Stopped(reason @ StopReason::Panic { .. }) => crash(reason.to_string()),
+            Outcome::Crashed { .. } => crash(format!("vcpu {vcpu}: {outcome}")),
+            Outcome::Stopped(StopReason::Failed { .. }) | Outcome::Failed { .. } => Self {
+                by: EndedBy::Error,
+                error: Some(format!("vcpu {vcpu}: {outcome}")),
+            },
+        }
+    }
+}
+
+impl<'a, P: CowPolicy> Drive<'a, P> {
+    /// Starts the guest.
+    pub(super) fn start(
+        vm: Vm<P>,
+        config: &'a Config,
+        inbox: Inbox,
+        stop: &'a AtomicBool,
+        observer: &'a mut dyn Observer,
+    ) -> Result<Self, RunError> {
+        let examiner = Examiner::new(
+            config.seed,
+            config.pattern,
+            vm.layout,
+            Arc::clone(&vm.books.physmap),
+            Arc::clone(&vm.books.pool),
+        );
+        let worker = Worker::start(examiner).map_err(RunError::Checker)?;
+        let stall = StallMeter::new(vm.layout, vm.machine.tsc_khz());
+        vm.start().map_err(RunError::Start)?;
+        let now = Instant::now();
+        Ok(Self {
+            config,
+            stop,
+            observer,
+            vm,
+            inbox,
+            worker,
+            started: now,
+            kept: VecDeque::new(),
+            parent: None,
+            taken: 0,
+            restored: 0,
+            next_snapshot: now + config.snapshot_every,
+            next_tick: now + TICK,
+            pauses: nanoseconds(),
+            last_pause: None,
+            stall,
+            life: LifeWatch::default(),
+            ops_undone: 0,
+            recent_ops: (now, 0, 0.0),
+            violations: ViolationCounts::default(),
+            random: Random(config.seed),
+            leaked: false,
+        })
+    }
+
+    /// Runs to the end, takes everything apart, and reports.
+    pub(super) fn run(
+        mut self,
+        policy: &str,
+        platform: &kvm::Platform,
+    ) -> Result<Report, RunError> {
+        let end = self.drive();
+        let duration = self.started.elapsed();
+        self.tick();
+        Ok(self.finish(end, duration, policy, platform))
+    }
+
+    fn drive(&mut self) -> End {
+        loop {
+            if self.stop.load(Ordering::Relaxed) {
+                return End::fine(EndedBy::CtrlC);
+            }
+            let now = Instant::now();
+            match self.config.length {
+                RunLength::Duration(length) if now >= self.started + length => {
+                    return End::fine(EndedBy::Duration);
+                }
+                RunLength::Snapshots(count) if self.taken >= count => {
+                    return End::fine(EndedBy::Snapshots);
+                }
+                _ => {}
+            }
+            if now >= self.next_tick {
+                self.next_tick = now + TICK;
+                self.tick();
+            }
+            if let Some(error) = self.vm.devices.take_error() {
+                return End::error(&error);
+            }
+            if self.worker.is_dead() {
+                return End {
+                    by: EndedBy::Error,
+                    error: Some("the checker has panicked".to_owned()),
+                };
+            }
+            let due = now >= self.next_snapshot;
+            if due && self.worker.backlog() <= MOST_BACKLOG {
+                // The next one is due a whole interval from now: a late one is not made up for by a burst.
+                self.next_snapshot = now + self.config.snapshot_every;
+                if let Err(end) = self.snapshot() {
+                    return end;
+                }
+            }
+            let wake = if due {
+                Duration::from_millis(1)
+            } else {
+                self.next_snapshot.min(self.next_tick) - now
+            };
+            if let Some(event) = self.inbox.wait(wake.min(TICK))
+                && let Some(end) = self.handle(event)
+            {
+                return end;
+            }
+        }
+    }
+
+    fn handle(&mut self, event: Event) -> Option<End> {
+        match event {
+            Event::Console(text) => self.observer.console(&format!("{text}\n")),
+            Event::Failure(failure) => {
+                let violation = self.failure(&failure);
+                self.violation(&violation);
+            }
+            Event::Ended(vcpu, outcome) => return Some(End::of_vcpu(vcpu, &outcome)),
+        }
+        None
+    }
+
+    /// Takes a snapshot, hands it to the checker, retires an old one, and maybe rewinds.
+    fn snapshot(&mut self) -> Result<(), End> {
+        self.stall.before_snapshot(&self.vm.ram);
+        let fault = match self.config.inject {
+            Some(Injection::RunDevices) => Fault::RunDevices,
+            Some(Injection::LateRegisters) => Fault::LateRegisters,
+            _ => Fault::None,
+        };
+        let number = self.taken + 1;
+        let parent = self.parent.as_ref().map(|p| p.number());
+        let (snapshot, timing) = match self.vm.parts().take(number, parent, fault) {
+            Ok(taken) => taken,
+            Err(TakeError::Vcpus(error)) => return Err(self.why_vcpus_ended(error)),
+            Err(error) => return Err(End::error(&error)),
+        };
+        self.taken = number;
+        self.note_pause(timing);
+        let snapshot = Arc::new(snapshot);
+        self.worker.first_look(&snapshot, self.parent.as_ref());
+        self.parent = Some(Arc::clone(&snapshot));
+        self.kept.push_back(snapshot);
+        while self.kept.len() > self.config.keep {
+            self.retire_oldest();
+        }
+        if self.config.inject == Some(Injection::LeakPin) && !self.leaked {
+            self.leaked = true;
+            self.vm.devices.leak_one_pin().map_err(|e| End::error(&e))?;
+        }
+        match self.config.restore_every {
+            0 => Ok(()),
+            every if number.is_multiple_of(every) => self.restore(),
+            _ => Ok(()),
+        }
+    }
+
+    fn note_pause(&mut self, timing: Timing) {
+        let pause = timing.pause();
+        self.pauses.saturating_record(pause.as_nanos() as u64);
+        self.last_pause = Some(pause);
+    }
+
+    fn retire_oldest(&mut self) {
+        let Some(oldest) = self.kept.pop_front() else {
+            return;
+        };
+        let heir = self
+            .kept
+            .iter()
+            .find(|s| s.parent() == Some(oldest.number()));
+        if self
+            .parent
+            .as_ref()
+            .is_some_and(|p| p.number() == oldest.number())
+        {
+            // Rewound to, and now dropped: the next snapshot is compared with nothing, page by page.
+            self.parent = None;
+        }
+        self.worker.last_look(oldest, heir);
+    }
+
+    fn restore(&mut self) -> Result<(), End> {
+        let chosen = self.random.below(self.kept.len());
+        let Some(snapshot) = self.kept.get(chosen).map(Arc::clone) else {
+            return Ok(());
+        };
+        let before: u64 = self.ops_by_vcpu().iter().sum();
+        let stale = (self.config.inject == Some(Injection::StalePage))
+            .then(|| self.last_written_page())
+            .flatten();
+        let ram = self.vm.ram.clone();
+        let restored = self.vm.parts().restore(&snapshot, || {
+            if let Some((gpa, page)) = stale
+                && let Err(error) = ram.write(gpa, &page)
+            {
+                tracing::warn!(%error, "cannot inject a stale page");
+            }
+        });
+        match restored {
+            Ok(_) => {}
+            Err(crate::snapshot::RestoreError::Vcpus(error)) => {
+                return Err(self.why_vcpus_ended(error));
+            }
+            Err(error) => return Err(End::error(&error)),
+        }
+        self.restored += 1;
+        let ops: Vec<u64> = snapshot.vcpus().iter().map(|v| v.mm7()).collect();
+        self.ops_undone += before.saturating_sub(ops.iter().sum());
+        if self.follows_formula() {
+            self.life.rewound(snapshot.number(), ops);
+        }
+        self.stall.rewound();
+        self.parent = Some(snapshot);
+        Ok(())
+    }
+
+    /// A vCPU has ended by itself, or can't be stopped: its own words are better than the pauser's.
+    fn why_vcpus_ended(&mut self, error: KvmError) -> End {
+        let deadline = Instant::now() + LAST_WORDS;
+        if matches!(error, KvmError::Stopped { .. }) {
+            while let Some(event) = self
+                .inbox
+                .wait(deadline.saturating_duration_since(Instant::now()))
+            {
+                if let Some(end) = self.handle(event) {
+                    return end;
+                }
+            }
+        }
+        End::error(&error)
+    }
+
+    /// The page that vCPU 0 wrote last, and what is in it.
+    fn last_written_page(&self) -> Option<(u64, Vec<u8>)> {
+        let op = self.ops_by_vcpu().first()?.checked_sub(1)?;
+        let (pattern, layout) = (self.config.pattern, &self.vm.layout);
+        let schedule = Schedule::new(pattern, layout.slots(pattern, 0), self.config.seed, 0);
+        let gpa = layout.slot_gpa(pattern, 0, schedule.slot_of(op));
+        let mut page = vec![0; PAGE_SIZE as usize];
+        self.vm.ram.read(gpa, &mut page).ok()?;
+        Some((gpa, page))
+    }
+
+    /// What the guest says of itself, word `offset` of each [`VcpuPage`]. Zeros where it can't be read.
+    fn vcpu_words(&self, offset: usize) -> Vec<u64> {
+        (0..self.vm.layout.vcpus)
+            .map(|vcpu| {
+                let mut word = [0; 8];
+                let gpa = self.vm.layout.vcpu_page(vcpu) + offset as u64;
+                self.vm
+                    .ram
+                    .read(gpa, &mut word)
+                    .map_or(0, |()| u64::from_le_bytes(word))
+            })
+            .collect()
+    }
+
+    fn ops_by_vcpu(&self) -> Vec<u64> {
+        self.vcpu_words(offset_of!(VcpuPage, ops))
+    }
+
+    fn follows_formula(&self) -> bool {
+        self.vcpu_words(offset_of!(VcpuPage, formula))
+            .iter()
+            .all(|&word| word == FOLLOWS_FORMULA)
+    }
+
+    fn failure(&self, failure: &Failure) -> Violation {
+        let (oracle, what) = match FailureKind::from_raw(failure.kind) {
+            Some(FailureKind::Page) => (Oracle::Life, "a page is not what the guest left there"),
+            Some(FailureKind::DmaToGuest) => (
+                Oracle::Coherence,
+                "the guest does not see what a device wrote",
+            ),
+            Some(FailureKind::DmaFromGuest) => (
+                Oracle::Coherence,
+                "a device does not see what the guest wrote",
+            ),
+            Some(FailureKind::Margin) => (
+                Oracle::Coherence,
+                "the guest's own bytes beside a DMA buffer are lost",
+            ),
+            Some(FailureKind::Ring) => (
+                Oracle::Coherence,
+                "a completion makes no sense to the guest",
+            ),
+            None => (Oracle::Life, "the guest reports a failure of unknown kind"),
+        };
+        let mut v = Violation::new(
+            oracle,
+            format!("{what} (vcpu {}, operation {})", failure.vcpu, failure.op),
+        );
+        v.gpa = Some(failure.gpa);
+        v.expected = format!("{:#018x}", failure.expected);
+        v.found = format!("{:#018x}", failure.found);
+        if failure.seq != 0 || failure.device != 0 {
+            v.last_writer = format!("device {}, request {}", failure.device, failure.seq);
+        }
+        if let Ok(entry) = self
+            .vm
+            .ram
+            .space()
+            .entry(crate::mm::Gfn::of_gpa(failure.gpa))
+        {
+            v.frame = format!("{entry:?} {:?}", self.vm.books.pool.state(entry.pfn()));
+        }
+        v
+    }
+
+    fn violation(&mut self, violation: &Violation) {
+        self.violations.add(violation.oracle);
+        self.observer.violation(violation);
+    }
+
+    fn tick(&mut self) {
+        for violation in self.worker.take_violations() {
+            self.violation(&violation);
+        }
+        let ops = self.ops_by_vcpu();
+        if let Some(violation) = self.life.look(&ops) {
+            self.violation(&violation);
+        }
+        self.stall.look(&self.vm.ram);
+        for mismatch in self.vm.devices.take_mismatches() {
+            // The guest is told, and reports what it makes of it.
+            tracing::debug!(?mismatch, "a device read something unexpected");
+        }
+        let lost = self.inbox.take_lost();
+        if lost > 0 {
+            self.observer.note(&format!(
+                "the guest says more than can be listened to: {lost} messages lost"
+            ));
+        }
+        let progress = self.progress(ops.iter().sum());
+        self.observer.progress(&progress);
+    }
+
+    fn progress(&mut self, ops_now: u64) -> Progress {
+        let now = Instant::now();
+        let ops = ops_now + self.ops_undone;
+        let (then, before, rate) = self.recent_ops;
+        let elapsed = (now - then).as_secs_f64();
+        if elapsed >= 0.5 {
+            self.recent_ops = (now, ops, ops.saturating_sub(before) as f64 / elapsed);
+        }
+        let (mm, dma) = (self.vm.ram.space().stats(), self.vm.devices.stats());
+        Progress {
+            elapsed: now - self.started,
+            total: match self.config.length {
+                RunLength::Duration(length) => Some(length),
+                RunLength::Snapshots(_) => None,
+            },
+            ops,
+            ops_per_s: rate,
+            snapshots: self.taken,
+            checked: self.worker.progress().checked,
+            restored: self.restored,
+            last_pause: self.last_pause,
+            worst_pause: self
+                .last_pause
+                .map(|_| Duration::from_nanos(self.pauses.max())),
+            faults: fault_counts(&mm),
+            pins: pin_counts(&mm, dma.registered),
+            dma_requests: dma.to_guest + dma.from_guest,
+            dma_bytes: dma.bytes,
+            violations: self.violations,
+            frames_in_use: self.vm.books.pool.usage().in_use,
+            vmas: self.vm.books.budget.used(),
+        }
+    }
+
+    /// Takes everything apart, looks at what is left, and writes it all down.
+    fn finish(
+        mut self,
+        end: End,
+        duration: Duration,
+        policy: &str,
+        platform: &kvm::Platform,
+    ) -> Report {
+        let ops = self.ops_by_vcpu().iter().sum::<u64>() + self.ops_undone;
+        // The guest is stopped first: what is checked from here on is still checked against a machine that was running.
+        self.vm.machine.stop();
+        let (mm, dma) = (self.vm.ram.space().stats(), self.vm.devices.stats());
+        self.parent = None;
+        while !self.kept.is_empty() {
+            self.retire_oldest();
+        }
+        for violation in self.worker.finish() {
+            self.violation(&violation);
+        }
+        let checks = self.worker.progress();
+        // What vCPUs said last.
+        while let Some(event) = self.inbox.wait(Duration::ZERO) {
+            if !matches!(event, Event::Ended(..)) {
+                self.handle(event);
+            }
+        }
+
+        let Self {
+            config,
+            observer,
+            vm,
+            mut violations,
+            taken,
+            restored,
+            pauses,
+            stall,
+            ..
+        } = self;
+        let books = vm.books.clone();
+        let usage = books.pool.usage();
+        drop(vm);
+        for violation in account(&books.pool, &books.budget) {
+            violations.add(violation.oracle);
+            observer.violation(&violation);
+        }
+
+        Report {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            platform: platform.into(),
+            config: config.clone(),
+            policy: policy.to_owned(),
+            verdict: Verdict::of(&violations, end.error.as_deref()),
+            error: end.error,
+            ended_by: end.by,
+            duration_s: duration.as_secs_f64(),
+            guest: GuestCounts::over(ops, duration),
+            stall_us: Quantiles::of(stall.stalls()),
+            snapshots: SnapshotCounts {
+                taken,
+                checked: checks.checked,
+                restored,
+            },
+            pause_us: Quantiles::of(&pauses),
+            faults: fault_counts(&mm),
+            pins: pin_counts(&mm, dma.registered),
+            dma: DmaCounts {
+                to_guest: dma.to_guest,
+                from_guest: dma.from_guest,
+                bytes: dma.bytes,
+            },
+            checked_pages: checks.pages,
+            violations,
+            memory: MemoryPeaks {
+                frames_peak: usage.peak,
+                bytes_peak: usage.peak * PAGE_SIZE,
+                vmas_peak: books.budget.peak(),
+                vmas_limit: books.budget.limit(),
+            },
+        }
+    }
+}
+
+fn fault_counts(mm: &MmStats) -> FaultCounts {
+    FaultCounts {
+        reused: mm.reused,
+        copied: mm.sharers_moved + mm.writer_moved,
+        unshared: mm.unshared,
+        eager_copied: mm.eager_copied,
+        zero_filled: mm.zero_filled,
+    }
+}
+
+fn pin_counts(mm: &MmStats, registered: u64) -> PinCounts {
+    PinCounts {
+        fast: mm.pins_fast,
+        slow: mm.pins_slow,
+        registered,
+    }
+}
+
+/// A small generator for choices that need no quality, so that a seed repeats them (splitmix64).
+#[derive(Debug)]
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, bound: usize) -> usize {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        ((z ^ (z >> 31)) % bound.max(1) as u64) as usize
+    }
+}

@@ -1,0 +1,99 @@
+//! A run: boots a guest, takes, checks and restores snapshots of it while it runs, and reports.
+//!
+//! One thread (the caller's) drives: it takes snapshots when they are due, retires old ones, rewinds, listens to the
+//! guest and tells the [`Observer`](progress::Observer). vCPUs, devices and the checker have threads of their own.
+//!
+//! | file | concept |
+//! |---|---|
+//! | [`config`] | what a run is asked to do |
+//! | [`report`] | what it found |
+//! | [`progress`] | how it is watched |
+//! | `vm` | the VM, put together |
+//! | `ports` | what the guest writes to its ports |
+//! | `drive` | the loop |
+//! | `life` | does a rewound guest run on? |
+//! | `stall` | what the guest felt |
+
+pub mod config;
+mod drive;
+mod life;
+mod ports;
+pub mod progress;
+pub mod report;
+mod stall;
+mod vm;
+
+use std::sync::atomic::AtomicBool;
+
+use self::config::{Config, HostLimits, Injection};
+use self::progress::Observer;
+use self::report::Report;
+pub use self::vm::BuildError;
+use crate::check::inject::{Faulty, PolicyFault};
+use crate::kvm::{Kvm, KvmError, PlatformError};
+use crate::mm::{CowPolicy, Exclusive};
+
+/// Why a run could not start.
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    /// No KVM.
+    #[error(transparent)]
+    Platform(#[from] PlatformError),
+    /// How much memory there is could not be found out.
+    #[error("cannot tell how much memory this host has")]
+    HostLimits(#[source] std::io::Error),
+    /// The VM could not be put together.
+    #[error(transparent)]
+    Build(#[from] BuildError),
+    /// The vCPUs did not start.
+    #[error("cannot start the vcpus")]
+    Start(#[source] KvmError),
+    /// No thread for the checker.
+    #[error("cannot start the checker")]
+    Checker(#[source] std::io::Error),
+}
+
+/// Runs `image` as `config` says, until the run is over or `stop` is set.
+///
+/// # Errors
+/// If the guest could not be started. Whatever happens after that is in the report.
+pub fn run(
+    config: &Config,
+    image: Vec<u8>,
+    stop: &AtomicBool,
+    observer: &mut dyn Observer,
+) -> Result<Report, RunError> {
+    match config.inject {
+        Some(Injection::SharePinned) => run_under(
+            Faulty(PolicyFault::SharePinned),
+            config,
+            image,
+            stop,
+            observer,
+        ),
+        Some(Injection::ReuseShared) => run_under(
+            Faulty(PolicyFault::ReuseShared),
+            config,
+            image,
+            stop,
+            observer,
+        ),
+        _ => run_under(Exclusive, config, image, stop, observer),
+    }
+}
+
+fn run_under<P: CowPolicy>(
+    policy: P,
+    config: &Config,
+    image: Vec<u8>,
+    stop: &AtomicBool,
+    observer: &mut dyn Observer,
+) -> Result<Report, RunError> {
+    let kvm = Kvm::open()?;
+    let available = HostLimits::detect()
+        .map_err(RunError::HostLimits)?
+        .memory_available;
+    let (events, inbox) = ports::events();
+    let vm = vm::Vm::build(&kvm, config, image, policy, available, events)?;
+    drive::Drive::start(vm, config, inbox, stop, observer)?.run(P::NAME, kvm.platform())
+}

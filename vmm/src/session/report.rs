@@ -1,0 +1,695 @@
+//! What a run found: counters, quantiles, the verdict, and the violations it rests on.
+//!
+//! [`Report`] is also the format of `--report`: field names are the JSON's, and a field is never renamed or
+//! removed, only added. Times in it name their unit.
+
+use std::{
+    fs,
+    io::{self, Write},
+    os::unix::fs::PermissionsExt,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use hdrhistogram::Histogram;
+use serde::{Deserialize, Serialize};
+
+use super::config::Config;
+pub use crate::check::{Oracle, Violation, ViolationCounts};
+use crate::kvm;
+
+/// What a run amounts to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Verdict {
+    /// Everything asked for was done and no oracle saw a violation.
+    Ok,
+    /// An oracle saw a violation.
+    Violated,
+    /// The run could not finish.
+    Error,
+}
+
+impl Verdict {
+    /// The verdict on a run. A violation outweighs an error: memory gone wrong is what makes a guest crash.
+    pub const fn of(violations: &ViolationCounts, error: Option<&str>) -> Self {
+        if violations.total() > 0 {
+            Self::Violated
+        } else if error.is_some() {
+            Self::Error
+        } else {
+            Self::Ok
+        }
+    }
+
+    /// The verdict's name in the report.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Ok => "ok",
+            Self::Violated => "violated",
+            Self::Error => "error",
+        }
+    }
+}
+
+/// What ended a run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum EndedBy {
+    /// The time asked for was over.
+    #[serde(rename = "duration")]
+    Duration,
+    /// The number of snapshots asked for was reached.
+    #[serde(rename = "snapshots")]
+    Snapshots,
+    /// The user.
+    #[serde(rename = "ctrl-c")]
+    CtrlC,
+    /// The guest, of its own will.
+    #[serde(rename = "guest exit")]
+    GuestExit,
+    /// The guest crashed.
+    #[serde(rename = "guest crash")]
+    GuestCrash,
+    /// The host failed.
+    #[serde(rename = "error")]
+    Error,
+}
+
+/// The machine a run was on.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Platform {
+    /// The kind of KVM: `pvm`, `vmx`, `svm`, or `unknown`.
+    pub kvm: String,
+    /// Release of the host kernel.
+    pub kernel: String,
+    /// Host CPUs this process may run on.
+    pub cpus: u64,
+}
+
+impl From<&kvm::Platform> for Platform {
+    fn from(platform: &kvm::Platform) -> Self {
+        Self {
+            kvm: platform.kvm.to_owned(),
+            kernel: platform.kernel.clone(),
+            cpus: platform.cpus as u64,
+        }
+    }
+}
+
+/// What the guest got done.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct GuestCounts {
+    /// Operations of all vCPUs.
+    pub ops: u64,
+    /// The same, a second of the run.
+    pub ops_per_s: f64,
+}
+
+impl GuestCounts {
+    /// `ops` operations in `time`.
+    pub fn over(ops: u64, time: Duration) -> Self {
+        let seconds = time.as_secs_f64();
+        Self {
+            ops,
+            ops_per_s: if seconds > 0.0 {
+                (ops as f64 / seconds * 10.0).round() / 10.0
+            } else {
+                0.0
+            },
+        }
+    }
+}
+
+/// Quantiles of a time, in microseconds with one decimal; `None`, and `null` in JSON, if nothing was measured.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Quantiles {
+    /// The median.
+    pub p50: Option<f64>,
+    /// What 99 of 100 do not exceed.
+    pub p99: Option<f64>,
+    /// The longest.
+    pub max: Option<f64>,
+}
+
+impl Quantiles {
+    /// Quantiles of a histogram of **nanoseconds**, such as [`nanoseconds`] makes.
+    pub fn of(histogram: &Histogram<u64>) -> Self {
+        if histogram.is_empty() {
+            return Self::default();
+        }
+        let micros = |nanos: u64| Some((nanos as f64 / 100.0).round() / 10.0);
+        Self {
+            p50: micros(histogram.value_at_quantile(0.5)),
+            p99: micros(histogram.value_at_quantile(0.99)),
+            max: micros(histogram.max()),
+        }
+    }
+}
+
+/// An empty histogram of nanoseconds up to an hour, three digits of each kept. Record with
+/// [`Histogram::saturating_record`]; [`Quantiles::of`] reads it.
+pub fn nanoseconds() -> Histogram<u64> {
+    Histogram::new_with_bounds(1, 3_600_000_000_000, 3).expect("constant bounds are valid")
+}
+
+/// Snapshots, by what was done with them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SnapshotCounts {
+    /// Taken.
+    pub taken: u64,
+    /// Checked, every page of them.
+    pub checked: u64,
+    /// Restored.
+    pub restored: u64,
+}
+
+/// Page faults, by how they were resolved.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FaultCounts {
+    /// A write that kept its frame: it was the last owner.
+    pub reused: u64,
+    /// A write that got a copy.
+    pub copied: u64,
+    /// A read pin that got a frame of its own.
+    pub unshared: u64,
+    /// Copies a fork made at once, of pinned pages.
+    pub eager_copied: u64,
+    /// A write to memory that was never touched.
+    pub zero_filled: u64,
+}
+
+impl FaultCounts {
+    /// Faults of all kinds. Eager copies are none: fork makes them, nobody waits at a page.
+    pub const fn total(&self) -> u64 {
+        self.reused + self.copied + self.unshared + self.zero_filled
+    }
+}
+
+/// Pages pinned, by the way it was done.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PinCounts {
+    /// Without a lock.
+    pub fast: u64,
+    /// Under the region's lock.
+    pub slow: u64,
+    /// For registered buffers.
+    pub registered: u64,
+}
+
+impl PinCounts {
+    /// Pins taken by either path.
+    pub const fn total(&self) -> u64 {
+        self.fast + self.slow
+    }
+}
+
+/// Transfers of the devices.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DmaCounts {
+    /// Requests that wrote guest memory.
+    pub to_guest: u64,
+    /// Requests that read guest memory.
+    pub from_guest: u64,
+    /// Bytes of both.
+    pub bytes: u64,
+}
+
+/// What a run cost the host at its worst.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MemoryPeaks {
+    /// Frames in use at once.
+    pub frames_peak: u64,
+    /// The same in bytes.
+    pub bytes_peak: u64,
+    /// Mappings of this process at once.
+    pub vmas_peak: u64,
+    /// The most the kernel allows: `vm.max_map_count`.
+    pub vmas_limit: u64,
+}
+
+/// What a run found.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Report {
+    /// Version of the program.
+    pub version: String,
+    /// The machine.
+    pub platform: Platform,
+    /// What was asked for.
+    pub config: Config,
+    /// Name of the copy-on-write policy.
+    pub policy: String,
+    /// What it amounts to.
+    pub verdict: Verdict,
+    /// Why the run could not finish. The first line is a sentence; more may follow, such as a crashed guest's registers.
+    pub error: Option<String>,
+    /// What ended the run.
+    pub ended_by: EndedBy,
+    /// How long the guest ran.
+    pub duration_s: f64,
+    /// What it got done.
+    pub guest: GuestCounts,
+    /// What the guest felt: the longest gap between two operations of one vCPU around each snapshot.
+    pub stall_us: Quantiles,
+    /// Snapshots.
+    pub snapshots: SnapshotCounts,
+    /// From the kick to the last vCPU running again, of each snapshot.
+    pub pause_us: Quantiles,
+    /// Page faults.
+    pub faults: FaultCounts,
+    /// Pages pinned.
+    pub pins: PinCounts,
+    /// Transfers.
+    pub dma: DmaCounts,
+    /// Pages of snapshots that were compared with what they must hold.
+    pub checked_pages: u64,
+    /// Violations.
+    pub violations: ViolationCounts,
+    /// What it cost the host.
+    pub memory: MemoryPeaks,
+}
+
+/// Where a [`Report`] goes, found to be writable before the run.
+#[derive(Clone, Debug)]
+pub struct ReportFile {
+    path: PathBuf,
+    kind: FileKind,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum FileKind {
+    /// Is, or will be, a plain file: replaced in one step.
+    Plain,
+    /// A terminal, a pipe, `/dev/null`: must be written to, never replaced.
+    Stream,
+}
+
+/// Why a report file cannot be written.
+#[derive(Debug, thiserror::Error)]
+pub enum ReportFileError {
+    /// The path is that of a directory.
+    #[error("--report {}: is a directory", path.display())]
+    Directory {
+        /// The path.
+        path: PathBuf,
+    },
+    /// The path's directory does not exist.
+    #[error("--report {}: there is no directory {}", path.display(), directory.display())]
+    NoDirectory {
+        /// The path.
+        path: PathBuf,
+        /// Its directory.
+        directory: PathBuf,
+    },
+    /// The file, or its directory, does not let itself be written.
+    #[error("--report {}: cannot write", path.display())]
+    Write {
+        /// The path.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+}
+
+impl ReportFile {
+    /// Checks that a report can be written to `path`. Leaves nothing behind, and an existing file as it is.
+    pub fn prepare(path: &Path) -> Result<Self, ReportFileError> {
+        // Through a symbolic link it is the file that is replaced, not the link.
+        let path = path.canonicalize().unwrap_or_else(|_| path.to_owned());
+        let kind = match fs::metadata(&path) {
+            Ok(meta) if meta.is_dir() => return Err(ReportFileError::Directory { path }),
+            Ok(meta) if !meta.is_file() => FileKind::Stream,
+            _ => FileKind::Plain,
+        };
+        let file = Self { path, kind };
+        if !file.directory().is_dir() {
+            return Err(ReportFileError::NoDirectory {
+                directory: file.directory().to_owned(),
+                path: file.path,
+            });
+        }
+        let tried = match kind {
+            FileKind::Plain => file.temporary().map(drop),
+            FileKind::Stream => fs::OpenOptions::new()
+                .write(true)
+                .open(&file.path)
+                .map(drop),
+        };
+        tried.map_err(|source| file.error(source))?;
+        Ok(file)
+    }
+
+    /// Writes `report`. Whoever reads the path at any moment sees the old file or the whole new one.
+    pub fn write(&self, report: &Report) -> Result<(), ReportFileError> {
+        self.try_write(report).map_err(|source| self.error(source))
+    }
+
+    /// Where the report goes.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    fn try_write(&self, report: &Report) -> io::Result<()> {
+        let mut json = serde_json::to_vec_pretty(report)?;
+        json.push(b'\n');
+        match self.kind {
+            FileKind::Plain => {
+                let mut temporary = self.temporary()?;
+                temporary.write_all(&json)?;
+                temporary.as_file().sync_all()?;
+                temporary.persist(&self.path).map_err(|e| e.error)?;
+                Ok(())
+            }
+            FileKind::Stream => fs::OpenOptions::new()
+                .write(true)
+                .open(&self.path)?
+                .write_all(&json),
+        }
+    }
+
+    /// A new file beside the path: on the same file system, so that it can be renamed over it.
+    fn temporary(&self) -> io::Result<tempfile::NamedTempFile> {
+        tempfile::Builder::new()
+            .prefix(".report-")
+            .suffix(".tmp")
+            // What any new file gets; the umask takes its part. Temporary files are private otherwise.
+            .permissions(fs::Permissions::from_mode(0o666))
+            .tempfile_in(self.directory())
+            // The error names a file that nobody asked for.
+            .map_err(|error| error.kind().into())
+    }
+
+    fn directory(&self) -> &Path {
+        match self.path.parent() {
+            Some(parent) if !parent.as_os_str().is_empty() => parent,
+            _ => Path::new("."),
+        }
+    }
+
+    fn error(&self, source: io::Error) -> ReportFileError {
+        ReportFileError::Write {
+            path: self.path.clone(),
+            source,
+        }
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use std::collections::BTreeMap;
+
+    use serde_json::Value;
+
+    use super::{super::config, *};
+
+    /// A report with every number different.
+    pub(crate) fn example() -> Report {
+        Report {
+            version: "0.1.0".to_owned(),
+            platform: Platform {
+                kvm: "pvm".to_owned(),
+                kernel: "6.18.0".to_owned(),
+                cpus: 2,
+            },
+            config: config::tests::example(),
+            policy: "exclusive".to_owned(),
+            verdict: Verdict::Ok,
+            error: None,
+            ended_by: EndedBy::Duration,
+            duration_s: 60.012,
+            guest: GuestCounts {
+                ops: 1_234_567,
+                ops_per_s: 20_576.1,
+            },
+            stall_us: Quantiles {
+                p50: Some(1_480.0),
+                p99: Some(9_120.4),
+                max: Some(41_000.0),
+            },
+            snapshots: SnapshotCounts {
+                taken: 2_941,
+                checked: 2_941,
+                restored: 294,
+            },
+            pause_us: Quantiles {
+                p50: Some(812.3),
+                p99: Some(2_204.1),
+                max: Some(5_180.0),
+            },
+            faults: FaultCounts {
+                reused: 1_002,
+                copied: 734_889,
+                unshared: 16,
+                eager_copied: 94_113,
+                zero_filled: 61_402,
+            },
+            pins: PinCounts {
+                fast: 480_211,
+                slow: 9_004,
+                registered: 24,
+            },
+            dma: DmaCounts {
+                to_guest: 80_120,
+                from_guest: 80_118,
+                bytes: 1_804_000_000,
+            },
+            checked_pages: 178_231_004,
+            violations: ViolationCounts::default(),
+            memory: MemoryPeaks {
+                frames_peak: 312_004,
+                bytes_peak: 1_277_968_384,
+                vmas_peak: 31_004,
+                vmas_limit: 65_530,
+            },
+        }
+    }
+
+    fn keys(value: &Value) -> Vec<&str> {
+        value
+            .as_object()
+            .unwrap()
+            .keys()
+            .map(String::as_str)
+            .collect()
+    }
+
+    #[test]
+    fn the_json_has_exactly_these_keys() {
+        let json = serde_json::to_value(example()).unwrap();
+        let expected: BTreeMap<&str, &[&str]> = BTreeMap::from([
+            ("checked_pages", &[] as &[_]),
+            (
+                "config",
+                &[
+                    "dma_devices",
+                    "guest",
+                    "inject",
+                    "keep",
+                    "length",
+                    "memory_bytes",
+                    "pattern",
+                    "registered_buffers",
+                    "restore_every",
+                    "seed",
+                    "snapshot_every_s",
+                    "vcpus",
+                ],
+            ),
+            ("dma", &["bytes", "from_guest", "to_guest"]),
+            ("duration_s", &[]),
+            ("ended_by", &[]),
+            ("error", &[]),
+            (
+                "faults",
+                &[
+                    "copied",
+                    "eager_copied",
+                    "reused",
+                    "unshared",
+                    "zero_filled",
+                ],
+            ),
+            ("guest", &["ops", "ops_per_s"]),
+            (
+                "memory",
+                &["bytes_peak", "frames_peak", "vmas_limit", "vmas_peak"],
+            ),
+            ("pause_us", &["max", "p50", "p99"]),
+            ("pins", &["fast", "registered", "slow"]),
+            ("platform", &["cpus", "kernel", "kvm"]),
+            ("policy", &[]),
+            ("snapshots", &["checked", "restored", "taken"]),
+            ("stall_us", &["max", "p50", "p99"]),
+            ("verdict", &[]),
+            ("version", &[]),
+            (
+                "violations",
+                &["accounting", "coherence", "cut", "isolation", "life"],
+            ),
+        ]);
+        assert_eq!(keys(&json), Vec::from_iter(expected.keys().copied()));
+        for (key, inner) in expected {
+            if json[key].is_object() {
+                assert_eq!(keys(&json[key]), inner, "{key}");
+            } else {
+                assert!(inner.is_empty(), "{key} is not an object");
+            }
+        }
+    }
+
+    #[test]
+    fn the_json_has_these_values() {
+        let mut report = example();
+        report.stall_us = Quantiles::default();
+        report.ended_by = EndedBy::CtrlC;
+        report.verdict = Verdict::Violated;
+        let json = serde_json::to_value(report).unwrap();
+        assert_eq!(json["verdict"], "violated");
+        assert_eq!(json["ended_by"], "ctrl-c");
+        assert_eq!(json["stall_us"]["p50"], Value::Null);
+        assert_eq!(json["pause_us"]["p50"], 812.3);
+        assert_eq!(json["error"], Value::Null);
+        assert_eq!(json["config"]["guest"], "payload");
+        assert_eq!(json["config"]["length"]["duration_s"], 10.0);
+        assert_eq!(json["config"]["snapshot_every_s"], 0.02);
+        assert_eq!(json["config"]["pattern"], "uniform");
+    }
+
+    #[test]
+    fn a_report_survives_json() {
+        let report = example();
+        let json = serde_json::to_string(&report).unwrap();
+        assert_eq!(serde_json::from_str::<Report>(&json).unwrap(), report);
+    }
+
+    #[test]
+    fn names_match_the_json() {
+        for verdict in [Verdict::Ok, Verdict::Violated, Verdict::Error] {
+            assert_eq!(serde_json::to_value(verdict).unwrap(), verdict.name());
+        }
+        for oracle in Oracle::ALL {
+            assert_eq!(serde_json::to_value(oracle).unwrap(), oracle.name());
+            let mut counts = ViolationCounts::default();
+            counts.add(oracle);
+            assert_eq!((counts.of(oracle), counts.total()), (1, 1));
+            assert_eq!(
+                serde_json::to_value(counts).unwrap()[oracle.name()],
+                1,
+                "{oracle}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_violation_outweighs_an_error() {
+        let clean = ViolationCounts::default();
+        let mut seen = clean;
+        seen.add(Oracle::Life);
+        assert_eq!(Verdict::of(&clean, None), Verdict::Ok);
+        assert_eq!(Verdict::of(&clean, Some("crash")), Verdict::Error);
+        assert_eq!(Verdict::of(&seen, None), Verdict::Violated);
+        assert_eq!(Verdict::of(&seen, Some("crash")), Verdict::Violated);
+    }
+
+    #[test]
+    fn quantiles_are_microseconds_with_one_decimal() {
+        let mut histogram = nanoseconds();
+        assert_eq!(Quantiles::of(&histogram), Quantiles::default());
+        for _ in 0..98 {
+            histogram.saturating_record(12_300);
+        }
+        histogram.saturating_record(50_000);
+        histogram.saturating_record(2_000_000);
+        let quantiles = Quantiles::of(&histogram);
+        assert_eq!(quantiles.p50, Some(12.3));
+        assert_eq!(quantiles.p99, Some(50.0));
+        // A histogram rounds up to the end of its bucket, a thousandth at most.
+        let max = quantiles.max.unwrap();
+        assert!((2_000.0..2_002.0).contains(&max), "{max}");
+    }
+
+    #[test]
+    fn operations_a_second_is_never_infinite() {
+        assert_eq!(GuestCounts::over(5, Duration::ZERO).ops_per_s, 0.0);
+        assert_eq!(GuestCounts::over(5, Duration::from_secs(2)).ops_per_s, 2.5);
+    }
+
+    #[test]
+    fn a_violation_shows_what_is_known_and_no_more() {
+        let bare = Violation::new(Oracle::Accounting, "1 pin is left");
+        assert_eq!(bare.to_string(), "violation of accounting: 1 pin is left");
+        let full = Violation {
+            snapshot: Some(12),
+            gpa: Some(0x1234_5678),
+            expected: "0x1".to_owned(),
+            found: "0x2".to_owned(),
+            last_writer: "vCPU 1, operation 99".to_owned(),
+            frame: "pfn 7, shared".to_owned(),
+            ..Violation::new(Oracle::Cut, "a page is newer than the registers")
+        };
+        assert_eq!(
+            full.to_string(),
+            "violation of cut: a page is newer than the registers\n\
+             \x20 snapshot     12\n\
+             \x20 page         gfn 0x12345, gpa 0x12345678\n\
+             \x20 expected     0x1\n\
+             \x20 found        0x2\n\
+             \x20 last writer  vCPU 1, operation 99\n\
+             \x20 frame        pfn 7, shared"
+        );
+    }
+
+    #[test]
+    fn a_report_file_is_replaced_whole() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("report.json");
+        fs::write(&path, "old").unwrap();
+        let file = ReportFile::prepare(&path).unwrap();
+        assert_eq!(fs::read_to_string(&path).unwrap(), "old");
+        file.write(&example()).unwrap();
+        let written: Report = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+        assert_eq!(written, example());
+        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 1);
+        let mode = fs::metadata(&path).unwrap().permissions().mode();
+        assert_eq!(mode & 0o600, 0o600);
+        assert_eq!(mode & 0o111, 0);
+    }
+
+    #[test]
+    fn a_link_to_a_report_file_stays_a_link() {
+        let directory = tempfile::tempdir().unwrap();
+        let (path, link) = (directory.path().join("a"), directory.path().join("b"));
+        fs::write(&path, "old").unwrap();
+        std::os::unix::fs::symlink(&path, &link).unwrap();
+        ReportFile::prepare(&link)
+            .unwrap()
+            .write(&example())
+            .unwrap();
+        assert!(fs::symlink_metadata(&link).unwrap().is_symlink());
+        assert_ne!(fs::read_to_string(&path).unwrap(), "old");
+    }
+
+    #[test]
+    fn a_device_is_written_to_and_not_replaced() {
+        let file = ReportFile::prepare(Path::new("/dev/null")).unwrap();
+        assert_eq!(file.kind, FileKind::Stream);
+        file.write(&example()).unwrap();
+        assert!(!fs::metadata("/dev/null").unwrap().is_file());
+    }
+
+    #[test]
+    fn a_place_that_cannot_be_written_is_found_at_once() {
+        let directory = tempfile::tempdir().unwrap();
+        let error = ReportFile::prepare(directory.path()).unwrap_err();
+        assert!(matches!(error, ReportFileError::Directory { .. }));
+        let error = ReportFile::prepare(&directory.path().join("no/such/file")).unwrap_err();
+        assert!(error.to_string().ends_with("/no/such"), "{error}");
+        let error = ReportFile::prepare(Path::new("/proc/report.json")).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "--report /proc/report.json: cannot write"
+        );
+        let cause = std::error::Error::source(&error).unwrap().to_string();
+        assert!(!cause.contains(".report-"), "{cause}");
+    }
+}

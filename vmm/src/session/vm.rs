@@ -1,0 +1,221 @@
+//! A running VM: memory, vCPUs and devices, put together and taken apart in the right order.
+#![expect(unsafe_code, reason = "promises KVM that the window is the guest's")]
+
+use std::io;
+use std::ptr::NonNull;
+use std::sync::Arc;
+
+use guest::abi::{BOOT_MAGIC, BootInfo, Layout, PAGE_SIZE, PORT_DOORBELL_EVENT};
+
+use super::config::{Config, Injection, Size};
+use super::ports::{Event, Events, Ports};
+use crate::check::inject::LeakyMmu;
+use crate::device::{self, DeviceSet};
+use crate::host::{MappingBudget, PhysMap, Ram, Window};
+use crate::kvm::{
+    self, BootError, GuestRam, Image, Kvm, KvmError, Machine, MemoryError, write_boot_info,
+    write_page_tables,
+};
+use crate::mm::{AddressSpace, AllocError, CowPolicy, FramePool, Gfn, Mmu, Resolution};
+use crate::snapshot::Parts;
+
+/// Why a VM could not be put together.
+#[derive(Debug, thiserror::Error)]
+pub enum BuildError {
+    /// The guest program is no good.
+    #[error("cannot load the guest program")]
+    Image(#[from] BootError),
+    /// Memory is too small for program, vCPUs and devices.
+    #[error(
+        "--memory {} is too small: the guest program ends at {image_end:#x}, and {vcpus} vcpus and {devices} devices must fit above it",
+        Size(*memory)
+    )]
+    Layout {
+        /// Bytes of guest memory.
+        memory: u64,
+        /// Where the program ends.
+        image_end: u64,
+        /// vCPUs.
+        vcpus: u64,
+        /// Devices.
+        devices: u64,
+    },
+    /// The host has no room for the frames or the window.
+    #[error("cannot reserve {} for {what}", Size(*bytes))]
+    Reserve {
+        /// For what.
+        what: &'static str,
+        /// How much.
+        bytes: u64,
+        /// The host's reason.
+        source: io::Error,
+    },
+    /// No frames.
+    #[error(transparent)]
+    Alloc(#[from] AllocError),
+    /// KVM refused.
+    #[error("cannot make the virtual machine")]
+    Kvm(#[from] KvmError),
+    /// Devices did not start.
+    #[error("cannot start the devices")]
+    Devices(#[from] device::StartError),
+}
+
+/// A virtual machine. Fields are in the order they must be dropped in: first who uses memory, then memory.
+#[derive(Debug)]
+pub(super) struct Vm<P: CowPolicy> {
+    pub(super) machine: Machine,
+    pub(super) devices: Arc<DeviceSet<P>>,
+    pub(super) ram: Ram<P>,
+    pub(super) layout: Layout,
+    pub(super) books: Books,
+    entry: u64,
+}
+
+/// What outlives a VM: where its frames and mappings are accounted for.
+#[derive(Clone, Debug)]
+pub(super) struct Books {
+    pub(super) pool: Arc<FramePool>,
+    pub(super) physmap: Arc<PhysMap>,
+    pub(super) budget: Arc<MappingBudget>,
+}
+
+impl<P: CowPolicy> Vm<P> {
+    /// Puts a VM together, with its program loaded; it does not run yet. `memory_available` is what the host can give, in bytes.
+    pub(super) fn build(
+        kvm: &Kvm,
+        config: &Config,
+        image: Vec<u8>,
+        policy: P,
+        memory_available: u64,
+        events: Events,
+    ) -> Result<Self, BuildError> {
+        let image = Image::parse(image)?;
+        let layout = Layout::new(
+            config.memory,
+            image.end(),
+            config.vcpus,
+            config.dma_devices,
+            config.registered_buffers,
+        )
+        .ok_or(BuildError::Layout {
+            memory: config.memory,
+            image_end: image.end(),
+            vcpus: config.vcpus,
+            devices: config.dma_devices,
+        })?;
+
+        let pages = config.memory / PAGE_SIZE;
+        let limit = frame_limit(config, memory_available);
+        // The guest's home is reserved whole, and has memory only where it was touched.
+        let frames = (pages + limit).next_multiple_of(512) + 1024;
+        let bytes = frames * PAGE_SIZE;
+        let reserve = |what, bytes| {
+            move |source| BuildError::Reserve {
+                what,
+                bytes,
+                source,
+            }
+        };
+        let physmap = PhysMap::new(frames).map_err(reserve("frames", bytes))?;
+        let budget = Arc::new(MappingBudget::of_this_process());
+        let pool = FramePool::new(Arc::clone(&physmap) as _, frames, limit)?;
+        let window = Window::new(Arc::clone(&physmap), Arc::clone(&budget), pages)
+            .map_err(reserve("the guest's window", config.memory))?;
+        let host = NonNull::new(std::ptr::with_exposed_provenance_mut(
+            window.host_address() as usize
+        ))
+        .ok_or_else(|| reserve("the guest's window", 0)(io::ErrorKind::OutOfMemory.into()))?;
+        // SAFETY: the window is mapped until the address space that owns it is dropped, which is after the machine
+        // (order of fields), and nothing but guest memory is ever mapped there. No reference points into it.
+        let slot = unsafe { kvm::Window::new(host, window.len()) };
+        let mmu: Box<dyn Mmu> = match config.inject {
+            Some(Injection::SkipWriteProtect) => Box::new(LeakyMmu(window)),
+            _ => Box::new(window),
+        };
+        let space = AddressSpace::new(Arc::clone(&pool), policy, mmu, pages)?;
+        let ram = Ram::new(Arc::new(space), Arc::clone(&physmap));
+
+        image.load(&ram)?;
+        write_page_tables(&ram, config.memory)?;
+        write_boot_info(
+            &ram,
+            &BootInfo {
+                magic: BOOT_MAGIC,
+                seed: config.seed,
+                layout,
+                pattern: config.pattern as u64,
+            },
+        )?;
+
+        let devices = Arc::new(DeviceSet::start(&ram, &layout, config.seed)?);
+        let ports = Ports {
+            ram: ram.clone(),
+            devices: Arc::clone(&devices),
+            events: events.clone(),
+        };
+        let on_stop = Box::new(move |vcpu, outcome| events.send(Event::Ended(vcpu, outcome)));
+        let machine = Machine::new(
+            kvm,
+            slot,
+            Arc::new(ram.clone()),
+            config.vcpus as usize,
+            Arc::new(ports),
+            on_stop,
+        )?;
+        for (device, port) in devices.devices().iter().zip(PORT_DOORBELL_EVENT..) {
+            machine.register_doorbell(port, device.doorbell())?;
+        }
+        Ok(Self {
+            machine,
+            devices,
+            ram,
+            layout,
+            books: Books {
+                pool,
+                physmap,
+                budget,
+            },
+            entry: image.entry(),
+        })
+    }
+
+    /// Starts the vCPUs.
+    pub(super) fn start(&self) -> Result<(), KvmError> {
+        self.machine.start(self.entry)
+    }
+
+    /// What snapshots are taken of.
+    pub(super) fn parts(&self) -> Parts<'_, P> {
+        Parts {
+            machine: &self.machine,
+            devices: &self.devices,
+            space: self.ram.space(),
+        }
+    }
+}
+
+/// The most frames that may have memory: what the guest and its snapshots could need, within what the host has.
+fn frame_limit(config: &Config, available: u64) -> u64 {
+    let copies = config.keep as u64 + 4;
+    let wanted = config.memory.saturating_mul(copies) + (64 << 20);
+    wanted.min(available / 10 * 9).max(config.memory) / PAGE_SIZE
+}
+
+impl<P: CowPolicy> GuestRam for Ram<P> {
+    fn len(&self) -> u64 {
+        self.size()
+    }
+
+    fn write_fault(&self, gfn: u64) -> Result<bool, MemoryError> {
+        Ok(self.space().write_fault(Gfn(gfn))? != Resolution::AlreadyWritable)
+    }
+
+    fn read(&self, gpa: u64, buf: &mut [u8]) -> Result<(), MemoryError> {
+        Ok(Self::read(self, gpa, buf)?)
+    }
+
+    fn write(&self, gpa: u64, buf: &[u8]) -> Result<(), MemoryError> {
+        Ok(Self::write(self, gpa, buf)?)
+    }
+}

@@ -1,0 +1,197 @@
+//! Snapshots of a running VM: memory, vCPUs and devices as they were at one instant.
+//!
+//! ```text
+//!            kick                                                resume
+//!   vCPUs   ──┤ park │ capture registers, each on its own thread ├── run, and fault
+//!   devices ──────┤ stop at a descriptor boundary │ capture ├────── go on
+//!   memory          ............... fork: write-protect, share, copy what is pinned
+//!             |<------------------------- pause ----------------->|
+//! ```
+//! 1. vCPUs are kicked out of the guest and park; each captures its registers while the rest goes on.
+//! 2. Devices stop between two requests: a completion and its data are both in the snapshot or neither is. A device that does
+//!    not get there in time is recorded as in flight.
+//! 3. Memory is forked.
+//! 4. The states of devices and vCPUs are collected; devices go on, then vCPUs.
+//! 5. Everything else (checking, hashing) happens later, beside the running guest.
+//!
+//! A **restore** rewinds the same VM: vCPUs park, devices stop, requests on their way are given up and their pins
+//! dropped; memory goes back (see [`AddressSpace::restore`](crate::mm::AddressSpace::restore)); devices take
+//! the requests that were on their way in the snapshot again, from the memory just restored. Registered buffers stay pinned
+//! throughout: memory goes back *into* their frames, so the device and the guest see the same before and after.
+//!
+//! Snapshots live in memory only: there is no file format yet.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crate::device::{self, DeviceSet, DeviceState};
+use crate::kvm::{Capture, Clock, KvmError, Machine, VcpuState};
+use crate::mm::{AddressSpace, CowPolicy, ForkError, Frozen};
+
+/// How long devices may take to reach a descriptor boundary for a snapshot. A request is a few microseconds' work; the
+/// rest is the host's scheduling.
+const BOUNDARY_WAIT: Duration = Duration::from_millis(2);
+/// The same for a restore, which cannot go on without.
+const RESTORE_WAIT: Duration = Duration::from_secs(5);
+
+/// One snapshot. Dropping it gives its memory back.
+#[derive(Debug)]
+pub struct Snapshot {
+    number: u64,
+    parent: Option<u64>,
+    memory: Arc<Frozen>,
+    vcpus: Vec<VcpuState>,
+    devices: Vec<DeviceState>,
+}
+
+impl Snapshot {
+    /// Its number in the run, from 1.
+    pub fn number(&self) -> u64 {
+        self.number
+    }
+    /// The snapshot the VM ran on from, last before this one: the one restored last, or else taken last.
+    pub fn parent(&self) -> Option<u64> {
+        self.parent
+    }
+    /// Memory.
+    pub fn memory(&self) -> &Frozen {
+        &self.memory
+    }
+    /// Registers, by vCPU.
+    pub fn vcpus(&self) -> &[VcpuState] {
+        &self.vcpus
+    }
+    /// Devices, by number.
+    pub fn devices(&self) -> &[DeviceState] {
+        &self.devices
+    }
+}
+
+/// The parts of a VM that a snapshot is of.
+#[derive(Debug)]
+pub struct Parts<'a, P: CowPolicy> {
+    /// Its vCPUs.
+    pub machine: &'a Machine,
+    /// Its devices.
+    pub devices: &'a DeviceSet<P>,
+    /// Its memory.
+    pub space: &'a AddressSpace<P>,
+}
+
+/// Steps to leave out or to do wrong, so that an oracle can be seen to notice.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum Fault {
+    /// None: do it right.
+    #[default]
+    None,
+    /// Do not stop the devices.
+    RunDevices,
+    /// Capture registers after the vCPUs ran on.
+    LateRegisters,
+}
+
+/// When things happened.
+#[derive(Clone, Copy, Debug)]
+pub struct Timing {
+    /// The vCPUs were told to stop.
+    pub kicked: Instant,
+    /// The last of them was about to run again.
+    pub running: Instant,
+}
+
+impl Timing {
+    /// From the kick to the last vCPU running again.
+    pub fn pause(&self) -> Duration {
+        self.running - self.kicked
+    }
+}
+
+/// Why a snapshot could not be taken. The VM runs on, unless its vCPUs have ended.
+#[derive(Debug, thiserror::Error)]
+pub enum TakeError {
+    /// vCPUs could not be stopped or captured.
+    #[error("cannot stop and capture the vcpus")]
+    Vcpus(#[from] KvmError),
+    /// Memory could not be forked.
+    #[error("cannot fork guest memory")]
+    Memory(#[from] ForkError),
+}
+
+/// Why a VM could not be rewound. It must not run on.
+#[derive(Debug, thiserror::Error)]
+pub enum RestoreError {
+    /// vCPUs could not be stopped or restored.
+    #[error("cannot stop and restore the vcpus")]
+    Vcpus(#[from] KvmError),
+    /// Memory could not be restored.
+    #[error("cannot restore guest memory")]
+    Memory(#[from] crate::mm::RestoreError),
+    /// Devices could not be restored.
+    #[error("cannot restore the devices")]
+    Devices(#[from] device::RestoreError),
+}
+
+impl<P: CowPolicy> Parts<'_, P> {
+    /// Takes snapshot `number` of the running VM, which last ran on from `parent`.
+    ///
+    /// # Errors
+    /// If a vCPU has ended, or there is no memory for the copy of a pinned page. The VM is as it was.
+    pub fn take(
+        &self,
+        number: u64,
+        parent: Option<u64>,
+        fault: Fault,
+    ) -> Result<(Snapshot, Timing), TakeError> {
+        let capture = match fault {
+            Fault::LateRegisters => Capture::Nothing,
+            Fault::None | Fault::RunDevices => Capture::Registers,
+        };
+        let paused = self.machine.pause(capture)?;
+        let kicked = paused.kicked();
+        let stopped =
+            (fault != Fault::RunDevices).then(|| self.devices.stop(kicked + BOUNDARY_WAIT));
+        let memory = self.space.fork()?;
+        let devices = self.devices.capture();
+        let (vcpus, running) = if fault == Fault::LateRegisters {
+            drop(stopped);
+            let running = paused.resume();
+            (self.machine.pause(Capture::Registers)?.states()?, running)
+        } else {
+            let vcpus = paused.states()?;
+            drop(stopped);
+            (vcpus, paused.resume())
+        };
+        let snapshot = Snapshot {
+            number,
+            parent,
+            memory,
+            vcpus,
+            devices,
+        };
+        Ok((snapshot, Timing { kicked, running }))
+    }
+
+    /// Rewinds the VM to `snapshot`, and lets it run on from there. The guest's clock is not rewound.
+    ///
+    /// `after_memory` is called when memory is back and nothing runs yet.
+    ///
+    /// # Errors
+    /// If a part of the VM cannot be rewound; the VM is part old, part new then.
+    pub fn restore(
+        &self,
+        snapshot: &Snapshot,
+        after_memory: impl FnOnce(),
+    ) -> Result<Timing, RestoreError> {
+        let paused = self.machine.pause(Capture::Nothing)?;
+        let kicked = paused.kicked();
+        let stopped = self.devices.stop(kicked + RESTORE_WAIT);
+        self.devices.release_streaming()?;
+        self.space.restore(&snapshot.memory)?;
+        after_memory();
+        self.devices.restore(&snapshot.devices)?;
+        paused.restore(&snapshot.vcpus, Clock::Keep)?;
+        drop(stopped);
+        let running = paused.resume();
+        Ok(Timing { kicked, running })
+    }
+}
