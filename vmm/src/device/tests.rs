@@ -1055,7 +1055,7 @@ fn states_are_plain_data_and_not_trusted() {
     let mut state = good[0].clone();
     state.pending = vec![0; 10];
     rig.set.restore(&[state]).unwrap();
-    rig.set.restore(&good).unwrap();
+    assert_eq!(rig.set.capture(), good);
     stopped.resume();
     let (seq, status) = driver.registered(RequestKind::RegisteredToGuest, 1);
     assert_eq!(status, ok(seq));
@@ -1334,10 +1334,22 @@ const MALFORMED: &[Malformed] = &[
     (
         "an indirect table longer than the ring",
         |d, h| {
-            for index in 0..1000 {
+            d.write_header(0, header(RequestKind::FromGuest, 9));
+            let (header, status) = (d.header_gpa(0), d.status_gpa(0));
+            write_descriptor(&d.ram, h, 0, header, 32, NEXT, 1);
+            for index in 1..999 {
                 write_descriptor(&d.ram, h, index, h, 1, NEXT, index + 1);
             }
+            write_descriptor(&d.ram, h, 999, status, 16, WRITE, 0);
             d.descriptor(0, h, 16 * 1000, INDIRECT, 0);
+        },
+        None,
+    ),
+    (
+        "a status that is not the last",
+        |d, h| {
+            good_chain(d, h);
+            d.descriptor(3, d.status_gpa(0), 16, NEXT | WRITE, QUEUE_SIZE);
         },
         None,
     ),

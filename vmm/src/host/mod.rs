@@ -2,9 +2,9 @@
 //!
 //! | file | concept |
 //! |---|---|
-//! | [`physmap`] | all frames, mapped once, one after the other: `pfn -> host address`, never remapped |
-//! | [`window`] | the host addresses a memslot points at; page `gfn` shows the frame the shadow page table says |
-//! | [`ram`] | guest memory by guest-physical address, for host code: every access holds what it touches |
+//! | `physmap` | all frames, mapped once, one after the other: `pfn -> host address`, never remapped |
+//! | `window` | the host addresses a memslot points at; page `gfn` shows the frame the shadow page table says |
+//! | `ram` | guest memory by guest-physical address, for host code: every access holds what it touches |
 //!
 //! vCPUs go through the window and nobody else does. Everything of ours goes through the physmap, and is
 //! volatile or atomic: guest bytes are never a Rust reference.

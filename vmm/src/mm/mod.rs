@@ -13,17 +13,17 @@
 //!
 //! | file | concept |
 //! |---|---|
-//! | [`frame`] | the packed word of a frame, its states, the atomic transitions |
-//! | [`policy`] | the rules: may share, may write in place, may pin |
-//! | [`table`] | the shadow page table and its region locks |
-//! | [`pool`] | which frames are free; the handles by which they are held |
-//! | [`space`] | address spaces, live and frozen; lock order |
-//! | [`fault`] | write fault and unshare: how a page becomes exclusive, and who gets the copy |
-//! | [`pin`] | pins: the path without a lock and the one with |
-//! | [`fork`] | share everything, copy what is pinned |
-//! | [`restore`] | back to a snapshot, in place |
+//! | `frame` | the packed word of a frame, its states, the atomic transitions |
+//! | `policy` | the rules: may share, may write in place, may pin |
+//! | `table` | the shadow page table and its region locks |
+//! | `pool` | which frames are free; the handles by which they are held |
+//! | `space` | address spaces, live and frozen; lock order |
+//! | `fault` | write fault and unshare: how a page becomes exclusive, and who gets the copy |
+//! | `pin` | pins: the path without a lock and the one with |
+//! | `fork` | share everything, copy what is pinned |
+//! | `restore` | back to a snapshot, in place |
 //! | [`soft`] | a software MMU, for tests and model checkers |
-//! | [`mmu`] | what is asked of the outside: two small traits |
+//! | `mmu` | what is asked of the outside: two small traits |
 //!
 //! There are no system calls in here, no KVM and no threads: the window of a running VM, a software model and
 //! a model checker are interchangeable under it.
