@@ -1051,10 +1051,25 @@ fn states_are_plain_data_and_not_trusted() {
         with(|s| s.registered[0].len = u64::MAX),
         RestoreError::Registered { .. } | RestoreError::Pin(_)
     ));
-    // Chains that are not in the ring: there is nothing to take again, and that is that.
+    // A ring that has fewer chains than are pending: there is nothing to take again, and that is that.
+    let index = driver.area + AREA_AVAIL + 2;
+    for lost in [5, 20] {
+        let mut state = good[0].clone();
+        state.pending = vec![0; 10];
+        driver.write(index, driver.posted.wrapping_sub(lost).to_le_bytes());
+        rig.set.restore(&[state]).unwrap();
+        let after = &rig.set.capture()[0];
+        assert_eq!(after.queue, good[0].queue);
+        assert_eq!(after.pending.len(), if lost < 10 { 5 } else { 0 });
+    }
+    driver.write(index, driver.posted.to_le_bytes());
+    // The same index for another buffer.
+    let (here, there) = (rig.heap(), rig.heap() + PAGE_SIZE);
     let mut state = good[0].clone();
-    state.pending = vec![0; 10];
+    state.registered[0].gpa = there;
     rig.set.restore(&[state]).unwrap();
+    assert_eq!((rig.pins(here), rig.pins(there)), (0, 1));
+    rig.set.restore(&good).unwrap();
     assert_eq!(rig.set.capture(), good);
     stopped.resume();
     let (seq, status) = driver.registered(RequestKind::RegisteredToGuest, 1);

@@ -160,13 +160,8 @@ impl<P: CowPolicy> AddressSpace<P> {
     }
 
     /// Maps the frame of a snapshot's page, or a copy if it cannot be shared, at the same page of this
-    /// space, read-only. The page's old frame is the caller's to give back.
-    pub(super) fn adopt(
-        &self,
-        region: &mut RegionGuard<'_>,
-        gfn: Gfn,
-        pfn: Pfn,
-    ) -> Result<(), ForkError> {
+    /// space, read-only. The page was untouched.
+    fn adopt(&self, region: &mut RegionGuard<'_>, gfn: Gfn, pfn: Pfn) -> Result<(), ForkError> {
         let shared = self.pool.frames().try_share(pfn, &self.policy).is_ok();
         let pfn = if shared {
             pfn

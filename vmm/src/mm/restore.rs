@@ -1,22 +1,20 @@
 //! Restore: an address space goes back to what one of its snapshots holds.
 //!
-//! Page by page, the cheapest that is right:
-//! | the page now | what happens |
-//! |---|---|
-//! | same frame as in the snapshot | nothing: a shared frame was not written |
-//! | exclusive, or its holder the last | the snapshot's bytes are copied into the frame. Nothing is remapped, a writable page stays writable, and **a device that holds a pin on the frame sees what the guest sees** |
-//! | shared with other snapshots, or untouched | the snapshot's frame is shared, read-only |
+//! A page whose frame the snapshot shares still was not written since: nothing is done. Any other is made exclusive, as for a
+//! reading pin, and the snapshot's bytes are copied **into its frame**. So
+//! * the window keeps its shape: a page that has a frame keeps it, at no cost in mappings, and if it was writable it stays so;
+//! * a device that holds a pin on the frame sees what the guest sees (I8): a pin taken through a page is
+//!   that page, before the restore and after;
+//! * other snapshots that shared the frame are given a copy of what it held, as by any break.
 //!
-//! Copying into pinned frames is what keeps invariant I8: a pin taken through a page that is still mapped is that page,
-//! before the restore and after.
+//! Sharing the snapshot's frame instead would save the copy, and cost a remapping that is far dearer.
 
-use super::addr::{Gfn, Pfn, Protection};
+use super::addr::{Gfn, Pfn};
 use super::fault::Intent;
-use super::fork::ForkError;
 use super::policy::CowPolicy;
 use super::space::{AddressSpace, FaultError, Frozen};
 use super::sync::write;
-use super::table::{Entry, RegionGuard};
+use super::table::RegionGuard;
 
 /// Why a restore failed. The address space is part old, part new: it must not run on.
 #[derive(Debug, thiserror::Error)]
@@ -29,10 +27,7 @@ pub enum RestoreError {
         /// Pages of the address space.
         space: u64,
     },
-    /// The snapshot's frame could not be shared.
-    #[error(transparent)]
-    Share(#[from] ForkError),
-    /// A page could not be made exclusive.
+    /// A page could not be made exclusive: there was no memory for the copy, or no mapping.
     #[error(transparent)]
     Fault(#[from] FaultError),
 }
@@ -69,35 +64,13 @@ impl<P: CowPolicy> AddressSpace<P> {
         region: &mut RegionGuard<'_>,
         gfn: Gfn,
         snapshot: &Frozen,
-    ) -> Result<(), RestoreError> {
-        let entry = region.get(gfn);
-        if entry.is_present() && self.mmu.is_crowded() {
-            // Sharing the snapshot's frame costs up to two mappings; a frame of the page's own costs none.
-            self.resolve(region, gfn, Intent::Unshare)?;
-        }
-        let entry = region.get(gfn);
-        let old = entry.pfn();
+    ) -> Result<(), FaultError> {
+        self.resolve(region, gfn, Intent::Unshare)?;
+        let frame = region.get(gfn).pfn();
         // No break moves the snapshot's page meanwhile: breaks take this space's region lock first.
-        let target = snapshot.table.peek(gfn);
-        let in_place =
-            entry.is_present() && self.pool.frames().try_reuse(old, &self.policy).is_ok();
-        if in_place {
-            match target.pfn() {
-                Pfn::ZERO => self.pool.memory().zero(old),
-                pfn => self.pool.memory().copy(pfn, old),
-            }
-            return Ok(());
-        }
-        if target.is_present() {
-            self.adopt(region, gfn, target.pfn())?;
-        } else {
-            self.mmu
-                .map(gfn, Pfn::ZERO, 1, Protection::ReadOnly)
-                .map_err(FaultError::from)?;
-            region.set(gfn, Entry::UNTOUCHED);
-        }
-        if entry.is_present() {
-            self.pool.unmap(old);
+        match snapshot.table.peek(gfn).pfn() {
+            Pfn::ZERO => self.pool.memory().zero(frame),
+            from => self.pool.memory().copy(from, frame),
         }
         Ok(())
     }

@@ -273,7 +273,7 @@ pub struct MmStats {
     pub sharers_moved: u64,
     /// First writes to memory that was never touched.
     pub zero_filled: u64,
-    /// COW breaks and first touches on behalf of a reading pin.
+    /// COW breaks and first touches on behalf of a reading pin, or of a restore.
     pub unshared: u64,
     /// Pages that fork copied because a device held them.
     pub eager_copied: u64,
