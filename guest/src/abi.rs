@@ -22,6 +22,7 @@
 //! ```text
 //! 0x0000_0000  never written (a null pointer reads zeros here, it does not trap); see below
 //! 0x0000_1000  BootInfo
+//! 0x0000_2000  the I/O bitmap that allows `out` where IOPL is not kept: a page that must stay zero
 //! 0x0001_0000  page tables, built by the VMM with accessed and dirty bits set; read-only to the guest by agreement
 //! 0x0010_0000  stacks, 64 KiB a vCPU, MAX_VCPUS of them
 //! 0x0020_0000  the ELF image
@@ -29,9 +30,8 @@
 //!              handed over in BootInfo
 //! ```
 //!
-//! The first page stays zero for the sake of PVM, which does not honour IOPL in ring 3 but looks into the
-//! I/O bitmap of the TSS. With a task register of base 0 and a limit of a page, zeros are a bitmap that allows
-//! the ports.
+//! The page at 0x2000 is there for PVM, which does not honour IOPL in ring 3 but looks into the I/O bitmap of the
+//! task-state segment. The task register has its base there and a limit of a page: zeros are a bitmap that allows the ports.
 //!
 //! # Ports
 //! All are written with a 32-bit `out`; a pointer is a gpa below 4 GiB.

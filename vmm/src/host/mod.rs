@@ -14,6 +14,9 @@ mod physmap;
 mod ram;
 mod window;
 
+#[cfg(test)]
+mod tests;
+
 pub use budget::MappingBudget;
 pub use physmap::PhysMap;
 pub use ram::{Held, PinnedBuffer, Ram, RamError};

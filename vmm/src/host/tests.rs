@@ -1,0 +1,188 @@
+//! The window against what the kernel says of it, and guest memory as host code sees it.
+
+use std::fs;
+use std::sync::Arc;
+
+use proptest::prelude::*;
+use vm_memory::{Bytes, GuestAddress};
+
+use super::*;
+use crate::mm::{
+    Access, AddressSpace, Exclusive, FramePool, Gfn, Mmu, MmuError, PAGE_SIZE, Pfn, Protection,
+    REGION_PAGES,
+};
+
+const PAGES: u64 = 64;
+
+fn physmap(frames: u64) -> Arc<PhysMap> {
+    PhysMap::new(frames).unwrap()
+}
+
+fn window_of(pages: u64, limit: u64) -> (Window, Arc<MappingBudget>) {
+    let budget = Arc::new(MappingBudget::with_limit(limit));
+    let window = Window::new(physmap(4 * pages), Arc::clone(&budget), pages).unwrap();
+    (window, budget)
+}
+
+/// How many mappings the kernel has for a window. A neighbour like its edge may be merged with it, so what lies outside is
+/// cut off.
+fn kernel_mappings(start: u64, len: u64) -> u64 {
+    let hex = |text: &str| u64::from_str_radix(text, 16).unwrap();
+    fs::read_to_string("/proc/self/maps")
+        .unwrap()
+        .lines()
+        .filter(|line| {
+            let (from, to) = line.split_once(' ').unwrap().0.split_once('-').unwrap();
+            hex(from) < start + len && hex(to) > start
+        })
+        .count() as u64
+}
+
+fn ram(pages: u64, limit: u64) -> (Ram<Exclusive>, Arc<MappingBudget>, Arc<FramePool>) {
+    let physmap = physmap(4 * pages + 1024);
+    let frames = 4 * pages + 1024;
+    let pool = FramePool::new(Arc::clone(&physmap) as _, frames, frames).unwrap();
+    let budget = Arc::new(MappingBudget::with_limit(limit));
+    let window = Window::new(Arc::clone(&physmap), Arc::clone(&budget), pages).unwrap();
+    let space = AddressSpace::new(Arc::clone(&pool), Exclusive, Box::new(window), pages).unwrap();
+    (Ram::new(Arc::new(space), physmap), budget, pool)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 64, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn the_kernel_never_has_more_mappings_than_are_booked(
+        changes in prop::collection::vec((0..PAGES, 1..8u64, 0..4u8, 1..3 * PAGES), 1..60)
+    ) {
+        let (window, budget) = window_of(PAGES, 10_000);
+        for (first, count, what, frame) in changes {
+            let count = count.min(PAGES - first);
+            match what {
+                0 => window.map(Gfn(first), Pfn(frame), count, Protection::ReadOnly).unwrap(),
+                1 => window.map(Gfn(first), Pfn(first + PAGES), count, Protection::ReadWrite).unwrap(),
+                2 => window.map(Gfn(first), Pfn::ZERO, count, Protection::ReadOnly).unwrap(),
+                _ => window.protect(Gfn(first), count, Protection::ReadOnly).unwrap(),
+            }
+            let kernel = kernel_mappings(window.host_address(), window.len());
+            // The kernel may leave two mappings unmerged; it never splits one of ours without need.
+            prop_assert!(budget.used() <= kernel && kernel <= budget.used() + 2,
+                "{} booked, {kernel} there", budget.used());
+        }
+        drop(window);
+        prop_assert_eq!(budget.used(), 0);
+    }
+}
+
+#[test]
+fn running_out_of_mappings_names_the_setting_and_changes_nothing() {
+    let (window, budget) = window_of(PAGES, 3);
+    window
+        .map(Gfn(10), Pfn(100), 1, Protection::ReadOnly)
+        .unwrap();
+    assert_eq!(budget.used(), 3);
+    let before = kernel_mappings(window.host_address(), window.len());
+    let error = window
+        .map(Gfn(20), Pfn(100), 1, Protection::ReadOnly)
+        .unwrap_err();
+    assert!(matches!(error, MmuError::MappingLimit { limit: 3 }));
+    assert!(error.to_string().contains("vm.max_map_count"), "{error}");
+    assert_eq!(budget.used(), 3);
+    assert_eq!(kernel_mappings(window.host_address(), window.len()), before);
+    // A change that needs no more mappings goes through.
+    window
+        .map(Gfn(11), Pfn(101), 1, Protection::ReadOnly)
+        .unwrap();
+    window
+        .map(Gfn(0), Pfn::ZERO, PAGES, Protection::ReadOnly)
+        .unwrap();
+    assert_eq!(budget.used(), 1);
+}
+
+#[test]
+fn a_crowded_window_resolves_whole_regions_and_never_runs_out() {
+    let pages = 16 * REGION_PAGES;
+    let (ram, budget, _) = ram(pages, 120);
+    let space = ram.space();
+    let mut snapshots = Vec::new();
+    for round in 0..4u64 {
+        for i in 0..pages / 4 {
+            // Every other page or so, scattered: the worst there is for mappings.
+            let gfn = (i * 2 * 2_654_435_761 + round) % pages;
+            space.write_fault(Gfn(gfn)).unwrap();
+            assert!(budget.used() <= budget.limit());
+        }
+        snapshots.push(space.fork().unwrap());
+        let oldest = (snapshots.len() > 2).then(|| snapshots.remove(0));
+        space
+            .restore(oldest.as_ref().unwrap_or(&snapshots[0]))
+            .unwrap();
+    }
+    assert!(budget.peak() > budget.limit() / 4 * 3, "it was crowded");
+}
+
+#[test]
+fn untouched_memory_costs_one_mapping_and_no_frame() {
+    let (ram, budget, pool) = ram(1 << 20, 100);
+    let mut bytes = [1u8; 3 * PAGE_SIZE as usize];
+    ram.read(5 * PAGE_SIZE + 7, &mut bytes).unwrap();
+    assert!(bytes.iter().all(|&b| b == 0));
+    assert_eq!((budget.used(), pool.usage().in_use), (1, 0));
+}
+
+#[test]
+fn bytes_cross_pages_and_ends_are_refused() {
+    let (ram, ..) = ram(4, 100);
+    let text: Vec<u8> = (0..=255).cycle().take(9000).collect();
+    ram.write(100, &text).unwrap();
+    let mut back = vec![0; 9000];
+    ram.read(100, &mut back).unwrap();
+    assert_eq!(back, text);
+    for (gpa, len) in [(4 * PAGE_SIZE - 1, 2), (u64::MAX, 1), (5 * PAGE_SIZE, 1)] {
+        let error = ram.read(gpa, &mut vec![0; len]).unwrap_err();
+        assert!(matches!(error, RamError::OutOfRange { .. }), "{error}");
+        assert!(ram.pin(gpa, len as u64, Access::Read).is_err());
+        assert!(ram.write(gpa, &vec![0; len]).is_err());
+    }
+}
+
+#[test]
+fn a_slice_is_pinned_for_as_long_as_any_part_of_it_lives() {
+    use vm_memory::{GuestMemory, Permissions};
+    let (ram, _, pool) = ram(4, 100);
+    ram.write_obj(7u64, GuestAddress(64)).unwrap();
+    let pfn = ram.space().entry(Gfn(0)).unwrap().pfn();
+    assert_eq!(pool.state(pfn).pins(), 0, "only while it is used");
+    let slice = ram
+        .get_slices(GuestAddress(64), 8, Permissions::Read)
+        .unwrap()
+        .next()
+        .unwrap()
+        .unwrap();
+    let part = slice.subslice(0, 4).unwrap();
+    assert_eq!(pool.state(pfn).pins(), 1);
+    drop(slice);
+    assert_eq!(pool.state(pfn).pins(), 1);
+    // So a fork copies the page, and the slice stays the guest's.
+    let frozen = ram.space().fork().unwrap();
+    assert_ne!(frozen.frame(Gfn(0)).unwrap(), pfn);
+    drop(part);
+    assert_eq!(pool.state(pfn).pins(), 0);
+}
+
+#[test]
+fn a_slice_of_a_shared_page_is_of_its_own_copy() {
+    let (ram, ..) = ram(4, 100);
+    ram.write_obj(7u64, GuestAddress(64)).unwrap();
+    let frozen = ram.space().fork().unwrap();
+    ram.write_obj(8u64, GuestAddress(64)).unwrap();
+    let old = frozen
+        .with_frame(Gfn(0), |pfn| {
+            ram.physmap().slice(pfn, 64, 8).read_obj::<u64>(0).unwrap()
+        })
+        .unwrap();
+    assert_eq!(
+        (old, ram.read_obj::<u64>(GuestAddress(64)).unwrap()),
+        (7, 8)
+    );
+}
