@@ -31,11 +31,28 @@ pub struct Window {
 }
 
 /// What a page shows. Neighbours share a mapping if they show the same thing: frames that follow each other, or zeros.
+///
+/// Packed, since a fork looks at that of every page: bit 0 says that there is a frame, bit 1 that it is writable, the bits from 2 on are
+/// `pfn - gfn`.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Shown {
-    Zeros,
-    /// `pfn - gfn`, and the protection.
-    Frames(i64, Protection),
+struct Shown(i64);
+
+impl Shown {
+    const ZEROS: Self = Self(0);
+    const FRAME: i64 = 1;
+    const WRITABLE: i64 = 2;
+
+    fn frames(distance: i64, protection: Protection) -> Self {
+        Self(distance << 2 | Self::FRAME).protected(protection)
+    }
+
+    fn protected(self, protection: Protection) -> Self {
+        match protection {
+            _ if self == Self::ZEROS => self,
+            Protection::ReadOnly => Self(self.0 & !Self::WRITABLE),
+            Protection::ReadWrite => Self(self.0 | Self::WRITABLE),
+        }
+    }
 }
 
 impl Window {
@@ -55,7 +72,7 @@ impl Window {
             pages,
             physmap,
             budget,
-            shown: Mutex::new(vec![Shown::Zeros; pages as usize]),
+            shown: Mutex::new(vec![Shown::ZEROS; pages as usize]),
         })
     }
 
@@ -78,14 +95,14 @@ impl Window {
         ptr::with_exposed_provenance_mut(self.base + gfn.gpa() as usize)
     }
 
-    /// Changes what pages `first..first + count` show: books the mappings, lets `apply` do it, and takes the
-    /// booking back if that fails.
+    /// Changes what pages `first..first + count` show: books the mappings, lets `apply` do it, and notes it, or
+    /// takes the booking back if that fails.
     fn change(
         &self,
         first: Gfn,
         count: u64,
         what: &'static str,
-        shows: impl Fn(Gfn, Shown) -> Shown,
+        shows: impl Fn(Shown) -> Shown,
         apply: impl FnOnce() -> rustix::io::Result<()>,
     ) -> Result<(), MmuError> {
         assert!(
@@ -97,37 +114,36 @@ impl Window {
             "{count} pages from {first:?} on are not in the window"
         );
         let mut shown = self.shown.lock().unwrap_or_else(PoisonError::into_inner);
-        let (from, to) = (first.0 as usize, (first.0 + count) as usize);
+        let range = first.0 as usize..(first.0 + count) as usize;
         // The page before and the page after: a mapping may end or begin at either end.
-        let edges = from.saturating_sub(1)..(to + 1).min(shown.len());
-        let before = mappings(&shown[edges.clone()]);
-        let old: Vec<Shown> = shown[from..to].to_vec();
-        for (i, page) in shown[from..to].iter_mut().enumerate() {
-            *page = shows(Gfn(first.0 + i as u64), *page);
+        let edges = range.start.saturating_sub(1)..(range.end + 1).min(shown.len());
+        let before = mappings(shown[edges.clone()].iter().copied());
+        let after = mappings(edges.clone().map(|page| match shown[page] {
+            old if range.contains(&page) => shows(old),
+            neighbour => neighbour,
+        }));
+        self.budget
+            .change(before, after)
+            .map_err(|limit| MmuError::MappingLimit { limit })?;
+        if let Err(error) = apply() {
+            let _ = self.budget.change(after, before);
+            return Err(match error {
+                // Ours is not the only use of mappings: the host may be at its limit before we are.
+                Errno::NOMEM => MmuError::MappingLimit {
+                    limit: self.budget.limit(),
+                },
+                error => MmuError::Host {
+                    what,
+                    first,
+                    count,
+                    source: error.into(),
+                },
+            });
         }
-        let after = mappings(&shown[edges]);
-        let result = match self.budget.change(before, after) {
-            Err(limit) => Err(MmuError::MappingLimit { limit }),
-            Ok(()) => apply().map_err(|error| {
-                let _ = self.budget.change(after, before);
-                match error {
-                    // Ours is not the only use of mappings: the host may be at its limit before we are.
-                    Errno::NOMEM => MmuError::MappingLimit {
-                        limit: self.budget.limit(),
-                    },
-                    error => MmuError::Host {
-                        what,
-                        first,
-                        count,
-                        source: error.into(),
-                    },
-                }
-            }),
-        };
-        if result.is_err() {
-            shown[from..to].copy_from_slice(&old);
+        for page in &mut shown[range] {
+            *page = shows(*page);
         }
-        result
+        Ok(())
     }
 }
 
@@ -146,7 +162,7 @@ impl Mmu for Window {
                 first,
                 count,
                 "clear",
-                |_, _| Shown::Zeros,
+                |_| Shown::ZEROS,
                 || {
                     // SAFETY: `change` has checked that the range is the window's own. Only vCPUs look through it.
                     unsafe {
@@ -166,7 +182,7 @@ impl Mmu for Window {
             Protection::ReadOnly => ProtFlags::READ,
             Protection::ReadWrite => ProtFlags::READ | ProtFlags::WRITE,
         };
-        let shows = |_, _| Shown::Frames(distance, protection);
+        let shows = |_| Shown::frames(distance, protection);
         self.change(first, count, "map", shows, || {
             // SAFETY: as above.
             unsafe {
@@ -188,10 +204,7 @@ impl Mmu for Window {
             Protection::ReadOnly => MprotectFlags::READ,
             Protection::ReadWrite => MprotectFlags::READ | MprotectFlags::WRITE,
         };
-        let shows = |_, page| match page {
-            Shown::Zeros => Shown::Zeros,
-            Shown::Frames(distance, _) => Shown::Frames(distance, protection),
-        };
+        let shows = |page: Shown| page.protected(protection);
         self.change(first, count, "protect", shows, || {
             // SAFETY: as above.
             unsafe { mprotect(self.address(first), (count * PAGE_SIZE) as usize, flags) }
@@ -206,7 +219,7 @@ impl Mmu for Window {
 impl Drop for Window {
     fn drop(&mut self) {
         let shown = self.shown.get_mut().unwrap_or_else(PoisonError::into_inner);
-        let _ = self.budget.change(mappings(shown), 0);
+        let _ = self.budget.change(mappings(shown.iter().copied()), 0);
         // SAFETY: the range is the window's own; the VM whose memslot pointed here is gone, or sees nothing from now on.
         let unmapped = unsafe { munmap(self.address(Gfn(0)), self.len() as usize) };
         if let Err(error) = unmapped {
@@ -216,9 +229,12 @@ impl Drop for Window {
 }
 
 /// Mappings that a run of pages takes.
-fn mappings(pages: &[Shown]) -> u64 {
-    let borders = pages.windows(2).filter(|pair| pair[0] != pair[1]).count();
-    borders as u64 + u64::from(!pages.is_empty())
+fn mappings(pages: impl Iterator<Item = Shown>) -> u64 {
+    let mut last = None;
+    pages.fold(0, |count, page| {
+        let begins = last.replace(page) != Some(page);
+        count + u64::from(begins)
+    })
 }
 
 /// Reserves addresses that show zeros, aligned to 2 MiB.
