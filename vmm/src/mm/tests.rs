@@ -220,6 +220,15 @@ fn t08_unshare_of_untouched_memory_gives_it_a_frame() {
 }
 
 #[test]
+fn t09_unshare_of_a_writable_page_does_nothing() {
+    let w = world();
+    w.vm.cpu_write(P, 5).unwrap();
+    let before = (w.entry(P), w.state(P), w.stats());
+    w.vm.space.unshare(P).unwrap();
+    assert_eq!((w.entry(P), w.state(P), w.stats()), before);
+}
+
+#[test]
 fn t10_fork_shares_what_is_not_pinned_and_protects_both_sides() {
     let w = world();
     w.vm.cpu_write(P, 5).unwrap();

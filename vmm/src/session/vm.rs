@@ -182,6 +182,12 @@ impl<P: CowPolicy> Vm<P> {
 
     /// Starts the vCPUs.
     pub(super) fn start(&self) -> Result<(), KvmError> {
+        let left_out = self.machine.left_out();
+        if !left_out.is_empty() {
+            tracing::info!(
+                "this KVM cannot save and restore MSRs {left_out:#x?}: snapshots are without them"
+            );
+        }
         self.machine.start(self.entry)
     }
 
