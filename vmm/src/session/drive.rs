@@ -22,6 +22,7 @@ use super::report::{
 use super::stall::StallMeter;
 use super::vm::Vm;
 use crate::check::{Examiner, Oracle, Violation, ViolationCounts, Worker, account};
+use crate::device::Mismatch;
 use crate::kvm::{self, KvmError, Outcome, StopReason};
 use crate::mm::{CowPolicy, MmStats};
 use crate::snapshot::{Fault, Snapshot, TakeError, Timing};
@@ -30,6 +31,8 @@ use crate::snapshot::{Fault, Snapshot, TakeError, Timing};
 const TICK: Duration = Duration::from_millis(100);
 /// Looks the checker may be behind before the next snapshot waits for it.
 const MOST_BACKLOG: u64 = 3;
+/// What devices read and should not have, kept until the guest reports it. Others are of requests that a restore undid.
+const MOST_MISMATCHES: usize = 512;
 /// How long an ended vCPU's reason may take to arrive.
 const LAST_WORDS: Duration = Duration::from_secs(5);
 
@@ -58,6 +61,8 @@ pub(super) struct Drive<'a, P: CowPolicy> {
     ops_undone: u64,
     recent_ops: (Instant, u64, f64),
     violations: ViolationCounts,
+    /// The latest last.
+    mismatches: VecDeque<Mismatch>,
     random: Random,
     leaked: bool,
 }
@@ -148,6 +153,7 @@ impl<'a, P: CowPolicy> Drive<'a, P> {
             ops_undone: 0,
             recent_ops: (now, 0, 0.0),
             violations: ViolationCounts::default(),
+            mismatches: VecDeque::new(),
             random: Random(config.seed),
             leaked: false,
         })
@@ -372,8 +378,9 @@ impl<'a, P: CowPolicy> Drive<'a, P> {
             .all(|&word| word == FOLLOWS_FORMULA)
     }
 
-    fn failure(&self, failure: &Failure) -> Violation {
-        let (oracle, what) = match FailureKind::from_raw(failure.kind) {
+    fn failure(&mut self, failure: &Failure) -> Violation {
+        let kind = FailureKind::from_raw(failure.kind);
+        let (oracle, what) = match kind {
             Some(FailureKind::Page) => (Oracle::Life, "a page is not what the guest left there"),
             Some(FailureKind::DmaToGuest) => (
                 Oracle::Coherence,
@@ -399,7 +406,10 @@ impl<'a, P: CowPolicy> Drive<'a, P> {
         );
         v.gpa = Some(failure.gpa);
         v.expected = format!("{:#018x}", failure.expected);
-        v.found = format!("{:#018x}", failure.found);
+        v.found = match kind {
+            Some(FailureKind::DmaFromGuest) => self.seen_by_device(failure),
+            _ => format!("{:#018x}", failure.found),
+        };
         if failure.seq != 0 || failure.device != 0 {
             v.last_writer = format!("device {}, request {}", failure.device, failure.seq);
         }
@@ -412,6 +422,25 @@ impl<'a, P: CowPolicy> Drive<'a, P> {
             v.frame = format!("{entry:?} {:?}", self.vm.books.pool.state(entry.pfn()));
         }
         v
+    }
+
+    /// What the device saw of a request that `failure` is about. The guest can't know: it sees what it wrote itself.
+    fn seen_by_device(&mut self, failure: &Failure) -> String {
+        self.collect_mismatches();
+        let of_request = |m: &&Mismatch| (m.device, m.seq) == (failure.device, failure.seq);
+        match self.mismatches.iter().rev().find(of_request) {
+            Some(mismatch) => format!("{:#018x}", mismatch.found),
+            None => format!("{:#018x} by the guest, else by the device", failure.found),
+        }
+    }
+
+    fn collect_mismatches(&mut self) {
+        for mismatch in self.vm.devices.take_mismatches() {
+            tracing::debug!(?mismatch, "a device read something unexpected");
+            self.mismatches.push_back(mismatch);
+        }
+        let old = self.mismatches.len().saturating_sub(MOST_MISMATCHES);
+        self.mismatches.drain(..old);
     }
 
     fn violation(&mut self, violation: &Violation) {
@@ -428,10 +457,7 @@ impl<'a, P: CowPolicy> Drive<'a, P> {
             self.violation(&violation);
         }
         self.stall.look(&self.vm.ram);
-        for mismatch in self.vm.devices.take_mismatches() {
-            // The guest is told, and reports what it makes of it.
-            tracing::debug!(?mismatch, "a device read something unexpected");
-        }
+        self.collect_mismatches();
         let lost = self.inbox.take_lost();
         if lost > 0 {
             self.observer.note(&format!(

@@ -1,0 +1,858 @@
+//! The `vmm` program as a person or a script meets it: exit codes, refusals, the report, signals.
+
+mod support;
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::{self, BufRead, BufReader, PipeWriter, Read, Write};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::Path;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::mpsc::{self, Receiver};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use guest::Misbehaviour;
+use palimpsest::session::config::{HostLimits, Injection};
+use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
+use rustix::process::{Pid, Signal, getuid, kill_process};
+use serde_json::Value;
+use support::{PATIENCE, no_kvm, say, within};
+
+/// Far below the length of the run that is asked for: a program that takes longer has started it.
+const AT_ONCE: Duration = Duration::from_secs(30);
+/// So long that a run of it only ends if something ends it.
+const FOR_EVER: [&str; 2] = ["--duration", "1h"];
+/// A run that is over soon.
+const SHORT: [&str; 6] = [
+    "--snapshots",
+    "10",
+    "--snapshot-every",
+    "5ms",
+    "--memory",
+    "32M",
+];
+
+fn vmm() -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_vmm"));
+    command
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
+    command
+}
+
+/// What a program has said and how it ended.
+#[derive(Debug)]
+struct Said {
+    status: ExitStatus,
+    stdout: String,
+    stderr: String,
+}
+
+impl Said {
+    /// Fails the test unless the program ended with exit code `code`, and not by a panic.
+    #[track_caller]
+    fn assert_code(&self, code: i32) {
+        assert_eq!(self.status.code(), Some(code), "{self:?}");
+        assert!(!self.stderr.contains("panicked"), "{self:?}");
+    }
+}
+
+/// Kills a program when its test fails: nobody else would end it.
+struct KillOnPanic(Pid);
+
+impl Drop for KillOnPanic {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            // It may have ended.
+            let _ = kill_process(self.0, Signal::KILL);
+        }
+    }
+}
+
+/// Runs `command`, which must be over within `time`.
+#[track_caller]
+fn said_within(time: Duration, mut command: Command) -> Said {
+    let child = command.spawn().unwrap();
+    let guard = KillOnPanic(Pid::from_child(&child));
+    let output = within(time, move || child.wait_with_output()).unwrap();
+    drop(guard);
+    Said {
+        status: output.status,
+        stdout: String::from_utf8(output.stdout).unwrap(),
+        stderr: String::from_utf8(output.stderr).unwrap(),
+    }
+}
+
+/// What `vmm` says to `args`.
+#[track_caller]
+fn run(args: &[&str]) -> Said {
+    let mut command = vmm();
+    command.args(args);
+    said_within(PATIENCE, command)
+}
+
+/// The same where no run may be started: it would be an endless one.
+#[track_caller]
+fn run_refused(args: &[&str]) -> Said {
+    let mut command = vmm();
+    // Last, and given once: what is tested may not be about the length.
+    command.args(args).args(FOR_EVER);
+    let said = said_within(AT_ONCE, command);
+    assert_eq!(said.stdout, "", "the report's place: {said:?}");
+    assert!(
+        !said.stderr.contains("guest: "),
+        "a guest was started: {said:?}"
+    );
+    said
+}
+
+fn json(path: &Path) -> Value {
+    serde_json::from_slice(&fs::read(path).unwrap()).unwrap()
+}
+
+/// The names in a directory, sorted.
+fn names(directory: &Path) -> Vec<String> {
+    let mut names = Vec::from_iter(
+        fs::read_dir(directory)
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap()),
+    );
+    names.sort();
+    names
+}
+
+/// The misbehaving guest as a file.
+fn misbehaving_guest(directory: &Path) -> String {
+    let path = directory.join("misbehave");
+    fs::write(&path, guest::MISBEHAVE).unwrap();
+    path.to_str().unwrap().to_owned()
+}
+
+#[test]
+fn help_says_what_there_is() {
+    let said = run(&["--help"]);
+    said.assert_code(0);
+    for flag in [
+        "--guest",
+        "--memory",
+        "--vcpus",
+        "--duration",
+        "--snapshots",
+        "--snapshot-every",
+        "--keep",
+        "--restore-every",
+        "--dma-devices",
+        "--registered-buffers",
+        "--pattern",
+        "--seed",
+        "--report",
+        "--inject",
+        "-v, --verbose",
+    ] {
+        assert!(said.stdout.contains(flag), "{flag}");
+    }
+    for fault in Injection::ALL {
+        assert!(said.stdout.contains(fault.name()), "{fault}");
+    }
+    for line in [
+        "0  every snapshot taken was right",
+        "1  the run could not start or finish, or the guest crashed",
+        "2  the command line makes no sense",
+        "3  an oracle found a violation",
+    ] {
+        assert!(said.stdout.contains(line), "{line}");
+    }
+    let version = run(&["--version"]);
+    version.assert_code(0);
+    assert_eq!(
+        version.stdout,
+        format!("vmm {}\n", env!("CARGO_PKG_VERSION"))
+    );
+}
+
+#[test]
+fn nonsense_is_refused_with_the_limit_named() {
+    let refusals: &[(&[&str], &str)] = &[
+        (&["--vcpus", "0"], "--vcpus 0: a guest has 1 to 16 vCPUs"),
+        (&["--vcpus", "17"], "--vcpus 17: a guest has 1 to 16 vCPUs"),
+        (&["--vcpus=-1"], "invalid value '-1' for '--vcpus <N>'"),
+        (&["--vcpus", "two"], "invalid digit"),
+        (
+            &["--memory", "3K"],
+            "--memory 3 KiB: a guest of this shape needs at least 10 MiB",
+        ),
+        (&["--memory", "0"], "needs at least 10 MiB"),
+        (
+            &["--memory", "33554433"],
+            "--memory 33554433 B: must be a multiple of 4 KiB",
+        ),
+        (
+            &["--memory", "129G"],
+            "--memory 129 GiB: a guest has at most 128 GiB",
+        ),
+        (&["--memory", "99999999999T"], "is too large"),
+        (&["--memory", "lots"], "must be a number and a unit"),
+        (
+            &["--dma-devices", "9"],
+            "--dma-devices 9: a guest has at most 8 devices",
+        ),
+        (
+            &["--registered-buffers", "17"],
+            "--registered-buffers 17: a device registers at most 16 buffers",
+        ),
+        (
+            &["--snapshot-every", "0s"],
+            "--snapshot-every 0: must be more than zero",
+        ),
+        (
+            &["--snapshot-every", "400000h"],
+            "--snapshot-every: must be at most 365 days",
+        ),
+        (&["--snapshot-every", "20"], "write 20us, 20ms, 20s"),
+        (
+            &["--keep", "0"],
+            "--keep 0: at least 1 snapshot must be kept",
+        ),
+        (
+            &["--pattern", "zigzag"],
+            "[possible values: dense, uniform, hot, sparse]",
+        ),
+        (&["--inject", "gremlins"], "share-pinned"),
+        (
+            &["--inject", "leak-pin", "--dma-devices", "0"],
+            "this fault needs --dma-devices 1 or more",
+        ),
+        (
+            &["--inject", "stale-page", "--restore-every", "0"],
+            "this fault needs --restore-every 1 or more",
+        ),
+        (&["--guest", ""], "must be payload, or a path"),
+        (&["--snapshots", "9"], "cannot be used with"),
+        (&["--no-such-flag"], "unexpected argument '--no-such-flag'"),
+        (&["stray"], "unexpected argument 'stray'"),
+    ];
+    for (args, expected) in refusals {
+        let said = run_refused(args);
+        said.assert_code(2);
+        assert!(said.stderr.contains(expected), "{args:?}: {said:?}");
+    }
+    let said = run(&["--snapshots", "0"]);
+    said.assert_code(2);
+    assert!(
+        said.stderr
+            .contains("--snapshots 0: must be more than zero"),
+        "{said:?}"
+    );
+}
+
+#[test]
+fn more_memory_than_the_host_has_is_refused() {
+    let available = HostLimits::detect().unwrap().memory_available;
+    let asked = (available >> 30) + 8;
+    if asked > 128 {
+        return say("skipped: this host has more memory than a guest can");
+    }
+    let said = run_refused(&["--memory", &format!("{asked}G")]);
+    said.assert_code(2);
+    let expected = format!("--memory {asked} GiB: this host has ");
+    assert!(said.stderr.contains(&expected), "{said:?}");
+    assert!(said.stderr.contains("hint: "), "{said:?}");
+}
+
+#[test]
+fn a_guest_that_cannot_be_read_is_an_error_that_names_it() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().to_str().unwrap();
+    let missing = format!("{path}/missing.elf");
+    for (guest, why) in [
+        (missing.as_str(), "No such file or directory"),
+        (path, "not a file"),
+        ("/dev/zero", "not a file"),
+    ] {
+        let said = run_refused(&["--guest", guest]);
+        said.assert_code(1);
+        let expected = format!("error: --guest {guest}: cannot read: {why}");
+        assert!(said.stderr.contains(&expected), "{said:?}");
+        assert!(
+            said.stderr.contains("hint: --guest takes `payload`"),
+            "{said:?}"
+        );
+    }
+}
+
+#[test]
+fn a_file_that_is_no_guest_is_an_error_that_says_why() {
+    if no_kvm() {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("guest");
+    for (bytes, why) in [
+        (b"".as_slice(), "not an ELF file"),
+        (b"garbage", "not an ELF file"),
+        (&guest::PAYLOAD[..1000], "truncated ELF file"),
+    ] {
+        fs::write(&path, bytes).unwrap();
+        let said = run_refused(&["--guest", path.to_str().unwrap()]);
+        said.assert_code(1);
+        let expected = format!("error: cannot load the guest program: {why}");
+        assert!(said.stderr.contains(&expected), "{said:?}");
+    }
+}
+
+#[test]
+fn a_good_run_exits_with_0_and_says_so() {
+    if no_kvm() {
+        return;
+    }
+    let said = run(&[&SHORT[..], &["--seed", "77"]].concat());
+    said.assert_code(0);
+    assert!(
+        said.stdout
+            .starts_with("ok: 10 snapshots taken, every one checked bit for bit, no violation\n"),
+        "{said:?}"
+    );
+    assert!(
+        said.stdout
+            .contains("seed        77 (repeat with --seed 77)\n"),
+        "{said:?}"
+    );
+    assert!(
+        said.stderr.contains(": seed 77\n"),
+        "a run that is killed has a seed, too: {said:?}"
+    );
+    // Neither is a terminal.
+    assert!(
+        !said.stdout.contains('\x1b') && !said.stderr.contains('\x1b'),
+        "{said:?}"
+    );
+}
+
+#[test]
+fn a_violation_exits_with_3_and_shows_what_was_seen() {
+    if no_kvm() {
+        return;
+    }
+    // Accounting needs no race to see its fault.
+    let said = run(&[&SHORT[..], &["--inject", "leak-pin"]].concat());
+    said.assert_code(3);
+    assert!(
+        said.stdout
+            .starts_with("VIOLATED: 1 violation in 10 snapshots\n"),
+        "{said:?}"
+    );
+    assert!(
+        said.stdout.contains("leak-pin: caught by accounting\n"),
+        "{said:?}"
+    );
+    let seen = said
+        .stderr
+        .split_once("violation of accounting: ")
+        .unwrap()
+        .1;
+    for line in ["\n  expected ", "\n  found ", "\n  frame "] {
+        assert!(seen.contains(line), "{line}: {said:?}");
+    }
+}
+
+#[test]
+fn a_crashed_guest_exits_with_1_and_shows_its_registers() {
+    if no_kvm() {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let guest = misbehaving_guest(directory.path());
+    let report = directory.path().join("report.json");
+    let seed = (Misbehaviour::InvalidOpcode as u64).to_string();
+    let mut args = vec![
+        "--guest",
+        &guest,
+        "--seed",
+        &seed,
+        "--report",
+        report.to_str().unwrap(),
+    ];
+    args.extend(FOR_EVER);
+    let said = run(&args);
+    said.assert_code(1);
+    assert!(
+        said.stdout
+            .starts_with("could not finish: vcpu 0: guest crashed: "),
+        "{said:?}"
+    );
+    assert!(said.stdout.contains("\n  rip 0") && said.stdout.contains("\n  code at rip: 0f 0b"));
+    let report = json(&report);
+    assert_eq!(report["verdict"], "error");
+    assert_eq!(report["ended_by"], "guest crash");
+    assert_eq!(report["violations"]["accounting"], 0);
+}
+
+#[test]
+fn a_guest_that_spins_does_not_hold_the_program_up() {
+    if no_kvm() {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let guest = misbehaving_guest(directory.path());
+    let seed = (Misbehaviour::Spin as u64).to_string();
+    let said = run(&[
+        "--guest",
+        &guest,
+        "--seed",
+        &seed,
+        "--duration",
+        "500ms",
+        "--memory",
+        "32M",
+    ]);
+    said.assert_code(0);
+}
+
+/// The kind of every value in `json`, by its path.
+fn kinds(json: &Value, path: &str, kinds: &mut BTreeMap<String, &'static str>) {
+    let kind = match json {
+        Value::Null => "null",
+        Value::Bool(_) => "bool",
+        Value::String(_) => "text",
+        Value::Number(number) if number.is_u64() => "count",
+        Value::Number(_) => "number",
+        Value::Array(_) => "array",
+        Value::Object(fields) => {
+            for (name, value) in fields {
+                let path = if path.is_empty() {
+                    name.clone()
+                } else {
+                    format!("{path}.{name}")
+                };
+                self::kinds(value, &path, kinds);
+            }
+            return;
+        }
+    };
+    kinds.insert(path.to_owned(), kind);
+}
+
+/// Scripts read this: keys are added, never renamed or removed, and keep their type.
+#[test]
+fn the_json_report_has_these_keys_and_types() {
+    if no_kvm() {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("report.json");
+    let report = path.to_str().unwrap();
+    // Long enough for the guest to have felt a snapshot.
+    run(&[
+        "--duration",
+        "1500ms",
+        "--memory",
+        "32M",
+        "--seed",
+        "5",
+        "--report",
+        report,
+    ])
+    .assert_code(0);
+    let report = json(&path);
+    let mut found = BTreeMap::new();
+    kinds(&report, "", &mut found);
+    let expected = [
+        ("checked_pages", "count"),
+        ("config.dma_devices", "count"),
+        ("config.guest", "text"),
+        ("config.inject", "null"),
+        ("config.keep", "count"),
+        ("config.length.duration_s", "number"),
+        ("config.memory_bytes", "count"),
+        ("config.pattern", "text"),
+        ("config.registered_buffers", "count"),
+        ("config.restore_every", "count"),
+        ("config.seed", "count"),
+        ("config.snapshot_every_s", "number"),
+        ("config.vcpus", "count"),
+        ("dma.bytes", "count"),
+        ("dma.from_guest", "count"),
+        ("dma.to_guest", "count"),
+        ("duration_s", "number"),
+        ("ended_by", "text"),
+        ("error", "null"),
+        ("faults.copied", "count"),
+        ("faults.eager_copied", "count"),
+        ("faults.reused", "count"),
+        ("faults.unshared", "count"),
+        ("faults.zero_filled", "count"),
+        ("guest.ops", "count"),
+        ("guest.ops_per_s", "number"),
+        ("memory.bytes_peak", "count"),
+        ("memory.frames_peak", "count"),
+        ("memory.vmas_limit", "count"),
+        ("memory.vmas_peak", "count"),
+        ("pause_us.max", "number"),
+        ("pause_us.p50", "number"),
+        ("pause_us.p99", "number"),
+        ("pins.fast", "count"),
+        ("pins.registered", "count"),
+        ("pins.slow", "count"),
+        ("platform.cpus", "count"),
+        ("platform.kernel", "text"),
+        ("platform.kvm", "text"),
+        ("policy", "text"),
+        ("snapshots.checked", "count"),
+        ("snapshots.restored", "count"),
+        ("snapshots.taken", "count"),
+        ("stall_us.max", "number"),
+        ("stall_us.p50", "number"),
+        ("stall_us.p99", "number"),
+        ("verdict", "text"),
+        ("version", "text"),
+        ("violations.accounting", "count"),
+        ("violations.coherence", "count"),
+        ("violations.cut", "count"),
+        ("violations.isolation", "count"),
+        ("violations.life", "count"),
+    ];
+    assert_eq!(
+        found,
+        expected.map(|(path, kind)| (path.to_owned(), kind)).into()
+    );
+    assert_eq!(report["verdict"], "ok");
+    assert_eq!(report["ended_by"], "duration");
+    assert_eq!(report["config"]["seed"], 5);
+    assert_eq!(report["config"]["memory_bytes"], 32 << 20);
+    assert_eq!(report["snapshots"]["checked"], report["snapshots"]["taken"]);
+    assert_eq!(names(directory.path()), ["report.json"]);
+}
+
+#[test]
+fn a_report_that_cannot_be_written_is_found_before_the_run() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().to_str().unwrap();
+    for (report, why) in [
+        (path.to_owned(), "is a directory"),
+        (format!("{path}/no/report.json"), "there is no directory"),
+        ("/proc/report.json".to_owned(), "cannot write"),
+    ] {
+        let said = run_refused(&["--report", &report]);
+        said.assert_code(1);
+        let expected = format!("error: --report {report}: {why}");
+        assert!(said.stderr.contains(&expected), "{said:?}");
+    }
+    assert_eq!(names(directory.path()), Vec::<String>::new());
+}
+
+#[test]
+fn a_run_that_is_killed_leaves_the_old_report_whole() {
+    if no_kvm() {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("report.json");
+    fs::write(&path, "old").unwrap();
+    let mut started = Started::new(&["--report", path.to_str().unwrap()], Stdio::piped());
+    started.wait_for("guest: payload: ");
+    started.signal(Signal::KILL);
+    assert_eq!(started.end().signal(), Some(Signal::KILL.as_raw()));
+    assert_eq!(fs::read_to_string(&path).unwrap(), "old");
+    assert_eq!(names(directory.path()), ["report.json"]);
+}
+
+/// A run without an end, followed by what it says on standard error.
+struct Started {
+    child: Child,
+    stderr: Receiver<String>,
+    heard: String,
+}
+
+impl Started {
+    fn new(args: &[&str], stdout: Stdio) -> Self {
+        let mut command = vmm();
+        command
+            .args(args)
+            .args(["--memory", "32M"])
+            .args(FOR_EVER)
+            .stdout(stdout);
+        let mut child = command.spawn().unwrap();
+        let lines = BufReader::new(child.stderr.take().unwrap()).lines();
+        let (sender, stderr) = mpsc::channel();
+        // Ends with the program.
+        thread::spawn(move || {
+            lines
+                .map_while(Result::ok)
+                .try_for_each(|line| sender.send(line))
+        });
+        Self {
+            child,
+            stderr,
+            heard: String::new(),
+        }
+    }
+
+    /// Waits for a line with `text` in it.
+    #[track_caller]
+    fn wait_for(&mut self, text: &str) {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let Ok(line) = self.stderr.recv_timeout(left) else {
+                panic!("no {text:?} in {:?}", self.heard);
+            };
+            self.heard.push_str(&line);
+            self.heard.push('\n');
+            if line.contains(text) {
+                return;
+            }
+        }
+    }
+
+    fn signal(&self, signal: Signal) {
+        kill_process(Pid::from_child(&self.child), signal).unwrap();
+    }
+
+    /// Waits for the end. It is the test's to bring that about.
+    #[track_caller]
+    fn end(&mut self) -> ExitStatus {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                self.heard
+                    .extend(self.stderr.iter().map(|line| line + "\n"));
+                assert!(!self.heard.contains("panicked"), "{}", self.heard);
+                return status;
+            }
+            assert!(Instant::now() < deadline, "does not end: {}", self.heard);
+            thread::sleep(Duration::from_millis(10));
+        }
+    }
+}
+
+impl Drop for Started {
+    fn drop(&mut self) {
+        // Of a test that has failed. A child that has ended is not there to be killed.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+#[test]
+fn one_signal_ends_the_run_early_with_its_report() {
+    if no_kvm() {
+        return;
+    }
+    for signal in [Signal::INT, Signal::TERM] {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("report.json");
+        let mut started = Started::new(&["--report", path.to_str().unwrap()], Stdio::piped());
+        // The first line about how it goes: snapshots were taken by then.
+        started.wait_for(" snapshots, ");
+        started.signal(signal);
+        let status = started.end();
+        assert_eq!(status.code(), Some(0), "{}", started.heard);
+        let mut stdout = String::new();
+        started
+            .child
+            .stdout
+            .take()
+            .unwrap()
+            .read_to_string(&mut stdout)
+            .unwrap();
+        assert!(
+            stdout.starts_with("ok: ") && stdout.contains("ended early by Ctrl-C"),
+            "{stdout}"
+        );
+        let report = json(&path);
+        assert_eq!(report["verdict"], "ok");
+        assert_eq!(report["ended_by"], "ctrl-c");
+        assert_eq!(report["violations"]["accounting"], 0);
+        assert!(report["snapshots"]["taken"].as_u64() > Some(0));
+        assert_eq!(report["snapshots"]["checked"], report["snapshots"]["taken"]);
+    }
+}
+
+/// A pipe with no room left, so that whoever prints to it waits. The reader must be kept.
+fn full_pipe() -> (io::PipeReader, PipeWriter) {
+    let (reader, mut writer) = io::pipe().unwrap();
+    let flags = fcntl_getfl(&writer).unwrap();
+    fcntl_setfl(&writer, flags | OFlags::NONBLOCK).unwrap();
+    while writer.write(&[b' '; 4096]).is_ok() {}
+    while writer.write(b" ").is_ok() {}
+    fcntl_setfl(&writer, flags).unwrap();
+    (reader, writer)
+}
+
+#[test]
+fn a_second_signal_kills() {
+    if no_kvm() {
+        return;
+    }
+    // It cannot print its report, and so would never end after the first.
+    let (_reader, writer) = full_pipe();
+    let mut started = Started::new(&[], writer.into());
+    started.wait_for("guest: payload: ");
+    started.signal(Signal::INT);
+    thread::sleep(Duration::from_millis(500));
+    assert_eq!(
+        started.child.try_wait().unwrap(),
+        None,
+        "the first one does not kill"
+    );
+    started.signal(Signal::INT);
+    assert_eq!(started.end().signal(), Some(Signal::INT.as_raw()));
+}
+
+#[test]
+fn nobody_who_listens_is_no_reason_to_panic() {
+    if no_kvm() {
+        return;
+    }
+    // A pipe to a program that has ended, as `| head` leaves it.
+    let (reader, writer) = io::pipe().unwrap();
+    drop(reader);
+    let mut command = vmm();
+    command.args(SHORT).stdout(writer);
+    said_within(PATIENCE, command).assert_code(0);
+
+    let (reader, writer) = io::pipe().unwrap();
+    drop(reader);
+    let mut command = vmm();
+    command.args(SHORT).stderr(writer);
+    let said = said_within(PATIENCE, command);
+    said.assert_code(0);
+    assert!(said.stdout.starts_with("ok: "), "{said:?}");
+
+    // Standard streams that are not there at all.
+    let mut command = Command::new("sh");
+    let script = r#"exec "$0" "$@" >&- 2>&- <&-"#;
+    command
+        .args(["-c", script, env!("CARGO_BIN_EXE_vmm")])
+        .args(SHORT);
+    command.stdout(Stdio::piped()).stderr(Stdio::piped());
+    said_within(PATIENCE, command).assert_code(0);
+}
+
+#[test]
+fn a_report_that_cannot_be_printed_is_an_error() {
+    if no_kvm() {
+        return;
+    }
+    let mut command = vmm();
+    let full = fs::OpenOptions::new()
+        .write(true)
+        .open("/dev/full")
+        .unwrap();
+    command.args(SHORT).stdout(full);
+    let said = said_within(PATIENCE, command);
+    said.assert_code(1);
+    assert!(
+        said.stderr
+            .contains("error: cannot print the report: No space left"),
+        "{said:?}"
+    );
+}
+
+#[test]
+fn two_runs_at_once_do_not_disturb_each_other() {
+    if no_kvm() {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let runs = ["one", "two"].map(|name| {
+        let path = directory.path().join(name);
+        let mut command = vmm();
+        command
+            .args(["--duration", "2s", "--memory", "64M", "--report"])
+            .arg(&path);
+        (path, thread::spawn(move || said_within(PATIENCE, command)))
+    });
+    for (path, run) in runs {
+        run.join().unwrap().assert_code(0);
+        let report = json(&path);
+        assert_eq!(report["verdict"], "ok");
+        assert!(report["snapshots"]["taken"].as_u64() > Some(0));
+    }
+}
+
+#[test]
+fn four_gibibytes_run() {
+    if no_kvm() {
+        return;
+    }
+    let available = HostLimits::detect().unwrap().memory_available;
+    if available < 5 << 30 {
+        return say("skipped: this host has less than 5 GiB available");
+    }
+    let said = run(&["--memory", "4G", "--snapshots", "8"]);
+    said.assert_code(0);
+    assert!(said.stdout.contains("4 GiB"), "{said:?}");
+}
+
+#[test]
+fn without_permission_for_kvm_the_program_says_what_to_do() {
+    if !getuid().is_root() {
+        return say("skipped: only root can become somebody else");
+    }
+    let Ok(kvm) = fs::metadata("/dev/kvm") else {
+        return say("skipped: no /dev/kvm");
+    };
+    if kvm.permissions().mode() & 0o006 != 0 {
+        return say("skipped: everybody may open /dev/kvm");
+    }
+    // Where everybody can execute it, wherever this was built.
+    let directory = tempfile::tempdir().unwrap();
+    fs::set_permissions(directory.path(), PermissionsExt::from_mode(0o755)).unwrap();
+    let path = directory.path().join("vmm");
+    fs::copy(env!("CARGO_BIN_EXE_vmm"), &path).unwrap();
+    const NOBODY: u32 = 65534;
+    let mut command = Command::new(&path);
+    // Also drops the supplementary groups of root.
+    command.uid(NOBODY).gid(NOBODY).args(FOR_EVER);
+    command
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
+    match command.spawn() {
+        Ok(mut child) => drop((child.kill(), child.wait())),
+        Err(error) => return say(&format!("skipped: cannot run it as nobody: {error}")),
+    }
+    let said = said_within(AT_ONCE, command);
+    said.assert_code(1);
+    assert!(
+        said.stderr.contains("no permission to open /dev/kvm"),
+        "{said:?}"
+    );
+    assert!(said.stderr.contains("usermod -aG kvm"), "{said:?}");
+    assert_eq!(said.stdout, "");
+}
+
+#[test]
+fn without_kvm_the_program_says_what_to_do() {
+    let hidden = |command: &str| {
+        let mut unshare = Command::new("unshare");
+        // Seen by nobody but the command, and gone with it.
+        let script = format!("mount -t tmpfs none /dev && {command}");
+        unshare.args(["--mount", "--propagation", "private", "sh", "-c", &script]);
+        unshare.arg(env!("CARGO_BIN_EXE_vmm")).args(FOR_EVER);
+        unshare
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        unshare
+    };
+    if Path::new("/dev/kvm").exists() {
+        let can_hide = hidden("exit 0")
+            .status()
+            .is_ok_and(|status| status.success());
+        if !can_hide {
+            return say("skipped: cannot hide /dev/kvm in a mount namespace");
+        }
+    }
+    let said = said_within(AT_ONCE, hidden(r#"exec "$0" "$@""#));
+    said.assert_code(1);
+    assert!(
+        said.stderr.contains("no /dev/kvm: load the kvm module"),
+        "{said:?}"
+    );
+    assert_eq!(said.stdout, "");
+}

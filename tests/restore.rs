@@ -1,0 +1,122 @@
+//! Rewinding a running guest on real KVM: it runs on from there, devices too, and no other snapshot is disturbed.
+//!
+//! That memory, registers and devices are those of the snapshot is what the guest's own checks (life, coherence) and
+//! the next snapshots' (cut, isolation) say; here they must all be silent.
+
+mod support;
+
+use guest::Misbehaviour;
+use guest::abi::{MAX_REGISTERED, Pattern};
+use palimpsest::session::config::{Config, RunLength};
+use support::{config, no_kvm, run, run_guest};
+
+#[test]
+fn a_guest_is_rewound_as_often_as_asked() {
+    if no_kvm() {
+        return;
+    }
+    for (restore_every, expected) in [(0, 0), (1, 30), (7, 4), (31, 0)] {
+        let run = run(Config {
+            restore_every,
+            length: RunLength::Snapshots(30),
+            ..config()
+        });
+        run.assert_clean();
+        assert_eq!(run.report.snapshots.restored, expected);
+    }
+}
+
+#[test]
+fn a_guest_rewound_after_every_snapshot_still_gets_on() {
+    if no_kvm() {
+        return;
+    }
+    let run = run(Config {
+        restore_every: 1,
+        length: RunLength::Snapshots(100),
+        ..config()
+    });
+    run.assert_clean();
+    let last = run.seen.progress.last().unwrap();
+    assert!(last.ops > 0 && last.dma_bytes > 0, "{last:?}");
+}
+
+#[test]
+fn every_pattern_survives_restores() {
+    if no_kvm() {
+        return;
+    }
+    for pattern in [Pattern::Dense, Pattern::Hot, Pattern::Sparse] {
+        run(Config {
+            pattern,
+            restore_every: 2,
+            ..config()
+        })
+        .assert_clean();
+    }
+}
+
+#[test]
+fn the_only_snapshot_can_be_restored() {
+    if no_kvm() {
+        return;
+    }
+    let run = run(Config {
+        keep: 1,
+        restore_every: 1,
+        ..config()
+    });
+    run.assert_clean();
+    assert_eq!(run.report.snapshots.restored, 40);
+}
+
+#[test]
+fn snapshots_from_long_ago_can_be_restored() {
+    if no_kvm() {
+        return;
+    }
+    run(Config {
+        keep: 30,
+        restore_every: 3,
+        length: RunLength::Snapshots(60),
+        ..config()
+    })
+    .assert_clean();
+}
+
+#[test]
+fn devices_go_on_with_their_registered_buffers_after_a_restore() {
+    if no_kvm() {
+        return;
+    }
+    let run = run(Config {
+        dma_devices: 4,
+        registered_buffers: MAX_REGISTERED,
+        restore_every: 2,
+        length: RunLength::Snapshots(60),
+        ..config()
+    });
+    run.assert_clean();
+    assert!(run.report.pins.registered > 0);
+    assert!(run.report.dma.bytes > 0);
+}
+
+/// The life oracle waits for operations after a restore: a guest that never does any must not be held to that.
+#[test]
+fn a_guest_that_counts_no_operations_can_be_rewound() {
+    if no_kvm() {
+        return;
+    }
+    let run = run_guest(
+        Config {
+            seed: Misbehaviour::Spin as u64,
+            restore_every: 1,
+            ..config()
+        },
+        guest::MISBEHAVE,
+    )
+    .unwrap();
+    run.assert_clean();
+    assert_eq!(run.report.snapshots.restored, 40);
+    assert_eq!(run.report.guest.ops, 0);
+}

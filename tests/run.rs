@@ -1,0 +1,287 @@
+//! Whole runs of the payload on real KVM: whatever the guest's shape, every snapshot is right, every one is checked,
+//! everything is given back, and what is told along the way agrees with the report.
+
+mod support;
+
+use std::time::Duration;
+
+use guest::abi::{MAX_DEVICES, MAX_REGISTERED, MAX_VCPUS, PAGE_SIZE, Pattern};
+use palimpsest::session::config::{Config, RunLength};
+use palimpsest::session::report::EndedBy;
+use support::{config, no_kvm, run, run_and_stop};
+
+#[test]
+fn every_pattern_runs_clean() {
+    if no_kvm() {
+        return;
+    }
+    for pattern in [
+        Pattern::Dense,
+        Pattern::Uniform,
+        Pattern::Hot,
+        Pattern::Sparse,
+    ] {
+        let run = run(Config {
+            pattern,
+            ..config()
+        });
+        run.assert_clean();
+        assert!(run.report.guest.ops > 0, "{pattern:?}");
+        assert!(run.report.checked_pages > 0, "{pattern:?}");
+    }
+}
+
+#[test]
+fn any_number_of_vcpus_runs_clean() {
+    if no_kvm() {
+        return;
+    }
+    for vcpus in [1, 2, 3, 4, MAX_VCPUS] {
+        let run = run(Config {
+            vcpus,
+            memory: 64 << 20,
+            length: RunLength::Snapshots(30),
+            ..config()
+        });
+        run.assert_clean();
+        assert!(run.report.guest.ops > 0, "{vcpus} vcpus");
+    }
+}
+
+#[test]
+fn any_number_of_devices_runs_clean() {
+    if no_kvm() {
+        return;
+    }
+    for (dma_devices, registered_buffers) in [(1, 0), (1, 1), (MAX_DEVICES, MAX_REGISTERED)] {
+        let run = run(Config {
+            dma_devices,
+            registered_buffers,
+            ..config()
+        });
+        run.assert_clean();
+        let (dma, pins) = (run.report.dma, run.report.pins);
+        assert!(
+            dma.to_guest > 0 && dma.from_guest > 0 && dma.bytes > 0,
+            "{dma:?}"
+        );
+        assert!(pins.fast > 0, "{pins:?}");
+        assert_eq!(pins.registered > 0, registered_buffers > 0, "{pins:?}");
+    }
+}
+
+#[test]
+fn a_guest_without_devices_does_no_dma() {
+    if no_kvm() {
+        return;
+    }
+    let run = run(Config {
+        dma_devices: 0,
+        ..config()
+    });
+    run.assert_clean();
+    assert_eq!(run.report.dma, Default::default());
+    assert_eq!(run.report.pins.registered, 0);
+    assert!(run.report.guest.ops > 0);
+}
+
+#[test]
+fn a_run_ends_after_the_snapshots_asked_for() {
+    if no_kvm() {
+        return;
+    }
+    let run = run(Config {
+        length: RunLength::Snapshots(17),
+        restore_every: 5,
+        ..config()
+    });
+    run.assert_clean();
+    let report = &run.report;
+    assert_eq!(report.ended_by, EndedBy::Snapshots);
+    let counts = report.snapshots;
+    assert_eq!((counts.taken, counts.checked, counts.restored), (17, 17, 3));
+    assert!(run.seen.progress.iter().all(|p| p.total.is_none()));
+    assert!(report.pause_us.p50.is_some() && report.pause_us.max >= report.pause_us.p50);
+}
+
+#[test]
+fn a_run_ends_after_the_time_asked_for() {
+    if no_kvm() {
+        return;
+    }
+    let time = Duration::from_millis(1200);
+    let run = run(Config {
+        length: RunLength::Duration(time),
+        ..config()
+    });
+    run.assert_clean();
+    assert_eq!(run.report.ended_by, EndedBy::Duration);
+    assert!(run.report.duration_s >= time.as_secs_f64());
+    assert!(run.report.snapshots.taken > 0);
+    assert!(
+        run.report.stall_us.max.is_some(),
+        "the guest felt its snapshots"
+    );
+    assert!(run.seen.progress.iter().all(|p| p.total == Some(time)));
+}
+
+#[test]
+fn a_run_of_which_nothing_is_left_to_do_takes_no_snapshot() {
+    if no_kvm() {
+        return;
+    }
+    let run = run(Config {
+        length: RunLength::Duration(Duration::from_micros(1)),
+        ..config()
+    });
+    run.assert_clean();
+    assert_eq!(run.report.snapshots, Default::default());
+    assert_eq!(run.report.pause_us, Default::default());
+}
+
+#[test]
+fn a_run_can_be_stopped_early_and_gives_everything_back() {
+    if no_kvm() {
+        return;
+    }
+    for snapshots in [0, 5] {
+        let run = run_and_stop(
+            Config {
+                length: RunLength::Duration(Duration::from_secs(3600)),
+                ..config()
+            },
+            snapshots,
+        );
+        run.assert_clean();
+        assert_eq!(run.report.ended_by, EndedBy::CtrlC);
+        assert!(run.report.snapshots.taken >= snapshots);
+    }
+}
+
+#[test]
+fn progress_never_goes_back_and_ends_where_the_report_does() {
+    if no_kvm() {
+        return;
+    }
+    let run = run(Config {
+        length: RunLength::Snapshots(60),
+        ..config()
+    });
+    run.assert_clean();
+    for pair in run.seen.progress.windows(2) {
+        let [before, after] = pair else {
+            unreachable!()
+        };
+        assert!(before.elapsed <= after.elapsed);
+        assert!(before.snapshots <= after.snapshots);
+        assert!(before.checked <= after.checked && after.checked <= after.snapshots);
+        assert!(before.restored <= after.restored);
+        assert!(before.worst_pause <= after.worst_pause);
+        assert!(before.faults.total() <= after.faults.total());
+        assert!(before.pins.total() <= after.pins.total());
+        assert!(before.dma_requests <= after.dma_requests);
+        assert!(before.dma_bytes <= after.dma_bytes);
+    }
+    // The session tells once more when the run is over.
+    let (last, report) = (run.seen.progress.last().unwrap(), &run.report);
+    assert_eq!(last.snapshots, report.snapshots.taken);
+    assert_eq!(last.restored, report.snapshots.restored);
+    assert!(last.ops <= report.guest.ops);
+    assert!(last.dma_bytes <= report.dma.bytes);
+    assert!(last.frames_in_use <= report.memory.frames_peak);
+    assert!(last.vmas <= report.memory.vmas_peak);
+    assert!(report.memory.vmas_peak <= report.memory.vmas_limit);
+    assert!(
+        run.seen
+            .console
+            .contains("payload: pattern uniform, 2 vcpus, 2 devices")
+    );
+    assert_eq!(run.seen.notes, Vec::<String>::new());
+}
+
+#[test]
+fn the_report_says_what_was_asked_for() {
+    if no_kvm() {
+        return;
+    }
+    // The formulas are of the seed: any seed must be the same one to the guest and to the checks.
+    for seed in [0, 1 << 63, u64::MAX] {
+        let asked = Config {
+            seed,
+            length: RunLength::Snapshots(10),
+            ..config()
+        };
+        let run = run(asked.clone());
+        run.assert_clean();
+        assert_eq!(run.report.config, asked);
+        assert_eq!(run.report.policy, "exclusive");
+        assert!(run.report.platform.cpus > 0 && !run.report.platform.kernel.is_empty());
+    }
+}
+
+#[test]
+fn many_snapshots_can_be_alive_at_once() {
+    if no_kvm() {
+        return;
+    }
+    let run = run(Config {
+        keep: 50,
+        length: RunLength::Snapshots(60),
+        ..config()
+    });
+    run.assert_clean();
+}
+
+#[test]
+fn memory_that_is_not_touched_costs_nothing() {
+    if no_kvm() {
+        return;
+    }
+    let memory = 1 << 30;
+    let run = run(Config {
+        memory,
+        pattern: Pattern::Sparse,
+        length: RunLength::Snapshots(20),
+        ..config()
+    });
+    run.assert_clean();
+    // One page of every 2 MiB, as often as there are snapshots that still need it.
+    let touched = memory / (2 << 20) * PAGE_SIZE;
+    let copies = run.report.config.keep as u64 + 4;
+    let rest = 16 << 20;
+    assert!(
+        run.report.memory.bytes_peak <= touched * copies + rest,
+        "{:?}",
+        run.report.memory
+    );
+}
+
+#[test]
+fn frames_of_dropped_snapshots_are_used_again() {
+    if no_kvm() {
+        return;
+    }
+    // Every snapshot's pages are all written again soon: without reuse this would need a copy of memory a snapshot.
+    let run = run(Config {
+        memory: 16 << 20,
+        pattern: Pattern::Dense,
+        keep: 1,
+        restore_every: 0,
+        length: RunLength::Snapshots(60),
+        snapshot_every: Duration::from_millis(10),
+        ..config()
+    });
+    run.assert_clean();
+    let copied = run.report.faults.copied * PAGE_SIZE;
+    // The guest, the snapshot kept, and those that wait for the checker.
+    let bound = 8 * run.report.config.memory;
+    assert!(
+        run.report.memory.bytes_peak <= bound,
+        "{:?}",
+        run.report.memory
+    );
+    assert!(
+        copied > run.report.memory.bytes_peak / 2,
+        "hardly anything was copied: {copied}"
+    );
+}

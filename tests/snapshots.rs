@@ -1,0 +1,307 @@
+//! The library without a session: a VM put together by hand, snapshots of it, and what can be done with them.
+//!
+//! The first half of this file is all a program needs to do to have such a VM.
+#![expect(unsafe_code, reason = "promises KVM that the window is the guest's")]
+
+mod support;
+
+use std::mem::offset_of;
+use std::ptr::{self, NonNull};
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use guest::abi::{
+    BOOT_MAGIC, BootInfo, Layout, PAGE_SIZE, PORT_CONSOLE, PORT_DOORBELL_EVENT, PORT_DOORBELL_EXIT,
+    Pattern, VcpuPage,
+};
+use guest::formula::{PAGE_WORDS, Schedule, page_word};
+use palimpsest::device::DeviceSet;
+use palimpsest::host::{MappingBudget, PhysMap, Ram, Window};
+use palimpsest::kvm::{
+    self, Image, Kvm, Machine, PortAction, PortHandler, StopReason, write_boot_info,
+    write_page_tables,
+};
+use palimpsest::mm::{AddressSpace, Exclusive, FramePool, Gfn};
+use palimpsest::snapshot::{Fault, Parts, Snapshot};
+use support::{PATIENCE, no_kvm, within};
+
+const MEMORY: u64 = 32 << 20;
+const VCPUS: u64 = 2;
+const PATTERN: Pattern = Pattern::Hot;
+const SEED: u64 = 42;
+
+/// A virtual machine. Fields are dropped in this order: who uses memory goes before memory.
+struct Vm {
+    machine: Machine,
+    devices: Arc<DeviceSet<Exclusive>>,
+    ram: Ram<Exclusive>,
+    pool: Arc<FramePool>,
+    budget: Arc<MappingBudget>,
+    layout: Layout,
+    /// Why vCPUs have ended. None should.
+    ended: Arc<Mutex<Vec<String>>>,
+}
+
+impl Vm {
+    /// Boots the payload.
+    fn boot() -> Self {
+        let image = Image::parse(guest::PAYLOAD).unwrap();
+        let layout = Layout::new(MEMORY, image.end(), VCPUS, 2, 2).unwrap();
+
+        // Room for the guest and for what snapshots need copies of.
+        let pages = MEMORY / PAGE_SIZE;
+        let frames = 8 * pages;
+        let physmap = PhysMap::new(frames).unwrap();
+        let pool = FramePool::new(Arc::clone(&physmap) as _, frames, frames).unwrap();
+        let budget = Arc::new(MappingBudget::of_this_process());
+        let window = Window::new(Arc::clone(&physmap), Arc::clone(&budget), pages).unwrap();
+        let slot = memslot(&window);
+        let space = AddressSpace::new(Arc::clone(&pool), Exclusive, Box::new(window), pages);
+        let ram = Ram::new(Arc::new(space.unwrap()), physmap);
+
+        image.load(&ram).unwrap();
+        write_page_tables(&ram, MEMORY).unwrap();
+        let info = BootInfo {
+            magic: BOOT_MAGIC,
+            seed: SEED,
+            layout,
+            pattern: PATTERN as u64,
+        };
+        write_boot_info(&ram, &info).unwrap();
+
+        let devices = Arc::new(DeviceSet::start(&ram, &layout, SEED).unwrap());
+        let ended = Arc::new(Mutex::new(Vec::new()));
+        let ends = Arc::clone(&ended);
+        let machine = Machine::new(
+            &Kvm::open().unwrap(),
+            slot,
+            Arc::new(ram.clone()),
+            VCPUS as usize,
+            Arc::new(Ports(Arc::clone(&devices))),
+            Box::new(move |vcpu, outcome| {
+                ends.lock().unwrap().push(format!("vcpu {vcpu}: {outcome}"));
+            }),
+        )
+        .unwrap();
+        for (device, port) in devices.devices().iter().zip(PORT_DOORBELL_EVENT..) {
+            machine.register_doorbell(port, device.doorbell()).unwrap();
+        }
+        machine.start(image.entry()).unwrap();
+        Self {
+            machine,
+            devices,
+            ram,
+            pool,
+            budget,
+            layout,
+            ended,
+        }
+    }
+
+    fn parts(&self) -> Parts<'_, Exclusive> {
+        Parts {
+            machine: &self.machine,
+            devices: &self.devices,
+            space: self.ram.space(),
+        }
+    }
+}
+
+/// What KVM is told about a window.
+fn memslot(window: &Window) -> kvm::Window {
+    let host = ptr::with_exposed_provenance_mut(window.host_address() as usize);
+    // SAFETY: the window is mapped until the address space that owns it is dropped, which is after the machine (order
+    // of fields in `Vm`), and nothing but guest memory is ever mapped there. No reference points into it.
+    unsafe { kvm::Window::new(NonNull::new(host).unwrap(), window.len()) }
+}
+
+/// Lets the guest print to nobody and ring its devices. Anything else it says is a failure.
+struct Ports(Arc<DeviceSet<Exclusive>>);
+
+impl PortHandler for Ports {
+    fn out(&self, _vcpu: usize, port: u16, value: u32) -> PortAction {
+        if port == PORT_CONSOLE {
+            return PortAction::Continue;
+        }
+        let device = port.checked_sub(PORT_DOORBELL_EXIT).map(usize::from);
+        match device.and_then(|device| self.0.devices().get(device)) {
+            Some(device) => {
+                device.ring_from_vcpu();
+                PortAction::Continue
+            }
+            None => PortAction::Stop(StopReason::Exit { status: value }),
+        }
+    }
+}
+
+/// Operations of each vCPU when `snapshot` was taken.
+fn operations(snapshot: &Snapshot) -> Vec<u64> {
+    snapshot.vcpus().iter().map(|vcpu| vcpu.mm7()).collect()
+}
+
+/// Checks that every hammered page is what it must be once the vCPUs have done `ops` operations. `page_at` reads one.
+fn assert_follows_formula(
+    layout: &Layout,
+    ops: &[u64],
+    mut page_at: impl FnMut(u64, &mut [u8; PAGE_SIZE as usize]),
+) {
+    let mut page = [0; PAGE_SIZE as usize];
+    let mut written = 0;
+    for (vcpu, &ops) in (0..).zip(ops) {
+        let slots = layout.slots(PATTERN, vcpu);
+        let schedule = Schedule::new(PATTERN, slots, SEED, vcpu);
+        for slot in 0..slots {
+            let gpa = layout.slot_gpa(PATTERN, vcpu, slot);
+            page_at(gpa, &mut page);
+            let complete = schedule.last_writer(slot, ops);
+            // Operation `ops` has begun, perhaps: then some first words of its page are new already.
+            let mut begun = schedule.slot_of(ops) == slot;
+            for (word, bytes) in (0..PAGE_WORDS).zip(page.chunks_exact(8)) {
+                let found = u64::from_le_bytes(bytes.try_into().unwrap());
+                begun &= found == page_word(SEED, vcpu, ops, word);
+                let expected = complete.map_or(0, |op| page_word(SEED, vcpu, op, word));
+                assert!(
+                    begun || found == expected,
+                    "word {word} of gpa {gpa:#x} is {found:#x}, not {expected:#x}"
+                );
+            }
+            written += u64::from(complete.is_some());
+        }
+    }
+    assert!(written > 0, "no page was written yet");
+}
+
+/// As above, for the memory of a snapshot and the registers in it.
+fn assert_right(snapshot: &Snapshot, vm: &Vm) {
+    assert_follows_formula(&vm.layout, &operations(snapshot), |gpa, page| {
+        let copy = |pfn| {
+            vm.ram
+                .physmap()
+                .slice(pfn, 0, PAGE_SIZE)
+                .copy_to(&mut page[..])
+        };
+        snapshot
+            .memory()
+            .with_frame(Gfn::of_gpa(gpa), copy)
+            .unwrap();
+    });
+}
+
+/// Waits until every vCPU has done `more` operations than at `since`.
+fn wait_for_operations(vm: &Vm, since: &[u64], more: u64) {
+    let deadline = Instant::now() + PATIENCE;
+    for (vcpu, since) in (0..).zip(since) {
+        let gpa = vm.layout.vcpu_page(vcpu) + offset_of!(VcpuPage, ops) as u64;
+        let mut ops = [0; 8];
+        while u64::from_le_bytes(ops) < since + more {
+            assert_eq!(*vm.ended.lock().unwrap(), Vec::<String>::new());
+            assert!(Instant::now() < deadline, "vcpu {vcpu} does not run on");
+            thread::sleep(Duration::from_millis(1));
+            vm.ram.read(gpa, &mut ops).unwrap();
+        }
+    }
+}
+
+#[test]
+fn a_restored_guest_is_the_one_that_was_captured() {
+    if no_kvm() {
+        return;
+    }
+    within(PATIENCE, || {
+        let vm = Vm::boot();
+
+        let mut snapshots = Vec::<Snapshot>::new();
+        for number in 1..=3 {
+            let before = snapshots.last().map_or(vec![0; VCPUS as usize], operations);
+            wait_for_operations(&vm, &before, 200);
+            let parent = (number > 1).then(|| number - 1);
+            let (snapshot, timing) = vm.parts().take(number, parent, Fault::None).unwrap();
+            assert!(timing.pause() < PATIENCE);
+            assert!(operations(&snapshot) > before, "the guest ran on");
+            snapshots.push(snapshot);
+        }
+        snapshots
+            .iter()
+            .for_each(|snapshot| assert_right(snapshot, &vm));
+
+        let first = &snapshots[0];
+        let restored = vm.parts().restore(first, || {
+            // Nothing runs now: guest memory is that of the first snapshot.
+            assert_follows_formula(&vm.layout, &operations(first), |gpa, page| {
+                vm.ram.read(gpa, page).unwrap();
+            });
+        });
+        restored.unwrap();
+
+        // The guest runs on from there, and a snapshot of that is right too.
+        wait_for_operations(&vm, &operations(first), 200);
+        let (fourth, _) = vm.parts().take(4, Some(1), Fault::None).unwrap();
+        assert!(operations(&fourth) > operations(first));
+        assert_eq!((fourth.number(), fourth.parent()), (4, Some(1)));
+        assert_right(&fourth, &vm);
+        // Nothing of all that shows in the others.
+        snapshots
+            .iter()
+            .for_each(|snapshot| assert_right(snapshot, &vm));
+
+        assert_eq!(*vm.ended.lock().unwrap(), Vec::<String>::new());
+        assert_eq!(vm.devices.take_mismatches(), []);
+        let (pool, budget) = (Arc::clone(&vm.pool), Arc::clone(&vm.budget));
+        drop((snapshots, fourth, vm));
+        assert_eq!(pool.leftovers(usize::MAX), []);
+        assert_eq!((pool.usage().in_use, budget.used()), (0, 0));
+    });
+}
+
+/// A snapshot may outlive the VM it is of.
+#[test]
+fn a_snapshot_holds_its_memory_after_the_guest_is_gone() {
+    if no_kvm() {
+        return;
+    }
+    within(PATIENCE, || {
+        let vm = Vm::boot();
+        wait_for_operations(&vm, &[0; VCPUS as usize], 200);
+        let (snapshot, _) = vm.parts().take(1, None, Fault::None).unwrap();
+        let (ops, layout) = (operations(&snapshot), vm.layout);
+        let (pool, physmap) = (Arc::clone(&vm.pool), Arc::clone(vm.ram.physmap()));
+        drop(vm);
+        assert_follows_formula(&layout, &ops, |gpa, page| {
+            let copy = |pfn| physmap.slice(pfn, 0, PAGE_SIZE).copy_to(&mut page[..]);
+            snapshot
+                .memory()
+                .with_frame(Gfn::of_gpa(gpa), copy)
+                .unwrap();
+        });
+        drop(snapshot);
+        assert_eq!(pool.leftovers(usize::MAX), []);
+        assert_eq!(pool.usage().in_use, 0);
+    });
+}
+
+/// The limits a library user meets first, told in words.
+#[test]
+fn a_guest_that_has_ended_cannot_be_snapshotted() {
+    if no_kvm() {
+        return;
+    }
+    within(PATIENCE, || {
+        let vm = Vm::boot();
+        wait_for_operations(&vm, &[0; VCPUS as usize], 1);
+        vm.machine.stop();
+        let deadline = Instant::now() + PATIENCE;
+        let error = loop {
+            // Its vCPUs take a moment to notice.
+            match vm.parts().take(1, None, Fault::None) {
+                Err(error) => break palimpsest::cli::chain(&error),
+                Ok(_) => assert!(Instant::now() < deadline),
+            }
+        };
+        let expected = "cannot stop and capture the vcpus: vcpu ";
+        assert!(
+            error.starts_with(expected) && error.ends_with(" has stopped"),
+            "{error}"
+        );
+    });
+}

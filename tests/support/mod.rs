@@ -1,0 +1,184 @@
+//! What the integration tests share: sessions that cannot hang a test, an observer that remembers, and skipping
+//! where there is no KVM.
+#![allow(dead_code, reason = "every test binary uses a part of it")]
+
+use std::io::Write;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::thread;
+use std::time::Duration;
+
+use guest::abi::Pattern;
+use palimpsest::kvm::{Kvm, PlatformError};
+use palimpsest::session::config::{Config, GuestSource, RunLength};
+use palimpsest::session::progress::{Observer, Progress};
+use palimpsest::session::report::{Oracle, Report, Verdict, Violation};
+use palimpsest::session::{self, RunError};
+
+/// Longer than any run here takes on a machine that is busy with other things: what is not over by then hangs.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(120);
+
+/// Whether the test must be skipped for want of KVM, which is said then.
+///
+/// # Panics
+/// In CI, where a run without these tests would look like a good one, and if there is a KVM that cannot be used.
+pub(crate) fn no_kvm() -> bool {
+    match Kvm::open() {
+        Ok(_) => false,
+        Err(error @ (PlatformError::Missing | PlatformError::Permission)) => {
+            let ci = std::env::var_os("CI").is_some_and(|value| value == "true");
+            assert!(!ci, "CI must have KVM: {error}");
+            say("skipped: no /dev/kvm");
+            true
+        }
+        Err(error) => panic!("{error}"),
+    }
+}
+
+/// Says something although the test will pass: the test harness swallows what is merely printed.
+pub(crate) fn say(text: &str) {
+    let name = thread::current().name().unwrap_or("?").to_owned();
+    // Whoever does not listen misses it.
+    let _ = writeln!(std::io::stderr(), "{name}: {text}");
+}
+
+/// A short run with something of everything in it: two vCPUs, two devices, registered buffers, restores.
+pub(crate) fn config() -> Config {
+    Config {
+        guest: GuestSource::Payload,
+        memory: 32 << 20,
+        vcpus: 2,
+        length: RunLength::Snapshots(40),
+        snapshot_every: Duration::from_millis(5),
+        keep: 4,
+        restore_every: 10,
+        dma_devices: 2,
+        registered_buffers: 2,
+        pattern: Pattern::Uniform,
+        seed: 1,
+        inject: None,
+    }
+}
+
+/// Remembers all a session says, and stops it when asked to.
+#[derive(Debug, Default)]
+pub(crate) struct Recorder {
+    pub(crate) progress: Vec<Progress>,
+    pub(crate) console: String,
+    pub(crate) violations: Vec<Violation>,
+    pub(crate) notes: Vec<String>,
+    stop: Option<(u64, Arc<AtomicBool>)>,
+}
+
+impl Observer for Recorder {
+    fn progress(&mut self, progress: &Progress) {
+        self.progress.push(*progress);
+        if let Some((snapshots, stop)) = &self.stop
+            && progress.snapshots >= *snapshots
+        {
+            stop.store(true, Ordering::Relaxed);
+        }
+    }
+
+    fn console(&mut self, text: &str) {
+        self.console.push_str(text);
+    }
+
+    fn violation(&mut self, violation: &Violation) {
+        self.violations.push(violation.clone());
+    }
+
+    fn note(&mut self, text: &str) {
+        self.notes.push(text.to_owned());
+    }
+}
+
+/// A session that is over.
+#[derive(Debug)]
+pub(crate) struct Run {
+    pub(crate) report: Report,
+    pub(crate) seen: Recorder,
+}
+
+impl Run {
+    /// Fails the test unless all went well and every snapshot was checked.
+    #[track_caller]
+    pub(crate) fn assert_clean(&self) {
+        let report = &self.report;
+        let violations = Vec::from_iter(self.seen.violations.iter().map(ToString::to_string));
+        assert_eq!(violations.join("\n"), "", "{:?}", report.config);
+        assert_eq!(report.verdict, Verdict::Ok, "{report:?}");
+        assert_eq!(report.error, None);
+        assert_eq!(report.violations.total(), 0);
+        assert_eq!(report.snapshots.checked, report.snapshots.taken);
+    }
+
+    /// Fails the test unless the observer was told of every violation that the report counts.
+    #[track_caller]
+    pub(crate) fn assert_all_told(&self) {
+        for oracle in Oracle::ALL {
+            let told = self.seen.violations.iter().filter(|v| v.oracle == oracle);
+            assert_eq!(
+                told.count() as u64,
+                self.report.violations.of(oracle),
+                "{oracle}"
+            );
+        }
+    }
+}
+
+/// Runs the payload as `config` says.
+pub(crate) fn run(config: Config) -> Run {
+    run_guest(config, guest::PAYLOAD).unwrap()
+}
+
+/// Runs the payload until the session has told of `snapshots` snapshots, and stops it then as Ctrl-C does.
+pub(crate) fn run_and_stop(config: Config, snapshots: u64) -> Run {
+    watched(config, guest::PAYLOAD.to_vec(), Some(snapshots)).unwrap()
+}
+
+/// Runs `image` as `config` says.
+pub(crate) fn run_guest(config: Config, image: impl Into<Vec<u8>>) -> Result<Run, RunError> {
+    watched(config, image.into(), None)
+}
+
+/// A session on a thread of its own, so that one that hangs fails the test instead of blocking it.
+fn watched(config: Config, image: Vec<u8>, stop_after: Option<u64>) -> Result<Run, RunError> {
+    within(PATIENCE, move || {
+        let stop = Arc::new(AtomicBool::new(false));
+        let mut seen = Recorder {
+            stop: stop_after.map(|snapshots| (snapshots, Arc::clone(&stop))),
+            ..Recorder::default()
+        };
+        let report = session::run(&config, image, &stop, &mut seen)?;
+        Ok(Run { report, seen })
+    })
+}
+
+/// What `work` returns, if it does within `time`.
+///
+/// # Panics
+/// If it does not, or panics.
+#[track_caller]
+pub(crate) fn within<R: Send + 'static>(
+    time: Duration,
+    work: impl FnOnce() -> R + Send + 'static,
+) -> R {
+    let (sender, receiver) = mpsc::channel();
+    let thread = thread::spawn(move || {
+        // Nobody listens any more if this took too long.
+        let _ = sender.send(work());
+    });
+    match receiver.recv_timeout(time) {
+        Ok(result) => {
+            thread.join().unwrap();
+            result
+        }
+        Err(RecvTimeoutError::Timeout) => panic!("not over after {time:?}: it hangs"),
+        Err(RecvTimeoutError::Disconnected) => match thread.join() {
+            Err(panic) => std::panic::resume_unwind(panic),
+            Ok(()) => unreachable!("the thread sends before it ends"),
+        },
+    }
+}
