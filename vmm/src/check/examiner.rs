@@ -44,7 +44,7 @@ struct Known {
 /// What a look found.
 #[derive(Debug, Default)]
 pub struct Findings {
-    /// Pages looked at.
+    /// Pages that were read and compared.
     pub pages: u64,
     /// What was wrong.
     pub violations: Vec<Violation>,
@@ -84,7 +84,7 @@ impl Examiner {
         let view = self.view(snapshot);
         let parent = parent.and_then(|p| Some((self.view(p), self.known.get(&p.number())?)));
         let mut findings = Findings::default();
-        let ops = self.operations(view);
+        let ops = self.operations(snapshot, view);
         if let Some(ops) = &ops {
             let mut report = Findings::reporter(&mut findings.violations);
             self.check_counters(view, ops, &mut report);
@@ -107,8 +107,8 @@ impl Examiner {
             None => self.layout.memory,
         };
         let parent_hashes = parent.map(|(view, known)| (view, &known.hashes));
-        let hashes = hashes::first_look(view, 0..end / PAGE_SIZE, parent_hashes);
-        findings.pages += hashes.len() as u64;
+        let (hashes, pages) = hashes::first_look(view, 0..end / PAGE_SIZE, parent_hashes);
+        findings.pages += pages;
         self.known.insert(snapshot.number(), Known { ops, hashes });
         findings
     }
@@ -121,29 +121,39 @@ impl Examiner {
         };
         let view = self.view(snapshot);
         let heir = heir
-            .filter(|h| {
-                h.parent() == Some(snapshot.number())
-                    // Both must be compared by the same rule.
-                    && self.known.get(&h.number()).is_some_and(|k| k.ops.is_some() == known.ops.is_some())
-            })
-            .map(|h| self.view(h));
+            .filter(|h| h.parent() == Some(snapshot.number()))
+            .and_then(|h| Some((self.view(h), self.known.get(&h.number())?)))
+            // Both must be compared by the same rule.
+            .filter(|(_, heirs)| heirs.ops.is_some() == known.ops.is_some());
         let mut report = Findings::reporter(&mut findings.violations);
         if let Some(ops) = &known.ops {
+            let heir = heir.as_ref().and_then(|(view, known)| {
+                Some(At {
+                    view: *view,
+                    ops: known.ops.as_ref()?,
+                })
+            });
             findings.pages += self.hammered.last_look(At { view, ops }, heir, &mut report);
         }
+        let heir = heir.map(|(view, _)| view);
         findings.pages += hashes::last_look(view, &known.hashes, heir, &mut report);
         drop(report);
         findings
     }
 
     fn view<'a>(&'a self, snapshot: &'a Snapshot) -> View<'a> {
-        View::new(snapshot, &self.physmap, &self.pool)
+        View::new(
+            snapshot.number(),
+            snapshot.memory(),
+            &self.physmap,
+            &self.pool,
+        )
     }
 
     /// How many operations each vCPU has done, by its registers. `None` if the guest does not follow the formula, or not yet.
-    fn operations(&self, view: View<'_>) -> Option<Vec<u64>> {
+    fn operations(&self, snapshot: &Snapshot, view: View<'_>) -> Option<Vec<u64>> {
         (0..self.layout.vcpus)
-            .zip(view.snapshot.vcpus())
+            .zip(snapshot.vcpus())
             .map(|(vcpu, state)| {
                 let formula = self.layout.vcpu_page(vcpu) + offset_of!(VcpuPage, formula) as u64;
                 (view.u64(formula) == FOLLOWS_FORMULA).then(|| state.mm7())
@@ -161,7 +171,7 @@ impl Examiner {
                     Oracle::Cut,
                     format!("memory and registers of vcpu {vcpu} are not of the same instant"),
                 );
-                v.snapshot = Some(view.snapshot.number());
+                v.snapshot = Some(view.number);
                 v.gpa = Some(gpa);
                 v.expected = format!("{done} operations (by the registers)");
                 v.found = format!("{counted} operations (in memory)");

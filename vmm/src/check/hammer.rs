@@ -1,6 +1,8 @@
 //! Hammered pages: what they must hold after `n` operations of each vCPU, and whether they do.
 
-use guest::abi::{Layout, Pattern};
+use std::collections::HashSet;
+
+use guest::abi::{Layout, PAGE_SIZE, Pattern};
 use guest::formula::{Schedule, identify, page_key, page_word_from_key};
 
 use super::view::{Page, View, WORDS};
@@ -77,105 +79,128 @@ impl Hammered {
     /// share, and which no operation in between was for, was compared then and is not again. A page that
     /// both share although an operation in between wrote it means that the write went into `parent`.
     ///
-    /// Returns the pages it has looked at.
+    /// Returns the pages it has read.
     pub(super) fn first_look(
         &self,
         now: At<'_>,
         parent: Option<At<'_>>,
         report: &mut dyn FnMut(Violation),
     ) -> u64 {
+        let what = "a page is not what the registers say it is";
         let mut pages = 0;
-        for vcpu in 0..self.layout.vcpus {
-            let slots = self.layout.slots(self.pattern, vcpu);
-            let written = parent.and_then(|p| {
-                let (from, to) = (p.ops[vcpu as usize], now.ops[vcpu as usize]);
-                Written::between(&self.schedules[vcpu as usize], slots, from, to).map(|w| (p, w))
-            });
-            for slot in 0..slots {
-                let gfn = self.gfn(vcpu, slot);
-                let shared_with = written.as_ref().and_then(|(parent, written)| {
-                    let frame = now.view.frame(gfn);
-                    (frame == parent.view.frame(gfn)).then(|| (parent, written.slot(slot)))
-                });
-                pages += 1;
-                match shared_with {
-                    Some((_, When::Never)) => {}
-                    Some((parent, When::Between)) if now.view.frame(gfn) != Pfn::ZERO => {
-                        self.overwritten(now, *parent, vcpu, slot, report);
-                    }
-                    _ => {
-                        if let Err(wrong) = self.look(now, vcpu, slot) {
-                            let what = "a page is not what the registers say it is";
-                            report(self.violation(Oracle::Cut, what, now, vcpu, slot, &wrong));
-                        }
+        for (vcpu, slot, shared) in self.slots_against(parent, now, |parent, now| (parent, now)) {
+            match shared {
+                Shared::Unwritten => continue,
+                Shared::Written => self.overwritten(parent, now, vcpu, slot, report),
+                Shared::No => {
+                    if let Err(wrong) = self.look(now, vcpu, slot) {
+                        report(self.violation(Oracle::Cut, what, now, vcpu, slot, &wrong));
                     }
                 }
             }
+            pages += 1;
         }
         pages + self.untouched(now, Oracle::Cut, report)
     }
 
     /// The last look, before a snapshot is dropped: is it what it was? Pages that `heir`, whose parent it is,
-    /// shares still are looked at with the heir. Returns the pages it has looked at.
+    /// shares still, and that were not written in between, are looked at with the heir. Returns the pages it has read.
     pub(super) fn last_look(
         &self,
         now: At<'_>,
-        heir: Option<View<'_>>,
+        heir: Option<At<'_>>,
         report: &mut dyn FnMut(Violation),
     ) -> u64 {
+        let what = "a page has changed since the snapshot was taken";
         let mut pages = 0;
-        for vcpu in 0..self.layout.vcpus {
-            for slot in 0..self.layout.slots(self.pattern, vcpu) {
-                let gfn = self.gfn(vcpu, slot);
-                if heir.is_some_and(|h| h.frame(gfn) == now.view.frame(gfn)) {
-                    continue;
+        for (vcpu, slot, shared) in self.slots_against(heir, now, |heir, now| (now, heir)) {
+            match (shared, heir) {
+                (Shared::Unwritten, _) => continue,
+                (Shared::Written, Some(heir)) => {
+                    self.overwritten(Some(now), heir, vcpu, slot, report);
                 }
-                pages += 1;
-                if let Err(wrong) = self.look(now, vcpu, slot) {
-                    let what = "a page has changed since the snapshot was taken";
-                    report(self.violation(Oracle::Isolation, what, now, vcpu, slot, &wrong));
+                _ => {
+                    if let Err(wrong) = self.look(now, vcpu, slot) {
+                        report(self.violation(Oracle::Isolation, what, now, vcpu, slot, &wrong));
+                    }
                 }
             }
+            pages += 1;
         }
-        pages
+        pages + self.untouched(now, Oracle::Isolation, report)
     }
 
-    /// Two snapshots share a page that was written between them. One of the two is wrong.
+    /// Every slot of every vCPU, and whether `other`'s page is the frame of `now`'s. `in_order` says which of the two is older.
+    fn slots_against<'a>(
+        &'a self,
+        other: Option<At<'a>>,
+        now: At<'a>,
+        in_order: impl Fn(At<'a>, At<'a>) -> (At<'a>, At<'a>),
+    ) -> impl Iterator<Item = (u64, u64, Shared)> + 'a {
+        let pairs = other.map(|other| in_order(other, now));
+        (0..self.layout.vcpus).flat_map(move |vcpu| {
+            let written = pairs.and_then(|(old, new)| {
+                let (from, to) = (old.ops[vcpu as usize], new.ops[vcpu as usize]);
+                Written::between(&self.schedules[vcpu as usize], self.slots(vcpu), from, to)
+            });
+            (0..self.slots(vcpu)).map(move |slot| {
+                let gfn = self.gfn(vcpu, slot);
+                let frame = now.view.frame(gfn);
+                let shared = match &written {
+                    Some(written) if other.is_some_and(|o| o.view.frame(gfn) == frame) => {
+                        match written.slot(slot) {
+                            When::Never => Shared::Unwritten,
+                            When::Between if frame != Pfn::ZERO => Shared::Written,
+                            When::Between | When::Edge => Shared::No,
+                        }
+                    }
+                    _ => Shared::No,
+                };
+                (vcpu, slot, shared)
+            })
+        })
+    }
+
+    /// Two snapshots share a page that was written between them: one of the two is wrong, since every operation
+    /// writes something else. Both may look right for a moment, while a write that should not be is on its way.
     fn overwritten(
         &self,
-        now: At<'_>,
-        parent: At<'_>,
+        old: Option<At<'_>>,
+        new: At<'_>,
         vcpu: u64,
         slot: u64,
         report: &mut dyn FnMut(Violation),
     ) {
-        match (self.look(parent, vcpu, slot), self.look(now, vcpu, slot)) {
-            (Err(wrong), _) => {
-                let what = "a page was written after the snapshot was taken";
-                report(self.violation(Oracle::Isolation, what, parent, vcpu, slot, &wrong));
-            }
+        let Some(old) = old else { return };
+        match (self.look(old, vcpu, slot), self.look(new, vcpu, slot)) {
             (Ok(()), Err(wrong)) => {
                 let what = "a page misses what was written since the snapshot before";
-                report(self.violation(Oracle::Cut, what, now, vcpu, slot, &wrong));
+                report(self.violation(Oracle::Cut, what, new, vcpu, slot, &wrong));
             }
-            // An operation that leaves a page as it was: a timeline that was rewound and repeated itself.
-            (Ok(()), Ok(())) => {}
+            (looked, _) => {
+                let what = "a page was written after the snapshot was taken";
+                let wrong = looked.err().unwrap_or(Wrong {
+                    word: 0,
+                    expected: 0,
+                    found: 0,
+                });
+                report(self.violation(Oracle::Isolation, what, old, vcpu, slot, &wrong));
+            }
         }
     }
 
-    /// Pages between the slots of a sparse pattern: nobody writes them.
+    /// Pages between the slots of a sparse pattern: nobody writes them. Returns the pages it has read.
     fn untouched(&self, now: At<'_>, oracle: Oracle, report: &mut dyn FnMut(Violation)) -> u64 {
         if self.pattern != Pattern::Sparse {
             return 0;
         }
         let mut page = [0; WORDS];
         let mut pages = 0;
-        let slots: std::collections::HashSet<u64> = (0..self.layout.vcpus)
-            .flat_map(|v| (0..self.layout.slots(self.pattern, v)).map(move |s| (v, s)))
-            .map(|(v, s)| self.gfn(v, s))
+        let slots: HashSet<u64> = (0..self.layout.vcpus)
+            .flat_map(|v| (0..self.slots(v)).map(move |s| self.gfn(v, s)))
             .collect();
-        let first = self.layout.hammer_base / guest::abi::PAGE_SIZE;
-        for gfn in first..self.layout.memory / guest::abi::PAGE_SIZE {
+        let first = self.layout.hammer_base / PAGE_SIZE;
+        for gfn in first..self.layout.memory / PAGE_SIZE {
             if now.view.frame(gfn) == Pfn::ZERO || slots.contains(&gfn) {
                 continue;
             }
@@ -183,8 +208,8 @@ impl Hammered {
             now.view.page(gfn, &mut page);
             if let Some(word) = page.iter().position(|&w| w != 0) {
                 let mut v = Violation::new(oracle, "a page that nobody writes is not zero");
-                v.snapshot = Some(now.view.snapshot.number());
-                v.gpa = Some(gfn * guest::abi::PAGE_SIZE + word as u64 * 8);
+                v.snapshot = Some(now.view.number);
+                v.gpa = Some(gfn * PAGE_SIZE + word as u64 * 8);
                 v.expected = "0".to_owned();
                 v.found = format!("{:#018x}", page[word]);
                 v.frame = now.view.describe_frame(gfn);
@@ -192,6 +217,10 @@ impl Hammered {
             }
         }
         pages
+    }
+
+    fn slots(&self, vcpu: u64) -> u64 {
+        self.layout.slots(self.pattern, vcpu)
     }
 
     fn look(&self, at: At<'_>, vcpu: u64, slot: u64) -> Result<(), Wrong> {
@@ -210,7 +239,7 @@ impl Hammered {
     }
 
     fn gfn(&self, vcpu: u64, slot: u64) -> u64 {
-        self.layout.slot_gpa(self.pattern, vcpu, slot) / guest::abi::PAGE_SIZE
+        self.layout.slot_gpa(self.pattern, vcpu, slot) / PAGE_SIZE
     }
 
     fn violation(
@@ -225,8 +254,8 @@ impl Hammered {
         let gfn = self.gfn(vcpu, slot);
         let ops = at.ops[vcpu as usize];
         let mut violation = Violation::new(oracle, what);
-        violation.snapshot = Some(at.view.snapshot.number());
-        violation.gpa = Some(gfn * guest::abi::PAGE_SIZE + wrong.word as u64 * 8);
+        violation.snapshot = Some(at.view.number);
+        violation.gpa = Some(gfn * PAGE_SIZE + wrong.word as u64 * 8);
         let due = self.schedules[vcpu as usize]
             .last_writer(slot, ops)
             .map_or("nobody".to_owned(), |op| {
@@ -256,9 +285,24 @@ impl Hammered {
     }
 }
 
-/// Which slots were written between two snapshots.
-struct Written {
-    slots: Vec<bool>,
+/// What two snapshots have in common of a page.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Shared {
+    /// Different frames, or it can't be told: the page must be read.
+    No,
+    /// One frame, and nothing was written to the page between the two: what holds for one holds for the other.
+    Unwritten,
+    /// One frame, although the page was written between the two.
+    Written,
+}
+
+/// Which slots a vCPU wrote between two snapshots, the older of which had done `from` operations.
+struct Written<'a> {
+    schedule: &'a Schedule,
+    from: u64,
+    to: u64,
+    /// Marked slots, where there are fewer operations than slots: cheaper than asking the formula.
+    marked: Option<Vec<bool>>,
     /// Slots whose operation was being done at one of the two snapshots: their page may be either way.
     edges: [u64; 2],
 }
@@ -270,30 +314,47 @@ enum When {
     Between,
 }
 
-impl Written {
-    /// `None` if it is cheaper, or necessary, to look at every page.
-    fn between(schedule: &Schedule, slots: u64, from: u64, to: u64) -> Option<Self> {
+impl<'a> Written<'a> {
+    /// `None` if the two are not of one course of events.
+    fn between(schedule: &'a Schedule, slots: u64, from: u64, to: u64) -> Option<Self> {
         let count = to.checked_sub(from)?;
-        if count >= slots {
-            return None;
-        }
-        let mut written = vec![false; slots as usize];
-        for op in from..to {
-            written[schedule.slot_of(op) as usize] = true;
-        }
+        let marked = (count < slots).then(|| {
+            let mut marked = vec![false; slots as usize];
+            for op in from..to {
+                marked[schedule.slot_of(op) as usize] = true;
+            }
+            marked
+        });
         Some(Self {
-            slots: written,
+            schedule,
+            from,
+            to,
+            marked,
             edges: [schedule.slot_of(from), schedule.slot_of(to)],
         })
     }
 
     fn slot(&self, slot: u64) -> When {
-        if self.edges.contains(&slot) {
+        let written = match &self.marked {
+            Some(marked) => marked[slot as usize],
+            None => self
+                .schedule
+                .last_writer(slot, self.to)
+                .is_some_and(|op| op >= self.from),
+        };
+        // An edge that was written once more in between is none.
+        let last_is_first =
+            slot == self.edges[0] && self.schedule.last_writer(slot, self.to) == Some(self.from);
+        if !written {
+            if self.edges.contains(&slot) {
+                When::Edge
+            } else {
+                When::Never
+            }
+        } else if last_is_first || slot == self.edges[1] {
             When::Edge
-        } else if self.slots[slot as usize] {
-            When::Between
         } else {
-            When::Never
+            When::Between
         }
     }
 }

@@ -11,23 +11,30 @@ use crate::mm::Pfn;
 /// What pages hashed to when a snapshot was first looked at. Untouched pages are not in it.
 pub(super) type Hashes = HashMap<u64, u64>;
 
-/// Hashes the touched pages of `gfns`. Those whose frame is `parent`'s still are not hashed again.
+/// Hashes the touched pages of `gfns`, and counts them. Those whose frame is `parent`'s still are not hashed again.
 pub(super) fn first_look(
     view: View<'_>,
     gfns: Range<u64>,
     parent: Option<(View<'_>, &Hashes)>,
-) -> Hashes {
-    gfns.filter_map(|gfn| {
-        let frame = view.frame(gfn);
-        if frame == Pfn::ZERO {
-            return None;
-        }
-        let inherited = parent
-            .filter(|(parent, _)| parent.frame(gfn) == frame)
-            .and_then(|(_, hashes)| hashes.get(&gfn).copied());
-        Some((gfn, inherited.unwrap_or_else(|| hash(view, gfn))))
-    })
-    .collect()
+) -> (Hashes, u64) {
+    let mut pages = 0;
+    let hashes = gfns
+        .filter_map(|gfn| {
+            let frame = view.frame(gfn);
+            if frame == Pfn::ZERO {
+                return None;
+            }
+            let inherited = parent
+                .filter(|(parent, _)| parent.frame(gfn) == frame)
+                .and_then(|(_, hashes)| hashes.get(&gfn).copied());
+            let hash = inherited.unwrap_or_else(|| {
+                pages += 1;
+                hash(view, gfn)
+            });
+            Some((gfn, hash))
+        })
+        .collect();
+    (hashes, pages)
 }
 
 /// Hashes the pages again and compares. Those that `heir`, whose parent this snapshot is, shares still are looked at with it.
@@ -50,7 +57,7 @@ pub(super) fn last_look(
                 Oracle::Isolation,
                 "a page has changed since the snapshot was taken",
             );
-            v.snapshot = Some(view.snapshot.number());
+            v.snapshot = Some(view.number);
             v.gpa = Some(gfn * guest::abi::PAGE_SIZE);
             v.expected = format!("hash {expected:#018x}");
             v.found = format!("hash {found:#018x}");

@@ -21,6 +21,8 @@ mod hammer;
 mod hashes;
 pub mod inject;
 mod rings;
+#[cfg(test)]
+mod tests;
 mod view;
 pub mod violation;
 mod worker;
@@ -28,4 +30,4 @@ mod worker;
 pub use account::account;
 pub use examiner::{Examiner, Findings};
 pub use violation::{Oracle, Violation, ViolationCounts};
-pub use worker::{Progress, Worker};
+pub use worker::{Progress, Unfinished, Worker};

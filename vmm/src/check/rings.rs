@@ -13,7 +13,7 @@ use super::view::View;
 use super::violation::{Oracle, Violation};
 use crate::device::DeviceState;
 
-/// Checks one device's area of a snapshot. Returns the pages it has looked at.
+/// Checks one device's area of a snapshot. Returns the pages it has read.
 pub(super) fn check(
     view: View<'_>,
     layout: &Layout,
@@ -31,10 +31,11 @@ pub(super) fn check(
     };
     area.check_counts(report);
     let slots = STREAM_SLOTS + layout.registered;
-    for slot in 0..slots.min(SLOTS) {
-        area.check_slot(slot, report);
-    }
-    4 + slots * BUFFER_LEN / guest::abi::PAGE_SIZE
+    let posted = (0..slots.min(SLOTS))
+        .filter(|&slot| area.check_slot(slot, report))
+        .count() as u64;
+    // The rings, the driver's notes, the statuses.
+    4 + posted * BUFFER_LEN / guest::abi::PAGE_SIZE
 }
 
 struct Area<'a> {
@@ -59,7 +60,7 @@ enum Progress {
 impl Area<'_> {
     fn violation(&self, what: String, gpa: u64, expected: String, found: String) -> Violation {
         let mut v = Violation::new(Oracle::Cut, format!("device {}: {what}", self.device));
-        v.snapshot = Some(self.view.snapshot.number());
+        v.snapshot = Some(self.view.number);
         v.gpa = Some(gpa);
         v.expected = expected;
         v.found = found;
@@ -112,7 +113,8 @@ impl Area<'_> {
         }
     }
 
-    fn check_slot(&self, slot: u64, report: &mut dyn FnMut(Violation)) {
+    /// Says whether there was anything to check.
+    fn check_slot(&self, slot: u64, report: &mut dyn FnMut(Violation)) -> bool {
         let notes = self.base
             + AREA_DRIVER
             + offset_of!(DriverPage, slots) as u64
@@ -122,18 +124,19 @@ impl Area<'_> {
         let state = self.view.u32(notes + offset_of!(DriverSlot, state) as u64);
         let margin = self.view.u64(notes + offset_of!(DriverSlot, margin) as u64);
         if state != SLOT_POSTED {
-            return;
+            return false;
         }
         let Some(kind) = RequestKind::from_raw(kind) else {
-            return;
+            return false;
         };
         if kind == RequestKind::Register {
-            return;
+            return false;
         }
         let progress = self.progress(slot);
         self.check_status(slot, seq, progress, report);
         self.check_data(slot, seq, kind, progress, report);
         self.check_margins(slot, margin, report);
+        true
     }
 
     fn progress(&self, slot: u64) -> Progress {
@@ -200,19 +203,31 @@ impl Area<'_> {
                 self.view.u64(data + 8 * word),
             );
             if expected != found {
-                report(self.violation(
-                    match progress {
-                        Progress::Done => {
-                            format!("request {seq} is completed and its data is not there")
-                        }
-                        _ => format!("request {seq} is not completed and its buffer was written"),
-                    },
-                    data + 8 * word,
-                    format!("{expected:#018x} (by {whose})"),
-                    format!("{found:#018x}"),
-                ));
+                let what = match progress {
+                    Progress::Done => {
+                        format!("request {seq} is completed and its data is not there")
+                    }
+                    _ => format!("request {seq} is not completed and its buffer was written"),
+                };
+                let expected = format!("{expected:#018x} (by {whose})");
+                let mut v =
+                    self.violation(what, data + 8 * word, expected, format!("{found:#018x}"));
+                v.last_writer = self.name_writer(seq, word, found);
+                report(v);
                 return;
             }
+        }
+    }
+
+    /// Who wrote word `word` of the data of request `seq`, if the formula tells.
+    fn name_writer(&self, seq: u64, word: u64, found: u64) -> String {
+        let is = |key| found == buffer_word_from_key(key, word);
+        if is(dma_key(self.seed, self.device, seq)) {
+            format!("device {} or the guest, for request {seq}", self.device)
+        } else if is(poison_key(self.seed, self.device, seq)) {
+            format!("the guest, before it posted request {seq}")
+        } else {
+            "unknown: neither is for this request".to_owned()
         }
     }
 

@@ -1,8 +1,7 @@
 //! Reading a snapshot's memory.
 
 use crate::host::PhysMap;
-use crate::mm::{FramePool, Gfn, PAGE_SIZE, Pfn};
-use crate::snapshot::Snapshot;
+use crate::mm::{FramePool, Frozen, Gfn, PAGE_SIZE, Pfn};
 
 /// The 64-bit words of a page.
 pub(super) const WORDS: usize = (PAGE_SIZE / 8) as usize;
@@ -15,15 +14,23 @@ pub(super) type Page = [u64; WORDS];
 /// A page is copied out under its lock: a break that wants to move it waits, and no page is seen half moved.
 #[derive(Clone, Copy)]
 pub(super) struct View<'a> {
-    pub(super) snapshot: &'a Snapshot,
+    /// Number of the snapshot.
+    pub(super) number: u64,
+    memory: &'a Frozen,
     physmap: &'a PhysMap,
     pool: &'a FramePool,
 }
 
 impl<'a> View<'a> {
-    pub(super) fn new(snapshot: &'a Snapshot, physmap: &'a PhysMap, pool: &'a FramePool) -> Self {
+    pub(super) fn new(
+        number: u64,
+        memory: &'a Frozen,
+        physmap: &'a PhysMap,
+        pool: &'a FramePool,
+    ) -> Self {
         Self {
-            snapshot,
+            number,
+            memory,
             physmap,
             pool,
         }
@@ -31,7 +38,7 @@ impl<'a> View<'a> {
 
     /// The frame a page is in just now.
     pub(super) fn frame(&self, gfn: u64) -> Pfn {
-        self.snapshot.memory().frame(Gfn(gfn)).unwrap_or(Pfn::ZERO)
+        self.memory.frame(Gfn(gfn)).unwrap_or(Pfn::ZERO)
     }
 
     /// What is known of the frame a page is in, in words.
@@ -44,15 +51,12 @@ impl<'a> View<'a> {
     }
 
     pub(super) fn page(&self, gfn: u64, page: &mut Page) {
-        let read = self
-            .snapshot
-            .memory()
-            .with_frame(Gfn(gfn), |pfn| match pfn {
-                Pfn::ZERO => page.fill(0),
-                pfn => {
-                    self.physmap.slice(pfn, 0, PAGE_SIZE).copy_to(&mut page[..]);
-                }
-            });
+        let read = self.memory.with_frame(Gfn(gfn), |pfn| match pfn {
+            Pfn::ZERO => page.fill(0),
+            pfn => {
+                self.physmap.slice(pfn, 0, PAGE_SIZE).copy_to(&mut page[..]);
+            }
+        });
         if read.is_err() {
             page.fill(0);
         }
@@ -61,7 +65,7 @@ impl<'a> View<'a> {
     /// The word at `gpa`, which is a multiple of 8.
     pub(super) fn u64(&self, gpa: u64) -> u64 {
         let mut word = [0u64];
-        let read = self.snapshot.memory().with_frame(Gfn::of_gpa(gpa), |pfn| {
+        let read = self.memory.with_frame(Gfn::of_gpa(gpa), |pfn| {
             self.physmap
                 .slice(pfn, gpa % PAGE_SIZE / 8 * 8, 8)
                 .copy_to(&mut word[..]);

@@ -34,12 +34,22 @@ struct Counters {
     pages: AtomicU64,
 }
 
+/// The checker has panicked. The panic itself has been printed.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "the checker has panicked with {tasks} looks at snapshots to do: not every snapshot was checked"
+)]
+pub struct Unfinished {
+    /// Looks that were not done.
+    pub tasks: u64,
+}
+
 /// How far the worker is.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Progress {
     /// Snapshots that had their first look.
     pub checked: u64,
-    /// Pages looked at.
+    /// Pages that were read and compared.
     pub pages: u64,
 }
 
@@ -127,19 +137,23 @@ impl Worker {
     }
 
     /// Lets it finish what it was handed, and gives what it found since the last call.
-    pub fn finish(&mut self) -> Vec<Violation> {
+    ///
+    /// # Errors
+    /// If it did not do all it was handed; what it found is given all the same.
+    pub fn finish(&mut self) -> (Vec<Violation>, Result<(), Unfinished>) {
         self.tasks = None;
-        if let Some(thread) = self.thread.take()
-            && thread.join().is_err()
-        {
-            tracing::error!("the checker panicked: not every snapshot was checked");
-        }
-        self.take_violations()
+        let ended = self.thread.take().map_or(Ok(()), JoinHandle::join);
+        let result = match (ended, self.backlog()) {
+            (Ok(()), 0) => Ok(()),
+            (_, tasks) => Err(Unfinished { tasks }),
+        };
+        (self.take_violations(), result)
     }
 }
 
 impl Drop for Worker {
     fn drop(&mut self) {
-        self.finish();
+        // Whoever wants to know has asked before.
+        let _ = self.finish();
     }
 }

@@ -36,7 +36,13 @@ Exit codes:
 ///
 /// Boots a guest that writes its memory in a way that can be predicted, takes copy-on-write snapshots of it while it runs, compares each with what memory must have held at that instant, and rewinds the guest to some of them. At the end it says what was found.
 #[derive(Debug, Parser)]
-#[command(name = "vmm", version, after_help = AFTER_HELP, max_term_width = 100)]
+#[command(
+    name = "vmm",
+    version,
+    after_help = AFTER_HELP,
+    max_term_width = 100,
+    allow_negative_numbers = true
+)]
 pub(crate) struct Args {
     /// The program to run: the built-in `payload`, or an ELF that follows the guest ABI
     #[arg(long, value_name = "payload|FILE", default_value = "payload", help_heading = "Guest", value_parser = parse_guest)]

@@ -8,6 +8,7 @@ use std::ptr::{self, NonNull};
 use std::sync::Arc;
 
 use rustix::fs::{FallocateFlags, MemfdFlags, fallocate, ftruncate, memfd_create};
+use rustix::io::retry_on_intr;
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 use vm_memory::VolatileSlice;
 use vm_memory::bitmap::BitmapSlice;
@@ -96,12 +97,15 @@ impl PhysMap {
 
 impl FrameMemory for PhysMap {
     fn commit(&self, first: Pfn, count: u64) -> io::Result<()> {
-        Ok(fallocate(
-            &self.file,
-            FallocateFlags::empty(),
-            first.offset(),
-            count * PAGE_SIZE,
-        )?)
+        // A kick of the vCPU whose fault this is may interrupt it.
+        Ok(retry_on_intr(|| {
+            fallocate(
+                &self.file,
+                FallocateFlags::empty(),
+                first.offset(),
+                count * PAGE_SIZE,
+            )
+        })?)
     }
 
     fn copy(&self, from: Pfn, to: Pfn) {

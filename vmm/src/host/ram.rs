@@ -83,15 +83,16 @@ impl<P: CowPolicy> Ram<P> {
         access: Access,
     ) -> std::result::Result<PinnedBuffer, RamError> {
         self.check(gpa, len)?;
+        let count = pages(gpa, len).count() as u64;
+        let pins = self.space.pin_range(Gfn::of_gpa(gpa), count, access)?;
         let parts = pages(gpa, len)
-            .map(|part| {
-                Ok(PinnedPart {
-                    pin: self.space.pin(part.gfn, access)?,
-                    offset: part.offset,
-                    len: part.len,
-                })
+            .zip(pins)
+            .map(|(part, pin)| PinnedPart {
+                pin,
+                offset: part.offset,
+                len: part.len,
             })
-            .collect::<std::result::Result<_, PinError>>()?;
+            .collect();
         Ok(PinnedBuffer {
             physmap: Arc::clone(&self.physmap),
             parts,

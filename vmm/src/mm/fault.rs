@@ -26,6 +26,8 @@ use super::table::{Entry, RegionGuard};
 pub enum Resolution {
     /// Somebody else had resolved it already.
     AlreadyWritable,
+    /// Unshare only: the page was exclusive (T6).
+    AlreadyExclusive,
     /// First touch: a frame of zeros (T1).
     ZeroFilled,
     /// The same frame, made writable (T3, T4).
@@ -65,8 +67,8 @@ impl<P: CowPolicy> AddressSpace<P> {
     /// Resolves a write to page `gfn` through a read-only mapping: on return the page is exclusive and
     /// writable, or was so already.
     ///
-    /// While the MMU is crowded the whole 2 MiB region is resolved, so that it needs one mapping rather than
-    /// up to 512.
+    /// While the MMU is crowded the other pages of the 2 MiB region are resolved too, so that it needs one mapping rather
+    /// than up to 512.
     ///
     /// # Errors
     /// If there is no such page, no frame, or the MMU refuses.
@@ -75,10 +77,9 @@ impl<P: CowPolicy> AddressSpace<P> {
         let _no_fork = read(&self.fork_lock);
         let mut region = self.table.lock(gfn.region());
         let resolution = self.resolve(&mut region, gfn, Intent::Write)?;
+        self.count(Intent::Write, resolution);
         if resolution != Resolution::AlreadyWritable && self.mmu.is_crowded() {
-            for other in region.pages() {
-                self.resolve(&mut region, other, Intent::Write)?;
-            }
+            self.resolve_neighbours(&mut region);
         }
         Ok(resolution)
     }
@@ -91,7 +92,33 @@ impl<P: CowPolicy> AddressSpace<P> {
         in_range(&self.table, gfn)?;
         let _no_fork = read(&self.fork_lock);
         let mut region = self.table.lock(gfn.region());
-        self.resolve(&mut region, gfn, Intent::Unshare).map(drop)
+        let resolution = self.resolve(&mut region, gfn, Intent::Unshare)?;
+        self.count(Intent::Unshare, resolution);
+        Ok(())
+    }
+
+    /// Counts what was done for somebody who asked for it.
+    pub(super) fn count(&self, intent: Intent, resolution: Resolution) {
+        Counters::add(match (intent, resolution) {
+            (_, Resolution::AlreadyWritable | Resolution::AlreadyExclusive) => return,
+            (Intent::Unshare, _) => &self.counters.unshared,
+            (Intent::Write, Resolution::ZeroFilled) => &self.counters.zero_filled,
+            (Intent::Write, Resolution::Reused) => &self.counters.reused,
+            (Intent::Write, Resolution::SharersMoved) => &self.counters.sharers_moved,
+            (Intent::Write, Resolution::WriterMoved) => &self.counters.writer_moved,
+        });
+    }
+
+    /// Makes all pages of a region writable, so that one mapping does for them. It spends memory to save mappings: pages that were never
+    /// touched get frames. Nobody asked for any of it, so a page for which there is no memory is left as it is.
+    fn resolve_neighbours(&self, region: &mut RegionGuard<'_>) {
+        for gfn in region.pages() {
+            match self.resolve(region, gfn, Intent::Write) {
+                Ok(Resolution::AlreadyWritable) => {}
+                Ok(_) => Counters::add(&self.counters.neighbours),
+                Err(_) => return,
+            }
+        }
     }
 
     /// Resolves one page of `region`. The caller holds `fork_lock`.
@@ -113,7 +140,7 @@ impl<P: CowPolicy> AddressSpace<P> {
         }
         let pfn = entry.pfn();
         if intent == Intent::Unshare && self.pool.state(pfn).is_exclusive() {
-            return Ok(Resolution::Reused);
+            return Ok(Resolution::AlreadyExclusive);
         }
         let resolution = if self.pool.frames().try_reuse(pfn, &self.policy).is_ok() {
             Resolution::Reused
@@ -127,12 +154,6 @@ impl<P: CowPolicy> AddressSpace<P> {
             self.mmu.protect(gfn, 1, Protection::ReadWrite)?;
             region.set(gfn, Entry::writable(pfn));
         }
-        Counters::add(match (intent, resolution) {
-            (Intent::Unshare, _) => &self.counters.unshared,
-            (_, Resolution::SharersMoved) => &self.counters.sharers_moved,
-            (_, Resolution::WriterMoved) => &self.counters.writer_moved,
-            _ => &self.counters.reused,
-        });
         Ok(resolution)
     }
 
@@ -146,10 +167,6 @@ impl<P: CowPolicy> AddressSpace<P> {
         let fresh = self.pool.allocate_zeroed(&self.home, gfn.0)?;
         self.mmu.map(gfn, fresh.pfn(), 1, intent.protection())?;
         region.set(gfn, intent.entry(fresh.into_mapped()));
-        Counters::add(match intent {
-            Intent::Write => &self.counters.zero_filled,
-            Intent::Unshare => &self.counters.unshared,
-        });
         Ok(Resolution::ZeroFilled)
     }
 

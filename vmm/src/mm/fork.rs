@@ -70,19 +70,10 @@ impl<P: CowPolicy> AddressSpace<P> {
                 if !entry.is_present() {
                     continue;
                 }
-                let pfn = entry.pfn();
-                let shared =
-                    !entry.is_writable() && self.pool.frames().try_share(pfn, &self.policy).is_ok();
-                let childs_pfn = if shared {
-                    pfn
+                let childs_pfn = if entry.is_writable() {
+                    self.copy_for_child(gfn, entry.pfn())?
                 } else {
-                    let fresh = self
-                        .pool
-                        .allocate()
-                        .map_err(|source| ForkError::EagerCopy { gfn, source })?;
-                    self.pool.memory().copy(pfn, fresh.pfn());
-                    Counters::add(&self.counters.eager_copied);
-                    fresh.into_mapped()
+                    self.share_or_copy(gfn, entry.pfn())?
                 };
                 childs.set(gfn, Entry::read_only(childs_pfn));
             }
@@ -92,6 +83,25 @@ impl<P: CowPolicy> AddressSpace<P> {
         snapshots.retain(|s| s.strong_count() > 0);
         snapshots.push(Arc::downgrade(&child));
         Ok(child)
+    }
+
+    /// One more mapping of `pfn` for another address space, or of a copy of it if it can't be shared.
+    fn share_or_copy(&self, gfn: Gfn, pfn: Pfn) -> Result<Pfn, ForkError> {
+        match self.pool.frames().try_share(pfn, &self.policy) {
+            Ok(()) => Ok(pfn),
+            Err(_) => self.copy_for_child(gfn, pfn),
+        }
+    }
+
+    /// T11: a mapped copy of `pfn` for the child.
+    fn copy_for_child(&self, gfn: Gfn, pfn: Pfn) -> Result<Pfn, ForkError> {
+        let fresh = self
+            .pool
+            .allocate()
+            .map_err(|source| ForkError::EagerCopy { gfn, source })?;
+        self.pool.memory().copy(pfn, fresh.pfn());
+        Counters::add(&self.counters.eager_copied);
+        Ok(fresh.into_mapped())
     }
 
     /// Pass 1: protects runs of pages with one call each. A run ends where a page must stay writable, so
@@ -162,17 +172,7 @@ impl<P: CowPolicy> AddressSpace<P> {
     /// Maps the frame of a snapshot's page, or a copy if it cannot be shared, at the same page of this
     /// space, read-only. The page was untouched.
     fn adopt(&self, region: &mut RegionGuard<'_>, gfn: Gfn, pfn: Pfn) -> Result<(), ForkError> {
-        let shared = self.pool.frames().try_share(pfn, &self.policy).is_ok();
-        let pfn = if shared {
-            pfn
-        } else {
-            let fresh = self
-                .pool
-                .allocate()
-                .map_err(|source| ForkError::EagerCopy { gfn, source })?;
-            self.pool.memory().copy(pfn, fresh.pfn());
-            fresh.into_mapped()
-        };
+        let pfn = self.share_or_copy(gfn, pfn)?;
         if let Err(error) = self.mmu.map(gfn, pfn, 1, Protection::ReadOnly) {
             self.pool.unmap(pfn);
             return Err(ForkError::Map(error));

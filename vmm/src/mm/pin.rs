@@ -28,8 +28,8 @@ pub enum PinError {
     /// The page could not be made exclusive.
     #[error(transparent)]
     Fault(#[from] FaultError),
-    /// The frame's pin counter is full.
-    #[error("{gfn:?} has too many pins")]
+    /// The frame's pin counter is full, or the policy does not let itself be satisfied.
+    #[error("{gfn:?} cannot be pinned: it has too many pins")]
     TooMany {
         /// The page.
         gfn: Gfn,
@@ -82,7 +82,8 @@ impl<P: CowPolicy> AddressSpace<P> {
         let mut entry = region.get(gfn);
         let ready = entry.is_present() && (access == Access::Read || entry.is_writable());
         if !ready || !self.policy.may_pin(self.pool.state(entry.pfn()), access) {
-            self.resolve(&mut region, gfn, intent)?;
+            let resolution = self.resolve(&mut region, gfn, intent)?;
+            self.count(intent, resolution);
             entry = region.get(gfn);
         }
         // Under both locks nothing takes the bit away again.

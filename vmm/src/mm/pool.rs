@@ -28,6 +28,12 @@ pub enum AllocError {
         /// Frames the pool may commit.
         limit: u64,
     },
+    /// The pool has no run of frame numbers that long.
+    #[error("the frame pool has no room for a home of {pages} pages")]
+    Home {
+        /// Pages asked for.
+        pages: u64,
+    },
     /// The host has no memory left.
     #[error("out of memory: the host gave no memory for {count} more frames")]
     Host {
@@ -141,9 +147,7 @@ impl FramePool {
             a.fresh
         };
         if first + pages > self.frames.len() {
-            return Err(AllocError::Limit {
-                limit: a.usage.limit,
-            });
+            return Err(AllocError::Home { pages });
         }
         let skipped = a.fresh..first;
         a.free.extend(skipped.map(Pfn));
@@ -178,43 +182,43 @@ impl FramePool {
         Ok(Fresh::new(self, pfn))
     }
 
-    /// The frame at home for page `index`, or any other if that one is in use (by a snapshot, then). Filled with zeros.
+    /// A frame for page `index` that is filled with zeros: its home if that is free, so that neighbours stay neighbours, else any.
     pub(super) fn allocate_zeroed(
         self: &Arc<Self>,
         home: &Home,
         index: u64,
     ) -> Result<Fresh, AllocError> {
-        let pfn = Pfn(home.first.0 + index);
-        let mut a = lock(&self.allocator);
-        if a.allocated.get(pfn) {
-            drop(a);
-            let fresh = self.allocate()?;
+        let (fresh, is_zero) = self.allocate_home(home, index)?;
+        if !is_zero {
             self.memory.zero(fresh.pfn);
-            return Ok(fresh);
         }
-        let was_committed = a.committed.get(pfn);
-        a.take(pfn, self.frames.len(), 1, &*self.memory)?;
-        drop(a);
-        if was_committed {
-            self.memory.zero(pfn);
-        }
-        Ok(Fresh::new(self, pfn))
+        Ok(fresh)
     }
 
-    /// A frame to move page `index` to: its home if that is free, so that the window mends itself, else any.
+    /// As [`FramePool::allocate_zeroed`], with whatever is in it.
     pub(super) fn allocate_near(
         self: &Arc<Self>,
         home: &Home,
         index: u64,
     ) -> Result<Fresh, AllocError> {
+        self.allocate_home(home, index).map(|(fresh, _)| fresh)
+    }
+
+    /// Says also whether the frame is known to be all zeros: its memory is new.
+    fn allocate_home(
+        self: &Arc<Self>,
+        home: &Home,
+        index: u64,
+    ) -> Result<(Fresh, bool), AllocError> {
         let pfn = Pfn(home.first.0 + index);
         let mut a = lock(&self.allocator);
         if a.allocated.get(pfn) {
             drop(a);
-            return self.allocate();
+            return Ok((self.allocate()?, false));
         }
+        let is_new = !a.committed.get(pfn);
         a.take(pfn, self.frames.len(), 1, &*self.memory)?;
-        Ok(Fresh::new(self, pfn))
+        Ok((Fresh::new(self, pfn), is_new))
     }
 
     fn free(&self, pfn: Pfn) {

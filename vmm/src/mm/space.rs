@@ -1,7 +1,6 @@
 //! Address spaces: live ones, which vCPUs run in, and frozen ones, which are snapshots.
 
 use std::fmt;
-use std::ops::Range;
 use std::sync::atomic::{AtomicU64 as Counter, Ordering};
 use std::sync::{Arc, Weak};
 
@@ -15,7 +14,7 @@ use super::table::{Entry, Table};
 /// The memory of a running VM: a shadow page table and the [`Mmu`] that mirrors it.
 ///
 /// # Locks
-/// In this order, each optional:
+/// In this order, each optional (a clone that is being made is nobody else's yet: its locks come last):
 /// 1. `fork_lock`: shared by faults and slow pins, alone by fork and restore (the kernel's `mmap_lock`).
 /// 2. the lock of one region of this space (the kernel's page-table lock).
 /// 3. `snapshots`, the list of frozen children.
@@ -142,13 +141,6 @@ impl Frozen {
         let region = self.table.lock(gfn.region());
         Ok(look(region.get(gfn).pfn()))
     }
-
-    /// The pages of the 2 MiB region that `gfn` lies in.
-    pub fn region_of(&self, gfn: Gfn) -> Range<u64> {
-        let pages = super::addr::REGION_PAGES;
-        let first = gfn.0 / pages * pages;
-        first..(first + pages).min(self.pages())
-    }
 }
 
 pub(super) fn in_range(table: &Table, gfn: Gfn) -> Result<(), OutOfRange> {
@@ -237,6 +229,7 @@ pub(super) struct Counters {
     pub(super) sharers_moved: Counter,
     pub(super) zero_filled: Counter,
     pub(super) unshared: Counter,
+    pub(super) neighbours: Counter,
     pub(super) eager_copied: Counter,
     pub(super) pins_fast: Counter,
     pub(super) pins_slow: Counter,
@@ -255,6 +248,7 @@ impl Counters {
             sharers_moved: get(&self.sharers_moved),
             zero_filled: get(&self.zero_filled),
             unshared: get(&self.unshared),
+            neighbours: get(&self.neighbours),
             eager_copied: get(&self.eager_copied),
             pins_fast: get(&self.pins_fast),
             pins_slow: get(&self.pins_slow),
@@ -273,8 +267,10 @@ pub struct MmStats {
     pub sharers_moved: u64,
     /// First writes to memory that was never touched.
     pub zero_filled: u64,
-    /// COW breaks and first touches on behalf of a reading pin, or of a restore.
+    /// COW breaks and first touches on behalf of a reading pin.
     pub unshared: u64,
+    /// Pages resolved beside one that faulted, to save mappings.
+    pub neighbours: u64,
     /// Pages that fork copied because a device held them.
     pub eager_copied: u64,
     /// Pins taken without a lock.

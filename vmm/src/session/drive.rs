@@ -247,6 +247,10 @@ impl<'a, P: CowPolicy> Drive<'a, P> {
             Err(TakeError::Vcpus(error)) => return Err(self.why_vcpus_ended(error)),
             Err(error) => return Err(End::error(&error)),
         };
+        if let Some(error) = self.vm.devices.take_error() {
+            // A request was lost to it, so the snapshot would not pass: this is the better reason.
+            return Err(End::error(&error));
+        }
         self.taken = number;
         self.note_pause(timing);
         let snapshot = Arc::new(snapshot);
@@ -281,14 +285,6 @@ impl<'a, P: CowPolicy> Drive<'a, P> {
             .kept
             .iter()
             .find(|s| s.parent() == Some(oldest.number()));
-        if self
-            .parent
-            .as_ref()
-            .is_some_and(|p| p.number() == oldest.number())
-        {
-            // Rewound to, and now dropped: the next snapshot is compared with nothing, page by page.
-            self.parent = None;
-        }
         self.worker.last_look(oldest, heir);
     }
 
@@ -297,7 +293,12 @@ impl<'a, P: CowPolicy> Drive<'a, P> {
         let Some(snapshot) = self.kept.get(chosen).map(Arc::clone) else {
             return Ok(());
         };
-        let before: u64 = self.ops_by_vcpu().iter().sum();
+        self.stall.before_restore(&self.vm.ram);
+        let ops_before = self.ops_by_vcpu();
+        let before: u64 = ops_before.iter().sum();
+        if let Some(violation) = self.life.look(&ops_before) {
+            self.violation(&violation);
+        }
         let stale = (self.config.inject == Some(Injection::StalePage))
             .then(|| self.last_written_page())
             .flatten();
@@ -321,8 +322,9 @@ impl<'a, P: CowPolicy> Drive<'a, P> {
         self.ops_undone += before.saturating_sub(ops.iter().sum());
         if self.follows_formula() {
             self.life.rewound(snapshot.number(), ops);
+        } else {
+            self.life = LifeWatch::default();
         }
-        self.stall.rewound();
         self.parent = Some(snapshot);
         Ok(())
     }
@@ -505,12 +507,17 @@ impl<'a, P: CowPolicy> Drive<'a, P> {
     /// Takes everything apart, looks at what is left, and writes it all down.
     fn finish(
         mut self,
-        end: End,
+        mut end: End,
         duration: Duration,
         policy: &str,
         platform: &kvm::Platform,
     ) -> Report {
-        let ops = self.ops_by_vcpu().iter().sum::<u64>() + self.ops_undone;
+        self.stall.finish(&self.vm.ram);
+        let ops = self.ops_by_vcpu();
+        if let Some(violation) = self.life.last_look(&ops) {
+            self.violation(&violation);
+        }
+        let ops = ops.iter().sum::<u64>() + self.ops_undone;
         // The guest is stopped first: what is checked from here on is still checked against a machine that was running.
         self.vm.machine.stop();
         let (mm, dma) = (self.vm.ram.space().stats(), self.vm.devices.stats());
@@ -518,8 +525,18 @@ impl<'a, P: CowPolicy> Drive<'a, P> {
         while !self.kept.is_empty() {
             self.retire_oldest();
         }
-        for violation in self.worker.finish() {
+        let (violations, finished) = self.worker.finish();
+        for violation in violations {
             self.violation(&violation);
+        }
+        let late = finished.map_err(|error| End::error(&error)).and_then(|()| {
+            self.vm
+                .devices
+                .take_error()
+                .map_or(Ok(()), |e| Err(End::error(&e)))
+        });
+        if let (None, Err(late)) = (&end.error, late) {
+            end = late;
         }
         let checks = self.worker.progress();
         // What vCPUs said last.

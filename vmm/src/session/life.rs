@@ -7,53 +7,65 @@ use crate::check::{Oracle, Violation};
 /// How long each vCPU may take for its first operation after a restore. It takes microseconds; the rest is for a
 /// host that is busy with other things.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// The same at the end of a run, when nobody can wait any longer.
+const LAST_PATIENCE: Duration = Duration::from_secs(2);
 
 /// Watches a guest that was rewound.
 #[derive(Debug, Default)]
 pub(super) struct LifeWatch {
-    waiting: Option<Waiting>,
+    waiting: Vec<Option<Waiting>>,
 }
 
-#[derive(Debug)]
+/// A vCPU that has done nothing since a restore.
+#[derive(Clone, Copy, Debug)]
 struct Waiting {
     snapshot: u64,
     since: Instant,
-    ops: Vec<u64>,
+    ops: u64,
 }
 
 impl LifeWatch {
-    /// The guest was rewound to `snapshot`, where its vCPUs had done `ops` operations.
+    /// The guest was rewound to `snapshot`, where its vCPUs had done `ops` operations. A vCPU that has done nothing since
+    /// the restore before keeps waiting since then: frequent restores must not hide one that stands still.
     pub(super) fn rewound(&mut self, snapshot: u64, ops: Vec<u64>) {
-        self.waiting = Some(Waiting {
-            snapshot,
-            since: Instant::now(),
-            ops,
-        });
+        self.waiting.resize(ops.len(), None);
+        for (waiting, ops) in self.waiting.iter_mut().zip(ops) {
+            let since = waiting.map_or_else(Instant::now, |w| w.since);
+            *waiting = Some(Waiting {
+                snapshot,
+                since,
+                ops,
+            });
+        }
     }
 
     /// The vCPUs have done `ops` operations now.
     pub(super) fn look(&mut self, ops: &[u64]) -> Option<Violation> {
-        let waiting = self.waiting.as_ref()?;
-        let stuck = ops
-            .iter()
-            .zip(&waiting.ops)
-            .position(|(now, then)| now <= then);
-        let violation = match stuck {
-            None => None,
-            Some(_) if waiting.since.elapsed() < PATIENCE => return None,
-            Some(vcpu) => {
-                let mut v = Violation::new(
-                    Oracle::Life,
-                    format!("vcpu {vcpu} does not run on after the restore"),
-                );
-                v.snapshot = Some(waiting.snapshot);
-                v.expected = format!("more than {} operations", waiting.ops[vcpu]);
-                v.found = format!("{} after {:?}", ops[vcpu], PATIENCE);
-                Some(v)
-            }
-        };
-        self.waiting = None;
-        violation
+        self.look_with(ops, PATIENCE)
+    }
+
+    /// As [`LifeWatch::look`], at the end of a run.
+    pub(super) fn last_look(&mut self, ops: &[u64]) -> Option<Violation> {
+        self.look_with(ops, LAST_PATIENCE)
+    }
+
+    fn look_with(&mut self, ops: &[u64], patience: Duration) -> Option<Violation> {
+        for (waiting, &now) in self.waiting.iter_mut().zip(ops) {
+            // More than it had means that it runs, less that it was rewound and not watched.
+            waiting.take_if(|w| now != w.ops);
+        }
+        let (vcpu, stuck) = self.waiting.iter_mut().enumerate().find_map(|(vcpu, w)| {
+            w.take_if(|w| w.since.elapsed() >= patience)
+                .map(|w| (vcpu, w))
+        })?;
+        let mut v = Violation::new(
+            Oracle::Life,
+            format!("vcpu {vcpu} does not run on after the restore"),
+        );
+        v.snapshot = Some(stuck.snapshot);
+        v.expected = format!("more than {} operations", stuck.ops);
+        v.found = format!("no more after {:.0?}", stuck.since.elapsed());
+        Some(v)
     }
 }
 
@@ -61,13 +73,19 @@ impl LifeWatch {
 mod tests {
     use super::*;
 
+    fn let_pass(watch: &mut LifeWatch, time: Duration) {
+        for waiting in watch.waiting.iter_mut().flatten() {
+            waiting.since -= time;
+        }
+    }
+
     #[test]
     fn a_vcpu_that_stands_still_is_seen_after_a_while() {
         let mut watch = LifeWatch::default();
         assert_eq!(watch.look(&[1]), None);
         watch.rewound(3, vec![10, 20]);
         assert_eq!(watch.look(&[11, 20]), None, "not yet");
-        watch.waiting.as_mut().unwrap().since -= PATIENCE;
+        let_pass(&mut watch, PATIENCE);
         let violation = watch.look(&[11, 20]).unwrap();
         assert_eq!(
             (violation.oracle, violation.snapshot),
@@ -77,10 +95,30 @@ mod tests {
     }
 
     #[test]
+    fn frequent_restores_do_not_hide_it() {
+        let mut watch = LifeWatch::default();
+        let found = (0..100).find_map(|snapshot| {
+            watch.rewound(snapshot, vec![10, 20]);
+            let_pass(&mut watch, PATIENCE / 5);
+            watch.look(&[15, 20])
+        });
+        assert!(found.unwrap().detail.contains("vcpu 1"));
+    }
+
+    #[test]
+    fn the_end_of_a_run_waits_less() {
+        let mut watch = LifeWatch::default();
+        watch.rewound(3, vec![10]);
+        assert_eq!(watch.last_look(&[10]), None);
+        let_pass(&mut watch, LAST_PATIENCE);
+        assert!(watch.look(&[10]).is_none() && watch.last_look(&[10]).is_some());
+    }
+
+    #[test]
     fn a_guest_that_runs_on_is_fine() {
         let mut watch = LifeWatch::default();
         watch.rewound(3, vec![10, 20]);
-        watch.waiting.as_mut().unwrap().since -= PATIENCE;
+        let_pass(&mut watch, PATIENCE);
         assert_eq!(watch.look(&[11, 21]), None);
         assert_eq!(watch.look(&[10, 20]), None);
     }

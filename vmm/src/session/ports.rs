@@ -15,8 +15,10 @@ use crate::host::{Ram, RamError};
 use crate::kvm::{Outcome, PortAction, PortHandler, StopReason};
 use crate::mm::CowPolicy;
 
-/// Events that wait to be dealt with, at most; what a guest says beyond that is lost, and counted.
+/// Lines of the guest that wait to be printed, at most; what it says beyond that is lost, and counted.
 const MOST_WAITING: usize = 4096;
+/// The same for failed checks. So many need no more.
+const MOST_FAILURES: usize = 1 << 16;
 
 /// Something a vCPU's thread has to tell.
 #[derive(Debug)]
@@ -63,8 +65,12 @@ pub(super) fn events() -> (Events, Inbox) {
 
 impl Events {
     pub(super) fn send(&self, event: Event) {
-        let droppable = !matches!(event, Event::Ended(..));
-        if droppable && self.waiting.load(Ordering::Relaxed) >= MOST_WAITING {
+        let most = match event {
+            Event::Console(_) => MOST_WAITING,
+            Event::Failure(_) => MOST_FAILURES,
+            Event::Ended(..) => usize::MAX,
+        };
+        if self.waiting.load(Ordering::Relaxed) >= most {
             self.lost.fetch_add(1, Ordering::Relaxed);
             return;
         }

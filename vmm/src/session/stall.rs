@@ -2,7 +2,8 @@
 //!
 //! The guest measures by its own TSC and keeps the longest gap of each stretch of time
 //! (`guest::abi::VcpuPage::gaps`). A snapshot's stall is the longest gap that ended between it and the one after, faults
-//! that it caused included.
+//! that it caused included. The guest keeps times to the stretch, about 2 ms: a gap that ended so little before a snapshot
+//! counts for it too.
 
 use std::mem::offset_of;
 
@@ -37,18 +38,22 @@ impl StallMeter {
 
     /// A snapshot is about to be taken: what was seen since the one before was that one's stall.
     pub(super) fn before_snapshot<P: CowPolicy>(&mut self, ram: &Ram<P>) {
-        self.look(ram);
-        if self.since.is_some() && self.longest_ticks > 0 && self.tsc_khz > 0 {
-            let ns = u128::from(self.longest_ticks) * 1_000_000 / u128::from(self.tsc_khz);
-            self.stalls.saturating_record(ns as u64);
-        }
-        self.longest_ticks = 0;
+        self.finish(ram);
         self.since = Some(self.stretches(ram));
     }
 
-    /// The guest was rewound: the gap it sees is a jump of its clock. Nothing counts until the next snapshot.
-    pub(super) fn rewound(&mut self) {
-        self.since = None;
+    /// The guest is about to be rewound, which makes its clock jump. Nothing counts from here to the next snapshot.
+    pub(super) fn before_restore<P: CowPolicy>(&mut self, ram: &Ram<P>) {
+        self.finish(ram);
+    }
+
+    /// Records the stall of the last snapshot, as far as it was seen.
+    pub(super) fn finish<P: CowPolicy>(&mut self, ram: &Ram<P>) {
+        self.look(ram);
+        if self.since.take().is_some() && self.longest_ticks > 0 && self.tsc_khz > 0 {
+            let ns = u128::from(self.longest_ticks) * 1_000_000 / u128::from(self.tsc_khz);
+            self.stalls.saturating_record(ns as u64);
+        }
         self.longest_ticks = 0;
     }
 

@@ -9,9 +9,9 @@
 //! ```
 //! 1. vCPUs are kicked out of the guest and park; each captures its registers while the rest goes on.
 //! 2. Devices stop between two requests: a completion and its data are both in the snapshot or neither is. A device that does
-//!    not get there in time is recorded as in flight.
+//!    not get there in time is recorded as in flight. Their states are captured.
 //! 3. Memory is forked.
-//! 4. The states of devices and vCPUs are collected; devices go on, then vCPUs.
+//! 4. The registers are collected; devices go on, then vCPUs.
 //! 5. Everything else (checking, hashing) happens later, beside the running guest.
 //!
 //! A **restore** rewinds the same VM: vCPUs park, devices stop, requests on their way are given up and their pins
@@ -146,12 +146,15 @@ impl<P: CowPolicy> Parts<'_, P> {
             Fault::LateRegisters => Capture::Nothing,
             Fault::None | Fault::RunDevices => Capture::Registers,
         };
+        // Nothing holds devices to the instant then: they are as they were some time before.
+        let at_large = (fault == Fault::RunDevices).then(|| self.devices.capture());
         let paused = self.machine.pause(capture)?;
         let kicked = paused.kicked();
-        let stopped =
-            (fault != Fault::RunDevices).then(|| self.devices.stop(kicked + BOUNDARY_WAIT));
+        let stopped = at_large
+            .is_none()
+            .then(|| self.devices.stop(kicked + BOUNDARY_WAIT));
+        let devices = at_large.unwrap_or_else(|| self.devices.capture());
         let memory = self.space.fork()?;
-        let devices = self.devices.capture();
         let (vcpus, running) = if fault == Fault::LateRegisters {
             drop(stopped);
             let running = paused.resume();
