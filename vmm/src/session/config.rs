@@ -293,6 +293,12 @@ pub enum ConfigError {
         /// The fault.
         fault: Injection,
     },
+    /// The fault to inject is about registered buffers, and there are none.
+    #[error("--inject {fault}: this fault needs --registered-buffers 1 or more")]
+    InjectionNeedsBuffers {
+        /// The fault.
+        fault: Injection,
+    },
     /// The fault to inject is about restores, and there are none.
     #[error("--inject {fault}: this fault needs --restore-every 1 or more")]
     InjectionNeedsRestores {
@@ -334,6 +340,9 @@ impl Config {
         match self.inject {
             Some(fault) if fault.needs_devices() && self.dma_devices == 0 => {
                 Err(ConfigError::InjectionNeedsDevices { fault })
+            }
+            Some(fault @ Injection::SharePinned) if self.registered_buffers == 0 => {
+                Err(ConfigError::InjectionNeedsBuffers { fault })
             }
             Some(fault) if fault.needs_restores() && self.restore_every == 0 => {
                 Err(ConfigError::InjectionNeedsRestores { fault })
@@ -601,6 +610,13 @@ pub(crate) mod tests {
                 c.restore_every = 0;
             }),
             "--inject stale-page: this fault needs --restore-every 1 or more"
+        );
+        assert_eq!(
+            refusal(|c| {
+                c.inject = Some(Injection::SharePinned);
+                c.registered_buffers = 0;
+            }),
+            "--inject share-pinned: this fault needs --registered-buffers 1 or more"
         );
     }
 
