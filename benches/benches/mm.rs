@@ -3,7 +3,7 @@
 use std::hint::black_box;
 use std::time::{Duration, Instant};
 
-use benches::{space_without_window, write_all};
+use benches::{space_without_window, time_forks, write_all};
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use palimpsest::mm::{Access, Gfn};
 
@@ -46,17 +46,7 @@ fn fork(c: &mut Criterion) {
         .sample_size(20);
     group.bench_function("all pages writable", |b| {
         let space = space_without_window(PAGES).expect("memory");
-        b.iter_custom(|rounds| {
-            let mut spent = Duration::ZERO;
-            for _ in 0..rounds {
-                let start = Instant::now();
-                let frozen = space.fork().expect("fork");
-                spent += start.elapsed();
-                drop(frozen);
-                write_all(&space).expect("write");
-            }
-            spent
-        });
+        b.iter_custom(|rounds| time_forks(&space, rounds).expect("fork"));
     });
     group.bench_function("nothing written since the last one", |b| {
         let space = space_without_window(PAGES).expect("memory");

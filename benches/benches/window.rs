@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use benches::{space_with_window, write_all};
+use benches::{space_with_window, time_forks, write_all};
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use palimpsest::mm::{Frozen, Gfn};
 
@@ -16,17 +16,7 @@ fn window(c: &mut Criterion) {
         .sample_size(10);
     group.bench_function("fork, all pages writable", |b| {
         let space = space_with_window(PAGES).expect("memory");
-        b.iter_custom(|rounds| {
-            let mut spent = Duration::ZERO;
-            for _ in 0..rounds {
-                let start = Instant::now();
-                let frozen = space.fork().expect("fork");
-                spent += start.elapsed();
-                drop(frozen);
-                write_all(&space).expect("write");
-            }
-            spent
-        });
+        b.iter_custom(|rounds| time_forks(&space, rounds).expect("fork"));
     });
     // A reader's hold on every page of the snapshot is what makes the writer move.
     for (name, held) in [

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use palimpsest::host::{MappingBudget, PhysMap, Window};
 use palimpsest::mm::{AddressSpace, Exclusive, FramePool, Gfn, Mmu, MmuError, Pfn, Protection};
@@ -71,4 +72,20 @@ pub fn write_all(space: &AddressSpace<Exclusive>) -> io::Result<()> {
             .map(drop)
             .map_err(io::Error::other)
     })
+}
+
+/// Forks the address space `rounds` times, each time with every page writable, and says how long the forks took.
+///
+/// # Errors
+/// If a fork fails, or a fault can't be resolved.
+pub fn time_forks(space: &AddressSpace<Exclusive>, rounds: u64) -> io::Result<Duration> {
+    let mut spent = Duration::ZERO;
+    for _ in 0..rounds {
+        let start = Instant::now();
+        let frozen = space.fork().map_err(io::Error::other)?;
+        spent += start.elapsed();
+        drop(frozen);
+        write_all(space)?;
+    }
+    Ok(spent)
 }

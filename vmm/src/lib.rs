@@ -23,6 +23,7 @@
 //! a [`kvm::Machine`] whose memslot is that window; [`snapshot::Parts`] then takes and restores snapshots.
 //! `session/vm.rs` does just that.
 
+mod causes;
 pub mod check;
 pub mod cli;
 pub mod device;

@@ -89,10 +89,12 @@ impl Hammered {
         let what = "a page is not what the registers say it is";
         let mut pages = 0;
         for (vcpu, slot, shared) in self.slots_against(parent, now, |parent, now| (parent, now)) {
-            match shared {
-                Shared::Unwritten => continue,
-                Shared::Written => self.overwritten(parent, now, vcpu, slot, report),
-                Shared::No => {
+            match (shared, parent) {
+                (Shared::Unwritten, _) => continue,
+                (Shared::Written, Some(parent)) => {
+                    self.overwritten(parent, now, vcpu, slot, report);
+                }
+                _ => {
                     if let Err(wrong) = self.look(now, vcpu, slot) {
                         report(self.violation(Oracle::Cut, what, now, vcpu, slot, &wrong));
                     }
@@ -117,7 +119,7 @@ impl Hammered {
             match (shared, heir) {
                 (Shared::Unwritten, _) => continue,
                 (Shared::Written, Some(heir)) => {
-                    self.overwritten(Some(now), heir, vcpu, slot, report);
+                    self.overwritten(now, heir, vcpu, slot, report);
                 }
                 _ => {
                     if let Err(wrong) = self.look(now, vcpu, slot) {
@@ -165,13 +167,12 @@ impl Hammered {
     /// writes something else. Both may look right for a moment, while a write that should not be is on its way.
     fn overwritten(
         &self,
-        old: Option<At<'_>>,
+        old: At<'_>,
         new: At<'_>,
         vcpu: u64,
         slot: u64,
         report: &mut dyn FnMut(Violation),
     ) {
-        let Some(old) = old else { return };
         match (self.look(old, vcpu, slot), self.look(new, vcpu, slot)) {
             (Ok(()), Err(wrong)) => {
                 let what = "a page misses what was written since the snapshot before";

@@ -9,7 +9,6 @@ mod status;
 pub mod units;
 
 use std::{
-    error::Error,
     fs,
     io::{self, Write},
     path::{Path, PathBuf},
@@ -23,6 +22,7 @@ use self::{
     args::Args,
     status::{Screen, Status},
 };
+pub use crate::causes::chain;
 use crate::session::{
     self,
     config::{ConfigError, GuestSource, HostLimits},
@@ -109,18 +109,6 @@ fn complain(failure: &Failure) {
     if let Some(hint) = failure.hint() {
         let _ = writeln!(stderr, "hint: {hint}");
     }
-}
-
-/// `error` and its causes, on one line.
-pub fn chain(error: &dyn Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
-        cause = error.source();
-    }
-    text
 }
 
 /// The verdict, or that of a run whose report got lost.

@@ -8,6 +8,7 @@ use super::fault::FaultError;
 use super::memory::MemoryError;
 use super::port::StopReason;
 use super::state::VcpuState;
+use crate::causes::chain;
 
 /// Why a vCPU runs no more, when nobody told it to stop.
 #[derive(Debug)]
@@ -36,13 +37,7 @@ impl fmt::Display for Outcome {
             Self::Stopped(reason) => reason.fmt(f),
             Self::Crashed { reason, report } => write!(f, "guest crashed: {reason}\n{report}"),
             Self::Failed { error, report } => {
-                write!(f, "vcpu failed: {error}")?;
-                let mut source = std::error::Error::source(error);
-                while let Some(cause) = source {
-                    write!(f, ": {cause}")?;
-                    source = cause.source();
-                }
-                write!(f, "\n{report}")
+                write!(f, "vcpu failed: {}\n{report}", chain(error))
             }
         }
     }

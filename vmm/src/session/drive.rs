@@ -21,6 +21,7 @@ use super::report::{
 };
 use super::stall::StallMeter;
 use super::vm::Vm;
+use crate::causes::chain;
 use crate::check::{Examiner, Oracle, Violation, ViolationCounts, Worker, account};
 use crate::device::Mismatch;
 use crate::kvm::{self, KvmError, Outcome, StopReason};
@@ -79,15 +80,9 @@ impl End {
     }
 
     fn error(error: &dyn std::error::Error) -> Self {
-        let mut text = error.to_string();
-        let mut source = error.source();
-        while let Some(cause) = source {
-            text.push_str(&format!(": {cause}"));
-            source = cause.source();
-        }
         Self {
             by: EndedBy::Error,
-            error: Some(text),
+            error: Some(chain(error)),
         }
     }
 
