@@ -102,8 +102,9 @@ enum Refused {
 impl From<RamError> for Refused {
     fn from(error: RamError) -> Self {
         match error {
-            RamError::OutOfRange { .. } | RamError::Page(_) => Self::BadRequest,
+            RamError::OutOfRange { .. } => Self::BadRequest,
             RamError::Pin(error) => Self::Pin(error),
+            RamError::Hold(error) => Self::Pin(error.into()),
         }
     }
 }

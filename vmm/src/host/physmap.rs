@@ -116,6 +116,32 @@ impl FrameMemory for PhysMap {
         unsafe { ptr::copy_nonoverlapping(self.frame(from), self.frame(to), PAGE_SIZE as usize) }
     }
 
+    fn equal(&self, one: Pfn, other: Pfn) -> bool {
+        let (one, other) = (self.frame(one), self.frame(other));
+        // SAFETY: whole frames inside the mapping, which are aligned. Volatile: somebody may write to them, in
+        // which case the answer means nothing, as the trait says. No reference to either exists.
+        (0..PAGE_SIZE as usize / 8).all(|word| unsafe {
+            one.cast::<u64>().add(word).read_volatile()
+                == other.cast::<u64>().add(word).read_volatile()
+        })
+    }
+
+    fn write(&self, frame: Pfn, offset: u64, bytes: &[u8]) {
+        self.slice(frame, offset, bytes.len() as u64)
+            .copy_from(bytes);
+    }
+
+    fn uncommit(&self, first: Pfn, count: u64) -> io::Result<()> {
+        Ok(retry_on_intr(|| {
+            fallocate(
+                &self.file,
+                FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE,
+                first.offset(),
+                count * PAGE_SIZE,
+            )
+        })?)
+    }
+
     fn zero(&self, frame: Pfn) {
         // SAFETY: a whole frame inside the mapping; no reference to it exists.
         unsafe { ptr::write_bytes(self.frame(frame), 0, PAGE_SIZE as usize) }

@@ -14,7 +14,7 @@ use vm_memory::guest_memory::{Error, GuestMemorySliceIterator, Result};
 use vm_memory::{GuestAddress, GuestMemory, GuestMemoryMmap, Permissions, VolatileSlice};
 
 use super::physmap::PhysMap;
-use crate::mm::{Access, AddressSpace, CowPolicy, Gfn, OutOfRange, PAGE_SIZE, Pin, PinError};
+use crate::mm::{Access, AddressSpace, CowPolicy, FaultError, Gfn, PAGE_SIZE, Pin, PinError};
 
 /// Guest memory of a running VM.
 #[derive(Debug)]
@@ -46,9 +46,9 @@ pub enum RamError {
     /// A page could not be pinned.
     #[error(transparent)]
     Pin(#[from] PinError),
-    /// No such page.
+    /// A page could not be held.
     #[error(transparent)]
-    Page(#[from] OutOfRange),
+    Hold(#[from] FaultError),
 }
 
 impl<P: CowPolicy> Ram<P> {
@@ -108,7 +108,7 @@ impl<P: CowPolicy> Ram<P> {
         self.check(gpa, buf.len() as u64)?;
         let mut done = 0;
         for part in pages(gpa, buf.len() as u64) {
-            let hold = self.space.get(part.gfn)?;
+            let hold = self.space.get(part.gfn, Access::Read)?;
             let slice = self.physmap.slice(hold.pfn(), part.offset, part.len);
             done += slice.copy_to(&mut buf[done..done + part.len as usize]);
         }

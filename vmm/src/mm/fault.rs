@@ -16,7 +16,9 @@
 //! * **writer moves** otherwise (what Linux does): the writer's page is pointed at the copy.
 
 use super::addr::{Gfn, Pfn, Protection};
-use super::policy::CowPolicy;
+use super::policy::{CowPolicy, without};
+use super::pool::Fresh;
+use super::safeguard::Safeguard;
 use super::space::{AddressSpace, Counters, FaultError, in_range};
 use super::sync::{lock, read};
 use super::table::{Entry, RegionGuard};
@@ -55,10 +57,11 @@ impl Intent {
         }
     }
 
-    fn entry(self, pfn: Pfn) -> Entry {
+    /// The page of `before` in its new frame. To unshare is not to write: it leaves the page as clean or dirty as it was.
+    fn entry(self, before: Entry, pfn: Pfn) -> Entry {
         match self {
             Self::Write => Entry::writable(pfn),
-            Self::Unshare => Entry::read_only(pfn),
+            Self::Unshare => before.in_frame(pfn),
         }
     }
 }
@@ -75,8 +78,10 @@ impl<P: CowPolicy> AddressSpace<P> {
     pub fn write_fault(&self, gfn: Gfn) -> Result<Resolution, FaultError> {
         in_range(&self.table, gfn)?;
         let _no_fork = read(&self.fork_lock);
+        let stale = without::<P>(Safeguard::FaultLooksUnderLock).then(|| self.table.peek(gfn));
         let mut region = self.table.lock(gfn.region());
-        let resolution = self.resolve(&mut region, gfn, Intent::Write)?;
+        let entry = stale.unwrap_or_else(|| region.get(gfn));
+        let resolution = self.resolve_entry(&mut region, gfn, entry, Intent::Write)?;
         self.count(Intent::Write, resolution);
         if resolution != Resolution::AlreadyWritable && self.mmu.is_crowded() {
             self.resolve_neighbours(&mut region);
@@ -131,9 +136,18 @@ impl<P: CowPolicy> AddressSpace<P> {
         gfn: Gfn,
         intent: Intent,
     ) -> Result<Resolution, FaultError> {
-        let entry = region.get(gfn);
+        self.resolve_entry(region, gfn, region.get(gfn), intent)
+    }
+
+    fn resolve_entry(
+        &self,
+        region: &mut RegionGuard<'_>,
+        gfn: Gfn,
+        entry: Entry,
+        intent: Intent,
+    ) -> Result<Resolution, FaultError> {
         if !entry.is_present() {
-            return self.fill_zero(region, gfn, intent);
+            return self.fill_zero(region, gfn, entry, intent);
         }
         if entry.is_writable() {
             return Ok(Resolution::AlreadyWritable);
@@ -147,7 +161,7 @@ impl<P: CowPolicy> AddressSpace<P> {
         } else if self.move_sharers(gfn, pfn)? {
             Resolution::SharersMoved
         } else {
-            self.move_writer(region, gfn, pfn, intent)?;
+            self.move_writer(region, gfn, entry, intent)?;
             Resolution::WriterMoved
         };
         if intent == Intent::Write && resolution != Resolution::WriterMoved {
@@ -162,11 +176,12 @@ impl<P: CowPolicy> AddressSpace<P> {
         &self,
         region: &mut RegionGuard<'_>,
         gfn: Gfn,
+        entry: Entry,
         intent: Intent,
     ) -> Result<Resolution, FaultError> {
         let fresh = self.pool.allocate_zeroed(&self.home, gfn.0)?;
         self.mmu.map(gfn, fresh.pfn(), 1, intent.protection())?;
-        region.set(gfn, intent.entry(fresh.into_mapped()));
+        region.set(gfn, intent.entry(entry, fresh.into_mapped()));
         Ok(Resolution::ZeroFilled)
     }
 
@@ -190,20 +205,28 @@ impl<P: CowPolicy> AddressSpace<P> {
         // Held until it is handed out to all: a snapshot that has it already may be dropped at any time.
         let copy = self.pool.allocate()?.into_held();
         self.pool.memory().copy(pfn, copy.pfn());
+        let copied_to = copy.pfn();
+        let mut copy = Some(copy);
         for snapshot in sharing() {
             let mut region = snapshot.table.lock(gfn.region());
             // Between the look without a lock and this one only a drop of the snapshot can have come.
-            if region.get(gfn).pfn() == pfn && self.pool.frames().try_map_held(copy.pfn()).is_ok() {
-                region.set(gfn, Entry::read_only(copy.pfn()));
+            let still_there =
+                region.get(gfn).pfn() == pfn || without::<P>(Safeguard::SharersLookedAtAgain);
+            if still_there && self.pool.frames().try_map_held(copied_to).is_ok() {
+                region.set(gfn, Entry::read_only(copied_to));
                 self.pool.unmap(pfn);
+            }
+            if without::<P>(Safeguard::CopyIsHeld) {
+                copy = None;
             }
         }
         drop(copy);
         // Whoever took a hold of the frame in the meantime makes this fail; then the writer moves after all.
-        Ok(self.pool.frames().try_reuse(pfn, &self.policy).is_ok())
+        let proved = self.pool.frames().try_reuse(pfn, &self.policy).is_ok();
+        Ok(proved || without::<P>(Safeguard::ReuseProvedAgain))
     }
 
-    /// Points this space's page at a copy of `pfn`.
+    /// Points this space's page at a copy of its frame.
     ///
     /// Order (PROTOCOL.md 5.4): the MMU is switched and every vCPU sees it, the entry is published, and only
     /// then is the old frame's mapping given back: the next to find itself its last holder may write it.
@@ -211,14 +234,40 @@ impl<P: CowPolicy> AddressSpace<P> {
         &self,
         region: &mut RegionGuard<'_>,
         gfn: Gfn,
-        pfn: Pfn,
+        entry: Entry,
         intent: Intent,
     ) -> Result<(), FaultError> {
+        let pfn = entry.pfn();
         let fresh = self.pool.allocate_near(&self.home, gfn.0)?;
         self.pool.memory().copy(pfn, fresh.pfn());
+        if without::<P>(Safeguard::MmuBeforeUnmap) || without::<P>(Safeguard::EntryBeforeUnmap) {
+            return self.move_writer_in_wrong_order(region, gfn, entry, intent, fresh);
+        }
         self.mmu.map(gfn, fresh.pfn(), 1, intent.protection())?;
-        region.set(gfn, intent.entry(fresh.into_mapped()));
+        region.set(gfn, intent.entry(entry, fresh.into_mapped()));
         self.pool.unmap(pfn);
+        Ok(())
+    }
+
+    /// For model checkers: gives the old frame's mapping back too early.
+    fn move_writer_in_wrong_order(
+        &self,
+        region: &mut RegionGuard<'_>,
+        gfn: Gfn,
+        entry: Entry,
+        intent: Intent,
+        fresh: Fresh,
+    ) -> Result<(), FaultError> {
+        let (pfn, copy) = (entry.pfn(), fresh.into_mapped());
+        if without::<P>(Safeguard::MmuBeforeUnmap) {
+            region.set(gfn, intent.entry(entry, copy));
+            self.pool.unmap(pfn);
+            self.mmu.map(gfn, copy, 1, intent.protection())?;
+        } else {
+            self.mmu.map(gfn, copy, 1, intent.protection())?;
+            self.pool.unmap(pfn);
+            region.set(gfn, intent.entry(entry, copy));
+        }
         Ok(())
     }
 }

@@ -141,7 +141,7 @@ impl<P: CowPolicy> AddressSpace<P> {
             for gfn in region.pages().filter(|g| (first..=last).contains(g)) {
                 let entry = region.get(gfn);
                 if entry.is_writable() {
-                    region.set(gfn, Entry::read_only(entry.pfn()));
+                    region.set(gfn, entry.write_protected());
                 }
             }
         }

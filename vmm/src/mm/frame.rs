@@ -23,7 +23,8 @@
 use std::fmt;
 
 use super::addr::{Access, Pfn};
-use super::policy::CowPolicy;
+use super::policy::{CowPolicy, without};
+use super::safeguard::Safeguard;
 use super::sync::{AtomicU64, Ordering, zeroed};
 
 /// A field of the packed word: `bits` bits from bit `shift` on.
@@ -84,12 +85,35 @@ impl FrameState {
         EXCLUSIVE.of(self.0) != 0
     }
 
+    /// The same with another number of pins.
+    ///
+    /// # Panics
+    /// If the field does not hold so many.
+    pub const fn with_pins(self, pins: u64) -> Self {
+        assert!(pins <= PINS.max());
+        Self(self.0 & !(PINS.max() << PINS.shift) | pins << PINS.shift)
+    }
+
     const fn exclusive(self) -> Self {
         Self(self.0 | EXCLUSIVE.one())
     }
     const fn possibly_shared(self) -> Self {
         Self(self.0 & !EXCLUSIVE.one())
     }
+    /// Whether mappings are all that holds it.
+    pub(super) const fn is_idle(self) -> bool {
+        self.gets() == 0 && self.pins() == 0
+    }
+
+    /// After a mapping went: what nobody maps belongs to no address space (I2).
+    fn unmapped(self) -> Self {
+        if self.maps() == 0 {
+            self.possibly_shared()
+        } else {
+            self
+        }
+    }
+
     fn plus(self, field: &Field) -> Option<Self> {
         (field.of(self.0) < field.max()).then(|| Self(self.0 + field.one()))
     }
@@ -124,6 +148,13 @@ pub(super) enum Released {
     StillHeld,
     /// Nobody does.
     Last,
+}
+
+/// A change that was made to a word.
+#[derive(Clone, Copy, Debug)]
+struct Change {
+    before: FrameState,
+    after: FrameState,
 }
 
 /// The packed words of all frames.
@@ -163,43 +194,122 @@ impl FrameTable {
         &self,
         pfn: Pfn,
         next: impl Fn(FrameState) -> Option<FrameState>,
-    ) -> Result<FrameState, FrameState> {
+    ) -> Result<Change, FrameState> {
+        self.update_ordered(pfn, (Ordering::AcqRel, Ordering::Acquire), next)
+    }
+
+    fn update_ordered(
+        &self,
+        pfn: Pfn,
+        (success, look): (Ordering, Ordering),
+        next: impl Fn(FrameState) -> Option<FrameState>,
+    ) -> Result<Change, FrameState> {
         let word = &self.words[pfn.0 as usize];
-        let mut seen = word.load(Ordering::Acquire);
+        let mut seen = word.load(look);
         loop {
-            let Some(new) = next(FrameState(seen)) else {
-                return Err(FrameState(seen));
+            let before = FrameState(seen);
+            let Some(after) = next(before) else {
+                return Err(before);
             };
-            match word.compare_exchange_weak(seen, new.0, Ordering::AcqRel, Ordering::Acquire) {
-                Ok(_) => return Ok(new),
+            match word.compare_exchange_weak(seen, after.0, success, look) {
+                Ok(_) => return Ok(Change { before, after }),
                 Err(now) => seen = now,
             }
         }
     }
 
+    /// The state at the end of all changes so far: a change made later sees all that the caller did before.
+    ///
+    /// A load will not do where the caller has changed an entry and asks who pinned the frame through it: the load may be
+    /// done before the store is seen, and the pin's re-read before the pin is (PROTOCOL.md 5.2).
+    pub(super) fn settled<P: CowPolicy>(&self, pfn: Pfn) -> FrameState {
+        if without::<P>(Safeguard::PinsCountedInOrder) {
+            return self.state(pfn);
+        }
+        FrameState(self.words[pfn.0 as usize].fetch_or(0, Ordering::AcqRel))
+    }
+
     /// The first mapping of a frame that was just allocated: exclusive from birth (PROTOCOL.md T1, I4).
     pub(super) fn map_fresh(&self, pfn: Pfn) {
         let result = self.update(pfn, |s| s.plus(&MAPS).map(FrameState::exclusive));
-        debug_assert_eq!(result.map(FrameState::maps), Ok(1), "{pfn:?} was not fresh");
+        debug_assert_eq!(
+            result.map(|c| c.after.maps()),
+            Ok(1),
+            "{pfn:?} was not fresh"
+        );
     }
 
     /// `try_dup`: shares the frame with one more mapping if `policy` allows it, and makes it possibly
     /// shared. Refused, with nothing changed, if it may be pinned (PROTOCOL.md 4.1;
     /// `folio_try_dup_anon_rmap_pte`, `include/linux/rmap.h`).
-    pub(super) fn try_share(&self, pfn: Pfn, policy: &impl CowPolicy) -> Result<(), FrameState> {
+    pub(super) fn try_share<P: CowPolicy>(&self, pfn: Pfn, policy: &P) -> Result<(), FrameState> {
+        let stale = self.stale::<P>(Safeguard::ShareTestsInTheWord, pfn);
         self.update(pfn, |s| {
             policy
-                .may_share(s)
+                .may_share(stale.unwrap_or(s))
                 .then(|| s.possibly_shared().plus(&MAPS))
                 .flatten()
         })
         .map(drop)
     }
 
+    /// What a test outside the compare-and-swap would go by: nothing, unless a model checker asks for it.
+    fn stale<P: CowPolicy>(&self, safeguard: Safeguard, pfn: Pfn) -> Option<FrameState> {
+        without::<P>(safeguard).then(|| self.state(pfn))
+    }
+
+    /// One more mapping, possibly shared, of a frame that nobody but mappings holds. Says whether it was exclusive.
+    pub(super) fn try_share_idle(&self, pfn: Pfn) -> Result<bool, FrameState> {
+        self.update(pfn, |s| {
+            s.is_idle()
+                .then(|| s.possibly_shared().plus(&MAPS))
+                .flatten()
+        })
+        .map(|c| c.before.is_exclusive())
+    }
+
+    /// Undoes [`FrameTable::try_share_idle`], whose answer `was_exclusive` is.
+    pub(super) fn unshare_idle(&self, pfn: Pfn, was_exclusive: bool) {
+        let result = self.update(pfn, |s| {
+            let s = s.minus(&MAPS);
+            Some(if was_exclusive { s.exclusive() } else { s })
+        });
+        debug_assert!(result.is_ok());
+    }
+
+    /// Turns the caller's mapping into a hold if `may` agrees. A frame that nothing maps can neither be pinned nor
+    /// held, so if it was the only mapping the frame is nobody's until [`FrameTable::put_back`]: what the kernel
+    /// does by freezing the reference count. Says whether it was exclusive.
+    pub(super) fn try_isolate(
+        &self,
+        pfn: Pfn,
+        may: impl Fn(FrameState) -> bool,
+    ) -> Result<bool, FrameState> {
+        self.update(pfn, |s| {
+            may(s)
+                .then(|| s.plus(&GETS).map(|s| s.minus(&MAPS).unmapped()))
+                .flatten()
+        })
+        .map(|c| c.before.is_exclusive())
+    }
+
+    /// Undoes [`FrameTable::try_isolate`], whose answer `was_exclusive` is.
+    pub(super) fn put_back(&self, pfn: Pfn, was_exclusive: bool) {
+        let result = self.update(pfn, |s| {
+            let s = s.minus(&GETS).plus(&MAPS)?;
+            Some(if was_exclusive { s.exclusive() } else { s })
+        });
+        debug_assert!(result.is_ok(), "the counter had room for it a moment ago");
+    }
+
     /// The first hold of a frame that was just allocated and that nothing maps yet.
     pub(super) fn hold_fresh(&self, pfn: Pfn) {
         let result = self.update(pfn, |s| s.plus(&GETS));
-        debug_assert_eq!(result.map(FrameState::refs), Ok(1), "{pfn:?} was not fresh");
+        debug_assert_eq!(
+            result.map(|c| c.after.refs()),
+            Ok(1),
+            "{pfn:?} was not fresh"
+        );
     }
 
     /// One more mapping, possibly shared, of a frame the caller holds. Refused if the counter is full.
@@ -219,14 +329,20 @@ impl FrameTable {
     }
 
     /// Takes a pin if `policy` grants one on the frame as it is (PROTOCOL.md 3: a pin may only be taken on an exclusive frame).
-    pub(super) fn try_pin(
+    pub(super) fn try_pin<P: CowPolicy>(
         &self,
         pfn: Pfn,
         access: Access,
-        policy: &impl CowPolicy,
+        policy: &P,
     ) -> Result<(), FrameState> {
-        self.update(pfn, |s| {
-            (s.maps() > 0 && policy.may_pin(s, access))
+        let order = if without::<P>(Safeguard::PinAcquires) {
+            (Ordering::Relaxed, Ordering::Relaxed)
+        } else {
+            (Ordering::AcqRel, Ordering::Acquire)
+        };
+        let stale = self.stale::<P>(Safeguard::PinTestsInTheWord, pfn);
+        self.update_ordered(pfn, order, |s| {
+            (s.maps() > 0 && policy.may_pin(stale.unwrap_or(s), access))
                 .then(|| s.plus(&PINS))
                 .flatten()
         })
@@ -240,15 +356,7 @@ impl FrameTable {
     }
 
     pub(super) fn unmap(&self, pfn: Pfn) -> Released {
-        self.give_back(pfn, |s| {
-            let s = s.minus(&MAPS);
-            // What nobody maps belongs to no address space (I2).
-            if s.maps() == 0 {
-                s.possibly_shared()
-            } else {
-                s
-            }
-        })
+        self.give_back(pfn, |s| s.minus(&MAPS).unmapped())
     }
 
     pub(super) fn unpin(&self, pfn: Pfn) -> Released {
@@ -261,7 +369,7 @@ impl FrameTable {
 
     fn give_back(&self, pfn: Pfn, less: impl Fn(FrameState) -> FrameState) -> Released {
         match self.update(pfn, |s| Some(less(s))) {
-            Ok(FrameState::FREE) => Released::Last,
+            Ok(change) if change.after == FrameState::FREE => Released::Last,
             _ => Released::StillHeld,
         }
     }

@@ -64,4 +64,13 @@ pub trait FrameMemory: Send + Sync {
 
     /// Fills a frame with zeros.
     fn zero(&self, frame: Pfn);
+
+    /// Whether two frames hold the same bytes. Nobody writes to either meanwhile, or the answer means nothing.
+    fn equal(&self, one: Pfn, other: Pfn) -> bool;
+
+    /// Writes `bytes` into a frame, from byte `offset` on. They end within the frame.
+    fn write(&self, frame: Pfn, offset: u64, bytes: &[u8]);
+
+    /// Takes the memory behind `count` frames away again: they must be committed before they are used.
+    fn uncommit(&self, first: Pfn, count: u64) -> io::Result<()>;
 }

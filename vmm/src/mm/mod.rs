@@ -22,24 +22,37 @@
 //! | `pin` | pins: the path without a lock and the one with |
 //! | `fork` | share everything, copy what is pinned |
 //! | `restore` | back to a snapshot, in place |
+//! | `get` | transient holds, the weaker kind of pin |
+//! | `dirty` | which pages were written since? Write-protection without intent to copy |
+//! | `rearrange` | how a page is taken out of its frame while devices may hold it |
+//! | `discard`, `migrate`, `merge` | a balloon, compaction, deduplication |
+//! | `force` | a debugger's write |
+//! | `safeguard` | the orderings and re-checks all of this rests on, by name |
 //! | [`soft`] | a software MMU, for tests and model checkers |
 //! | `mmu` | what is asked of the outside: two small traits |
 //!
 //! There are no system calls in here, no KVM and no threads: the window of a running VM, a software model and
 //! a model checker are interchangeable under it.
 //!
-//! **Not here yet**: folios larger than a page, write-protection without intent to copy as an operation of
-//! its own (the state it leaves, read-only and exclusive, is handled), discard, compaction, merging.
+//! **Not here yet**: folios larger than a page.
 
 mod addr;
+mod dirty;
+mod discard;
 mod fault;
+mod force;
 mod fork;
 mod frame;
+mod get;
+mod merge;
+mod migrate;
 mod mmu;
 mod pin;
 mod policy;
 mod pool;
+mod rearrange;
 mod restore;
+mod safeguard;
 pub mod soft;
 mod space;
 mod sync;
@@ -51,13 +64,16 @@ mod model;
 mod tests;
 
 pub use addr::{Access, Gfn, Order, PAGE_SIZE, Pfn, Protection, REGION_PAGES};
+pub use dirty::PageSet;
 pub use fault::Resolution;
 pub use fork::ForkError;
 pub use frame::FrameState;
 pub use mmu::{FrameMemory, Mmu, MmuError};
 pub use pin::PinError;
-pub use policy::{CowPolicy, Exclusive};
+pub use policy::{Biased, CowPolicy, Exclusive, Mapcount, MapcountForcedBreak, Refcount, Seed};
 pub use pool::{AllocError, FramePool, Get, Pin, PoolUsage};
+pub use rearrange::RearrangeError;
 pub use restore::RestoreError;
+pub use safeguard::Safeguard;
 pub use space::{AddressSpace, FaultError, Frozen, MmStats, OutOfRange};
 pub use table::Entry;

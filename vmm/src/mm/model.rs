@@ -184,7 +184,7 @@ impl Model {
                 };
                 let space = &self.spaces[s];
                 self.gets.push(Held {
-                    get: space.vm.space.get(Gfn(p)).unwrap(),
+                    get: space.vm.space.get(Gfn(p), Access::Read).unwrap(),
                     through: Some((space.id, Gfn(p))),
                     may_show: vec![space.pages[p as usize]],
                 });

@@ -17,8 +17,9 @@
 
 use super::addr::{Access, Gfn};
 use super::fault::Intent;
-use super::policy::CowPolicy;
+use super::policy::{CowPolicy, without};
 use super::pool::Pin;
+use super::safeguard::Safeguard;
 use super::space::{AddressSpace, Counters, FaultError, in_range};
 use super::sync::read;
 
@@ -43,6 +44,7 @@ impl<P: CowPolicy> AddressSpace<P> {
     /// As [`AddressSpace::write_fault`], or if the frame has 2^20 - 1 pins.
     pub fn pin(&self, gfn: Gfn, access: Access) -> Result<Pin, PinError> {
         in_range(&self.table, gfn).map_err(FaultError::from)?;
+        let access = self.policy.lookup(access);
         match self.pin_fast(gfn, access) {
             Some(pin) => {
                 Counters::add(&self.counters.pins_fast);
@@ -69,7 +71,8 @@ impl<P: CowPolicy> AddressSpace<P> {
         }
         let pin = self.pool.try_pin(entry.pfn(), access, &self.policy).ok()?;
         // Dropping the pin is the undo: it may even free the frame.
-        (self.table.peek(gfn) == entry).then_some(pin)
+        let unchanged = self.table.peek(gfn) == entry || without::<P>(Safeguard::PinRereadsEntry);
+        unchanged.then_some(pin)
     }
 
     fn pin_slow(&self, gfn: Gfn, access: Access) -> Result<Pin, PinError> {
@@ -80,7 +83,7 @@ impl<P: CowPolicy> AddressSpace<P> {
         let _no_fork = read(&self.fork_lock);
         let mut region = self.table.lock(gfn.region());
         let mut entry = region.get(gfn);
-        let ready = entry.is_present() && (access == Access::Read || entry.is_writable());
+        let ready = access == Access::Read || entry.is_writable();
         if !ready || !self.policy.may_pin(self.pool.state(entry.pfn()), access) {
             let resolution = self.resolve(&mut region, gfn, intent)?;
             self.count(intent, resolution);

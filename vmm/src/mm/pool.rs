@@ -222,13 +222,7 @@ impl FramePool {
     }
 
     fn free(&self, pfn: Pfn) {
-        let mut a = lock(&self.allocator);
-        debug_assert!(a.allocated.get(pfn), "{pfn:?} freed twice");
-        a.allocated.set(pfn, false);
-        a.usage.in_use -= 1;
-        if !a.reserved.get(pfn) {
-            a.free.push(pfn);
-        }
+        lock(&self.allocator).release(pfn);
     }
 
     /// Gives back a mapping of `pfn`.
@@ -238,14 +232,56 @@ impl FramePool {
         }
     }
 
-    /// Takes a pin on `pfn` if `policy` grants it.
+    /// Takes the caller's mapping of `pfn` away if `may` agrees, and holds the frame: nobody can pin or hold it then if
+    /// that was its only mapping.
+    pub(super) fn isolate(
+        self: &Arc<Self>,
+        pfn: Pfn,
+        may: impl Fn(FrameState) -> bool,
+    ) -> Result<Isolated, FrameState> {
+        let was_exclusive = self.frames.try_isolate(pfn, may)?;
+        Ok(Isolated {
+            pool: Arc::clone(self),
+            pfn,
+            was_exclusive,
+            owned_elsewhere: false,
+        })
+    }
+
+    /// Lets go of isolated frames. The memory of those that nobody else has goes back to the host.
+    pub(super) fn give_to_host(&self, isolated: Vec<Isolated>) {
+        let mut free: Vec<Pfn> = isolated
+            .into_iter()
+            .filter_map(Isolated::into_last)
+            .collect();
+        free.sort_unstable();
+        // Still allocated, so that nobody takes them while their memory goes.
+        for run in free.chunk_by(|a, b| a.0 + 1 == b.0) {
+            let (first, count) = (run[0], run.len() as u64);
+            let uncommitted = self.memory.uncommit(first, count).is_ok();
+            let mut a = lock(&self.allocator);
+            for &pfn in run {
+                a.release(pfn);
+                if uncommitted {
+                    a.committed.set(pfn, false);
+                    a.usage.committed -= 1;
+                }
+            }
+        }
+    }
+
+    /// Takes a pin on `pfn` if `policy` grants it. The zero frame's pins are not counted (PROTOCOL.md 4.15).
     pub(super) fn try_pin(
         self: &Arc<Self>,
         pfn: Pfn,
         access: Access,
         policy: &impl CowPolicy,
     ) -> Result<Pin, FrameState> {
-        self.frames.try_pin(pfn, access, policy)?;
+        if pfn != Pfn::ZERO {
+            self.frames.try_pin(pfn, access, policy)?;
+        } else if !policy.may_pin(self.frames.state(pfn), access) {
+            return Err(self.frames.state(pfn));
+        }
         Ok(Pin {
             pool: Arc::clone(self),
             pfn,
@@ -302,6 +338,16 @@ impl Allocator {
         self.usage.in_use += 1;
         self.usage.peak = self.usage.peak.max(self.usage.in_use);
         Ok(())
+    }
+
+    /// Marks `pfn` free.
+    fn release(&mut self, pfn: Pfn) {
+        debug_assert!(self.allocated.get(pfn), "{pfn:?} freed twice");
+        self.allocated.set(pfn, false);
+        self.usage.in_use -= 1;
+        if !self.reserved.get(pfn) {
+            self.free.push(pfn);
+        }
     }
 
     /// Whether one of two frames belongs to a home and the other does not.
@@ -392,7 +438,7 @@ impl Pin {
 
 impl Drop for Pin {
     fn drop(&mut self) {
-        if self.pool.frames.unpin(self.pfn) == Released::Last {
+        if self.pfn != Pfn::ZERO && self.pool.frames.unpin(self.pfn) == Released::Last {
             self.pool.free(self.pfn);
         }
     }
@@ -416,6 +462,36 @@ impl Get {
 impl Drop for Get {
     fn drop(&mut self) {
         if self.pfn != Pfn::ZERO && self.pool.frames.put(self.pfn) == Released::Last {
+            self.pool.free(self.pfn);
+        }
+    }
+}
+
+/// A frame that was taken out of its page and is not in another yet. Dropping it lets it go.
+pub(super) struct Isolated {
+    pool: Arc<FramePool>,
+    pfn: Pfn,
+    was_exclusive: bool,
+    owned_elsewhere: bool,
+}
+
+impl Isolated {
+    /// Maps it again, for the page it was taken out of, as it was.
+    pub(super) fn put_back(mut self) {
+        self.pool.frames.put_back(self.pfn, self.was_exclusive);
+        self.owned_elsewhere = true;
+    }
+
+    /// Lets it go. If nobody else has it, it is the caller's to free.
+    fn into_last(mut self) -> Option<Pfn> {
+        self.owned_elsewhere = true;
+        (self.pool.frames.put(self.pfn) == Released::Last).then_some(self.pfn)
+    }
+}
+
+impl Drop for Isolated {
+    fn drop(&mut self) {
+        if !self.owned_elsewhere && self.pool.frames.put(self.pfn) == Released::Last {
             self.pool.free(self.pfn);
         }
     }

@@ -66,12 +66,13 @@ impl<P: CowPolicy> AddressSpace<P> {
         snapshot: &Frozen,
     ) -> Result<(), FaultError> {
         self.resolve(region, gfn, Intent::Unshare)?;
-        let frame = region.get(gfn).pfn();
-        // No break moves the snapshot's page meanwhile: breaks take this space's region lock first.
-        match snapshot.table.peek(gfn).pfn() {
-            Pfn::ZERO => self.pool.memory().zero(frame),
-            from => self.pool.memory().copy(from, frame),
+        let entry = region.get(gfn).dirtied();
+        // The snapshot may be another space's, whose breaks move its pages: not while its region is locked.
+        match snapshot.table.lock(gfn.region()).get(gfn).pfn() {
+            Pfn::ZERO => self.pool.memory().zero(entry.pfn()),
+            from => self.pool.memory().copy(from, entry.pfn()),
         }
+        region.set(gfn, entry);
         Ok(())
     }
 }

@@ -49,6 +49,21 @@ impl FrameMemory for SoftMemory {
     fn zero(&self, frame: Pfn) {
         self.store(frame, 0);
     }
+    fn equal(&self, one: Pfn, other: Pfn) -> bool {
+        self.load(one) == self.load(other)
+    }
+    /// Only the first word of a frame is there; writes beyond it are lost.
+    fn write(&self, frame: Pfn, offset: u64, bytes: &[u8]) {
+        let mut word = self.load(frame).to_le_bytes();
+        for (byte, at) in bytes.iter().zip(offset as usize..word.len()) {
+            word[at] = *byte;
+        }
+        self.store(frame, u64::from_le_bytes(word));
+    }
+    fn uncommit(&self, first: Pfn, count: u64) -> io::Result<()> {
+        (first.0..first.0 + count).for_each(|n| self.store(Pfn(n), 0));
+        Ok(())
+    }
 }
 
 /// What each page of one address space is mapped to.

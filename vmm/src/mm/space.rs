@@ -7,7 +7,7 @@ use std::sync::{Arc, Weak};
 use super::addr::{Gfn, Pfn};
 use super::mmu::{Mmu, MmuError};
 use super::policy::CowPolicy;
-use super::pool::{AllocError, FramePool, Get, Home};
+use super::pool::{AllocError, FramePool, Home};
 use super::sync::{Mutex, RwLock, lock};
 use super::table::{Entry, Table};
 
@@ -105,12 +105,6 @@ impl<P: CowPolicy> AddressSpace<P> {
         in_range(&self.table, gfn).map(|()| self.table.peek(gfn))
     }
 
-    /// Takes a transient hold on the frame of a page, for a host-side reader. Weaker than a pin: later
-    /// writes of the guest may or may not be seen through it, another address space's never are.
-    pub fn get(&self, gfn: Gfn) -> Result<Get, OutOfRange> {
-        get(&self.pool, &self.table, gfn)
-    }
-
     /// What was done so far.
     pub fn stats(&self) -> MmStats {
         self.counters.read()
@@ -121,12 +115,6 @@ impl Frozen {
     /// Number of pages.
     pub fn pages(&self) -> u64 {
         self.table.pages()
-    }
-
-    /// Takes a transient hold on the frame of a page. While it lasts, a running space that shares the frame
-    /// cannot keep it for itself.
-    pub fn get(&self, gfn: Gfn) -> Result<Get, OutOfRange> {
-        get(&self.pool, &self.table, gfn)
     }
 
     /// The frame a page is in just now: a hint, since a break may move it.
@@ -149,26 +137,6 @@ pub(super) fn in_range(table: &Table, gfn: Gfn) -> Result<(), OutOfRange> {
         Ok(())
     } else {
         Err(OutOfRange { gfn, pages })
-    }
-}
-
-fn get(pool: &Arc<FramePool>, table: &Table, gfn: Gfn) -> Result<Get, OutOfRange> {
-    in_range(table, gfn)?;
-    let entry = table.peek(gfn);
-    if let Ok(hold) = pool.try_get(entry.pfn())
-        // The frame may have left this page, and become another's, before it was held.
-        && table.peek(gfn) == entry
-    {
-        return Ok(hold);
-    }
-    let region = table.lock(gfn.region());
-    loop {
-        // Under the region's lock the entry's own mapping keeps the frame: only a full counter can
-        // refuse, and 65,535 readers of one frame are about to go away.
-        if let Ok(hold) = pool.try_get(region.get(gfn).pfn()) {
-            return Ok(hold);
-        }
-        std::thread::yield_now();
     }
 }
 

@@ -5,15 +5,17 @@
 
 use std::fmt;
 
-use super::addr::{Gfn, Pfn, REGION_PAGES};
+use super::addr::{Gfn, Pfn, Protection, REGION_PAGES};
 use super::sync::{AtomicU64, Mutex, MutexGuard, Ordering, lock, zeroed};
 
-/// One entry, laid out as an x86 page-table entry is: bit 0 present, bit 1 writable, the frame number from bit 12 on.
+/// One entry, laid out as an x86 page-table entry is: bit 0 present, bit 1 writable, bit 6 dirty, the frame number
+/// from bit 12 on.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct Entry(u64);
 
 const PRESENT: u64 = 1;
 const WRITABLE: u64 = 2;
+const DIRTY: u64 = 1 << 6;
 const FRAME_SHIFT: u32 = 12;
 
 impl Entry {
@@ -21,11 +23,29 @@ impl Entry {
     /// since a window shows zeros without a fault).
     pub const UNTOUCHED: Self = Self(0);
 
+    /// Memory that was given back: untouched again, and reading differently than before.
+    pub(super) const DISCARDED: Self = Self(DIRTY);
+
     pub(super) const fn read_only(pfn: Pfn) -> Self {
         Self(pfn.0 << FRAME_SHIFT | PRESENT)
     }
+    /// What may be written counts as written: a write leaves no other trace.
     pub(super) const fn writable(pfn: Pfn) -> Self {
-        Self(pfn.0 << FRAME_SHIFT | PRESENT | WRITABLE)
+        Self(pfn.0 << FRAME_SHIFT | PRESENT | WRITABLE | DIRTY)
+    }
+    /// The same page in another frame, mapped and present as this one is or may be.
+    pub(super) const fn in_frame(self, pfn: Pfn) -> Self {
+        Self(pfn.0 << FRAME_SHIFT | PRESENT | self.0 & (WRITABLE | DIRTY))
+    }
+    pub(super) const fn write_protected(self) -> Self {
+        Self(self.0 & !WRITABLE)
+    }
+    /// Write-protected, with nothing to report of the past.
+    pub(super) const fn cleaned(self) -> Self {
+        Self(self.0 & !(WRITABLE | DIRTY))
+    }
+    pub(super) const fn dirtied(self) -> Self {
+        Self(self.0 | DIRTY)
     }
     /// Whether the page has a frame of its own or shares one with other address spaces.
     pub const fn is_present(self) -> bool {
@@ -34,6 +54,18 @@ impl Entry {
     /// Whether vCPUs may write it without a fault. Implies that the frame is exclusive (I1).
     pub const fn is_writable(self) -> bool {
         self.0 & WRITABLE != 0
+    }
+    /// Whether the page may have been written since [`AddressSpace::take_dirty`](super::AddressSpace::take_dirty)
+    /// last looked. A writable page always may have been.
+    pub const fn is_dirty(self) -> bool {
+        self.0 & DIRTY != 0
+    }
+    pub(super) const fn protection(self) -> Protection {
+        if self.is_writable() {
+            Protection::ReadWrite
+        } else {
+            Protection::ReadOnly
+        }
     }
     /// The frame its bytes are in: [`Pfn::ZERO`] for memory that was never touched.
     pub const fn pfn(self) -> Pfn {
@@ -47,14 +79,15 @@ impl fmt::Debug for Entry {
             return f.write_str("untouched");
         }
         let right = if self.is_writable() { "rw" } else { "ro" };
-        write!(f, "{:?} {right}", self.pfn())
+        let dirty = if self.is_dirty() { "" } else { " clean" };
+        write!(f, "{:?} {right}{dirty}", self.pfn())
     }
 }
 
 /// The entries of one address space.
 pub(super) struct Table {
     entries: Box<[AtomicU64]>,
-    /// Per region its lock, and under it the number of entries that are present.
+    /// Per region its lock, and under it the number of entries that are not [`Entry::UNTOUCHED`].
     regions: Box<[Mutex<usize>]>,
 }
 
@@ -88,7 +121,7 @@ impl Table {
         let first = region * REGION_PAGES as usize;
         let last = self.entries.len().min(first + REGION_PAGES as usize);
         RegionGuard {
-            present: lock(&self.regions[region]),
+            touched: lock(&self.regions[region]),
             entries: &self.entries[first..last],
             first: Gfn(first as u64),
         }
@@ -97,7 +130,7 @@ impl Table {
 
 /// The right to change the entries of one region.
 pub(super) struct RegionGuard<'a> {
-    present: MutexGuard<'a, usize>,
+    touched: MutexGuard<'a, usize>,
     entries: &'a [AtomicU64],
     first: Gfn,
 }
@@ -105,7 +138,7 @@ pub(super) struct RegionGuard<'a> {
 impl RegionGuard<'_> {
     /// Whether no page of the region was ever touched.
     pub(super) fn is_untouched(&self) -> bool {
-        *self.present == 0
+        *self.touched == 0
     }
 
     /// The pages of the region, in order.
@@ -126,8 +159,8 @@ impl RegionGuard<'_> {
     pub(super) fn set(&mut self, gfn: Gfn, entry: Entry) {
         let before = self.get(gfn);
         self.slot(gfn).store(entry.0, Ordering::Release);
-        *self.present =
-            *self.present + usize::from(entry.is_present()) - usize::from(before.is_present());
+        *self.touched = *self.touched + usize::from(entry != Entry::UNTOUCHED)
+            - usize::from(before != Entry::UNTOUCHED);
     }
 
     fn slot(&self, gfn: Gfn) -> &AtomicU64 {

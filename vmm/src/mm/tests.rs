@@ -74,7 +74,7 @@ fn t02_reading_untouched_memory_costs_no_frame() {
     let w = world();
     assert_eq!(w.vm.cpu_read(P), 0);
     assert_eq!(w.pool.usage().in_use, 0);
-    let get = w.vm.space.get(P).unwrap();
+    let get = w.vm.space.get(P, Access::Read).unwrap();
     assert_eq!(get.pfn(), Pfn::ZERO);
     assert_eq!(
         w.pool.state(Pfn::ZERO).refs(),
@@ -106,7 +106,7 @@ fn t03_write_to_a_read_only_exclusive_page_copies_nothing() {
     let frame = w.entry(P).pfn();
     // Neither a pin nor a reader may cause a copy: no other check than the bit (PROTOCOL.md C1, H8).
     let pin = w.vm.space.pin(P, Access::Read).unwrap();
-    let get = w.vm.space.get(P).unwrap();
+    let get = w.vm.space.get(P, Access::Read).unwrap();
     assert_eq!(w.vm.space.write_fault(P).unwrap(), Resolution::Reused);
     assert_eq!((w.slot(P), w.entry(P).pfn()), ("WX", frame));
     w.vm.cpu_write(P, 6).unwrap();
@@ -287,7 +287,7 @@ fn t12_fork_of_a_shared_page_tests_no_pins() {
     let w = world();
     w.vm.cpu_write(P, 5).unwrap();
     let a = w.vm.space.fork().unwrap();
-    let get = w.vm.space.get(P).unwrap();
+    let get = w.vm.space.get(P, Access::Read).unwrap();
     let b = w.vm.space.fork().unwrap();
     assert_eq!(a.frame(P), b.frame(P));
     assert_eq!((w.state(P).maps(), w.stats().eager_copied), (3, 0));
@@ -401,7 +401,7 @@ fn a_page_beyond_the_end_is_refused_everywhere() {
     assert!(w.vm.space.unshare(beyond).is_err());
     assert!(w.vm.space.pin(beyond, Access::Read).is_err());
     assert!(w.vm.space.pin_range(Gfn(3), 2, Access::Read).is_err());
-    assert!(w.vm.space.get(beyond).is_err());
+    assert!(w.vm.space.get(beyond, Access::Read).is_err());
     assert_eq!(
         w.state(Gfn(3)).pins(),
         0,

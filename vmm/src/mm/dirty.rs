@@ -1,0 +1,135 @@
+//! Dirty tracking: which pages were written since one last asked (PROTOCOL.md T21, 4.14).
+//!
+//! Pages are write-protected **without intent to copy**: the exclusive bit stays, so the next write finds it and copies
+//! nothing (T3), and a device that holds the page keeps it. Whoever makes a page writable, or changes its
+//! content behind the guest's back, marks its entry.
+//!
+//! ```text
+//!   entry        frame       take_dirty()             next write
+//!   ----------   ---------   ----------------------   -------------------------------
+//!   rw           exclusive   reported; ro             rw, same frame, no copy   T21, T3
+//!   ro, marked   any         reported; ro             as any write
+//!   ro           any         not reported             as any write
+//! ```
+//!
+//! A device writes through its pin and not through the entry. So a pinned page is reported **and stays marked**:
+//! it is reported once more after the device has let go. Pins for reading are not told apart from those for writing:
+//! such a page is reported though nobody wrote it, and never the other way round.
+
+use super::addr::{Gfn, Protection};
+use super::mmu::MmuError;
+use super::policy::CowPolicy;
+use super::space::AddressSpace;
+use super::sync::read;
+use super::table::RegionGuard;
+
+/// A set of pages: one bit each.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PageSet {
+    words: Vec<u64>,
+    len: u64,
+}
+
+impl PageSet {
+    fn new(pages: u64) -> Self {
+        Self {
+            words: vec![0; pages.div_ceil(64) as usize],
+            len: 0,
+        }
+    }
+
+    fn insert(&mut self, gfn: Gfn) {
+        self.words[(gfn.0 / 64) as usize] |= 1 << (gfn.0 % 64);
+        self.len += 1;
+    }
+
+    /// How many pages are in it.
+    pub fn len(&self) -> u64 {
+        self.len
+    }
+
+    /// Whether it is empty.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Whether a page is in it. Pages beyond the end of the address space are not.
+    pub fn contains(&self, gfn: Gfn) -> bool {
+        self.words
+            .get((gfn.0 / 64) as usize)
+            .is_some_and(|word| word >> (gfn.0 % 64) & 1 != 0)
+    }
+
+    /// Its pages, in order.
+    pub fn iter(&self) -> impl Iterator<Item = Gfn> + '_ {
+        self.words.iter().enumerate().flat_map(|(index, &word)| {
+            (0..64)
+                .filter(move |bit| word >> bit & 1 != 0)
+                .map(move |bit| Gfn(index as u64 * 64 + bit))
+        })
+    }
+}
+
+impl<P: CowPolicy> AddressSpace<P> {
+    /// The pages written since this was last called, or ever; and arms itself for the next call.
+    ///
+    /// A write by a vCPU is in exactly one answer. A page that a device held is in one answer too many rather than in none. May run beside
+    /// vCPUs and devices: faults in one region at a time wait.
+    ///
+    /// # Errors
+    /// If the MMU refuses. What would have been answered is in the next answer.
+    pub fn take_dirty(&self) -> Result<PageSet, MmuError> {
+        let _no_fork = read(&self.fork_lock);
+        let mut dirty = PageSet::new(self.table.pages());
+        for index in 0..self.table.regions() {
+            let mut region = self.table.lock(index);
+            if region.is_untouched() {
+                continue;
+            }
+            if let Err(error) = self.write_protect_region(&region) {
+                drop(region);
+                self.mark_dirty(&dirty);
+                return Err(error);
+            }
+            for gfn in region.pages().filter(|&gfn| region.get(gfn).is_dirty()) {
+                dirty.insert(gfn);
+            }
+            for gfn in region.pages() {
+                self.clean(&mut region, gfn);
+            }
+        }
+        Ok(dirty)
+    }
+
+    /// From the first writable page to the last, in one call: pages between them are read-only already, or untouched and stay so.
+    fn write_protect_region(&self, region: &RegionGuard<'_>) -> Result<(), MmuError> {
+        let is_writable = |gfn: &Gfn| region.get(*gfn).is_writable();
+        let mut writable = region.pages().filter(is_writable);
+        let Some(first) = writable.next() else {
+            return Ok(());
+        };
+        let last = writable.last().unwrap_or(first);
+        self.mmu
+            .protect(first, last.0 - first.0 + 1, Protection::ReadOnly)
+    }
+
+    fn clean(&self, region: &mut RegionGuard<'_>, gfn: Gfn) {
+        let entry = region.get(gfn);
+        if !entry.is_dirty() {
+            return;
+        }
+        region.set(gfn, entry.cleaned());
+        // A pin taken without a lock either is counted here or finds the entry changed.
+        if entry.is_present() && self.pool.frames().settled::<P>(entry.pfn()).pins() > 0 {
+            region.set(gfn, entry.cleaned().dirtied());
+        }
+    }
+
+    fn mark_dirty(&self, pages: &PageSet) {
+        for gfn in pages.iter() {
+            let mut region = self.table.lock(gfn.region());
+            let entry = region.get(gfn);
+            region.set(gfn, entry.dirtied());
+        }
+    }
+}

@@ -1,0 +1,63 @@
+//! Discard: memory the guest has no use for goes back to the host (a balloon; `MADV_DONTNEED`; PROTOCOL.md T25).
+
+use super::addr::{Gfn, Pfn, Protection};
+use super::policy::CowPolicy;
+use super::pool::Isolated;
+use super::rearrange::RearrangeError;
+use super::space::{AddressSpace, in_range};
+use super::sync::read;
+use super::table::Entry;
+
+impl<P: CowPolicy> AddressSpace<P> {
+    /// Gives `count` pages from `first` on back: they read as zeros from now on, and cost nothing until they are
+    /// written again. Frames that nobody else has lose their memory to the host. Says how many pages had one.
+    ///
+    /// Pages that a device holds are refused. Linux would leave the device an orphan, a frame that is nobody's page any more:
+    /// a balloon that does so corrupts its guest. Readers keep what they hold.
+    ///
+    /// # Errors
+    /// [`RearrangeError::Busy`] if a device holds one of them, or if the MMU refuses. Nothing has changed then, in any of them.
+    pub fn discard(&self, first: Gfn, count: u64) -> Result<u64, RearrangeError> {
+        let Some(last) = count.checked_sub(1) else {
+            return Ok(0);
+        };
+        let last = Gfn(first.0.saturating_add(last));
+        in_range(&self.table, last)?;
+        let _no_fork = read(&self.fork_lock);
+        // In order, as `merge` takes its two. Everybody else has one at a time.
+        let mut regions: Vec<_> = (first.region()..=last.region())
+            .map(|index| self.table.lock(index))
+            .collect();
+
+        let mut isolated: Vec<Isolated> = Vec::new();
+        for region in &regions {
+            for gfn in region.pages().filter(|g| (first..=last).contains(g)) {
+                let entry = region.get(gfn);
+                if !entry.is_present() {
+                    continue;
+                }
+                match self.pool.isolate(entry.pfn(), |s| s.pins() == 0) {
+                    Ok(frame) => isolated.push(frame),
+                    Err(state) => {
+                        isolated.into_iter().for_each(Isolated::put_back);
+                        return Err(RearrangeError::Busy { gfn, state });
+                    }
+                }
+            }
+        }
+        if let Err(error) = self.mmu.map(first, Pfn::ZERO, count, Protection::ReadOnly) {
+            isolated.into_iter().for_each(Isolated::put_back);
+            return Err(error.into());
+        }
+        for region in &mut regions {
+            for gfn in region.pages().filter(|g| (first..=last).contains(g)) {
+                if region.get(gfn).is_present() {
+                    region.set(gfn, Entry::DISCARDED);
+                }
+            }
+        }
+        let discarded = isolated.len() as u64;
+        self.pool.give_to_host(isolated);
+        Ok(discarded)
+    }
+}

@@ -1,0 +1,37 @@
+//! A debugger's write: into a page the guest may not write (`FOLL_FORCE`; PROTOCOL.md 4.7, H-a).
+
+use super::addr::{Gfn, PAGE_SIZE};
+use super::fault::Intent;
+use super::policy::CowPolicy;
+use super::space::{AddressSpace, FaultError, in_range};
+use super::sync::read;
+
+impl<P: CowPolicy> AddressSpace<P> {
+    /// Writes `bytes` into page `gfn`, from byte `offset` on, as a debugger does to set a breakpoint: COW is broken, but the page
+    /// does not become writable for the guest.
+    ///
+    /// The page must be **exclusive** before it is written: that is the proof that COW was broken. Linux once took "dirty" for
+    /// it, which others can set (5535be309971). vCPUs that run may see half of the bytes.
+    ///
+    /// # Errors
+    /// As [`AddressSpace::write_fault`].
+    ///
+    /// # Panics
+    /// If the bytes do not end within the page.
+    pub fn force_write(&self, gfn: Gfn, offset: u64, bytes: &[u8]) -> Result<(), FaultError> {
+        assert!(
+            offset <= PAGE_SIZE && bytes.len() as u64 <= PAGE_SIZE - offset,
+            "{} bytes at offset {offset} are not in a page",
+            bytes.len()
+        );
+        in_range(&self.table, gfn)?;
+        let _no_fork = read(&self.fork_lock);
+        let mut region = self.table.lock(gfn.region());
+        let resolution = self.resolve(&mut region, gfn, Intent::Unshare)?;
+        self.count(Intent::Unshare, resolution);
+        let entry = region.get(gfn);
+        self.pool.memory().write(entry.pfn(), offset, bytes);
+        region.set(gfn, entry.dirtied());
+        Ok(())
+    }
+}

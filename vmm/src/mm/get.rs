@@ -1,0 +1,79 @@
+//! Transient holds: how the host looks at a page without pinning it (`FOLL_GET`; PROTOCOL.md 5.6).
+//!
+//! A hold promises less than a pin, and costs less:
+//! * what is read through it was this page's content when the hold was taken **or later**, and is never what
+//!   another address space wrote since they parted (isolation, I9);
+//! * it does *not* follow the page: a fork and a write later, the page may be in another frame. Who
+//!   must see the guest's writes, or have the guest see theirs, takes a [`Pin`](super::Pin);
+//! * while it lasts nobody takes the frame over, so a page that is shared is copied by whoever writes it.
+
+use std::sync::Arc;
+
+use super::addr::{Access, Gfn};
+use super::fault::Intent;
+use super::policy::{CowPolicy, without};
+use super::pool::{FramePool, Get};
+use super::safeguard::Safeguard;
+use super::space::{AddressSpace, FaultError, Frozen, OutOfRange, in_range};
+use super::sync::read;
+use super::table::{RegionGuard, Table};
+
+impl<P: CowPolicy> AddressSpace<P> {
+    /// Takes a transient hold on the frame of a page. For [`Access::Write`] COW is broken first: what is written through the
+    /// hold is seen by the guest **until the next fork**, which does not know of it (PROTOCOL.md D3).
+    ///
+    /// # Errors
+    /// For reading, only if there is no such page; for writing as [`AddressSpace::write_fault`].
+    pub fn get(&self, gfn: Gfn, access: Access) -> Result<Get, FaultError> {
+        match self.policy.lookup(access) {
+            Access::Read => {
+                let unchecked = without::<P>(Safeguard::GetRereadsEntry);
+                Ok(get(&self.pool, &self.table, gfn, unchecked)?)
+            }
+            Access::Write => self.get_to_write(gfn),
+        }
+    }
+
+    fn get_to_write(&self, gfn: Gfn) -> Result<Get, FaultError> {
+        in_range(&self.table, gfn)?;
+        let _no_fork = read(&self.fork_lock);
+        let mut region = self.table.lock(gfn.region());
+        let resolution = self.resolve(&mut region, gfn, Intent::Write)?;
+        self.count(Intent::Write, resolution);
+        Ok(get_locked(&self.pool, &region, gfn))
+    }
+}
+
+impl Frozen {
+    /// Takes a transient hold on the frame of a page. While it lasts, a running space that shares the frame
+    /// cannot keep it for itself.
+    ///
+    /// # Errors
+    /// If there is no such page.
+    pub fn get(&self, gfn: Gfn) -> Result<Get, OutOfRange> {
+        get(&self.pool, &self.table, gfn, false)
+    }
+}
+
+fn get(pool: &Arc<FramePool>, table: &Table, gfn: Gfn, unchecked: bool) -> Result<Get, OutOfRange> {
+    in_range(table, gfn)?;
+    let entry = table.peek(gfn);
+    if let Ok(hold) = pool.try_get(entry.pfn())
+        // The frame may have left this page, and become another's, before it was held.
+        && (unchecked || table.peek(gfn) == entry)
+    {
+        return Ok(hold);
+    }
+    Ok(get_locked(pool, &table.lock(gfn.region()), gfn))
+}
+
+fn get_locked(pool: &Arc<FramePool>, region: &RegionGuard<'_>, gfn: Gfn) -> Get {
+    loop {
+        // Under the region's lock the entry's own mapping keeps the frame: only a full counter can
+        // refuse, and 65,535 readers of one frame are about to go away.
+        if let Ok(hold) = pool.try_get(region.get(gfn).pfn()) {
+            return hold;
+        }
+        std::thread::yield_now();
+    }
+}

@@ -1,0 +1,163 @@
+//! Merging: two pages of equal content share one frame (KSM; PROTOCOL.md T23, 4.9).
+//!
+//! ```text
+//!   before                        after
+//!   ------------------------      --------------------------------
+//!   this page   rw  A, exclusive  this page   ro  A, possibly shared
+//!   other page  rw  B, exclusive  other page  ro  A, possibly shared   (B is free)
+//! ```
+//! Whoever writes first breaks COW, as after a fork.
+
+use std::ptr;
+use std::sync::Arc;
+
+use super::addr::{Gfn, Protection};
+use super::policy::{CowPolicy, without};
+use super::rearrange::RearrangeError;
+use super::safeguard::Safeguard;
+use super::space::{AddressSpace, in_range};
+use super::sync::read;
+use super::table::RegionGuard;
+
+impl<P: CowPolicy> AddressSpace<P> {
+    /// Lets page `other_gfn` of `other` share the frame of page `gfn` of this space, if they hold the same bytes.
+    /// The two spaces may be one.
+    ///
+    /// # Errors
+    /// If the pages differ; [`RearrangeError::Busy`] if a device or a reader holds either frame; if a page was never
+    /// touched; or the MMU refuses. Nothing has changed then.
+    pub fn merge(&self, gfn: Gfn, other: &Self, other_gfn: Gfn) -> Result<(), RearrangeError> {
+        in_range(&self.table, gfn)?;
+        in_range(&other.table, other_gfn)?;
+        if !Arc::ptr_eq(&self.pool, &other.pool) {
+            return Err(RearrangeError::OtherPool);
+        }
+        // Both kinds of locks in the order of their addresses, whoever asks for the merge.
+        let one_space = ptr::eq(self, other);
+        let ((low, low_gfn), (high, high_gfn)) =
+            if (ptr::from_ref(self), gfn.region()) <= (ptr::from_ref(other), other_gfn.region()) {
+                ((self, gfn), (other, other_gfn))
+            } else {
+                ((other, other_gfn), (self, gfn))
+            };
+        let _no_fork = read(&low.fork_lock);
+        let _no_other_fork = (!one_space).then(|| read(&high.fork_lock));
+        let mut first = low.table.lock(low_gfn.region());
+        if one_space && low_gfn.region() == high_gfn.region() {
+            return self.merge_locked(gfn, other, other_gfn, Guards::One(&mut first));
+        }
+        let mut second = high.table.lock(high_gfn.region());
+        let guards = if ptr::eq(low, self) && low_gfn == gfn {
+            Guards::Two(&mut first, &mut second)
+        } else {
+            Guards::Two(&mut second, &mut first)
+        };
+        self.merge_locked(gfn, other, other_gfn, guards)
+    }
+
+    fn merge_locked(
+        &self,
+        gfn: Gfn,
+        other: &Self,
+        other_gfn: Gfn,
+        mut guards: Guards<'_, '_>,
+    ) -> Result<(), RearrangeError> {
+        let (entry, other_entry) = (guards.one().get(gfn), guards.other().get(other_gfn));
+        for (gfn, entry) in [(gfn, entry), (other_gfn, other_entry)] {
+            if !entry.is_present() {
+                return Err(RearrangeError::Untouched { gfn });
+            }
+        }
+        let (kept, freed) = (entry.pfn(), other_entry.pfn());
+        if kept == freed {
+            return Ok(());
+        }
+        let (memory, frames) = (self.pool.memory(), self.pool.frames());
+        let different = || RearrangeError::Different {
+            one: gfn,
+            other: other_gfn,
+        };
+        // A look that costs nothing: most candidates are not equal.
+        let looked_equal = memory.equal(kept, freed);
+        if !looked_equal {
+            return Err(different());
+        }
+        self.stop_writers(gfn, entry)?;
+        if let Err(error) = other.stop_writers(other_gfn, other_entry) {
+            self.let_writers(guards.one(), gfn, entry);
+            return Err(error.into());
+        }
+        // A pin for writing taken without a lock finds the entry changed, or is counted below.
+        guards.one().set(gfn, entry.write_protected());
+        guards.other().set(other_gfn, other_entry.write_protected());
+
+        let merged = frames
+            .try_share_idle(kept)
+            .map_err(|state| RearrangeError::Busy { gfn, state })
+            .and_then(|was_exclusive| {
+                let undo = |error| {
+                    frames.unshare_idle(kept, was_exclusive);
+                    error
+                };
+                let isolated = self.pool.isolate(freed, |s| s.is_idle()).map_err(|state| {
+                    undo(RearrangeError::Busy {
+                        gfn: other_gfn,
+                        state,
+                    })
+                })?;
+                let equal = if without::<P>(Safeguard::ComparedWhenStill) {
+                    looked_equal
+                } else {
+                    memory.equal(kept, freed)
+                };
+                let mapped = if equal {
+                    other
+                        .mmu
+                        .map(other_gfn, kept, 1, Protection::ReadOnly)
+                        .map_err(RearrangeError::from)
+                } else {
+                    Err(different())
+                };
+                match mapped {
+                    Ok(()) => Ok(isolated),
+                    Err(error) => {
+                        isolated.put_back();
+                        Err(undo(error))
+                    }
+                }
+            });
+        match merged {
+            Ok(isolated) => {
+                let shared = other_entry.write_protected().in_frame(kept);
+                guards.other().set(other_gfn, shared);
+                drop(isolated);
+                Ok(())
+            }
+            Err(error) => {
+                other.let_writers(guards.other(), other_gfn, other_entry);
+                self.let_writers(guards.one(), gfn, entry);
+                Err(error)
+            }
+        }
+    }
+}
+
+/// The locks of the two pages' regions, which may be one region.
+enum Guards<'a, 'b> {
+    One(&'a mut RegionGuard<'b>),
+    Two(&'a mut RegionGuard<'b>, &'a mut RegionGuard<'b>),
+}
+
+impl<'b> Guards<'_, 'b> {
+    fn one(&mut self) -> &mut RegionGuard<'b> {
+        match self {
+            Self::One(guard) | Self::Two(guard, _) => guard,
+        }
+    }
+
+    fn other(&mut self) -> &mut RegionGuard<'b> {
+        match self {
+            Self::One(guard) | Self::Two(_, guard) => guard,
+        }
+    }
+}

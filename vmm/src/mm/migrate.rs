@@ -1,0 +1,68 @@
+//! Migration: a page moves to another frame, for compaction (PROTOCOL.md T19, T20, 4.9).
+//!
+//! ```text
+//!   before            isolated, copied                      after
+//!   -----------       --------------------------------      -----------------
+//!   rw, frame A  -->  vCPUs may read; A is nobody's,   -->  rw, frame B
+//!                     pins and holds wait                   (A is free)
+//! ```
+
+use super::addr::{Gfn, Pfn};
+use super::policy::{CowPolicy, without};
+use super::rearrange::RearrangeError;
+use super::safeguard::Safeguard;
+use super::space::{AddressSpace, in_range};
+use super::sync::read;
+
+impl<P: CowPolicy> AddressSpace<P> {
+    /// Moves page `gfn` to another frame and says which: its home if that is free, so that the page and its neighbours
+    /// need one mapping again, else any. A page that was never touched stays so.
+    ///
+    /// # Errors
+    /// [`RearrangeError::Busy`] if anybody but this page's entry holds the frame, a device, a reader or a
+    /// snapshot; or if there is no frame, or the MMU refuses. Nothing has changed then.
+    pub fn migrate(&self, gfn: Gfn) -> Result<Pfn, RearrangeError> {
+        in_range(&self.table, gfn)?;
+        let _no_fork = read(&self.fork_lock);
+        let mut region = self.table.lock(gfn.region());
+        let entry = region.get(gfn);
+        if !entry.is_present() {
+            return Ok(Pfn::ZERO);
+        }
+        let pfn = entry.pfn();
+        let busy = |state| RearrangeError::Busy { gfn, state };
+        let state = self.pool.state(pfn);
+        if state.refs() != 1 {
+            return Err(busy(state));
+        }
+        let fresh = self.pool.allocate_near(&self.home, gfn.0)?;
+        self.stop_writers(gfn, entry)?;
+        let isolated = if without::<P>(Safeguard::IsolatedBeforeCopy) {
+            None
+        } else {
+            match self.pool.isolate(pfn, |s| s.refs() == 1) {
+                Ok(isolated) => Some(isolated),
+                Err(state) => {
+                    self.let_writers(&mut region, gfn, entry);
+                    return Err(busy(state));
+                }
+            }
+        };
+        self.pool.memory().copy(pfn, fresh.pfn());
+        if let Err(error) = self.mmu.map(gfn, fresh.pfn(), 1, entry.protection()) {
+            if let Some(isolated) = isolated {
+                isolated.put_back();
+            }
+            self.let_writers(&mut region, gfn, entry);
+            return Err(error.into());
+        }
+        // The only holder: exclusive from here on, if it was not before (T4).
+        let moved = fresh.into_mapped();
+        region.set(gfn, entry.in_frame(moved));
+        match isolated {
+            Some(isolated) => drop(isolated),
+            None => self.pool.unmap(pfn),
+        }
+        Ok(moved)
+    }
+}

@@ -1,0 +1,78 @@
+//! What operations have in common that take a page out of its frame: discard, migrate, merge.
+//!
+//! None of them may touch a frame that a device holds. Each *isolates* the frame first: in one compare-and-swap
+//! the page's mapping becomes a hold, if nobody else is in the way. A frame that nothing maps can be neither
+//! pinned nor held, so whoever comes later waits for the region's lock; whoever came before is counted, and the
+//! operation is refused with everything as it was (I10). It is what the kernel does with a cleared entry and a frozen
+//! reference count (PROTOCOL.md 5.2, 4.11).
+
+use super::addr::{Gfn, Protection};
+use super::frame::FrameState;
+use super::mmu::MmuError;
+use super::policy::CowPolicy;
+use super::pool::AllocError;
+use super::space::{AddressSpace, OutOfRange};
+use super::table::{Entry, RegionGuard};
+
+/// Why pages were left where they are. Nothing has changed.
+#[derive(Debug, thiserror::Error)]
+pub enum RearrangeError {
+    /// No such page.
+    #[error(transparent)]
+    OutOfRange(#[from] OutOfRange),
+    /// A device or a reader holds the frame, or another address space shares it.
+    #[error("{gfn:?} is busy: its frame is {state:?}")]
+    Busy {
+        /// The page.
+        gfn: Gfn,
+        /// Who is in the way.
+        state: FrameState,
+    },
+    /// Merge only: the page was never touched, so there is no frame to save.
+    #[error("{gfn:?} was never touched")]
+    Untouched {
+        /// The page.
+        gfn: Gfn,
+    },
+    /// Merge only: the pages do not hold the same bytes.
+    #[error("{one:?} and {other:?} differ")]
+    Different {
+        /// A page.
+        one: Gfn,
+        /// The other.
+        other: Gfn,
+    },
+    /// Merge only: the frames are of two pools.
+    #[error("the address spaces take their frames from different pools")]
+    OtherPool,
+    /// Migrate only: no frame to go to.
+    #[error(transparent)]
+    Alloc(#[from] AllocError),
+    /// The MMU could not be changed.
+    #[error(transparent)]
+    Mmu(#[from] MmuError),
+}
+
+impl<P: CowPolicy> AddressSpace<P> {
+    /// Keeps vCPUs from writing a page, for a moment: its entry stays as it is.
+    pub(super) fn stop_writers(&self, gfn: Gfn, entry: Entry) -> Result<(), MmuError> {
+        if entry.is_writable() {
+            self.mmu.protect(gfn, 1, Protection::ReadOnly)?;
+        }
+        Ok(())
+    }
+
+    /// Undoes [`AddressSpace::stop_writers`]. Should the MMU refuse, the page stays read-only, which costs a fault.
+    pub(super) fn let_writers(&self, region: &mut RegionGuard<'_>, gfn: Gfn, entry: Entry) {
+        let allowed =
+            !entry.is_writable() || self.mmu.protect(gfn, 1, Protection::ReadWrite).is_ok();
+        region.set(
+            gfn,
+            if allowed {
+                entry
+            } else {
+                entry.write_protected()
+            },
+        );
+    }
+}
