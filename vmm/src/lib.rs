@@ -11,6 +11,7 @@
 //! | module | concept |
 //! |---|---|
 //! | [`mm`] | the protocol: frames, shadow page tables, faults, pins, forks. No system calls |
+//! | [`policy`] | which copy-on-write policy, chosen by name |
 //! | [`host`] | the physmap and the window: where frames are, and what vCPUs see |
 //! | [`kvm`] | the virtual machine: boot, vCPU threads, exits, register state |
 //! | [`device`] | DMA engines behind virtqueues |
@@ -30,5 +31,6 @@ pub mod device;
 pub mod host;
 pub mod kvm;
 pub mod mm;
+pub mod policy;
 pub mod session;
 pub mod snapshot;
