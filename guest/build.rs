@@ -12,7 +12,11 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
 /// Root source files in `payload/`, and so the names of the guests.
-const GUESTS: [(&str, &str); 2] = [("payload", "main.rs"), ("misbehave", "misbehave.rs")];
+const GUESTS: [(&str, &str); 3] = [
+    ("payload", "main.rs"),
+    ("misbehave", "misbehave.rs"),
+    ("puppet", "puppet.rs"),
+];
 
 const FLAGS: [&str; 18] = [
     "--edition=2024",

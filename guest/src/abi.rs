@@ -516,6 +516,32 @@ pub const SLOT_IDLE: u32 = 0;
 /// The slot's request is on its way: content as [`DriverSlot`] says.
 pub const SLOT_POSTED: u32 = 1;
 
+/// Port by which the puppet says how far it is ([`SAYS_READY`], [`SAYS_DONE`]) and asks for its next command. The `out` returns when a
+/// command is in its mailbox.
+pub const PORT_MAIL: u16 = 0x530;
+/// Where the puppet has its mailbox, a [`Mail`]: where others have stacks, since it has none.
+pub const MAIL_GPA: u64 = STACKS_GPA;
+/// The puppet was started and has done nothing yet.
+pub const SAYS_READY: u32 = 0;
+/// The puppet has done the last command.
+pub const SAYS_DONE: u32 = 1;
+/// Command: read the word at [`Mail::gpa`] into [`Mail::word`].
+pub const MAIL_READ: u64 = 1;
+/// Command: write [`Mail::word`] to [`Mail::gpa`].
+pub const MAIL_WRITE: u64 = 2;
+
+/// What the puppet is to do, and what came of it.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Mail {
+    /// [`MAIL_READ`] or [`MAIL_WRITE`]; anything else is a crash.
+    pub command: u64,
+    /// Where.
+    pub gpa: u64,
+    /// The word to write, or the word that was read.
+    pub word: u64,
+}
+
 #[cfg(test)]
 mod tests {
     use std::collections::HashSet;

@@ -1,11 +1,12 @@
 //! Guest programs for Palimpsest, and the contract they share with the VMM.
 //!
-//! A guest here is a static ELF that runs in ring 3 with no kernel under it. There are two:
+//! A guest here is a static ELF that runs in ring 3 with no kernel under it. There are three:
 //!
 //! - [`PAYLOAD`] fills its memory by a formula and checks it by the same formula, while it drives DMA
 //!   devices. What its memory must hold at any instant follows from a few numbers, so a snapshot of it can be
 //!   checked bit for bit.
 //! - [`MISBEHAVE`] does one of the wrong things a guest can do, to test how the VMM takes it.
+//! - [`PUPPET`] does one access to memory after another, as the VMM tells it, for scenarios.
 //!
 //! [`abi`] is how a guest is entered, where its things are and how it speaks to the VMM; [`formula`] is
 //! what it writes. Both are compiled into the guests from the same source as into this crate. The build
@@ -40,12 +41,24 @@ pub const MISBEHAVE: &[u8] = {
     &FILE.bytes
 };
 
+/// The ELF of the guest that does what it is told: see [`abi::Mail`].
+pub const PUPPET: &[u8] = {
+    const FILE: &Aligned<[u8]> = &Aligned {
+        bytes: *include_bytes!(concat!(env!("OUT_DIR"), "/puppet")),
+    };
+    &FILE.bytes
+};
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use abi::{IMAGE_GPA, PAGE_SIZE};
 
-    const GUESTS: [(&str, &[u8]); 2] = [("payload", PAYLOAD), ("misbehave", MISBEHAVE)];
+    const GUESTS: [(&str, &[u8]); 3] = [
+        ("payload", PAYLOAD),
+        ("misbehave", MISBEHAVE),
+        ("puppet", PUPPET),
+    ];
 
     const PT_LOAD: u64 = 1;
     const PT_DYNAMIC: u64 = 2;

@@ -32,5 +32,6 @@ pub mod host;
 pub mod kvm;
 pub mod mm;
 pub mod policy;
+pub mod scenario;
 pub mod session;
 pub mod snapshot;

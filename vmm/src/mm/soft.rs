@@ -138,6 +138,15 @@ pub fn soft_pool(frames: u64) -> Result<(Arc<FramePool>, Arc<SoftMemory>), Alloc
 }
 
 impl<P: CowPolicy> SoftVm<P> {
+    /// A VM of what is there already: `space`, whose MMU ends in `mmu`.
+    pub fn over(space: AddressSpace<P>, mmu: Arc<SoftMmu>, memory: &Arc<SoftMemory>) -> Self {
+        Self {
+            space,
+            mmu,
+            memory: Arc::clone(memory),
+        }
+    }
+
     /// An untouched VM of `pages` pages.
     ///
     /// # Errors
@@ -150,11 +159,7 @@ impl<P: CowPolicy> SoftVm<P> {
     ) -> Result<Self, AllocError> {
         let mmu = SoftMmu::new(pages);
         let space = AddressSpace::new(Arc::clone(pool), policy, Box::new(Arc::clone(&mmu)), pages)?;
-        Ok(Self {
-            space,
-            mmu,
-            memory: Arc::clone(memory),
-        })
+        Ok(Self::over(space, mmu, memory))
     }
 
     /// A VM that runs on from `frozen`.
@@ -168,11 +173,7 @@ impl<P: CowPolicy> SoftVm<P> {
     ) -> Result<Self, super::fork::ForkError> {
         let mmu = SoftMmu::new(frozen.pages());
         let space = AddressSpace::from_frozen(frozen, policy, Box::new(Arc::clone(&mmu)))?;
-        Ok(Self {
-            space,
-            mmu,
-            memory: Arc::clone(memory),
-        })
+        Ok(Self::over(space, mmu, memory))
     }
 
     /// A vCPU reads a page.

@@ -117,9 +117,14 @@ impl Frozen {
         self.table.pages()
     }
 
-    /// The frame a page is in just now: a hint, since a break may move it.
+    /// The entry of a page just now: a hint, since a break may move it to another frame.
+    pub fn entry(&self, gfn: Gfn) -> Result<Entry, OutOfRange> {
+        in_range(&self.table, gfn).map(|()| self.table.peek(gfn))
+    }
+
+    /// The frame a page is in just now: a hint as well.
     pub fn frame(&self, gfn: Gfn) -> Result<Pfn, OutOfRange> {
-        in_range(&self.table, gfn).map(|()| self.table.peek(gfn).pfn())
+        self.entry(gfn).map(Entry::pfn)
     }
 
     /// Calls `look` with the frame a page is in, which stays there and as it is for the length of the call. A break of

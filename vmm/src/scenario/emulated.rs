@@ -1,0 +1,337 @@
+//! Our own `mm` as a performer, under any policy and on any stage.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use super::performer::{Hold, HoldId, NotDone, PAGES, Page, PageView, Performer, Who};
+use super::stage::{Actor, Stage, StageError};
+use crate::causes::chain;
+use crate::mm::{
+    Access, AddressSpace, CowPolicy, Exclusive, Frozen, Get, Gfn, Mmu, MmuError, Pfn, Pin,
+    Protection,
+};
+
+/// Address spaces under one policy, on a stage. Fields are in the order they must be dropped in.
+pub struct Emulated<P: CowPolicy, S: Stage> {
+    policy: Box<dyn Fn() -> P>,
+    child: Option<S::Actor<P>>,
+    parent: Option<S::Actor<P>>,
+    snapshot: Option<Arc<Frozen>>,
+    holds: BTreeMap<HoldId, Held>,
+    hogs: Vec<AddressSpace<Exclusive>>,
+    refusal: Arc<Refusal>,
+    stage: S,
+}
+
+enum Held {
+    Get(Get),
+    Pin(Pin),
+}
+
+impl Held {
+    fn frame(&self) -> Pfn {
+        match self {
+            Self::Get(get) => get.pfn(),
+            Self::Pin(pin) => pin.pfn(),
+        }
+    }
+}
+
+impl<P: CowPolicy, S: Stage> Emulated<P, S> {
+    /// P on `stage`, with untouched memory; `policy` makes one policy for each address space.
+    ///
+    /// # Errors
+    /// If the stage has no room for it.
+    pub fn new(stage: S, policy: Box<dyn Fn() -> P>) -> Result<Self, StageError> {
+        let refusal = Arc::new(Refusal::default());
+        let parent = stage.parent(policy(), &|mmu| refusal.watch(mmu))?;
+        Ok(Self {
+            policy,
+            child: None,
+            parent: Some(parent),
+            snapshot: None,
+            holds: BTreeMap::new(),
+            hogs: Vec::new(),
+            refusal,
+            stage,
+        })
+    }
+
+    fn actor(&self, who: Who) -> Result<&S::Actor<P>, NotDone> {
+        let actor = match who {
+            Who::P => self.parent.as_ref(),
+            Who::C => self.child.as_ref(),
+            Who::S => None,
+        };
+        actor.ok_or_else(|| NotDone::Failed(format!("{who:?} does not run")))
+    }
+
+    fn frozen(&self) -> Result<&Arc<Frozen>, NotDone> {
+        let there = self.snapshot.as_ref();
+        there.ok_or_else(|| NotDone::Failed("there is no snapshot".to_owned()))
+    }
+
+    fn held(&self, id: HoldId) -> Result<&Held, NotDone> {
+        let held = self.holds.get(&id);
+        held.ok_or_else(|| NotDone::Failed(format!("there is no hold {id}")))
+    }
+}
+
+fn refused(error: impl std::error::Error) -> NotDone {
+    NotDone::Refused(chain(&error))
+}
+
+fn refused_stage(error: StageError) -> NotDone {
+    NotDone::Refused(chain(&*error))
+}
+
+impl<P: CowPolicy, S: Stage> Performer for Emulated<P, S> {
+    fn write(&mut self, who: Who, page: Page, value: u64) -> Result<(), NotDone> {
+        let actor = self.actor(who)?;
+        actor.cpu_write(page, value).map_err(refused_stage)
+    }
+
+    fn read(&mut self, who: Who, page: Page) -> Result<u64, NotDone> {
+        if who == Who::S {
+            let gfn = self.actor(Who::P)?.gfn(page);
+            let frozen = self.frozen()?;
+            return frozen
+                .with_frame(gfn, |frame| self.stage.load(frame))
+                .map_err(refused);
+        }
+        self.actor(who)?.cpu_read(page).map_err(refused_stage)
+    }
+
+    fn fork(&mut self) -> Result<(), NotDone> {
+        let frozen = self.actor(Who::P)?.space().fork().map_err(refused)?;
+        let policy = (self.policy)();
+        let child = self
+            .stage
+            .child(&frozen, policy, &|mmu| self.refusal.watch(mmu))
+            .map_err(refused_stage)?;
+        self.child = Some(child);
+        Ok(())
+    }
+
+    fn snapshot(&mut self) -> Result<(), NotDone> {
+        self.snapshot = Some(self.actor(Who::P)?.space().fork().map_err(refused)?);
+        Ok(())
+    }
+
+    fn restore(&mut self) -> Result<(), NotDone> {
+        let frozen = self.frozen()?;
+        let space = self.actor(Who::P)?.space();
+        space.restore(frozen).map_err(refused)
+    }
+
+    fn exit(&mut self, who: Who) -> Result<(), NotDone> {
+        match who {
+            Who::P => self.parent = None,
+            Who::C => self.child = None,
+            Who::S => self.snapshot = None,
+        }
+        Ok(())
+    }
+
+    fn take(&mut self, id: HoldId, who: Who, page: Page, hold: Hold) -> Result<(), NotDone> {
+        let held = if who == Who::S {
+            let gfn = self.actor(Who::P)?.gfn(page);
+            Held::Get(self.frozen()?.get(gfn).map_err(refused)?)
+        } else {
+            let actor = self.actor(who)?;
+            let (space, gfn) = (actor.space(), actor.gfn(page));
+            match hold {
+                Hold::GetRead => Held::Get(space.get(gfn, Access::Read).map_err(refused)?),
+                Hold::GetWrite => Held::Get(space.get(gfn, Access::Write).map_err(refused)?),
+                Hold::PinRead => Held::Pin(space.pin(gfn, Access::Read).map_err(refused)?),
+                Hold::PinWrite => Held::Pin(space.pin(gfn, Access::Write).map_err(refused)?),
+            }
+        };
+        self.holds.insert(id, held);
+        Ok(())
+    }
+
+    fn read_hold(&mut self, id: HoldId) -> Result<u64, NotDone> {
+        Ok(self.stage.load(self.held(id)?.frame()))
+    }
+
+    fn write_hold(&mut self, id: HoldId, value: u64) -> Result<(), NotDone> {
+        self.stage.store(self.held(id)?.frame(), value);
+        Ok(())
+    }
+
+    fn release(&mut self, id: HoldId) -> Result<(), NotDone> {
+        self.held(id)?;
+        self.holds.remove(&id);
+        Ok(())
+    }
+
+    fn protect(&mut self, who: Who) -> Result<(), NotDone> {
+        let space = self.actor(who)?.space();
+        space.take_dirty().map(drop).map_err(refused)
+    }
+
+    fn discard(&mut self, who: Who, page: Page) -> Result<(), NotDone> {
+        let actor = self.actor(who)?;
+        let discarded = actor.space().discard(actor.gfn(page), 1);
+        discarded.map(drop).map_err(refused)
+    }
+
+    fn migrate(&mut self, who: Who, page: Page) -> Result<(), NotDone> {
+        let actor = self.actor(who)?;
+        let migrated = actor.space().migrate(actor.gfn(page));
+        migrated.map(drop).map_err(refused)
+    }
+
+    fn merge(&mut self, one: (Who, Page), other: (Who, Page)) -> Result<(), NotDone> {
+        let (a, b) = (self.actor(one.0)?, self.actor(other.0)?);
+        a.space()
+            .merge(a.gfn(one.1), b.space(), b.gfn(other.1))
+            .map_err(refused)
+    }
+
+    fn force_write(&mut self, who: Who, page: Page, value: u64) -> Result<(), NotDone> {
+        let actor = self.actor(who)?;
+        actor
+            .space()
+            .force_write(actor.gfn(page), 0, &value.to_le_bytes())
+            .map_err(refused)
+    }
+
+    /// Fills two address spaces of somebody else's: one takes all that was never used, its copy all that was given back.
+    fn exhaust_memory(&mut self) -> Result<(), NotDone> {
+        let pool = self.stage.pool();
+        let pages = pool.usage().limit;
+        let fill = |space: &AddressSpace<Exclusive>| {
+            let writes = (0..pages).map(|n| space.write_fault(Gfn(n)));
+            writes.take_while(Result::is_ok).count();
+        };
+        let failed = |error: &dyn std::error::Error| NotDone::Failed(chain(error));
+        let hog = AddressSpace::new(Arc::clone(pool), Exclusive, Box::new(NoMmu), pages)
+            .map_err(|e| failed(&e))?;
+        fill(&hog);
+        let frozen = hog.fork().map_err(|e| failed(&e))?;
+        let copy = AddressSpace::from_frozen(&frozen, Exclusive, Box::new(NoMmu))
+            .map_err(|e| failed(&e))?;
+        drop(frozen);
+        fill(&copy);
+        self.hogs = vec![hog, copy];
+        Ok(())
+    }
+
+    fn free_memory(&mut self) -> Result<(), NotDone> {
+        self.hogs.clear();
+        Ok(())
+    }
+
+    fn refuse_mmu(&mut self, after: u64) -> Result<(), NotDone> {
+        self.refusal.refuse(after);
+        Ok(())
+    }
+
+    fn view(&mut self, who: Who, page: Page) -> Option<PageView> {
+        let pool = Arc::clone(self.stage.pool());
+        let gfn = self.actor(Who::P).ok()?.gfn(page);
+        let entry = match who {
+            Who::S => self.frozen().ok()?.entry(gfn).ok()?,
+            _ => {
+                let actor = self.actor(who).ok()?;
+                actor.space().entry(actor.gfn(page)).ok()?
+            }
+        };
+        debug_assert!(page < PAGES);
+        Some(PageView {
+            frame: entry.is_present().then(|| entry.pfn()),
+            inside: Some((entry, pool.state(entry.pfn()))),
+        })
+    }
+}
+
+/// Refuses one change of page tables, some time from now.
+#[derive(Debug)]
+struct Refusal {
+    /// Changes that are granted before; `u64::MAX` is all.
+    granted: AtomicU64,
+}
+
+impl Default for Refusal {
+    fn default() -> Self {
+        Self {
+            granted: AtomicU64::new(u64::MAX),
+        }
+    }
+}
+
+impl Refusal {
+    fn refuse(&self, after: u64) {
+        self.granted.store(after, Ordering::Relaxed);
+    }
+
+    fn watch(self: &Arc<Self>, mmu: Box<dyn Mmu>) -> Box<dyn Mmu> {
+        Box::new(Refusing {
+            mmu,
+            refusal: Arc::clone(self),
+        })
+    }
+
+    fn check(&self, what: &'static str, first: Gfn, count: u64) -> Result<(), MmuError> {
+        let granted = self.granted.load(Ordering::Relaxed);
+        // At zero this one is refused, and all that follow are granted.
+        let next = if granted == u64::MAX {
+            granted
+        } else {
+            granted.wrapping_sub(1)
+        };
+        self.granted.store(next, Ordering::Relaxed);
+        if granted == 0 {
+            return Err(MmuError::Host {
+                what,
+                first,
+                count,
+                source: std::io::ErrorKind::OutOfMemory.into(),
+            });
+        }
+        Ok(())
+    }
+}
+
+struct Refusing {
+    mmu: Box<dyn Mmu>,
+    refusal: Arc<Refusal>,
+}
+
+impl Mmu for Refusing {
+    fn map(
+        &self,
+        first: Gfn,
+        frame: Pfn,
+        count: u64,
+        protection: Protection,
+    ) -> Result<(), MmuError> {
+        self.refusal.check("map", first, count)?;
+        self.mmu.map(first, frame, count, protection)
+    }
+
+    fn protect(&self, first: Gfn, count: u64, protection: Protection) -> Result<(), MmuError> {
+        self.refusal.check("protect", first, count)?;
+        self.mmu.protect(first, count, protection)
+    }
+
+    fn is_crowded(&self) -> bool {
+        self.mmu.is_crowded()
+    }
+}
+
+/// Nobody runs in such an address space.
+struct NoMmu;
+
+impl Mmu for NoMmu {
+    fn map(&self, _: Gfn, _: Pfn, _: u64, _: Protection) -> Result<(), MmuError> {
+        Ok(())
+    }
+
+    fn protect(&self, _: Gfn, _: u64, _: Protection) -> Result<(), MmuError> {
+        Ok(())
+    }
+}

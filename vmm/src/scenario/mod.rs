@@ -1,0 +1,77 @@
+//! Scenarios: the historical bugs of copy-on-write, acted out step by step (PROTOCOL.md 8).
+//!
+//! Nothing in here knows the outcome of a step: the table says what is done, a performer does it, and the engine compares what
+//! memory holds with what was written.
+//!
+//! | file | concept |
+//! |---|---|
+//! | [`table`] | the scenarios, as data |
+//! | [`script`] | what that data is made of |
+//! | [`engine`] | plays one and computes the verdict |
+//! | [`verdict`] | what it can come to |
+//! | [`performer`] | who acts a scenario out |
+//! | [`emulated`] | ... our own `mm`, under any policy |
+//! | [`stage`] | the machine around an emulated one |
+//! | [`soft`] | ... a model of one |
+//! | [`real`] | ... a real virtual machine: the window, and a vCPU |
+
+pub mod emulated;
+pub mod engine;
+pub mod performer;
+pub mod real;
+pub mod script;
+pub mod soft;
+pub mod stage;
+pub mod table;
+#[cfg(test)]
+mod tests;
+pub mod verdict;
+
+use self::emulated::Emulated;
+use self::engine::{Moment, Outcome, play};
+use self::script::Scenario;
+use self::stage::Stage;
+use crate::mm::{Biased, CowPolicy};
+use crate::policy::{Policy, UnderPolicy};
+
+/// Plays a scenario under `policy`, on `stage`, which must be new. `watch` is told of every step.
+pub fn emulate<S: Stage>(
+    scenario: &Scenario,
+    policy: Policy,
+    stage: S,
+    watch: &mut dyn FnMut(&Moment<'_>),
+) -> Outcome {
+    struct Play<'a, S> {
+        scenario: &'a Scenario,
+        stage: S,
+        watch: &'a mut dyn FnMut(&Moment<'_>),
+    }
+    impl<S: Stage> Play<'_, S> {
+        fn play<P: CowPolicy>(self, make: impl Fn() -> P + 'static) -> Outcome {
+            match Emulated::new(self.stage, Box::new(make)) {
+                Ok(mut performer) => play(
+                    self.scenario,
+                    &mut performer,
+                    P::GOES_BY_THE_BIT,
+                    self.watch,
+                ),
+                Err(error) => Outcome::Failed(crate::causes::chain(&*error)),
+            }
+        }
+    }
+    impl<S: Stage> UnderPolicy for Play<'_, S> {
+        type Output = Outcome;
+        fn under<P: CowPolicy>(self, make: fn() -> P) -> Outcome {
+            if self.scenario.kernels_pin_count {
+                self.play(move || Biased::new(make()))
+            } else {
+                self.play(make)
+            }
+        }
+    }
+    policy.apply(Play {
+        scenario,
+        stage,
+        watch,
+    })
+}

@@ -1,0 +1,147 @@
+//! Who acts a scenario out: the interface between the engine and what it drives.
+//!
+//! The engine knows what memory *should* hold; a performer does one step after the other and says what it
+//! *does* hold. There are two: [`super::emulated::Emulated`], our own `mm` under any policy, and
+//! [`super::living::Living`], the kernel this host runs on, with processes for address spaces.
+
+use crate::mm::{Entry, FrameState, Pfn};
+
+/// An address space of a scenario.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Who {
+    /// The parent: there from the start.
+    P,
+    /// The child: there from the fork on. It runs, as the parent does.
+    C,
+    /// The snapshot: there from when it is taken. It does not run, so it can only be read and dropped.
+    S,
+}
+
+/// Number of a page of a scenario: 0 to [`PAGES`] - 1.
+pub type Page = u64;
+
+/// Pages that every address space of a scenario has.
+pub const PAGES: Page = 4;
+
+/// Number of a hold of a scenario, in the order they are taken, from 0 on.
+pub type HoldId = usize;
+
+/// Ways to hold a page from outside the page tables.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Hold {
+    /// `FOLL_GET`: a transient reader.
+    GetRead,
+    /// `FOLL_GET | FOLL_WRITE`: what `O_DIRECT` was before it pinned.
+    GetWrite,
+    /// `FOLL_PIN | FOLL_LONGTERM`: a device that reads memory.
+    PinRead,
+    /// `FOLL_PIN | FOLL_LONGTERM | FOLL_WRITE`: a device that writes memory, and may read it.
+    PinWrite,
+}
+
+impl Hold {
+    /// Whether the page stays the page of its address space while it is held.
+    pub const fn is_pin(self) -> bool {
+        matches!(self, Self::PinRead | Self::PinWrite)
+    }
+}
+
+/// Why a step was not done.
+#[derive(Debug, thiserror::Error)]
+pub enum NotDone {
+    /// The operation refused, as operations do: nothing has changed.
+    #[error("refused: {0}")]
+    Refused(String),
+    /// This performer has no means to be asked for it.
+    #[error("cannot be asked: {0}")]
+    CannotAsk(&'static str),
+    /// It should have worked. The scenario says nothing then.
+    #[error("failed: {0}")]
+    Failed(String),
+}
+
+/// What is known about a page of an address space at one instant. For people, and to count copies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PageView {
+    /// The frame it is in, `None` for memory that was never touched; in any numbering that tells frames apart.
+    pub frame: Option<Pfn>,
+    /// Its entry and the state of its frame, where the performer can see them.
+    pub inside: Option<(Entry, FrameState)>,
+}
+
+/// Does the steps of a scenario. Memory is zero at first; a page is written and read as one 64-bit word, its first.
+///
+/// A method for an address space that is not there, or a hold that was released, is a mistake in the scenario:
+/// [`NotDone::Failed`].
+pub trait Performer {
+    /// A CPU of `who` writes.
+    fn write(&mut self, who: Who, page: Page, value: u64) -> Result<(), NotDone>;
+
+    /// A CPU of `who` reads. The snapshot has none and is read from outside.
+    fn read(&mut self, who: Who, page: Page) -> Result<u64, NotDone>;
+
+    /// P forks: C is there from now on.
+    fn fork(&mut self) -> Result<(), NotDone>;
+
+    /// A snapshot of P is taken: S is there from now on.
+    fn snapshot(&mut self) -> Result<(), NotDone>;
+
+    /// P goes back to S.
+    fn restore(&mut self) -> Result<(), NotDone>;
+
+    /// `who` ends, with all of its memory. Holds taken through it stay.
+    fn exit(&mut self, who: Who) -> Result<(), NotDone>;
+
+    /// Takes hold number `id` of a page through `who`.
+    fn take(&mut self, id: HoldId, who: Who, page: Page, hold: Hold) -> Result<(), NotDone>;
+
+    /// Takes `count` holds of one page, numbered from `first` on.
+    fn take_many(
+        &mut self,
+        first: HoldId,
+        count: u64,
+        who: Who,
+        page: Page,
+        hold: Hold,
+    ) -> Result<(), NotDone> {
+        (first..)
+            .take(count as usize)
+            .try_for_each(|id| self.take(id, who, page, hold))
+    }
+
+    /// What is read through a hold.
+    fn read_hold(&mut self, id: HoldId) -> Result<u64, NotDone>;
+
+    /// A device writes through a hold.
+    fn write_hold(&mut self, id: HoldId, value: u64) -> Result<(), NotDone>;
+
+    /// Gives a hold back.
+    fn release(&mut self, id: HoldId) -> Result<(), NotDone>;
+
+    /// Write-protects all pages of `who` without intent to copy: dirty tracking, `mprotect` there and back.
+    fn protect(&mut self, who: Who) -> Result<(), NotDone>;
+
+    /// Gives a page back: it reads as zeros (`MADV_DONTNEED`, a balloon).
+    fn discard(&mut self, who: Who, page: Page) -> Result<(), NotDone>;
+
+    /// Moves a page to another frame (compaction, migration).
+    fn migrate(&mut self, who: Who, page: Page) -> Result<(), NotDone>;
+
+    /// Merges two pages of equal content into one frame (KSM).
+    fn merge(&mut self, one: (Who, Page), other: (Who, Page)) -> Result<(), NotDone>;
+
+    /// A debugger writes, whatever the page's protection (`FOLL_FORCE`, `PTRACE_POKEDATA`).
+    fn force_write(&mut self, who: Who, page: Page, value: u64) -> Result<(), NotDone>;
+
+    /// From now on there is no memory for a copy.
+    fn exhaust_memory(&mut self) -> Result<(), NotDone>;
+
+    /// There is memory again.
+    fn free_memory(&mut self) -> Result<(), NotDone>;
+
+    /// The next change of page tables but `after` is refused by the machine, once.
+    fn refuse_mmu(&mut self, after: u64) -> Result<(), NotDone>;
+
+    /// What is known about a page, `None` if nothing can be.
+    fn view(&mut self, who: Who, page: Page) -> Option<PageView>;
+}

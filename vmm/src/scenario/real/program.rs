@@ -1,0 +1,123 @@
+//! What every guest of a stage has beside its address space: page tables and the puppet, in frames of the stage's own.
+//!
+//! All guests see the same frames, read-only: the puppet writes nothing but its mailbox and what it is told to.
+
+use std::sync::Arc;
+
+use guest::abi::{IMAGE_GPA, PAGE_TABLES_GPA};
+
+use crate::host::{PhysMap, Window};
+use crate::kvm::{BootError, GuestRam, Image, MemoryError, write_page_tables};
+use crate::mm::{Gfn, Mmu, MmuError, PAGE_SIZE, Pfn, Protection};
+
+/// Page tables of a guest of less than 1 GiB: PML4, PDPT, page directory.
+const TABLES: u64 = 3;
+
+/// Page tables and program, loaded.
+#[derive(Debug)]
+pub(super) struct Program {
+    physmap: Arc<PhysMap>,
+    parts: [Part; 2],
+    entry: u64,
+}
+
+/// Pages of guest memory that are in frames which follow each other.
+#[derive(Clone, Copy, Debug)]
+struct Part {
+    first: Gfn,
+    frame: Pfn,
+    pages: u64,
+}
+
+impl Program {
+    /// Frames that [`Program::load`] needs.
+    pub(super) fn frames(image: &Image) -> u64 {
+        TABLES + image_pages(image)
+    }
+
+    /// Loads `image` and page tables into the frames from `first` on, which have memory, all zeros.
+    pub(super) fn load(
+        physmap: Arc<PhysMap>,
+        first: Pfn,
+        image: &Image,
+    ) -> Result<Self, BootError> {
+        let program = Self {
+            physmap,
+            parts: [
+                Part {
+                    first: Gfn::of_gpa(PAGE_TABLES_GPA),
+                    frame: first,
+                    pages: TABLES,
+                },
+                Part {
+                    first: Gfn::of_gpa(IMAGE_GPA),
+                    frame: Pfn(first.0 + TABLES),
+                    pages: image_pages(image),
+                },
+            ],
+            entry: image.entry(),
+        };
+        image.load(&program)?;
+        write_page_tables(&program, program.len())?;
+        Ok(program)
+    }
+
+    /// The puppet's first instruction.
+    pub(super) fn entry(&self) -> u64 {
+        self.entry
+    }
+
+    /// The page behind all that a guest has: the program is last.
+    pub(super) fn end(&self) -> Gfn {
+        let [_, image] = self.parts;
+        Gfn(image.first.0 + image.pages)
+    }
+
+    /// Makes `window` show it.
+    pub(super) fn show(&self, window: &Window) -> Result<(), MmuError> {
+        self.parts.iter().try_for_each(|part| {
+            window.map(part.first, part.frame, part.pages, Protection::ReadOnly)
+        })
+    }
+
+    /// Where the `len` bytes at `gpa`, which lie in one page, are in the physmap.
+    fn find(&self, gpa: u64, len: usize) -> Result<(Pfn, u64), MemoryError> {
+        let (gfn, offset) = (Gfn::of_gpa(gpa), gpa % PAGE_SIZE);
+        let frame = self.parts.iter().find_map(|part| {
+            let page = gfn.0.checked_sub(part.first.0)?;
+            (page < part.pages).then_some(Pfn(part.frame.0 + page))
+        });
+        frame
+            .filter(|_| len as u64 <= PAGE_SIZE - offset)
+            .map(|frame| (frame, offset))
+            .ok_or_else(|| format!("{len} bytes at {gpa:#x} are not of the program").into())
+    }
+}
+
+impl GuestRam for Program {
+    fn len(&self) -> u64 {
+        self.end().gpa()
+    }
+
+    fn write_fault(&self, gfn: u64) -> Result<bool, MemoryError> {
+        Err(format!("{:?} is of the program, which nobody writes", Gfn(gfn)).into())
+    }
+
+    fn read(&self, gpa: u64, buf: &mut [u8]) -> Result<(), MemoryError> {
+        let (frame, offset) = self.find(gpa, buf.len())?;
+        let bytes = self.physmap.slice(frame, offset, buf.len() as u64);
+        bytes.copy_to(buf);
+        Ok(())
+    }
+
+    fn write(&self, gpa: u64, buf: &[u8]) -> Result<(), MemoryError> {
+        let (frame, offset) = self.find(gpa, buf.len())?;
+        let bytes = self.physmap.slice(frame, offset, buf.len() as u64);
+        bytes.copy_from(buf);
+        Ok(())
+    }
+}
+
+fn image_pages(image: &Image) -> u64 {
+    (image.end() - IMAGE_GPA).div_ceil(PAGE_SIZE)
+}

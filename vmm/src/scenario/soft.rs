@@ -1,0 +1,87 @@
+//! A stage without a machine: the software MMU, and frames of one word.
+
+use std::sync::Arc;
+
+use super::performer::PAGES;
+use super::stage::{Actor, Stage, StageError, Wrap};
+use crate::mm::soft::{SoftMemory, SoftMmu, SoftVm};
+use crate::mm::{AddressSpace, CowPolicy, FrameMemory, FramePool, Frozen, Gfn, Pfn};
+
+/// Frames that may have memory: few, so that they are soon exhausted.
+const FRAME_LIMIT: u64 = 128;
+/// Frame numbers: enough for all homes.
+const FRAMES: u64 = 16 * FRAME_LIMIT;
+
+/// A model of a machine.
+#[derive(Debug)]
+pub struct SoftStage {
+    pool: Arc<FramePool>,
+    memory: Arc<SoftMemory>,
+}
+
+impl SoftStage {
+    /// A stage with its own frames.
+    ///
+    /// # Errors
+    /// Never, in practice: it is memory of this process.
+    pub fn new() -> Result<Self, StageError> {
+        let memory = SoftMemory::new(FRAMES);
+        let frames = Arc::clone(&memory) as Arc<dyn FrameMemory>;
+        let pool = FramePool::new(frames, FRAMES, FRAME_LIMIT)?;
+        Ok(Self { pool, memory })
+    }
+}
+
+impl Stage for SoftStage {
+    const NAME: &'static str = "software MMU";
+    type Actor<P: CowPolicy> = SoftVm<P>;
+
+    fn pool(&self) -> &Arc<FramePool> {
+        &self.pool
+    }
+
+    fn parent<P: CowPolicy>(&self, policy: P, wrap: Wrap<'_>) -> Result<SoftVm<P>, StageError> {
+        let mmu = SoftMmu::new(PAGES);
+        let wrapped = wrap(Box::new(Arc::clone(&mmu)));
+        let space = AddressSpace::new(Arc::clone(&self.pool), policy, wrapped, PAGES)?;
+        Ok(SoftVm::over(space, mmu, &self.memory))
+    }
+
+    fn child<P: CowPolicy>(
+        &self,
+        frozen: &Frozen,
+        policy: P,
+        wrap: Wrap<'_>,
+    ) -> Result<SoftVm<P>, StageError> {
+        let mmu = SoftMmu::new(frozen.pages());
+        let wrapped = wrap(Box::new(Arc::clone(&mmu)));
+        let space = AddressSpace::from_frozen(frozen, policy, wrapped)?;
+        Ok(SoftVm::over(space, mmu, &self.memory))
+    }
+
+    fn load(&self, frame: Pfn) -> u64 {
+        self.memory.load(frame)
+    }
+
+    fn store(&self, frame: Pfn, value: u64) {
+        self.memory.store(frame, value);
+    }
+}
+
+impl<P: CowPolicy> Actor<P> for SoftVm<P> {
+    fn space(&self) -> &AddressSpace<P> {
+        &self.space
+    }
+
+    fn gfn(&self, page: u64) -> Gfn {
+        Gfn(page)
+    }
+
+    fn cpu_write(&self, page: u64, value: u64) -> Result<(), StageError> {
+        Ok(SoftVm::cpu_write(self, Gfn(page), value)?)
+    }
+
+    fn cpu_read(&self, page: u64) -> Result<u64, StageError> {
+        Ok(SoftVm::cpu_read(self, Gfn(page)))
+    }
+}

@@ -1,0 +1,56 @@
+//! Where an emulated scenario is played: what stands in for the machine around `mm`.
+
+use std::sync::Arc;
+
+use crate::mm::{AddressSpace, CowPolicy, FramePool, Frozen, Gfn, Mmu, Pfn};
+
+/// Why the stage could not do its part.
+pub type StageError = Box<dyn std::error::Error + Send + Sync>;
+
+/// Puts itself between an address space and its MMU.
+pub type Wrap<'a> = &'a dyn Fn(Box<dyn Mmu>) -> Box<dyn Mmu>;
+
+/// A machine for scenarios: frames, and actors that run in address spaces. [`super::soft::SoftStage`] is a model of one,
+/// [`super::real::RealStage`] has vCPUs.
+pub trait Stage {
+    /// Its name in reports.
+    const NAME: &'static str;
+    /// A running address space.
+    type Actor<P: CowPolicy>: Actor<P>;
+
+    /// The frames of everybody.
+    fn pool(&self) -> &Arc<FramePool>;
+
+    /// An actor with untouched memory. Its MMU is what `wrap` makes of the stage's own.
+    fn parent<P: CowPolicy>(&self, policy: P, wrap: Wrap<'_>)
+    -> Result<Self::Actor<P>, StageError>;
+
+    /// An actor that starts with the memory of `frozen`, shared.
+    fn child<P: CowPolicy>(
+        &self,
+        frozen: &Frozen,
+        policy: P,
+        wrap: Wrap<'_>,
+    ) -> Result<Self::Actor<P>, StageError>;
+
+    /// The first word of a frame, as a device or a reader sees it.
+    fn load(&self, frame: Pfn) -> u64;
+
+    /// Writes the first word of a frame, as a device does.
+    fn store(&self, frame: Pfn, value: u64);
+}
+
+/// A running address space and its CPU. Dropping it ends both; pins and holds taken through the space live on.
+pub trait Actor<P: CowPolicy> {
+    /// The address space.
+    fn space(&self) -> &AddressSpace<P>;
+
+    /// Guest page number of page `page` of the scenario.
+    fn gfn(&self, page: u64) -> Gfn;
+
+    /// The CPU writes the first word of a page.
+    fn cpu_write(&self, page: u64, value: u64) -> Result<(), StageError>;
+
+    /// The CPU reads the first word of a page.
+    fn cpu_read(&self, page: u64) -> Result<u64, StageError>;
+}

@@ -1,0 +1,249 @@
+use super::engine::Outcome;
+use super::performer::Hold::{GetRead, PinRead, PinWrite};
+use super::performer::Who::{C, P};
+use super::performer::{Hold, HoldId, NotDone, Page, PageView, Performer, Who};
+use super::real::RealStage;
+use super::script::{Expected, Scenario, Slot, Step};
+use super::soft::SoftStage;
+use super::stage::Stage;
+use super::table::{NOT_HERE, SCENARIOS, find};
+use super::verdict::Verdict;
+use super::*;
+
+/// What comes of steps under the exclusive policy, on the software MMU.
+fn outcome(steps: &'static [Step], copies: Option<u64>) -> Outcome {
+    let scenario = Scenario {
+        id: "X",
+        title: "",
+        about: "",
+        steps,
+        copies,
+        gets_must_follow: false,
+        kernels_pin_count: false,
+        expected: Expected::all(Verdict::Ok),
+        kernel_differs: None,
+    };
+    emulate(
+        &scenario,
+        Policy::Exclusive,
+        SoftStage::new().unwrap(),
+        &mut |_| {},
+    )
+}
+
+#[track_caller]
+fn assert_verdict(steps: &'static [Step], copies: Option<u64>, verdict: Verdict) {
+    let outcome = outcome(steps, copies);
+    assert_eq!(outcome.verdict(), Some(verdict), "{outcome:?}");
+}
+
+#[test]
+fn a_copy_too_many_is_seen() {
+    const STEPS: &[Step] = &[Step::Write(P, 0), Step::Fork, Step::Write(P, 0)];
+    assert_verdict(STEPS, Some(0), Verdict::Copied);
+    assert_verdict(STEPS, Some(1), Verdict::Ok);
+    // The fork's own copies count.
+    const PINNED: &[Step] = &[Step::Write(P, 0), Step::Take(P, 0, PinWrite), Step::Fork];
+    assert_verdict(PINNED, Some(0), Verdict::Copied);
+    // A page that is moved is not copied for anybody.
+    const MOVED: &[Step] = &[Step::Write(P, 0), Step::Migrate(P, 0)];
+    assert_verdict(MOVED, Some(0), Verdict::Ok);
+}
+
+#[test]
+fn an_operation_that_should_be_refused_and_is_not_is_seen() {
+    const STEPS: &[Step] = &[Step::Write(P, 0), Step::Refused(&Step::Migrate(P, 0))];
+    assert_verdict(STEPS, None, Verdict::NotRefused);
+}
+
+#[test]
+fn a_wrong_state_is_seen() {
+    const STEPS: &[Step] = &[Step::Write(P, 0), Step::Is(P, 0, Slot::RX)];
+    assert_verdict(STEPS, None, Verdict::Broken);
+    const DIRTY: &[Step] = &[Step::Write(P, 0), Step::IsClean(P, 0)];
+    assert_verdict(DIRTY, None, Verdict::Broken);
+}
+
+#[test]
+fn a_step_that_fails_unexpectedly_is_no_verdict() {
+    const STEPS: &[Step] = &[
+        Step::Write(P, 0),
+        Step::Take(P, 0, PinRead),
+        Step::Migrate(P, 0),
+    ];
+    assert!(matches!(outcome(STEPS, None), Outcome::Failed(why) if why.contains("busy")));
+    const NOBODY: &[Step] = &[Step::Write(C, 0)];
+    assert!(matches!(outcome(NOBODY, None), Outcome::Failed(why) if why.contains("does not run")));
+}
+
+#[test]
+fn a_reader_may_see_what_was_there_since_it_looked_and_nothing_older() {
+    const STEPS: &[Step] = &[
+        Step::Write(P, 0),
+        Step::Fork,
+        Step::Take(P, 0, GetRead),
+        Step::Write(P, 0),
+        Step::HoldReads(0),
+    ];
+    assert_verdict(STEPS, None, Verdict::Ok);
+}
+
+/// A performer that does all it is asked, and reads `answer` everywhere after P wrote.
+struct Liar {
+    answer: u64,
+    wrote: bool,
+}
+
+impl Performer for Liar {
+    fn write(&mut self, _: Who, _: Page, _: u64) -> Result<(), NotDone> {
+        self.wrote = true;
+        Ok(())
+    }
+    fn read(&mut self, who: Who, page: Page) -> Result<u64, NotDone> {
+        Ok(if self.wrote && (who, page) == (P, 0) {
+            self.answer
+        } else {
+            0
+        })
+    }
+    fn fork(&mut self) -> Result<(), NotDone> {
+        Ok(())
+    }
+    fn snapshot(&mut self) -> Result<(), NotDone> {
+        Ok(())
+    }
+    fn restore(&mut self) -> Result<(), NotDone> {
+        Ok(())
+    }
+    fn exit(&mut self, _: Who) -> Result<(), NotDone> {
+        Ok(())
+    }
+    fn take(&mut self, _: HoldId, _: Who, _: Page, _: Hold) -> Result<(), NotDone> {
+        Ok(())
+    }
+    fn read_hold(&mut self, _: HoldId) -> Result<u64, NotDone> {
+        Ok(self.answer)
+    }
+    fn write_hold(&mut self, _: HoldId, _: u64) -> Result<(), NotDone> {
+        Ok(())
+    }
+    fn release(&mut self, _: HoldId) -> Result<(), NotDone> {
+        Ok(())
+    }
+    fn protect(&mut self, _: Who) -> Result<(), NotDone> {
+        Ok(())
+    }
+    fn discard(&mut self, _: Who, _: Page) -> Result<(), NotDone> {
+        Ok(())
+    }
+    fn migrate(&mut self, _: Who, _: Page) -> Result<(), NotDone> {
+        Err(NotDone::CannotAsk("it lies"))
+    }
+    fn merge(&mut self, _: (Who, Page), _: (Who, Page)) -> Result<(), NotDone> {
+        Ok(())
+    }
+    fn force_write(&mut self, _: Who, _: Page, _: u64) -> Result<(), NotDone> {
+        Ok(())
+    }
+    fn exhaust_memory(&mut self) -> Result<(), NotDone> {
+        Ok(())
+    }
+    fn free_memory(&mut self) -> Result<(), NotDone> {
+        Ok(())
+    }
+    fn refuse_mmu(&mut self, _: u64) -> Result<(), NotDone> {
+        Ok(())
+    }
+    fn view(&mut self, _: Who, _: Page) -> Option<PageView> {
+        None
+    }
+}
+
+#[test]
+fn the_verdict_is_what_memory_holds() {
+    let play_with = |answer, steps| {
+        let scenario = Scenario {
+            steps,
+            copies: Some(0),
+            ..*find("A1").unwrap()
+        };
+        let mut liar = Liar {
+            answer,
+            wrote: false,
+        };
+        play(&scenario, &mut liar, true, &mut |_| {})
+    };
+    let verdict = |answer, steps| play_with(answer, steps).verdict();
+    const TWO_WRITES: &[Step] = &[Step::Write(P, 0), Step::Write(P, 0), Step::Read(P, 0)];
+    assert_eq!(verdict(2, TWO_WRITES), Some(Verdict::Ok));
+    assert_eq!(verdict(1, TWO_WRITES), Some(Verdict::Diverged));
+    assert_eq!(verdict(7, TWO_WRITES), Some(Verdict::Broken));
+    // What another address space was given after they parted.
+    const PARTED: &[Step] = &[Step::Write(P, 0), Step::Fork, Step::Write(C, 1)];
+    assert_eq!(verdict(2, PARTED), Some(Verdict::Leaked));
+    // Without a look at the frames nothing is said about copies.
+    let Outcome::Played { copies, .. } = play_with(2, TWO_WRITES) else {
+        panic!("played");
+    };
+    assert_eq!(copies, None);
+    const CANNOT: &[Step] = &[Step::Migrate(P, 0)];
+    assert_eq!(
+        play_with(0, CANNOT),
+        Outcome::CannotAsk("it lies".to_owned())
+    );
+}
+
+/// Plays every scenario under every policy it is for; says where the computed verdict is not the table's.
+fn against_the_table<S: Stage>(stage: impl Fn() -> S) -> Vec<String> {
+    let mut wrong = Vec::new();
+    for scenario in SCENARIOS {
+        for policy in Policy::ALL {
+            let Some(expected) = scenario.expected.under(policy) else {
+                continue;
+            };
+            let outcome = emulate(scenario, policy, stage(), &mut |_| {});
+            if outcome.verdict() != Some(expected) {
+                wrong.push(format!(
+                    "{} under {policy}: expected {expected}, got {outcome:?}",
+                    scenario.id
+                ));
+            }
+        }
+    }
+    wrong
+}
+
+#[test]
+fn every_verdict_on_the_software_mmu_is_the_tables() {
+    let wrong = against_the_table(|| SoftStage::new().unwrap());
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+#[test]
+fn every_verdict_on_a_real_vcpu_is_the_tables() {
+    if !std::path::Path::new("/dev/kvm").exists() {
+        eprintln!("skipped: there is no /dev/kvm");
+        return;
+    }
+    let wrong = against_the_table(|| RealStage::new().unwrap());
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+#[test]
+fn every_id_is_there_once() {
+    for scenario in SCENARIOS {
+        let same = SCENARIOS.iter().filter(|s| s.id == scenario.id).count();
+        assert_eq!(same, 1, "{}", scenario.id);
+        assert!(!scenario.title.is_empty() && !scenario.about.is_empty());
+        assert_eq!(
+            find(&scenario.id.to_lowercase()).map(|s| s.id),
+            Some(scenario.id)
+        );
+        assert!(
+            NOT_HERE
+                .iter()
+                .all(|(ids, _)| ids.split(", ").all(|id| id != scenario.id))
+        );
+    }
+    assert!(find("Z9").is_none());
+}
