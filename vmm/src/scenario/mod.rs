@@ -11,12 +11,14 @@
 //! | [`verdict`] | what it can come to |
 //! | [`performer`] | who acts a scenario out |
 //! | [`emulated`] | ... our own `mm`, under any policy |
+//! | [`living`] | ... the kernel this host runs on, with processes |
 //! | [`stage`] | the machine around an emulated one |
 //! | [`soft`] | ... a model of one |
 //! | [`real`] | ... a real virtual machine: the window, and a vCPU |
 
 pub mod emulated;
 pub mod engine;
+pub mod living;
 pub mod performer;
 pub mod real;
 pub mod script;
@@ -74,4 +76,12 @@ pub fn emulate<S: Stage>(
         stage,
         watch,
     })
+}
+
+/// Plays a scenario on the kernel this host runs on, with processes. `watch` is told of every step.
+pub fn ask_the_kernel(scenario: &Scenario, watch: &mut dyn FnMut(&Moment<'_>)) -> Outcome {
+    match living::Living::new() {
+        Ok(mut kernel) => play(scenario, &mut kernel, false, watch),
+        Err(error) => Outcome::Failed(crate::causes::chain(&error)),
+    }
 }

@@ -23,8 +23,16 @@ pub struct Scenario {
     pub kernels_pin_count: bool,
     /// What is to come of it.
     pub expected: Expected,
-    /// What the living kernel is known to do differently from our `exclusive`, and why.
-    pub kernel_differs: Option<(Verdict, &'static str)>,
+    /// What the living kernel may come to instead of what our `exclusive` does, and why.
+    pub kernel_may: Option<(Verdict, &'static str)>,
+}
+
+impl Scenario {
+    /// Whether the living kernel may come to `verdict`.
+    pub fn kernel_agrees(&self, verdict: Verdict) -> bool {
+        self.expected.exclusive == Some(verdict)
+            || self.kernel_may.is_some_and(|(may, _)| may == verdict)
+    }
 }
 
 /// The verdict to be computed under each policy; `None` where the scenario makes no sense.

@@ -1,0 +1,477 @@
+//! The kernel this host runs on as a performer: P and C are processes, and the copy-on-write is the kernel's own.
+//!
+//! Nothing is played here: an address space is a process's, a fork is `clone` without `CLONE_VM`, and what a step cannot be done with
+//! is [`NotDone::CannotAsk`].
+//!
+//! ```text
+//!   controller ── orders ──> P ── clone ──> C <── orders ── controller
+//!       │                    │ vmsplice     │
+//!       ├─ pipes <───────────┴──────────────┤        transient readers
+//!       └─ rings <─── register a page ──────┘        devices
+//! ```
+//!
+//! | file | concept |
+//! |---|---|
+//! | `actor` | what runs in the processes |
+//! | `process` | the controller's side of one: orders, answers, its end |
+//! | `pipe` | transient readers |
+//! | `uring` | devices |
+//! | `pagemap` | which frame a page is in |
+//! | `direct` | a race of `O_DIRECT` with the CPU, which is no scenario of steps: [`o_direct_race`] |
+//!
+//! | step | what is done |
+//! |---|---|
+//! | write, read | in the process |
+//! | fork | in P; C is a child of the controller, so that it may outlive P |
+//! | take, [`Hold::GetRead`] | `vmsplice` of the word into a pipe of the controller |
+//! | take, [`Hold::PinWrite`] | the page becomes the registered buffer of a ring of the controller |
+//! | protect | `mprotect` of all pages read-only, and back; the kernel may map exclusive dirty pages writable again at once (PROTOCOL.md T22) |
+//! | discard | `MADV_DONTNEED` |
+//! | migrate | not compaction, which is for root and for the whole host, but a collapse into a huge page (`MADV_COLLAPSE`), which is split again: the page is in another frame, and a page that anything but one page table refers to is refused as migration refuses it |
+//! | force_write | the controller writes `/proc/<pid>/mem` while the page is read-only |
+//!
+//! Nothing here needs privilege; without it [`Performer::view`] knows no frames that are there, as the kernel hides their numbers.
+
+mod actor;
+mod direct;
+mod pagemap;
+mod pipe;
+mod process;
+mod uring;
+
+#[cfg(test)]
+mod tests;
+
+use std::array;
+use std::collections::BTreeMap;
+use std::fs::OpenOptions;
+use std::io::{self, ErrorKind};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixStream;
+
+use self::actor::{FORKS, HOLDS, Kit, Order, STRIDE, ZERO};
+use self::pagemap::Entry;
+use self::pipe::Splice;
+use self::process::{OrderError, Process, channel};
+use self::uring::PinRing;
+use super::performer::{Hold, HoldId, NotDone, PAGES, Page, PageView, Performer, Who};
+use crate::mm::Pfn;
+
+pub use self::direct::{DirectRace, Disturbance, o_direct_race};
+
+/// Why there can be no living performer.
+#[derive(Debug, thiserror::Error)]
+pub enum LivingError {
+    /// The pipes and channels to the processes can't be had.
+    #[error("no pipes or sockets to talk to a process with")]
+    Files(#[source] io::Error),
+    /// There can be no process.
+    #[error("the kernel makes no process")]
+    Process(#[source] io::Error),
+    /// There is one, but it can't do its part.
+    #[error("the process did not get ready: {0}")]
+    NotReady(String),
+}
+
+/// The version of the kernel that is asked, as `uname -r` says it.
+pub fn kernel_release() -> String {
+    rustix::system::uname()
+        .release()
+        .to_string_lossy()
+        .into_owned()
+}
+
+/// P, from the start, and C, from the fork on. Dropping it ends both; they end too if this process dies.
+#[derive(Debug)]
+pub struct Living {
+    parent: Option<Process>,
+    child: Option<Process>,
+    /// Channels for children to come, by their index in the kit.
+    channels: BTreeMap<u64, UnixStream>,
+    /// Address of the first page, in all processes.
+    arena: u64,
+    /// The kernel's zero page, if its number can be seen.
+    zero_frame: Option<Pfn>,
+    pipes: Vec<Splice>,
+    /// Or why there are none.
+    rings: Result<Vec<PinRing>, &'static str>,
+    holds: BTreeMap<HoldId, Held>,
+}
+
+/// A hold that was taken: which of the pipes or rings it is in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Held {
+    Spliced { pipe: usize },
+    Registered { ring: usize, address: u64 },
+}
+
+impl Living {
+    /// P, with untouched memory.
+    ///
+    /// # Errors
+    /// What this host does not let a process have. That there is no io_uring is no error:
+    /// see [`Living::why_no_pins`].
+    pub fn new() -> Result<Self, LivingError> {
+        let (orders, orders_end) = channel().map_err(LivingError::Files)?;
+        let (channels, ends): (Vec<UnixStream>, Vec<OwnedFd>) = (0..FORKS)
+            .map(|_| channel())
+            .collect::<io::Result<Vec<_>>>()
+            .map_err(LivingError::Files)?
+            .into_iter()
+            .unzip();
+        let pipes = (0..HOLDS)
+            .map(|_| Splice::new())
+            .collect::<io::Result<Vec<_>>>()
+            .map_err(LivingError::Files)?;
+        let rings: Result<Vec<_>, _> = (0..HOLDS).map(|_| PinRing::new()).collect();
+        let kit = kit(&orders_end, &ends, &pipes, rings.as_deref().ok());
+
+        let mut parent = Process::first(orders, &kit).map_err(LivingError::Process)?;
+        // From here on a channel ends with the process that has its other end.
+        drop((orders_end, ends));
+        let arena = parent
+            .ask(Order::Begin, 0, 0)
+            .map_err(|error| LivingError::NotReady(error.to_string()))?;
+        let zero_frame = Entry::of(&parent, arena + ZERO * STRIDE)
+            .ok()
+            .and_then(Entry::frame);
+        Ok(Self {
+            parent: Some(parent),
+            child: None,
+            channels: (0..).zip(channels).collect(),
+            arena,
+            zero_frame,
+            pipes,
+            rings,
+            holds: BTreeMap::new(),
+        })
+    }
+
+    /// Why no pin can be taken here, `None` if pins can be. All other steps work without them.
+    pub fn why_no_pins(&self) -> Option<&'static str> {
+        self.rings.as_ref().err().copied()
+    }
+
+    /// The process that is `who`, if it is there.
+    pub fn process_id(&self, who: Who) -> Option<u32> {
+        self.living(who).map(Process::pid)
+    }
+
+    /// Whether one page table alone maps the page's frame, `None` if that can't be seen. A frame that is not shared need not be
+    /// exclusive: the kernel shows its exclusive bit to nobody.
+    pub fn is_mapped_once(&self, who: Who, page: Page) -> Option<bool> {
+        self.entry(who, page).map(Entry::is_mapped_once)
+    }
+
+    fn living(&self, who: Who) -> Option<&Process> {
+        match who {
+            Who::P => self.parent.as_ref(),
+            Who::C => self.child.as_ref(),
+            Who::S => None,
+        }
+    }
+
+    fn entry(&self, who: Who, page: Page) -> Option<Entry> {
+        let process = self.living(who)?;
+        Entry::of(process, self.address(page).ok()?).ok()
+    }
+
+    fn address(&self, page: Page) -> io::Result<u64> {
+        if page < PAGES {
+            Ok(self.arena + page * STRIDE)
+        } else {
+            Err(io::Error::other(format!("there is no page {page}")))
+        }
+    }
+
+    fn process(&mut self, who: Who) -> Result<&mut Process, OrderError> {
+        match who {
+            Who::P => self.parent.as_mut(),
+            Who::C => self.child.as_mut(),
+            Who::S => None,
+        }
+        .ok_or_else(|| not_there(who))
+    }
+
+    fn order(&mut self, who: Who, order: Order, page: Page, value: u64) -> Result<u64, OrderError> {
+        self.address(page).map_err(OrderError::Call)?;
+        self.process(who)?.ask(order, page, value)
+    }
+
+    /// The first of the pipes or rings, as `place` says, that no hold is in.
+    fn vacant(&self, place: impl Fn(&Held) -> Option<usize>) -> Result<usize, NotDone> {
+        (0..HOLDS)
+            .find(|index| self.holds.values().all(|held| place(held) != Some(*index)))
+            .ok_or(NotDone::CannotAsk(
+                "there are pipes and rings for only eight holds of a kind at once",
+            ))
+    }
+
+    fn held(&self, id: HoldId) -> Result<Held, NotDone> {
+        self.holds
+            .get(&id)
+            .copied()
+            .ok_or_else(|| NotDone::Failed(format!("hold {id} is not held")))
+    }
+
+    fn ring(&mut self, index: usize) -> Result<&mut PinRing, NotDone> {
+        match &mut self.rings {
+            Ok(rings) => Ok(&mut rings[index]),
+            Err(why) => Err(NotDone::CannotAsk(why)),
+        }
+    }
+}
+
+/// What the actors inherit.
+fn kit(orders: &OwnedFd, channels: &[OwnedFd], pipes: &[Splice], rings: Option<&[PinRing]>) -> Kit {
+    let mut kit = Kit {
+        orders: orders.as_raw_fd(),
+        channels: array::from_fn(|index| channels[index].as_raw_fd()),
+        pipes: array::from_fn(|index| pipes[index].actors_end()),
+        rings: rings.map(|rings| array::from_fn(|index| rings[index].file())),
+        keep: Vec::new(),
+    };
+    kit.keep.push(kit.orders);
+    kit.keep.extend(kit.channels);
+    kit.keep.extend(kit.pipes);
+    kit.keep.extend(kit.rings.into_iter().flatten());
+    kit.keep.sort_unstable();
+    kit
+}
+
+fn not_there(who: Who) -> OrderError {
+    OrderError::Gone {
+        who,
+        how: "is not there".to_owned(),
+    }
+}
+
+fn failed(error: io::Error) -> NotDone {
+    NotDone::Failed(error.to_string())
+}
+
+impl Performer for Living {
+    fn write(&mut self, who: Who, page: Page, value: u64) -> Result<(), NotDone> {
+        self.order(who, Order::Write, page, value)?;
+        Ok(())
+    }
+
+    fn read(&mut self, who: Who, page: Page) -> Result<u64, NotDone> {
+        Ok(self.order(who, Order::Read, page, 0)?)
+    }
+
+    fn fork(&mut self) -> Result<(), NotDone> {
+        if self.child.is_some() {
+            return Err(NotDone::Failed("C is there already".to_owned()));
+        }
+        self.process(Who::P)?;
+        let (index, orders) = self.channels.pop_first().ok_or(NotDone::CannotAsk(
+            "there are channels for only eight forks of P",
+        ))?;
+        let pid = match self.order(Who::P, Order::Fork, 0, index) {
+            Ok(pid) => pid,
+            Err(OrderError::Call(error)) if is_shortage(&error) => {
+                self.channels.insert(index, orders);
+                return Err(NotDone::Refused(error.to_string()));
+            }
+            Err(error) => return Err(error.into()),
+        };
+        let child = self
+            .child
+            .insert(Process::child(pid, orders).map_err(failed)?);
+        child.ask(Order::Begin, 0, 0)?;
+        Ok(())
+    }
+
+    fn snapshot(&mut self) -> Result<(), NotDone> {
+        Err(NotDone::CannotAsk("a process has no frozen fork"))
+    }
+
+    fn restore(&mut self) -> Result<(), NotDone> {
+        Err(NotDone::CannotAsk("a process has no frozen fork"))
+    }
+
+    fn exit(&mut self, who: Who) -> Result<(), NotDone> {
+        let process = match who {
+            Who::P => self.parent.take(),
+            Who::C => self.child.take(),
+            Who::S => None,
+        };
+        Ok(process.ok_or_else(|| not_there(who))?.end()?)
+    }
+
+    fn take(&mut self, id: HoldId, who: Who, page: Page, hold: Hold) -> Result<(), NotDone> {
+        if self.holds.contains_key(&id) {
+            return Err(NotDone::Failed(format!("hold {id} is held already")));
+        }
+        let held = match hold {
+            Hold::GetRead => {
+                let pipe = self.vacant(|held| match held {
+                    Held::Spliced { pipe } => Some(*pipe),
+                    Held::Registered { .. } => None,
+                })?;
+                self.order(who, Order::Splice, page, pipe as u64)?;
+                Held::Spliced { pipe }
+            }
+            Hold::PinWrite => {
+                let ring = self.vacant(|held| match held {
+                    Held::Spliced { .. } => None,
+                    Held::Registered { ring, .. } => Some(*ring),
+                })?;
+                let address = self.address(page).map_err(failed)?;
+                self.ring(ring)?;
+                self.order(who, Order::Register, page, ring as u64)?;
+                Held::Registered { ring, address }
+            }
+            Hold::PinRead => {
+                return Err(NotDone::CannotAsk(
+                    "only RDMA, VFIO, vDPA and video devices take a long-term pin for reading; io_uring always pins for writing",
+                ));
+            }
+            Hold::GetWrite => {
+                return Err(NotDone::CannotAsk(
+                    "O_DIRECT pins since Linux 6.5; what still takes FOLL_GET for writing is direct I/O on network file systems",
+                ));
+            }
+        };
+        self.holds.insert(id, held);
+        Ok(())
+    }
+
+    fn read_hold(&mut self, id: HoldId) -> Result<u64, NotDone> {
+        match self.held(id)? {
+            Held::Spliced { pipe } => self.pipes[pipe].peek(),
+            Held::Registered { ring, address } => self.ring(ring)?.load(address),
+        }
+        .map_err(failed)
+    }
+
+    fn write_hold(&mut self, id: HoldId, value: u64) -> Result<(), NotDone> {
+        match self.held(id)? {
+            Held::Spliced { .. } => Err(NotDone::Failed(format!("hold {id} is for reading"))),
+            Held::Registered { ring, address } => {
+                self.ring(ring)?.store(address, value).map_err(failed)
+            }
+        }
+    }
+
+    fn release(&mut self, id: HoldId) -> Result<(), NotDone> {
+        match self.held(id)? {
+            Held::Spliced { pipe } => self.pipes[pipe].empty(),
+            Held::Registered { ring, .. } => self.ring(ring)?.unregister(),
+        }
+        .map_err(failed)?;
+        self.holds.remove(&id);
+        Ok(())
+    }
+
+    fn protect(&mut self, who: Who) -> Result<(), NotDone> {
+        self.order(who, Order::Protect, 0, 0)?;
+        Ok(())
+    }
+
+    fn discard(&mut self, who: Who, page: Page) -> Result<(), NotDone> {
+        self.order(who, Order::Discard, page, 0)?;
+        Ok(())
+    }
+
+    fn migrate(&mut self, who: Who, page: Page) -> Result<(), NotDone> {
+        self.address(page).map_err(failed)?;
+        self.process(who)?;
+        let Some(entry) = self.entry(who, page) else {
+            return Err(NotDone::CannotAsk(
+                "the kernel does not show whose pages are shared (/proc/<pid>/pagemap)",
+            ));
+        };
+        if entry.is_empty() || entry.frame().is_some() && entry.frame() == self.zero_frame {
+            return Err(NotDone::Refused("there is nothing to move".to_owned()));
+        }
+        if !entry.is_mapped_once() {
+            // A collapse would make a copy of it.
+            return Err(NotDone::CannotAsk(
+                "only compaction, which is for root and for the whole host, moves a page that is shared",
+            ));
+        }
+        match self.order(who, Order::Move, page, 0) {
+            Ok(_) => Ok(()),
+            Err(OrderError::Call(error)) => match error.raw_os_error() {
+                Some(libc::EAGAIN) => {
+                    Err(NotDone::Refused("something refers to the page".to_owned()))
+                }
+                Some(libc::EINVAL) => Err(NotDone::CannotAsk(
+                    "this kernel has no MADV_COLLAPSE (Linux 6.1, with transparent huge pages)",
+                )),
+                _ => Err(failed(error)),
+            },
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    fn merge(&mut self, _one: (Who, Page), _other: (Who, Page)) -> Result<(), NotDone> {
+        Err(NotDone::CannotAsk(
+            "KSM is switched on by root, for the whole host, and merges when it likes",
+        ))
+    }
+
+    fn force_write(&mut self, who: Who, page: Page, value: u64) -> Result<(), NotDone> {
+        let address = self.address(page).map_err(failed)?;
+        let memory = self
+            .process(who)?
+            .open("mem", OpenOptions::new().write(true))
+            .map_err(|error| match error.kind() {
+                ErrorKind::PermissionDenied => NotDone::CannotAsk(
+                    "this process may not write its child's memory (ptrace scope, or a security module)",
+                ),
+                _ => failed(error),
+            })?;
+        self.order(who, Order::Forbid, page, 0)?;
+        let written = memory.write_all_at(&value.to_ne_bytes(), address);
+        self.order(who, Order::Allow, page, 0)?;
+        written.map_err(|error| match error.raw_os_error() {
+            Some(libc::EIO) => NotDone::CannotAsk(
+                "this kernel does not override protections for /proc/<pid>/mem (proc_mem.force_override)",
+            ),
+            _ => failed(error),
+        })
+    }
+
+    fn exhaust_memory(&mut self) -> Result<(), NotDone> {
+        Err(NotDone::CannotAsk(
+            "no limit on a process makes just the copy of a page fail",
+        ))
+    }
+
+    fn free_memory(&mut self) -> Result<(), NotDone> {
+        Err(NotDone::CannotAsk(
+            "no limit on a process makes just the copy of a page fail",
+        ))
+    }
+
+    fn refuse_mmu(&mut self, _after: u64) -> Result<(), NotDone> {
+        Err(NotDone::CannotAsk(
+            "a processor does not refuse a change of page tables",
+        ))
+    }
+
+    fn view(&mut self, who: Who, page: Page) -> Option<PageView> {
+        let entry = self.entry(who, page)?;
+        let frame = match entry.frame() {
+            _ if entry.is_empty() => None,
+            // Read and never written.
+            Some(frame) if Some(frame) == self.zero_frame => None,
+            Some(frame) => Some(frame),
+            // Hidden, or in swap.
+            None => return None,
+        };
+        Some(PageView {
+            frame,
+            inside: None,
+        })
+    }
+}
+
+/// Whether a fork was refused for want of something.
+fn is_shortage(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::ENOMEM | libc::EAGAIN))
+}
