@@ -149,6 +149,7 @@ fn help_says_what_there_is() {
         "--pattern",
         "--seed",
         "--report",
+        "--policy",
         "--inject",
         "-v, --verbose",
     ] {
@@ -221,6 +222,14 @@ fn nonsense_is_refused_with_the_limit_named() {
             "[possible values: dense, uniform, hot, sparse]",
         ),
         (&["--inject", "gremlins"], "share-pinned"),
+        (
+            &["--policy", "hope"],
+            "[possible values: mapcount, mapcount-forced-break, refcount, seed, exclusive]",
+        ),
+        (
+            &["--policy", "refcount", "--inject", "share-pinned"],
+            "this is a fault of --policy exclusive, and cannot be put into refcount",
+        ),
         (
             &["--inject", "leak-pin", "--dma-devices", "0"],
             "this fault needs --dma-devices 1 or more",
@@ -468,6 +477,7 @@ fn the_json_report_has_these_keys_and_types() {
         ("config.length.duration_s", "number"),
         ("config.memory_bytes", "count"),
         ("config.pattern", "text"),
+        ("config.policy", "text"),
         ("config.registered_buffers", "count"),
         ("config.restore_every", "count"),
         ("config.seed", "count"),

@@ -12,7 +12,7 @@ use crate::abi::{
     AREA_AVAIL, AREA_DESC, AREA_DRIVER, AREA_HEADERS, AREA_STATUS, AREA_USED, BUFFER_LEN, BootInfo,
     DATA_LEN, DATA_OFFSET, DATA_SPLIT, DEVICE_STRIDE, DriverPage, DriverSlot, FailureKind,
     PAGE_SIZE, PORT_DOORBELL_EVENT, PORT_DOORBELL_EXIT, QUEUE_SIZE, RequestHeader, RequestKind,
-    SLOT_IDLE, SLOT_POSTED, SLOT_STRIDE, STATUS_MISMATCH, STATUS_OK, STATUS_PENDING, STREAM_SLOTS,
+    SLOT_IDLE, SLOT_POSTED, SLOT_STRIDE, STATUS_BAD_REQUEST, STATUS_MISMATCH, STATUS_OK, STATUS_PENDING, STREAM_SLOTS,
     Status, buffer_offset, slot_head, slot_of_head,
 };
 use crate::area::Area;
@@ -90,7 +90,7 @@ impl Driver {
             return;
         }
         for slot in STREAM_SLOTS..self.slots {
-            self.post(slot, RequestKind::Register);
+            self.post(slot, self.slot(slot).registration());
         }
         self.ring_doorbell();
         while !self.broken
@@ -145,7 +145,7 @@ impl Driver {
         };
         let slot = self.slot(number);
         let result = slot.check();
-        if result.is_err() && slot.kind() == Some(RequestKind::Register) {
+        if slot.kind().is_some_and(|kind| !kind.is_transfer()) && slot.was_refused() {
             self.usable &= !(1 << number);
         }
         slot.write_state(SLOT_IDLE);
@@ -291,8 +291,28 @@ impl Slot {
         self.number < STREAM_SLOTS
     }
 
-    /// What to ask for next: the other direction.
+    /// How the buffer is registered: every second one for reading only.
+    fn registration(&self) -> RequestKind {
+        if (self.number - STREAM_SLOTS).is_multiple_of(2) {
+            RequestKind::Register
+        } else {
+            RequestKind::RegisterForReading
+        }
+    }
+
+    /// What to ask for next: the other direction. A buffer that is registered for reading is read once, released and
+    /// registered again: a snapshot may come in between, and then the device is to hold a page that is shared.
     fn next_kind(&self) -> RequestKind {
+        match self.kind() {
+            Some(RequestKind::RegisterForReading) => return RequestKind::RegisteredFromGuest,
+            Some(RequestKind::Unregister) => return RequestKind::RegisterForReading,
+            Some(RequestKind::RegisteredFromGuest)
+                if self.registration() == RequestKind::RegisterForReading =>
+            {
+                return RequestKind::Unregister;
+            }
+            _ => {}
+        }
         let from_guest = match self.kind() {
             Some(RequestKind::ToGuest | RequestKind::RegisteredToGuest) => true,
             Some(RequestKind::FromGuest | RequestKind::RegisteredFromGuest) => false,
@@ -315,7 +335,10 @@ impl Slot {
             RequestKind::FromGuest | RequestKind::RegisteredFromGuest => {
                 dma_key(self.seed, self.device, seq)
             }
-            RequestKind::Register => return,
+            // The bytes stay as they are, on the page as it is: this is no write.
+            RequestKind::Register | RequestKind::RegisterForReading | RequestKind::Unregister => {
+                return;
+            }
         };
         for word in 0..DATA_LEN / 8 {
             self.buffer
@@ -333,7 +356,9 @@ impl Slot {
     fn write_header(&self, kind: RequestKind, seq: u64) {
         let buffer = self.number.saturating_sub(STREAM_SLOTS) as u32;
         let (gpa, len) = match kind {
-            RequestKind::Register => (self.buffer.gpa(DATA_OFFSET), DATA_LEN),
+            RequestKind::Register | RequestKind::RegisterForReading => {
+                (self.buffer.gpa(DATA_OFFSET), DATA_LEN)
+            }
             _ => (0, 0),
         };
         self.header
@@ -397,6 +422,12 @@ impl Slot {
         for word in margin_words() {
             self.buffer.write(8 * word, buffer_word_from_key(key, word));
         }
+    }
+
+    /// Whether the device says that the request makes no sense.
+    fn was_refused(&self) -> bool {
+        let code: u32 = self.status.read(offset_of!(Status, code) as u64);
+        code == STATUS_BAD_REQUEST
     }
 
     /// Checks a request that the device says is complete: its status, its data, and the margins.

@@ -340,7 +340,7 @@ impl FailureKind {
 pub const QUEUE_SIZE: u16 = 64;
 /// Streaming request slots of a device. Slot `s` uses descriptors `4 * s .. 4 * s + 4`.
 pub const STREAM_SLOTS: u64 = 8;
-/// The most registered buffers a device may have; buffer `b` is slot `STREAM_SLOTS + b` and uses
+/// The most registered buffers a device may have at once; buffer `b` is slot `STREAM_SLOTS + b` and uses
 /// descriptors `32 + 2 * b .. 32 + 2 * b + 2`.
 pub const MAX_REGISTERED: u64 = 16;
 /// All slots of a device.
@@ -418,9 +418,9 @@ pub struct RequestHeader {
     pub buffer: u32,
     /// Number of the request, unique on its device. It names the data.
     pub seq: u64,
-    /// [`RequestKind::Register`]: gpa of the bytes to register. Else 0.
+    /// To register: gpa of the bytes. Else 0.
     pub gpa: u64,
-    /// [`RequestKind::Register`]: how many they are. Else 0.
+    /// To register: how many they are. Else 0.
     pub len: u64,
 }
 
@@ -432,12 +432,16 @@ pub enum RequestKind {
     ToGuest = 1,
     /// Read the chain's data descriptors and compare them with the data of `seq`.
     FromGuest = 2,
-    /// Pin `gpa..gpa + len`, for reading and writing, and hold it as registered buffer `buffer` to the end.
+    /// Pin `gpa..gpa + len`, for reading and writing, and hold it as registered buffer `buffer`.
     Register = 3,
     /// [`RequestKind::ToGuest`], with the registered buffer for data.
     RegisteredToGuest = 4,
     /// [`RequestKind::FromGuest`], with the registered buffer for data.
     RegisteredFromGuest = 5,
+    /// [`RequestKind::Register`], for reading only.
+    RegisterForReading = 6,
+    /// Release registered buffer `buffer`.
+    Unregister = 7,
 }
 
 impl RequestKind {
@@ -449,8 +453,21 @@ impl RequestKind {
             3 => Self::Register,
             4 => Self::RegisteredToGuest,
             5 => Self::RegisteredFromGuest,
+            6 => Self::RegisterForReading,
+            7 => Self::Unregister,
             _ => return None,
         })
+    }
+
+    /// Whether it moves data. The others are about registered buffers, whose bytes they leave as they are.
+    pub const fn is_transfer(self) -> bool {
+        match self {
+            Self::ToGuest
+            | Self::FromGuest
+            | Self::RegisteredToGuest
+            | Self::RegisteredFromGuest => true,
+            Self::Register | Self::RegisterForReading | Self::Unregister => false,
+        }
     }
 }
 
@@ -495,7 +512,7 @@ pub struct DriverPage {
 ///
 /// While `state` is [`SLOT_POSTED`] the buffer's content is known: the *poison* of `seq` until a device
 /// has done a to-guest request, the *data* of `seq` from then on, and from the start for a from-guest request.
-/// Of a [`RequestKind::Register`] it is not: the bytes are registered as they are.
+/// Of a request that is no transfer it is not: the bytes are as they were.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct DriverSlot {
@@ -563,7 +580,7 @@ mod tests {
         }
         assert_eq!((0..100).filter_map(Pattern::from_raw).count(), 4);
         assert_eq!((0..100).filter_map(FailureKind::from_raw).count(), 5);
-        assert_eq!((0..100).filter_map(RequestKind::from_raw).count(), 5);
+        assert_eq!((0..100).filter_map(RequestKind::from_raw).count(), 7);
     }
 
     #[test]

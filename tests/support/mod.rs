@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use guest::abi::Pattern;
 use palimpsest::kvm::{Kvm, PlatformError};
+use palimpsest::policy::Policy;
 use palimpsest::session::config::{Config, GuestSource, RunLength};
 use palimpsest::session::progress::{Observer, Progress};
 use palimpsest::session::report::{Oracle, Report, Verdict, Violation};
@@ -57,6 +58,7 @@ pub(crate) fn config() -> Config {
         registered_buffers: 2,
         pattern: Pattern::Uniform,
         seed: 1,
+        policy: Policy::Exclusive,
         inject: None,
     }
 }

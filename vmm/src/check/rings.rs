@@ -129,7 +129,7 @@ impl Area<'_> {
         let Some(kind) = RequestKind::from_raw(kind) else {
             return false;
         };
-        if kind == RequestKind::Register {
+        if !kind.is_transfer() {
             return false;
         }
         let progress = self.progress(slot);

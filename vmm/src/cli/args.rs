@@ -13,6 +13,7 @@ use clap::{
 use guest::abi::Pattern;
 
 use super::units::{parse_size, parse_time};
+use crate::policy::Policy;
 use crate::session::config::{Config, GuestSource, Injection, RunLength, pattern_named};
 
 const AFTER_HELP: &str = "\
@@ -22,6 +23,7 @@ Examples:
   vmm                                         ten seconds with the built-in guest
   vmm --duration 60s --vcpus 4 --pattern hot  a longer run, most writes in few pages
   vmm --snapshots 1000 --report run.json      a number of snapshots, results as JSON
+  vmm --policy mapcount                       see an old Linux leak into snapshots (exit code 3)
   vmm --inject share-pinned                   see an oracle catch a wrong fork (exit code 3)
 
 Ctrl-C ends a run early, with its report. A second one kills it.
@@ -68,7 +70,7 @@ pub(crate) struct Args {
     #[arg(long, value_name = "N", default_value_t = 2, help_heading = "Devices")]
     dma_devices: u64,
 
-    /// Buffers each device pins once and holds to the end
+    /// Buffers each device holds pinned from request to request; every second one only to read, now and then anew
     #[arg(long, value_name = "N", default_value_t = 4, help_heading = "Devices")]
     registered_buffers: u64,
 
@@ -106,6 +108,15 @@ pub(crate) struct Args {
     #[arg(long, value_name = "FAULT", help_heading = "Run")]
     inject: Option<Injection>,
 
+    /// Rules by which pages are shared and copied
+    #[arg(
+        long,
+        value_name = "POLICY",
+        default_value = "exclusive",
+        help_heading = "Memory"
+    )]
+    policy: Policy,
+
     /// Write what was found as JSON, too
     #[arg(long, value_name = "FILE", help_heading = "Output")]
     pub(crate) report: Option<PathBuf>,
@@ -134,6 +145,7 @@ impl Args {
             registered_buffers: self.registered_buffers,
             pattern: self.pattern,
             seed: self.seed.unwrap_or_else(random_seed),
+            policy: self.policy,
             inject: self.inject,
         }
     }
@@ -210,6 +222,7 @@ mod tests {
             "--registered-buffers=2",
             "--pattern=sparse",
             "--seed=18446744073709551615",
+            "--policy=refcount",
             "--inject=leak-pin",
         ]);
         assert_eq!(
@@ -226,6 +239,7 @@ mod tests {
                 registered_buffers: 2,
                 pattern: Pattern::Sparse,
                 seed: u64::MAX,
+                policy: Policy::Refcount,
                 inject: Some(Injection::LeakPin),
             }
         );
@@ -239,6 +253,13 @@ mod tests {
     fn every_pattern_has_a_name() {
         for name in ["dense", "uniform", "hot", "sparse"] {
             assert_eq!(pattern_name(parse(&["--pattern", name]).pattern), name);
+        }
+    }
+
+    #[test]
+    fn every_policy_can_be_asked_for() {
+        for policy in Policy::ALL {
+            assert_eq!(parse(&["--policy", policy.name()]).policy, policy);
         }
     }
 

@@ -321,12 +321,15 @@ impl<P: CowPolicy> Device<P> {
             Job::Transfer { direction, data } => {
                 let buffers = match data {
                     Data::Streamed(buffers) => Some(buffers.as_slice()),
-                    Data::Registered(_) => registered.as_deref().map(std::slice::from_ref),
+                    Data::Registered(_) => registered
+                        .as_deref()
+                        .filter(|buffer| direction.may_use(buffer))
+                        .map(std::slice::from_ref),
                 };
                 let words = Words::new(self.seed, self.index, request.seq);
                 buffers.map_or(Outcome::BadRequest, |b| direction.transfer(words, b))
             }
-            Job::Register { .. } => Outcome::Done { bytes: 0 },
+            Job::Register { .. } | Job::Unregister { .. } => Outcome::Done { bytes: 0 },
             Job::Bad | Job::Unanswerable => Outcome::BadRequest,
         };
         Transferred { request, outcome }
@@ -363,6 +366,7 @@ impl<P: CowPolicy> Device<P> {
             Job::Register { index, buffer } if !state.registered.add(*index, buffer) => {
                 Outcome::BadRequest
             }
+            Job::Unregister { index } if !state.registered.remove(*index) => Outcome::BadRequest,
             _ => outcome,
         };
         state.account(self.index, &request, outcome);

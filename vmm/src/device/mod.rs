@@ -26,7 +26,7 @@
 //! | `engine` | one device: its doorbells, its thread, its lock |
 //! | `ring` | the virtqueue, pinned while it is looked at |
 //! | `request` | what a chain asks for, and the pins it needs |
-//! | `registered` | the buffers held to the end |
+//! | `registered` | the buffers held from one request to another |
 //! | `transfer` | data words to and from pinned memory |
 //! | `state` | what a snapshot keeps of a device |
 //! | `stats` | counters, and what was found wrong |
@@ -41,7 +41,7 @@
 //!
 //! # Pins
 //! Streaming buffers and statuses are pinned from take to publish, registered buffers from their registration
-//! to the end, the ring while it is looked at. Across a restore in place, registered buffers that the
+//! until they are released, the ring while it is looked at. Across a restore in place, registered buffers that the
 //! snapshot has too stay pinned: the restore writes into their frames. Streaming pins are dropped before memory
 //! goes back and taken anew after.
 //!

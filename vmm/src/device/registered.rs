@@ -1,4 +1,4 @@
-//! Registered buffers: pinned once, and held to the end.
+//! Registered buffers: pinned once, and held until the guest releases them.
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
@@ -37,6 +37,11 @@ impl Registered {
         }
     }
 
+    /// Releases the buffer. Says whether there was one.
+    pub(super) fn remove(&mut self, index: u32) -> bool {
+        self.0.remove(&index).is_some()
+    }
+
     pub(super) fn len(&self) -> u64 {
         self.0.len() as u64
     }
@@ -52,6 +57,7 @@ impl Registered {
                 index,
                 gpa: buffer.gpa,
                 len: buffer.len(),
+                for_reading: buffer.access == Access::Read,
             })
             .collect()
     }
@@ -64,10 +70,22 @@ impl Registered {
         states: &[RegisteredState],
     ) -> Result<(), RestoreError> {
         let mut held = std::mem::take(&mut self.0);
-        for &RegisteredState { index, gpa, len } in states {
+        for &RegisteredState {
+            index,
+            gpa,
+            len,
+            for_reading,
+        } in states
+        {
+            let access = if for_reading {
+                Access::Read
+            } else {
+                Access::Write
+            };
+            let is_it = |b: &Buffer| (b.gpa, b.len(), b.access) == (gpa, len, access);
             let buffer = match held.remove(&index) {
-                Some(buffer) if (buffer.gpa, buffer.len()) == (gpa, len) => buffer,
-                _ => Arc::new(Buffer::pin(ram, gpa, len, Access::Write)?),
+                Some(buffer) if is_it(&buffer) => buffer,
+                _ => Arc::new(Buffer::pin(ram, gpa, len, access)?),
             };
             if !is_sound(index, len) || !self.add(index, &buffer) {
                 return Err(RestoreError::Registered { index });

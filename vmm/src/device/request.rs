@@ -49,6 +49,10 @@ pub(super) enum Job {
         index: u32,
         buffer: Arc<Buffer>,
     },
+    /// Release the buffer under this index.
+    Unregister {
+        index: u32,
+    },
     /// Nothing: it made no sense.
     Bad,
     /// Nothing: there was no memory for its pins. It keeps its place, and is never answered.
@@ -76,6 +80,19 @@ pub(super) enum Outcome {
 }
 
 impl Direction {
+    /// What the data must be pinned for.
+    fn access(self) -> Access {
+        match self {
+            Self::ToGuest => Access::Write,
+            Self::FromGuest => Access::Read,
+        }
+    }
+
+    /// Whether `buffer` may be the data.
+    pub(super) fn may_use(self, buffer: &Buffer) -> bool {
+        buffer.access == Access::Write || self.access() == Access::Read
+    }
+
     /// Moves the data of a request, all of it or up to the first wrong word.
     pub(super) fn transfer(self, words: Words, buffers: &[Buffer]) -> Outcome {
         let bytes = buffers.iter().map(Buffer::len).sum();
@@ -163,9 +180,17 @@ impl Request {
                 direction,
                 data: Data::Registered(header.buffer),
             },
+            // For reading and for writing.
             RequestKind::Register => Job::Register {
                 index: header.buffer,
-                buffer: Arc::new(pin_registration(ram, &header)?),
+                buffer: Arc::new(pin_registration(ram, &header, Access::Write)?),
+            },
+            RequestKind::RegisterForReading => Job::Register {
+                index: header.buffer,
+                buffer: Arc::new(pin_registration(ram, &header, Access::Read)?),
+            },
+            RequestKind::Unregister => Job::Unregister {
+                index: header.buffer,
             },
         };
         Ok(())
@@ -241,10 +266,6 @@ fn pin_data<P: CowPolicy>(
     data: &[Descriptor],
     direction: Direction,
 ) -> Result<Vec<Buffer>, Refused> {
-    let access = match direction {
-        Direction::ToGuest => Access::Write,
-        Direction::FromGuest => Access::Read,
-    };
     let is_sound =
         |d: &Descriptor| d.len() > 0 && d.is_write_only() == (direction == Direction::ToGuest);
     let total: u64 = data.iter().map(|d| u64::from(d.len())).sum();
@@ -252,14 +273,24 @@ fn pin_data<P: CowPolicy>(
         return Err(Refused::BadRequest);
     }
     data.iter()
-        .map(|d| Ok(Buffer::pin(ram, d.addr().0, d.len().into(), access)?))
+        .map(|d| {
+            Ok(Buffer::pin(
+                ram,
+                d.addr().0,
+                d.len().into(),
+                direction.access(),
+            )?)
+        })
         .collect()
 }
 
-fn pin_registration<P: CowPolicy>(ram: &Ram<P>, header: &RequestHeader) -> Result<Buffer, Refused> {
+fn pin_registration<P: CowPolicy>(
+    ram: &Ram<P>,
+    header: &RequestHeader,
+    access: Access,
+) -> Result<Buffer, Refused> {
     if !registered::is_sound(header.buffer, header.len) {
         return Err(Refused::BadRequest);
     }
-    // For reading and for writing.
-    Ok(Buffer::pin(ram, header.gpa, header.len, Access::Write)?)
+    Ok(Buffer::pin(ram, header.gpa, header.len, access)?)
 }

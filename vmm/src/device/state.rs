@@ -36,6 +36,9 @@ pub struct RegisteredState {
     pub gpa: u64,
     /// Bytes.
     pub len: u64,
+    /// The device only reads it.
+    #[serde(default)]
+    pub for_reading: bool,
 }
 
 /// Why devices could not be restored. Unless said otherwise they are part old, part new, and must not run on.

@@ -19,6 +19,7 @@ const CHUNK_WORDS: usize = 64;
 #[derive(Debug)]
 pub(super) struct Buffer {
     pub(super) gpa: u64,
+    pub(super) access: Access,
     pinned: PinnedBuffer,
 }
 
@@ -30,7 +31,11 @@ impl Buffer {
         access: Access,
     ) -> Result<Self, RamError> {
         let pinned = ram.pin(gpa, len, access)?;
-        Ok(Self { gpa, pinned })
+        Ok(Self {
+            gpa,
+            access,
+            pinned,
+        })
     }
 
     pub(super) fn len(&self) -> u64 {

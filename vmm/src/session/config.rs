@@ -10,6 +10,7 @@ use guest::abi::{self, Layout, Pattern};
 use serde::{Deserialize, Serialize};
 
 use crate::check::Oracle;
+use crate::policy::Policy;
 
 /// End of the guest image that [`Config::validate`] assumes: well above that of the payload.
 const ASSUMED_IMAGE_END: u64 = 4 << 20;
@@ -38,13 +39,18 @@ pub struct Config {
     pub restore_every: u64,
     /// Number of DMA devices.
     pub dma_devices: u64,
-    /// Buffers each device registers: pinned once and held to the end.
+    /// Buffers each device registers: it holds them pinned from one request to another. Every second one is for reading only, and is released
+    /// and registered anew over and over; the others are held to the end.
     pub registered_buffers: u64,
     /// How vCPUs choose the pages they write.
     #[serde(with = "pattern")]
     pub pattern: Pattern,
     /// Seed of every formula and of every choice the session makes.
     pub seed: u64,
+    /// The copy-on-write policy that memory is kept by.
+    // Reports of before there was a choice have none.
+    #[serde(default)]
+    pub policy: Policy,
     /// The fault to inject, if any.
     pub inject: Option<Injection>,
 }
@@ -139,6 +145,11 @@ impl Injection {
     /// Whether the fault is about DMA, so that without devices it never happens.
     const fn needs_devices(self) -> bool {
         matches!(self, Self::SharePinned | Self::RunDevices | Self::LeakPin)
+    }
+
+    /// Whether the fault is the exclusive policy done wrong.
+    const fn needs_exclusive(self) -> bool {
+        matches!(self, Self::SharePinned | Self::ReuseShared)
     }
 
     /// Whether the fault is about restoring, so that without restores it never happens.
@@ -299,6 +310,16 @@ pub enum ConfigError {
         /// The fault.
         fault: Injection,
     },
+    /// The fault to inject is one of the exclusive policy, and another one runs.
+    #[error(
+        "--inject {fault}: this is a fault of --policy exclusive, and cannot be put into {policy}"
+    )]
+    InjectionNeedsExclusive {
+        /// The fault.
+        fault: Injection,
+        /// The policy.
+        policy: Policy,
+    },
     /// The fault to inject is about restores, and there are none.
     #[error("--inject {fault}: this fault needs --restore-every 1 or more")]
     InjectionNeedsRestores {
@@ -346,6 +367,12 @@ impl Config {
             }
             Some(fault) if fault.needs_restores() && self.restore_every == 0 => {
                 Err(ConfigError::InjectionNeedsRestores { fault })
+            }
+            Some(fault) if fault.needs_exclusive() && self.policy != Policy::Exclusive => {
+                Err(ConfigError::InjectionNeedsExclusive {
+                    fault,
+                    policy: self.policy,
+                })
             }
             _ => Ok(()),
         }
@@ -478,6 +505,7 @@ pub(crate) mod tests {
             registered_buffers: 4,
             pattern: Pattern::Uniform,
             seed: 7,
+            policy: Policy::Exclusive,
             inject: None,
         }
     }
@@ -618,6 +646,13 @@ pub(crate) mod tests {
             }),
             "--inject share-pinned: this fault needs --registered-buffers 1 or more"
         );
+        assert_eq!(
+            refusal(|c| {
+                c.inject = Some(Injection::ReuseShared);
+                c.policy = Policy::Mapcount;
+            }),
+            "--inject reuse-shared: this is a fault of --policy exclusive, and cannot be put into mapcount"
+        );
     }
 
     #[test]
@@ -649,6 +684,14 @@ pub(crate) mod tests {
             let json = serde_json::to_string(&config).unwrap();
             assert_eq!(serde_json::from_str::<Config>(&json).unwrap(), config);
         }
+    }
+
+    #[test]
+    fn a_configuration_without_a_policy_is_of_the_only_one_there_was() {
+        let mut json = serde_json::to_value(example()).unwrap();
+        json.as_object_mut().unwrap().remove("policy").unwrap();
+        let read: Config = serde_json::from_value(json).unwrap();
+        assert_eq!(read, example());
     }
 
     #[test]

@@ -31,7 +31,8 @@ use self::report::Report;
 pub use self::vm::BuildError;
 use crate::check::inject::{Faulty, PolicyFault};
 use crate::kvm::{Kvm, KvmError, PlatformError};
-use crate::mm::{CowPolicy, Exclusive};
+use crate::mm::CowPolicy;
+use crate::policy::UnderPolicy;
 
 /// Why a run could not start.
 #[derive(Debug, thiserror::Error)]
@@ -63,37 +64,38 @@ pub fn run(
     stop: &AtomicBool,
     observer: &mut dyn Observer,
 ) -> Result<Report, RunError> {
+    let run = Run {
+        config,
+        image,
+        stop,
+        observer,
+    };
     match config.inject {
-        Some(Injection::SharePinned) => run_under(
-            Faulty(PolicyFault::SharePinned),
-            config,
-            image,
-            stop,
-            observer,
-        ),
-        Some(Injection::ReuseShared) => run_under(
-            Faulty(PolicyFault::ReuseShared),
-            config,
-            image,
-            stop,
-            observer,
-        ),
-        _ => run_under(Exclusive, config, image, stop, observer),
+        Some(Injection::SharePinned) => run.under(|| Faulty(PolicyFault::SharePinned)),
+        Some(Injection::ReuseShared) => run.under(|| Faulty(PolicyFault::ReuseShared)),
+        _ => config.policy.apply(run),
     }
 }
 
-fn run_under<P: CowPolicy>(
-    policy: P,
-    config: &Config,
+/// A run that only lacks its policy.
+struct Run<'a> {
+    config: &'a Config,
     image: Vec<u8>,
-    stop: &AtomicBool,
-    observer: &mut dyn Observer,
-) -> Result<Report, RunError> {
-    let kvm = Kvm::open()?;
-    let available = HostLimits::detect()
-        .map_err(RunError::HostLimits)?
-        .memory_available;
-    let (events, inbox) = ports::events();
-    let vm = vm::Vm::build(&kvm, config, image, policy, available, events)?;
-    drive::Drive::start(vm, config, inbox, stop, observer)?.run(P::NAME, kvm.platform())
+    stop: &'a AtomicBool,
+    observer: &'a mut dyn Observer,
+}
+
+impl UnderPolicy for Run<'_> {
+    type Output = Result<Report, RunError>;
+
+    fn under<P: CowPolicy>(self, make: fn() -> P) -> Self::Output {
+        let kvm = Kvm::open()?;
+        let available = HostLimits::detect()
+            .map_err(RunError::HostLimits)?
+            .memory_available;
+        let (events, inbox) = ports::events();
+        let vm = vm::Vm::build(&kvm, self.config, self.image, make(), available, events)?;
+        drive::Drive::start(vm, self.config, inbox, self.stop, self.observer)?
+            .run(P::NAME, kvm.platform())
+    }
 }

@@ -488,6 +488,7 @@ pub(crate) mod tests {
                     "length",
                     "memory_bytes",
                     "pattern",
+                    "policy",
                     "registered_buffers",
                     "restore_every",
                     "seed",
