@@ -5,6 +5,7 @@
 mod args;
 mod interrupt;
 mod report_text;
+mod scenario_text;
 mod status;
 pub mod units;
 

@@ -9,6 +9,7 @@
 //! | [`script`] | what that data is made of |
 //! | [`engine`] | plays one and computes the verdict |
 //! | [`verdict`] | what it can come to |
+//! | [`survey`] | all of them, side by side |
 //! | [`performer`] | who acts a scenario out |
 //! | [`emulated`] | ... our own `mm`, under any policy |
 //! | [`living`] | ... the kernel this host runs on, with processes |
@@ -24,6 +25,7 @@ pub mod real;
 pub mod script;
 pub mod soft;
 pub mod stage;
+pub mod survey;
 pub mod table;
 #[cfg(test)]
 mod tests;

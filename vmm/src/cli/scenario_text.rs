@@ -1,0 +1,297 @@
+//! Scenarios for people: the list, the table of verdicts, and one of them told step by step.
+
+use std::collections::BTreeMap;
+use std::fmt::Write;
+
+use crate::policy::Policy;
+use crate::scenario::engine::{Moment, Outcome};
+use crate::scenario::performer::{PageView, Who};
+use crate::scenario::script::Scenario;
+use crate::scenario::survey::Survey;
+use crate::scenario::table::{NOT_HERE, SCENARIOS};
+use crate::scenario::verdict::Verdict;
+
+/// Columns of a title in the table.
+const TITLE: usize = 50;
+
+/// Short enough for a column.
+const fn column(policy: Policy) -> &'static str {
+    match policy {
+        Policy::Mapcount => "mapcnt",
+        Policy::MapcountForcedBreak => "forced",
+        Policy::Refcount => "refcnt",
+        Policy::Seed => "seed",
+        Policy::Exclusive => "excl",
+    }
+}
+
+/// Every scenario there is, and those that are not.
+pub(super) fn list() -> String {
+    let mut text = String::new();
+    for scenario in SCENARIOS {
+        let _ = writeln!(text, "  {:<4} {}", scenario.id, scenario.title);
+    }
+    let _ = writeln!(text, "\nnot here:");
+    for (ids, why) in NOT_HERE {
+        let _ = writeln!(text, "  {ids}: {why}");
+    }
+    text
+}
+
+/// The table: a row a scenario, a column a policy, and the kernel's.
+pub(super) fn table(survey: &Survey) -> String {
+    let mut text = format!(
+        "scenarios, on {}; the kernel is Linux {}\n  {:<4} {:<TITLE$}",
+        survey.stage, survey.kernel, "", ""
+    );
+    for policy in Policy::ALL {
+        let _ = write!(text, " {:<6}", column(policy));
+    }
+    let _ = writeln!(text, " kernel");
+    let mut unasked: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+    let mut wrong = String::new();
+    for row in &survey.rows {
+        let _ = write!(
+            text,
+            "  {:<4} {:<TITLE$}",
+            row.id,
+            shorten(row.title, TITLE)
+        );
+        for policy in Policy::ALL {
+            let cell = row.under(policy);
+            let shown =
+                cell.map_or_else(|| "-".to_owned(), |c| mark(&c.outcome, c.is_as_expected()));
+            let _ = write!(text, " {shown:<6}");
+            if let Some(cell) = cell.filter(|c| !c.is_as_expected()) {
+                let _ = writeln!(
+                    wrong,
+                    "  {} under {policy}: should be {}, and is {}",
+                    row.id,
+                    cell.expected,
+                    in_words(&cell.outcome)
+                );
+            }
+        }
+        let _ = writeln!(
+            text,
+            " {}",
+            mark(&row.kernel, row.kernel_agrees != Some(false))
+        );
+        if row.kernel_agrees == Some(false) {
+            let _ = writeln!(
+                wrong,
+                "  {} on the kernel: {}",
+                row.id,
+                in_words(&row.kernel)
+            );
+        }
+        if let Outcome::CannotAsk(why) = &row.kernel {
+            unasked.entry(why).or_default().push(row.id);
+        }
+    }
+    let _ = writeln!(text);
+    for verdict in [
+        Verdict::Copied,
+        Verdict::Diverged,
+        Verdict::Leaked,
+        Verdict::NotRefused,
+    ] {
+        let _ = writeln!(text, "  {:<4} {}", verdict.name(), verdict.meaning());
+    }
+    if !unasked.is_empty() {
+        let _ = writeln!(text, "  -    the kernel cannot be asked:");
+        for (why, ids) in unasked {
+            let _ = writeln!(text, "       {}:\n         {why}", ids.join(", "));
+        }
+    }
+    if !wrong.is_empty() {
+        let _ = writeln!(text, "\n  ! NOT as the table says:\n{wrong}");
+    }
+    text
+}
+
+/// The verdict, marked if it is not the expected one.
+fn mark(outcome: &Outcome, as_expected: bool) -> String {
+    let name = match outcome {
+        Outcome::Played { verdict, .. } => verdict.name(),
+        Outcome::CannotAsk(_) => "-",
+        Outcome::Failed(_) => "error",
+    };
+    format!("{name}{}", if as_expected { "" } else { "!" })
+}
+
+fn in_words(outcome: &Outcome) -> String {
+    match outcome {
+        Outcome::Played {
+            verdict, findings, ..
+        } => format!("{verdict}: {}", findings.join("; ")),
+        Outcome::CannotAsk(why) | Outcome::Failed(why) => why.clone(),
+    }
+}
+
+fn shorten(text: &str, most: usize) -> String {
+    if text.chars().count() <= most {
+        return text.to_owned();
+    }
+    let kept: String = text.chars().take(most - 1).collect();
+    format!("{}…", kept.trim_end())
+}
+
+/// The head of a story.
+pub(super) fn head(scenario: &Scenario, by: &str) -> String {
+    format!(
+        "{}: {}\n  {}\n  played by: {by}\n\n",
+        scenario.id, scenario.title, scenario.about
+    )
+}
+
+/// One step of a story, with what became of the pages. `by_the_bit` says whether the bit means anything.
+pub(super) fn step(moment: &Moment<'_>, by_the_bit: bool) -> String {
+    let number = moment.number.map_or_else(String::new, |n| n.to_string());
+    let mut text = format!("{number:>3}  {}\n", moment.text);
+    for (who, page, view) in &moment.views {
+        let _ = writeln!(text, "       {}", describe(*who, *page, view, by_the_bit));
+    }
+    for finding in moment.findings {
+        let _ = writeln!(text, "     ! {finding}");
+    }
+    text
+}
+
+fn describe(who: Who, page: u64, view: &PageView, by_the_bit: bool) -> String {
+    let place = format!("{who:?} page {page}");
+    let Some(frame) = view.frame else {
+        return format!("{place}   untouched: reads as zeros, no frame");
+    };
+    let Some((entry, state)) = view.inside else {
+        return format!("{place}   frame {:#x}", frame.0);
+    };
+    let right = if entry.is_writable() { "rw" } else { "ro" };
+    let bit = match (by_the_bit, state.is_exclusive()) {
+        (false, _) => "",
+        (true, true) => "   exclusive",
+        (true, false) => "   possibly shared",
+    };
+    format!(
+        "{place}   {right}   frame {:<4} maps {}  gets {}  pins {}{bit}",
+        frame.0,
+        state.maps(),
+        state.gets(),
+        state.pins()
+    )
+}
+
+/// The end of a story.
+pub(super) fn moral(outcome: &Outcome, expected: Option<Verdict>) -> String {
+    match outcome {
+        Outcome::Played {
+            verdict, copies, ..
+        } => {
+            let copies = copies.map_or_else(String::new, |n| format!(", {n} pages copied"));
+            let agrees = match expected {
+                Some(expected) if expected == *verdict => "as the table says".to_owned(),
+                Some(expected) => format!("NOT as the table says: {expected}"),
+                None => "the table has no word on it".to_owned(),
+            };
+            format!(
+                "\nverdict: {verdict}, {}{copies} ({agrees})\n",
+                verdict.meaning()
+            )
+        }
+        Outcome::CannotAsk(why) => format!("\nno verdict: it cannot be asked: {why}\n"),
+        Outcome::Failed(why) => format!("\nno verdict: {why}\n"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::scenario::emulate;
+    use crate::scenario::soft::SoftStage;
+    use crate::scenario::survey::Row;
+    use crate::scenario::table::find;
+
+    fn survey(ids: &[&str]) -> Survey {
+        Survey {
+            stage: "the software MMU",
+            kernel: "6.0".to_owned(),
+            rows: ids
+                .iter()
+                .map(|id| Row::of(find(id).unwrap(), &SoftStage::new))
+                .collect(),
+        }
+    }
+
+    #[test]
+    fn the_list_has_every_scenario_and_says_what_is_missing() {
+        let list = list();
+        for scenario in SCENARIOS {
+            assert!(list.contains(&format!("  {:<4} {}", scenario.id, scenario.title)));
+        }
+        assert!(list.contains("need huge frames"));
+    }
+
+    #[test]
+    fn the_table_has_a_verdict_a_policy() {
+        let table = table(&survey(&["B1", "E5"]));
+        let row = |id: &str| {
+            let start = format!("  {id} ");
+            let line = table.lines().find(|l| l.starts_with(&start)).unwrap();
+            let verdicts = line.chars().skip(2 + 4 + 1 + TITLE).collect::<String>();
+            verdicts
+                .split_whitespace()
+                .map(str::to_owned)
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(row("B1")[..5], ["LEAK", "ok", "ok", "ok", "ok"]);
+        assert_eq!(row("E5"), ["DIV", "ok", "DIV", "DIV", "ok", "-"]);
+        assert!(table.contains("E5:\n         only RDMA"), "{table}");
+        assert!(!table.contains("NOT as the table"), "{table}");
+        assert!(
+            table
+                .lines()
+                .all(|l| l.starts_with("    ") || l.chars().count() <= 100 + 60)
+        );
+    }
+
+    #[test]
+    fn a_verdict_that_is_not_the_tables_is_marked() {
+        let mut survey = survey(&["B1"]);
+        survey.rows[0].policies[0].expected = Verdict::Ok;
+        survey.rows[0].kernel_agrees = Some(false);
+        assert!(!survey.is_as_expected());
+        let table = table(&survey);
+        assert!(table.contains("LEAK!"), "{table}");
+        assert!(
+            table.contains("B1 under mapcount: should be ok, and is LEAK: hold 0"),
+            "{table}"
+        );
+        assert!(table.contains("B1 on the kernel"), "{table}");
+    }
+
+    #[test]
+    fn a_story_shows_entry_bit_counts_and_frame() {
+        let (scenario, policy) = (find("D1").unwrap(), Policy::Exclusive);
+        let mut story = head(scenario, policy.name());
+        let outcome = emulate(scenario, policy, SoftStage::new().unwrap(), &mut |moment| {
+            story += &step(moment, true);
+        });
+        story += &moral(&outcome, scenario.expected.under(policy));
+        assert!(story.contains("  3  P forks: C is there\n"), "{story}");
+        let state = "P page 0   rw   frame 1    maps 1  gets 0  pins 1   exclusive";
+        assert!(story.contains(state), "{story}");
+        assert!(story.contains("verdict: ok, as it should be, 1 pages copied (as the table says)"));
+        let bug = Policy::Mapcount;
+        let outcome = emulate(scenario, bug, SoftStage::new().unwrap(), &mut |moment| {
+            story += &step(moment, false);
+        });
+        assert!(story.contains("     ! hold 0"), "{story}");
+        assert!(moral(&outcome, Some(Verdict::Ok)).contains("NOT as the table says: ok"));
+    }
+
+    #[test]
+    fn long_titles_are_cut() {
+        assert_eq!(shorten("abcdef", 6), "abcdef");
+        assert_eq!(shorten("abcdefg", 6), "abcde…");
+    }
+}

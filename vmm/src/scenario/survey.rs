@@ -1,0 +1,121 @@
+//! All scenarios under all policies and on the living kernel, side by side.
+
+use serde::Serialize;
+
+use super::engine::Outcome;
+use super::script::Scenario;
+use super::stage::{Stage, StageError};
+use super::table::SCENARIOS;
+use super::verdict::Verdict;
+use super::{ask_the_kernel, emulate};
+use crate::causes::chain;
+use crate::policy::Policy;
+
+/// What came of every scenario.
+#[derive(Clone, Debug, Serialize)]
+pub struct Survey {
+    /// What the emulated ones were played on.
+    pub stage: &'static str,
+    /// Release of the living kernel.
+    pub kernel: String,
+    /// One a scenario, in the order of the table.
+    pub rows: Vec<Row>,
+}
+
+/// What came of one.
+#[derive(Clone, Debug, Serialize)]
+pub struct Row {
+    /// Its name.
+    pub id: &'static str,
+    /// What happens in it.
+    pub title: &'static str,
+    /// Under each policy it is for.
+    pub policies: Vec<Cell>,
+    /// On the living kernel.
+    pub kernel: Outcome,
+    /// Whether the kernel came to what it may; `None` if it can't be asked.
+    pub kernel_agrees: Option<bool>,
+}
+
+/// What came of one scenario under one policy.
+#[derive(Clone, Debug, Serialize)]
+pub struct Cell {
+    /// The policy.
+    pub policy: Policy,
+    /// What the table says.
+    pub expected: Verdict,
+    /// What was computed.
+    pub outcome: Outcome,
+}
+
+impl Cell {
+    /// Whether the policy behaved as its table says.
+    pub fn is_as_expected(&self) -> bool {
+        self.outcome.verdict() == Some(self.expected)
+    }
+}
+
+impl Row {
+    /// Plays `scenario` under every policy it is for, and on the living kernel.
+    pub fn of<S: Stage>(scenario: &Scenario, stage: &dyn Fn() -> Result<S, StageError>) -> Self {
+        let cell = |policy: Policy| {
+            let expected = scenario.expected.under(policy)?;
+            let outcome = match stage() {
+                Ok(stage) => emulate(scenario, policy, stage, &mut |_| {}),
+                Err(error) => Outcome::Failed(chain(&*error)),
+            };
+            Some(Cell {
+                policy,
+                expected,
+                outcome,
+            })
+        };
+        let kernel = ask_the_kernel(scenario, &mut |_| {});
+        let kernel_agrees = match &kernel {
+            Outcome::Played { verdict, .. } => Some(scenario.kernel_agrees(*verdict)),
+            Outcome::CannotAsk(_) => None,
+            Outcome::Failed(_) => Some(false),
+        };
+        Self {
+            id: scenario.id,
+            title: scenario.title,
+            policies: Policy::ALL.into_iter().filter_map(cell).collect(),
+            kernel,
+            kernel_agrees,
+        }
+    }
+
+    /// What came of it under `policy`.
+    pub fn under(&self, policy: Policy) -> Option<&Cell> {
+        self.policies.iter().find(|cell| cell.policy == policy)
+    }
+
+    /// Whether every policy behaved as its table says, and the kernel as it may.
+    pub fn is_as_expected(&self) -> bool {
+        self.policies.iter().all(Cell::is_as_expected) && self.kernel_agrees != Some(false)
+    }
+}
+
+impl Survey {
+    /// Plays every scenario, each on a new stage that `stage` makes. `tick` is told which one is next; if it says `false`
+    /// the survey ends there.
+    pub fn take<S: Stage>(
+        stage: &dyn Fn() -> Result<S, StageError>,
+        tick: &mut dyn FnMut(&Scenario) -> bool,
+    ) -> Self {
+        Self {
+            stage: S::NAME,
+            kernel: super::living::kernel_release(),
+            rows: SCENARIOS
+                .iter()
+                .take_while(|scenario| tick(scenario))
+                .map(|scenario| Row::of(scenario, stage))
+                .collect(),
+        }
+    }
+
+    /// Whether everything in it came out as it should.
+    pub fn is_as_expected(&self) -> bool {
+        self.rows.iter().all(Row::is_as_expected)
+    }
+}
