@@ -149,6 +149,7 @@ fn help_says_what_there_is() {
         "--pattern",
         "--seed",
         "--report",
+        "--track-dirty",
         "--policy",
         "--inject",
         "-v, --verbose",
@@ -222,6 +223,14 @@ fn nonsense_is_refused_with_the_limit_named() {
             "[possible values: dense, uniform, hot, sparse]",
         ),
         (&["--inject", "gremlins"], "share-pinned"),
+        (
+            &["--track-dirty", "0ms"],
+            "--track-dirty 0: must be more than zero",
+        ),
+        (
+            &["--inject", "forget-dirty"],
+            "this fault needs --track-dirty",
+        ),
         (
             &["--policy", "hope"],
             "[possible values: mapcount, mapcount-forced-break, refcount, seed, exclusive]",
@@ -482,7 +491,10 @@ fn the_json_report_has_these_keys_and_types() {
         ("config.restore_every", "count"),
         ("config.seed", "count"),
         ("config.snapshot_every_s", "number"),
+        ("config.track_dirty_s", "null"),
         ("config.vcpus", "count"),
+        ("dirty.pages", "count"),
+        ("dirty.rounds", "count"),
         ("dma.bytes", "count"),
         ("dma.from_guest", "count"),
         ("dma.to_guest", "count"),
@@ -523,6 +535,7 @@ fn the_json_report_has_these_keys_and_types() {
         ("violations.cut", "count"),
         ("violations.isolation", "count"),
         ("violations.life", "count"),
+        ("violations.tracking", "count"),
     ];
     assert_eq!(
         found,

@@ -2,6 +2,8 @@
 
 mod support;
 
+use std::time::Duration;
+
 use palimpsest::check::{Oracle, Violation};
 use palimpsest::session::config::{Config, Injection, RunLength};
 use palimpsest::session::report::Verdict;
@@ -20,6 +22,7 @@ fn caught(fault: Injection) -> Run {
             seed,
             dma_devices: 4,
             length: RunLength::Snapshots(250),
+            track_dirty: (fault == Injection::ForgetDirty).then_some(Duration::from_millis(2)),
             inject: Some(fault),
             ..config()
         });
@@ -143,6 +146,17 @@ fn a_page_that_a_restore_forgets_breaks_life() {
     }
     for violation in violations(Injection::StalePage) {
         assert_tells_where(&violation, config().memory);
+    }
+}
+
+#[test]
+fn a_dirty_page_that_is_kept_back_breaks_tracking() {
+    if no_kvm() {
+        return;
+    }
+    for violation in violations(Injection::ForgetDirty) {
+        assert_tells_where(&violation, config().memory);
+        assert!(violation.snapshot.is_some(), "{violation}");
     }
 }
 

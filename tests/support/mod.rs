@@ -58,6 +58,7 @@ pub(crate) fn config() -> Config {
         registered_buffers: 2,
         pattern: Pattern::Uniform,
         seed: 1,
+        track_dirty: None,
         policy: Policy::Exclusive,
         inject: None,
     }

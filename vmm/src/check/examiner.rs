@@ -13,6 +13,7 @@ use guest::abi::{FOLLOWS_FORMULA, Layout, PAGE_SIZE, Pattern, VcpuPage};
 use super::hammer::{At, Hammered};
 use super::hashes::{self, Hashes};
 use super::rings;
+use super::tracking::{Tracked, Untold};
 use super::view::View;
 use super::violation::{Oracle, Violation};
 use crate::host::PhysMap;
@@ -80,7 +81,14 @@ impl Examiner {
     }
 
     /// Is it the state at one instant? `parent` is the snapshot the VM ran on from, if it lives and was looked at.
-    pub fn first_look(&mut self, snapshot: &Snapshot, parent: Option<&Snapshot>) -> Findings {
+    ///
+    /// And was everything that differs from the snapshot in `tracked` told of?
+    pub fn first_look(
+        &mut self,
+        snapshot: &Snapshot,
+        parent: Option<&Snapshot>,
+        tracked: Option<&Tracked>,
+    ) -> Findings {
         let view = self.view(snapshot);
         let parent = parent.and_then(|p| Some((self.view(p), self.known.get(&p.number())?)));
         let mut findings = Findings::default();
@@ -109,7 +117,12 @@ impl Examiner {
         let parent_hashes = parent.map(|(view, known)| (view, &known.hashes));
         let (hashes, pages) = hashes::first_look(view, 0..end / PAGE_SIZE, parent_hashes);
         findings.pages += pages;
-        self.known.insert(snapshot.number(), Known { ops, hashes });
+        let now = Known { ops, hashes };
+        if let Some(tracked) = tracked {
+            let mut report = Findings::reporter(&mut findings.violations);
+            self.check_tracking(snapshot.number(), &now, tracked, &mut report);
+        }
+        self.known.insert(snapshot.number(), now);
         findings
     }
 
@@ -139,6 +152,33 @@ impl Examiner {
         findings.pages += hashes::last_look(view, &known.hashes, heir, &mut report);
         drop(report);
         findings
+    }
+
+    fn check_tracking(
+        &self,
+        snapshot: u64,
+        now: &Known,
+        tracked: &Tracked,
+        report: &mut dyn FnMut(Violation),
+    ) {
+        let since = tracked.since.number();
+        let Some(before) = self.known.get(&since) else {
+            return;
+        };
+        let untold = Untold {
+            told: &tracked.told,
+            since,
+            snapshot,
+        };
+        match (&before.ops, &now.ops) {
+            (Some(before), Some(now)) => {
+                untold.among(self.hammered.between(before, now), report);
+            }
+            (None, None) => {}
+            // The guest began to follow the formula in between: hashes are of other pages since.
+            _ => return,
+        }
+        untold.hashed(&before.hashes, &now.hashes, report);
     }
 
     fn view<'a>(&'a self, snapshot: &'a Snapshot) -> View<'a> {

@@ -54,6 +54,13 @@ impl Content {
     }
 }
 
+/// A page that was written, and by what.
+pub(super) struct Write {
+    pub(super) gfn: u64,
+    pub(super) vcpu: u64,
+    pub(super) op: u64,
+}
+
 /// A snapshot to look at, and what was found out about its vCPUs.
 #[derive(Clone, Copy)]
 pub(super) struct At<'a> {
@@ -130,6 +137,25 @@ impl Hammered {
             pages += 1;
         }
         pages + self.untouched(now, Oracle::Isolation, report)
+    }
+
+    /// Pages that differ between two instants when the vCPUs had done `some` and `others` operations, and who wrote them. Which of
+    /// the two came first makes no difference: the guest may have been rewound in between.
+    pub(super) fn between<'a>(
+        &'a self,
+        some: &'a [u64],
+        others: &'a [u64],
+    ) -> impl Iterator<Item = Write> + 'a {
+        (0..).zip(some.iter().zip(others)).flat_map(
+            move |(vcpu, (&some, &others)): (u64, (&u64, &u64))| {
+                // The first and the last of them may have been under way at either instant.
+                (some.min(others) + 1..some.max(others)).map(move |op| {
+                    let slot = self.schedules[vcpu as usize].slot_of(op);
+                    let gfn = self.gfn(vcpu, slot);
+                    Write { gfn, vcpu, op }
+                })
+            },
+        )
     }
 
     /// Every slot of every vCPU, and whether `other`'s page is the frame of `now`'s. `in_order` says which of the two is older.

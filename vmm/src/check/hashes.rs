@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::ops::Range;
 
-use super::view::{View, WORDS};
+use super::view::{Page, View, WORDS};
 use super::violation::{Oracle, Violation};
 use crate::mm::Pfn;
 
@@ -68,9 +68,18 @@ pub(super) fn last_look(
     pages
 }
 
+/// What an untouched page would hash to.
+pub(super) fn of_zeros() -> u64 {
+    of(&[0; WORDS])
+}
+
 fn hash(view: View<'_>, gfn: u64) -> u64 {
     let mut page = [0; WORDS];
     view.page(gfn, &mut page);
+    of(&page)
+}
+
+fn of(page: &Page) -> u64 {
     let mut hasher = DefaultHasher::new();
     page.hash(&mut hasher);
     hasher.finish()

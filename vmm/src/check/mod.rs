@@ -6,6 +6,7 @@
 //! | isolation | nothing written after a snapshot ever shows in it | both looks of [`Examiner`] |
 //! | coherence | what a device writes through a pin the guest sees, and the other way round | the guest itself, see `guest::abi::Failure` |
 //! | life | a rewound guest runs on and its own checks hold | the guest, and [`crate::session`] |
+//! | tracking | dirty tracking tells of every page that changes | [`Examiner::first_look`] |
 //! | accounting | at the end every frame is free, no reference or pin is left | [`account`] |
 //!
 //! What memory must hold is a closed formula of the seed and of how many operations each vCPU has done
@@ -23,11 +24,13 @@ pub mod inject;
 mod rings;
 #[cfg(test)]
 mod tests;
+mod tracking;
 mod view;
 pub mod violation;
 mod worker;
 
 pub use account::account;
 pub use examiner::{Examiner, Findings};
+pub use tracking::{Told, Tracked};
 pub use violation::{Oracle, Violation, ViolationCounts};
 pub use worker::{Progress, Unfinished, Worker};

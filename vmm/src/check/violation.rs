@@ -16,17 +16,20 @@ pub enum Oracle {
     Coherence,
     /// A restored guest runs on, and its own checks hold.
     Life,
+    /// Dirty tracking tells of every page that changes.
+    Tracking,
     /// At the end every frame is free and no reference or pin is left.
     Accounting,
 }
 
 impl Oracle {
     /// Every oracle, in the order of the report.
-    pub const ALL: [Self; 5] = [
+    pub const ALL: [Self; 6] = [
         Self::Cut,
         Self::Isolation,
         Self::Coherence,
         Self::Life,
+        Self::Tracking,
         Self::Accounting,
     ];
 
@@ -37,6 +40,7 @@ impl Oracle {
             Self::Isolation => "isolation",
             Self::Coherence => "coherence",
             Self::Life => "life",
+            Self::Tracking => "tracking",
             Self::Accounting => "accounting",
         }
     }
@@ -128,6 +132,10 @@ pub struct ViolationCounts {
     pub coherence: u64,
     /// Of [`Oracle::Life`].
     pub life: u64,
+    /// Of [`Oracle::Tracking`].
+    // Reports of before it was there have none.
+    #[serde(default)]
+    pub tracking: u64,
     /// Of [`Oracle::Accounting`].
     pub accounting: u64,
 }
@@ -140,6 +148,7 @@ impl ViolationCounts {
             Oracle::Isolation => &mut self.isolation,
             Oracle::Coherence => &mut self.coherence,
             Oracle::Life => &mut self.life,
+            Oracle::Tracking => &mut self.tracking,
             Oracle::Accounting => &mut self.accounting,
         };
         *count += 1;
@@ -152,12 +161,13 @@ impl ViolationCounts {
             Oracle::Isolation => self.isolation,
             Oracle::Coherence => self.coherence,
             Oracle::Life => self.life,
+            Oracle::Tracking => self.tracking,
             Oracle::Accounting => self.accounting,
         }
     }
 
     /// Violations all oracles saw.
     pub const fn total(&self) -> u64 {
-        self.cut + self.isolation + self.coherence + self.life + self.accounting
+        self.cut + self.isolation + self.coherence + self.life + self.tracking + self.accounting
     }
 }

@@ -7,6 +7,7 @@ use std::sync::mpsc::{self, Receiver, Sender};
 use std::thread::{self, JoinHandle};
 
 use super::examiner::{Examiner, Findings};
+use super::tracking::Tracked;
 use super::violation::Violation;
 use crate::snapshot::Snapshot;
 
@@ -22,7 +23,7 @@ pub struct Worker {
 
 #[derive(Debug)]
 enum Task {
-    First(Arc<Snapshot>, Option<Arc<Snapshot>>),
+    First(Arc<Snapshot>, Option<Arc<Snapshot>>, Option<Tracked>),
     Last(Arc<Snapshot>, Option<Arc<Snapshot>>),
 }
 
@@ -68,8 +69,9 @@ impl Worker {
             .spawn(move || {
                 for task in todo {
                     let Findings { pages, violations } = match &task {
-                        Task::First(snapshot, parent) => {
-                            let findings = examiner.first_look(snapshot, parent.as_deref());
+                        Task::First(snapshot, parent, tracked) => {
+                            let parent = parent.as_deref();
+                            let findings = examiner.first_look(snapshot, parent, tracked.as_ref());
                             count.checked.fetch_add(1, Ordering::Relaxed);
                             findings
                         }
@@ -94,9 +96,15 @@ impl Worker {
         })
     }
 
-    /// Hands over a new snapshot. `parent` is the one the VM ran on from, if it lives.
-    pub fn first_look(&mut self, snapshot: &Arc<Snapshot>, parent: Option<&Arc<Snapshot>>) {
-        self.hand_over(Task::First(Arc::clone(snapshot), parent.cloned()));
+    /// Hands over a new snapshot. `parent` is the one the VM ran on from, if it lives; `tracked` what dirty tracking has told of, if it was asked.
+    pub fn first_look(
+        &mut self,
+        snapshot: &Arc<Snapshot>,
+        parent: Option<&Arc<Snapshot>>,
+        tracked: Option<Tracked>,
+    ) {
+        let snapshot = Arc::clone(snapshot);
+        self.hand_over(Task::First(snapshot, parent.cloned(), tracked));
     }
 
     /// Hands over a snapshot that nobody needs any more: it is looked at once more and dropped. `heir` is one that lives

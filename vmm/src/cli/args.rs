@@ -108,6 +108,10 @@ pub(crate) struct Args {
     #[arg(long, value_name = "FAULT", help_heading = "Run")]
     inject: Option<Injection>,
 
+    /// Ask every TIME which pages were written, beside the running guest, as a live migration does [default: never]
+    #[arg(long, value_name = "TIME", help_heading = "Memory", value_parser = parse_time)]
+    track_dirty: Option<Duration>,
+
     /// Rules by which pages are shared and copied
     #[arg(
         long,
@@ -145,6 +149,7 @@ impl Args {
             registered_buffers: self.registered_buffers,
             pattern: self.pattern,
             seed: self.seed.unwrap_or_else(random_seed),
+            track_dirty: self.track_dirty,
             policy: self.policy,
             inject: self.inject,
         }
@@ -222,6 +227,7 @@ mod tests {
             "--registered-buffers=2",
             "--pattern=sparse",
             "--seed=18446744073709551615",
+            "--track-dirty=7ms",
             "--policy=refcount",
             "--inject=leak-pin",
         ]);
@@ -239,6 +245,7 @@ mod tests {
                 registered_buffers: 2,
                 pattern: Pattern::Sparse,
                 seed: u64::MAX,
+                track_dirty: Some(Duration::from_millis(7)),
                 policy: Policy::Refcount,
                 inject: Some(Injection::LeakPin),
             }

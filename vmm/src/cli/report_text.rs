@@ -164,6 +164,17 @@ fn rows(report: &Report) -> Vec<(&'static str, String)> {
                 .join(", "),
         ),
     ];
+    if let Some(every) = config.track_dirty {
+        let dirty = &report.dirty;
+        let told = format!(
+            "asked {} times (every {}), {} told",
+            count(dirty.rounds),
+            exact_time(every),
+            plural(dirty.pages, "page")
+        );
+        let forks = rows.iter().position(|(name, _)| *name == "forks");
+        rows.insert(forks.map_or(rows.len(), |at| at + 1), ("dirty", told));
+    }
     if let Some(fault) = config.inject {
         let oracle = fault.caught_by();
         let outcome = if report.violations.of(oracle) > 0 {
@@ -241,6 +252,8 @@ fn plural(number: u64, noun: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
     use crate::session::{config::Injection, report::tests::example};
 
@@ -264,7 +277,7 @@ pins        480,211 fast, 9,004 slow, 24 registered
 forks       94,113 pinned pages copied at once
 DMA         80,120 requests to the guest, 80,118 from it, 1.68 GiB
 memory      1.19 GiB at most, 31,004 of 65,530 mappings
-violations  cut 0, isolation 0, coherence 0, life 0, accounting 0
+violations  cut 0, isolation 0, coherence 0, life 0, tracking 0, accounting 0
 policy      exclusive
 platform    PVM (KVM without VMX or SVM), Linux 6.18.0, 2 CPUs
 seed        7 (repeat with --seed 7)
@@ -326,6 +339,17 @@ seed        7 (repeat with --seed 7)
         let first = text.lines().next().unwrap();
         assert!(first.ends_with("the injected stale-page was NOT caught"));
         assert!(text.contains("\ninjected    stale-page: NOT caught by life\n"));
+    }
+
+    #[test]
+    fn a_run_that_was_tracked_says_so() {
+        let mut report = example();
+        report.config.track_dirty = Some(Duration::from_millis(5));
+        report.dirty.rounds = 12_001;
+        report.dirty.pages = 1;
+        let text = render(&report);
+        let row = "\ndirty       asked 12,001 times (every 5 ms), 1 page told\nDMA ";
+        assert!(text.contains(row), "{text}");
     }
 
     #[test]

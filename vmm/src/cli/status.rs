@@ -279,6 +279,14 @@ fn block(length: RunLength, p: &Progress) -> String {
             ),
         ),
         (
+            "dirty",
+            format!(
+                "asked {} times, {} pages told",
+                count(p.dirty.rounds),
+                count(p.dirty.pages)
+            ),
+        ),
+        (
             "DMA",
             format!("{} requests, {}", count(p.dma_requests), bytes(p.dma_bytes)),
         ),
@@ -291,7 +299,10 @@ fn block(length: RunLength, p: &Progress) -> String {
             ),
         ),
     ]
+    .into_iter()
+    .filter(|(name, _)| *name != "dirty" || p.dirty.rounds > 0)
     .map(|(name, value)| format!("{name:<11} {value}"))
+    .collect::<Vec<_>>()
     .join("\n")
 }
 
@@ -344,7 +355,7 @@ pub(crate) fn printable(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::session::report::{FaultCounts, PinCounts, ViolationCounts};
+    use crate::session::report::{DirtyCounts, FaultCounts, PinCounts, ViolationCounts};
 
     const TEN_SECONDS: RunLength = RunLength::Duration(Duration::from_secs(10));
 
@@ -371,6 +382,7 @@ mod tests {
                 slow: 311,
                 registered: 24,
             },
+            dirty: DirtyCounts::default(),
             dma_requests: 3_401,
             dma_bytes: 38_000_000,
             violations: ViolationCounts::default(),
@@ -395,6 +407,16 @@ mod tests {
              memory      384 MiB in use, 31,004 mappings"
         );
         assert!(block.lines().all(|line| line.chars().count() < 80));
+    }
+
+    #[test]
+    fn dirty_tracking_has_a_line_when_there_is_any() {
+        let mut progress = example();
+        progress.dirty.rounds = 1_200;
+        progress.dirty.pages = 34_000;
+        let block = block(TEN_SECONDS, &progress);
+        let row = "\ndirty       asked 1,200 times, 34,000 pages told\nDMA ";
+        assert!(block.contains(row), "{block}");
     }
 
     #[test]

@@ -47,6 +47,9 @@ pub struct Config {
     pub pattern: Pattern,
     /// Seed of every formula and of every choice the session makes.
     pub seed: u64,
+    /// Time from one question for the pages written since to the next; `None` asks nothing.
+    #[serde(rename = "track_dirty_s", with = "optional_seconds", default)]
+    pub track_dirty: Option<Duration>,
     /// The copy-on-write policy that memory is kept by.
     // Reports of before there was a choice have none.
     #[serde(default)]
@@ -104,11 +107,13 @@ pub enum Injection {
     StalePage,
     /// vCPU registers are captured only after the vCPUs ran on [caught by: cut]
     LateRegisters,
+    /// One page of every answer of dirty tracking is kept back [caught by: tracking]
+    ForgetDirty,
 }
 
 impl Injection {
     /// Every fault there is.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::SharePinned,
         Self::SkipWriteProtect,
         Self::RunDevices,
@@ -116,6 +121,7 @@ impl Injection {
         Self::LeakPin,
         Self::StalePage,
         Self::LateRegisters,
+        Self::ForgetDirty,
     ];
 
     /// The fault's name, as `--inject` takes it.
@@ -128,6 +134,7 @@ impl Injection {
             Self::LeakPin => "leak-pin",
             Self::StalePage => "stale-page",
             Self::LateRegisters => "late-registers",
+            Self::ForgetDirty => "forget-dirty",
         }
     }
 
@@ -139,12 +146,18 @@ impl Injection {
             Self::RunDevices | Self::LateRegisters => Oracle::Cut,
             Self::LeakPin => Oracle::Accounting,
             Self::StalePage => Oracle::Life,
+            Self::ForgetDirty => Oracle::Tracking,
         }
     }
 
     /// Whether the fault is about DMA, so that without devices it never happens.
     const fn needs_devices(self) -> bool {
         matches!(self, Self::SharePinned | Self::RunDevices | Self::LeakPin)
+    }
+
+    /// Whether the fault is about dirty tracking.
+    const fn needs_tracking(self) -> bool {
+        matches!(self, Self::ForgetDirty)
     }
 
     /// Whether the fault is the exclusive policy done wrong.
@@ -310,6 +323,12 @@ pub enum ConfigError {
         /// The fault.
         fault: Injection,
     },
+    /// The fault to inject is about dirty tracking, and there is none.
+    #[error("--inject {fault}: this fault needs --track-dirty")]
+    InjectionNeedsTracking {
+        /// The fault.
+        fault: Injection,
+    },
     /// The fault to inject is one of the exclusive policy, and another one runs.
     #[error(
         "--inject {fault}: this is a fault of --policy exclusive, and cannot be put into {policy}"
@@ -349,6 +368,9 @@ impl Config {
             return Err(ConfigError::KeepNone);
         }
         validate_time("--snapshot-every", self.snapshot_every)?;
+        if let Some(every) = self.track_dirty {
+            validate_time("--track-dirty", every)?;
+        }
         match self.length {
             RunLength::Duration(duration) => validate_time("--duration", duration)?,
             RunLength::Snapshots(0) => {
@@ -367,6 +389,9 @@ impl Config {
             }
             Some(fault) if fault.needs_restores() && self.restore_every == 0 => {
                 Err(ConfigError::InjectionNeedsRestores { fault })
+            }
+            Some(fault) if fault.needs_tracking() && self.track_dirty.is_none() => {
+                Err(ConfigError::InjectionNeedsTracking { fault })
             }
             Some(fault) if fault.needs_exclusive() && self.policy != Policy::Exclusive => {
                 Err(ConfigError::InjectionNeedsExclusive {
@@ -461,6 +486,28 @@ mod seconds {
     }
 }
 
+/// Durations that may be missing as seconds, or `null`.
+mod optional_seconds {
+    use std::time::Duration;
+
+    use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error};
+
+    pub(super) fn serialize<S: Serializer>(
+        value: &Option<Duration>,
+        to: S,
+    ) -> Result<S::Ok, S::Error> {
+        value.map(|time| time.as_secs_f64()).serialize(to)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(
+        from: D,
+    ) -> Result<Option<Duration>, D::Error> {
+        Option::<f64>::deserialize(from)?
+            .map(|seconds| Duration::try_from_secs_f64(seconds).map_err(D::Error::custom))
+            .transpose()
+    }
+}
+
 /// Patterns by name.
 mod pattern {
     use guest::abi::Pattern;
@@ -505,6 +552,7 @@ pub(crate) mod tests {
             registered_buffers: 4,
             pattern: Pattern::Uniform,
             seed: 7,
+            track_dirty: None,
             policy: Policy::Exclusive,
             inject: None,
         }
@@ -602,6 +650,10 @@ pub(crate) mod tests {
             "--snapshot-every 0: must be more than zero"
         );
         assert_eq!(
+            refusal(|c| c.track_dirty = Some(Duration::ZERO)),
+            "--track-dirty 0: must be more than zero"
+        );
+        assert_eq!(
             refusal(|c| c.length = RunLength::Duration(Duration::ZERO)),
             "--duration 0: must be more than zero"
         );
@@ -647,6 +699,10 @@ pub(crate) mod tests {
             "--inject share-pinned: this fault needs --registered-buffers 1 or more"
         );
         assert_eq!(
+            refusal(|c| c.inject = Some(Injection::ForgetDirty)),
+            "--inject forget-dirty: this fault needs --track-dirty"
+        );
+        assert_eq!(
             refusal(|c| {
                 c.inject = Some(Injection::ReuseShared);
                 c.policy = Policy::Mapcount;
@@ -680,6 +736,7 @@ pub(crate) mod tests {
         ] {
             config.length = length;
             config.inject = inject;
+            config.track_dirty = inject.map(|_| Duration::from_micros(7_500));
             config.guest = GuestSource::File("a.elf".into());
             let json = serde_json::to_string(&config).unwrap();
             assert_eq!(serde_json::from_str::<Config>(&json).unwrap(), config);
@@ -687,9 +744,11 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn a_configuration_without_a_policy_is_of_the_only_one_there_was() {
+    fn a_configuration_of_before_there_was_a_choice_can_be_read() {
         let mut json = serde_json::to_value(example()).unwrap();
-        json.as_object_mut().unwrap().remove("policy").unwrap();
+        for key in ["policy", "track_dirty_s"] {
+            json.as_object_mut().unwrap().remove(key).unwrap();
+        }
         let read: Config = serde_json::from_value(json).unwrap();
         assert_eq!(read, example());
     }

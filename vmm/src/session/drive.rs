@@ -16,10 +16,11 @@ use super::life::LifeWatch;
 use super::ports::{Event, Inbox};
 use super::progress::{Observer, Progress};
 use super::report::{
-    DmaCounts, EndedBy, FaultCounts, GuestCounts, MemoryPeaks, PinCounts, Quantiles, Report,
-    SnapshotCounts, Verdict, nanoseconds,
+    DirtyCounts, DmaCounts, EndedBy, FaultCounts, GuestCounts, MemoryPeaks, PinCounts, Quantiles,
+    Report, SnapshotCounts, Verdict, nanoseconds,
 };
 use super::stall::StallMeter;
+use super::tracker::Tracker;
 use super::vm::Vm;
 use crate::causes::chain;
 use crate::check::{Examiner, Oracle, Violation, ViolationCounts, Worker, account};
@@ -58,6 +59,7 @@ pub(super) struct Drive<'a, P: CowPolicy> {
     last_pause: Option<Duration>,
     stall: StallMeter,
     life: LifeWatch,
+    tracker: Option<Tracker>,
     /// Operations that restores have undone.
     ops_undone: u64,
     recent_ops: (Instant, u64, f64),
@@ -126,6 +128,7 @@ impl<'a, P: CowPolicy> Drive<'a, P> {
         let worker = Worker::start(examiner).map_err(RunError::Checker)?;
         let stall = StallMeter::new(vm.layout, vm.machine.tsc_khz());
         vm.start().map_err(RunError::Start)?;
+        let tracker = Tracker::new(config, vm.ram.space().pages());
         let now = Instant::now();
         Ok(Self {
             config,
@@ -145,6 +148,7 @@ impl<'a, P: CowPolicy> Drive<'a, P> {
             last_pause: None,
             stall,
             life: LifeWatch::default(),
+            tracker,
             ops_undone: 0,
             recent_ops: (now, 0, 0.0),
             violations: ViolationCounts::default(),
@@ -194,6 +198,12 @@ impl<'a, P: CowPolicy> Drive<'a, P> {
                     error: Some("the checker has panicked".to_owned()),
                 };
             }
+            if let Some(tracker) = &mut self.tracker
+                && now >= tracker.next()
+                && let Err(error) = tracker.round(self.vm.ram.space())
+            {
+                return End::error(&error);
+            }
             let due = now >= self.next_snapshot;
             if due && self.worker.backlog() <= MOST_BACKLOG {
                 // The next one is due a whole interval from now: a late one is not made up for by a burst.
@@ -202,11 +212,14 @@ impl<'a, P: CowPolicy> Drive<'a, P> {
                     return end;
                 }
             }
-            let wake = if due {
+            let mut wake = if due {
                 Duration::from_millis(1)
             } else {
                 self.next_snapshot.min(self.next_tick) - now
             };
+            if let Some(tracker) = &self.tracker {
+                wake = wake.min(tracker.next().saturating_duration_since(now));
+            }
             if let Some(event) = self.inbox.wait(wake.min(TICK))
                 && let Some(end) = self.handle(event)
             {
@@ -237,11 +250,17 @@ impl<'a, P: CowPolicy> Drive<'a, P> {
         };
         let number = self.taken + 1;
         let parent = self.parent.as_ref().map(|p| p.number());
-        let (snapshot, timing) = match self.vm.parts().take(number, parent, fault) {
+        let (space, tracker) = (self.vm.ram.space(), &mut self.tracker);
+        let mut tracked = Ok(());
+        let taken = self.vm.parts().take_with(number, parent, fault, || {
+            tracked = tracker.as_mut().map_or(Ok(()), |t| t.round(space));
+        });
+        let (snapshot, timing) = match taken {
             Ok(taken) => taken,
             Err(TakeError::Vcpus(error)) => return Err(self.why_vcpus_ended(error)),
             Err(error) => return Err(End::error(&error)),
         };
+        tracked.map_err(|error| End::error(&error))?;
         if let Some(error) = self.vm.devices.take_error() {
             // A request was lost to it, so the snapshot would not pass: this is the better reason.
             return Err(End::error(&error));
@@ -249,7 +268,9 @@ impl<'a, P: CowPolicy> Drive<'a, P> {
         self.taken = number;
         self.note_pause(timing);
         let snapshot = Arc::new(snapshot);
-        self.worker.first_look(&snapshot, self.parent.as_ref());
+        let tracked = self.tracker.as_mut().and_then(|t| t.at(&snapshot));
+        self.worker
+            .first_look(&snapshot, self.parent.as_ref(), tracked);
         self.parent = Some(Arc::clone(&snapshot));
         self.kept.push_back(snapshot);
         while self.kept.len() > self.config.keep {
@@ -491,12 +512,19 @@ impl<'a, P: CowPolicy> Drive<'a, P> {
                 .map(|_| Duration::from_nanos(self.pauses.max())),
             faults: fault_counts(&mm),
             pins: pin_counts(&mm, dma.registered),
+            dirty: self.dirty_counts(),
             dma_requests: dma.to_guest + dma.from_guest,
             dma_bytes: dma.bytes,
             violations: self.violations,
             frames_in_use: self.vm.books.pool.usage().in_use,
             vmas: self.vm.books.budget.used(),
         }
+    }
+
+    fn dirty_counts(&self) -> DirtyCounts {
+        self.tracker
+            .as_ref()
+            .map_or_else(DirtyCounts::default, Tracker::counts)
     }
 
     /// Takes everything apart, looks at what is left, and writes it all down.
@@ -516,7 +544,9 @@ impl<'a, P: CowPolicy> Drive<'a, P> {
         // The guest is stopped first: what is checked from here on is still checked against a machine that was running.
         self.vm.machine.stop();
         let (mm, dma) = (self.vm.ram.space().stats(), self.vm.devices.stats());
-        self.parent = None;
+        let dirty = self.dirty_counts();
+        // They hold snapshots.
+        (self.parent, self.tracker) = (None, None);
         while !self.kept.is_empty() {
             self.retire_oldest();
         }
@@ -584,6 +614,7 @@ impl<'a, P: CowPolicy> Drive<'a, P> {
                 from_guest: dma.from_guest,
                 bytes: dma.bytes,
             },
+            dirty,
             checked_pages: checks.pages,
             violations,
             memory: MemoryPeaks {

@@ -13,6 +13,7 @@
 //! | `drive` | the loop |
 //! | `life` | does a rewound guest run on? |
 //! | `stall` | what the guest felt |
+//! | `tracker` | which pages were written |
 
 pub mod config;
 mod drive;
@@ -21,6 +22,7 @@ mod ports;
 pub mod progress;
 pub mod report;
 mod stall;
+mod tracker;
 mod vm;
 
 use std::sync::atomic::AtomicBool;

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::report::{FaultCounts, PinCounts, Violation, ViolationCounts};
+use super::report::{DirtyCounts, FaultCounts, PinCounts, Violation, ViolationCounts};
 
 /// Counters at one moment of a run.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -29,6 +29,8 @@ pub struct Progress {
     pub faults: FaultCounts,
     /// Pages pinned.
     pub pins: PinCounts,
+    /// Dirty tracking.
+    pub dirty: DirtyCounts,
     /// DMA requests done, in both directions.
     pub dma_requests: u64,
     /// Bytes they transferred.

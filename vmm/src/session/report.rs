@@ -214,6 +214,15 @@ pub struct DmaCounts {
     pub bytes: u64,
 }
 
+/// Dirty tracking, beside the running guest.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DirtyCounts {
+    /// How often it was asked which pages were written.
+    pub rounds: u64,
+    /// Pages in the answers.
+    pub pages: u64,
+}
+
 /// What a run cost the host at its worst.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MemoryPeaks {
@@ -260,6 +269,9 @@ pub struct Report {
     pub pins: PinCounts,
     /// Transfers.
     pub dma: DmaCounts,
+    /// Dirty tracking.
+    #[serde(default)]
+    pub dirty: DirtyCounts,
     /// Pages of snapshots that were compared with what they must hold.
     pub checked_pages: u64,
     /// Violations.
@@ -453,6 +465,7 @@ pub(crate) mod tests {
                 from_guest: 80_118,
                 bytes: 1_804_000_000,
             },
+            dirty: DirtyCounts::default(),
             checked_pages: 178_231_004,
             violations: ViolationCounts::default(),
             memory: MemoryPeaks {
@@ -493,9 +506,11 @@ pub(crate) mod tests {
                     "restore_every",
                     "seed",
                     "snapshot_every_s",
+                    "track_dirty_s",
                     "vcpus",
                 ],
             ),
+            ("dirty", &["pages", "rounds"]),
             ("dma", &["bytes", "from_guest", "to_guest"]),
             ("duration_s", &[]),
             ("ended_by", &[]),
@@ -525,7 +540,14 @@ pub(crate) mod tests {
             ("version", &[]),
             (
                 "violations",
-                &["accounting", "coherence", "cut", "isolation", "life"],
+                &[
+                    "accounting",
+                    "coherence",
+                    "cut",
+                    "isolation",
+                    "life",
+                    "tracking",
+                ],
             ),
         ]);
         assert_eq!(keys(&json), Vec::from_iter(expected.keys().copied()));

@@ -142,6 +142,21 @@ impl<P: CowPolicy> Parts<'_, P> {
         parent: Option<u64>,
         fault: Fault,
     ) -> Result<(Snapshot, Timing), TakeError> {
+        self.take_with(number, parent, fault, || ())
+    }
+
+    /// [`Parts::take`], with something else to be done at the same instant: `after_memory` is called when memory
+    /// was forked and nothing runs yet.
+    ///
+    /// # Errors
+    /// As [`Parts::take`].
+    pub fn take_with(
+        &self,
+        number: u64,
+        parent: Option<u64>,
+        fault: Fault,
+        after_memory: impl FnOnce(),
+    ) -> Result<(Snapshot, Timing), TakeError> {
         let capture = match fault {
             Fault::LateRegisters => Capture::Nothing,
             Fault::None | Fault::RunDevices => Capture::Registers,
@@ -155,6 +170,7 @@ impl<P: CowPolicy> Parts<'_, P> {
             .then(|| self.devices.stop(kicked + BOUNDARY_WAIT));
         let devices = at_large.unwrap_or_else(|| self.devices.capture());
         let memory = self.space.fork()?;
+        after_memory();
         let (vcpus, running) = if fault == Fault::LateRegisters {
             drop(stopped);
             let running = paused.resume();

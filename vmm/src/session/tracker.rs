@@ -1,0 +1,74 @@
+//! Dirty tracking of a run: asks again and again which pages were written, beside the running guest, as a live
+//! migration does.
+//!
+//! Each round write-protects what is writable without intent to copy: pages that devices hold, too. What the
+//! rounds between two snapshots told is checked against what changed between them.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::config::{Config, Injection};
+use super::report::DirtyCounts;
+use crate::check::{Told, Tracked};
+use crate::mm::{AddressSpace, CowPolicy, MmuError};
+use crate::snapshot::Snapshot;
+
+/// Asks which pages were written.
+#[derive(Debug)]
+pub(super) struct Tracker {
+    every: Duration,
+    next: Instant,
+    forgetful: bool,
+    pages: u64,
+    /// Since the last snapshot.
+    told: Told,
+    last: Option<Arc<Snapshot>>,
+    counts: DirtyCounts,
+}
+
+impl Tracker {
+    /// A tracker for a guest of `pages` pages that has just been started, if it is to be tracked.
+    pub(super) fn new(config: &Config, pages: u64) -> Option<Self> {
+        let every = config.track_dirty?;
+        Some(Self {
+            every,
+            next: Instant::now() + every,
+            forgetful: config.inject == Some(Injection::ForgetDirty),
+            pages,
+            told: Told::nothing(pages),
+            last: None,
+            counts: DirtyCounts::default(),
+        })
+    }
+
+    /// When the next round is due.
+    pub(super) fn next(&self) -> Instant {
+        self.next
+    }
+
+    /// Asks.
+    pub(super) fn round<P: CowPolicy>(&mut self, space: &AddressSpace<P>) -> Result<(), MmuError> {
+        let answer = space.take_dirty()?;
+        self.counts.rounds += 1;
+        self.counts.pages += answer.len();
+        if self.forgetful {
+            self.told.add_all_but_one(&answer);
+        } else {
+            self.told.add(&answer);
+        }
+        // A round that took long is not made up for by a burst.
+        self.next = Instant::now() + self.every;
+        Ok(())
+    }
+
+    /// A snapshot was taken, and a round at its very instant: what was told since the one before, to be checked.
+    pub(super) fn at(&mut self, snapshot: &Arc<Snapshot>) -> Option<Tracked> {
+        let told = std::mem::replace(&mut self.told, Told::nothing(self.pages));
+        let since = self.last.replace(Arc::clone(snapshot))?;
+        Some(Tracked { since, told })
+    }
+
+    pub(super) fn counts(&self) -> DirtyCounts {
+        self.counts
+    }
+}
