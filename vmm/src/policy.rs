@@ -55,6 +55,18 @@ impl Policy {
         }
     }
 
+    /// Whether the exclusive bit means anything to it.
+    pub fn goes_by_the_bit(self) -> bool {
+        struct Asked;
+        impl UnderPolicy for Asked {
+            type Output = bool;
+            fn under<P: CowPolicy>(self, _make: fn() -> P) -> bool {
+                P::GOES_BY_THE_BIT
+            }
+        }
+        self.apply(Asked)
+    }
+
     /// Does `what` under it.
     pub fn apply<W: UnderPolicy>(self, what: W) -> W::Output {
         match self {

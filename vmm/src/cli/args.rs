@@ -7,13 +7,14 @@ use std::{
 };
 
 use clap::{
-    ArgAction, Parser,
+    ArgAction, Parser, Subcommand,
     builder::{PossibleValue, PossibleValuesParser, TypedValueParser},
 };
 use guest::abi::Pattern;
 
 use super::units::{parse_size, parse_time};
 use crate::policy::Policy;
+use crate::session::compare::Race;
 use crate::session::config::{Config, GuestSource, Injection, RunLength, pattern_named};
 
 const AFTER_HELP: &str = "\
@@ -25,6 +26,8 @@ Examples:
   vmm --snapshots 1000 --report run.json      a number of snapshots, results as JSON
   vmm --policy mapcount                       see an old Linux leak into snapshots (exit code 3)
   vmm --inject share-pinned                   see an oracle catch a wrong fork (exit code 3)
+  vmm compare                                 three generations of Linux's rules, side by side
+  vmm compare --scenario B1 --policy mapcount one historical bug, step by step
 
 Ctrl-C ends a run early, with its report. A second one kills it.
 
@@ -43,9 +46,14 @@ Exit codes:
     version,
     after_help = AFTER_HELP,
     max_term_width = 100,
-    allow_negative_numbers = true
+    allow_negative_numbers = true,
+    args_conflicts_with_subcommands = true,
+    disable_help_subcommand = true
 )]
 pub(crate) struct Args {
+    #[command(subcommand)]
+    pub(crate) command: Option<Command>,
+
     /// The program to run: the built-in `payload`, or an ELF that follows the guest ABI
     #[arg(long, value_name = "payload|FILE", default_value = "payload", help_heading = "Guest", value_parser = parse_guest)]
     guest: GuestSource,
@@ -126,8 +134,89 @@ pub(crate) struct Args {
     pub(crate) report: Option<PathBuf>,
 
     /// Log more to standard error: -v what happens, -vv every step, -vvv everything
-    #[arg(short, long, action = ArgAction::Count, help_heading = "Output")]
+    #[arg(short, long, action = ArgAction::Count, help_heading = "Output", global = true)]
     pub(crate) verbose: u8,
+}
+
+/// What else the program does.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    Compare(CompareArgs),
+}
+
+/// Race the copy-on-write policies of three generations of Linux, and act their historical bugs out
+///
+/// Runs the same guest, devices and snapshots under each policy, then every scenario under each policy and on the kernel of this host, and prints one screen. Exits with 0 if every policy behaved as its table says, wrong ones included, and with 3 if not.
+#[derive(Debug, clap::Args)]
+pub(crate) struct CompareArgs {
+    /// How long to race under each policy
+    #[arg(long, value_name = "TIME", default_value = "3s", value_parser = parse_time)]
+    duration: Duration,
+
+    /// Memory of the guest
+    #[arg(long, value_name = "SIZE", default_value = "64M", value_parser = parse_size)]
+    memory: u64,
+
+    /// vCPUs of the guest
+    #[arg(long, value_name = "N", default_value_t = 2)]
+    vcpus: u64,
+
+    /// Seed of everything that is chosen [default: random]
+    #[arg(long, value_name = "N")]
+    seed: Option<u64>,
+
+    /// Print JSON instead of the screen
+    #[arg(long)]
+    pub(crate) json: bool,
+
+    /// List the scenarios
+    #[arg(long, conflicts_with_all = ["scenario", "json"])]
+    pub(crate) list: bool,
+
+    /// Play this scenario alone, and tell it step by step
+    #[arg(long, value_name = "ID")]
+    pub(crate) scenario: Option<String>,
+
+    /// The policy to tell the scenario under
+    #[arg(
+        long,
+        value_name = "POLICY",
+        default_value = "exclusive",
+        requires = "scenario"
+    )]
+    pub(crate) policy: Policy,
+
+    /// What to play the scenario on
+    #[arg(
+        long,
+        value_name = "WHAT",
+        default_value = "vcpu",
+        requires = "scenario"
+    )]
+    pub(crate) on: PlayedOn,
+}
+
+/// What a scenario is played on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum PlayedOn {
+    /// A virtual machine with a vCPU
+    Vcpu,
+    /// A software model of one: needs no KVM
+    Soft,
+    /// The kernel of this host, with processes
+    Kernel,
+}
+
+impl CompareArgs {
+    /// The race that was asked for. Draws a seed if none was given.
+    pub(crate) fn race(&self) -> Race {
+        Race {
+            duration: self.duration,
+            seed: self.seed.unwrap_or_else(random_seed),
+            memory: self.memory,
+            vcpus: self.vcpus,
+        }
+    }
 }
 
 impl Args {

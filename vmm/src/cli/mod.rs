@@ -3,7 +3,9 @@
 //! Standard output gets the report and nothing else; standard error gets the rest.
 
 mod args;
+mod compare;
 mod interrupt;
+mod race_text;
 mod report_text;
 mod scenario_text;
 mod status;
@@ -20,7 +22,7 @@ use clap::Parser;
 use tracing::level_filters::LevelFilter;
 
 use self::{
-    args::Args,
+    args::{Args, Command},
     status::{Screen, Status},
 };
 pub use crate::causes::chain;
@@ -42,7 +44,11 @@ pub fn main() -> ExitCode {
     let args = Args::parse();
     let screen = Screen::new();
     start_log(args.verbose, &screen);
-    match run(&args, screen) {
+    let done = match &args.command {
+        Some(Command::Compare(compare)) => compare::run(compare, &screen),
+        None => run(&args, screen),
+    };
+    match done {
         Ok(verdict) => exit_code(verdict),
         Err(failure) => {
             complain(&failure);
@@ -80,12 +86,14 @@ enum Failure {
     Print(#[source] io::Error),
     #[error(transparent)]
     Run(#[from] session::RunError),
+    #[error("--scenario {id}: there is none of that name")]
+    NoScenario { id: String },
 }
 
 impl Failure {
     fn exit_code(&self) -> u8 {
         match self {
-            Self::Config(_) => EXIT_USAGE,
+            Self::Config(_) | Self::NoScenario { .. } => EXIT_USAGE,
             _ => EXIT_ERROR,
         }
     }
@@ -97,6 +105,7 @@ impl Failure {
                 Some("the guest touches all of its memory in time: give it less, or free some")
             }
             Self::Config(_) => Some("vmm --help explains every flag"),
+            Self::NoScenario { .. } => Some("vmm compare --list has them all"),
             Self::Guest { .. } => Some("--guest takes `payload`, or the path of a static ELF"),
             _ => None,
         }

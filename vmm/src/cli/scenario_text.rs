@@ -7,7 +7,7 @@ use crate::policy::Policy;
 use crate::scenario::engine::{Moment, Outcome};
 use crate::scenario::performer::{PageView, Who};
 use crate::scenario::script::Scenario;
-use crate::scenario::survey::Survey;
+use crate::scenario::survey::{Row, Survey};
 use crate::scenario::table::{NOT_HERE, SCENARIOS};
 use crate::scenario::verdict::Verdict;
 
@@ -57,10 +57,13 @@ pub(super) fn table(survey: &Survey) -> String {
             row.id,
             shorten(row.title, TITLE)
         );
+        let star = if row.beyond_promise { "*" } else { "" };
         for policy in Policy::ALL {
             let cell = row.under(policy);
-            let shown =
-                cell.map_or_else(|| "-".to_owned(), |c| mark(&c.outcome, c.is_as_expected()));
+            let shown = cell.map_or_else(
+                || "-".to_owned(),
+                |c| mark(&c.outcome, c.is_as_expected()) + star,
+            );
             let _ = write!(text, " {shown:<6}");
             if let Some(cell) = cell.filter(|c| !c.is_as_expected()) {
                 let _ = writeln!(
@@ -98,6 +101,10 @@ pub(super) fn table(survey: &Survey) -> String {
     ] {
         let _ = writeln!(text, "  {:<4} {}", verdict.name(), verdict.meaning());
     }
+    let _ = writeln!(
+        text,
+        "  *    promised by no policy: a hold that is no pin (FOLL_GET) does not follow its page"
+    );
     if !unasked.is_empty() {
         let _ = writeln!(text, "  -    the kernel cannot be asked:");
         for (why, ids) in unasked {
@@ -203,12 +210,26 @@ pub(super) fn moral(outcome: &Outcome, expected: Option<Verdict>) -> String {
     }
 }
 
+/// What a scenario comes to under every policy and on the kernel.
+pub(super) fn elsewhere(row: &Row) -> String {
+    let mut text = "under: ".to_owned();
+    for cell in &row.policies {
+        let shown = mark(&cell.outcome, cell.is_as_expected());
+        let _ = write!(text, "{} {shown}, ", cell.policy);
+    }
+    let _ = writeln!(
+        text,
+        "kernel {}",
+        mark(&row.kernel, row.kernel_agrees != Some(false))
+    );
+    text
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::scenario::emulate;
     use crate::scenario::soft::SoftStage;
-    use crate::scenario::survey::Row;
     use crate::scenario::table::find;
 
     fn survey(ids: &[&str]) -> Survey {
@@ -277,6 +298,8 @@ mod tests {
             story += &step(moment, true);
         });
         story += &moral(&outcome, scenario.expected.under(policy));
+        story += &elsewhere(&Row::of(scenario, &SoftStage::new));
+        assert!(story.contains("\nunder: mapcount DIV, mapcount-forced-break DIV, refcount ok, "));
         assert!(story.contains("  3  P forks: C is there\n"), "{story}");
         let state = "P page 0   rw   frame 1    maps 1  gets 0  pins 1   exclusive";
         assert!(story.contains(state), "{story}");

@@ -28,6 +28,11 @@ pub struct Scenario {
 }
 
 impl Scenario {
+    /// Whether it shows something that no policy promises: that a hold which is no pin follows its page.
+    pub fn is_beyond_promise(&self) -> bool {
+        self.gets_must_follow && self.expected.exclusive != Some(Verdict::Ok)
+    }
+
     /// Whether the living kernel may come to `verdict`.
     pub fn kernel_agrees(&self, verdict: Verdict) -> bool {
         self.expected.exclusive == Some(verdict)

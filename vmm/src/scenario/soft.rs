@@ -33,7 +33,7 @@ impl SoftStage {
 }
 
 impl Stage for SoftStage {
-    const NAME: &'static str = "software MMU";
+    const NAME: &'static str = "the software MMU";
     type Actor<P: CowPolicy> = SoftVm<P>;
 
     fn pool(&self) -> &Arc<FramePool> {

@@ -29,6 +29,8 @@ pub struct Row {
     pub id: &'static str,
     /// What happens in it.
     pub title: &'static str,
+    /// Whether it shows something that no policy promises.
+    pub beyond_promise: bool,
     /// Under each policy it is for.
     pub policies: Vec<Cell>,
     /// On the living kernel.
@@ -79,6 +81,7 @@ impl Row {
         Self {
             id: scenario.id,
             title: scenario.title,
+            beyond_promise: scenario.is_beyond_promise(),
             policies: Policy::ALL.into_iter().filter_map(cell).collect(),
             kernel,
             kernel_agrees,

@@ -6,6 +6,7 @@
 //! | file | concept |
 //! |---|---|
 //! | [`config`] | what a run is asked to do |
+//! | [`compare`] | the same race under every policy |
 //! | [`report`] | what it found |
 //! | [`progress`] | how it is watched |
 //! | `vm` | the VM, put together |
@@ -15,6 +16,7 @@
 //! | `stall` | what the guest felt |
 //! | `tracker` | which pages were written |
 
+pub mod compare;
 pub mod config;
 mod drive;
 mod life;

@@ -213,7 +213,7 @@ impl RealStage {
 }
 
 impl Stage for RealStage {
-    const NAME: &'static str = "real";
+    const NAME: &'static str = "a real vCPU";
     type Actor<P: CowPolicy> = RealActor<P>;
 
     fn pool(&self) -> &Arc<FramePool> {

@@ -1,0 +1,128 @@
+//! `vmm compare`: real races and scenarios, through the program.
+
+mod support;
+
+use std::process::{Command, Output};
+
+fn vmm(args: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_vmm"))
+        .arg("compare")
+        .args(args)
+        .output()
+        .expect("the program can be started")
+}
+
+fn stdout(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+fn stderr(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+#[test]
+fn every_policy_behaves_as_its_table_says() {
+    if support::no_kvm() {
+        return;
+    }
+    let output = vmm(&["--json", "--duration", "4s", "--seed", "7"]);
+    assert_eq!(
+        output.status.code(),
+        Some(0),
+        "{}\n{}",
+        stdout(&output),
+        stderr(&output)
+    );
+    let json: serde_json::Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    assert_eq!(json["as_expected"], true);
+    let races = json["races"].as_array().expect("races");
+    let of = |policy: &str, oracle: &str| {
+        let race = races.iter().find(|r| r["policy"] == policy).expect(policy);
+        race["report"]["violations"][oracle].as_u64().expect(oracle)
+    };
+    assert!(of("mapcount", "isolation") > 0);
+    assert!(of("refcount", "coherence") > 0);
+    assert_eq!(
+        of("refcount", "isolation"),
+        0,
+        "refcount copies too much, never too little"
+    );
+    for oracle in [
+        "cut",
+        "isolation",
+        "coherence",
+        "life",
+        "tracking",
+        "accounting",
+    ] {
+        assert_eq!(of("exclusive", oracle), 0, "{oracle}");
+    }
+    // Wrong policies lose pages, never frames.
+    for policy in ["mapcount", "mapcount-forced-break", "refcount", "seed"] {
+        assert_eq!(of(policy, "accounting"), 0, "{policy}");
+    }
+    let rows = json["scenarios"]["rows"].as_array().expect("rows");
+    let b1 = rows.iter().find(|r| r["id"] == "B1").expect("B1");
+    assert_eq!(b1["policies"][0]["outcome"]["played"]["verdict"], "leaked");
+    assert_eq!(b1["kernel"]["played"]["verdict"], "ok");
+}
+
+#[test]
+fn a_scenario_is_told_step_by_step_without_kvm() {
+    let output = vmm(&["--scenario", "d1", "--policy", "mapcount", "--on", "soft"]);
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    let story = stdout(&output);
+    for part in [
+        "D1: a device holds a page over a fork",
+        "  3  P forks: C is there",
+        "P page 0   ro   frame 1    maps 2  gets 0  pins 1",
+        "     ! hold 0",
+        "verdict: DIV",
+        "under: mapcount DIV, mapcount-forced-break DIV, refcount ok, seed ok, exclusive ok, kernel",
+    ] {
+        assert!(story.contains(part), "{part}\n{story}");
+    }
+}
+
+#[test]
+fn a_scenario_can_be_played_by_the_kernel() {
+    let output = vmm(&["--scenario", "A1", "--on", "kernel"]);
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    assert!(stdout(&output).contains("played by: Linux "));
+    // What it cannot be asked is said, and is no failure.
+    let output = vmm(&["--scenario", "S1", "--on", "kernel"]);
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    assert!(stdout(&output).contains("cannot be asked: a process has no frozen fork"));
+}
+
+#[test]
+fn the_list_needs_nothing() {
+    let output = vmm(&["--list"]);
+    assert_eq!(output.status.code(), Some(0));
+    assert!(stdout(&output).contains("  B1   the child holds a page as a reader"));
+}
+
+#[test]
+fn mistakes_are_told_with_exit_code_2() {
+    let output = vmm(&["--scenario", "Z9"]);
+    assert_eq!(output.status.code(), Some(2));
+    assert_eq!(
+        stderr(&output),
+        "error: --scenario Z9: there is none of that name\nhint: vmm compare --list has them all\n"
+    );
+    for args in [
+        &["--policy", "mapcount"][..],
+        &["--list", "--scenario", "A1"],
+        &["--vcpus", "0"],
+        &["--duration", "0s"],
+    ] {
+        let output = vmm(args);
+        assert_eq!(
+            output.status.code(),
+            Some(2),
+            "{args:?}: {}",
+            stderr(&output)
+        );
+        assert!(stdout(&output).is_empty(), "{args:?}");
+    }
+}

@@ -1,0 +1,189 @@
+//! `vmm compare`: the policies side by side, in the live race and in the scenarios.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use serde::Serialize;
+
+use super::args::{CompareArgs, PlayedOn};
+use super::scenario_text;
+use super::status::Screen;
+use super::units::exact_time;
+use super::{Failure, interrupt, print, race_text};
+use crate::kvm::Kvm;
+use crate::policy::Policy;
+use crate::scenario::engine::{Moment, Outcome};
+use crate::scenario::real::RealStage;
+use crate::scenario::script::Scenario;
+use crate::scenario::soft::SoftStage;
+use crate::scenario::survey::{Row, Survey};
+use crate::scenario::{ask_the_kernel, emulate, table};
+use crate::session::compare::{Race, Raced};
+use crate::session::progress::{Observer, Progress};
+use crate::session::report::{Verdict, Violation};
+
+/// Everything that was compared: the format of `--json`.
+#[derive(Debug, Serialize)]
+struct Comparison {
+    version: &'static str,
+    as_expected: bool,
+    races: Vec<Raced>,
+    scenarios: Survey,
+}
+
+/// What the comparison comes to: [`Verdict::Violated`] if a policy behaved as its table does not say.
+pub(super) fn run(args: &CompareArgs, screen: &Screen) -> Result<Verdict, Failure> {
+    if args.list {
+        print(&scenario_text::list()).map_err(Failure::Print)?;
+        return Ok(Verdict::Ok);
+    }
+    if let Some(id) = &args.scenario {
+        let scenario = table::find(id).ok_or_else(|| Failure::NoScenario { id: id.clone() })?;
+        return narrate(scenario, args);
+    }
+    compare(args, screen)
+}
+
+fn compare(args: &CompareArgs, screen: &Screen) -> Result<Verdict, Failure> {
+    let race = args.race();
+    // Any policy's configuration is as good as another's.
+    let limits = crate::session::config::HostLimits::detect().map_err(Failure::HostLimits)?;
+    race.config(Policy::Exclusive).validate(&limits)?;
+    let stop = interrupt::stop_flag().map_err(Failure::Signals)?;
+    let mut races = Vec::new();
+    for (policy, number) in Policy::ALL.into_iter().zip(1..) {
+        if stop.load(Ordering::Relaxed) {
+            break;
+        }
+        screen.line(&format!(
+            "{number}/{}: racing under {policy} for {}",
+            Policy::ALL.len() + 1,
+            exact_time(race.duration)
+        ));
+        races.push(race.run(policy, &stop, &mut Quiet { screen })?);
+    }
+    screen.line(&format!(
+        "{0}/{0}: {1} scenarios under each, and on the living kernel",
+        Policy::ALL.len() + 1,
+        table::SCENARIOS.len()
+    ));
+    let scenarios = Survey::take(&RealStage::new, &mut |_| !stop.load(Ordering::Relaxed));
+    finish(args, race, races, scenarios, &stop)
+}
+
+fn finish(
+    args: &CompareArgs,
+    race: Race,
+    races: Vec<Raced>,
+    scenarios: Survey,
+    stop: &Arc<AtomicBool>,
+) -> Result<Verdict, Failure> {
+    let interrupted = stop.load(Ordering::Relaxed);
+    let comparison = Comparison {
+        version: env!("CARGO_PKG_VERSION"),
+        as_expected: !interrupted
+            && races.iter().all(Raced::is_as_expected)
+            && scenarios.is_as_expected(),
+        races,
+        scenarios,
+    };
+    let text = if args.json {
+        serde_json::to_string_pretty(&comparison)
+            .map_err(|e| Failure::Print(io::Error::other(e)))?
+            + "\n"
+    } else {
+        let mut text = race_text::render(&race, &comparison.races);
+        text += "\n";
+        text += &scenario_text::table(&comparison.scenarios);
+        text += if interrupted {
+            "\nnot finished: interrupted\n"
+        } else if comparison.as_expected {
+            "\nok: every policy behaved as its table says\n"
+        } else {
+            "\nNOT ok: something is not as the table says (marked !)\n"
+        };
+        text
+    };
+    print(&text).map_err(Failure::Print)?;
+    Ok(match (interrupted, comparison.as_expected) {
+        (true, _) => Verdict::Error,
+        (false, true) => Verdict::Ok,
+        (false, false) => Verdict::Violated,
+    })
+}
+
+/// Tells one scenario step by step, and what it comes to elsewhere.
+fn narrate(scenario: &Scenario, args: &CompareArgs) -> Result<Verdict, Failure> {
+    let policy = args.policy;
+    let by_the_bit = args.on != PlayedOn::Kernel && policy.goes_by_the_bit();
+    let mut story = String::new();
+    let mut watch = |moment: &Moment<'_>| story += &scenario_text::step(moment, by_the_bit);
+    let (by, outcome, expected) = match args.on {
+        PlayedOn::Vcpu => {
+            Kvm::open().map_err(|e| Failure::Run(e.into()))?;
+            let outcome = match RealStage::new() {
+                Ok(stage) => emulate(scenario, policy, stage, &mut watch),
+                Err(error) => Outcome::Failed(crate::causes::chain(&*error)),
+            };
+            (
+                format!("{policy}, on a real vCPU"),
+                outcome,
+                scenario.expected.under(policy),
+            )
+        }
+        PlayedOn::Soft => {
+            let outcome = match SoftStage::new() {
+                Ok(stage) => emulate(scenario, policy, stage, &mut watch),
+                Err(error) => Outcome::Failed(crate::causes::chain(&*error)),
+            };
+            (
+                format!("{policy}, on the software MMU"),
+                outcome,
+                scenario.expected.under(policy),
+            )
+        }
+        PlayedOn::Kernel => (
+            format!("Linux {}", crate::scenario::living::kernel_release()),
+            ask_the_kernel(scenario, &mut watch),
+            scenario.expected.exclusive,
+        ),
+    };
+    let row = Row::of(scenario, &SoftStage::new);
+    let text = scenario_text::head(scenario, &by)
+        + &story
+        + &scenario_text::moral(&outcome, expected)
+        + &scenario_text::elsewhere(&row);
+    let as_expected = match (&outcome, args.on) {
+        (Outcome::CannotAsk(_), _) => true,
+        (Outcome::Played { verdict, .. }, PlayedOn::Kernel) => scenario.kernel_agrees(*verdict),
+        (outcome, _) => expected.is_none() || outcome.verdict() == expected,
+    };
+    if args.json {
+        let json = serde_json::json!({ "scenario": scenario.id, "by": by, "outcome": outcome, "all": row });
+        print(&format!("{json:#}\n")).map_err(Failure::Print)?;
+    } else {
+        print(&text).map_err(Failure::Print)?;
+    }
+    Ok(if as_expected && row.is_as_expected() {
+        Verdict::Ok
+    } else {
+        Verdict::Violated
+    })
+}
+
+/// Nobody wants to read every violation of a policy that is there to be violated: the report counts them.
+struct Quiet<'a> {
+    screen: &'a Screen,
+}
+
+impl Observer for Quiet<'_> {
+    fn progress(&mut self, _: &Progress) {}
+    fn console(&mut self, _: &str) {}
+    fn violation(&mut self, violation: &Violation) {
+        tracing::debug!(%violation, "seen");
+    }
+    fn note(&mut self, text: &str) {
+        self.screen.line(text);
+    }
+}

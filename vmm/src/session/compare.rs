@@ -1,0 +1,160 @@
+//! The live race under each policy, one after the other, with the same seed.
+//!
+//! The payload and the devices are those of any run. What brings each policy's bug up (PROTOCOL.md 6.3):
+//! * devices hold registered buffers over every snapshot: mapcount shares them with it, and the devices write into it (D2);
+//! * dirty tracking write-protects what devices hold, and the guest writes beside it: refcount takes
+//!   the page from under the device (C1, C5);
+//! * buffers are registered for reading while snapshots share their pages, and the guest writes them again: pins that
+//!   do not look at the bit lose the page (E1).
+
+use std::sync::atomic::AtomicBool;
+use std::time::Duration;
+
+use guest::abi::Pattern;
+use serde::Serialize;
+
+use super::config::{Config, GuestSource, RunLength};
+use super::progress::Observer;
+use super::report::{Report, Verdict};
+use super::{RunError, run};
+use crate::check::Oracle;
+use crate::policy::Policy;
+
+/// The race that is run under every policy.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Race {
+    /// How long, under each.
+    pub duration: Duration,
+    /// Seed of everything that is chosen.
+    pub seed: u64,
+    /// Bytes of guest memory.
+    pub memory: u64,
+    /// vCPUs of the guest.
+    pub vcpus: u64,
+}
+
+/// How the race went under one policy.
+#[derive(Clone, Debug, Serialize)]
+pub struct Raced {
+    /// The policy.
+    pub policy: Policy,
+    /// Oracles that must see something.
+    pub must_show: &'static [Oracle],
+    /// What was seen.
+    pub report: Report,
+}
+
+/// What the policy must be caught at. Only `exclusive` must not be caught at anything.
+pub const fn must_show(policy: Policy) -> &'static [Oracle] {
+    match policy {
+        // Devices write into snapshots: fork shares what they hold.
+        Policy::Mapcount | Policy::MapcountForcedBreak => &[Oracle::Isolation],
+        // Guest and device part: the first write after a write-protection copies, whatever devices hold.
+        Policy::Refcount => &[Oracle::Coherence],
+        // The same for devices that read, if they were given a page that a snapshot shared.
+        Policy::Seed => &[Oracle::Coherence],
+        Policy::Exclusive => &[],
+    }
+}
+
+impl Race {
+    /// What is run under `policy`.
+    pub fn config(&self, policy: Policy) -> Config {
+        Config {
+            guest: GuestSource::Payload,
+            memory: self.memory,
+            vcpus: self.vcpus,
+            length: RunLength::Duration(self.duration),
+            snapshot_every: Duration::from_millis(20),
+            keep: 4,
+            restore_every: 10,
+            dma_devices: 2,
+            registered_buffers: 4,
+            pattern: Pattern::Hot,
+            seed: self.seed,
+            policy,
+            track_dirty: Some(Duration::from_millis(5)),
+            inject: None,
+        }
+    }
+
+    /// Runs it.
+    ///
+    /// # Errors
+    /// If the guest could not be started. That it crashed, under a wrong policy, is no error.
+    pub fn run(
+        &self,
+        policy: Policy,
+        stop: &AtomicBool,
+        observer: &mut dyn Observer,
+    ) -> Result<Raced, RunError> {
+        let report = run(
+            &self.config(policy),
+            guest::PAYLOAD.to_vec(),
+            stop,
+            observer,
+        )?;
+        Ok(Raced {
+            policy,
+            must_show: must_show(policy),
+            report,
+        })
+    }
+}
+
+impl Raced {
+    /// Whether the policy was caught at what it must be caught at, or at nothing if it is right.
+    pub fn is_as_expected(&self) -> bool {
+        if self.must_show.is_empty() {
+            self.report.verdict == Verdict::Ok
+        } else {
+            let seen = |oracle: &Oracle| self.report.violations.of(*oracle) > 0;
+            self.must_show.iter().all(seen)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::session::report::tests::example;
+
+    fn raced(policy: Policy, verdict: Verdict, seen: &[Oracle]) -> Raced {
+        let mut report = example();
+        report.verdict = verdict;
+        report.violations = Default::default();
+        seen.iter()
+            .for_each(|&oracle| report.violations.add(oracle));
+        Raced {
+            policy,
+            must_show: must_show(policy),
+            report,
+        }
+    }
+
+    #[test]
+    fn a_policy_must_show_its_bug_and_exclusive_none() {
+        use Oracle::{Coherence, Isolation, Life};
+        let as_expected =
+            |policy, verdict, seen: &[Oracle]| raced(policy, verdict, seen).is_as_expected();
+        assert!(as_expected(Policy::Exclusive, Verdict::Ok, &[]));
+        assert!(!as_expected(Policy::Exclusive, Verdict::Violated, &[Life]));
+        assert!(!as_expected(Policy::Exclusive, Verdict::Error, &[]));
+        assert!(as_expected(
+            Policy::Mapcount,
+            Verdict::Violated,
+            &[Isolation, Life]
+        ));
+        assert!(!as_expected(
+            Policy::Mapcount,
+            Verdict::Violated,
+            &[Coherence]
+        ));
+        assert!(as_expected(
+            Policy::Refcount,
+            Verdict::Violated,
+            &[Coherence]
+        ));
+        assert!(!as_expected(Policy::Refcount, Verdict::Ok, &[]));
+    }
+}
