@@ -157,8 +157,23 @@ impl<P: CowPolicy> SoftVm<P> {
         policy: P,
         pages: u64,
     ) -> Result<Self, AllocError> {
+        Self::with_mmu(pool, memory, policy, pages, |mmu| Box::new(mmu))
+    }
+
+    /// As [`SoftVm::new`], with something between the address space and its MMU.
+    ///
+    /// # Errors
+    /// If the pool has no room for it.
+    pub fn with_mmu(
+        pool: &Arc<FramePool>,
+        memory: &Arc<SoftMemory>,
+        policy: P,
+        pages: u64,
+        between: impl FnOnce(Arc<SoftMmu>) -> Box<dyn Mmu>,
+    ) -> Result<Self, AllocError> {
         let mmu = SoftMmu::new(pages);
-        let space = AddressSpace::new(Arc::clone(pool), policy, Box::new(Arc::clone(&mmu)), pages)?;
+        let through = between(Arc::clone(&mmu));
+        let space = AddressSpace::new(Arc::clone(pool), policy, through, pages)?;
         Ok(Self::over(space, mmu, memory))
     }
 

@@ -1,0 +1,196 @@
+//! The protocol on the software MMU, an operation at a time. Here: what the tests share.
+//!
+//! | file | tests |
+//! |---|---|
+//! | `transitions` | PROTOCOL.md 3.2 for base frames: faults, pins, forks, restores |
+//! | `get`, `dirty`, `discard`, `migrate`, `merge`, `force` | each operation: its contract, each of its errors |
+//! | `policies` | the rules as tables; which scenario goes wrong under which policy |
+//! | `pool` | where frames come from, and what happens at the limit |
+//! | `refusing` | an MMU and memory that fail on demand |
+//!
+//! An operation that fails must leave everything as it was (I10): a [`Picture`] is taken before and after.
+
+mod dirty;
+mod discard;
+mod force;
+mod get;
+mod merge;
+mod migrate;
+mod policies;
+mod pool;
+mod refusing;
+mod transitions;
+
+use std::fmt;
+use std::sync::Arc;
+
+use self::refusing::{Refusals, RefusingMmu};
+use super::policy::CowPolicy;
+use super::soft::{SoftMemory, SoftVm, soft_pool};
+use super::*;
+
+const P: Gfn = Gfn(0);
+const Q: Gfn = Gfn(1);
+
+/// An address space whose MMU can be told to refuse, and its pool.
+struct World<R = Exclusive> {
+    pool: Arc<FramePool>,
+    memory: Arc<SoftMemory>,
+    vm: SoftVm<R>,
+    mmu: Arc<Refusals>,
+}
+
+fn world() -> World {
+    world_of(4, 64)
+}
+
+fn world_of(pages: u64, frames: u64) -> World {
+    world_under(Exclusive, pages, frames)
+}
+
+fn world_under<R: CowPolicy>(policy: R, pages: u64, frames: u64) -> World<R> {
+    let (pool, memory) = soft_pool(frames).unwrap();
+    world_in(pool, memory, policy, pages)
+}
+
+fn world_in<R: CowPolicy>(
+    pool: Arc<FramePool>,
+    memory: Arc<SoftMemory>,
+    policy: R,
+    pages: u64,
+) -> World<R> {
+    let mmu = Arc::new(Refusals::default());
+    let vm = SoftVm::with_mmu(&pool, &memory, policy, pages, |inner| {
+        Box::new(RefusingMmu {
+            inner,
+            refusals: Arc::clone(&mmu),
+        })
+    })
+    .unwrap();
+    World {
+        pool,
+        memory,
+        vm,
+        mmu,
+    }
+}
+
+impl<R: CowPolicy> World<R> {
+    fn state(&self, gfn: Gfn) -> FrameState {
+        self.pool.state(self.entry(gfn).pfn())
+    }
+    fn entry(&self, gfn: Gfn) -> Entry {
+        self.vm.space.entry(gfn).unwrap()
+    }
+    /// Entry and bit, as PROTOCOL.md 3.1 names them.
+    fn slot(&self, gfn: Gfn) -> &'static str {
+        let (entry, state) = (self.entry(gfn), self.state(gfn));
+        match (
+            entry.is_present(),
+            entry.is_writable(),
+            state.is_exclusive(),
+        ) {
+            (false, ..) => "ZERO",
+            (_, true, true) => "WX",
+            (_, false, true) => "RX",
+            (_, false, false) => "RS",
+            (_, true, false) => "WS",
+        }
+    }
+    fn stats(&self) -> MmStats {
+        self.vm.space.stats()
+    }
+    /// Leaves a page read-only and exclusive: what a fork that was refused, or dirty tracking, does.
+    fn protect_without_sharing(&self, gfn: Gfn) {
+        let pin = self.vm.space.pin(gfn, Access::Read).unwrap();
+        drop(pin);
+        let frozen = self.vm.space.fork().unwrap();
+        drop(frozen);
+        self.vm.space.unshare(gfn).unwrap();
+    }
+    /// Another address space of as many pages with frames of the same pool.
+    fn neighbour(&self, policy: R) -> World<R> {
+        let pages = self.vm.space.pages();
+        world_in(
+            Arc::clone(&self.pool),
+            Arc::clone(&self.memory),
+            policy,
+            pages,
+        )
+    }
+    fn picture(&self) -> Picture {
+        Picture::of(&self.pool, &[self])
+    }
+}
+
+/// All that a failed operation must leave as it was.
+#[derive(PartialEq)]
+struct Picture {
+    /// Of each page of each space: its entry, whether it is marked dirty, what the MMU maps, what a vCPU reads.
+    pages: Vec<(Entry, bool, (Pfn, Protection), u64)>,
+    /// Of each frame.
+    frames: Vec<FrameState>,
+    in_use: u64,
+}
+
+impl Picture {
+    fn of<R: CowPolicy>(pool: &FramePool, worlds: &[&World<R>]) -> Self {
+        let page = |w: &World<R>, gfn| {
+            let entry = w.entry(gfn);
+            let shown = w.vm.mmu.page(gfn);
+            (entry, entry.is_dirty(), shown, w.vm.cpu_read(gfn))
+        };
+        let pages = worlds
+            .iter()
+            .flat_map(|w| (0..w.vm.space.pages()).map(|n| page(w, Gfn(n))))
+            .collect();
+        let frames = (0..pool.frames().len()).map(|n| pool.state(Pfn(n)));
+        Self {
+            pages,
+            frames: frames.collect(),
+            in_use: pool.usage().in_use,
+        }
+    }
+}
+
+impl fmt::Debug for Picture {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let pages = self
+            .pages
+            .iter()
+            .enumerate()
+            .filter(|(_, p)| p.0.is_present() || p.1);
+        let frames = self.frames.iter().enumerate().filter(|(_, s)| s.refs() > 0);
+        f.debug_struct("Picture")
+            .field("pages", &pages.collect::<Vec<_>>())
+            .field("frames", &frames.collect::<Vec<_>>())
+            .field("in_use", &self.in_use)
+            .finish()
+    }
+}
+
+/// Has the MMU refuse the first call that `operation` makes of it, in a fresh world its second, and so on until it
+/// succeeds. Every failure must leave all as it was, and must not stand in the way of another try. Says how often it failed.
+fn refused_at_each_call<W, T, E: fmt::Debug>(
+    setup: impl Fn() -> W,
+    mmu: impl Fn(&W) -> &Refusals,
+    picture: impl Fn(&W) -> Picture,
+    operation: impl Fn(&W) -> Result<T, E>,
+) -> u64 {
+    for nth in 0.. {
+        let world = setup();
+        let before = picture(&world);
+        mmu(&world).at(nth);
+        let result = operation(&world);
+        mmu(&world).never();
+        if result.is_ok() {
+            return nth;
+        }
+        assert_eq!(picture(&world), before, "refused at call {nth}");
+        assert!(
+            operation(&world).is_ok(),
+            "again, after call {nth} was refused"
+        );
+    }
+    unreachable!("an operation asks the MMU a finite number of times")
+}

@@ -1,0 +1,289 @@
+//! Where frames come from, and what happens at the limit.
+
+use super::refusing::RefusingMemory;
+use super::*;
+
+#[test]
+fn a_frame_that_was_used_before_is_zeroed() {
+    let (pool, memory) = soft_pool(8).unwrap();
+    let home = pool.reserve(1).unwrap();
+    let used = pool.allocate_near(&home, 0).unwrap().pfn();
+    memory.store(used, 7);
+    let fresh = pool.allocate_zeroed(&home, 0).unwrap();
+    assert_eq!((fresh.pfn(), memory.load(used)), (used, 0));
+    let elsewhere = pool.allocate().unwrap().pfn();
+    memory.store(elsewhere, 7);
+    let other = pool.allocate_zeroed(&home, 0).unwrap();
+    assert_eq!((other.pfn(), memory.load(elsewhere)), (elsewhere, 0));
+}
+
+/// New memory is zeros already.
+#[test]
+fn a_frame_that_is_new_is_not_zeroed_again() {
+    let (pool, memory) = soft_pool(8).unwrap();
+    let home = pool.reserve(2).unwrap();
+    let first = pool.allocate_zeroed(&home, 0).unwrap();
+    memory.store(Pfn(first.pfn().0 + 1), 7);
+    let second = pool.allocate_zeroed(&home, 1).unwrap();
+    assert_eq!(
+        (second.pfn().0, memory.load(second.pfn())),
+        (first.pfn().0 + 1, 7)
+    );
+}
+
+#[test]
+fn memory_is_committed_in_batches_outside_homes_and_singly_inside() {
+    let memory = RefusingMemory::new(1024);
+    let pool = memory.pool(1024, 1000);
+    let home = pool.reserve(3).unwrap();
+    let runs = || memory.committed.lock().unwrap().clone();
+    let mut held = vec![pool.allocate_near(&home, 1).unwrap()];
+    assert_eq!((runs(), pool.usage().committed), (vec![(2, 1)], 1));
+    for _ in 0..64 {
+        held.push(pool.allocate().unwrap());
+    }
+    assert_eq!(
+        (runs(), pool.usage().committed),
+        (vec![(2, 1), (4, 64)], 65)
+    );
+    held.push(pool.allocate().unwrap());
+    assert_eq!(runs()[2..], [(68, 64)]);
+    assert_eq!((pool.usage().in_use, pool.usage().peak), (66, 66));
+    drop(held);
+    assert_eq!((pool.usage().in_use, pool.usage().peak), (0, 66));
+}
+
+/// A batch ends before a home, before what has memory, at the limit and at the end of the pool.
+#[test]
+fn a_batch_ends_where_others_begin() {
+    let memory = RefusingMemory::new(40);
+    let pool = memory.pool(40, 30);
+    let runs = || memory.committed.lock().unwrap().clone();
+    let skipped = pool.reserve(10).unwrap();
+    let home = pool.reserve(5).unwrap();
+    drop(skipped);
+    let a = pool.allocate().unwrap();
+    assert_eq!((a.pfn(), runs()), (Pfn(10), vec![(10, 1)]));
+    let b = pool.allocate().unwrap();
+    assert_eq!(
+        (b.pfn(), runs()[1..].to_vec()),
+        (Pfn(9), vec![(9, 1)]),
+        "10 has memory"
+    );
+    let near = pool.allocate_near(&home, 0).unwrap();
+    assert_eq!((near.pfn(), runs()[2..].to_vec()), (Pfn(11), vec![(11, 1)]));
+    let mut held: Vec<_> = (0..8).map(|_| pool.allocate().unwrap()).collect();
+    assert_eq!(pool.usage().committed, 11);
+    held.push(pool.allocate().unwrap());
+    assert_eq!(
+        (runs().last().copied(), pool.usage().committed),
+        (Some((16, 19)), 30),
+        "the limit"
+    );
+    for _ in 0..18 {
+        held.push(pool.allocate().unwrap());
+    }
+    assert!(pool.allocate().is_err());
+    assert_eq!(pool.usage().in_use, 30);
+}
+
+#[test]
+fn a_batch_ends_with_the_pool() {
+    let memory = RefusingMemory::new(4);
+    let pool = memory.pool(4, 100);
+    let held: Vec<_> = (0..3)
+        .map(|_| pool.allocate().unwrap().into_held())
+        .collect();
+    assert_eq!(*memory.committed.lock().unwrap(), [(1, 3)]);
+    assert!(matches!(
+        pool.allocate(),
+        Err(AllocError::Limit { limit: 100 })
+    ));
+    let mut pfns: Vec<_> = held.iter().map(Get::pfn).collect();
+    pfns.sort_unstable();
+    assert_eq!(pfns, [Pfn(1), Pfn(2), Pfn(3)]);
+}
+
+#[test]
+fn memory_that_the_host_refuses_is_an_error_and_not_a_leak() {
+    let memory = RefusingMemory::new(1024);
+    let pool = memory.pool(1024, 1000);
+    let home = pool.reserve(3).unwrap();
+    memory.refusals.from(0);
+    let Err(error) = pool.allocate() else {
+        panic!("the host refused");
+    };
+    assert!(
+        matches!(error, AllocError::Host { count: 64, .. }),
+        "{error}"
+    );
+    let Err(error) = pool.allocate_near(&home, 0) else {
+        panic!("the host refused");
+    };
+    assert!(
+        matches!(error, AllocError::Host { count: 1, .. }),
+        "{error}"
+    );
+    assert_eq!((pool.usage().in_use, pool.usage().committed), (0, 0));
+    memory.refusals.never();
+    assert_eq!(
+        pool.allocate().unwrap().pfn(),
+        Pfn(4),
+        "it is the first again"
+    );
+    assert_eq!(pool.allocate_near(&home, 0).unwrap().pfn(), Pfn(1));
+    memory.refusals.from(0);
+    assert!(
+        FramePool::new(memory, 1, 1).is_err(),
+        "not even the zero frame"
+    );
+}
+
+#[test]
+#[should_panic(expected = "at least the zero frame")]
+fn a_pool_of_no_frames_is_a_bug() {
+    drop(soft_pool(0));
+}
+
+#[test]
+fn homes_lie_apart_and_large_ones_are_aligned() {
+    let (pool, _) = soft_pool(2048).unwrap();
+    let first = |pages| {
+        let home = pool.reserve(pages).unwrap();
+        (pool.allocate_near(&home, 0).unwrap().pfn().0, home)
+    };
+    let (small, _small) = first(511);
+    let (large, _large) = first(512);
+    let (next, _next) = first(2);
+    assert_eq!((small, large, next), (1, 512, 1024));
+    let error = pool.reserve(513).map(drop).unwrap_err();
+    assert!(matches!(error, AllocError::Home { pages: 513 }));
+    assert_eq!(
+        error.to_string(),
+        "the frame pool has no room for a home of 513 pages"
+    );
+    let (last, _last) = first(512);
+    assert_eq!(last, 1536);
+}
+
+#[test]
+fn a_home_may_reach_to_the_end_of_the_pool() {
+    let (pool, _) = soft_pool(5).unwrap();
+    assert!(pool.reserve(5).is_err());
+    let home = pool.reserve(4).unwrap();
+    assert_eq!(pool.allocate_near(&home, 3).unwrap().pfn(), Pfn(4));
+}
+
+/// Frames that alignment skips are not lost, and neither is a home that is given up.
+#[test]
+fn every_frame_but_the_zero_frame_can_be_had() {
+    let (pool, _) = soft_pool(1024).unwrap();
+    let home = pool.reserve(512).unwrap();
+    let orphan = pool.allocate_near(&home, 3).unwrap();
+    let mut held: Vec<_> = (1..512).map(|_| pool.allocate().unwrap()).collect();
+    assert!(
+        pool.allocate().is_err(),
+        "what is reserved is for its page alone"
+    );
+    drop(home);
+    for _ in 0..511 {
+        held.push(pool.allocate().unwrap());
+    }
+    assert!(pool.allocate().is_err());
+    drop(orphan);
+    held.push(pool.allocate().unwrap());
+    assert!(pool.allocate().is_err());
+    let mut pfns: Vec<_> = held.iter().map(|f| f.pfn().0).collect();
+    pfns.sort_unstable();
+    assert!(pfns.into_iter().eq(1..1024));
+    assert_eq!(pool.usage().in_use, 1023);
+}
+
+#[test]
+fn a_freed_frame_of_a_home_is_for_its_page_alone() {
+    let (pool, _) = soft_pool(8).unwrap();
+    let home = pool.reserve(6).unwrap();
+    drop(pool.allocate_near(&home, 0).unwrap());
+    let only = pool.allocate().unwrap();
+    assert_eq!(only.pfn(), Pfn(7));
+    assert!(pool.allocate().is_err());
+    assert_eq!(pool.allocate_near(&home, 0).unwrap().pfn(), Pfn(1));
+}
+
+#[test]
+fn leftovers_are_what_is_allocated_or_held() {
+    let (pool, _) = soft_pool(64).unwrap();
+    let a = pool.allocate().unwrap();
+    let b = pool.allocate().unwrap().into_held();
+    assert_eq!(
+        pool.leftovers(9).iter().map(|l| l.0).collect::<Vec<_>>(),
+        [a.pfn(), b.pfn()]
+    );
+    assert_eq!(pool.leftovers(1).len(), 1);
+    assert_eq!(pool.leftovers(0), []);
+    let (pfn, state) = pool.leftovers(9)[1];
+    assert_eq!((pfn, state.gets(), state.maps()), (b.pfn(), 1, 0));
+    drop((a, b));
+    assert_eq!(pool.leftovers(9), []);
+}
+
+/// What nobody maps can neither be pinned nor held: its owner is about to hand it out or has just let it go.
+#[test]
+fn a_frame_that_nothing_maps_is_nobodys() {
+    let (pool, _) = soft_pool(8).unwrap();
+    let held = pool.allocate().unwrap().into_held();
+    assert!(pool.try_get(held.pfn()).is_err());
+    assert!(pool.try_pin(held.pfn(), Access::Read, &Mapcount).is_err());
+    assert!(pool.try_get(Pfn::ZERO).is_ok(), "zeros are always there");
+}
+
+#[test]
+fn a_frame_has_room_for_so_many_holds() {
+    let w = world();
+    w.vm.cpu_write(P, 5).unwrap();
+    let pfn = w.entry(P).pfn();
+    let gets: Vec<_> = (0..0xffff).map(|_| w.pool.try_get(pfn).unwrap()).collect();
+    let full = w.pool.try_get(pfn).unwrap_err();
+    assert_eq!((full.gets(), full.maps(), full.pins()), (0xffff, 1, 0));
+    assert!(
+        w.vm.space.discard(P, 1).is_err(),
+        "there is no room for the hold of a discard"
+    );
+    assert_eq!(w.slot(P), "WX");
+    drop(gets);
+    assert_eq!(w.state(P).refs(), 1);
+}
+
+#[test]
+fn a_full_pin_counter_is_an_error() {
+    let w = world();
+    let pins: Vec<_> = (0..0xf_ffff)
+        .map(|_| w.vm.space.pin(P, Access::Write).unwrap())
+        .collect();
+    let error = w.vm.space.pin(P, Access::Write).unwrap_err();
+    assert!(matches!(error, PinError::TooMany { gfn: P }));
+    assert_eq!(
+        (w.state(P).pins(), w.state(P).gets(), w.slot(P)),
+        (0xf_ffff, 0, "WX")
+    );
+    drop(pins);
+    assert_eq!(w.state(P).refs(), 1);
+}
+
+#[test]
+fn the_pool_says_how_full_it_is() {
+    let (pool, _) = soft_pool(64).unwrap();
+    let frame = pool.allocate().unwrap();
+    let usage = PoolUsage {
+        in_use: 1,
+        peak: 1,
+        committed: 63,
+        limit: 64,
+    };
+    assert_eq!(pool.usage(), usage);
+    assert_eq!(
+        format!("{pool:?}"),
+        format!("FramePool {{ usage: {usage:?} }}")
+    );
+    drop(frame);
+}
