@@ -163,17 +163,10 @@ impl FramePool {
     /// A frame for anything: not zeroed.
     pub(super) fn allocate(self: &Arc<Self>) -> Result<Fresh, AllocError> {
         let mut a = lock(&self.allocator);
-        let pfn = match a.free.pop() {
-            Some(pfn) => pfn,
-            None if a.fresh < self.frames.len() => {
-                a.fresh += 1;
-                Pfn(a.fresh - 1)
-            }
-            None => {
-                return Err(AllocError::Limit {
-                    limit: a.usage.limit,
-                });
-            }
+        let Some(pfn) = a.pick(self.frames.len()) else {
+            return Err(AllocError::Limit {
+                limit: a.usage.limit,
+            });
         };
         if let Err(error) = a.take(pfn, self.frames.len(), COMMIT_BATCH, &*self.memory) {
             a.free.push(pfn);
@@ -212,7 +205,7 @@ impl FramePool {
     ) -> Result<(Fresh, bool), AllocError> {
         let pfn = Pfn(home.first.0 + index);
         let mut a = lock(&self.allocator);
-        if a.allocated.get(pfn) {
+        if a.allocated.get(pfn) || !a.can_back(pfn) {
             drop(a);
             return Ok((self.allocate()?, false));
         }
@@ -309,7 +302,24 @@ impl fmt::Debug for FramePool {
 }
 
 impl Allocator {
-    /// Marks `pfn` allocated, with memory behind it: `batch` frames are committed at a time.
+    /// Takes a frame outside homes off the free ones: the last that was freed. At the limit, one that has memory already.
+    fn pick(&mut self, frames: u64) -> Option<Pfn> {
+        if let Some(at) = self.free.iter().rposition(|&pfn| self.can_back(pfn)) {
+            return Some(self.free.swap_remove(at));
+        }
+        let pfn = Pfn(self.fresh);
+        (pfn.0 < frames && self.can_back(pfn)).then(|| {
+            self.fresh += 1;
+            pfn
+        })
+    }
+
+    /// Whether there is memory for `pfn`, or may be.
+    fn can_back(&self, pfn: Pfn) -> bool {
+        self.usage.committed < self.usage.limit || self.committed.get(pfn)
+    }
+
+    /// Marks `pfn` allocated, with memory behind it: `batch` frames are committed at a time. There can be memory for it.
     fn take(
         &mut self,
         pfn: Pfn,
@@ -318,16 +328,11 @@ impl Allocator {
         memory: &dyn FrameMemory,
     ) -> Result<(), AllocError> {
         if !self.committed.get(pfn) {
-            let room = self.usage.limit.saturating_sub(self.usage.committed);
+            let room = self.usage.limit - self.usage.committed;
             let count = (pfn.0..frames)
                 .take(batch.min(room) as usize)
                 .take_while(|&n| !self.committed.get(Pfn(n)) && !self.reserved_apart(pfn, Pfn(n)))
                 .count() as u64;
-            if count == 0 {
-                return Err(AllocError::Limit {
-                    limit: self.usage.limit,
-                });
-            }
             memory
                 .commit(pfn, count)
                 .map_err(|source| AllocError::Host { count, source })?;

@@ -3,6 +3,62 @@
 use super::refusing::RefusingMemory;
 use super::*;
 
+/// At the limit a free frame that has memory must be found behind one that has none.
+#[test]
+fn at_the_limit_a_free_frame_with_memory_is_used() {
+    let (frames, limit) = (4096, 2);
+    let memory = RefusingMemory::new(frames);
+    let pool = memory.pool(frames, limit);
+    let (a, b) = (pool.allocate().unwrap(), pool.allocate().unwrap());
+    assert!(matches!(
+        pool.allocate(),
+        Err(AllocError::Limit { limit: 2 })
+    ));
+    let with_memory = b.pfn();
+    drop(b);
+    // A home that was never touched leaves frames without memory, freed last.
+    drop(pool.reserve(8).unwrap());
+    let again = pool.allocate().unwrap();
+    assert_eq!(again.pfn(), with_memory);
+    assert!(matches!(
+        pool.allocate(),
+        Err(AllocError::Limit { limit: 2 })
+    ));
+    drop((a, again));
+    assert_eq!(
+        (
+            pool.usage().in_use,
+            pool.usage().committed,
+            pool.usage().peak
+        ),
+        (0, 2, 2)
+    );
+}
+
+/// A home without memory must not keep a page from the memory that others have given back.
+#[test]
+fn at_the_limit_a_page_is_filled_away_from_home() {
+    let (frames, limit) = (4096, 3);
+    let memory = RefusingMemory::new(frames);
+    let w = world_in(
+        memory.pool(frames, limit),
+        Arc::clone(&memory.inner),
+        Exclusive,
+        4,
+    );
+    w.vm.cpu_write(P, 5).unwrap();
+    w.vm.cpu_write(Q, 5).unwrap();
+    let frozen = w.vm.space.fork().unwrap();
+    w.vm.cpu_write(P, 6).unwrap();
+    let error = w.vm.cpu_write(Gfn(2), 7).unwrap_err();
+    assert!(error.to_string().contains("out of memory"), "{error}");
+    drop(frozen);
+    w.vm.space.write_fault(Gfn(2)).unwrap();
+    assert_eq!((w.slot(Gfn(2)), w.vm.cpu_read(Gfn(2))), ("WX", 0));
+    assert_eq!((w.pool.usage().in_use, w.pool.usage().committed), (3, 3));
+    assert!(w.vm.cpu_write(Gfn(3), 7).is_err());
+}
+
 #[test]
 fn a_frame_that_was_used_before_is_zeroed() {
     let (pool, memory) = soft_pool(8).unwrap();
