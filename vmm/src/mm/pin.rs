@@ -59,8 +59,8 @@ impl<P: CowPolicy> AddressSpace<P> {
     /// # Errors
     /// As [`AddressSpace::pin`].
     pub fn pin_range(&self, first: Gfn, count: u64, access: Access) -> Result<Vec<Pin>, PinError> {
-        (first.0..first.0.saturating_add(count))
-            .map(|gfn| self.pin(Gfn(gfn), access))
+        (0..count)
+            .map(|n| self.pin(Gfn(first.0.saturating_add(n)), access))
             .collect()
     }
 

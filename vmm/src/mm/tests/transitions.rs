@@ -331,6 +331,11 @@ fn a_page_beyond_the_end_is_refused_everywhere() {
     assert!(w.vm.space.unshare(beyond).is_err());
     assert!(w.vm.space.pin(beyond, Access::Read).is_err());
     assert!(w.vm.space.pin_range(Gfn(3), 2, Access::Read).is_err());
+    assert!(
+        w.vm.space
+            .pin_range(Gfn(u64::MAX), 1, Access::Read)
+            .is_err()
+    );
     assert!(w.vm.space.get(beyond, Access::Read).is_err());
     assert_eq!(
         w.state(Gfn(3)).pins(),
