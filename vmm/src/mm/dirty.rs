@@ -15,6 +15,9 @@
 //! A device writes through its pin and not through the entry. So a pinned page is reported **and stays marked**:
 //! it is reported once more after the device has let go. Pins for reading are not told apart from those for writing:
 //! such a page is reported though nobody wrote it, and never the other way round.
+//!
+//! Not reported: what a host writer writes through a [`Get`](super::Get) after the answer that the hold was taken before. Holds are
+//! short; who holds longer takes a pin.
 
 use super::addr::{Gfn, Protection};
 use super::mmu::MmuError;

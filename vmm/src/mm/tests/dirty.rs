@@ -90,6 +90,17 @@ fn a_pinned_page_stays_marked_until_one_answer_after_the_pin() {
     }
 }
 
+/// Documented: holds are not looked for, as in the kernel, where who holds a page marks it when he is done.
+#[test]
+fn what_a_host_writer_writes_after_the_answer_is_not_reported() {
+    let w = world();
+    let get = w.vm.space.get(P, Access::Write).unwrap();
+    assert_eq!(taken(&w), [0]);
+    w.memory.store(get.pfn(), 5);
+    assert_eq!(taken(&w), [] as [u64; 0]);
+    assert_eq!(w.vm.cpu_read(P), 5);
+}
+
 #[test]
 fn a_forced_write_a_discard_and_a_restore_change_pages() {
     let w = world();

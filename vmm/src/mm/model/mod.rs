@@ -1,0 +1,783 @@
+//! Random operations over a few address spaces, against a plain map of page contents, under every policy.
+//!
+//! After **every** operation, whatever the policy:
+//! * each page of each live space and each snapshot reads as the model says: what a vCPU writes is seen by nobody else's;
+//! * the counts of every frame are the mappings, pins and holds that are really there;
+//! * a writable entry implies an exclusive frame (I1) and a mark; an exclusive frame has one mapping (I2); no
+//!   frame that two pages map is writable in either (I7); the MMU shows what the table says;
+//! * an answer of `take_dirty` is exactly the pages that were made writable or changed since the last, and those that were
+//!   pinned at the last; a page that is not in it has the content it had then;
+//! * discard, migrate and merge are refused exactly where a pin, a hold or a sharer is in the way.
+//!
+//! At the end everything is dropped, in random order, and every frame is free.
+//!
+//! Beyond that each policy makes its own promises (`promises.rs`):
+//!
+//! | policy | a pin, or a host writer's hold until the next fork, has the page the guest sees (coherence, I8) | pins and holds see and change their own page only (isolation, I9) |
+//! |---|---|---|
+//! | `Exclusive` | always | always |
+//! | `Seed` | if the frame was exclusive when it was taken; else until COW of the page is next broken | always |
+//! | `Refcount` | until the guest writes to the page while it is read-only | always |
+//! | `MapcountForcedBreak` | until the page is written while a snapshot or a clone shares it | no |
+//! | `Mapcount` | as that; on untouched memory, until it is touched | no |
+//!
+//! That a policy does *not* keep what `Exclusive` promises is shown as well: the same operations, held to the promises of
+//! `Exclusive`, must fail for every other.
+
+mod ops;
+mod promises;
+
+use std::collections::{BTreeSet, HashMap};
+use std::marker::PhantomData;
+use std::sync::Arc;
+
+use proptest::strategy::{Strategy, ValueTree};
+use proptest::test_runner::{Config, TestCaseError, TestRunner};
+
+use self::ops::{Op, PAGES, run};
+use self::promises::{Broken, Promises};
+use super::soft::{SoftMemory, SoftVm, soft_pool};
+use super::*;
+
+const FRAMES: u64 = 400;
+/// A value that many pages have.
+const COMMON: u64 = 1;
+
+struct Space<P> {
+    id: u64,
+    vm: SoftVm<P>,
+    pages: Vec<u64>,
+    /// What `take_dirty` must answer.
+    dirty: BTreeSet<u64>,
+    /// The contents at its last answer.
+    answered: Vec<u64>,
+}
+
+struct Snapshot {
+    frozen: Arc<Frozen>,
+    pages: Vec<u64>,
+}
+
+/// A page of a live space, and how it was before the operation.
+struct Through {
+    space: u64,
+    gfn: Gfn,
+    before: Option<(Entry, FrameState)>,
+    /// Whether the page is still in the frame that is held.
+    attached: bool,
+}
+
+struct Held<H> {
+    handle: H,
+    /// Whether its holder writes.
+    writes: bool,
+    through: Option<Through>,
+    may_show: Vec<u64>,
+}
+
+impl<H> Held<H> {
+    fn is_through(&self, space: u64, gfn: Gfn) -> bool {
+        self.through
+            .as_ref()
+            .is_some_and(|t| (t.space, t.gfn) == (space, gfn))
+    }
+}
+
+trait Handle {
+    fn frame(&self) -> Pfn;
+}
+
+impl Handle for Pin {
+    fn frame(&self) -> Pfn {
+        self.pfn()
+    }
+}
+
+impl Handle for Get {
+    fn frame(&self) -> Pfn {
+        self.pfn()
+    }
+}
+
+/// Who really is there: mappings, pins, holds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Holders {
+    maps: u64,
+    pins: u64,
+    gets: u64,
+}
+
+impl Holders {
+    fn of(state: FrameState) -> Self {
+        Self {
+            maps: state.maps(),
+            pins: state.pins(),
+            gets: state.gets(),
+        }
+    }
+}
+
+/// Address spaces under the policy `P`, held to the promises `R`.
+struct Model<P, R> {
+    pool: Arc<FramePool>,
+    memory: Arc<SoftMemory>,
+    spaces: Vec<Space<P>>,
+    snapshots: Vec<Snapshot>,
+    pins: Vec<Held<Pin>>,
+    gets: Vec<Held<Get>>,
+    next: u64,
+    promises: PhantomData<R>,
+}
+
+impl<P: CowPolicy + Default, R: Promises> Model<P, R> {
+    fn new() -> Self {
+        let (pool, memory) = soft_pool(FRAMES).unwrap();
+        let vm = SoftVm::new(&pool, &memory, P::default(), PAGES).unwrap();
+        let mut model = Self {
+            pool,
+            memory,
+            spaces: vec![],
+            snapshots: vec![],
+            pins: vec![],
+            gets: vec![],
+            next: COMMON,
+            promises: PhantomData,
+        };
+        model.add_space(vm, vec![0; PAGES as usize]);
+        model
+    }
+
+    fn fresh_value(&mut self) -> u64 {
+        self.next += 1;
+        self.next
+    }
+
+    fn add_space(&mut self, vm: SoftVm<P>, pages: Vec<u64>) {
+        let id = self.fresh_value();
+        self.spaces.push(Space {
+            id,
+            vm,
+            answered: pages.clone(),
+            pages,
+            dirty: BTreeSet::new(),
+        });
+    }
+
+    fn holders(&self) -> HashMap<Pfn, Holders> {
+        let mut holders = HashMap::<Pfn, Holders>::new();
+        for page in (0..PAGES).map(Gfn) {
+            for space in &self.spaces {
+                holders.entry(space.entry(page).pfn()).or_default().maps += 1;
+            }
+            for snapshot in &self.snapshots {
+                let pfn = snapshot.frozen.frame(page).unwrap();
+                holders.entry(pfn).or_default().maps += 1;
+            }
+        }
+        for pin in &self.pins {
+            holders.entry(pin.handle.frame()).or_default().pins += 1;
+        }
+        for get in &self.gets {
+            holders.entry(get.handle.frame()).or_default().gets += 1;
+        }
+        holders.remove(&Pfn::ZERO);
+        holders
+    }
+
+    /// Notes that a page of a live space has a new value.
+    fn set(&mut self, space: u64, gfn: Gfn, value: u64) {
+        if let Some(s) = self.spaces.iter_mut().find(|s| s.id == space) {
+            s.pages[gfn.0 as usize] = value;
+        }
+        self.may_show(space, gfn, value);
+    }
+
+    fn may_show(&mut self, space: u64, gfn: Gfn, value: u64) {
+        for held in self.gets.iter_mut().filter(|h| h.is_through(space, gfn)) {
+            held.may_show.push(value);
+        }
+        for held in self.pins.iter_mut().filter(|h| h.is_through(space, gfn)) {
+            held.may_show.push(value);
+        }
+    }
+
+    /// A device or a host writer writes into the frame it holds.
+    fn write_held(&mut self, frame: Pfn, space: u64, gfn: Gfn, attached: bool) {
+        let value = self.fresh_value();
+        self.memory.store(frame, value);
+        if !R::ISOLATES_HOLDERS {
+            for space in &mut self.spaces {
+                for page in 0..PAGES {
+                    if space.entry(Gfn(page)).pfn() == frame {
+                        space.pages[page as usize] = value;
+                    }
+                }
+            }
+            for snapshot in &mut self.snapshots {
+                for page in 0..PAGES {
+                    if snapshot.frozen.frame(Gfn(page)).unwrap() == frame {
+                        snapshot.pages[page as usize] = value;
+                    }
+                }
+            }
+        } else if attached {
+            self.set(space, gfn, value);
+        } else {
+            self.may_show(space, gfn, value);
+        }
+    }
+
+    fn apply(&mut self, op: &Op) -> Result<(), Broken> {
+        self.look_at_held_pages();
+        self.run(op);
+        self.find_lost_pages()
+    }
+
+    fn run(&mut self, op: &Op) {
+        let pick = |n: usize, len: usize| (len > 0).then(|| n % len);
+        let (spaces, snapshots) = (self.spaces.len(), self.snapshots.len());
+        match *op {
+            Op::Write(s, p) => {
+                let value = self.fresh_value();
+                self.write(s % spaces, Gfn(p), value);
+            }
+            Op::WriteCommon(s, p) => self.write(s % spaces, Gfn(p), COMMON),
+            Op::ForceWrite(s, p) => {
+                let value = self.fresh_value();
+                let space = &mut self.spaces[s % spaces];
+                let bytes = value.to_le_bytes();
+                space.vm.space.force_write(Gfn(p), 0, &bytes).unwrap();
+                space.dirty.insert(p);
+                let id = space.id;
+                self.set(id, Gfn(p), value);
+            }
+            Op::Unshare(s, p) => self.spaces[s % spaces].vm.space.unshare(Gfn(p)).unwrap(),
+            Op::Pin(s, p, access) => {
+                let space = &mut self.spaces[s % spaces];
+                let pin = space.vm.space.pin(Gfn(p), access).unwrap();
+                let held = space.held(pin, Gfn(p), access);
+                self.pins.push(held);
+            }
+            Op::Unpin(n) => drop(pick(n, self.pins.len()).map(|n| self.pins.swap_remove(n))),
+            Op::DmaWrite(n) => {
+                if let Some(pin) = pick(n, self.pins.len()).map(|n| &self.pins[n])
+                    && let Some(t) = pin.through.as_ref().filter(|_| pin.writes)
+                {
+                    self.write_held(pin.handle.frame(), t.space, t.gfn, t.attached);
+                }
+            }
+            Op::Get(s, p, access) => {
+                let space = &mut self.spaces[s % spaces];
+                let get = space.vm.space.get(Gfn(p), access).unwrap();
+                let held = space.held(get, Gfn(p), access);
+                self.gets.push(held);
+            }
+            Op::GetFrozen(f, p) => {
+                if let Some(snapshot) = pick(f, snapshots).map(|f| &self.snapshots[f]) {
+                    self.gets.push(Held {
+                        handle: snapshot.frozen.get(Gfn(p)).unwrap(),
+                        writes: false,
+                        through: None,
+                        may_show: vec![snapshot.pages[p as usize]],
+                    });
+                }
+            }
+            Op::HostWrite(n) => {
+                if let Some(get) = pick(n, self.gets.len()).map(|n| &self.gets[n])
+                    && let Some(t) = get.through.as_ref().filter(|_| get.writes)
+                {
+                    let (id, gfn) = (t.space, t.gfn);
+                    self.write_held(get.handle.frame(), id, gfn, t.attached);
+                    // Not marked: `dirty.rs` leaves that to the holder.
+                    for space in self.spaces.iter_mut().filter(|s| s.id == id) {
+                        space.answered[gfn.0 as usize] = space.pages[gfn.0 as usize];
+                    }
+                }
+            }
+            Op::Put(n) => drop(pick(n, self.gets.len()).map(|n| self.gets.swap_remove(n))),
+            Op::Fork(s) if snapshots < 6 => {
+                let space = &self.spaces[s % spaces];
+                self.snapshots.push(Snapshot {
+                    frozen: space.vm.space.fork().unwrap(),
+                    pages: space.pages.clone(),
+                });
+                let id = space.id;
+                self.end_host_writes(|through| through.space == id);
+            }
+            Op::Clone(f) if spaces < 4 => {
+                if let Some(snapshot) = pick(f, snapshots).map(|f| &self.snapshots[f]) {
+                    let vm =
+                        SoftVm::clone_of(&snapshot.frozen, &self.memory, P::default()).unwrap();
+                    let pages = snapshot.pages.clone();
+                    self.add_space(vm, pages);
+                }
+            }
+            Op::Fork(_) | Op::Clone(_) => {}
+            Op::Restore(s, f) => {
+                if let Some(f) = pick(f, snapshots) {
+                    self.restore(s % spaces, f);
+                }
+            }
+            Op::TakeDirty(s) => self.take_dirty(s % spaces),
+            Op::Discard(s, first, count) => self.discard(s % spaces, first, count),
+            Op::Migrate(s, p) => self.migrate(s % spaces, Gfn(p)),
+            Op::Merge(s, p, t, q) => self.merge((s % spaces, Gfn(p)), (t % spaces, Gfn(q))),
+            Op::DropSpace(s) if spaces > 1 => drop(self.spaces.swap_remove(s % spaces)),
+            Op::DropSpace(_) => {}
+            Op::DropFrozen(f) => drop(pick(f, snapshots).map(|f| self.snapshots.swap_remove(f))),
+        }
+    }
+
+    fn write(&mut self, s: usize, gfn: Gfn, value: u64) {
+        let space = &mut self.spaces[s];
+        space.vm.cpu_write(gfn, value).unwrap();
+        space.dirty.insert(gfn.0);
+        let id = space.id;
+        self.set(id, gfn, value);
+    }
+
+    fn restore(&mut self, s: usize, f: usize) {
+        let (space, snapshot) = (&mut self.spaces[s], &self.snapshots[f]);
+        for gfn in (0..PAGES).map(Gfn) {
+            if space.entry(gfn).pfn() != snapshot.frozen.frame(gfn).unwrap() {
+                space.dirty.insert(gfn.0);
+            }
+        }
+        space.vm.space.restore(&snapshot.frozen).unwrap();
+        let (id, pages) = (space.id, snapshot.pages.clone());
+        for (page, value) in pages.into_iter().enumerate() {
+            self.set(id, Gfn(page as u64), value);
+        }
+    }
+
+    fn take_dirty(&mut self, s: usize) {
+        let holders = self.holders();
+        let space = &mut self.spaces[s];
+        let before: Vec<_> = (0..PAGES).map(|p| space.entry(Gfn(p)).pfn()).collect();
+        let (stats, usage) = (space.vm.space.stats(), self.pool.usage());
+        let states: Vec<_> = before.iter().map(|&pfn| self.pool.state(pfn)).collect();
+
+        let answer = space.vm.space.take_dirty().unwrap();
+
+        let answer: BTreeSet<_> = answer.iter().map(|gfn| gfn.0).collect();
+        assert_eq!(answer, space.dirty, "exactly what was written");
+        for page in 0..PAGES {
+            let (at, now) = (page as usize, space.entry(Gfn(page)));
+            assert!(
+                answer.contains(&page)
+                    || space.pages[at] == space.answered[at]
+                    || !R::ISOLATES_HOLDERS
+            );
+            assert!(!now.is_writable());
+            assert_eq!(
+                (now.pfn(), self.pool.state(now.pfn())),
+                (before[at], states[at])
+            );
+        }
+        assert_eq!(
+            (space.vm.space.stats(), self.pool.usage()),
+            (stats, usage),
+            "no copies"
+        );
+        space.answered.clone_from(&space.pages);
+        space.dirty.retain(|&page| {
+            let pfn = before[page as usize];
+            holders.get(&pfn).is_some_and(|h| h.pins > 0)
+        });
+    }
+
+    fn discard(&mut self, s: usize, first: u64, count: u64) {
+        let holders = self.holders();
+        let space = &mut self.spaces[s];
+        let range = first..(first + count).min(PAGES);
+        let touched: Vec<_> = range
+            .clone()
+            .filter(|&page| space.entry(Gfn(page)).is_present())
+            .collect();
+        let pinned = touched.iter().copied().find(|&page| {
+            let pfn = space.entry(Gfn(page)).pfn();
+            holders[&pfn].pins > 0
+        });
+        let result = space.vm.space.discard(Gfn(first), count);
+        match result {
+            Err(RearrangeError::OutOfRange(_)) => assert!(first + count > PAGES),
+            Err(RearrangeError::Busy { gfn, state }) => {
+                assert_eq!(Some(gfn.0), pinned);
+                assert_eq!(Holders::of(state), holders[&space.entry(gfn).pfn()]);
+            }
+            Err(error) => panic!("{error}"),
+            Ok(discarded) => {
+                assert_eq!((pinned, discarded), (None, touched.len() as u64));
+                space.dirty.extend(&touched);
+                let id = space.id;
+                for page in touched {
+                    assert_eq!(self.spaces[s].entry(Gfn(page)).pfn(), Pfn::ZERO);
+                    self.set(id, Gfn(page), 0);
+                }
+                self.end_host_writes(|t| t.space == id && range.contains(&t.gfn.0));
+            }
+        }
+    }
+
+    fn migrate(&mut self, s: usize, gfn: Gfn) {
+        let (holders, space) = (self.holders(), &self.spaces[s]);
+        let before = space.entry(gfn);
+        let result = space.vm.space.migrate(gfn);
+        let after = space.entry(gfn);
+        if !before.is_present() {
+            assert_eq!((result.unwrap(), after), (Pfn::ZERO, before));
+            return;
+        }
+        let there = holders[&before.pfn()];
+        let alone = Holders {
+            maps: 1,
+            ..Holders::default()
+        };
+        match result {
+            Ok(pfn) => {
+                assert_eq!(there, alone);
+                assert!(pfn != before.pfn() && self.pool.state(pfn).is_exclusive());
+                assert_eq!(after, before.in_frame(pfn));
+            }
+            Err(RearrangeError::Busy { gfn: busy, state }) => {
+                assert_eq!((busy, after), (gfn, before));
+                assert_eq!(Holders::of(state), there);
+                assert_ne!(there, alone);
+            }
+            Err(error) => panic!("{error}"),
+        }
+    }
+
+    fn merge(&mut self, (s, gfn): (usize, Gfn), (t, other_gfn): (usize, Gfn)) {
+        let (holders, one, other) = (self.holders(), &self.spaces[s], &self.spaces[t]);
+        let entries = || (one.entry(gfn), other.entry(other_gfn));
+        let before = entries();
+        let (kept, freed) = (before.0.pfn(), before.1.pfn());
+        let is_equal = one.pages[gfn.0 as usize] == other.pages[other_gfn.0 as usize];
+        let is_idle = |pfn| holders[&pfn].pins == 0 && holders[&pfn].gets == 0;
+        let result = one.vm.space.merge(gfn, &other.vm.space, other_gfn);
+        match result {
+            Ok(()) => {
+                assert!(kept != Pfn::ZERO && freed != Pfn::ZERO && is_equal);
+                if kept == freed {
+                    assert_eq!(entries(), before);
+                } else {
+                    assert!(is_idle(kept) && is_idle(freed));
+                    let merged = before.1.write_protected().in_frame(kept);
+                    assert_eq!(entries(), (before.0.write_protected(), merged));
+                    assert!(!self.pool.state(kept).is_exclusive());
+                }
+                return;
+            }
+            Err(RearrangeError::Untouched { gfn: untouched }) => {
+                assert_eq!(untouched, if kept == Pfn::ZERO { gfn } else { other_gfn })
+            }
+            Err(RearrangeError::Different { .. }) => assert!(!is_equal && kept != freed),
+            Err(RearrangeError::Busy { gfn: busy, state }) => {
+                assert!(is_equal && kept != freed);
+                let (page, pfn) = if is_idle(kept) {
+                    (other_gfn, freed)
+                } else {
+                    (gfn, kept)
+                };
+                assert!(busy == page && !is_idle(pfn));
+                assert_eq!(
+                    (state.pins(), state.gets()),
+                    (holders[&pfn].pins, holders[&pfn].gets)
+                );
+            }
+            Err(error) => panic!("{error}"),
+        }
+        assert_eq!(entries(), before);
+    }
+
+    /// What host writers write from now on is theirs alone, or a snapshot's too: the hold no longer promises anything.
+    fn end_host_writes(&mut self, over: impl Fn(&Through) -> bool) {
+        for get in &mut self.gets {
+            if get.through.as_ref().is_some_and(&over) {
+                get.writes = false;
+            }
+        }
+    }
+
+    fn look_at_held_pages(&mut self) {
+        let (spaces, pool) = (&self.spaces, &self.pool);
+        let pins = self.pins.iter_mut().filter_map(|h| h.through.as_mut());
+        let gets = self.gets.iter_mut().filter_map(|h| h.through.as_mut());
+        for through in pins.chain(gets) {
+            through.before = spaces.iter().find(|s| s.id == through.space).map(|s| {
+                let entry = s.entry(through.gfn);
+                (entry, pool.state(entry.pfn()))
+            });
+        }
+    }
+
+    /// A page that left a frame which a device or a host writer holds.
+    fn find_lost_pages(&mut self) -> Result<(), Broken> {
+        let spaces = &self.spaces;
+        let pins = self
+            .pins
+            .iter_mut()
+            .map(|h| (h.handle.frame(), h.through.as_mut()));
+        let gets = self.gets.iter_mut().filter(|h| h.writes);
+        let gets = gets.map(|h| (h.handle.frame(), h.through.as_mut()));
+        for (frame, through) in pins.chain(gets) {
+            let Some(t) = through.filter(|t| t.attached) else {
+                continue;
+            };
+            let space = spaces.iter().find(|s| s.id == t.space);
+            let Some(space) = space else {
+                t.attached = false;
+                continue;
+            };
+            if space.entry(t.gfn).pfn() != frame {
+                t.attached = false;
+                if !t
+                    .before
+                    .is_some_and(|(entry, state)| R::may_lose(entry, state))
+                {
+                    return Err(Broken::Coherence(format!("{:?} lost {frame:?}", t.gfn)));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn check(&self) -> Result<(), Broken> {
+        let holders = self.holders();
+        let mut writable = HashMap::<Pfn, u64>::new();
+        for space in &self.spaces {
+            for gfn in (0..PAGES).map(Gfn) {
+                let (reads, expected) = (space.vm.cpu_read(gfn), space.pages[gfn.0 as usize]);
+                if reads != expected {
+                    let page = format!("{gfn:?} of space {}: {reads}, not {expected}", space.id);
+                    return Err(Broken::Isolation(page));
+                }
+                let entry = space.entry(gfn);
+                assert_eq!(
+                    space.vm.mmu.page(gfn),
+                    (entry.pfn(), entry.protection()),
+                    "the MMU mirrors"
+                );
+                assert_eq!(entry.is_dirty(), space.dirty.contains(&gfn.0), "{gfn:?}");
+                if entry.is_writable() {
+                    *writable.entry(entry.pfn()).or_default() += 1;
+                    assert!(self.pool.state(entry.pfn()).is_exclusive(), "I1: {entry:?}");
+                }
+            }
+        }
+        for snapshot in &self.snapshots {
+            for page in 0..PAGES {
+                let reads = self.memory.load(snapshot.frozen.frame(Gfn(page)).unwrap());
+                let expected = snapshot.pages[page as usize];
+                if reads != expected {
+                    let page = format!("page {page} of a snapshot: {reads}, not {expected}");
+                    return Err(Broken::Isolation(page));
+                }
+            }
+        }
+        for pfn in (0..FRAMES).map(Pfn) {
+            let state = self.pool.state(pfn);
+            let there = holders.get(&pfn).copied().unwrap_or_default();
+            assert_eq!(Holders::of(state), there, "{pfn:?}");
+            if state.is_exclusive() {
+                assert_eq!(there.maps, 1, "I2: {pfn:?}");
+            }
+            if writable.contains_key(&pfn) {
+                assert_eq!(there.maps, 1, "I7: {pfn:?}");
+            }
+        }
+        self.check_holds()
+    }
+
+    fn check_holds(&self) -> Result<(), Broken> {
+        for pin in &self.pins {
+            let Some(t) = pin.through.as_ref().filter(|t| t.attached) else {
+                continue;
+            };
+            let space = self.spaces.iter().find(|s| s.id == t.space);
+            let (entry, frame) = (space.unwrap().entry(t.gfn), pin.handle.frame());
+            // A device that writes may have written just now.
+            assert!(!pin.writes || entry.is_dirty(), "{:?}: missed", t.gfn);
+            let state = self.pool.state(frame);
+            assert!(!P::GOES_BY_THE_BIT || state.is_exclusive(), "I3: {frame:?}");
+        }
+        if !R::ISOLATES_HOLDERS {
+            return Ok(());
+        }
+        let pins = self.pins.iter().map(|h| (h.handle.frame(), &h.may_show));
+        let gets = self.gets.iter().map(|h| (h.handle.frame(), &h.may_show));
+        for (frame, may_show) in pins.chain(gets) {
+            let now = self.memory.load(frame);
+            if !may_show.contains(&now) {
+                let hold = format!("a hold on {frame:?} shows {now}, none of {may_show:?}");
+                return Err(Broken::Isolation(hold));
+            }
+        }
+        Ok(())
+    }
+
+    fn drop_all(mut self, order: &[u8]) {
+        for n in order.iter().map(|&n| usize::from(n)) {
+            match n % 4 {
+                0 if !self.pins.is_empty() => drop(self.pins.swap_remove(n % self.pins.len())),
+                1 if !self.gets.is_empty() => drop(self.gets.swap_remove(n % self.gets.len())),
+                2 if !self.snapshots.is_empty() => {
+                    drop(self.snapshots.swap_remove(n % self.snapshots.len()));
+                }
+                3 if !self.spaces.is_empty() => {
+                    drop(self.spaces.swap_remove(n % self.spaces.len()));
+                }
+                _ => {}
+            }
+        }
+        let pool = Arc::clone(&self.pool);
+        drop(self);
+        assert_eq!(pool.leftovers(16), []);
+        assert_eq!(pool.usage().in_use, 0);
+    }
+}
+
+impl<P: CowPolicy + Default> Space<P> {
+    fn entry(&self, gfn: Gfn) -> Entry {
+        self.vm.space.entry(gfn).unwrap()
+    }
+
+    /// A hold that was just taken through page `gfn`. To be looked up for writing is to be marked.
+    fn held<H: Handle>(&mut self, handle: H, gfn: Gfn, access: Access) -> Held<H> {
+        if P::default().lookup(access) == Access::Write {
+            assert_ne!(handle.frame(), Pfn::ZERO);
+            self.dirty.insert(gfn.0);
+        }
+        Held {
+            handle,
+            writes: access == Access::Write,
+            through: Some(Through {
+                space: self.id,
+                gfn,
+                before: None,
+                attached: true,
+            }),
+            may_show: vec![self.pages[gfn.0 as usize]],
+        }
+    }
+}
+
+/// Runs `ops` under the policy `P`, held to the promises `R`.
+fn follow<P: CowPolicy + Default, R: Promises>(ops: &[Op], order: &[u8]) -> Result<(), Broken> {
+    let mut model = Model::<P, R>::new();
+    for op in ops {
+        model.apply(op)?;
+        model.check()?;
+    }
+    model.drop_all(order);
+    Ok(())
+}
+
+fn random_operations<P: CowPolicy + Default, R: Promises>(cases: u32) {
+    let mut runner = TestRunner::new(Config {
+        cases,
+        failure_persistence: None,
+        ..Config::default()
+    });
+    let result = runner.run(&run(), |(ops, order)| {
+        follow::<P, R>(&ops, &order).map_err(|broken| TestCaseError::fail(broken.to_string()))
+    });
+    if let Err(error) = result {
+        panic!("{}: {error}", P::NAME);
+    }
+}
+
+#[test]
+fn random_operations_under_exclusive() {
+    random_operations::<Exclusive, Exclusive>(1000);
+}
+
+#[test]
+fn random_operations_under_a_biased_count() {
+    random_operations::<Biased<Exclusive>, Exclusive>(100);
+}
+
+#[test]
+fn random_operations_under_seed() {
+    random_operations::<Seed, Seed>(300);
+}
+
+#[test]
+fn random_operations_under_refcount() {
+    random_operations::<Refcount, Refcount>(300);
+}
+
+#[test]
+fn random_operations_under_mapcount() {
+    random_operations::<Mapcount, Mapcount>(300);
+    random_operations::<MapcountForcedBreak, MapcountForcedBreak>(300);
+}
+
+/// Which of the promises of `Exclusive` random operations break: isolation, coherence.
+fn broken_promises<P: CowPolicy + Default>() -> [bool; 2] {
+    let mut broken = [false; 2];
+    let mut runner = TestRunner::deterministic();
+    for _ in 0..100 {
+        let (ops, order) = run().new_tree(&mut runner).unwrap().current();
+        match follow::<P, Exclusive>(&ops, &order) {
+            Ok(()) => {}
+            Err(Broken::Isolation(_)) => broken[0] = true,
+            Err(Broken::Coherence(_)) => broken[1] = true,
+        }
+    }
+    broken
+}
+
+/// The oracle must be able to fail.
+#[test]
+fn random_operations_show_what_each_policy_lacks() {
+    assert_eq!(broken_promises::<Mapcount>(), [true, true], "mapcount");
+    assert_eq!(
+        broken_promises::<MapcountForcedBreak>(),
+        [true, true],
+        "forced break"
+    );
+    assert_eq!(broken_promises::<Refcount>(), [false, true], "refcount");
+    assert_eq!(broken_promises::<Seed>(), [false, true], "seed");
+    assert_eq!(broken_promises::<Exclusive>(), [false, false], "exclusive");
+}
+
+/// The shortest way to each broken promise, PROTOCOL.md 8: the policies that take it, and that the right one does not.
+#[test]
+fn the_shortest_way_to_each_broken_promise() {
+    use Access::{Read, Write};
+    let is_leak = |result| matches!(result, Err(Broken::Isolation(_)));
+    let is_divergence = |result| matches!(result, Err(Broken::Coherence(_)));
+
+    let b1 = [
+        Op::Write(0, 0),
+        Op::Fork(0),
+        Op::GetFrozen(0, 0),
+        Op::DropFrozen(0),
+        Op::Write(0, 0),
+    ];
+    assert!(is_leak(follow::<Mapcount, Exclusive>(&b1, &[])));
+    assert!(is_leak(follow::<MapcountForcedBreak, Exclusive>(&b1, &[])));
+    let d2 = [Op::Pin(0, 0, Write), Op::Fork(0), Op::DmaWrite(0)];
+    assert!(is_leak(follow::<Mapcount, Exclusive>(&d2, &[])));
+    assert!(is_leak(follow::<MapcountForcedBreak, Exclusive>(&d2, &[])));
+    let d1 = [Op::Pin(0, 0, Write), Op::Fork(0), Op::Write(0, 0)];
+    assert!(is_divergence(follow::<Mapcount, Exclusive>(&d1, &[])));
+    assert!(is_divergence(follow::<MapcountForcedBreak, Exclusive>(
+        &d1,
+        &[]
+    )));
+    let c1 = [Op::Pin(0, 0, Write), Op::TakeDirty(0), Op::Write(0, 0)];
+    assert!(is_divergence(follow::<Refcount, Exclusive>(&c1, &[])));
+    let e1 = [
+        Op::Write(0, 0),
+        Op::Fork(0),
+        Op::Pin(0, 0, Read),
+        Op::Write(0, 0),
+    ];
+    assert!(is_divergence(follow::<Seed, Exclusive>(&e1, &[])));
+    for ops in [&b1[..], &d2, &d1, &c1, &e1] {
+        follow::<Exclusive, Exclusive>(ops, &[]).unwrap();
+    }
+}
