@@ -12,8 +12,8 @@ use crate::abi::{
     AREA_AVAIL, AREA_DESC, AREA_DRIVER, AREA_HEADERS, AREA_STATUS, AREA_USED, BUFFER_LEN, BootInfo,
     DATA_LEN, DATA_OFFSET, DATA_SPLIT, DEVICE_STRIDE, DriverPage, DriverSlot, FailureKind,
     PAGE_SIZE, PORT_DOORBELL_EVENT, PORT_DOORBELL_EXIT, QUEUE_SIZE, RequestHeader, RequestKind,
-    SLOT_IDLE, SLOT_POSTED, SLOT_STRIDE, STATUS_BAD_REQUEST, STATUS_MISMATCH, STATUS_OK, STATUS_PENDING, STREAM_SLOTS,
-    Status, buffer_offset, slot_head, slot_of_head,
+    SLOT_IDLE, SLOT_POSTED, SLOT_STRIDE, STATUS_BAD_REQUEST, STATUS_MISMATCH, STATUS_OK,
+    STATUS_PENDING, STREAM_SLOTS, Status, buffer_offset, slot_head, slot_of_head,
 };
 use crate::area::Area;
 use crate::formula::{buffer_word_from_key, dma_key, dma_word, margin_key, poison_key};
