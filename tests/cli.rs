@@ -250,7 +250,7 @@ fn nonsense_is_refused_with_the_limit_named() {
         (&["--guest", ""], "must be payload, or a path"),
         (&["--snapshots", "9"], "cannot be used with"),
         (&["--no-such-flag"], "unexpected argument '--no-such-flag'"),
-        (&["stray"], "unexpected argument 'stray'"),
+        (&["stray"], "unrecognized subcommand 'stray'"),
     ];
     for (args, expected) in refusals {
         let said = run_refused(args);
