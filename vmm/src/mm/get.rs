@@ -20,7 +20,8 @@ use super::table::{RegionGuard, Table};
 
 impl<P: CowPolicy> AddressSpace<P> {
     /// Takes a transient hold on the frame of a page. For [`Access::Write`] COW is broken first: what is written through the
-    /// hold is seen by the guest **until the next fork**, which does not know of it (PROTOCOL.md D3).
+    /// hold is seen by the guest **until the next fork**, which does not know of it (PROTOCOL.md D3), and counts as written only up
+    /// to the next [`AddressSpace::take_dirty`].
     ///
     /// # Errors
     /// For reading, only if there is no such page; for writing as [`AddressSpace::write_fault`].

@@ -1,8 +1,7 @@
 //! The orderings and re-checks that the protocol rests on, by name.
 //!
 //! Each can be left out with [`CowPolicy::WITHOUT`](super::CowPolicy::WITHOUT), a constant of a type parameter,
-//! so that a model checker shows what it is for: `tests/loom` has one test a safeguard which must fail without
-//! it. `docs/protocol.md` has the table.
+//! so that a model checker can show what it is for. `tests/loom` does not do so yet.
 
 /// Something that must be done, or be done in this order, for a race to end well.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
