@@ -12,12 +12,9 @@
 //!   ro           any         not reported             as any write
 //! ```
 //!
-//! A device writes through its pin and not through the entry. So a pinned page is reported **and stays marked**:
-//! it is reported once more after the device has let go. Pins for reading are not told apart from those for writing:
-//! such a page is reported though nobody wrote it, and never the other way round.
-//!
-//! Not reported: what a host writer writes through a [`Get`](super::Get) after the answer that the hold was taken before. Holds are
-//! short; who holds longer takes a pin.
+//! A device writes through its pin and not through the entry, as does a host writer through its hold. So a page whose frame is
+//! pinned or held is reported **and stays marked**: it is reported once more after they have let go. Who only reads is not
+//! told apart from who writes: such a page is reported though nobody wrote it, and never the other way round.
 
 use super::addr::{Gfn, Protection};
 use super::mmu::MmuError;
@@ -76,7 +73,7 @@ impl PageSet {
 impl<P: CowPolicy> AddressSpace<P> {
     /// The pages written since this was last called, or ever; and arms itself for the next call.
     ///
-    /// A write by a vCPU is in exactly one answer. A page that a device held is in one answer too many rather than in none. May run beside
+    /// A write by a vCPU is in exactly one answer. A page that was pinned or held is in one answer too many rather than in none. May run beside
     /// vCPUs and devices: faults in one region at a time wait.
     ///
     /// # Errors
@@ -122,8 +119,9 @@ impl<P: CowPolicy> AddressSpace<P> {
             return;
         }
         region.set(gfn, entry.cleaned());
-        // A pin taken without a lock either is counted here or finds the entry changed.
-        if entry.is_present() && self.pool.frames().settled::<P>(entry.pfn()).pins() > 0 {
+        // A pin taken without a lock either is counted here or finds the entry changed. A hold for writing was
+        // taken under the region's lock, and is counted if it is still there.
+        if entry.is_present() && !self.pool.frames().settled::<P>(entry.pfn()).is_idle() {
             region.set(gfn, entry.cleaned().dirtied());
         }
     }

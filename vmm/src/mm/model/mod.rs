@@ -6,7 +6,7 @@
 //! * a writable entry implies an exclusive frame (I1) and a mark; an exclusive frame has one mapping (I2); no
 //!   frame that two pages map is writable in either (I7); the MMU shows what the table says;
 //! * an answer of `take_dirty` is exactly the pages that were made writable or changed since the last, and those that were
-//!   pinned at the last; a page that is not in it has the content it had then;
+//!   pinned or held at the last; a page that is not in it has the content it had then;
 //! * discard, migrate and merge are refused exactly where a pin, a hold or a sharer is in the way.
 //!
 //! At the end everything is dropped, in random order, and every frame is free.
@@ -288,10 +288,6 @@ impl<P: CowPolicy + Default, R: Promises> Model<P, R> {
                 {
                     let (id, gfn) = (t.space, t.gfn);
                     self.write_held(get.handle.frame(), id, gfn, t.attached);
-                    // Not marked: `dirty.rs` leaves that to the holder.
-                    for space in self.spaces.iter_mut().filter(|s| s.id == id) {
-                        space.answered[gfn.0 as usize] = space.pages[gfn.0 as usize];
-                    }
                 }
             }
             Op::Put(n) => drop(pick(n, self.gets.len()).map(|n| self.gets.swap_remove(n))),
@@ -382,7 +378,7 @@ impl<P: CowPolicy + Default, R: Promises> Model<P, R> {
         space.answered.clone_from(&space.pages);
         space.dirty.retain(|&page| {
             let pfn = before[page as usize];
-            holders.get(&pfn).is_some_and(|h| h.pins > 0)
+            holders.get(&pfn).is_some_and(|h| h.pins + h.gets > 0)
         });
     }
 
