@@ -37,7 +37,7 @@ $(version_of zerocopy)
 $(version_of proptest)
 
 [lints.rust]
-unexpected_cfgs = { level = "warn", check-cfg = ["cfg(loom)"] }
+unexpected_cfgs = { level = "warn", check-cfg = ["cfg(loom)", "cfg(shuttle)"] }
 
 [profile.dev]
 opt-level = 1

@@ -36,7 +36,7 @@ impl<P: CowPolicy> AddressSpace<P> {
                 if !entry.is_present() {
                     continue;
                 }
-                match self.pool.isolate(entry.pfn(), |s| s.pins() == 0) {
+                match self.pool.isolate::<P>(entry.pfn(), |s| s.pins() == 0) {
                     Ok(frame) => isolated.push(frame),
                     Err(state) => {
                         isolated.into_iter().for_each(Isolated::put_back);
@@ -57,7 +57,7 @@ impl<P: CowPolicy> AddressSpace<P> {
             }
         }
         let discarded = isolated.len() as u64;
-        self.pool.give_to_host(isolated);
+        self.pool.give_to_host::<P>(isolated);
         Ok(discarded)
     }
 }

@@ -77,7 +77,7 @@ impl<P: CowPolicy> AddressSpace<P> {
     /// If there is no such page, no frame, or the MMU refuses.
     pub fn write_fault(&self, gfn: Gfn) -> Result<Resolution, FaultError> {
         in_range(&self.table, gfn)?;
-        let _no_fork = read(&self.fork_lock);
+        let _no_fork = (!without::<P>(Safeguard::FaultWaitsForFork)).then(|| read(&self.fork_lock));
         let stale = without::<P>(Safeguard::FaultLooksUnderLock).then(|| self.table.peek(gfn));
         let mut region = self.table.lock(gfn.region());
         let entry = stale.unwrap_or_else(|| region.get(gfn));
@@ -209,10 +209,9 @@ impl<P: CowPolicy> AddressSpace<P> {
         let mut copy = Some(copy);
         for snapshot in sharing() {
             let mut region = snapshot.table.lock(gfn.region());
-            // Between the look without a lock and this one only a drop of the snapshot can have come.
-            let still_there =
-                region.get(gfn).pfn() == pfn || without::<P>(Safeguard::SharersLookedAtAgain);
-            if still_there && self.pool.frames().try_map_held(copied_to).is_ok() {
+            // Only we move it, under our own region's lock, and it cannot be dropped while it is upgraded.
+            debug_assert_eq!(region.get(gfn).pfn(), pfn, "{gfn:?} of a snapshot moved");
+            if self.pool.frames().try_map_held(copied_to).is_ok() {
                 region.set(gfn, Entry::read_only(copied_to));
                 self.pool.unmap(pfn);
             }
@@ -239,17 +238,17 @@ impl<P: CowPolicy> AddressSpace<P> {
     ) -> Result<(), FaultError> {
         let pfn = entry.pfn();
         let fresh = self.pool.allocate_near(&self.home, gfn.0)?;
-        self.pool.memory().copy(pfn, fresh.pfn());
-        if without::<P>(Safeguard::MmuBeforeUnmap) || without::<P>(Safeguard::EntryBeforeUnmap) {
+        if const { goes_wrong::<P>() } {
             return self.move_writer_in_wrong_order(region, gfn, entry, intent, fresh);
         }
+        self.pool.memory().copy(pfn, fresh.pfn());
         self.mmu.map(gfn, fresh.pfn(), 1, intent.protection())?;
         region.set(gfn, intent.entry(entry, fresh.into_mapped()));
         self.pool.unmap(pfn);
         Ok(())
     }
 
-    /// For model checkers: gives the old frame's mapping back too early.
+    /// For model checkers: [`AddressSpace::move_writer`] with one step too early, too late, or not ordered.
     fn move_writer_in_wrong_order(
         &self,
         region: &mut RegionGuard<'_>,
@@ -259,15 +258,38 @@ impl<P: CowPolicy> AddressSpace<P> {
         fresh: Fresh,
     ) -> Result<(), FaultError> {
         let (pfn, copy) = (entry.pfn(), fresh.into_mapped());
+        let fill = || self.pool.memory().copy(pfn, copy);
+        let switch = || self.mmu.map(gfn, copy, 1, intent.protection());
+        let mut publish = || region.set(gfn, intent.entry(entry, copy));
         if without::<P>(Safeguard::MmuBeforeUnmap) {
-            region.set(gfn, intent.entry(entry, copy));
+            fill();
+            publish();
             self.pool.unmap(pfn);
-            self.mmu.map(gfn, copy, 1, intent.protection())?;
+            switch()?;
+        } else if without::<P>(Safeguard::EntryBeforeUnmap) {
+            fill();
+            switch()?;
+            self.pool.unmap(pfn);
+            publish();
+        } else if without::<P>(Safeguard::CopiedBeforeMapped) {
+            switch()?;
+            fill();
+            publish();
+            self.pool.unmap(pfn);
         } else {
-            self.mmu.map(gfn, copy, 1, intent.protection())?;
-            self.pool.unmap(pfn);
-            region.set(gfn, intent.entry(entry, copy));
+            fill();
+            switch()?;
+            publish();
+            self.pool.unmap_unordered(pfn);
         }
         Ok(())
     }
+}
+
+/// Whether a model checker wants [`AddressSpace::move_writer`] done wrongly.
+const fn goes_wrong<P: CowPolicy>() -> bool {
+    without::<P>(Safeguard::MmuBeforeUnmap)
+        || without::<P>(Safeguard::EntryBeforeUnmap)
+        || without::<P>(Safeguard::CopiedBeforeMapped)
+        || without::<P>(Safeguard::UnmapReleases)
 }

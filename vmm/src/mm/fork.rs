@@ -15,8 +15,9 @@ use std::sync::Arc;
 
 use super::addr::{Gfn, Pfn, Protection};
 use super::mmu::{Mmu, MmuError};
-use super::policy::CowPolicy;
+use super::policy::{CowPolicy, without};
 use super::pool::AllocError;
+use super::safeguard::Safeguard;
 use super::space::{AddressSpace, Counters, Frozen};
 use super::sync::{lock, write};
 use super::table::{Entry, RegionGuard, Table};
@@ -53,7 +54,10 @@ impl<P: CowPolicy> AddressSpace<P> {
     /// If there is no memory for the copy of a pinned page, or the MMU refuses.
     pub fn fork(&self) -> Result<Arc<Frozen>, ForkError> {
         let _alone = write(&self.fork_lock);
-        self.write_protect().map_err(ForkError::WriteProtect)?;
+        let too_late = without::<P>(Safeguard::ProtectedBeforeShared);
+        if !too_late {
+            self.write_protect().map_err(ForkError::WriteProtect)?;
+        }
         // Dropping it gives back what was shared so far.
         let child = Frozen {
             pool: Arc::clone(&self.pool),
@@ -70,13 +74,16 @@ impl<P: CowPolicy> AddressSpace<P> {
                 if !entry.is_present() {
                     continue;
                 }
-                let childs_pfn = if entry.is_writable() {
+                let childs_pfn = if entry.is_writable() && !too_late {
                     self.copy_for_child(gfn, entry.pfn())?
                 } else {
                     self.share_or_copy(gfn, entry.pfn())?
                 };
                 childs.set(gfn, Entry::read_only(childs_pfn));
             }
+        }
+        if too_late {
+            self.write_protect().map_err(ForkError::WriteProtect)?;
         }
         let child = Arc::new(child);
         let mut snapshots = lock(&self.snapshots);
@@ -161,9 +168,15 @@ impl<P: CowPolicy> AddressSpace<P> {
             if from.is_untouched() {
                 continue;
             }
+            let pages = from.pages();
+            // A break must not move the snapshot between the look and the share: the frame would be the writer's.
+            let _stays = (!without::<P>(Safeguard::CloneUnderLock)).then_some(from);
             let mut to = clone.table.lock(index);
-            for gfn in from.pages().filter(|&g| from.get(g).is_present()) {
-                clone.adopt(&mut to, gfn, from.get(gfn).pfn())?;
+            for gfn in pages {
+                let entry = frozen.table.peek(gfn);
+                if entry.is_present() {
+                    clone.adopt(&mut to, gfn, entry.pfn())?;
+                }
             }
         }
         Ok(clone)

@@ -157,6 +157,19 @@ struct Change {
     after: FrameState,
 }
 
+/// The orderings of a change and of the look before it.
+const ORDERED: (Ordering, Ordering) = (Ordering::AcqRel, Ordering::Acquire);
+const UNORDERED: (Ordering, Ordering) = (Ordering::Relaxed, Ordering::Relaxed);
+
+/// [`ORDERED`], unless a model checker leaves `safeguard` out.
+const fn order<P: CowPolicy>(safeguard: Safeguard) -> (Ordering, Ordering) {
+    if without::<P>(safeguard) {
+        UNORDERED
+    } else {
+        ORDERED
+    }
+}
+
 /// The packed words of all frames.
 pub(super) struct FrameTable {
     words: Box<[AtomicU64]>,
@@ -195,7 +208,7 @@ impl FrameTable {
         pfn: Pfn,
         next: impl Fn(FrameState) -> Option<FrameState>,
     ) -> Result<Change, FrameState> {
-        self.update_ordered(pfn, (Ordering::AcqRel, Ordering::Acquire), next)
+        self.update_ordered(pfn, ORDERED, next)
     }
 
     fn update_ordered(
@@ -244,7 +257,7 @@ impl FrameTable {
     /// `folio_try_dup_anon_rmap_pte`, `include/linux/rmap.h`).
     pub(super) fn try_share<P: CowPolicy>(&self, pfn: Pfn, policy: &P) -> Result<(), FrameState> {
         let stale = self.stale::<P>(Safeguard::ShareTestsInTheWord, pfn);
-        self.update(pfn, |s| {
+        self.update_ordered(pfn, order::<P>(Safeguard::ShareAcquires), |s| {
             policy
                 .may_share(stale.unwrap_or(s))
                 .then(|| s.possibly_shared().plus(&MAPS))
@@ -280,13 +293,14 @@ impl FrameTable {
     /// Turns the caller's mapping into a hold if `may` agrees. A frame that nothing maps can neither be pinned nor
     /// held, so if it was the only mapping the frame is nobody's until [`FrameTable::put_back`]: what the kernel
     /// does by freezing the reference count. Says whether it was exclusive.
-    pub(super) fn try_isolate(
+    pub(super) fn try_isolate<P: CowPolicy>(
         &self,
         pfn: Pfn,
         may: impl Fn(FrameState) -> bool,
     ) -> Result<bool, FrameState> {
-        self.update(pfn, |s| {
-            may(s)
+        let stale = self.stale::<P>(Safeguard::IsolateTestsInTheWord, pfn);
+        self.update_ordered(pfn, order::<P>(Safeguard::IsolateAcquires), |s| {
+            may(stale.unwrap_or(s))
                 .then(|| s.plus(&GETS).map(|s| s.minus(&MAPS).unmapped()))
                 .flatten()
         })
@@ -335,13 +349,8 @@ impl FrameTable {
         access: Access,
         policy: &P,
     ) -> Result<(), FrameState> {
-        let order = if without::<P>(Safeguard::PinAcquires) {
-            (Ordering::Relaxed, Ordering::Relaxed)
-        } else {
-            (Ordering::AcqRel, Ordering::Acquire)
-        };
         let stale = self.stale::<P>(Safeguard::PinTestsInTheWord, pfn);
-        self.update_ordered(pfn, order, |s| {
+        self.update_ordered(pfn, order::<P>(Safeguard::PinAcquires), |s| {
             (s.maps() > 0 && policy.may_pin(stale.unwrap_or(s), access))
                 .then(|| s.plus(&PINS))
                 .flatten()
@@ -350,13 +359,27 @@ impl FrameTable {
     }
 
     /// Takes a transient hold, unless the frame is not mapped (`folio_try_get`).
-    pub(super) fn try_get(&self, pfn: Pfn) -> Result<(), FrameState> {
-        self.update(pfn, |s| (s.maps() > 0).then(|| s.plus(&GETS)).flatten())
-            .map(drop)
+    pub(super) fn try_get<P: CowPolicy>(&self, pfn: Pfn) -> Result<(), FrameState> {
+        self.update_ordered(pfn, order::<P>(Safeguard::GetAcquires), |s| {
+            (s.maps() > 0 || without::<P>(Safeguard::GetOnlyOfMapped))
+                .then(|| s.plus(&GETS))
+                .flatten()
+        })
+        .map(drop)
     }
 
     pub(super) fn unmap(&self, pfn: Pfn) -> Released {
         self.give_back(pfn, |s| s.minus(&MAPS).unmapped())
+    }
+
+    /// For model checkers: as [`FrameTable::unmap`], without an order.
+    pub(super) fn unmap_unordered(&self, pfn: Pfn) -> Released {
+        let change = self.update_ordered(pfn, UNORDERED, |s| Some(s.minus(&MAPS).unmapped()));
+        if change.is_ok_and(|c| c.after == FrameState::FREE) {
+            Released::Last
+        } else {
+            Released::StillHeld
+        }
     }
 
     pub(super) fn unpin(&self, pfn: Pfn) -> Released {

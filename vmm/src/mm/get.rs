@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use super::addr::{Access, Gfn};
 use super::fault::Intent;
-use super::policy::{CowPolicy, without};
+use super::policy::{CowPolicy, Exclusive, without};
 use super::pool::{FramePool, Get};
 use super::safeguard::Safeguard;
 use super::space::{AddressSpace, FaultError, Frozen, OutOfRange, in_range};
@@ -20,17 +20,13 @@ use super::table::{RegionGuard, Table};
 
 impl<P: CowPolicy> AddressSpace<P> {
     /// Takes a transient hold on the frame of a page. For [`Access::Write`] COW is broken first: what is written through the
-    /// hold is seen by the guest **until the next fork**, which does not know of it (PROTOCOL.md D3), and counts as written only up
-    /// to the next [`AddressSpace::take_dirty`].
+    /// hold is seen by the guest **until the next fork**, which does not know of it (PROTOCOL.md D3).
     ///
     /// # Errors
     /// For reading, only if there is no such page; for writing as [`AddressSpace::write_fault`].
     pub fn get(&self, gfn: Gfn, access: Access) -> Result<Get, FaultError> {
         match self.policy.lookup(access) {
-            Access::Read => {
-                let unchecked = without::<P>(Safeguard::GetRereadsEntry);
-                Ok(get(&self.pool, &self.table, gfn, unchecked)?)
-            }
+            Access::Read => Ok(get::<P>(&self.pool, &self.table, gfn)?),
             Access::Write => self.get_to_write(gfn),
         }
     }
@@ -52,16 +48,17 @@ impl Frozen {
     /// # Errors
     /// If there is no such page.
     pub fn get(&self, gfn: Gfn) -> Result<Get, OutOfRange> {
-        get(&self.pool, &self.table, gfn, false)
+        get::<Exclusive>(&self.pool, &self.table, gfn)
     }
 }
 
-fn get(pool: &Arc<FramePool>, table: &Table, gfn: Gfn, unchecked: bool) -> Result<Get, OutOfRange> {
+/// A reader's hold is the same under all policies: `P` says only what a model checker leaves out.
+fn get<P: CowPolicy>(pool: &Arc<FramePool>, table: &Table, gfn: Gfn) -> Result<Get, OutOfRange> {
     in_range(table, gfn)?;
     let entry = table.peek(gfn);
-    if let Ok(hold) = pool.try_get(entry.pfn())
+    if let Ok(hold) = pool.try_get::<P>(entry.pfn())
         // The frame may have left this page, and become another's, before it was held.
-        && (unchecked || table.peek(gfn) == entry)
+        && (table.peek(gfn) == entry || without::<P>(Safeguard::GetRereadsEntry))
     {
         return Ok(hold);
     }
@@ -72,7 +69,7 @@ fn get_locked(pool: &Arc<FramePool>, region: &RegionGuard<'_>, gfn: Gfn) -> Get 
     loop {
         // Under the region's lock the entry's own mapping keeps the frame: only a full counter can
         // refuse, and 65,535 readers of one frame are about to go away.
-        if let Ok(hold) = pool.try_get(region.get(gfn).pfn()) {
+        if let Ok(hold) = pool.try_get::<Exclusive>(region.get(gfn).pfn()) {
             return hold;
         }
         std::thread::yield_now();

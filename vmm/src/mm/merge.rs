@@ -34,12 +34,14 @@ impl<P: CowPolicy> AddressSpace<P> {
         }
         // Both kinds of locks in the order of their addresses, whoever asks for the merge.
         let one_space = ptr::eq(self, other);
-        let ((low, low_gfn), (high, high_gfn)) =
-            if (ptr::from_ref(self), gfn.region()) <= (ptr::from_ref(other), other_gfn.region()) {
-                ((self, gfn), (other, other_gfn))
-            } else {
-                ((other, other_gfn), (self, gfn))
-            };
+        let ((low, low_gfn), (high, high_gfn)) = if (ptr::from_ref(self), gfn.region())
+            <= (ptr::from_ref(other), other_gfn.region())
+            || without::<P>(Safeguard::MergeLocksInOrder)
+        {
+            ((self, gfn), (other, other_gfn))
+        } else {
+            ((other, other_gfn), (self, gfn))
+        };
         let _no_fork = read(&low.fork_lock);
         let _no_other_fork = (!one_space).then(|| read(&high.fork_lock));
         let mut first = low.table.lock(low_gfn.region());
@@ -99,12 +101,15 @@ impl<P: CowPolicy> AddressSpace<P> {
                     frames.unshare_idle(kept, was_exclusive);
                     error
                 };
-                let isolated = self.pool.isolate(freed, |s| s.is_idle()).map_err(|state| {
-                    undo(RearrangeError::Busy {
-                        gfn: other_gfn,
-                        state,
-                    })
-                })?;
+                let isolated = self
+                    .pool
+                    .isolate::<P>(freed, |s| s.is_idle())
+                    .map_err(|state| {
+                        undo(RearrangeError::Busy {
+                            gfn: other_gfn,
+                            state,
+                        })
+                    })?;
                 let equal = if without::<P>(Safeguard::ComparedWhenStill) {
                     looked_equal
                 } else {

@@ -36,11 +36,13 @@ impl<P: CowPolicy> AddressSpace<P> {
             return Err(busy(state));
         }
         let fresh = self.pool.allocate_near(&self.home, gfn.0)?;
-        self.stop_writers(gfn, entry)?;
+        if !without::<P>(Safeguard::WritersStoppedBeforeCopy) {
+            self.stop_writers(gfn, entry)?;
+        }
         let isolated = if without::<P>(Safeguard::IsolatedBeforeCopy) {
             None
         } else {
-            match self.pool.isolate(pfn, |s| s.refs() == 1) {
+            match self.pool.isolate::<P>(pfn, |s| s.refs() == 1) {
                 Ok(isolated) => Some(isolated),
                 Err(state) => {
                     self.let_writers(&mut region, gfn, entry);

@@ -58,9 +58,9 @@ mod space;
 mod sync;
 mod table;
 
-#[cfg(all(test, not(loom)))]
+#[cfg(all(test, not(any(loom, shuttle))))]
 mod model;
-#[cfg(all(test, not(loom)))]
+#[cfg(all(test, not(any(loom, shuttle))))]
 mod tests;
 
 pub use addr::{Access, Gfn, Order, PAGE_SIZE, Pfn, Protection, REGION_PAGES};

@@ -13,7 +13,8 @@ use std::sync::Arc;
 use super::addr::{Access, Order, PAGE_SIZE, Pfn};
 use super::frame::{FrameState, FrameTable, Released};
 use super::mmu::FrameMemory;
-use super::policy::CowPolicy;
+use super::policy::{CowPolicy, without};
+use super::safeguard::Safeguard;
 use super::sync::{Mutex, lock};
 
 /// Frames committed at a time outside homes, so that not every copy pays for a call to the host.
@@ -225,14 +226,21 @@ impl FramePool {
         }
     }
 
+    /// For model checkers: as [`FramePool::unmap`], without an order.
+    pub(super) fn unmap_unordered(&self, pfn: Pfn) {
+        if self.frames.unmap_unordered(pfn) == Released::Last {
+            self.free(pfn);
+        }
+    }
+
     /// Takes the caller's mapping of `pfn` away if `may` agrees, and holds the frame: nobody can pin or hold it then if
     /// that was its only mapping.
-    pub(super) fn isolate(
+    pub(super) fn isolate<P: CowPolicy>(
         self: &Arc<Self>,
         pfn: Pfn,
         may: impl Fn(FrameState) -> bool,
     ) -> Result<Isolated, FrameState> {
-        let was_exclusive = self.frames.try_isolate(pfn, may)?;
+        let was_exclusive = self.frames.try_isolate::<P>(pfn, may)?;
         Ok(Isolated {
             pool: Arc::clone(self),
             pfn,
@@ -242,7 +250,7 @@ impl FramePool {
     }
 
     /// Lets go of isolated frames. The memory of those that nobody else has goes back to the host.
-    pub(super) fn give_to_host(&self, isolated: Vec<Isolated>) {
+    pub(super) fn give_to_host<P: CowPolicy>(&self, isolated: Vec<Isolated>) {
         let mut free: Vec<Pfn> = isolated
             .into_iter()
             .filter_map(Isolated::into_last)
@@ -251,10 +259,16 @@ impl FramePool {
         // Still allocated, so that nobody takes them while their memory goes.
         for run in free.chunk_by(|a, b| a.0 + 1 == b.0) {
             let (first, count) = (run[0], run.len() as u64);
+            let too_early = without::<P>(Safeguard::UncommittedBeforeFree);
+            if too_early {
+                run.iter().for_each(|&pfn| self.free(pfn));
+            }
             let uncommitted = self.memory.uncommit(first, count).is_ok();
             let mut a = lock(&self.allocator);
             for &pfn in run {
-                a.release(pfn);
+                if !too_early {
+                    a.release(pfn);
+                }
                 if uncommitted {
                     a.committed.set(pfn, false);
                     a.usage.committed -= 1;
@@ -282,9 +296,9 @@ impl FramePool {
     }
 
     /// Takes a transient hold on `pfn`. The zero frame is held by nobody and always there.
-    pub(super) fn try_get(self: &Arc<Self>, pfn: Pfn) -> Result<Get, FrameState> {
+    pub(super) fn try_get<P: CowPolicy>(self: &Arc<Self>, pfn: Pfn) -> Result<Get, FrameState> {
         if pfn != Pfn::ZERO {
-            self.frames.try_get(pfn)?;
+            self.frames.try_get::<P>(pfn)?;
         }
         Ok(Get {
             pool: Arc::clone(self),

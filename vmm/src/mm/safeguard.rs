@@ -1,7 +1,8 @@
 //! The orderings and re-checks that the protocol rests on, by name.
 //!
-//! Each can be left out with [`CowPolicy::WITHOUT`](super::CowPolicy::WITHOUT), a constant of a type parameter,
-//! so that a model checker can show what it is for. `tests/loom` does not do so yet.
+//! Each can be left out with [`CowPolicy::WITHOUT`](super::CowPolicy::WITHOUT), a constant of a type parameter.
+//! `tests/loom` leaves out one after the other: each time loom must find a race that ends badly. `docs/protocol.md` has the
+//! table of which race that is.
 
 /// Something that must be done, or be done in this order, for a race to end well.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -17,29 +18,99 @@ pub enum Safeguard {
     PinTestsInTheWord,
     /// `frame.rs`: a frame is shared by the pin count *in the word that it changes*. Partner: a pin.
     ShareTestsInTheWord,
-    /// `space.rs`: a hold taken without a lock reads its entry again. Partner: as for a pin.
+    /// `frame.rs`: the compare-and-swap that shares a frame acquires. Partner: the release of a device that wrote the
+    /// frame and let go of it; without, the child may be seen as it was before the device wrote, and later as after.
+    ShareAcquires,
+    /// `get.rs`: a hold taken without a lock reads its entry again. Partner: as for a pin.
     GetRereadsEntry,
+    /// `frame.rs`: the compare-and-swap that takes a hold acquires. Partner: as for a pin.
+    GetAcquires,
+    /// `frame.rs`: a hold is only taken of a frame that something maps. Partner: the frame was freed after the first look
+    /// at the entry; to give the hold back would free it once more.
+    GetOnlyOfMapped,
     /// `fault.rs`: a fault looks at the entry under the region's lock. Partner: another fault on the page.
     FaultLooksUnderLock,
+    /// `fault.rs`: a fault and a fork exclude each other. Partner: a fork that has protected a run of pages in the MMU
+    /// and not yet in their entries.
+    FaultWaitsForFork,
+    /// `fault.rs`: the copy is made before the MMU maps it. Partner: a vCPU that reads.
+    CopiedBeforeMapped,
     /// `fault.rs`: the MMU is switched to the copy before the old frame's mapping is given back. Partner: the
     /// next to find itself the frame's last holder, who writes it while our vCPUs still read it.
     MmuBeforeUnmap,
     /// `fault.rs`: the entry is changed before the old frame's mapping is given back. Partner: a pin or a hold
     /// taken without a lock, whose re-read must see the change.
     EntryBeforeUnmap,
+    /// `frame.rs`: giving a mapping back releases. Partner: the acquire of a pin or a hold
+    /// ([`Safeguard::PinAcquires`] from the other side).
+    UnmapReleases,
     /// `fault.rs`: the copy for the snapshots is held until all of them have it. Partner: the drop of the first.
     CopyIsHeld,
-    /// `fault.rs`: a snapshot's entry is looked at again under its lock. Partner: the drop of the snapshot.
-    SharersLookedAtAgain,
     /// `fault.rs`: after the snapshots have moved, the writer still must prove that it is the last. Partner: a
     /// reader that took a hold on the frame through a snapshot meanwhile.
     ReuseProvedAgain,
+    /// `fork.rs`: pages are write-protected before any is shared or copied. Partner: a vCPU that was not stopped: the child
+    /// would have its later write and not the earlier.
+    ProtectedBeforeShared,
+    /// `fork.rs`: a clone is made under the locks of its snapshot's regions. Partner: a break that moves the snapshot.
+    CloneUnderLock,
     /// `migrate.rs`: the frame is made nobody's before it is copied. Partner: a pin or a hold taken without a lock.
     IsolatedBeforeCopy,
+    /// `frame.rs`: a frame is isolated by the counts *in the word that it changes*. Partner: a pin.
+    IsolateTestsInTheWord,
+    /// `frame.rs`: the compare-and-swap that isolates a frame acquires. Partner: the release of a device that wrote the
+    /// frame and let go of it; without, the frame may be copied as it was before.
+    IsolateAcquires,
+    /// `migrate.rs`: the MMU is write-protected before the frame is copied. Partner: a vCPU that writes.
+    WritersStoppedBeforeCopy,
     /// `merge.rs`: contents are compared after both pages have stopped changing. Partner: a vCPU that writes.
     ComparedWhenStill,
+    /// `merge.rs`: the locks of two address spaces are taken in one order. Partner: a merge the other way round.
+    MergeLocksInOrder,
+    /// `pool.rs`: memory goes back to the host before its frames are free. Partner: who allocates them next.
+    UncommittedBeforeFree,
     /// `dirty.rs`: pins are counted in the frame's word by a read-modify-write, after the entry was cleaned. Partner: a pin for
     /// writing taken without a lock (the store-buffering pair of PROTOCOL.md 5.2: entry store and pin load
     /// against pin store and entry load).
     PinsCountedInOrder,
 }
+
+impl Safeguard {
+    /// All of them, each at its own number.
+    pub const ALL: [Self; 26] = [
+        Self::PinRereadsEntry,
+        Self::PinAcquires,
+        Self::PinTestsInTheWord,
+        Self::ShareTestsInTheWord,
+        Self::ShareAcquires,
+        Self::GetRereadsEntry,
+        Self::GetAcquires,
+        Self::GetOnlyOfMapped,
+        Self::FaultLooksUnderLock,
+        Self::FaultWaitsForFork,
+        Self::CopiedBeforeMapped,
+        Self::MmuBeforeUnmap,
+        Self::EntryBeforeUnmap,
+        Self::UnmapReleases,
+        Self::CopyIsHeld,
+        Self::ReuseProvedAgain,
+        Self::ProtectedBeforeShared,
+        Self::CloneUnderLock,
+        Self::IsolatedBeforeCopy,
+        Self::IsolateTestsInTheWord,
+        Self::IsolateAcquires,
+        Self::WritersStoppedBeforeCopy,
+        Self::ComparedWhenStill,
+        Self::MergeLocksInOrder,
+        Self::UncommittedBeforeFree,
+        Self::PinsCountedInOrder,
+    ];
+}
+
+const _: () = {
+    let mut n = 0;
+    while n < Safeguard::ALL.len() {
+        assert!(Safeguard::ALL[n] as usize == n);
+        n += 1;
+    }
+};

@@ -1,11 +1,11 @@
-//! The one place where `mm` takes its atomics and locks from: `std`, or `loom` under `--cfg loom`.
+//! The one place where `mm` takes its atomics and locks from: `std`, or under `--cfg loom` and `--cfg shuttle` the crate that
+//! compiles it for a model checker (`tests/loom`, `tests/shuttle`).
 
-#[cfg(loom)]
-pub(super) use loom::sync::{
-    Mutex, MutexGuard, RwLock, RwLockReadGuard, RwLockWriteGuard,
-    atomic::{AtomicU64, Ordering},
+#[cfg(any(loom, shuttle))]
+pub(super) use crate::sync::{
+    AtomicU64, Mutex, MutexGuard, Ordering, RwLock, RwLockReadGuard, RwLockWriteGuard,
 };
-#[cfg(not(loom))]
+#[cfg(not(any(loom, shuttle)))]
 pub(super) use std::sync::{
     Mutex, MutexGuard, RwLock, RwLockReadGuard, RwLockWriteGuard,
     atomic::{AtomicU64, Ordering},
@@ -32,12 +32,12 @@ pub(super) fn write<T>(lock: &RwLock<T>) -> RwLockWriteGuard<'_, T> {
 /// A boxed slice of zeroed atomics. With `std` the memory comes from the kernel untouched, so that a
 /// table costs what is used of it.
 pub(super) fn zeroed(len: usize) -> Box<[AtomicU64]> {
-    #[cfg(not(loom))]
+    #[cfg(not(any(loom, shuttle)))]
     {
         use zerocopy::FromZeros;
         <[AtomicU64]>::new_box_zeroed_with_elems(len)
             .unwrap_or_else(|_| std::alloc::handle_alloc_error(std::alloc::Layout::new::<u64>()))
     }
-    #[cfg(loom)]
+    #[cfg(any(loom, shuttle))]
     (0..len).map(|_| AtomicU64::new(0)).collect()
 }

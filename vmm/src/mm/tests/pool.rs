@@ -288,9 +288,12 @@ fn leftovers_are_what_is_allocated_or_held() {
 fn a_frame_that_nothing_maps_is_nobodys() {
     let (pool, _) = soft_pool(8).unwrap();
     let held = pool.allocate().unwrap().into_held();
-    assert!(pool.try_get(held.pfn()).is_err());
+    assert!(pool.try_get::<Exclusive>(held.pfn()).is_err());
     assert!(pool.try_pin(held.pfn(), Access::Read, &Mapcount).is_err());
-    assert!(pool.try_get(Pfn::ZERO).is_ok(), "zeros are always there");
+    assert!(
+        pool.try_get::<Exclusive>(Pfn::ZERO).is_ok(),
+        "zeros are always there"
+    );
 }
 
 #[test]
@@ -298,8 +301,10 @@ fn a_frame_has_room_for_so_many_holds() {
     let w = world();
     w.vm.cpu_write(P, 5).unwrap();
     let pfn = w.entry(P).pfn();
-    let gets: Vec<_> = (0..0xffff).map(|_| w.pool.try_get(pfn).unwrap()).collect();
-    let full = w.pool.try_get(pfn).unwrap_err();
+    let gets: Vec<_> = (0..0xffff)
+        .map(|_| w.pool.try_get::<Exclusive>(pfn).unwrap())
+        .collect();
+    let full = w.pool.try_get::<Exclusive>(pfn).unwrap_err();
     assert_eq!((full.gets(), full.maps(), full.pins()), (0xffff, 1, 0));
     assert!(
         w.vm.space.discard(P, 1).is_err(),
