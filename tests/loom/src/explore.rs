@@ -11,18 +11,28 @@ const TO_FAIL: &str = "LOOM_TESTS_TO_FAIL";
 /// Its exit code if it did.
 const FAILED: i32 = 3;
 
-/// How often a model takes a thread off that could run on, in one interleaving; `LOOM_MAX_PREEMPTIONS` raises it. A switch
-/// to another thread because this one waits or ends does not count, nor does which store a load sees.
+/// How often a model takes a thread off that could run on, in one interleaving, where it is bounded. A switch
+/// to another thread because this one waits or ends does not count, nor does which store a load sees. What the safeguards are
+/// there for is found with two.
 const PREEMPTIONS: usize = 4;
 
-/// Asserts that `race` ends well in every interleaving of at most [`PREEMPTIONS`].
+/// Asserts that `race` ends well in every interleaving.
 pub(crate) fn holds(race: impl Fn() + Send + Sync + 'static) {
+    model().check(race);
+}
+
+/// Asserts that `race` ends well in every interleaving of at most four preemptions, or `LOOM_MAX_PREEMPTIONS`.
+pub(crate) fn holds_bounded(race: impl Fn() + Send + Sync + 'static) {
+    let mut model = model();
+    model.preemption_bound = model.preemption_bound.or(Some(PREEMPTIONS));
+    model.check(race);
+}
+
+fn model() -> Builder {
     let mut model = Builder::new();
     // The default is for models a tenth as long.
     model.max_branches = 10_000;
-    // Unbounded, the longest races take more than minutes. What the safeguards prevent is found with two switches.
-    model.preemption_bound = model.preemption_bound.or(Some(PREEMPTIONS));
-    model.check(race);
+    model
 }
 
 /// Asserts that `race` ends badly in some interleaving, with an assertion that says `how`. Any other failure, such as
@@ -37,7 +47,7 @@ pub(crate) fn fails(test: &str, race: impl Fn() + Send + Sync + 'static, how: &s
             eprintln!("{info}");
             process::exit(FAILED);
         }));
-        return holds(race);
+        return holds_bounded(race);
     }
     // A test is known without the name of its crate.
     let test = test.split_once("::").map_or(test, |(_, rest)| rest);

@@ -13,7 +13,7 @@
 //! It takes no lock and needs no fence. What the kernel's sequence count does against fork, the
 //! compare-and-swap does: fork clears the bit in the same word, so either fork comes first and there is no
 //! bit, or the pin does and fork sees it. The re-read is for a frame that was freed and became another
-//! page's, exclusive again, between the first two lines. Both are model-checked in `tests/loom`.
+//! page's, exclusive again, between the first two lines. Both are model-checked in `tests/loom`, with and without.
 
 use super::addr::{Access, Gfn};
 use super::fault::Intent;
