@@ -6,6 +6,8 @@
 //! | `get`, `dirty`, `discard`, `migrate`, `merge`, `force` | each operation: its contract, each of its errors |
 //! | `policies` | the rules as tables; which scenario goes wrong under which policy |
 //! | `pool` | where frames come from, and what happens at the limit |
+//! | `values` | addresses, entries and frame states |
+//! | `soft` | the software MMU |
 //! | `refusing` | an MMU and memory that fail on demand |
 //!
 //! An operation that fails must leave everything as it was (I10): a [`Picture`] is taken before and after.
@@ -19,14 +21,16 @@ mod migrate;
 mod policies;
 mod pool;
 mod refusing;
+mod soft;
 mod transitions;
+mod values;
 
 use std::fmt;
 use std::sync::Arc;
 
 use self::refusing::{Refusals, RefusingMmu};
 use super::policy::CowPolicy;
-use super::soft::{SoftMemory, SoftVm, soft_pool};
+use super::soft::{SoftMemory, SoftMmu, SoftVm, soft_pool};
 use super::*;
 
 const P: Gfn = Gfn(0);
