@@ -372,7 +372,7 @@ fn a_merge_takes_the_lower_of_two_regions_first() {
                 drop(space.table.lock(far.region()));
                 locked.send(())
             });
-            let answer = answer.recv_timeout(Duration::from_secs(2));
+            let answer = answer.recv_timeout(Duration::from_secs(5));
             assert!(answer.is_ok(), "who waits for the lower has the higher");
             drop(lower);
             merge.join().unwrap().unwrap();
