@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # Changes vmm/src/mm in a thousand small ways and says which of them its unit tests do not notice.
 #
-#   tools/mutants.sh                 all of mm; half an hour on two cores
+#   tools/mutants.sh                 all of mm; half an hour on two cores, more if they have other work
 #   tools/mutants.sh -f fault.rs     one file; further arguments are those of cargo-mutants
 #   tools/mutants.sh --list          which changes there are
 #
 # Needs: cargo install cargo-mutants. It works on a copy: mm alone in a package of its own, which builds in seconds
 # (it needs neither KVM nor the rest of the VMM; tests/loom compiles it alone as well). The package is target/mutants, and
 # the report target/mutants/mutants.out.
+# docs/mutants.md: the last run, and why some survive.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 package=${MUTANTS_DIR:-target/mutants}

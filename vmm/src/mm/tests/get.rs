@@ -147,11 +147,12 @@ fn a_reading_hold_waits_for_no_lock() {
         w.vm.space.table.lock(P.region()),
         frozen.table.lock(P.region()),
     );
-    let holds = [
-        w.vm.space.get(P, Access::Read).unwrap(),
-        frozen.get(P).unwrap(),
-    ];
-    drop(locks);
+    let holds = beside(locks, || {
+        [
+            w.vm.space.get(P, Access::Read).unwrap(),
+            frozen.get(P).unwrap(),
+        ]
+    });
     assert_eq!(w.state(P).gets(), 2);
     drop(holds);
 }

@@ -1,7 +1,6 @@
 //! Merging: two pages, one frame; and whoever writes gets a page of its own again.
 
 use std::sync::mpsc;
-use std::time::Duration;
 
 use super::*;
 

@@ -27,6 +27,7 @@ mod values;
 
 use std::fmt;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use self::refusing::{Refusals, RefusingMmu};
 use super::policy::CowPolicy;
@@ -197,4 +198,20 @@ fn refused_at_each_call<W, T, E: fmt::Debug>(
         );
     }
     unreachable!("an operation asks the MMU a finite number of times")
+}
+
+/// What `operation` says while somebody else has `locks`. A failure and not a hang if it waits for one of them.
+fn beside<L, T: Send>(locks: L, operation: impl FnOnce() -> T + Send) -> T {
+    std::thread::scope(|scope| {
+        let operation = scope.spawn(operation);
+        let patience = Instant::now() + Duration::from_secs(5);
+        while !operation.is_finished() && Instant::now() < patience {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        let waits = !operation.is_finished();
+        drop(locks);
+        let answer = operation.join().unwrap();
+        assert!(!waits, "it waits for a lock");
+        answer
+    })
 }

@@ -554,10 +554,13 @@ fn snapshots_that_are_gone_are_forgotten() {
 fn a_pin_of_an_exclusive_page_waits_for_no_lock() {
     let w = world();
     w.vm.cpu_write(P, 5).unwrap();
-    let fork = super::super::sync::write(&w.vm.space.fork_lock);
-    let region = w.vm.space.table.lock(P.region());
-    let pins = [Access::Read, Access::Write].map(|access| w.vm.space.pin(P, access).unwrap());
-    drop((region, fork));
+    let locks = (
+        super::super::sync::write(&w.vm.space.fork_lock),
+        w.vm.space.table.lock(P.region()),
+    );
+    let pins = beside(locks, || {
+        [Access::Read, Access::Write].map(|access| w.vm.space.pin(P, access).unwrap())
+    });
     assert_eq!((w.state(P).pins(), w.stats().pins_fast), (2, 2));
     drop(pins);
 }
