@@ -252,3 +252,22 @@ fn a_set_of_pages_knows_its_pages() {
         assert_eq!(set.contains(Gfn(page)), pages.contains(&page), "{page}");
     }
 }
+
+/// Regions without a trace of a page are passed over: an answer, a fork or a drop costs what was touched.
+#[test]
+fn a_region_is_untouched_again_once_it_was_said_that_its_pages_are() {
+    let w = world_of(2 * REGION_PAGES, 4 * REGION_PAGES);
+    let untouched = || [0, 1].map(|index| w.vm.space.table.lock(index).is_untouched());
+    assert_eq!(untouched(), [true, true]);
+    let far = Gfn(REGION_PAGES + 1);
+    for gfn in [P, Q, far] {
+        w.vm.cpu_write(gfn, 5).unwrap();
+    }
+    assert_eq!(untouched(), [false, false]);
+    w.vm.space.discard(P, REGION_PAGES).unwrap();
+    assert_eq!(untouched(), [false, false], "zeros are news");
+    assert_eq!(taken(&w), [0, 1, far.0]);
+    assert_eq!(untouched(), [true, false]);
+    w.vm.cpu_write(Q, 6).unwrap();
+    assert_eq!((untouched(), taken(&w)), ([false, false], vec![1]));
+}

@@ -1,6 +1,11 @@
 //! Merging: two pages, one frame; and whoever writes gets a page of its own again.
 
+use std::sync::mpsc;
+
 use super::*;
+
+/// Long enough for a thread to come to where it waits. If it was not, a test sees nothing wrong.
+const WHILE: Duration = Duration::from_millis(50);
 
 /// Two spaces of one pool, and the pages that are merged: of the first space and of the second, or both of the first.
 struct Pair {
@@ -345,4 +350,50 @@ fn merges_in_both_directions_do_not_wait_for_each_other() {
         }
     });
     assert_eq!(other.vm.cpu_read(far), 1);
+}
+
+/// As `discard` takes them, which has several at a time as well.
+#[test]
+fn a_merge_takes_the_lower_of_two_regions_first() {
+    let far = Gfn(REGION_PAGES);
+    for (gfn, other) in [(P, far), (far, P)] {
+        let w = world_of(2 * REGION_PAGES, 4 * REGION_PAGES);
+        for gfn in [P, far] {
+            w.vm.cpu_write(gfn, 5).unwrap();
+        }
+        let space = &w.vm.space;
+        std::thread::scope(|scope| {
+            let lower = space.table.lock(P.region());
+            let merge = scope.spawn(move || space.merge(gfn, space, other));
+            std::thread::sleep(WHILE);
+            let (locked, answer) = mpsc::channel();
+            scope.spawn(move || {
+                drop(space.table.lock(far.region()));
+                locked.send(())
+            });
+            let answer = answer.recv_timeout(Duration::from_secs(5));
+            assert!(answer.is_ok(), "who waits for the lower has the higher");
+            drop(lower);
+            merge.join().unwrap().unwrap();
+        });
+    }
+}
+
+#[test]
+fn a_merge_waits_for_a_fork_of_either_space() {
+    for forked in [0, 1] {
+        let pair = Pair::new((0, P), (1, P));
+        for at in [pair.one, pair.other] {
+            pair.write(at, 5);
+        }
+        std::thread::scope(|scope| {
+            let fork = super::super::sync::write(&pair.worlds[forked].vm.space.fork_lock);
+            let merge = scope.spawn(|| pair.merge());
+            std::thread::sleep(WHILE);
+            assert!(!merge.is_finished());
+            drop(fork);
+            merge.join().unwrap().unwrap();
+        });
+        assert_eq!(pair.pfn(pair.one), pair.pfn(pair.other));
+    }
 }

@@ -6,6 +6,8 @@
 //! | `get`, `dirty`, `discard`, `migrate`, `merge`, `force` | each operation: its contract, each of its errors |
 //! | `policies` | the rules as tables; which scenario goes wrong under which policy |
 //! | `pool` | where frames come from, and what happens at the limit |
+//! | `values` | addresses, entries and frame states |
+//! | `soft` | the software MMU |
 //! | `refusing` | an MMU and memory that fail on demand |
 //!
 //! An operation that fails must leave everything as it was (I10): a [`Picture`] is taken before and after.
@@ -19,14 +21,17 @@ mod migrate;
 mod policies;
 mod pool;
 mod refusing;
+mod soft;
 mod transitions;
+mod values;
 
 use std::fmt;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use self::refusing::{Refusals, RefusingMmu};
 use super::policy::CowPolicy;
-use super::soft::{SoftMemory, SoftVm, soft_pool};
+use super::soft::{SoftMemory, SoftMmu, SoftVm, soft_pool};
 use super::*;
 
 const P: Gfn = Gfn(0);
@@ -193,4 +198,20 @@ fn refused_at_each_call<W, T, E: fmt::Debug>(
         );
     }
     unreachable!("an operation asks the MMU a finite number of times")
+}
+
+/// What `operation` says while somebody else has `locks`. A failure and not a hang if it waits for one of them.
+fn beside<L, T: Send>(locks: L, operation: impl FnOnce() -> T + Send) -> T {
+    std::thread::scope(|scope| {
+        let operation = scope.spawn(operation);
+        let patience = Instant::now() + Duration::from_secs(5);
+        while !operation.is_finished() && Instant::now() < patience {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        let waits = !operation.is_finished();
+        drop(locks);
+        let answer = operation.join().unwrap();
+        assert!(!waits, "it waits for a lock");
+        answer
+    })
 }

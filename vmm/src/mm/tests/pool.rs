@@ -1,5 +1,6 @@
 //! Where frames come from, and what happens at the limit.
 
+use super::super::frame::Released;
 use super::refusing::RefusingMemory;
 use super::*;
 
@@ -347,4 +348,16 @@ fn the_pool_says_how_full_it_is() {
         format!("FramePool {{ usage: {usage:?} }}")
     );
     drop(frame);
+}
+
+/// A hold that was not given back shows, whatever the allocator thinks of its frame.
+#[test]
+fn a_free_frame_that_somebody_holds_is_a_leftover() {
+    let (pool, _) = soft_pool(64).unwrap();
+    let pfn = pool.allocate().map(|fresh| fresh.pfn()).unwrap();
+    assert_eq!(pool.leftovers(9), []);
+    pool.frames().hold_fresh(pfn);
+    assert_eq!(pool.leftovers(9), [(pfn, pool.state(pfn))]);
+    assert_eq!(pool.frames().put(pfn), Released::Last);
+    assert_eq!(pool.leftovers(9), []);
 }

@@ -1,5 +1,7 @@
 //! The transitions of PROTOCOL.md 3.2 that apply to base frames, one test each.
 
+use std::sync::atomic::Ordering;
+
 use super::*;
 
 #[test]
@@ -470,4 +472,95 @@ fn a_policy_that_shares_pinned_frames_is_caught() {
         6,
         "the device reads what the guest no longer has"
     );
+}
+
+/// While mappings are short, who writes one page of a region gets all of it: one mapping does for them.
+#[test]
+fn a_crowded_mmu_has_the_whole_region_resolved() {
+    let w = world_of(REGION_PAGES + 1, 4 * REGION_PAGES);
+    let next_region = Gfn(REGION_PAGES);
+    for gfn in [P, Q, next_region] {
+        w.vm.cpu_write(gfn, 5).unwrap();
+    }
+    let frozen = w.vm.space.fork().unwrap();
+    w.mmu.crowded.store(1, Ordering::Relaxed);
+    assert_eq!(w.vm.space.write_fault(Q).unwrap(), Resolution::SharersMoved);
+    for page in 0..REGION_PAGES {
+        let reads = if page < 2 { 5 } else { 0 };
+        assert_eq!(
+            (w.slot(Gfn(page)), w.vm.cpu_read(Gfn(page))),
+            ("WX", reads),
+            "{page}"
+        );
+    }
+    assert_eq!(w.slot(next_region), "RS");
+    let stats = w.stats();
+    assert_eq!(
+        (stats.sharers_moved, stats.neighbours),
+        (1, REGION_PAGES - 1),
+        "nobody asked for the others"
+    );
+    w.vm.cpu_write(P, 6).unwrap();
+    assert_eq!(w.vm.read_frozen(&frozen, P), 5);
+}
+
+#[test]
+fn a_write_that_finds_nothing_to_do_leaves_its_neighbours_alone() {
+    let w = world();
+    w.vm.cpu_write(P, 5).unwrap();
+    w.mmu.crowded.store(1, Ordering::Relaxed);
+    assert_eq!(
+        w.vm.space.write_fault(P).unwrap(),
+        Resolution::AlreadyWritable
+    );
+    assert_eq!((w.slot(Q), w.stats().neighbours), ("ZERO", 0));
+}
+
+/// Neighbours are a favour: there may be no memory for them.
+#[test]
+fn a_crowded_mmu_without_memory_has_the_page_itself_resolved() {
+    let w = world_of(4, 5);
+    for gfn in [P, Q] {
+        w.vm.cpu_write(gfn, 5).unwrap();
+    }
+    let frozen = w.vm.space.fork().unwrap();
+    w.vm.cpu_write(Gfn(2), 6).unwrap();
+    w.mmu.crowded.store(1, Ordering::Relaxed);
+    assert_eq!(
+        w.vm.space.write_fault(Gfn(3)).unwrap(),
+        Resolution::ZeroFilled
+    );
+    assert_eq!([P, Q].map(|gfn| w.slot(gfn)), ["RS", "RS"]);
+    assert_eq!((w.stats().zero_filled, w.stats().neighbours), (4, 0));
+    assert_eq!(w.vm.read_frozen(&frozen, P), 5);
+}
+
+/// A guest that is snapshotted for days has many behind it.
+#[test]
+fn snapshots_that_are_gone_are_forgotten() {
+    let w = world();
+    let kept = w.vm.space.fork().unwrap();
+    for _ in 0..9 {
+        drop(w.vm.space.fork().unwrap());
+    }
+    let last = w.vm.space.fork().unwrap();
+    let remembered = w.vm.space.snapshots.lock().unwrap().len();
+    assert_eq!(remembered, 2);
+    drop((kept, last));
+}
+
+/// What a device thread does must not wait for a fault that copies.
+#[test]
+fn a_pin_of_an_exclusive_page_waits_for_no_lock() {
+    let w = world();
+    w.vm.cpu_write(P, 5).unwrap();
+    let locks = (
+        super::super::sync::write(&w.vm.space.fork_lock),
+        w.vm.space.table.lock(P.region()),
+    );
+    let pins = beside(locks, || {
+        [Access::Read, Access::Write].map(|access| w.vm.space.pin(P, access).unwrap())
+    });
+    assert_eq!((w.state(P).pins(), w.stats().pins_fast), (2, 2));
+    drop(pins);
 }

@@ -1,0 +1,87 @@
+//! Addresses, entries and frame states as values: their arithmetic, and how errors and traces spell them.
+
+use super::super::frame::FrameTable;
+use super::*;
+
+#[test]
+fn a_guest_frame_number_is_an_address_in_pages() {
+    for (gpa, gfn) in [
+        (0, 0),
+        (1, 0),
+        (PAGE_SIZE - 1, 0),
+        (PAGE_SIZE, 1),
+        (5 * PAGE_SIZE + 7, 5),
+    ] {
+        assert_eq!(Gfn::of_gpa(gpa), Gfn(gfn), "{gpa:#x}");
+    }
+    assert_eq!([0, 1, 5].map(|n| Gfn(n).gpa()), [0, 0x1000, 0x5000]);
+}
+
+#[test]
+fn a_frame_number_is_an_offset_in_pages() {
+    assert_eq!([0, 1, 5].map(|n| Pfn(n).offset()), [0, 0x1000, 0x5000]);
+}
+
+#[test]
+fn numbers_are_spelled_in_hexadecimal_with_their_kind() {
+    assert_eq!(
+        format!("{:?}, {:?}", Gfn(0x1f), Pfn(0x2e)),
+        "gfn 0x1f, pfn 0x2e"
+    );
+}
+
+#[test]
+fn an_entry_spells_its_frame_and_its_rights() {
+    let entry = Entry::writable(Pfn(0x2e));
+    let spelled = [
+        Entry::UNTOUCHED,
+        Entry::DISCARDED,
+        entry,
+        entry.write_protected(),
+        entry.cleaned(),
+    ]
+    .map(|entry| format!("{entry:?}"));
+    assert_eq!(
+        spelled,
+        [
+            "untouched",
+            "untouched",
+            "pfn 0x2e rw",
+            "pfn 0x2e ro",
+            "pfn 0x2e ro clean"
+        ]
+    );
+}
+
+/// Who reads that a page is busy is told who is in the way.
+#[test]
+fn a_frame_spells_its_holders() {
+    let (table, pfn) = (FrameTable::new(2), Pfn(1));
+    assert_eq!(
+        format!("{:?}", table.state(pfn)),
+        "{maps 0, gets 0, pins 0, possibly shared}"
+    );
+    table.map_fresh(pfn);
+    table.try_get::<Exclusive>(pfn).unwrap();
+    table.try_get::<Exclusive>(pfn).unwrap();
+    for _ in 0..3 {
+        table.try_pin(pfn, Access::Read, &Exclusive).unwrap();
+    }
+    assert_eq!(
+        format!("{:?}", table.state(pfn)),
+        "{maps 1, gets 2, pins 3, exclusive}"
+    );
+}
+
+#[test]
+fn spaces_and_snapshots_spell_their_size() {
+    let w = world();
+    w.vm.cpu_write(P, 5).unwrap();
+    let stats = w.stats();
+    assert_eq!(
+        format!("{:?}", w.vm.space),
+        format!("AddressSpace {{ pages: 4, stats: {stats:?} }}")
+    );
+    let frozen = w.vm.space.fork().unwrap();
+    assert_eq!(format!("{frozen:?}"), "Frozen { pages: 4 }");
+}
