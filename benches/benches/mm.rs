@@ -3,7 +3,7 @@
 use std::hint::black_box;
 use std::time::{Duration, Instant};
 
-use benches::{space_without_window, time_forks, write_all};
+use benches::bare::{space_without_window, time_forks, write_all};
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use palimpsest::mm::{Access, Gfn};
 

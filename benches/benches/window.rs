@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use benches::{space_with_window, time_forks, write_all};
+use benches::bare::{space_with_window, time_forks, write_all};
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use palimpsest::mm::{Frozen, Gfn};
 

@@ -1,0 +1,315 @@
+//! One technique, one guest: how long it stands still for a snapshot, what it loses, and what it costs.
+//!
+//! | number | what it is |
+//! |---|---|
+//! | pause | from the kick to the last vCPU about to run again |
+//! | stall | what the guest lost: the time of the lap in which the snapshot was taken and of the one after it, less twice its usual lap. The pause is in it. Of several vCPUs, the one that lost most |
+//! | longest gap | the longest time between two writes in these two laps, by the guest's own clock. Usually the pause is in it |
+//! | per page | the stall of all vCPUs, by the number of different pages they wrote from the snapshot to the end of these laps |
+//! | share | writes a second with a snapshot every so often, as a share of the writes a second just before without |
+//!
+//! The usual lap is the median before the first snapshot: a technique that leaves the guest slower than it was pays for that.
+//! Memory is brought back to its best between two snapshots ([`Technique::settle`](crate::technique::Technique::settle)),
+//! except while writes a second are counted.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use guest::sweep::Lap;
+use palimpsest::kvm::Kvm;
+
+use crate::footprint;
+use crate::report::{Cell, Rate};
+use crate::summary::{Times, median};
+use crate::technique::{Kind, TechniqueError};
+use crate::vm::{GuestConfig, Progress, Vm, VmError};
+
+/// Laps without a snapshot before one.
+const REST: u64 = 3;
+/// Laps the usual one is the median of, at least.
+const USUAL: u64 = 8;
+/// How often somebody who waits for the next snapshot looks up.
+const SLICE: Duration = Duration::from_millis(20);
+
+/// How much is measured.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Plan {
+    /// Snapshots whose pause and stall are measured.
+    pub rounds: u64,
+    /// How long the guest is watched without a snapshot, at least.
+    pub quiet: Duration,
+    /// Snapshots a second, one measurement of the guest's writes each.
+    pub rates: Vec<f64>,
+    /// How long one of these is.
+    pub rate_time: Duration,
+}
+
+/// Measures `kind` with the guest of `config`. Calls `step` with what it is at.
+///
+/// # Errors
+/// If the technique or the guest fails, or `stop` is set.
+pub fn measure(
+    kvm: &Kvm,
+    kind: Kind,
+    config: &GuestConfig,
+    plan: &Plan,
+    stop: &AtomicBool,
+    step: &mut dyn FnMut(&str),
+) -> Result<Cell, VmError> {
+    let base = pss([])?;
+    step("boot");
+    let vm = Vm::boot(kvm, kind.start(config.memory)?, config)?;
+    let run = Run { vm: &vm, stop };
+    step("first touch");
+    vm.wait("touching its memory", stop, |_, vcpu| vcpu.resident)?;
+    step("quiet");
+    run.rest(REST)?;
+    let usual = run.usual(plan.quiet)?;
+
+    let mut pauses = Times::default();
+    let mut stalls = Times::default();
+    let mut gaps = Times::default();
+    let mut per_page = Vec::new();
+    let mut touched = Vec::new();
+    let mut copied = Vec::new();
+    let mut memory = 0;
+    for round in 0..plan.rounds {
+        step(&format!("snapshot {} of {}", round + 1, plan.rounds));
+        vm.technique().settle()?;
+        run.rest(REST)?;
+        // The last time, memory is looked at too: it takes long.
+        let last = round + 1 == plan.rounds;
+        let before = if last { pss([])? } else { 0 };
+        let copied_before = vm.technique().copied();
+        let snapshot = vm.snapshot()?;
+        run.wait_laps("its first sweep after a snapshot", &snapshot.at, 2)?;
+        let felt = run.felt(&snapshot.at, &usual)?;
+        if last {
+            let after = pss(snapshot.memory.process())?;
+            memory = after.saturating_sub(base);
+            if copied_before.is_none() {
+                copied.push(after.saturating_sub(before) as f64);
+            }
+        }
+        if let (Some(before), Some(after)) = (copied_before, vm.technique().copied()) {
+            copied.push((after - before) as f64);
+        }
+        pauses.record(snapshot.pause);
+        stalls.record(felt.lost_most);
+        gaps.record(felt.longest_gap);
+        touched.push(felt.touched as f64);
+        per_page.push(micros(felt.lost_all) / felt.touched.max(1) as f64);
+    }
+
+    let mut rates = Vec::new();
+    for &rate in &plan.rates {
+        step(&format!("{rate} snapshots a second"));
+        vm.technique().settle()?;
+        run.rest(REST)?;
+        rates.push(run.at_rate(rate, plan)?);
+    }
+    vm.check()?;
+    Ok(Cell {
+        technique: kind.name().to_owned(),
+        memory: config.memory,
+        pattern: crate::report::pattern_name(config.pattern).to_owned(),
+        vcpus: config.vcpus,
+        dma: config.dma,
+        sweep: config.sweep,
+        usual_lap_us: usual
+            .iter()
+            .map(|usual| micros(usual.lap))
+            .fold(0.0, f64::max),
+        quiet_gap_us: usual
+            .iter()
+            .map(|usual| micros(usual.longest_gap))
+            .fold(0.0, f64::max),
+        ops_per_s: usual.iter().map(|usual| usual.ops_per_s).sum(),
+        pause_us: pauses.summary().unwrap_or_default(),
+        stall_us: stalls.summary().unwrap_or_default(),
+        gap_us: gaps.summary().unwrap_or_default(),
+        per_page_us: median(per_page).unwrap_or_default(),
+        pages: median(touched).unwrap_or_default() as u64,
+        copied: median(copied).unwrap_or_default() as u64,
+        peak_memory: memory,
+        tables: vm.technique().tables(),
+        rates,
+    })
+}
+
+/// A vCPU without snapshots.
+#[derive(Clone, Copy, Debug)]
+struct Usual {
+    lap: Duration,
+    longest_gap: Duration,
+    ops_per_s: f64,
+}
+
+/// What vCPUs felt of a snapshot.
+#[derive(Clone, Copy, Debug, Default)]
+struct Felt {
+    lost_most: Duration,
+    lost_all: Duration,
+    longest_gap: Duration,
+    touched: u64,
+}
+
+/// A guest that is being measured.
+struct Run<'a> {
+    vm: &'a Vm,
+    stop: &'a AtomicBool,
+}
+
+impl Run<'_> {
+    /// Waits for `laps` laps.
+    fn rest(&self, laps: u64) -> Result<(), VmError> {
+        self.wait_laps("a sweep", &self.vm.progress()?, laps)
+    }
+
+    /// Waits until every vCPU has done `laps` laps more than at `since`, the one it was in then being the first.
+    fn wait_laps(&self, what: &'static str, since: &[Progress], laps: u64) -> Result<(), VmError> {
+        self.vm.wait(what, self.stop, |vcpu, progress| {
+            progress.laps >= since[vcpu].laps + laps
+        })
+    }
+
+    fn time(&self, ticks: u64) -> Duration {
+        ticks_to_time(ticks, self.vm.tsc_khz())
+    }
+
+    /// Watches the guest for a while, `time` at least.
+    fn usual(&self, time: Duration) -> Result<Vec<Usual>, VmError> {
+        let since = self.vm.progress()?;
+        let begin = Instant::now();
+        self.pause_until(begin + time)?;
+        self.wait_laps("a few sweeps", &since, USUAL)?;
+        (0..since.len())
+            .map(|vcpu| {
+                // The first of them had begun before.
+                let laps = self.vm.laps(vcpu, since[vcpu].laps + 1..u64::MAX)?;
+                let times = laps.iter().map(|lap| (lap.end - lap.start) as f64);
+                let lap = self.time(median(times.collect()).unwrap_or_default() as u64);
+                let longest_gap = laps.iter().map(|lap| lap.longest_gap).max();
+                Ok(Usual {
+                    lap,
+                    longest_gap: self.time(longest_gap.unwrap_or_default()),
+                    ops_per_s: self.vm.orders()[vcpu].lap as f64 / lap.as_secs_f64(),
+                })
+            })
+            .collect()
+    }
+
+    /// What the vCPUs felt of a snapshot taken at `at`. Two laps are done since.
+    fn felt(&self, at: &[Progress], usual: &[Usual]) -> Result<Felt, VmError> {
+        let mut felt = Felt::default();
+        for (vcpu, (at, usual)) in at.iter().zip(usual).enumerate() {
+            let laps = self.vm.laps(vcpu, at.laps..at.laps + 2)?;
+            let [first, second] = laps[..] else {
+                return Err(VmError::Stuck {
+                    what: "laps that are looked at in time",
+                });
+            };
+            let lost = self.lost(first, second, usual.lap);
+            let longest_gap = first.longest_gap.max(second.longest_gap);
+            felt.lost_most = felt.lost_most.max(lost);
+            felt.lost_all += lost;
+            felt.longest_gap = felt.longest_gap.max(self.time(longest_gap));
+            felt.touched += self.vm.orders()[vcpu].choice.distinct(at.ops, second.ops);
+        }
+        Ok(felt)
+    }
+
+    fn lost(&self, first: Lap, second: Lap, usual: Duration) -> Duration {
+        self.time(second.end - first.start)
+            .saturating_sub(2 * usual)
+    }
+
+    /// How fast the guest writes with `rate` snapshots a second.
+    fn at_rate(&self, rate: f64, plan: &Plan) -> Result<Rate, VmError> {
+        let quiet = self.speed(|| self.pause_until(Instant::now() + plan.quiet))?;
+        let mut pauses = Times::default();
+        let mut taken = 0;
+        let begin = Instant::now();
+        let end = begin + plan.rate_time;
+        let with = self.speed(|| {
+            let mut due = begin;
+            let mut last = None;
+            while Instant::now() < end {
+                // One lives at a time, whatever the technique could do.
+                drop(last.take());
+                let snapshot = self.vm.snapshot()?;
+                pauses.record(snapshot.pause);
+                taken += 1;
+                last = Some(snapshot);
+                // One that is late moves those after it: there are no two at once.
+                due = (due + Duration::from_secs_f64(1.0 / rate)).max(Instant::now());
+                self.pause_until(due.min(end))?;
+            }
+            Ok(())
+        })?;
+        Ok(Rate {
+            asked: rate,
+            taken: f64::from(taken) / begin.elapsed().as_secs_f64(),
+            share: with / quiet,
+            pause_us: pauses.summary().unwrap_or_default(),
+        })
+    }
+
+    /// Writes a second while `work` runs.
+    fn speed(&self, work: impl FnOnce() -> Result<(), VmError>) -> Result<f64, VmError> {
+        let (begin, ops) = (Instant::now(), self.vm.ops()?);
+        work()?;
+        let ops = self.vm.ops()? - ops;
+        Ok(ops as f64 / begin.elapsed().as_secs_f64())
+    }
+
+    fn pause_until(&self, end: Instant) -> Result<(), VmError> {
+        loop {
+            if self.stop.load(Ordering::Relaxed) {
+                return Err(VmError::Interrupted);
+            }
+            self.vm.check()?;
+            match end.checked_duration_since(Instant::now()) {
+                Some(left) if !left.is_zero() => thread::sleep(left.min(SLICE)),
+                _ => return Ok(()),
+            }
+        }
+    }
+}
+
+fn pss(others: impl IntoIterator<Item = i32>) -> Result<u64, VmError> {
+    let pss = footprint::of_this_process_and(others);
+    Ok(pss.map_err(|source| TechniqueError::Host {
+        what: "tell how much memory processes have",
+        source,
+    })?)
+}
+
+fn micros(time: Duration) -> f64 {
+    time.as_secs_f64() * 1e6
+}
+
+/// The time that `ticks` of a clock of `khz` take. None, if the clock's frequency is not known.
+fn ticks_to_time(ticks: u64, khz: u32) -> Duration {
+    let nanos = (u128::from(ticks) * 1_000_000).checked_div(khz.into());
+    Duration::from_nanos(nanos.unwrap_or_default() as u64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ticks_are_time() {
+        assert_eq!(
+            ticks_to_time(2_500_000, 2_500_000),
+            Duration::from_millis(1)
+        );
+        assert_eq!(
+            ticks_to_time(u64::MAX, 3_000_000).as_secs(),
+            u64::MAX / 3_000_000_000
+        );
+        assert_eq!(ticks_to_time(1, 0), Duration::ZERO);
+    }
+}
