@@ -52,12 +52,12 @@ struct Args {
           value_parser = clap::value_parser!(u64).range(1..=16), conflicts_with = "all")]
     vcpus: Vec<u64>,
 
-    /// Techniques to measure [default: all]
+    /// Techniques to measure; see below [default: those with a star; with --all, all]
     #[arg(long, value_name = "NAME", value_delimiter = ',')]
     technique: Vec<Kind>,
 
     /// Snapshots of each whose pause and stall are measured
-    #[arg(long, default_value = "10", value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(long, value_name = "N", default_value = "5", value_parser = clap::value_parser!(u64).range(1..))]
     rounds: u64,
 
     /// Snapshots a second while the guest's speed is measured; 0 for none
@@ -65,7 +65,7 @@ struct Args {
     rates: Vec<f64>,
 
     /// How long the guest's speed is measured at each of these
-    #[arg(long, value_name = "TIME", default_value = "3s", value_parser = parse_time)]
+    #[arg(long, value_name = "TIME", default_value = "2s", value_parser = parse_time)]
     rate_time: Duration,
 
     /// What the guest sweeps, and writes between two looks at the time
@@ -102,7 +102,10 @@ fn parse_pattern(name: &str) -> Result<Pattern, String> {
 }
 
 fn techniques() -> String {
-    let lines = Kind::ALL.map(|kind| format!("  {:<9} {}", kind.name(), kind.about()));
+    let lines = Kind::ALL.map(|kind| {
+        let star = if kind.is_default() { '*' } else { ' ' };
+        format!("  {star} {:<9} {}", kind.name(), kind.about())
+    });
     format!("Techniques:\n{}", lines.join("\n"))
 }
 
@@ -150,7 +153,7 @@ fn run(args: &Args) -> Result<(), Error> {
     let stop = stop_flag().map_err(Error::Signals)?;
     let plan = Plan {
         rounds: args.rounds,
-        quiet: Duration::from_millis(400),
+        quiet: Duration::from_secs(1),
         rates: args
             .rates
             .iter()
@@ -160,21 +163,19 @@ fn run(args: &Args) -> Result<(), Error> {
         rate_time: args.rate_time,
     };
     let techniques = match &args.technique[..] {
-        [] => Kind::ALL.to_vec(),
+        [] => Kind::ALL
+            .into_iter()
+            .filter(|kind| args.all || kind.is_default())
+            .collect(),
         some => some.to_vec(),
     };
     let configs = configs(args);
     let progress = Progress::new(configs.len() * techniques.len());
 
     progress.step("the machine");
-    let platform = kvm.platform();
     let mut report = Report {
         version: env!("CARGO_PKG_VERSION").to_owned(),
-        platform: Platform {
-            kvm: platform.kvm.to_owned(),
-            kernel: platform.kernel.clone(),
-            cpus: platform.cpus,
-        },
+        platform: Platform::of(kvm.platform()),
         machine: Machine::measure().map_err(Error::Machine)?,
         rounds: args.rounds,
         cells: Vec::new(),

@@ -1,6 +1,7 @@
 //! Memory without a guest: what the benches of `mm` and of the window are run on.
 
 use std::io;
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -57,35 +58,40 @@ fn space(
     pages: u64,
 ) -> io::Result<AddressSpace<Exclusive>> {
     let space = AddressSpace::new(pool, Exclusive, mmu, pages).map_err(io::Error::other)?;
-    write_all(&space)?;
+    write(&space, 0..pages)?;
     Ok(space)
 }
 
-/// Makes every page writable, as a guest that writes them all would.
+/// Makes `pages` writable, as a guest that writes them would.
 ///
 /// # Errors
 /// If a fault can't be resolved.
-pub fn write_all(space: &AddressSpace<Exclusive>) -> io::Result<()> {
-    (0..space.pages()).try_for_each(|gfn| {
-        space
-            .write_fault(Gfn(gfn))
-            .map(drop)
-            .map_err(io::Error::other)
-    })
+pub fn write(space: &AddressSpace<Exclusive>, pages: Range<u64>) -> io::Result<()> {
+    pages
+        .map(Gfn)
+        .try_for_each(|gfn| space.write_fault(gfn).map(drop).map_err(io::Error::other))
 }
 
-/// Forks the address space `rounds` times, each time with every page writable, and says how long the forks took.
+/// Forks the address space `rounds` times, each time with the pages of `written` writable and all others as the fork before
+/// left them, and says how long the forks took. One fork before them is not counted.
 ///
 /// # Errors
 /// If a fork fails, or a fault can't be resolved.
-pub fn time_forks(space: &AddressSpace<Exclusive>, rounds: u64) -> io::Result<Duration> {
+pub fn time_forks(
+    space: &AddressSpace<Exclusive>,
+    rounds: u64,
+    written: Range<u64>,
+) -> io::Result<Duration> {
+    let mut last = space.fork().map_err(io::Error::other)?;
     let mut spent = Duration::ZERO;
     for _ in 0..rounds {
+        write(space, written.clone())?;
         let start = Instant::now();
         let frozen = space.fork().map_err(io::Error::other)?;
         spent += start.elapsed();
-        drop(frozen);
-        write_all(space)?;
+        // The one before went on sharing what was not written.
+        last = frozen;
     }
+    drop(last);
     Ok(spent)
 }

@@ -5,10 +5,11 @@
 //! | pause | from the kick to the last vCPU about to run again |
 //! | stall | what the guest lost: the time of the lap in which the snapshot was taken and of the one after it, less twice its usual lap. The pause is in it. Of several vCPUs, the one that lost most |
 //! | longest gap | the longest time between two writes in these two laps, by the guest's own clock. Usually the pause is in it |
-//! | per page | the stall of all vCPUs, by the number of different pages they wrote from the snapshot to the end of these laps |
-//! | share | writes a second with a snapshot every so often, as a share of the writes a second just before without |
+//! | per page | what all vCPUs lost without the pause, by the number of different pages they wrote from the snapshot to the end of these laps: the time to touch a page again |
+//! | share | writes a second with a snapshot every so often, as a share of those before the first snapshot |
 //!
 //! The usual lap is the median before the first snapshot: a technique that leaves the guest slower than it was pays for that.
+//! Between two snapshots every guest does the same number of laps, so that it has written the same pages whoever takes them.
 //! Memory is brought back to its best between two snapshots ([`Technique::settle`](crate::technique::Technique::settle)),
 //! except while writes a second are counted.
 
@@ -29,6 +30,8 @@ use crate::vm::{GuestConfig, Progress, Vm, VmError};
 const REST: u64 = 3;
 /// Laps the usual one is the median of, at least.
 const USUAL: u64 = 8;
+/// And how long they are watched, at least.
+const USUAL_TIME: Duration = Duration::from_millis(50);
 /// How often somebody who waits for the next snapshot looks up.
 const SLICE: Duration = Duration::from_millis(20);
 
@@ -65,7 +68,8 @@ pub fn measure(
     vm.wait("touching its memory", stop, |_, vcpu| vcpu.resident)?;
     step("quiet");
     run.rest(REST)?;
-    let usual = run.usual(plan.quiet)?;
+    let quiet = run.speed(|| run.pause_until(Instant::now() + plan.quiet))?;
+    let usual = run.usual()?;
 
     let mut pauses = Times::default();
     let mut stalls = Times::default();
@@ -99,7 +103,9 @@ pub fn measure(
         stalls.record(felt.lost_most);
         gaps.record(felt.longest_gap);
         touched.push(felt.touched as f64);
-        per_page.push(micros(felt.lost_all) / felt.touched.max(1) as f64);
+        let paused = snapshot.pause * config.vcpus as u32;
+        let touching = felt.lost_all.saturating_sub(paused);
+        per_page.push(micros(touching) / felt.touched.max(1) as f64);
     }
 
     let mut rates = Vec::new();
@@ -107,7 +113,7 @@ pub fn measure(
         step(&format!("{rate} snapshots a second"));
         vm.technique().settle()?;
         run.rest(REST)?;
-        rates.push(run.at_rate(rate, plan)?);
+        rates.push(run.at_rate(rate, quiet, plan)?);
     }
     vm.check()?;
     Ok(Cell {
@@ -125,7 +131,7 @@ pub fn measure(
             .iter()
             .map(|usual| micros(usual.longest_gap))
             .fold(0.0, f64::max),
-        ops_per_s: usual.iter().map(|usual| usual.ops_per_s).sum(),
+        ops_per_s: quiet,
         pause_us: pauses.summary().unwrap_or_default(),
         stall_us: stalls.summary().unwrap_or_default(),
         gap_us: gaps.summary().unwrap_or_default(),
@@ -143,7 +149,6 @@ pub fn measure(
 struct Usual {
     lap: Duration,
     longest_gap: Duration,
-    ops_per_s: f64,
 }
 
 /// What vCPUs felt of a snapshot.
@@ -178,11 +183,10 @@ impl Run<'_> {
         ticks_to_time(ticks, self.vm.tsc_khz())
     }
 
-    /// Watches the guest for a while, `time` at least.
-    fn usual(&self, time: Duration) -> Result<Vec<Usual>, VmError> {
+    /// Watches the guest for a few laps, those it keeps at most.
+    fn usual(&self) -> Result<Vec<Usual>, VmError> {
         let since = self.vm.progress()?;
-        let begin = Instant::now();
-        self.pause_until(begin + time)?;
+        self.pause_until(Instant::now() + USUAL_TIME)?;
         self.wait_laps("a few sweeps", &since, USUAL)?;
         (0..since.len())
             .map(|vcpu| {
@@ -194,7 +198,6 @@ impl Run<'_> {
                 Ok(Usual {
                     lap,
                     longest_gap: self.time(longest_gap.unwrap_or_default()),
-                    ops_per_s: self.vm.orders()[vcpu].lap as f64 / lap.as_secs_f64(),
                 })
             })
             .collect()
@@ -225,9 +228,8 @@ impl Run<'_> {
             .saturating_sub(2 * usual)
     }
 
-    /// How fast the guest writes with `rate` snapshots a second.
-    fn at_rate(&self, rate: f64, plan: &Plan) -> Result<Rate, VmError> {
-        let quiet = self.speed(|| self.pause_until(Instant::now() + plan.quiet))?;
+    /// How fast the guest writes with `rate` snapshots a second, `quiet` being its writes a second without.
+    fn at_rate(&self, rate: f64, quiet: f64, plan: &Plan) -> Result<Rate, VmError> {
         let mut pauses = Times::default();
         let mut taken = 0;
         let begin = Instant::now();

@@ -6,6 +6,7 @@ use std::path::Path;
 use std::{fs, iter};
 
 use guest::abi::Pattern;
+use palimpsest::kvm;
 use serde::{Deserialize, Serialize};
 
 use crate::machine::Machine;
@@ -32,7 +33,7 @@ pub struct Report {
 }
 
 /// Where a run was.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Platform {
     /// `"pvm"`, `"vmx"`, `"svm"` or `"unknown"`.
     pub kvm: String,
@@ -40,6 +41,8 @@ pub struct Platform {
     pub kernel: String,
     /// CPUs.
     pub cpus: usize,
+    /// Programs that ran or wanted to when this began (the load of the last minute): with any, the numbers are theirs too.
+    pub load: f64,
 }
 
 /// One technique with one guest. Times are in microseconds, sizes in bytes.
@@ -116,6 +119,20 @@ pub struct Setting<'a> {
     pub vcpus: u64,
     /// Whether a device wrote beside.
     pub dma: bool,
+}
+
+impl Platform {
+    /// Where this runs, and how busy it is.
+    pub fn of(platform: &kvm::Platform) -> Self {
+        let load = fs::read_to_string("/proc/loadavg").ok();
+        let load = load.and_then(|text| text.split_whitespace().next()?.parse().ok());
+        Self {
+            kvm: platform.kvm.to_owned(),
+            kernel: platform.kernel.clone(),
+            cpus: platform.cpus,
+            load: load.unwrap_or_default(),
+        }
+    }
 }
 
 impl Cell {
@@ -281,6 +298,7 @@ pub(crate) mod tests {
                 kvm: "pvm".to_owned(),
                 kernel: "6.18.0".to_owned(),
                 cpus: 2,
+                load: 1.25,
             },
             machine: Machine {
                 copy_us_per_page: 0.6,

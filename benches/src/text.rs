@@ -8,6 +8,9 @@ use crate::report::{Cell, Rate, Report, Setting};
 use crate::targets::{Bound, Verdict};
 use crate::technique::Kind;
 
+/// From this load on others take part in what is measured.
+const BUSY: f64 = 0.5;
+
 /// All of `report`.
 pub fn report(report: &Report) -> String {
     let mut text = head(report);
@@ -38,6 +41,13 @@ fn head(report: &Report) -> String {
         machine.pin_ns,
         machine.pin_two_threads,
     );
+    if platform.load > BUSY {
+        let _ = writeln!(
+            text,
+            "the machine was busy before (load {:.2}): the numbers are of whatever ran beside, too",
+            platform.load
+        );
+    }
     for skipped in skipped {
         let _ = writeln!(text, "left out: {}: {}", skipped.technique, skipped.why);
     }
@@ -154,7 +164,12 @@ fn line(cell: &Cell, ours: Option<&Cell>, rates: &[f64]) -> Vec<String> {
 
 /// How much of its speed the guest has, and how many snapshots there really were if fewer than asked for.
 fn share(rate: &Rate) -> String {
-    let share = format!("{:.1}%", rate.share * 100.0);
+    let percent = rate.share * 100.0;
+    let share = match percent {
+        p if p < 0.995 => format!("{p:.2}%"),
+        p if p < 9.95 => format!("{p:.1}%"),
+        p => format!("{p:.0}%"),
+    };
     if rate.taken < rate.asked * 0.9 {
         format!("{share} ({:.1}/s)", rate.taken)
     } else {
@@ -295,9 +310,12 @@ mod tests {
     #[test]
     fn fewer_snapshots_than_asked_for_are_told() {
         let mut rate = cell("copy", 1 << 30, "hot", 1.0).rates[1];
-        assert_eq!(share(&rate), "70.0%");
+        assert_eq!(share(&rate), "70%");
         rate.taken = 2.25;
-        assert_eq!(share(&rate), "70.0% (2.2/s)");
+        assert_eq!(share(&rate), "70% (2.2/s)");
+        rate.share = 0.000_31;
+        rate.taken = 10.0;
+        assert_eq!(share(&rate), "0.03%");
     }
 
     #[test]
@@ -318,6 +336,7 @@ mod tests {
         );
         assert!(line("pin and unpin").contains("met"));
         assert!(line("any mix").contains("not measured"));
+        assert!(text.contains("the machine was busy before (load 1.25)"));
         assert!(text.contains("left out: ours-2m: this build has no 2 MiB frames"));
     }
 }

@@ -195,6 +195,15 @@ impl Kind {
         }
     }
 
+    /// Whether it is measured if nobody says what to measure. A variant that is the same as another in this build is not.
+    pub const fn is_default(self) -> bool {
+        match self {
+            Self::Ours | Self::Fork | Self::ForkThp | Self::Uffd | Self::Copy => true,
+            Self::Ours4k | Self::Ours2m => ours::HAS_HUGE_FRAMES,
+            Self::UffdThp => false,
+        }
+    }
+
     /// Is one of ours.
     pub const fn is_ours(self) -> bool {
         matches!(self, Self::Ours | Self::Ours4k | Self::Ours2m)
