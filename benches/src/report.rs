@@ -206,24 +206,31 @@ pub fn check_writable(path: &Path) -> io::Result<()> {
     match fs::metadata(path) {
         Ok(meta) if meta.is_dir() => Err(io::ErrorKind::IsADirectory.into()),
         Ok(meta) if !meta.is_file() => fs::OpenOptions::new().write(true).open(path).map(drop),
+        _ if !directory(path).is_dir() => {
+            let missing = directory(path).display().to_string();
+            Err(io::Error::other(format!("there is no directory {missing}")))
+        }
         _ => temporary(path).map(drop),
     }
 }
 
 /// A new file beside `path`: on the same file system, so that it can be renamed over it.
 fn temporary(path: &Path) -> io::Result<tempfile::NamedTempFile> {
-    let directory = match path.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
-    };
     tempfile::Builder::new()
         .prefix(".bench-")
         .suffix(".tmp")
         // What any new file gets; the umask takes its part. Temporary files are private otherwise.
         .permissions(fs::Permissions::from_mode(0o666))
-        .tempfile_in(directory)
+        .tempfile_in(directory(path))
         // The error names a file that nobody asked for.
         .map_err(|error| error.kind().into())
+}
+
+fn directory(path: &Path) -> &Path {
+    match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    }
 }
 
 /// What a pattern is called.

@@ -22,6 +22,8 @@ const REGION_PAGES: u64 = REGION_SIZE / PAGE_SIZE;
 /// Pages a device writes at a time, and how often it does.
 const DEVICE_BATCH: u64 = 16;
 const DEVICE_EVERY: Duration = Duration::from_millis(1);
+/// Writes of the shortest lap: some 0.2 ms.
+const SHORTEST_LAP: u64 = 16_384;
 /// How long a guest may take for what it is waited for. The slowest technique needs a minute for the first touch of 8 GiB.
 const PATIENCE: Duration = Duration::from_secs(300);
 /// How often a guest that is waited for is looked at.
@@ -36,7 +38,7 @@ pub struct GuestConfig {
     pub vcpus: u64,
     /// Which pages it writes.
     pub pattern: Pattern,
-    /// Bytes that [`Pattern::Dense`] sweeps, and bytes that a lap of any pattern writes to, a page a write.
+    /// Bytes that [`Pattern::Dense`] sweeps. A lap of any pattern is as many writes as it has pages, or several times that.
     pub sweep: u64,
     /// Bytes that are hot in [`Pattern::Hot`].
     pub hot: u64,
@@ -78,6 +80,11 @@ pub enum VmError {
         /// What it is waited for.
         what: &'static str,
     },
+    /// The host was not there in time, over and over.
+    #[error(
+        "the guest forgets its laps before they can be looked at: this machine is too busy to measure on"
+    )]
+    Missed,
     /// Somebody pressed Ctrl-C.
     #[error("interrupted")]
     Interrupted,
@@ -137,7 +144,8 @@ impl Vm {
         else {
             return Err(too_small);
         };
-        technique.populate(layout.hammer_base..config.memory)?;
+        // All of it: the guest's own notes and stacks too.
+        technique.populate(0..config.memory)?;
         let ram = technique.ram();
         image.load(&*ram)?;
         write_page_tables(&*ram, config.memory)?;
@@ -231,7 +239,14 @@ impl Vm {
     /// How far each vCPU is.
     pub fn progress(&self) -> Result<Vec<Progress>, VmError> {
         (0..self.orders.len())
-            .map(|vcpu| self.page(vcpu).map(|page| page.progress()))
+            .map(|vcpu| {
+                let [resident, ops, laps] = self.words(vcpu, offset_of!(SweepPage, resident))?;
+                Ok(Progress {
+                    resident: resident != 0,
+                    ops,
+                    laps,
+                })
+            })
             .collect()
     }
 
@@ -242,13 +257,27 @@ impl Vm {
 
     /// Laps `laps` of vCPU `vcpu`. Fewer, if some are not kept any more or not there yet.
     pub fn laps(&self, vcpu: usize, laps: Range<u64>) -> Result<Vec<Lap>, VmError> {
-        let page = self.page(vcpu)?;
-        // Read after: what may have been overwritten since is left out.
-        let now = self.page(vcpu)?.progress().laps;
-        let kept = laps.start.max((now + 1).saturating_sub(LAPS))..laps.end;
-        let there = page.progress().laps;
-        Ok((kept.start..kept.end.min(there))
-            .map(|lap| page.lap(lap))
+        let [there] = self.words(vcpu, offset_of!(SweepPage, laps))?;
+        let mut read = Vec::new();
+        for lap in laps.start.max(there.saturating_sub(LAPS))..laps.end.min(there) {
+            let at = offset_of!(SweepPage, ring) + (lap % LAPS) as usize * size_of::<Lap>();
+            let [start, end, longest_gap, ops] = self.words(vcpu, at)?;
+            read.push((
+                lap,
+                Lap {
+                    start,
+                    end,
+                    longest_gap,
+                    ops,
+                },
+            ));
+        }
+        // What may have been overwritten meanwhile is left out: the lap that is being done has the place of one that was read, perhaps.
+        let [now] = self.words(vcpu, offset_of!(SweepPage, laps))?;
+        let kept = (now + 1).saturating_sub(LAPS);
+        Ok(read
+            .into_iter()
+            .filter_map(|(lap, read)| (lap >= kept).then_some(read))
             .collect())
     }
 
@@ -257,16 +286,15 @@ impl Vm {
         &self,
         what: &'static str,
         stop: &AtomicBool,
-        done: impl Fn(usize, Progress) -> bool,
+        mut done: impl FnMut(usize, Progress) -> Result<bool, VmError>,
     ) -> Result<(), VmError> {
         let deadline = Instant::now() + PATIENCE;
         loop {
-            let progress = self.progress()?;
-            if progress
-                .iter()
-                .enumerate()
-                .all(|(vcpu, progress)| done(vcpu, *progress))
-            {
+            let mut all = true;
+            for (vcpu, progress) in self.progress()?.into_iter().enumerate() {
+                all &= done(vcpu, progress)?;
+            }
+            if all {
                 return Ok(());
             }
             self.check()?;
@@ -299,14 +327,25 @@ impl Vm {
             .map_or(0, |device| *lock(&device.shared.pages))
     }
 
-    fn page(&self, vcpu: usize) -> Result<PageBytes, VmError> {
-        let mut page = PageBytes([0; size_of::<SweepPage>()]);
+    /// Words of what vCPU `vcpu` says of itself, from byte `offset` on.
+    fn words<const N: usize>(&self, vcpu: usize, offset: usize) -> Result<[u64; N], VmError> {
+        let mut bytes = [[0; 8]; N];
+        let gpa = self.layout.vcpu_page(vcpu as u64) + offset as u64;
         self.ram
-            .read(self.layout.vcpu_page(vcpu as u64), &mut page.0)
+            .read(gpa, bytes.as_flattened_mut())
             .map_err(TechniqueError::Memory)?;
-        Ok(page)
+        Ok(bytes.map(u64::from_le_bytes))
     }
 }
+
+const _: () = {
+    // What is read in one piece lies in one piece.
+    let resident = offset_of!(SweepPage, resident);
+    assert!(offset_of!(SweepPage, ops) == resident + 8);
+    assert!(offset_of!(SweepPage, laps) == resident + 16);
+    assert!(offset_of!(Lap, start) == 0 && offset_of!(Lap, end) == 8);
+    assert!(offset_of!(Lap, longest_gap) == 16 && offset_of!(Lap, ops) == 24);
+};
 
 /// What each vCPU does. `None` if there is too little memory.
 fn orders(layout: &Layout, config: &GuestConfig) -> Option<Vec<SweepOrders>> {
@@ -331,7 +370,8 @@ fn orders(layout: &Layout, config: &GuestConfig) -> Option<Vec<SweepOrders>> {
                 first: layout.hammer_base + border(vcpu) * REGION_SIZE,
                 resident,
                 choice,
-                lap: sweep,
+                // Whole sweeps, and long enough that the host sees a lap before it is forgotten.
+                lap: sweep * SHORTEST_LAP.div_ceil(sweep.max(1)),
             })
         })
         .collect()
@@ -356,36 +396,6 @@ fn bytes(orders: &SweepOrders) -> Vec<u8> {
     words.into_iter().flat_map(u64::to_le_bytes).collect()
 }
 const _: () = assert!(size_of::<SweepOrders>() == 7 * 8);
-
-/// A [`SweepPage`] as it was read.
-struct PageBytes([u8; size_of::<SweepPage>()]);
-
-impl PageBytes {
-    fn word(&self, offset: usize) -> u64 {
-        self.0[offset..offset + 8]
-            .iter()
-            .rev()
-            .fold(0, |word, &byte| word << 8 | u64::from(byte))
-    }
-
-    fn progress(&self) -> Progress {
-        Progress {
-            resident: self.word(offset_of!(SweepPage, resident)) != 0,
-            ops: self.word(offset_of!(SweepPage, ops)),
-            laps: self.word(offset_of!(SweepPage, laps)),
-        }
-    }
-
-    fn lap(&self, lap: u64) -> Lap {
-        let at = offset_of!(SweepPage, ring) + (lap % LAPS) as usize * size_of::<Lap>();
-        Lap {
-            start: self.word(at + offset_of!(Lap, start)),
-            end: self.word(at + offset_of!(Lap, end)),
-            longest_gap: self.word(at + offset_of!(Lap, longest_gap)),
-            ops: self.word(at + offset_of!(Lap, ops)),
-        }
-    }
-}
 
 /// The guest has nothing to say but why it cannot go on.
 struct Ports(Arc<dyn GuestRam>);
@@ -485,4 +495,81 @@ impl Drop for DeviceThread {
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config(pattern: Pattern, vcpus: u64) -> GuestConfig {
+        GuestConfig {
+            memory: 256 << 20,
+            vcpus,
+            pattern,
+            sweep: 128 << 20,
+            hot: 16 << 20,
+            cold_every: 10,
+            dma: false,
+        }
+    }
+
+    fn orders_of(config: &GuestConfig) -> Option<Vec<SweepOrders>> {
+        let layout = Layout::new(config.memory, 3 << 20, config.vcpus, 0, 0)?;
+        orders(&layout, config)
+    }
+
+    #[test]
+    fn vcpus_share_memory_out() {
+        for vcpus in 1..=5 {
+            let orders = orders_of(&config(Pattern::Uniform, vcpus)).unwrap();
+            // Image and vCPU pages have three regions.
+            let mut next = 6 << 20;
+            for orders in orders {
+                assert_eq!(orders.first, next);
+                assert_eq!(orders.choice.pages, orders.resident);
+                next += orders.resident * PAGE_SIZE;
+            }
+            assert_eq!(next, 256 << 20, "{vcpus} vcpus");
+        }
+    }
+
+    #[test]
+    fn together_they_sweep_what_was_asked_for() {
+        for vcpus in [1, 2, 4] {
+            let orders = orders_of(&config(Pattern::Dense, vcpus)).unwrap();
+            let swept: u64 = orders.iter().map(|orders| orders.choice.pages).sum();
+            assert_eq!(swept * PAGE_SIZE, 128 << 20);
+            let hot = orders_of(&config(Pattern::Hot, vcpus)).unwrap();
+            let hot: u64 = hot.iter().map(|orders| orders.choice.hot).sum();
+            assert_eq!(hot * PAGE_SIZE, 16 << 20);
+        }
+    }
+
+    #[test]
+    fn laps_are_whole_sweeps_and_not_short() {
+        for sweep in [4096, 1 << 20, 100 << 20, 1 << 30] {
+            let mut config = config(Pattern::Dense, 1);
+            config.sweep = sweep;
+            let orders = orders_of(&config).unwrap()[0];
+            assert!(orders.lap >= SHORTEST_LAP, "{sweep}");
+            assert_eq!(orders.lap % orders.choice.pages, 0);
+        }
+    }
+
+    #[test]
+    fn too_little_memory_is_refused() {
+        let refused = |change: fn(&mut GuestConfig)| {
+            let mut config = config(Pattern::Hot, 2);
+            change(&mut config);
+            orders_of(&config).is_none()
+        };
+        assert!(!refused(|_| ()));
+        assert!(refused(|config| config.memory = 8 << 20));
+        assert!(refused(|config| config.hot = 256 << 20));
+        assert!(refused(|config| config.hot = 4096));
+        assert!(refused(|config| {
+            config.pattern = Pattern::Dense;
+            config.sweep = 4096;
+        }));
+    }
 }

@@ -6,7 +6,7 @@
 //!
 //! Not covered: this guest checks nothing. What its memory holds follows no formula; the payload is for that.
 
-use crate::abi::{PAGE_SIZE, Pattern, REGION_SIZE};
+use crate::abi::{PAGE_SIZE, Pattern, REGION_SIZE, VCPU_STRIDE};
 
 /// Pages in a region.
 const REGION_PAGES: u64 = REGION_SIZE / PAGE_SIZE;
@@ -39,7 +39,7 @@ pub struct Choice {
     pub cold_every: u64,
 }
 
-/// What a vCPU says of itself, and its orders. Lies where other guests have their `VcpuPage`.
+/// What a vCPU says of itself, and its orders. Lies where other guests have their `VcpuPage`, and spans several pages as that does.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct SweepPage {
@@ -56,7 +56,7 @@ pub struct SweepPage {
 }
 
 /// Laps that a vCPU keeps.
-pub const LAPS: u64 = 112;
+pub const LAPS: u64 = 896;
 
 /// A lap.
 #[repr(C)]
@@ -72,7 +72,7 @@ pub struct Lap {
     pub ops: u64,
 }
 
-const _: () = assert!(size_of::<SweepPage>() as u64 <= PAGE_SIZE);
+const _: () = assert!(size_of::<SweepPage>() as u64 <= VCPU_STRIDE);
 
 /// The pages a vCPU writes, one after the other.
 #[derive(Clone, Debug)]
@@ -236,6 +236,8 @@ mod tests {
             .windows(2)
             .filter(|pair| pair[0].abs_diff(pair[1]) <= 2);
         assert!(near.count() < 40);
+        let steps = order.windows(2).map(|pair| pair[1].wrapping_sub(pair[0]));
+        assert!(steps.collect::<HashSet<_>>().len() > 2000, "no stride");
     }
 
     #[test]
@@ -248,7 +250,7 @@ mod tests {
         ] {
             for pages in [512, 1000, 4096] {
                 let choice = choice(pattern, pages);
-                for (from, to) in [(0, 100), (1, 8), (777, 3000), (5, 20_000)] {
+                for (from, to) in [(0, 100), (9, 651), (777, 3000), (5, 20_000)] {
                     let mut order = Order::new(choice).unwrap();
                     let mut seen = HashSet::new();
                     for op in 0..to {

@@ -42,7 +42,7 @@ pub trait Technique: Send + Sync {
     /// Guest memory, for whoever loads a program into it, and for faults that KVM hands to the VMM.
     fn ram(&self) -> Arc<dyn GuestRam>;
 
-    /// Puts memory behind `gpas`, as a guest that writes them all does, but faster.
+    /// Puts memory behind `gpas`, as a guest that writes them all does, but faster. What lies in no such range may be left out of snapshots.
     fn populate(&self, gpas: Range<u64>) -> Result<(), TechniqueError>;
 
     /// Does what can be done for the next snapshot while the guest still runs.
