@@ -27,7 +27,7 @@ fn pin(c: &mut Criterion) {
         ("pages of different regions", REGION),
     ] {
         for threads in [1u64, 2] {
-            group.bench_function(BenchmarkId::new(name, format!("{threads} threads")), |b| {
+            group.bench_function(BenchmarkId::new(name, format!("{threads} at once")), |b| {
                 b.iter_custom(|rounds| {
                     let pin = |thread: u64| {
                         for _ in 0..rounds {
