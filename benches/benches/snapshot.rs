@@ -1,5 +1,6 @@
 //! Measures snapshots of the same guest under each technique, on this machine, one after the other.
 
+use std::env;
 use std::io::{self, IsTerminal, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -116,12 +117,6 @@ enum Error {
     Kvm(#[from] PlatformError),
     #[error("cannot measure the machine")]
     Machine(#[source] io::Error),
-    #[error("{technique}, {}, {}, {} vcpus", bytes(config.memory), pattern_name(config.pattern), config.vcpus)]
-    Cell {
-        technique: Kind,
-        config: GuestConfig,
-        source: VmError,
-    },
     #[error("--json {}: cannot write", path.display())]
     Json { path: PathBuf, source: io::Error },
     #[error("cannot print")]
@@ -130,7 +125,9 @@ enum Error {
     Signals(#[source] io::Error),
     #[error("interrupted: what is above is all there is")]
     Interrupted,
-    #[error("no technique could be measured")]
+    #[error("{cells} could not be measured: see what was left out")]
+    Failed { cells: usize },
+    #[error("nothing could be measured: see what was left out")]
     Nothing,
 }
 
@@ -182,7 +179,7 @@ fn run(args: &Args) -> Result<(), Error> {
         skipped: Vec::new(),
         targets: Vec::new(),
     };
-    let measured = measure_all(
+    let ended = measure_all(
         &kvm,
         &configs,
         &techniques,
@@ -193,23 +190,35 @@ fn run(args: &Args) -> Result<(), Error> {
     );
     progress.finish();
     report.targets = targets::judge(&report);
+    // What there is is worth having, however it ended.
     if !report.cells.is_empty() {
         print(&text::report(&report))?;
+        if let Some(path) = &args.json {
+            report.write(path).map_err(|source| Error::Json {
+                path: path.clone(),
+                source,
+            })?;
+        }
     }
-    measured?;
-    if report.cells.is_empty() {
-        return Err(Error::Nothing);
-    }
-    match &args.json {
-        None => Ok(()),
-        Some(path) => report.write(path).map_err(|source| Error::Json {
-            path: path.clone(),
-            source,
-        }),
+    match ended {
+        Ended::Interrupted => Err(Error::Interrupted),
+        Ended::Failed { cells } => Err(Error::Failed { cells }),
+        Ended::Done if report.cells.is_empty() => Err(Error::Nothing),
+        Ended::Done => Ok(()),
     }
 }
 
-/// Fills in the cells of `report`.
+/// How measuring ended.
+enum Ended {
+    Done,
+    /// Some could not be measured: why is in the report.
+    Failed {
+        cells: usize,
+    },
+    Interrupted,
+}
+
+/// Fills in the cells of `report`. One that fails is noted, and the others are measured.
 fn measure_all(
     kvm: &Kvm,
     configs: &[GuestConfig],
@@ -218,45 +227,50 @@ fn measure_all(
     stop: &AtomicBool,
     progress: &Progress,
     report: &mut Report,
-) -> Result<(), Error> {
+) -> Ended {
+    let mut failed = 0;
     for config in configs {
         for &technique in techniques {
-            let is_skipped = |skipped: &Skipped| skipped.technique == technique.name();
+            let is_skipped = |skipped: &Skipped| skipped.what == technique.name();
             if report.skipped.iter().any(is_skipped) {
                 progress.next();
                 continue;
             }
-            let what = format!(
+            let cell = format!(
                 "{technique}, {}, {}, {} vcpus{}",
                 bytes(config.memory),
                 pattern_name(config.pattern),
                 config.vcpus,
                 if config.dma { ", DMA" } else { "" }
             );
-            progress.begin(&what);
-            let mut step = |step: &str| progress.step(&format!("{what}: {step}"));
-            match measure(kvm, technique, config, plan, stop, &mut step) {
-                Ok(cell) => report.cells.push(cell),
+            progress.begin(&cell);
+            let mut step = |step: &str| progress.step(&format!("{cell}: {step}"));
+            let (what, why) = match measure(kvm, technique, config, plan, stop, &mut step) {
+                Ok(measured) => {
+                    report.cells.push(measured);
+                    progress.next();
+                    continue;
+                }
+                Err(VmError::Interrupted) => return Ended::Interrupted,
+                // It is the same everywhere.
                 Err(VmError::Technique(TechniqueError::Unavailable { why })) => {
-                    progress.say(&format!("{technique} is left out: {why}"));
-                    report.skipped.push(Skipped {
-                        technique: technique.name().to_owned(),
-                        why,
-                    });
+                    (technique.name().to_owned(), why)
                 }
-                Err(VmError::Interrupted) => return Err(Error::Interrupted),
-                Err(source) => {
-                    return Err(Error::Cell {
-                        technique,
-                        config: *config,
-                        source,
-                    });
+                Err(error @ VmError::NoMemory { .. }) => (cell, error.to_string()),
+                Err(error) => {
+                    failed += 1;
+                    (cell, chain(&error))
                 }
-            }
+            };
+            progress.say(&format!("left out: {what}: {why}"));
+            report.skipped.push(Skipped { what, why });
             progress.next();
         }
     }
-    Ok(())
+    match failed {
+        0 => Ended::Done,
+        cells => Ended::Failed { cells },
+    }
 }
 
 /// The guests to measure with.
@@ -323,7 +337,9 @@ struct Progress {
 
 impl Progress {
     fn new(cells: usize) -> Self {
-        let bar = io::stderr().is_terminal().then(|| {
+        let terminal =
+            io::stderr().is_terminal() && env::var_os("TERM").is_some_and(|term| term != "dumb");
+        let bar = terminal.then(|| {
             let bar = ProgressBar::with_draw_target(
                 Some(cells as u64),
                 ProgressDrawTarget::stderr_with_hz(5),

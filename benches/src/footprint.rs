@@ -17,13 +17,23 @@ pub fn of_this_process_and(others: impl IntoIterator<Item = i32>) -> io::Result<
     Ok(bytes)
 }
 
-fn pss(process: &str) -> io::Result<u64> {
-    let text = fs::read_to_string(format!("/proc/{process}/smaps_rollup"))?;
-    parse(&text).ok_or_else(|| io::Error::other("smaps_rollup has no Pss"))
+/// Bytes of memory that this machine can give without taking them from somebody.
+///
+/// # Errors
+/// If the kernel does not tell.
+pub fn available() -> io::Result<u64> {
+    let text = fs::read_to_string("/proc/meminfo")?;
+    parse(&text, "MemAvailable:").ok_or_else(|| io::Error::other("meminfo has no MemAvailable"))
 }
 
-fn parse(rollup: &str) -> Option<u64> {
-    let value = rollup.lines().find_map(|line| line.strip_prefix("Pss:"))?;
+fn pss(process: &str) -> io::Result<u64> {
+    let text = fs::read_to_string(format!("/proc/{process}/smaps_rollup"))?;
+    parse(&text, "Pss:").ok_or_else(|| io::Error::other("smaps_rollup has no Pss"))
+}
+
+/// The size that `name` has in one of the kernel's lists, in bytes.
+fn parse(list: &str, name: &str) -> Option<u64> {
+    let value = list.lines().find_map(|line| line.strip_prefix(name))?;
     let kib: u64 = value.trim().strip_suffix("kB")?.trim().parse().ok()?;
     Some(kib << 10)
 }
@@ -36,8 +46,13 @@ mod tests {
     fn pss_is_found() {
         let text =
             "55-7f ---p 00000000 00:00 0 [rollup]\nRss:  948 kB\nPss:   323 kB\nPss_Dirty: 7 kB\n";
-        assert_eq!(parse(text), Some(323 << 10));
-        assert_eq!(parse("Rss: 948 kB\n"), None);
+        assert_eq!(parse(text, "Pss:"), Some(323 << 10));
+        assert_eq!(parse("Rss: 948 kB\n", "Pss:"), None);
+    }
+
+    #[test]
+    fn some_memory_is_available() {
+        assert!(available().unwrap() > 1 << 20);
     }
 
     #[test]

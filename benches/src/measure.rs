@@ -26,12 +26,16 @@ use crate::summary::{Times, median};
 use crate::technique::{Kind, TechniqueError};
 use crate::vm::{GuestConfig, Progress, Vm, VmError};
 
+/// Memory that is left to others.
+const MARGIN: u64 = 1 << 30;
 /// Laps without a snapshot before one.
 const REST: u64 = 3;
 /// Laps the usual one is the median of, at least.
 const USUAL: u64 = 8;
 /// And how long they are watched, at least.
 const USUAL_TIME: Duration = Duration::from_millis(50);
+/// Pauses without a snapshot.
+const EMPTY: u64 = 5;
 /// Snapshots of a guest whose laps the host may miss before it gives up.
 const MISSED: u64 = 20;
 /// How often somebody who waits for the next snapshot looks up.
@@ -63,6 +67,15 @@ pub fn measure(
     step: &mut dyn FnMut(&str),
 ) -> Result<Cell, VmError> {
     let base = pss([])?;
+    let available = footprint::available().map_err(|source| TechniqueError::Host {
+        what: "tell how much memory there is",
+        source,
+    })?;
+    // The guest, and a snapshot that shares nothing with it.
+    let needed = 2 * config.memory + MARGIN;
+    if available < needed {
+        return Err(VmError::NoMemory { needed, available });
+    }
     step("boot");
     let vm = Vm::boot(kvm, kind.start(config.memory)?, config)?;
     let run = Run { vm: &vm, stop };
@@ -72,6 +85,11 @@ pub fn measure(
     run.rest(REST)?;
     let quiet = run.speed(|| run.pause_until(Instant::now() + plan.quiet))?;
     let usual = run.usual()?;
+    let mut empty = Vec::new();
+    for _ in 0..EMPTY {
+        run.rest(REST)?;
+        empty.push(micros(vm.stop_and_go()?));
+    }
 
     let mut pauses = Times::default();
     let mut stalls = Times::default();
@@ -141,6 +159,7 @@ pub fn measure(
             .map(|usual| micros(usual.longest_gap))
             .fold(0.0, f64::max),
         ops_per_s: quiet,
+        empty_pause_us: median(empty).unwrap_or_default(),
         pause_us: pauses.summary().unwrap_or_default(),
         stall_us: stalls.summary().unwrap_or_default(),
         gap_us: gaps.summary().unwrap_or_default(),

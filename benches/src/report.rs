@@ -66,6 +66,8 @@ pub struct Cell {
     pub quiet_gap_us: f64,
     /// Writes a second without a snapshot.
     pub ops_per_s: f64,
+    /// A pause in which registers are captured and nothing is done to memory, the median of some.
+    pub empty_pause_us: f64,
     /// From the kick to the last vCPU running again.
     pub pause_us: Summary,
     /// What the guest lost over its first sweep after the snapshot.
@@ -102,8 +104,8 @@ pub struct Rate {
 /// What was left out.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Skipped {
-    /// Name of the technique.
-    pub technique: String,
+    /// Name of the technique, and of the setting unless it is all of them.
+    pub what: String,
     /// Why.
     pub why: String,
 }
@@ -272,6 +274,7 @@ pub(crate) mod tests {
             usual_lap_us: 650.5,
             quiet_gap_us: 40.25,
             ops_per_s: 5.0e7,
+            empty_pause_us: 150.5,
             pause_us: summary(250.0),
             stall_us: summary(20_000.0),
             gap_us: summary(900.0),
@@ -315,7 +318,7 @@ pub(crate) mod tests {
             rounds: 8,
             cells,
             skipped: vec![Skipped {
-                technique: "ours-2m".to_owned(),
+                what: "ours-2m".to_owned(),
                 why: "this build has no 2 MiB frames".to_owned(),
             }],
             targets: Vec::new(),

@@ -49,7 +49,7 @@ fn head(report: &Report) -> String {
         );
     }
     for skipped in skipped {
-        let _ = writeln!(text, "left out: {}: {}", skipped.technique, skipped.why);
+        let _ = writeln!(text, "left out: {}: {}", skipped.what, skipped.why);
     }
     let notes = Kind::ALL.into_iter().filter(|kind| {
         report
@@ -90,9 +90,11 @@ fn table(report: &Report, setting: Setting<'_>) -> String {
     if let Some(cell) = cells.first() {
         let _ = write!(
             text,
-            ": {} pages written in a sweep of {}",
+            ": {} pages written, usual lap {}; without a snapshot: pause {}, longest gap {}",
             count(cell.pages),
-            micros(cell.usual_lap_us)
+            micros(cell.usual_lap_us),
+            micros(cell.empty_pause_us),
+            micros(cell.quiet_gap_us)
         );
     }
     text.push('\n');
@@ -297,7 +299,8 @@ mod tests {
         let lines: Vec<&str> = table.lines().collect();
         assert_eq!(
             lines[0],
-            "1.00 GiB, hot, 1 vcpu: 32,768 pages written in a sweep of 650 µs"
+            "1.00 GiB, hot, 1 vcpu: 32,768 pages written, usual lap 650 µs; \
+             without a snapshot: pause 150 µs, longest gap 40.2 µs"
         );
         assert!(lines[1].contains("pause p50") && lines[1].contains("at 10/s"));
         assert!(lines[2].starts_with("ours") && !lines[2].contains(" x"));

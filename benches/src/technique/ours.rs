@@ -4,6 +4,7 @@
 use std::ops::Range;
 use std::ptr::{self, NonNull};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use guest::abi::PAGE_SIZE;
 use palimpsest::host::{MappingBudget, PhysMap, PinnedBuffer, Ram, Window};
@@ -34,7 +35,7 @@ pub(super) struct Ours {
     ram: Ram<Exclusive>,
     host: NonNull<u8>,
     /// Bytes allocated for the frame table, the shadow page table and the window's notes.
-    tables: Option<u64>,
+    tables: Option<AtomicU64>,
 }
 
 // SAFETY: `host` is an address that is only handed to the kernel.
@@ -70,7 +71,7 @@ impl Ours {
         let space = AddressSpace::new(pool, Exclusive, Box::new(window), pages).map_err(alloc)?;
         let tables = before
             .zip(heap::live())
-            .map(|(before, after)| after.saturating_sub(before));
+            .map(|(before, after)| AtomicU64::new(after.saturating_sub(before)));
         Ok(Self {
             ram: Ram::new(Arc::new(space), physmap),
             host,
@@ -92,13 +93,18 @@ impl Technique for Ours {
 
     /// What the guest's write faults would do, without the guest.
     fn populate(&self, gpas: Range<u64>) -> Result<(), TechniqueError> {
+        let before = heap::live();
         (gpas.start / PAGE_SIZE..gpas.end / PAGE_SIZE).try_for_each(|gfn| {
             self.ram
                 .space()
                 .write_fault(Gfn(gfn))
                 .map(drop)
                 .map_err(|error| TechniqueError::Memory(error.into()))
-        })
+        })?;
+        if let (Some(tables), Some(before), Some(after)) = (&self.tables, before, heap::live()) {
+            tables.fetch_add(after.saturating_sub(before), Ordering::Relaxed);
+        }
+        Ok(())
     }
 
     fn snapshot(&self) -> Result<Box<dyn Taken + '_>, TechniqueError> {
@@ -112,7 +118,8 @@ impl Technique for Ours {
     }
 
     fn tables(&self) -> Option<u64> {
-        self.tables
+        let tables = self.tables.as_ref();
+        tables.map(|tables| tables.load(Ordering::Relaxed))
     }
 
     fn device(&self, gpas: Range<u64>) -> Result<Box<dyn Device>, TechniqueError> {
