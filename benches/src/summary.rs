@@ -27,6 +27,16 @@ impl Times {
         self.0.push(time);
     }
 
+    /// How many.
+    pub fn len(&self) -> u64 {
+        self.0.len() as u64
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
     /// What they were. `None` if there were none.
     pub fn summary(&self) -> Option<Summary> {
         let mut times = self.0.clone();
