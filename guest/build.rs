@@ -12,10 +12,11 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
 /// Root source files in `payload/`, and so the names of the guests.
-const GUESTS: [(&str, &str); 3] = [
+const GUESTS: [(&str, &str); 4] = [
     ("payload", "main.rs"),
     ("misbehave", "misbehave.rs"),
     ("puppet", "puppet.rs"),
+    ("sweep", "sweep.rs"),
 ];
 
 const FLAGS: [&str; 18] = [
@@ -43,7 +44,7 @@ const FLAGS: [&str; 18] = [
 fn main() -> ExitCode {
     println!("cargo::rerun-if-changed=build.rs");
     println!("cargo::rerun-if-changed=payload");
-    for shared in ["abi", "formula", "misbehaviour"] {
+    for shared in ["abi", "formula", "misbehaviour", "sweep"] {
         println!("cargo::rerun-if-changed=src/{shared}.rs");
     }
 

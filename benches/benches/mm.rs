@@ -3,38 +3,47 @@
 use std::hint::black_box;
 use std::time::{Duration, Instant};
 
-use benches::{space_without_window, time_forks, write_all};
+use benches::bare::{space_without_window, time_forks, write};
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use palimpsest::mm::{Access, Gfn};
 
 /// 64 MiB.
 const PAGES: u64 = 1 << 14;
 
+/// Pages of a region.
+const REGION: u64 = 512;
+
 fn pin(c: &mut Criterion) {
-    let space = space_without_window(64).expect("memory");
+    let space = space_without_window(4 * REGION).expect("memory");
     let mut group = c.benchmark_group("pin and unpin");
     for (name, access) in [("read", Access::Read), ("write", Access::Write)] {
         group.bench_function(BenchmarkId::new("fast path, one page", name), |b| {
             b.iter(|| black_box(space.pin(black_box(Gfn(7)), access)));
         });
     }
-    for threads in [1u64, 2] {
-        group.bench_function(BenchmarkId::new("different pages, threads", threads), |b| {
-            b.iter_custom(|rounds| {
-                let start = Instant::now();
-                std::thread::scope(|scope| {
-                    for thread in 0..threads {
-                        let space = &space;
-                        scope.spawn(move || {
-                            for _ in 0..rounds {
-                                let _ = black_box(space.pin(Gfn(16 * thread), Access::Write));
-                            }
-                        });
-                    }
+    // Time of a pin, over all threads: with two that do not disturb each other it is half of that with one.
+    for (name, apart) in [
+        ("pages of one region", 16),
+        ("pages of different regions", REGION),
+    ] {
+        for threads in [1u64, 2] {
+            group.bench_function(BenchmarkId::new(name, format!("{threads} at once")), |b| {
+                b.iter_custom(|rounds| {
+                    let pin = |thread: u64| {
+                        for _ in 0..rounds {
+                            let _ = black_box(space.pin(Gfn(7 + apart * thread), Access::Write));
+                        }
+                    };
+                    let start = Instant::now();
+                    std::thread::scope(|scope| {
+                        let pin = &pin;
+                        (1..threads).for_each(|thread| drop(scope.spawn(move || pin(thread))));
+                        pin(0);
+                    });
+                    start.elapsed() / threads as u32
                 });
-                start.elapsed() / threads as u32
             });
-        });
+        }
     }
     group.finish();
 }
@@ -44,15 +53,16 @@ fn fork(c: &mut Criterion) {
     group
         .throughput(Throughput::Elements(PAGES))
         .sample_size(20);
-    group.bench_function("all pages writable", |b| {
-        let space = space_without_window(PAGES).expect("memory");
-        b.iter_custom(|rounds| time_forks(&space, rounds).expect("fork"));
-    });
-    group.bench_function("nothing written since the last one", |b| {
-        let space = space_without_window(PAGES).expect("memory");
-        let _last = space.fork().expect("fork");
-        b.iter(|| black_box(space.fork().expect("fork")));
-    });
+    for (name, written) in [
+        ("all written since the last one", 0..PAGES),
+        ("one region written since the last one", 0..REGION),
+        ("nothing written since the last one", 0..0),
+    ] {
+        group.bench_function(name, |b| {
+            let space = space_without_window(PAGES).expect("memory");
+            b.iter_custom(|rounds| time_forks(&space, rounds, written.clone()).expect("fork"));
+        });
+    }
     group.finish();
 }
 
@@ -69,7 +79,7 @@ fn fault(c: &mut Criterion) {
                 for _ in 0..rounds {
                     let frozen = Some(space.fork().expect("fork")).filter(|_| keep);
                     let start = Instant::now();
-                    write_all(&space).expect("write");
+                    write(&space, 0..PAGES).expect("write");
                     spent += start.elapsed();
                     drop(frozen);
                 }

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use benches::{space_with_window, time_forks, write_all};
+use benches::bare::{space_with_window, time_forks, write};
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use palimpsest::mm::{Frozen, Gfn};
 
@@ -16,7 +16,7 @@ fn window(c: &mut Criterion) {
         .sample_size(10);
     group.bench_function("fork, all pages writable", |b| {
         let space = space_with_window(PAGES).expect("memory");
-        b.iter_custom(|rounds| time_forks(&space, rounds).expect("fork"));
+        b.iter_custom(|rounds| time_forks(&space, rounds, 0..PAGES).expect("fork"));
     });
     // A reader's hold on every page of the snapshot is what makes the writer move.
     for (name, held) in [
@@ -31,7 +31,7 @@ fn window(c: &mut Criterion) {
                     let frozen = space.fork().expect("fork");
                     let holds = if held { hold_all(&frozen) } else { Vec::new() };
                     let start = Instant::now();
-                    write_all(&space).expect("write");
+                    write(&space, 0..PAGES).expect("write");
                     spent += start.elapsed();
                     drop((frozen, holds));
                 }

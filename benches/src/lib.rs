@@ -1,91 +1,27 @@
-//! What benchmarks are run on: memory without a guest.
+//! What benchmarks are made of.
+//!
+//! | module | concept |
+//! |---|---|
+//! | [`bare`] | memory without a guest, for the criterion benches of `mm` and of the window |
+//! | [`technique`] | ways to take a snapshot: ours, and those it is measured against, behind one trait |
+//! | [`vm`] | the measuring guest, running on the memory of any technique |
+//! | [`measure`] | one technique, one size, one pattern: pause, stall, throughput, memory |
+//! | [`machine`] | what this machine does without a guest: plain copies, pins |
+//! | [`report`] | the numbers of a run, and the file they are kept in |
+//! | [`targets`] | what the numbers should be |
+//! | [`text`] | the same for people |
+//! | [`summary`], [`footprint`], [`heap`] | percentiles; memory of processes; memory of tables |
+//!
+//! `benches/snapshot.rs` puts them together.
 
-use std::io;
-use std::sync::Arc;
-use std::time::{Duration, Instant};
-
-use palimpsest::host::{MappingBudget, PhysMap, Window};
-use palimpsest::mm::{AddressSpace, Exclusive, FramePool, Gfn, Mmu, MmuError, Pfn, Protection};
-
-/// An MMU that does nothing: what is left is the cost of the protocol itself.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct NoMmu;
-
-impl Mmu for NoMmu {
-    fn map(&self, _: Gfn, _: Pfn, _: u64, _: Protection) -> Result<(), MmuError> {
-        Ok(())
-    }
-    fn protect(&self, _: Gfn, _: u64, _: Protection) -> Result<(), MmuError> {
-        Ok(())
-    }
-}
-
-/// A real physmap with room for `pages` pages and as many copies, and its pool.
-///
-/// # Errors
-/// The host's, if it has no memory.
-pub fn frames(pages: u64) -> io::Result<(Arc<PhysMap>, Arc<FramePool>)> {
-    let frames = 3 * pages + 1024;
-    let physmap = PhysMap::new(frames)?;
-    let pool =
-        FramePool::new(Arc::clone(&physmap) as _, frames, frames).map_err(io::Error::other)?;
-    Ok((physmap, pool))
-}
-
-/// An address space of `pages` pages without a window, all of them written.
-///
-/// # Errors
-/// The host's, if it has no memory.
-pub fn space_without_window(pages: u64) -> io::Result<AddressSpace<Exclusive>> {
-    let (_, pool) = frames(pages)?;
-    space(pool, Box::new(NoMmu), pages)
-}
-
-/// An address space of `pages` pages with a real window, all of them written.
-///
-/// # Errors
-/// The host's, if it has no memory.
-pub fn space_with_window(pages: u64) -> io::Result<AddressSpace<Exclusive>> {
-    let (physmap, pool) = frames(pages)?;
-    let window = Window::new(physmap, Arc::new(MappingBudget::of_this_process()), pages)?;
-    space(pool, Box::new(window), pages)
-}
-
-fn space(
-    pool: Arc<FramePool>,
-    mmu: Box<dyn Mmu>,
-    pages: u64,
-) -> io::Result<AddressSpace<Exclusive>> {
-    let space = AddressSpace::new(pool, Exclusive, mmu, pages).map_err(io::Error::other)?;
-    write_all(&space)?;
-    Ok(space)
-}
-
-/// Makes every page writable, as a guest that writes them all would.
-///
-/// # Errors
-/// If a fault can't be resolved.
-pub fn write_all(space: &AddressSpace<Exclusive>) -> io::Result<()> {
-    (0..space.pages()).try_for_each(|gfn| {
-        space
-            .write_fault(Gfn(gfn))
-            .map(drop)
-            .map_err(io::Error::other)
-    })
-}
-
-/// Forks the address space `rounds` times, each time with every page writable, and says how long the forks took.
-///
-/// # Errors
-/// If a fork fails, or a fault can't be resolved.
-pub fn time_forks(space: &AddressSpace<Exclusive>, rounds: u64) -> io::Result<Duration> {
-    let mut spent = Duration::ZERO;
-    for _ in 0..rounds {
-        let start = Instant::now();
-        let frozen = space.fork().map_err(io::Error::other)?;
-        spent += start.elapsed();
-        drop(frozen);
-        write_all(space)?;
-    }
-    Ok(spent)
-}
+pub mod bare;
+pub mod footprint;
+pub mod heap;
+pub mod machine;
+pub mod measure;
+pub mod report;
+pub mod summary;
+pub mod targets;
+pub mod technique;
+pub mod text;
+pub mod vm;

@@ -1,12 +1,13 @@
 //! Guest programs for Palimpsest, and the contract they share with the VMM.
 //!
-//! A guest here is a static ELF that runs in ring 3 with no kernel under it. There are three:
+//! A guest here is a static ELF that runs in ring 3 with no kernel under it. There are four:
 //!
 //! - [`PAYLOAD`] fills its memory by a formula and checks it by the same formula, while it drives DMA
 //!   devices. What its memory must hold at any instant follows from a few numbers, so a snapshot of it can be
 //!   checked bit for bit.
 //! - [`MISBEHAVE`] does one of the wrong things a guest can do, to test how the VMM takes it.
 //! - [`PUPPET`] does one access to memory after another, as the VMM tells it, for scenarios.
+//! - [`SWEEP`] writes its memory in a pattern and times itself, for measurements: see [`sweep`].
 //!
 //! [`abi`] is how a guest is entered, where its things are and how it speaks to the VMM; [`formula`] is
 //! what it writes. Both are compiled into the guests from the same source as into this crate. The build
@@ -16,6 +17,7 @@
 pub mod abi;
 pub mod formula;
 mod misbehaviour;
+pub mod sweep;
 
 pub use misbehaviour::Misbehaviour;
 
@@ -49,15 +51,24 @@ pub const PUPPET: &[u8] = {
     &FILE.bytes
 };
 
+/// The ELF of the guest that measures: see [`sweep`].
+pub const SWEEP: &[u8] = {
+    const FILE: &Aligned<[u8]> = &Aligned {
+        bytes: *include_bytes!(concat!(env!("OUT_DIR"), "/sweep")),
+    };
+    &FILE.bytes
+};
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use abi::{IMAGE_GPA, PAGE_SIZE};
 
-    const GUESTS: [(&str, &[u8]); 3] = [
+    const GUESTS: [(&str, &[u8]); 4] = [
         ("payload", PAYLOAD),
         ("misbehave", MISBEHAVE),
         ("puppet", PUPPET),
+        ("sweep", SWEEP),
     ];
 
     const PT_LOAD: u64 = 1;

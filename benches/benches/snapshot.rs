@@ -1,0 +1,385 @@
+//! Measures snapshots of the same guest under each technique, on this machine, one after the other.
+
+use std::env;
+use std::io::{self, IsTerminal, Write};
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::time::Duration;
+
+use benches::heap::Counting;
+use benches::machine::Machine;
+use benches::measure::{Plan, measure};
+use benches::report::{self, Platform, Report, Skipped, check_writable, pattern_name};
+use benches::technique::{Kind, TechniqueError};
+use benches::vm::{GuestConfig, VmError};
+use benches::{targets, text};
+use clap::Parser;
+use guest::abi::Pattern;
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use palimpsest::cli::chain;
+use palimpsest::cli::units::{bytes, parse_size, parse_time};
+use palimpsest::kvm::{Kvm, PlatformError};
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::flag;
+
+/// What tables cost is counted.
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+const MIB: u64 = 1 << 20;
+const GIB: u64 = 1 << 30;
+
+/// Measure snapshots of the same guest under each technique.
+///
+/// The guest writes one word a page as fast as it can. Each technique takes the same snapshots of it, one after the
+/// other on this machine; what is printed are the times, and their ratios to ours.
+#[derive(Debug, Parser)]
+#[command(name = "snapshot", max_term_width = 100, after_long_help = techniques())]
+struct Args {
+    /// Guest memory, all of it touched before anything is measured
+    #[arg(long, value_name = "SIZE", value_delimiter = ',', value_parser = parse_size,
+          default_value = "256M,1G", conflicts_with = "all")]
+    memory: Vec<u64>,
+
+    /// Which pages the guest writes: dense, uniform, hot, sparse
+    #[arg(long, value_delimiter = ',', value_parser = parse_pattern,
+          default_value = "dense,hot,sparse", conflicts_with = "all")]
+    pattern: Vec<Pattern>,
+
+    /// vCPUs, which share the memory out among them
+    #[arg(long, value_name = "N", value_delimiter = ',', default_value = "1",
+          value_parser = clap::value_parser!(u64).range(1..=16), conflicts_with = "all")]
+    vcpus: Vec<u64>,
+
+    /// Techniques to measure; see below [default: those with a star; with --all, all]
+    #[arg(long, value_name = "NAME", value_delimiter = ',')]
+    technique: Vec<Kind>,
+
+    /// Snapshots of each whose pause and stall are measured
+    #[arg(long, value_name = "N", default_value = "5", value_parser = clap::value_parser!(u64).range(1..))]
+    rounds: u64,
+
+    /// Snapshots a second while the guest's speed is measured; 0 for none
+    #[arg(long, value_name = "N", value_delimiter = ',', default_value = "1,10")]
+    rates: Vec<f64>,
+
+    /// How long the guest's speed is measured at each of these
+    #[arg(long, value_name = "TIME", default_value = "2s", value_parser = parse_time)]
+    rate_time: Duration,
+
+    /// What the guest sweeps, and writes between two looks at the time
+    #[arg(long, value_name = "SIZE", default_value = "128M", value_parser = parse_size)]
+    sweep: u64,
+
+    /// What is hot in the pattern hot [default: 1/16 of memory, at most 64M]
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    hot: Option<u64>,
+
+    /// In the pattern hot, one write of this many is elsewhere
+    #[arg(long, value_name = "N", default_value = "10", value_parser = clap::value_parser!(u64).range(2..))]
+    cold_every: u64,
+
+    /// A device writes guest memory beside the vCPUs
+    #[arg(long)]
+    dma: bool,
+
+    /// The whole matrix: 256M, 1G, 4G, 8G; all patterns; 1 and 2 vCPUs; with and without a device. Takes hours
+    #[arg(long)]
+    all: bool,
+
+    /// Write the numbers here as JSON too
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+
+    /// What `cargo bench` passes on
+    #[arg(long, hide = true)]
+    bench: bool,
+}
+
+fn parse_pattern(name: &str) -> Result<Pattern, String> {
+    report::pattern_of(name).ok_or_else(|| "there are dense, uniform, hot, sparse".to_owned())
+}
+
+fn techniques() -> String {
+    let lines = Kind::ALL.map(|kind| {
+        let star = if kind.is_default() { '*' } else { ' ' };
+        format!("  {star} {:<9} {}", kind.name(), kind.about())
+    });
+    format!("Techniques:\n{}", lines.join("\n"))
+}
+
+/// Why there are no numbers.
+#[derive(Debug, thiserror::Error)]
+enum Error {
+    #[error(transparent)]
+    Kvm(#[from] PlatformError),
+    #[error("cannot measure the machine")]
+    Machine(#[source] io::Error),
+    #[error("--json {}: cannot write", path.display())]
+    Json { path: PathBuf, source: io::Error },
+    #[error("cannot print")]
+    Print(#[source] io::Error),
+    #[error("cannot catch signals")]
+    Signals(#[source] io::Error),
+    #[error("interrupted: what is above is all there is")]
+    Interrupted,
+    #[error("{cells} could not be measured: see what was left out")]
+    Failed { cells: usize },
+    #[error("nothing could be measured: see what was left out")]
+    Nothing,
+}
+
+fn main() -> ExitCode {
+    match run(&Args::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            let _ = writeln!(io::stderr(), "error: {}", chain(&error));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(args: &Args) -> Result<(), Error> {
+    if let Some(path) = &args.json {
+        let path = path.clone();
+        check_writable(&path).map_err(|source| Error::Json { path, source })?;
+    }
+    let kvm = Kvm::open()?;
+    let stop = stop_flag().map_err(Error::Signals)?;
+    let plan = Plan {
+        rounds: args.rounds,
+        quiet: Duration::from_secs(1),
+        rates: args
+            .rates
+            .iter()
+            .copied()
+            .filter(|rate| *rate > 0.0)
+            .collect(),
+        rate_time: args.rate_time,
+    };
+    let techniques = match &args.technique[..] {
+        [] => Kind::ALL
+            .into_iter()
+            .filter(|kind| args.all || kind.is_default())
+            .collect(),
+        some => some.to_vec(),
+    };
+    let configs = configs(args);
+    let progress = Progress::new(configs.len() * techniques.len());
+
+    progress.step("the machine");
+    let mut report = Report {
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        platform: Platform::of(kvm.platform()),
+        machine: Machine::measure().map_err(Error::Machine)?,
+        rounds: args.rounds,
+        cells: Vec::new(),
+        skipped: Vec::new(),
+        targets: Vec::new(),
+    };
+    let ended = measure_all(
+        &kvm,
+        &configs,
+        &techniques,
+        &plan,
+        &stop,
+        &progress,
+        &mut report,
+    );
+    progress.finish();
+    report.targets = targets::judge(&report);
+    // What there is is worth having, however it ended.
+    if !report.cells.is_empty() {
+        print(&text::report(&report))?;
+        if let Some(path) = &args.json {
+            report.write(path).map_err(|source| Error::Json {
+                path: path.clone(),
+                source,
+            })?;
+        }
+    }
+    match ended {
+        Ended::Interrupted => Err(Error::Interrupted),
+        Ended::Failed { cells } => Err(Error::Failed { cells }),
+        Ended::Done if report.cells.is_empty() => Err(Error::Nothing),
+        Ended::Done => Ok(()),
+    }
+}
+
+/// How measuring ended.
+enum Ended {
+    Done,
+    /// Some could not be measured: why is in the report.
+    Failed {
+        cells: usize,
+    },
+    Interrupted,
+}
+
+/// Fills in the cells of `report`. One that fails is noted, and the others are measured.
+fn measure_all(
+    kvm: &Kvm,
+    configs: &[GuestConfig],
+    techniques: &[Kind],
+    plan: &Plan,
+    stop: &AtomicBool,
+    progress: &Progress,
+    report: &mut Report,
+) -> Ended {
+    let mut failed = 0;
+    for config in configs {
+        for &technique in techniques {
+            let is_skipped = |skipped: &Skipped| skipped.what == technique.name();
+            if report.skipped.iter().any(is_skipped) {
+                progress.next();
+                continue;
+            }
+            let cell = format!(
+                "{technique}, {}, {}, {} vcpus{}",
+                bytes(config.memory),
+                pattern_name(config.pattern),
+                config.vcpus,
+                if config.dma { ", DMA" } else { "" }
+            );
+            progress.begin(&cell);
+            let mut step = |step: &str| progress.step(&format!("{cell}: {step}"));
+            let (what, why) = match measure(kvm, technique, config, plan, stop, &mut step) {
+                Ok(measured) => {
+                    report.cells.push(measured);
+                    progress.next();
+                    continue;
+                }
+                Err(VmError::Interrupted) => return Ended::Interrupted,
+                // It is the same everywhere.
+                Err(VmError::Technique(TechniqueError::Unavailable { why })) => {
+                    (technique.name().to_owned(), why)
+                }
+                Err(error @ VmError::NoMemory { .. }) => (cell, error.to_string()),
+                Err(error) => {
+                    failed += 1;
+                    (cell, chain(&error))
+                }
+            };
+            progress.say(&format!("left out: {what}: {why}"));
+            report.skipped.push(Skipped { what, why });
+            progress.next();
+        }
+    }
+    match failed {
+        0 => Ended::Done,
+        cells => Ended::Failed { cells },
+    }
+}
+
+/// The guests to measure with.
+fn configs(args: &Args) -> Vec<GuestConfig> {
+    let (memory, patterns, vcpus, dma);
+    if args.all {
+        memory = vec![256 * MIB, GIB, 4 * GIB, 8 * GIB];
+        patterns = vec![
+            Pattern::Dense,
+            Pattern::Uniform,
+            Pattern::Hot,
+            Pattern::Sparse,
+        ];
+        vcpus = vec![1, 2];
+        dma = vec![false, true];
+    } else {
+        memory = args.memory.clone();
+        patterns = args.pattern.clone();
+        vcpus = args.vcpus.clone();
+        dma = vec![args.dma];
+    }
+    let mut configs = Vec::new();
+    for &dma in &dma {
+        for &vcpus in &vcpus {
+            for &memory in &memory {
+                for &pattern in &patterns {
+                    configs.push(GuestConfig {
+                        memory,
+                        vcpus,
+                        pattern,
+                        sweep: args.sweep,
+                        hot: args.hot.unwrap_or((memory / 16).min(64 * MIB)),
+                        cold_every: args.cold_every,
+                        dma,
+                    });
+                }
+            }
+        }
+    }
+    configs
+}
+
+fn print(text: &str) -> Result<(), Error> {
+    match io::stdout().write_all(text.as_bytes()) {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(Error::Print(error)),
+        _ => Ok(()),
+    }
+}
+
+/// A flag that the first SIGINT or SIGTERM sets. The second one ends the process; children that are snapshots end with it.
+fn stop_flag() -> io::Result<Arc<AtomicBool>> {
+    let stop = Arc::new(AtomicBool::new(false));
+    for signal in [SIGINT, SIGTERM] {
+        flag::register_conditional_default(signal, Arc::clone(&stop))?;
+        flag::register(signal, Arc::clone(&stop))?;
+    }
+    Ok(stop)
+}
+
+/// Says on standard error how far it is: a bar on a terminal, else a line for everything that is begun.
+struct Progress {
+    bar: Option<ProgressBar>,
+}
+
+impl Progress {
+    fn new(cells: usize) -> Self {
+        let terminal =
+            io::stderr().is_terminal() && env::var_os("TERM").is_some_and(|term| term != "dumb");
+        let bar = terminal.then(|| {
+            let bar = ProgressBar::with_draw_target(
+                Some(cells as u64),
+                ProgressDrawTarget::stderr_with_hz(5),
+            );
+            if let Ok(style) = ProgressStyle::with_template("[{bar:30}] {pos}/{len} {msg}") {
+                bar.set_style(style.progress_chars("=> "));
+            }
+            bar
+        });
+        Self { bar }
+    }
+
+    fn begin(&self, what: &str) {
+        if self.bar.is_none() {
+            self.say(what);
+        }
+    }
+
+    fn step(&self, step: &str) {
+        if let Some(bar) = &self.bar {
+            bar.set_message(step.to_owned());
+        }
+    }
+
+    fn next(&self) {
+        if let Some(bar) = &self.bar {
+            bar.inc(1);
+        }
+    }
+
+    fn say(&self, text: &str) {
+        match &self.bar {
+            Some(bar) => bar.println(text),
+            None => drop(writeln!(io::stderr(), "{text}")),
+        }
+    }
+
+    fn finish(&self) {
+        if let Some(bar) = &self.bar {
+            bar.finish_and_clear();
+        }
+    }
+}

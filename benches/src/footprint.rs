@@ -1,0 +1,66 @@
+//! How much memory processes have.
+
+use std::fs;
+use std::io;
+
+/// Bytes of memory that this process and `others` have together, each page counted once (the kernel's PSS).
+///
+/// It walks all page tables: not for the middle of a measurement. Page tables and what KVM has are not in it.
+///
+/// # Errors
+/// If the kernel does not tell.
+pub fn of_this_process_and(others: impl IntoIterator<Item = i32>) -> io::Result<u64> {
+    let mut bytes = pss("self")?;
+    for pid in others {
+        bytes += pss(&pid.to_string())?;
+    }
+    Ok(bytes)
+}
+
+/// Bytes of memory that this machine can give without taking them from somebody.
+///
+/// # Errors
+/// If the kernel does not tell.
+pub fn available() -> io::Result<u64> {
+    let text = fs::read_to_string("/proc/meminfo")?;
+    parse(&text, "MemAvailable:").ok_or_else(|| io::Error::other("meminfo has no MemAvailable"))
+}
+
+fn pss(process: &str) -> io::Result<u64> {
+    let text = fs::read_to_string(format!("/proc/{process}/smaps_rollup"))?;
+    parse(&text, "Pss:").ok_or_else(|| io::Error::other("smaps_rollup has no Pss"))
+}
+
+/// The size that `name` has in one of the kernel's lists, in bytes.
+fn parse(list: &str, name: &str) -> Option<u64> {
+    let value = list.lines().find_map(|line| line.strip_prefix(name))?;
+    let kib: u64 = value.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    Some(kib << 10)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pss_is_found() {
+        let text =
+            "55-7f ---p 00000000 00:00 0 [rollup]\nRss:  948 kB\nPss:   323 kB\nPss_Dirty: 7 kB\n";
+        assert_eq!(parse(text, "Pss:"), Some(323 << 10));
+        assert_eq!(parse("Rss: 948 kB\n", "Pss:"), None);
+    }
+
+    #[test]
+    fn some_memory_is_available() {
+        assert!(available().unwrap() > 1 << 20);
+    }
+
+    #[test]
+    fn memory_that_is_touched_is_seen() {
+        let before = of_this_process_and([]).unwrap();
+        let memory = std::hint::black_box(vec![1u8; 64 << 20]);
+        let after = of_this_process_and([]).unwrap();
+        assert!(after >= before + (60 << 20), "{before} {after}");
+        drop(memory);
+    }
+}

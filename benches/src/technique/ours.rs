@@ -1,0 +1,194 @@
+//! Ours: a shadow page table and a window, copy-on-write resolved on the faulting vCPU's own thread, all through the library's public parts.
+#![expect(unsafe_code, reason = "promises KVM that the window is the guest's")]
+
+use std::ops::Range;
+use std::ptr::{self, NonNull};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use guest::abi::PAGE_SIZE;
+use palimpsest::host::{MappingBudget, PhysMap, PinnedBuffer, Ram, Window};
+use palimpsest::kvm::{self, GuestRam};
+use palimpsest::mm::{Access, AddressSpace, Exclusive, FramePool, Frozen, Gfn};
+
+use super::{Device, Taken, Technique, TechniqueError, host};
+use crate::heap;
+
+/// Whether the library has 2 MiB frames. Where it does, [`Ours::new`] is the place to choose between them.
+pub(super) const HAS_HUGE_FRAMES: bool = false;
+
+/// Pages of a device's memory that it holds for good, as RDMA, io_uring and VFIO hold theirs.
+const REGISTERED: u64 = 16;
+
+/// In which pieces memory is shared and copied.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Granularity {
+    /// As the library decides by itself.
+    Adaptive,
+    /// 4 KiB.
+    Small,
+    /// 2 MiB.
+    Huge,
+}
+
+pub(super) struct Ours {
+    ram: Ram<Exclusive>,
+    host: NonNull<u8>,
+    /// Bytes allocated for the frame table, the shadow page table and the window's notes.
+    tables: Option<AtomicU64>,
+}
+
+// SAFETY: `host` is an address that is only handed to the kernel.
+unsafe impl Send for Ours {}
+// SAFETY: as above.
+unsafe impl Sync for Ours {}
+
+impl Ours {
+    pub(super) fn new(memory: u64, granularity: Granularity) -> Result<Self, TechniqueError> {
+        // This is where the granularity is chosen.
+        match granularity {
+            Granularity::Adaptive | Granularity::Small => {}
+            Granularity::Huge => {
+                return Err(TechniqueError::Unavailable {
+                    why: "this build has no 2 MiB frames".to_owned(),
+                });
+            }
+        }
+        let before = heap::live();
+        let pages = memory / PAGE_SIZE;
+        // The guest, one snapshot, what the guest writes while that one is dropped, and what is allocated in batches.
+        let frames = 3 * pages + 1024;
+        let physmap = PhysMap::new(frames).map_err(host("reserve frames"))?;
+        let alloc = |error| host("make a frame pool")(std::io::Error::other(error));
+        let pool = FramePool::new(Arc::clone(&physmap) as _, frames, frames).map_err(alloc)?;
+        let budget = Arc::new(MappingBudget::of_this_process());
+        let window =
+            Window::new(Arc::clone(&physmap), budget, pages).map_err(host("map the window"))?;
+        let address = ptr::with_exposed_provenance_mut(window.host_address() as usize);
+        let host = NonNull::new(address).ok_or(TechniqueError::Unavailable {
+            why: "the window is at address 0".to_owned(),
+        })?;
+        let space = AddressSpace::new(pool, Exclusive, Box::new(window), pages).map_err(alloc)?;
+        let tables = before
+            .zip(heap::live())
+            .map(|(before, after)| AtomicU64::new(after.saturating_sub(before)));
+        Ok(Self {
+            ram: Ram::new(Arc::new(space), physmap),
+            host,
+            tables,
+        })
+    }
+}
+
+impl Technique for Ours {
+    fn window(&self) -> kvm::Window {
+        // SAFETY: the window is mapped until the address space that owns it is dropped: with `self`, which by the contract of
+        // `Technique::window` is after the machine. Nothing but guest memory is ever mapped there. No reference points into it.
+        unsafe { kvm::Window::new(self.host, self.ram.size()) }
+    }
+
+    fn ram(&self) -> Arc<dyn GuestRam> {
+        Arc::new(self.ram.clone())
+    }
+
+    /// What the guest's write faults would do, without the guest.
+    fn populate(&self, gpas: Range<u64>) -> Result<(), TechniqueError> {
+        let before = heap::live();
+        (gpas.start / PAGE_SIZE..gpas.end / PAGE_SIZE).try_for_each(|gfn| {
+            self.ram
+                .space()
+                .write_fault(Gfn(gfn))
+                .map(drop)
+                .map_err(|error| TechniqueError::Memory(error.into()))
+        })?;
+        if let (Some(tables), Some(before), Some(after)) = (&self.tables, before, heap::live()) {
+            tables.fetch_add(after.saturating_sub(before), Ordering::Relaxed);
+        }
+        Ok(())
+    }
+
+    fn snapshot(&self) -> Result<Box<dyn Taken + '_>, TechniqueError> {
+        let frozen = self.ram.space().fork()?;
+        Ok(Box::new(Shared { ours: self, frozen }))
+    }
+
+    fn copied(&self) -> Option<u64> {
+        let stats = self.ram.space().stats();
+        Some((stats.writer_moved + stats.sharers_moved + stats.eager_copied) * PAGE_SIZE)
+    }
+
+    fn tables(&self) -> Option<u64> {
+        let tables = self.tables.as_ref();
+        tables.map(|tables| tables.load(Ordering::Relaxed))
+    }
+
+    fn device(&self, gpas: Range<u64>) -> Result<Box<dyn Device>, TechniqueError> {
+        let registered = gpas.start..gpas.end.min(gpas.start + REGISTERED * PAGE_SIZE);
+        let buffer = self
+            .ram
+            .pin(
+                registered.start,
+                registered.end - registered.start,
+                Access::Write,
+            )
+            .map_err(|error| TechniqueError::Memory(error.into()))?;
+        Ok(Box::new(PinningDevice {
+            ram: self.ram.clone(),
+            registered,
+            buffer,
+        }))
+    }
+}
+
+/// A device that pins what it writes: some of it for good, the rest for each write.
+struct PinningDevice {
+    ram: Ram<Exclusive>,
+    registered: Range<u64>,
+    buffer: PinnedBuffer,
+}
+
+impl Device for PinningDevice {
+    fn write_page(&mut self, gpa: u64, word: u64) -> Result<(), TechniqueError> {
+        let page = [word.to_le_bytes(); PAGE_SIZE as usize / 8];
+        let bytes = page.as_flattened();
+        if self.registered.contains(&gpa) {
+            let index = (gpa - self.registered.start) / PAGE_SIZE;
+            for slice in self.buffer.slices().skip(index as usize).take(1) {
+                slice.copy_from(bytes);
+            }
+            return Ok(());
+        }
+        self.ram
+            .write(gpa, bytes)
+            .map_err(|error| TechniqueError::Memory(error.into()))
+    }
+}
+
+struct Shared<'a> {
+    ours: &'a Ours,
+    frozen: Arc<Frozen>,
+}
+
+impl Taken for Shared<'_> {
+    fn read(&self, gpa: u64, buf: &mut [u8]) -> Result<(), TechniqueError> {
+        let mut done = 0;
+        while done < buf.len() {
+            let at = gpa + done as u64;
+            let offset = at % PAGE_SIZE;
+            let end = buf.len().min(done + (PAGE_SIZE - offset) as usize);
+            let part = &mut buf[done..end];
+            self.frozen
+                .with_frame(Gfn::of_gpa(at), |pfn| {
+                    let len = part.len() as u64;
+                    self.ours
+                        .ram
+                        .physmap()
+                        .slice(pfn, offset, len)
+                        .copy_to(part)
+                })
+                .map_err(|error| TechniqueError::Memory(error.into()))?;
+            done = end;
+        }
+        Ok(())
+    }
+}
