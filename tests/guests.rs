@@ -9,7 +9,7 @@ use guest::Misbehaviour;
 use guest::abi::{IMAGE_GPA, PORT_CONSOLE, PORT_DOORBELL_EXIT};
 use palimpsest::cli::chain;
 use palimpsest::session::RunError;
-use palimpsest::session::config::{Config, RunLength};
+use palimpsest::session::config::{Config, PageSize, RunLength};
 use palimpsest::session::report::{EndedBy, Verdict};
 use support::{Run, config, no_kvm, run_guest};
 
@@ -246,6 +246,8 @@ fn every_kind_of_write_works_under_snapshots() {
         Misbehaviour::WriteWithEverything,
         Config {
             memory: 12 << 20,
+            // So that each kind faults often.
+            page_size: PageSize::Base,
             snapshot_every: Duration::from_millis(3),
             restore_every: 0,
             length: LONG,

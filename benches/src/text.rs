@@ -51,17 +51,6 @@ fn head(report: &Report) -> String {
     for skipped in skipped {
         let _ = writeln!(text, "left out: {}: {}", skipped.what, skipped.why);
     }
-    let notes = Kind::ALL.into_iter().filter(|kind| {
-        report
-            .cells
-            .iter()
-            .any(|cell| cell.technique == kind.name())
-    });
-    for kind in notes {
-        if let Some(note) = kind.note() {
-            let _ = writeln!(text, "note: {kind}: {note}");
-        }
-    }
     text
 }
 

@@ -12,7 +12,7 @@ use std::time::Duration;
 use guest::abi::Pattern;
 use palimpsest::kvm::{Kvm, PlatformError};
 use palimpsest::policy::Policy;
-use palimpsest::session::config::{Config, GuestSource, RunLength};
+use palimpsest::session::config::{Config, GuestSource, PageSize, RunLength};
 use palimpsest::session::progress::{Observer, Progress};
 use palimpsest::session::report::{Oracle, Report, Verdict, Violation};
 use palimpsest::session::{self, RunError};
@@ -60,6 +60,7 @@ pub(crate) fn config() -> Config {
         seed: 1,
         track_dirty: None,
         policy: Policy::Exclusive,
+        page_size: PageSize::Huge,
         inject: None,
     }
 }

@@ -185,22 +185,13 @@ impl Kind {
         }
     }
 
-    /// What a reader of its numbers must know about this build.
-    pub const fn note(self) -> Option<&'static str> {
-        match self {
-            Self::Ours4k if !ours::HAS_HUGE_FRAMES => {
-                Some("this build has 4 KiB frames only: the same as ours")
-            }
-            _ => None,
-        }
-    }
-
-    /// Whether it is measured if nobody says what to measure. A variant that is the same as another in this build is not.
+    /// Whether it is measured if nobody says what to measure.
     pub const fn is_default(self) -> bool {
         match self {
-            Self::Ours | Self::Fork | Self::ForkThp | Self::Uffd | Self::Copy => true,
-            Self::Ours4k | Self::Ours2m => ours::HAS_HUGE_FRAMES,
-            Self::UffdThp => false,
+            Self::Ours | Self::Ours4k | Self::Fork | Self::ForkThp | Self::Uffd | Self::Copy => {
+                true
+            }
+            Self::Ours2m | Self::UffdThp => false,
         }
     }
 

@@ -7,15 +7,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use guest::abi::PAGE_SIZE;
-use palimpsest::host::{MappingBudget, PhysMap, PinnedBuffer, Ram, Window};
+use palimpsest::host::{MappingBudget, PhysMap, PinnedBuffer, Prices, Ram, Window};
 use palimpsest::kvm::{self, GuestRam};
 use palimpsest::mm::{Access, AddressSpace, Exclusive, FramePool, Frozen, Gfn};
 
 use super::{Device, Taken, Technique, TechniqueError, host};
 use crate::heap;
-
-/// Whether the library has 2 MiB frames. Where it does, [`Ours::new`] is the place to choose between them.
-pub(super) const HAS_HUGE_FRAMES: bool = false;
 
 /// Pages of a device's memory that it holds for good, as RDMA, io_uring and VFIO hold theirs.
 const REGISTERED: u64 = 16;
@@ -45,15 +42,6 @@ unsafe impl Sync for Ours {}
 
 impl Ours {
     pub(super) fn new(memory: u64, granularity: Granularity) -> Result<Self, TechniqueError> {
-        // This is where the granularity is chosen.
-        match granularity {
-            Granularity::Adaptive | Granularity::Small => {}
-            Granularity::Huge => {
-                return Err(TechniqueError::Unavailable {
-                    why: "this build has no 2 MiB frames".to_owned(),
-                });
-            }
-        }
         let before = heap::live();
         let pages = memory / PAGE_SIZE;
         // The guest, one snapshot, what the guest writes while that one is dropped, and what is allocated in batches.
@@ -68,15 +56,21 @@ impl Ours {
         let host = NonNull::new(address).ok_or(TechniqueError::Unavailable {
             why: "the window is at address 0".to_owned(),
         })?;
-        let space = AddressSpace::new(pool, Exclusive, Box::new(window), pages).map_err(alloc)?;
+        let mut space =
+            AddressSpace::new(pool, Exclusive, Box::new(window), pages).map_err(alloc)?;
+        if granularity == Granularity::Small {
+            physmap.use_base_pages();
+            space = space.with_base_pages();
+        }
+        let mut ram = Ram::new(Arc::new(space), physmap);
+        if granularity == Granularity::Huge {
+            // Whatever a page costs, a region is broken whole.
+            ram = ram.with_prices(Prices::fixed(0));
+        }
         let tables = before
             .zip(heap::live())
             .map(|(before, after)| AtomicU64::new(after.saturating_sub(before)));
-        Ok(Self {
-            ram: Ram::new(Arc::new(space), physmap),
-            host,
-            tables,
-        })
+        Ok(Self { ram, host, tables })
     }
 }
 
@@ -114,7 +108,7 @@ impl Technique for Ours {
 
     fn copied(&self) -> Option<u64> {
         let stats = self.ram.space().stats();
-        Some((stats.writer_moved + stats.sharers_moved + stats.eager_copied) * PAGE_SIZE)
+        Some((stats.copied + stats.eager_copied) * PAGE_SIZE)
     }
 
     fn tables(&self) -> Option<u64> {

@@ -75,4 +75,10 @@ hold! {
     unpin_against_merge
 
     pin_against_take_dirty
+
+    pin_of_a_folios_page_against_fork
+    pin_of_a_folios_page_against_split
+    pin_against_the_making_of_a_folio
+    break_of_a_folio_against_drop_of_the_snapshot
+    end_of_a_folio_against_its_last_holder
 }

@@ -58,6 +58,9 @@ safeguards! {
     merge_locks_in_order: MergeLocksInOrder, merge_against_merge, "deadlock";
     uncommitted_before_free: UncommittedBeforeFree, discard_against_the_next_owner, "isolation";
     pins_counted_in_order: PinsCountedInOrder, pin_against_take_dirty, "tracking";
+    folio_pages_looked_at: FolioPagesLookedAt, pin_of_a_folios_page_against_fork, "isolation";
+    folio_barrier: FolioBarrier, pin_of_a_folios_page_against_fork, "isolation";
+    folio_looked_at_again: FolioLookedAtAgain, pin_of_a_folios_page_against_fork, "isolation";
 }
 
 /// The lock of a snapshot's region is part of how it is read. There is nothing to leave out of the code: who does not take it

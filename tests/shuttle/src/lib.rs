@@ -14,7 +14,7 @@
 pub mod mm;
 #[allow(unreachable_pub)]
 mod sync {
-    pub use shuttle::sync::atomic::{AtomicU64, Ordering};
+    pub use shuttle::sync::atomic::{AtomicU64, Ordering, fence};
     pub use shuttle::sync::{Mutex, MutexGuard, RwLock, RwLockReadGuard, RwLockWriteGuard};
 }
 

@@ -7,7 +7,7 @@ use std::process::{self, Command};
 use shuttle::scheduler::{PctScheduler, RandomScheduler};
 use shuttle::{Config, FailurePersistence, Runner};
 
-use crate::mix::mix;
+use crate::mix::{mix, mix_of_folios};
 use crate::mm::{CowPolicy, Exclusive, Safeguard};
 use crate::without::Without;
 
@@ -56,6 +56,14 @@ fn all_is_well_in_schedules_of_few_switches() {
     pct::<Exclusive>();
 }
 
+#[test]
+fn all_is_well_with_folios() {
+    let random = RandomScheduler::new_from_seed(SEED, iterations());
+    Runner::new(random, config()).run(mix_of_folios::<Exclusive>);
+    let pct = PctScheduler::new_from_seed(SEED, DEPTH, iterations());
+    Runner::new(pct, config()).run(mix_of_folios::<Exclusive>);
+}
+
 /// Asserts that the mix finds `C` wrong, by an oracle that says `how`. In a process of its own, as in `tests/loom`: it ends
 /// where it fails.
 fn fails<C: CowPolicy + Default>(test: &str, how: &str) {
@@ -101,10 +109,10 @@ safeguards! {
     pin_tests_in_the_word: PinTestsInTheWord, "coherence";
     share_tests_in_the_word: ShareTestsInTheWord, "coherence";
     get_only_of_mapped: GetOnlyOfMapped, "freed twice";
-    fault_looks_under_lock: FaultLooksUnderLock, "accounting";
+    fault_looks_under_lock: FaultLooksUnderLock, "freed twice";
     mmu_before_unmap: MmuBeforeUnmap, "coherence";
     copy_is_held: CopyIsHeld, "is not held";
-    reuse_proved_again: ReuseProvedAgain, "isolation";
+    reuse_proved_again: ReuseProvedAgain, "TooMany";
     clone_under_lock: CloneUnderLock, "isolation";
     isolated_before_copy: IsolatedBeforeCopy, "coherence";
     writers_stopped_before_copy: WritersStoppedBeforeCopy, "lost";

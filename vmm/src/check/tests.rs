@@ -65,7 +65,9 @@ impl Guest {
         let window = Window::new(Arc::clone(&physmap), budget, pages).unwrap();
         let miss_one = Arc::new(AtomicBool::new(false));
         let policy = MissesOneCow(Arc::clone(&miss_one));
-        let space = AddressSpace::new(Arc::clone(&pool), policy, Box::new(window), pages).unwrap();
+        let space = AddressSpace::new(Arc::clone(&pool), policy, Box::new(window), pages)
+            .unwrap()
+            .with_base_pages();
         Self {
             pattern,
             layout,

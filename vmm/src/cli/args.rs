@@ -15,7 +15,7 @@ use guest::abi::Pattern;
 use super::units::{parse_size, parse_time};
 use crate::policy::Policy;
 use crate::session::compare::Race;
-use crate::session::config::{Config, GuestSource, Injection, RunLength, pattern_named};
+use crate::session::config::{Config, GuestSource, Injection, PageSize, RunLength, pattern_named};
 
 const AFTER_HELP: &str = "\
 Sizes are binary: K, M, G, T (or KiB, MiB, ...). Times: us, ms, s, m, h.
@@ -119,6 +119,15 @@ pub(crate) struct Args {
     /// Ask every TIME which pages were written, beside the running guest, as a live migration does [default: never]
     #[arg(long, value_name = "TIME", help_heading = "Memory", value_parser = parse_time)]
     track_dirty: Option<Duration>,
+
+    /// Largest pages that memory is kept in
+    #[arg(
+        long,
+        value_name = "SIZE",
+        default_value = "2M",
+        help_heading = "Memory"
+    )]
+    page_size: PageSize,
 
     /// Rules by which pages are shared and copied
     #[arg(
@@ -240,6 +249,7 @@ impl Args {
             seed: self.seed.unwrap_or_else(random_seed),
             track_dirty: self.track_dirty,
             policy: self.policy,
+            page_size: self.page_size,
             inject: self.inject,
         }
     }
@@ -318,6 +328,7 @@ mod tests {
             "--seed=18446744073709551615",
             "--track-dirty=7ms",
             "--policy=refcount",
+            "--page-size=4K",
             "--inject=leak-pin",
         ]);
         assert_eq!(
@@ -336,6 +347,7 @@ mod tests {
                 seed: u64::MAX,
                 track_dirty: Some(Duration::from_millis(7)),
                 policy: Policy::Refcount,
+                page_size: PageSize::Base,
                 inject: Some(Injection::LeakPin),
             }
         );

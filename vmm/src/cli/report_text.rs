@@ -124,6 +124,15 @@ fn rows(report: &Report) -> Vec<(&'static str, String)> {
             ),
         ),
         (
+            "regions",
+            format!(
+                "{} copied whole ({}), {} split",
+                count(faults.whole),
+                plural(faults.neighbours, "page"),
+                count(faults.split)
+            ),
+        ),
+        (
             "pins",
             format!(
                 "{} fast, {} slow, {} registered",
@@ -217,10 +226,11 @@ fn ended(report: &Report) -> String {
 
 fn asked(config: &Config) -> String {
     format!(
-        "{}, {}, {}, {}, a snapshot every {}",
+        "{}, {}, {} by {}, {}, a snapshot every {}",
         printable(&config.guest.to_string()),
         plural(config.vcpus, "vCPU"),
         Size(config.memory),
+        config.page_size,
         pattern_name(config.pattern),
         exact_time(config.snapshot_every)
     )
@@ -266,13 +276,14 @@ mod tests {
 ok: 2,941 snapshots taken, every one checked bit for bit, no violation
 
 run         60.0 s, as asked
-asked for   payload, 2 vCPUs, 256 MiB, uniform, a snapshot every 20 ms
+asked for   payload, 2 vCPUs, 256 MiB by 2M, uniform, a snapshot every 20 ms
 guest       1,234,567 operations, 20,576 a second
 snapshots   2,941 taken, 2,941 checked (178,231,004 pages), 294 restored
                    p50        p99        max
 pause           812 µs    2.20 ms    5.18 ms   kick to last vCPU running again
 stall          1.48 ms    9.12 ms    41.0 ms   longest gap the guest saw
 faults      734,889 copied, 1,002 reused, 16 unshared, 61,402 zero-filled
+regions     2 copied whole (7 pages), 1 split
 pins        480,211 fast, 9,004 slow, 24 registered
 forks       94,113 pinned pages copied at once
 DMA         80,120 requests to the guest, 80,118 from it, 1.68 GiB

@@ -376,6 +376,7 @@ mod tests {
                 unshared: 3,
                 eager_copied: 4_032,
                 zero_filled: 61_402,
+                ..FaultCounts::default()
             },
             pins: PinCounts {
                 fast: 20_002,

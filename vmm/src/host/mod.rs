@@ -4,13 +4,16 @@
 //! |---|---|
 //! | `physmap` | all frames, mapped once, one after the other: `pfn -> host address`, never remapped |
 //! | `window` | the host addresses a memslot points at; page `gfn` shows the frame the shadow page table says |
+//! | `prices` | what faults cost on this machine, by running averages |
 //! | `ram` | guest memory by guest-physical address, for host code: every access holds what it touches |
 //!
 //! vCPUs go through the window and nobody else does. Everything of ours goes through the physmap, and is
 //! volatile or atomic: guest bytes are never a Rust reference.
 
+mod aligned;
 mod budget;
 mod physmap;
+mod prices;
 mod ram;
 mod window;
 
@@ -19,5 +22,6 @@ mod tests;
 
 pub use budget::MappingBudget;
 pub use physmap::PhysMap;
+pub use prices::Prices;
 pub use ram::{Held, PinnedBuffer, Ram, RamError};
 pub use window::Window;

@@ -8,19 +8,24 @@
 use std::fmt;
 use std::iter::FusedIterator;
 use std::sync::Arc;
+use std::time::Instant;
 
 use vm_memory::bitmap::{Bitmap, BitmapSlice, WithBitmapSlice};
 use vm_memory::guest_memory::{Error, GuestMemorySliceIterator, Result};
 use vm_memory::{GuestAddress, GuestMemory, GuestMemoryMmap, Permissions, VolatileSlice};
 
 use super::physmap::PhysMap;
-use crate::mm::{Access, AddressSpace, CowPolicy, FaultError, Gfn, PAGE_SIZE, Pin, PinError};
+use super::prices::Prices;
+use crate::mm::{
+    Access, AddressSpace, CowPolicy, FaultError, Gfn, PAGE_SIZE, Pin, PinError, Resolution,
+};
 
 /// Guest memory of a running VM.
 #[derive(Debug)]
 pub struct Ram<P> {
     space: Arc<AddressSpace<P>>,
     physmap: Arc<PhysMap>,
+    prices: Arc<Prices>,
 }
 
 impl<P> Clone for Ram<P> {
@@ -28,6 +33,7 @@ impl<P> Clone for Ram<P> {
         Self {
             space: Arc::clone(&self.space),
             physmap: Arc::clone(&self.physmap),
+            prices: Arc::clone(&self.prices),
         }
     }
 }
@@ -54,7 +60,11 @@ pub enum RamError {
 impl<P: CowPolicy> Ram<P> {
     /// Guest memory of `space`, whose frames are in `physmap`.
     pub fn new(space: Arc<AddressSpace<P>>, physmap: Arc<PhysMap>) -> Self {
-        Self { space, physmap }
+        Self {
+            space,
+            physmap,
+            prices: Arc::default(),
+        }
     }
 
     /// The address space.
@@ -65,6 +75,35 @@ impl<P: CowPolicy> Ram<P> {
     /// The physmap.
     pub fn physmap(&self) -> &Arc<PhysMap> {
         &self.physmap
+    }
+
+    /// The same, with prices that are not learnt.
+    #[must_use]
+    pub fn with_prices(mut self, prices: Prices) -> Self {
+        if let Some(price) = prices.whole_price() {
+            self.space.set_whole_price(price);
+        }
+        self.prices = Arc::new(prices);
+        self
+    }
+
+    /// What faults have cost.
+    pub fn prices(&self) -> &Prices {
+        &self.prices
+    }
+
+    /// Resolves a write of a vCPU to page `gfn`, as [`AddressSpace::write_fault`], and learns what that costs: how much of a region a
+    /// break copies goes by it.
+    ///
+    /// # Errors
+    /// As [`AddressSpace::write_fault`].
+    pub fn write_fault(&self, gfn: Gfn) -> std::result::Result<Resolution, FaultError> {
+        let start = Instant::now();
+        let fault = self.space.resolve_write(gfn)?;
+        if let Some(price) = self.prices.paid(fault, start.elapsed()) {
+            self.space.set_whole_price(price);
+        }
+        Ok(fault.resolution)
     }
 
     /// Bytes of guest memory, from gpa 0.

@@ -8,12 +8,16 @@
 
 use std::ffi::c_void;
 use std::io;
+use std::iter;
+use std::ops::Range;
 use std::ptr;
+use std::slice;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use rustix::io::Errno;
 use rustix::mm::{MapFlags, MprotectFlags, ProtFlags, mmap, mmap_anonymous, mprotect, munmap};
 
+use super::aligned::reserve;
 use super::budget::MappingBudget;
 use super::physmap::PhysMap;
 use crate::mm::{Gfn, Mmu, MmuError, PAGE_SIZE, Pfn, Protection, REGION_PAGES};
@@ -27,7 +31,69 @@ pub struct Window {
     physmap: Arc<PhysMap>,
     budget: Arc<MappingBudget>,
     /// What each page shows, so that mappings can be counted before they are made.
-    shown: Mutex<Vec<Shown>>,
+    shown: Mutex<Vec<Region>>,
+}
+
+/// What the pages of a region show.
+#[derive(Clone, Debug)]
+enum Region {
+    /// All of them this: a fork of a large guest has to look at many that are so.
+    Alike(Shown),
+    /// Each something.
+    Mixed(Box<[Shown]>),
+}
+
+impl Region {
+    fn get(&self, index: u64) -> Shown {
+        match self {
+            Self::Alike(shown) => *shown,
+            Self::Mixed(pages) => pages[index as usize],
+        }
+    }
+
+    /// What the pages `range` show, one or more of them.
+    fn pages(&self, range: Range<u64>) -> &[Shown] {
+        match self {
+            Self::Alike(shown) => slice::from_ref(shown),
+            Self::Mixed(pages) => &pages[range.start as usize..range.end as usize],
+        }
+    }
+
+    /// Has the pages `range` show something else.
+    fn change(&mut self, range: Range<u64>, shows: impl Fn(Shown) -> Shown) {
+        match self {
+            Self::Alike(shown) if range == (0..REGION_PAGES) => *shown = shows(*shown),
+            Self::Alike(shown) => {
+                let mut pages = vec![*shown; REGION_PAGES as usize];
+                for page in &mut pages[range.start as usize..range.end as usize] {
+                    *page = shows(*page);
+                }
+                *self = Self::Mixed(pages.into());
+            }
+            Self::Mixed(pages) => {
+                for page in &mut pages[range.start as usize..range.end as usize] {
+                    *page = shows(*page);
+                }
+                let first = pages[0];
+                if pages.iter().all(|&page| page == first) {
+                    *self = Self::Alike(first);
+                }
+            }
+        }
+    }
+}
+
+/// The parts of a range of pages by region: the region, and which of its pages.
+fn by_region(pages: Range<u64>) -> impl Iterator<Item = (usize, Range<u64>)> {
+    let mut at = pages.start;
+    iter::from_fn(move || {
+        (at < pages.end).then(|| {
+            let (region, first) = (at / REGION_PAGES, at % REGION_PAGES);
+            let last = REGION_PAGES.min(first + pages.end - at);
+            at += last - first;
+            (region as usize, first..last)
+        })
+    })
 }
 
 /// What a page shows. Neighbours share a mapping if they show the same thing: frames that follow each other, or zeros.
@@ -72,7 +138,10 @@ impl Window {
             pages,
             physmap,
             budget,
-            shown: Mutex::new(vec![Shown::ZEROS; pages as usize]),
+            shown: Mutex::new(vec![
+                Region::Alike(Shown::ZEROS);
+                pages.div_ceil(REGION_PAGES) as usize
+            ]),
         })
     }
 
@@ -114,14 +183,18 @@ impl Window {
             "{count} pages from {first:?} on are not in the window"
         );
         let mut shown = self.shown.lock().unwrap_or_else(PoisonError::into_inner);
-        let range = first.0 as usize..(first.0 + count) as usize;
+        let range = first.0..first.0 + count;
         // The page before and the page after: a mapping may end or begin at either end.
-        let edges = range.start.saturating_sub(1)..(range.end + 1).min(shown.len());
-        let before = mappings(shown[edges.clone()].iter().copied());
-        let after = mappings(edges.clone().map(|page| match shown[page] {
-            old if range.contains(&page) => shows(old),
-            neighbour => neighbour,
-        }));
+        let at = |page: u64| shown[(page / REGION_PAGES) as usize].get(page % REGION_PAGES);
+        let before_it = range.start.checked_sub(1).map(at);
+        let after_it = (range.end < self.pages).then(|| at(range.end));
+        let inside =
+            || by_region(range.clone()).flat_map(|(region, pages)| shown[region].pages(pages));
+        let edged = |inside: &mut dyn Iterator<Item = Shown>| {
+            mappings(before_it.into_iter().chain(inside).chain(after_it))
+        };
+        let before = edged(&mut inside().copied());
+        let after = edged(&mut inside().map(|&page| shows(page)));
         self.budget
             .change(before, after)
             .map_err(|limit| MmuError::MappingLimit { limit })?;
@@ -140,8 +213,8 @@ impl Window {
                 },
             });
         }
-        for page in &mut shown[range] {
-            *page = shows(*page);
+        for (region, pages) in by_region(range) {
+            shown[region].change(pages, &shows);
         }
         Ok(())
     }
@@ -219,7 +292,8 @@ impl Mmu for Window {
 impl Drop for Window {
     fn drop(&mut self) {
         let shown = self.shown.get_mut().unwrap_or_else(PoisonError::into_inner);
-        let _ = self.budget.change(mappings(shown.iter().copied()), 0);
+        let pages = by_region(0..self.pages).flat_map(|(region, pages)| shown[region].pages(pages));
+        let _ = self.budget.change(mappings(pages.copied()), 0);
         // SAFETY: the range is the window's own; the VM whose memslot pointed here is gone, or sees nothing from now on.
         let unmapped = unsafe { munmap(self.address(Gfn(0)), self.len() as usize) };
         if let Err(error) = unmapped {
@@ -235,31 +309,4 @@ fn mappings(pages: impl Iterator<Item = Shown>) -> u64 {
         let begins = last.replace(page) != Some(page);
         count + u64::from(begins)
     })
-}
-
-/// Reserves addresses that show zeros, aligned to 2 MiB.
-fn reserve(len: u64) -> io::Result<usize> {
-    let align = (REGION_PAGES * PAGE_SIZE) as usize;
-    let len = len as usize;
-    // SAFETY: a new mapping at an address of the kernel's choice replaces nothing.
-    let start = unsafe {
-        mmap_anonymous(
-            ptr::null_mut(),
-            len + align,
-            ProtFlags::READ,
-            MapFlags::PRIVATE | MapFlags::NORESERVE,
-        )
-    }?
-    .expose_provenance();
-    let base = start.next_multiple_of(align);
-    let trim = |from: usize, len: usize| {
-        if len == 0 {
-            return Ok(());
-        }
-        // SAFETY: a part of the mapping just made, which nobody else knows of.
-        unsafe { munmap(ptr::with_exposed_provenance_mut(from), len) }
-    };
-    trim(start, base - start)?;
-    trim(base + len, start + align - base)?;
-    Ok(base)
 }

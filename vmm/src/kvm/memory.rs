@@ -1,5 +1,7 @@
 //! The KVM layer's view of guest memory.
 
+use std::time::Duration;
+
 /// Why guest memory could not be reached or made writable.
 pub type MemoryError = Box<dyn std::error::Error + Send + Sync>;
 
@@ -19,6 +21,9 @@ pub trait GuestRam: Send + Sync {
     /// Makes the page at guest frame `gfn` writable for the guest: a vCPU faulted writing it. `false` if it was
     /// writable already, because somebody else was first.
     fn write_fault(&self, gfn: u64) -> Result<bool, MemoryError>;
+
+    /// Notes that a vCPU was in the guest for so long, from entry to exit: the shortest time is what entry and exit cost.
+    fn was_entered(&self, _time: Duration) {}
 
     /// Copies guest memory at `gpa` out, as a transient reader.
     fn read(&self, gpa: u64, buf: &mut [u8]) -> Result<(), MemoryError>;

@@ -5,6 +5,7 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
 
 use guest::abi::PAGE_SIZE;
 use kvm_bindings::{CpuId, kvm_regs, kvm_sregs};
@@ -116,7 +117,11 @@ impl Vcpu {
                 }
                 Order::Stop => return None,
             }
+            let entered = Instant::now();
             let exit = self.enter_guest();
+            if matches!(exit, Exit::Out { .. } | Exit::WriteFault(_)) {
+                self.ram.was_entered(entered.elapsed());
+            }
             if self.sync_regs == SyncRegs::Stale {
                 self.sync_regs = SyncRegs::Fresh;
             }

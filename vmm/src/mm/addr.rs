@@ -21,11 +21,6 @@ impl Gfn {
     pub const fn gpa(self) -> u64 {
         self.0 * PAGE_SIZE
     }
-
-    /// The 2 MiB region it lies in.
-    pub(super) const fn region(self) -> usize {
-        (self.0 / REGION_PAGES) as usize
-    }
 }
 
 impl fmt::Debug for Gfn {
@@ -47,6 +42,11 @@ impl Pfn {
     pub const fn offset(self) -> u64 {
         self.0 * PAGE_SIZE
     }
+
+    /// The `count` frames from this one on.
+    pub(super) fn run(self, count: u64) -> impl Iterator<Item = Self> + use<> {
+        (self.0..self.0 + count).map(Self)
+    }
 }
 
 impl fmt::Debug for Pfn {
@@ -65,9 +65,28 @@ impl Order {
     /// 512 pages, 2 MiB.
     pub const HUGE: Self = Self(9);
 
+    /// 2^`order` pages.
+    ///
+    /// # Panics
+    /// If that is more than a huge folio has.
+    pub const fn new(order: u8) -> Self {
+        assert!(order <= Self::HUGE.0);
+        Self(order)
+    }
+
     /// Number of base pages.
     pub const fn pages(self) -> u64 {
         1 << self.0
+    }
+
+    /// `number` rounded down to a multiple of the number of pages.
+    pub(super) const fn floor(self, number: u64) -> u64 {
+        number & !(self.pages() - 1)
+    }
+
+    /// Which run of so many pages `number` lies in.
+    pub(super) const fn index(self, number: u64) -> usize {
+        (number >> self.0) as usize
     }
 }
 

@@ -15,13 +15,18 @@
 //! A device writes through its pin and not through the entry, as does a host writer through its hold. So a page whose frame is
 //! pinned or held is reported **and stays marked**: it is reported once more after they have let go. Who only reads is not
 //! told apart from who writes: such a page is reported though nobody wrote it, and never the other way round.
+//!
+//! Answers are by page. What was written before anybody asked is told by region where a huge entry maps it: all of it counts as
+//! written. From the first answer on regions that are written are split, and stay so.
+
+use std::sync::atomic::Ordering;
 
 use super::addr::{Gfn, Protection};
 use super::mmu::MmuError;
 use super::policy::CowPolicy;
 use super::space::AddressSpace;
 use super::sync::read;
-use super::table::RegionGuard;
+use super::table::{Entry, RegionGuard};
 
 /// A set of pages: one bit each.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -80,11 +85,15 @@ impl<P: CowPolicy> AddressSpace<P> {
     /// If the MMU refuses. What would have been answered is in the next answer.
     pub fn take_dirty(&self) -> Result<PageSet, MmuError> {
         let _no_fork = read(&self.fork_lock);
+        self.tracks_dirty.store(true, Ordering::Relaxed);
         let mut dirty = PageSet::new(self.table.pages());
         for index in 0..self.table.regions() {
             let mut region = self.table.lock(index);
             if region.is_untouched() {
                 continue;
+            }
+            if region.huge().is_some_and(Entry::is_dirty) {
+                self.split(&mut region);
             }
             if let Err(error) = self.write_protect_region(&region) {
                 drop(region);
@@ -128,7 +137,15 @@ impl<P: CowPolicy> AddressSpace<P> {
 
     fn mark_dirty(&self, pages: &PageSet) {
         for gfn in pages.iter() {
-            let mut region = self.table.lock(gfn.region());
+            self.mark_dirty_page(&mut self.table.lock_of(gfn), gfn);
+        }
+    }
+
+    /// Notes that a page has changed behind the guest's back.
+    pub(super) fn mark_dirty_page(&self, region: &mut RegionGuard<'_>, gfn: Gfn) {
+        if !region.get(gfn).is_dirty() {
+            // Of this page alone.
+            self.split(region);
             let entry = region.get(gfn);
             region.set(gfn, entry.dirtied());
         }

@@ -25,10 +25,14 @@ impl<P: CowPolicy> AddressSpace<P> {
         in_range(&self.table, last)?;
         let _no_fork = read(&self.fork_lock);
         // In order, as `merge` takes its two. Everybody else has one at a time.
-        let mut regions: Vec<_> = (first.region()..=last.region())
+        let mut regions: Vec<_> = (self.table.region_of(first)..=self.table.region_of(last))
             .map(|index| self.table.lock(index))
             .collect();
 
+        for region in &mut regions {
+            self.open(region);
+            self.split(region);
+        }
         let mut isolated: Vec<Isolated> = Vec::new();
         for region in &regions {
             for gfn in region.pages().filter(|g| (first..=last).contains(g)) {

@@ -15,12 +15,15 @@
 //!   pointed at the copy. The writer keeps its frame, and its window keeps its shape; one `mprotect` at most.
 //! * **writer moves** otherwise (what Linux does): the writer's page is pointed at the copy.
 
+use std::sync::Weak;
+use std::sync::atomic::Ordering;
+
 use super::addr::{Gfn, Pfn, Protection};
 use super::policy::{CowPolicy, without};
 use super::pool::Fresh;
 use super::safeguard::Safeguard;
 use super::space::{AddressSpace, Counters, FaultError, in_range};
-use super::sync::{lock, read};
+use super::sync::read;
 use super::table::{Entry, RegionGuard};
 
 /// How a write fault was resolved.
@@ -38,6 +41,15 @@ pub enum Resolution {
     SharersMoved,
     /// Another frame with a copy of the bytes (T5).
     WriterMoved,
+}
+
+/// How a write fault was resolved, and how much of the region with it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Fault {
+    /// The page.
+    pub resolution: Resolution,
+    /// Whether the rest of the region was made writable, too, at the cost of copies.
+    pub is_whole: bool,
 }
 
 /// What a break is for.
@@ -70,23 +82,51 @@ impl<P: CowPolicy> AddressSpace<P> {
     /// Resolves a write to page `gfn` through a read-only mapping: on return the page is exclusive and
     /// writable, or was so already.
     ///
-    /// While the MMU is crowded the other pages of the 2 MiB region are resolved too, so that it needs one mapping rather
-    /// than up to 512.
+    /// More of its region may be made writable with it: all of it if that is as good as free (a huge entry that nobody shares), if the
+    /// region has cost enough small breaks (`adapt.rs`), or if the MMU is crowded, so that the region needs one mapping
+    /// rather than up to 512.
     ///
     /// # Errors
     /// If there is no such page, no frame, or the MMU refuses.
     pub fn write_fault(&self, gfn: Gfn) -> Result<Resolution, FaultError> {
+        self.resolve_write(gfn).map(|fault| fault.resolution)
+    }
+
+    /// [`AddressSpace::write_fault`], for those who want to know what it took.
+    ///
+    /// # Errors
+    /// As [`AddressSpace::write_fault`].
+    pub fn resolve_write(&self, gfn: Gfn) -> Result<Fault, FaultError> {
         in_range(&self.table, gfn)?;
         let _no_fork = (!without::<P>(Safeguard::FaultWaitsForFork)).then(|| read(&self.fork_lock));
         let stale = without::<P>(Safeguard::FaultLooksUnderLock).then(|| self.table.peek(gfn));
-        let mut region = self.table.lock(gfn.region());
+        let mut region = self.table.lock_of(gfn);
         let entry = stale.unwrap_or_else(|| region.get(gfn));
         let resolution = self.resolve_entry(&mut region, gfn, entry, Intent::Write)?;
         self.count(Intent::Write, resolution);
-        if resolution != Resolution::AlreadyWritable && self.mmu.is_crowded() {
-            self.resolve_neighbours(&mut region);
+        let mut is_whole = region.huge().is_some();
+        if resolution != Resolution::AlreadyWritable && !is_whole {
+            let is_crowded = self.mmu.is_crowded();
+            is_whole = is_crowded || self.wants_whole(&region);
+            if is_whole {
+                self.resolve_rest(&mut region, is_crowded);
+            }
         }
-        Ok(resolution)
+        Ok(Fault {
+            resolution,
+            is_whole,
+        })
+    }
+
+    /// Whether the next break should take all of the region. Not if somebody wants to know which *pages* are written.
+    fn wants_whole(&self, region: &RegionGuard<'_>) -> bool {
+        self.uses_huge
+            && region.is_full()
+            && !self.tracks_dirty.load(Ordering::Relaxed)
+            && region
+                .state
+                .breaks
+                .wants_whole(self.whole_price.load(Ordering::Relaxed))
     }
 
     /// Makes page `gfn` exclusive without making it writable, as a reading pin needs it.
@@ -96,7 +136,7 @@ impl<P: CowPolicy> AddressSpace<P> {
     pub fn unshare(&self, gfn: Gfn) -> Result<(), FaultError> {
         in_range(&self.table, gfn)?;
         let _no_fork = read(&self.fork_lock);
-        let mut region = self.table.lock(gfn.region());
+        let mut region = self.table.lock_of(gfn);
         let resolution = self.resolve(&mut region, gfn, Intent::Unshare)?;
         self.count(Intent::Unshare, resolution);
         Ok(())
@@ -112,18 +152,6 @@ impl<P: CowPolicy> AddressSpace<P> {
             (Intent::Write, Resolution::SharersMoved) => &self.counters.sharers_moved,
             (Intent::Write, Resolution::WriterMoved) => &self.counters.writer_moved,
         });
-    }
-
-    /// Makes all pages of a region writable, so that one mapping does for them. It spends memory to save mappings: pages that were never
-    /// touched get frames. Nobody asked for any of it, so a page for which there is no memory is left as it is.
-    fn resolve_neighbours(&self, region: &mut RegionGuard<'_>) {
-        for gfn in region.pages() {
-            match self.resolve(region, gfn, Intent::Write) {
-                Ok(Resolution::AlreadyWritable) => {}
-                Ok(_) => Counters::add(&self.counters.neighbours),
-                Err(_) => return,
-            }
-        }
     }
 
     /// Resolves one page of `region`. The caller holds `fork_lock`.
@@ -146,32 +174,224 @@ impl<P: CowPolicy> AddressSpace<P> {
         entry: Entry,
         intent: Intent,
     ) -> Result<Resolution, FaultError> {
-        if !entry.is_present() {
-            return self.fill_zero(region, gfn, entry, intent);
-        }
         if entry.is_writable() {
             return Ok(Resolution::AlreadyWritable);
         }
         let pfn = entry.pfn();
-        if intent == Intent::Unshare && self.pool.state(pfn).is_exclusive() {
+        let is_exclusive = entry.is_present() && self.pool.state(pfn).is_exclusive();
+        if intent == Intent::Unshare && is_exclusive {
             return Ok(Resolution::AlreadyExclusive);
         }
-        let resolution = if self.pool.frames().try_reuse(pfn, &self.policy).is_ok() {
-            Resolution::Reused
-        } else if self.move_sharers(gfn, pfn)? {
-            Resolution::SharersMoved
+        self.open(region);
+        if !entry.is_present() {
+            return self.fill_zero(region, gfn, entry, intent);
+        }
+        if entry.is_huge() {
+            if let Some(resolution) = self.resolve_huge(region, intent)? {
+                return Ok(resolution);
+            }
+            self.split(region);
+            return self.resolve_entry(region, gfn, region.get(gfn), intent);
+        }
+        let (resolution, entry) = if self.pool.frames().try_reuse(pfn, &self.policy).is_ok() {
+            (Resolution::Reused, entry)
         } else {
-            self.move_writer(region, gfn, entry, intent)?;
-            Resolution::WriterMoved
+            region.state.breaks.count_small();
+            if self.move_sharers(region, gfn, pfn)? {
+                (Resolution::SharersMoved, entry)
+            } else {
+                self.move_writer(region, gfn, entry, intent)?;
+                return Ok(Resolution::WriterMoved);
+            }
         };
-        if intent == Intent::Write && resolution != Resolution::WriterMoved {
+        if intent == Intent::Write {
             self.mmu.protect(gfn, 1, Protection::ReadWrite)?;
-            region.set(gfn, Entry::writable(pfn));
+            region.set(gfn, Entry::writable(entry.pfn()));
         }
         Ok(resolution)
     }
 
-    /// T1, and T8 for memory that was never touched.
+    /// A break of a region that a huge entry maps, read-only: of all of it, or of nothing (`None`), and then page by page.
+    fn resolve_huge(
+        &self,
+        region: &mut RegionGuard<'_>,
+        intent: Intent,
+    ) -> Result<Option<Resolution>, FaultError> {
+        let Some(huge) = region.huge() else {
+            return Ok(None);
+        };
+        let frames = self.pool.frames();
+        // To make all of it writable is to count all of it as written.
+        if intent == Intent::Write && self.tracks_dirty.load(Ordering::Relaxed) {
+            return Ok(None);
+        }
+        let resolution = if frames.try_reuse_huge(huge.pfn(), &self.policy).is_ok() {
+            Resolution::Reused
+        } else if intent == Intent::Write && (self.mmu.is_crowded() || self.wants_whole(region)) {
+            if self.move_all_sharers(region)?
+                && frames.try_reuse_huge(huge.pfn(), &self.policy).is_ok()
+            {
+                Resolution::SharersMoved
+            } else if self.move_writer_huge(region, huge)? {
+                Resolution::WriterMoved
+            } else {
+                return Ok(None);
+            }
+        } else {
+            return Ok(None);
+        };
+        if resolution != Resolution::Reused {
+            region.state.breaks.count_whole();
+            Counters::add(&self.counters.whole);
+        }
+        if intent == Intent::Write && resolution != Resolution::WriterMoved {
+            self.mmu
+                .protect(region.first(), region.len(), Protection::ReadWrite)?;
+            region.set_huge(Entry::huge_writable(huge.pfn()));
+        }
+        Ok(Some(resolution))
+    }
+
+    /// As [`AddressSpace::move_writer`], for a whole region: to its home, if that is free. Says whether it is.
+    fn move_writer_huge(
+        &self,
+        region: &mut RegionGuard<'_>,
+        huge: Entry,
+    ) -> Result<bool, FaultError> {
+        let (first, count) = (region.first(), region.len());
+        let Some(fresh) = self.pool.allocate_huge(&self.home, first.0)? else {
+            return Ok(false);
+        };
+        let from = huge.pfn().run(count);
+        from.zip(fresh.head().run(count))
+            .for_each(|(from, to)| self.copy(from, to));
+        self.mmu
+            .map(first, fresh.head(), count, Protection::ReadWrite)?;
+        region.set_huge(Entry::huge_writable(fresh.into_mapped()));
+        self.pool.unmap_huge(huge.pfn());
+        Ok(true)
+    }
+
+    /// Makes all pages of a region writable that are not, so that one mapping does for them and nothing in it faults again. If
+    /// mappings are short, pages that were never touched get frames as well: that spends memory to save mappings.
+    ///
+    /// Nobody asked for any of it, so a page for which there is no memory is left as it is.
+    fn resolve_rest(&self, region: &mut RegionGuard<'_>, also_untouched: bool) {
+        let (mut in_place, mut moved) = (Vec::new(), Vec::new());
+        for gfn in region.pages() {
+            let entry = region.get(gfn);
+            if entry.is_writable() || (!entry.is_present() && !also_untouched) {
+                continue;
+            }
+            let resolved = if entry.is_present() {
+                self.take_over(region, gfn, entry)
+            } else {
+                let fresh = self.pool.allocate_zeroed(&self.home, gfn.0);
+                fresh.map(Some).map_err(FaultError::from)
+            };
+            match resolved {
+                Ok(None) => in_place.push(gfn),
+                Ok(Some(fresh)) => moved.push((gfn, fresh)),
+                Err(_) => break,
+            }
+            Counters::add(&self.counters.neighbours);
+        }
+        let done = self
+            .allow_writes(region, &in_place)
+            .and_then(|()| self.map_moved(region, moved));
+        if done.is_ok() {
+            region.state.breaks.count_whole();
+            Counters::add(&self.counters.whole);
+            self.form_huge(region);
+        }
+    }
+
+    /// Makes the frame of a page exclusive, or says in which one a copy of it is.
+    fn take_over(
+        &self,
+        region: &RegionGuard<'_>,
+        gfn: Gfn,
+        entry: Entry,
+    ) -> Result<Option<Fresh>, FaultError> {
+        let pfn = entry.pfn();
+        if self.pool.frames().try_reuse(pfn, &self.policy).is_ok()
+            || self.move_sharers(region, gfn, pfn)?
+        {
+            return Ok(None);
+        }
+        let fresh = self.pool.allocate_near(&self.home, gfn.0)?;
+        self.copy(pfn, fresh.pfn());
+        Ok(Some(fresh))
+    }
+
+    /// Maps pages to the frames that were filled for them, writable, with few calls. In the order of [`AddressSpace::move_writer`].
+    fn map_moved(
+        &self,
+        region: &mut RegionGuard<'_>,
+        moved: Vec<(Gfn, Fresh)>,
+    ) -> Result<(), FaultError> {
+        let mut moved = moved.into_iter().peekable();
+        while let Some((first, fresh)) = moved.next() {
+            let mut run = vec![fresh];
+            let follows = |(gfn, next): &(Gfn, Fresh), run: &[Fresh]| {
+                let n = run.len() as u64;
+                (gfn.0, next.pfn().0) == (first.0 + n, run[0].pfn().0 + n)
+            };
+            while let Some((_, next)) = moved.next_if(|next| follows(next, &run)) {
+                run.push(next);
+            }
+            let count = run.len() as u64;
+            self.mmu
+                .map(first, run[0].pfn(), count, Protection::ReadWrite)?;
+            for (n, fresh) in (first.0..).zip(run) {
+                let before = region.get(Gfn(n));
+                region.set(Gfn(n), Entry::writable(fresh.into_mapped()));
+                if before.is_present() {
+                    self.pool.unmap(before.pfn());
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes pages writable that are exclusive, in order, with few calls.
+    fn allow_writes(&self, region: &mut RegionGuard<'_>, pages: &[Gfn]) -> Result<(), FaultError> {
+        // Between two of them are pages that are writable already, or must not be.
+        let one_run = |a: &Gfn, b: &Gfn| (a.0 + 1..b.0).all(|n| region.get(Gfn(n)).is_writable());
+        for run in pages.chunk_by(one_run) {
+            let (first, last) = (run[0], run[run.len() - 1]);
+            self.mmu
+                .protect(first, last.0 - first.0 + 1, Protection::ReadWrite)?;
+        }
+        for &gfn in pages {
+            let entry = region.get(gfn);
+            region.set(gfn, Entry::writable(entry.pfn()));
+        }
+        Ok(())
+    }
+
+    /// Maps a region by a huge entry again if its pages are the frames of one folio, in order, exclusive, and all writable. The MMU
+    /// shows nothing else than before.
+    fn form_huge(&self, region: &mut RegionGuard<'_>) {
+        let head = region.get(region.first()).pfn();
+        let in_order = || {
+            region.pages().zip(0..).all(|(gfn, n)| {
+                let entry = region.get(gfn);
+                entry.is_writable() && entry.pfn() == Pfn(head.0 + n)
+            })
+        };
+        if self.uses_huge
+            && region.is_full()
+            && self.pool.frames().head(head) == head
+            && in_order()
+            && self.pool.frames().try_form_huge(head).is_ok()
+        {
+            region.set_huge(Entry::huge_writable(head));
+            Counters::add(&self.counters.formed);
+        }
+    }
+
+    /// T1, and T8 for memory that was never touched. The first touch of a region gets all of it a huge folio, if that can be had.
     fn fill_zero(
         &self,
         region: &mut RegionGuard<'_>,
@@ -179,24 +399,55 @@ impl<P: CowPolicy> AddressSpace<P> {
         entry: Entry,
         intent: Intent,
     ) -> Result<Resolution, FaultError> {
+        if self.uses_huge
+            && region.is_full()
+            && region.is_untouched()
+            && let Some(fresh) = self.pool.allocate_huge(&self.home, region.first().0)?
+        {
+            let (first, count) = (region.first(), region.len());
+            fresh.zero();
+            self.mmu
+                .map(first, fresh.head(), count, intent.protection())?;
+            let head = fresh.into_mapped();
+            region.set_huge(match intent {
+                Intent::Write => Entry::huge_writable(head),
+                Intent::Unshare => Entry::huge_read_only(head),
+            });
+            return Ok(Resolution::ZeroFilled);
+        }
         let fresh = self.pool.allocate_zeroed(&self.home, gfn.0)?;
         self.mmu.map(gfn, fresh.pfn(), 1, intent.protection())?;
         region.set(gfn, intent.entry(entry, fresh.into_mapped()));
         Ok(Resolution::ZeroFilled)
     }
 
-    /// Points every snapshot that shares `pfn` for page `gfn` at a copy, and makes the frame exclusive to
-    /// this space. Says whether that worked: not if anything but a snapshot's mapping holds the frame.
+    /// Points every snapshot that shares a page of the region at a copy, whatever that costs; says whether nobody else does.
+    pub(super) fn move_all_sharers(&self, region: &RegionGuard<'_>) -> Result<bool, FaultError> {
+        for gfn in region.pages() {
+            let entry = region.get(gfn);
+            if !self.move_sharers(region, gfn, entry.pfn())? {
+                return Ok(false);
+            }
+            Counters::add(&self.counters.neighbours);
+        }
+        Ok(true)
+    }
+
+    /// Points every snapshot that shares `pfn` for page `gfn` at a copy. Says whether the frame is exclusive to this space
+    /// then: not if anything but a snapshot's mapping holds it. Of a page that a huge entry maps, only whether no
+    /// snapshot is left.
     ///
     /// The bytes cannot change while they are copied: the frame is not exclusive, so no entry maps it
     /// writable and no pin on it exists.
-    fn move_sharers(&self, gfn: Gfn, pfn: Pfn) -> Result<bool, FaultError> {
-        let snapshots = lock(&self.snapshots);
+    fn move_sharers(
+        &self,
+        region: &RegionGuard<'_>,
+        gfn: Gfn,
+        pfn: Pfn,
+    ) -> Result<bool, FaultError> {
         let sharing = || {
-            snapshots
-                .iter()
-                .filter_map(|s| s.upgrade())
-                .filter(|s| s.table.peek(gfn).pfn() == pfn)
+            let alive = region.state.sharers.iter().filter_map(Weak::upgrade);
+            alive.filter(|s| s.lock().get(gfn).pfn() == pfn)
         };
         let state = self.pool.state(pfn);
         if state.refs() != state.maps() || sharing().count() as u64 + 1 != state.maps() {
@@ -204,25 +455,33 @@ impl<P: CowPolicy> AddressSpace<P> {
         }
         // Held until it is handed out to all: a snapshot that has it already may be dropped at any time.
         let copy = self.pool.allocate()?.into_held();
-        self.pool.memory().copy(pfn, copy.pfn());
+        self.copy(pfn, copy.pfn());
         let copied_to = copy.pfn();
         let mut copy = Some(copy);
         for snapshot in sharing() {
-            let mut region = snapshot.table.lock(gfn.region());
-            // Only we move it, under our own region's lock, and it cannot be dropped while it is upgraded.
-            debug_assert_eq!(region.get(gfn).pfn(), pfn, "{gfn:?} of a snapshot moved");
+            let mut theirs = snapshot.lock();
+            // Only we move it, under our own region's lock, and it cannot be dropped while it is upgraded. Another space that has it
+            // among its sharers, too, does not map the frame: it would have been counted.
+            debug_assert_eq!(theirs.get(gfn).pfn(), pfn, "{gfn:?} of a snapshot moved");
             if self.pool.frames().try_map_held(copied_to).is_ok() {
-                region.set(gfn, Entry::read_only(copied_to));
-                self.pool.unmap(pfn);
+                theirs.move_page(gfn, copied_to);
             }
             if without::<P>(Safeguard::CopyIsHeld) {
                 copy = None;
             }
         }
         drop(copy);
+        if region.huge().is_some() {
+            return Ok(true);
+        }
         // Whoever took a hold of the frame in the meantime makes this fail; then the writer moves after all.
         let proved = self.pool.frames().try_reuse(pfn, &self.policy).is_ok();
         Ok(proved || without::<P>(Safeguard::ReuseProvedAgain))
+    }
+
+    fn copy(&self, from: Pfn, to: Pfn) {
+        self.pool.memory().copy(from, to);
+        Counters::add(&self.counters.copied);
     }
 
     /// Points this space's page at a copy of its frame.

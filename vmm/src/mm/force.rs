@@ -26,12 +26,12 @@ impl<P: CowPolicy> AddressSpace<P> {
         );
         in_range(&self.table, gfn)?;
         let _no_fork = read(&self.fork_lock);
-        let mut region = self.table.lock(gfn.region());
+        let mut region = self.table.lock_of(gfn);
         let resolution = self.resolve(&mut region, gfn, Intent::Unshare)?;
         self.count(Intent::Unshare, resolution);
-        let entry = region.get(gfn);
-        self.pool.memory().write(entry.pfn(), offset, bytes);
-        region.set(gfn, entry.dirtied());
+        let pfn = region.get(gfn).pfn();
+        self.pool.memory().write(pfn, offset, bytes);
+        self.mark_dirty_page(&mut region, gfn);
         Ok(())
     }
 }

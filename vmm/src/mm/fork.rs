@@ -8,19 +8,26 @@
 //!    step. A page that is writable still (a device holds it), or whose frame refuses (it was pinned since), is
 //!    copied for the child at once, and the parent's entry is not touched.
 //!
+//! Only regions that have changed since the last fork are looked at (`lineage.rs`): the others are possibly shared already, and the
+//! child has them in common with the last one. A region that a huge entry maps is shared as one; if a device holds pages of it, the
+//! entry is split first, and just those pages are copied. (The kernel copies all 512: it counts pins by folio.)
+//!
 //! Protecting before sharing is what J. Horn proposed for Linux in June 2025: a writer that was not
 //! stopped cannot tear the child's pages, since no frame is shared while anybody may write it.
 
+use std::mem;
 use std::sync::Arc;
 
 use super::addr::{Gfn, Pfn, Protection};
+use super::frozen::{Frozen, FrozenFrames, FrozenRegion};
+use super::lineage::Lineage;
 use super::mmu::{Mmu, MmuError};
 use super::policy::{CowPolicy, without};
 use super::pool::AllocError;
 use super::safeguard::Safeguard;
-use super::space::{AddressSpace, Counters, Frozen};
+use super::space::{AddressSpace, Counters};
 use super::sync::{lock, write};
-use super::table::{Entry, RegionGuard, Table};
+use super::table::{Entry, RegionGuard};
 
 /// Why a fork failed. The parent is whole and runs on; nothing was leaked.
 #[derive(Debug, thiserror::Error)]
@@ -54,42 +61,103 @@ impl<P: CowPolicy> AddressSpace<P> {
     /// If there is no memory for the copy of a pinned page, or the MMU refuses.
     pub fn fork(&self) -> Result<Arc<Frozen>, ForkError> {
         let _alone = write(&self.fork_lock);
-        let too_late = without::<P>(Safeguard::ProtectedBeforeShared);
-        if !too_late {
-            self.write_protect().map_err(ForkError::WriteProtect)?;
-        }
-        // Dropping it gives back what was shared so far.
-        let child = Frozen {
-            pool: Arc::clone(&self.pool),
-            table: Table::new(self.table.pages()),
+        let (mut table, mut changed) = {
+            let mut lineage = lock(&self.lineage);
+            (lineage.unchanged.clone(), mem::take(&mut lineage.changed))
         };
-        for index in 0..self.table.regions() {
-            let parents = self.table.lock(index);
-            if parents.is_untouched() {
-                continue;
-            }
-            let mut childs = child.table.lock(index);
-            for gfn in parents.pages() {
-                let entry = parents.get(gfn);
-                if !entry.is_present() {
-                    continue;
+        // So that neighbours are protected with one call.
+        changed.sort_unstable();
+        // Regions that stay changed: where a page is writable still, nobody will hear of it when it is written.
+        let mut kept = Vec::new();
+        let mut share_all = || {
+            changed.iter().try_for_each(|&index| {
+                let (region, is_unchanged) = self.share_region(index)?;
+                table.replace(index, region);
+                if !is_unchanged {
+                    kept.push(index);
                 }
-                let childs_pfn = if entry.is_writable() && !too_late {
-                    self.copy_for_child(gfn, entry.pfn())?
-                } else {
-                    self.share_or_copy(gfn, entry.pfn())?
-                };
-                childs.set(gfn, Entry::read_only(childs_pfn));
+                Ok(())
+            })
+        };
+        let protect = || {
+            self.write_protect(&changed)
+                .map_err(ForkError::WriteProtect)
+        };
+        let shared = if without::<P>(Safeguard::ProtectedBeforeShared) {
+            share_all().and_then(|()| protect())
+        } else {
+            protect().and_then(|()| share_all())
+        };
+        if let Err(error) = shared {
+            // They are changed still. Dropping the table gives back what was shared so far.
+            lock(&self.lineage).changed = changed;
+            return Err(error);
+        }
+        let mut unchanged = table.clone();
+        changed.retain(|&index| {
+            let state = &mut self.table.lock(index).state;
+            state.is_changed = kept.binary_search(&index).is_ok();
+            if state.is_changed
+                && let Some(frozen) = unchanged.replace(index, None)
+            {
+                // As `open` does, which will not be called.
+                state.breaks.begin();
+                state.sharers.retain(|s| s.strong_count() > 0);
+                state.sharers.push(Arc::downgrade(&frozen));
             }
+            state.is_changed
+        });
+        *lock(&self.lineage) = Lineage { unchanged, changed };
+        Ok(Arc::new(Frozen {
+            pool: Arc::clone(&self.pool),
+            table,
+            pages: self.table.pages(),
+        }))
+    }
+
+    /// What a snapshot has of a region: shared, or copied where a device holds it. Nothing of a region in which there is nothing. Says also
+    /// whether the next snapshot may have the same, until something changes.
+    fn share_region(&self, index: usize) -> Result<(Option<Arc<FrozenRegion>>, bool), ForkError> {
+        let mut region = self.table.lock(index);
+        let first = region.first();
+        // Sharing what is writable still.
+        let too_early = without::<P>(Safeguard::ProtectedBeforeShared);
+        let frozen = |frames| Arc::new(FrozenRegion::new(&self.pool, first, frames));
+        if let Some(huge) = region.huge() {
+            let head = huge.pfn();
+            if (!huge.is_writable() || too_early)
+                && self
+                    .pool
+                    .frames()
+                    .try_share_huge(head, &self.policy)
+                    .is_ok()
+            {
+                return Ok((Some(frozen(FrozenFrames::Huge(head))), true));
+            }
+            self.split(&mut region);
         }
-        if too_late {
-            self.write_protect().map_err(ForkError::WriteProtect)?;
-        }
-        let child = Arc::new(child);
-        let mut snapshots = lock(&self.snapshots);
-        snapshots.retain(|s| s.strong_count() > 0);
-        snapshots.push(Arc::downgrade(&child));
-        Ok(child)
+        let mut frames = vec![Pfn::ZERO; region.len() as usize].into_boxed_slice();
+        let shared = region
+            .pages()
+            .zip(&mut frames)
+            .try_fold(true, |all, (gfn, to)| {
+                let entry = region.get(gfn);
+                if !entry.is_present() {
+                    return Ok(all);
+                }
+                let ours = entry.pfn();
+                *to = if entry.is_writable() && !too_early {
+                    self.copy_for_child(gfn, ours)?
+                } else {
+                    self.share_or_copy(gfn, ours)?
+                };
+                Ok(all && *to == ours)
+            });
+        let is_empty = frames.iter().all(|&pfn| pfn == Pfn::ZERO);
+        // If it failed, this gives back what was shared.
+        let frozen = frozen(FrozenFrames::Small(frames));
+        // A region shorter than a folio is forked anew each time: the counts of a small space are then what its entries say.
+        shared.map(|all| ((!is_empty).then_some(frozen), all && region.is_full()))
     }
 
     /// One more mapping of `pfn` for another address space, or of a copy of it if it can't be shared.
@@ -115,14 +183,22 @@ impl<P: CowPolicy> AddressSpace<P> {
     /// pages that are read-only already, or untouched, do not break it.
     ///
     /// The caller holds `fork_lock` alone: no entry changes between the look at it and its protection.
-    fn write_protect(&self) -> Result<(), MmuError> {
-        let mut run = None;
-        for index in 0..self.table.regions() {
-            let region = self.table.lock(index);
-            if region.is_untouched() {
-                continue;
-            }
+    fn write_protect(&self, changed: &[usize]) -> Result<(), MmuError> {
+        let mut run: Option<(Gfn, Gfn)> = None;
+        for &index in changed {
+            let mut region = self.table.lock(index);
             let pages = region.pages();
+            if let Some(huge) = region.huge() {
+                let last = Gfn(region.first().0 + region.len() - 1);
+                if !huge.is_writable() {
+                    continue;
+                }
+                if self.pool.frames().may_share_huge(huge.pfn(), &self.policy) {
+                    run = Some((run.map_or(region.first(), |(first, _)| first), last));
+                    continue;
+                }
+                self.split(&mut region);
+            }
             // A run is protected under the locks of its own regions, one at a time.
             drop(region);
             for gfn in pages {
@@ -133,18 +209,30 @@ impl<P: CowPolicy> AddressSpace<P> {
                 if self.policy.may_share(self.pool.state(entry.pfn())) {
                     run = Some((run.map_or(gfn, |(first, _)| first), gfn));
                 } else if let Some((first, last)) = run.take() {
-                    self.protect_run(first, last)?;
+                    self.protect_run(changed, first, last)?;
                 }
             }
         }
-        run.map_or(Ok(()), |(first, last)| self.protect_run(first, last))
+        run.map_or(Ok(()), |(first, last)| {
+            self.protect_run(changed, first, last)
+        })
     }
 
-    fn protect_run(&self, first: Gfn, last: Gfn) -> Result<(), MmuError> {
+    fn protect_run(&self, changed: &[usize], first: Gfn, last: Gfn) -> Result<(), MmuError> {
         let count = last.0 - first.0 + 1;
         self.mmu.protect(first, count, Protection::ReadOnly)?;
-        for index in first.region()..=last.region() {
+        let regions = self.table.region_of(first)..=self.table.region_of(last);
+        let from = changed.partition_point(|index| index < regions.start());
+        for &index in changed[from..]
+            .iter()
+            .take_while(|index| regions.contains(index))
+        {
             let mut region = self.table.lock(index);
+            // A huge entry is in the run with all of its pages.
+            if let Some(huge) = region.huge() {
+                region.set_huge(huge.write_protected());
+                continue;
+            }
             for gfn in region.pages().filter(|g| (first..=last).contains(g)) {
                 let entry = region.get(gfn);
                 if entry.is_writable() {
@@ -163,23 +251,54 @@ impl<P: CowPolicy> AddressSpace<P> {
     pub fn from_frozen(frozen: &Frozen, policy: P, mmu: Box<dyn Mmu>) -> Result<Self, ForkError> {
         let pool = Arc::clone(&frozen.pool);
         let clone = Self::new(pool, policy, mmu, frozen.pages()).map_err(ForkError::Home)?;
-        for index in 0..frozen.table.regions() {
-            let from = frozen.table.lock(index);
-            if from.is_untouched() {
+        for (index, from) in frozen.table.iter() {
+            let theirs = from.lock();
+            let mut to = clone.table.lock(index);
+            if let Some(head) = theirs.huge() {
+                clone.adopt_huge(&mut to, head)?;
                 continue;
             }
-            let pages = from.pages();
+            let pages = to.pages();
             // A break must not move the snapshot between the look and the share: the frame would be the writer's.
-            let _stays = (!without::<P>(Safeguard::CloneUnderLock)).then_some(from);
-            let mut to = clone.table.lock(index);
+            let stays = (!without::<P>(Safeguard::CloneUnderLock)).then_some(theirs);
             for gfn in pages {
-                let entry = frozen.table.peek(gfn);
+                let entry = match &stays {
+                    Some(theirs) => theirs.get(gfn),
+                    None => from.lock().get(gfn),
+                };
                 if entry.is_present() {
                     clone.adopt(&mut to, gfn, entry.pfn())?;
                 }
             }
         }
+        // Until it changes something, its own forks are what the snapshot is.
+        lock(&clone.lineage).unchanged = frozen.table.clone();
+        let last = clone.table.regions() - 1;
+        let mut region = clone.table.lock(last);
+        if !region.is_full() {
+            clone.open(&mut region);
+        }
+        drop(region);
         Ok(clone)
+    }
+
+    /// Maps the folio of a snapshot's region at the same region of this space, read-only. The region was untouched.
+    fn adopt_huge(&self, region: &mut RegionGuard<'_>, head: Pfn) -> Result<(), ForkError> {
+        let frames = self.pool.frames();
+        if frames.try_share_huge(head, &self.policy).is_err() {
+            frames.mark_by_page(head);
+            for (gfn, pfn) in region.pages().zip(head.run(region.len())) {
+                self.adopt(region, gfn, pfn)?;
+            }
+            return Ok(());
+        }
+        let (first, count) = (region.first(), region.len());
+        if let Err(error) = self.mmu.map(first, head, count, Protection::ReadOnly) {
+            self.pool.unmap_huge(head);
+            return Err(ForkError::Map(error));
+        }
+        region.set_huge(Entry::huge_read_only(head));
+        Ok(())
     }
 
     /// Maps the frame of a snapshot's page, or a copy if it cannot be shared, at the same page of this

@@ -19,54 +19,80 @@
 //!
 //! Never: exclusive with `maps != 1`; a pin *granted* on a frame that is not exclusive (the weaker policies
 //! do that, which is their bug).
+//!
+//! A frame may also be mapped as a part of a **huge folio** (`folio.rs`): its word has the *part* mark then, which counts as one
+//! more mapping, and the folio's word says how many huge entries there are and whether they are exclusive. Holds are counted
+//! here all the same, page by page.
 
 use std::fmt;
 
+use super::addr::Order;
 use super::addr::{Access, Pfn};
 use super::policy::{CowPolicy, without};
 use super::safeguard::Safeguard;
 use super::sync::{AtomicU64, Ordering, zeroed};
 
 /// A field of the packed word: `bits` bits from bit `shift` on.
-struct Field {
+pub(super) struct Field {
     shift: u32,
     bits: u32,
 }
 
 impl Field {
-    const fn after(previous: &Field, bits: u32) -> Self {
+    pub(super) const fn after(previous: &Field, bits: u32) -> Self {
         Self {
             shift: previous.shift + previous.bits,
             bits,
         }
     }
-    const fn max(&self) -> u64 {
+    pub(super) const fn max(&self) -> u64 {
         (1 << self.bits) - 1
     }
-    const fn one(&self) -> u64 {
+    pub(super) const fn one(&self) -> u64 {
         1 << self.shift
     }
-    const fn of(&self, word: u64) -> u64 {
+    pub(super) const fn of(&self, word: u64) -> u64 {
         (word >> self.shift) & self.max()
     }
 }
 
-const MAPS: Field = Field { shift: 0, bits: 24 };
-const GETS: Field = Field::after(&MAPS, 16);
-const PINS: Field = Field::after(&GETS, 20);
+pub(super) const MAPS: Field = Field { shift: 0, bits: 24 };
+pub(super) const GETS: Field = Field::after(&MAPS, 16);
+pub(super) const PINS: Field = Field::after(&GETS, 20);
 const EXCLUSIVE: Field = Field::after(&PINS, 1);
-const _: () = assert!(EXCLUSIVE.shift + EXCLUSIVE.bits <= 64);
+/// Part of a huge folio that somebody maps by a huge entry.
+const PART: Field = Field::after(&EXCLUSIVE, 1);
+const _: () = assert!(PART.shift + PART.bits <= 64);
 
 /// What is known of a frame at one instant: a value of its packed word.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct FrameState(u64);
 
 impl FrameState {
-    const FREE: Self = Self(0);
+    pub(super) const FREE: Self = Self(0);
+    /// Part of a huge folio, and nothing else.
+    pub(super) const FOLIO_PART: Self = Self(PART.one());
 
-    /// Shadow page-table entries that map the frame, over all address spaces.
+    /// Shadow page-table entries that map the frame, over all address spaces. While it is part of a folio that huge entries
+    /// map, they count as one in the frame's own word.
     pub const fn maps(self) -> u64 {
-        MAPS.of(self.0)
+        MAPS.of(self.0) + PART.of(self.0)
+    }
+    /// Whether huge entries map it, among others perhaps.
+    pub(super) const fn is_part(self) -> bool {
+        PART.of(self.0) != 0
+    }
+    /// The state of a page, from its own word and what its folio's says: `huge` entries map it, exclusively or not.
+    pub(super) const fn in_folio(self, huge: u64, exclusive: bool) -> Self {
+        let maps = MAPS.of(self.0) + huge;
+        let rest = self.0 & !(MAPS.max() << MAPS.shift) & !PART.one() & !EXCLUSIVE.one();
+        Self(rest | maps | if exclusive { EXCLUSIVE.one() } else { 0 })
+    }
+    pub(super) const fn part(self) -> Self {
+        Self(self.0 | PART.one())
+    }
+    pub(super) const fn whole(self) -> Self {
+        Self(self.0 & !PART.one())
     }
     /// Transient readers (`FOLL_GET`).
     pub const fn gets(self) -> u64 {
@@ -94,10 +120,10 @@ impl FrameState {
         Self(self.0 & !(PINS.max() << PINS.shift) | pins << PINS.shift)
     }
 
-    const fn exclusive(self) -> Self {
+    pub(super) const fn exclusive(self) -> Self {
         Self(self.0 | EXCLUSIVE.one())
     }
-    const fn possibly_shared(self) -> Self {
+    pub(super) const fn possibly_shared(self) -> Self {
         Self(self.0 & !EXCLUSIVE.one())
     }
     /// Whether mappings are all that holds it.
@@ -114,10 +140,10 @@ impl FrameState {
         }
     }
 
-    fn plus(self, field: &Field) -> Option<Self> {
+    pub(super) fn plus(self, field: &Field) -> Option<Self> {
         (field.of(self.0) < field.max()).then(|| Self(self.0 + field.one()))
     }
-    fn minus(self, field: &Field) -> Self {
+    pub(super) fn minus(self, field: &Field) -> Self {
         debug_assert!(field.of(self.0) > 0, "count below zero: {self:?}");
         Self(self.0 - field.one())
     }
@@ -152,9 +178,9 @@ pub(super) enum Released {
 
 /// A change that was made to a word.
 #[derive(Clone, Copy, Debug)]
-struct Change {
-    before: FrameState,
-    after: FrameState,
+pub(super) struct Change {
+    pub(super) before: FrameState,
+    pub(super) after: FrameState,
 }
 
 /// The orderings of a change and of the look before it.
@@ -170,15 +196,21 @@ const fn order<P: CowPolicy>(safeguard: Safeguard) -> (Ordering, Ordering) {
     }
 }
 
-/// The packed words of all frames.
+/// The packed words of all frames, and of all huge folios.
 pub(super) struct FrameTable {
     words: Box<[AtomicU64]>,
+    /// One for each run of frames that could be a huge folio (`folio.rs`).
+    pub(super) folios: Box<[AtomicU64]>,
+    /// How large a huge folio is.
+    pub(super) huge: Order,
 }
 
 impl FrameTable {
-    pub(super) fn new(frames: u64) -> Self {
+    pub(super) fn new(frames: u64, huge: Order) -> Self {
         Self {
             words: zeroed(frames as usize),
+            folios: zeroed(frames.div_ceil(huge.pages()) as usize),
+            huge,
         }
     }
 
@@ -186,8 +218,25 @@ impl FrameTable {
         self.words.len() as u64
     }
 
+    /// What is known of a frame, by whatever entries it is mapped. If that is being changed from huge to small or back, a mixture.
     pub(super) fn state(&self, pfn: Pfn) -> FrameState {
+        let own = self.own_state(pfn);
+        if own.is_part() {
+            let folio = self.folio_state(pfn);
+            own.in_folio(folio.maps(), folio.is_exclusive())
+        } else {
+            own
+        }
+    }
+
+    /// The frame's own word.
+    pub(super) fn own_state(&self, pfn: Pfn) -> FrameState {
         FrameState(self.words[pfn.0 as usize].load(Ordering::Acquire))
+    }
+
+    /// Replaces the word of a frame that nobody else can be changing.
+    pub(super) fn set_own(&self, pfn: Pfn, state: FrameState) {
+        self.words[pfn.0 as usize].store(state.0, Ordering::Release);
     }
 
     /// Replaces the state by `next(state)` until that succeeds or `next` declines.
@@ -203,7 +252,7 @@ impl FrameTable {
     ///   it could read the old one and grant a pin on another's frame.
     /// * *reuse* against *the last other mapping going away*: a space unmaps its readers' window before it gives the
     ///   mapping back (PROTOCOL.md 5.4), so a writer that finds itself alone has no reader left.
-    fn update(
+    pub(super) fn update(
         &self,
         pfn: Pfn,
         next: impl Fn(FrameState) -> Option<FrameState>,
@@ -279,6 +328,7 @@ impl FrameTable {
                 .flatten()
         })
         .map(|c| c.before.is_exclusive())
+        .map_err(|_| self.state(pfn))
     }
 
     /// Undoes [`FrameTable::try_share_idle`], whose answer `was_exclusive` is.
@@ -305,6 +355,7 @@ impl FrameTable {
                 .flatten()
         })
         .map(|c| c.before.is_exclusive())
+        .map_err(|_| self.state(pfn))
     }
 
     /// Undoes [`FrameTable::try_isolate`], whose answer `was_exclusive` is.
@@ -338,8 +389,11 @@ impl FrameTable {
     /// Makes the frame exclusive to the one mapping the caller holds, if `policy` says that it may be written in place
     /// (PROTOCOL.md T3, T4, T7).
     pub(super) fn try_reuse(&self, pfn: Pfn, policy: &impl CowPolicy) -> Result<(), FrameState> {
-        self.update(pfn, |s| policy.may_reuse(s).then(|| s.exclusive()))
-            .map(drop)
+        // What is part of a folio is mapped by a huge entry too: not ours, which would not come here.
+        self.update(pfn, |s| {
+            (policy.may_reuse(s) && !s.is_part()).then(|| s.exclusive())
+        })
+        .map(drop)
     }
 
     /// Takes a pin if `policy` grants one on the frame as it is (PROTOCOL.md 3: a pin may only be taken on an exclusive frame).
@@ -390,7 +444,7 @@ impl FrameTable {
         self.give_back(pfn, |s| s.minus(&GETS))
     }
 
-    fn give_back(&self, pfn: Pfn, less: impl Fn(FrameState) -> FrameState) -> Released {
+    pub(super) fn give_back(&self, pfn: Pfn, less: impl Fn(FrameState) -> FrameState) -> Released {
         match self.update(pfn, |s| Some(less(s))) {
             Ok(change) if change.after == FrameState::FREE => Released::Last,
             _ => Released::StillHeld,

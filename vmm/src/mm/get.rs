@@ -11,12 +11,13 @@ use std::sync::Arc;
 
 use super::addr::{Access, Gfn};
 use super::fault::Intent;
+use super::frozen::Frozen;
 use super::policy::{CowPolicy, Exclusive, without};
 use super::pool::{FramePool, Get};
 use super::safeguard::Safeguard;
-use super::space::{AddressSpace, FaultError, Frozen, OutOfRange, in_range};
+use super::space::{AddressSpace, FaultError, OutOfRange, in_range};
 use super::sync::read;
-use super::table::{RegionGuard, Table};
+use super::table::{Entry, Table};
 
 impl<P: CowPolicy> AddressSpace<P> {
     /// Takes a transient hold on the frame of a page. For [`Access::Write`] COW is broken first: what is written through the
@@ -34,10 +35,10 @@ impl<P: CowPolicy> AddressSpace<P> {
     fn get_to_write(&self, gfn: Gfn) -> Result<Get, FaultError> {
         in_range(&self.table, gfn)?;
         let _no_fork = read(&self.fork_lock);
-        let mut region = self.table.lock(gfn.region());
+        let mut region = self.table.lock_of(gfn);
         let resolution = self.resolve(&mut region, gfn, Intent::Write)?;
         self.count(Intent::Write, resolution);
-        Ok(get_locked(&self.pool, &region, gfn))
+        Ok(get_locked(&self.pool, region.get(gfn)))
     }
 }
 
@@ -48,7 +49,7 @@ impl Frozen {
     /// # Errors
     /// If there is no such page.
     pub fn get(&self, gfn: Gfn) -> Result<Get, OutOfRange> {
-        get::<Exclusive>(&self.pool, &self.table, gfn)
+        self.with_entry(gfn, |entry| get_locked(&self.pool, entry))
     }
 }
 
@@ -56,20 +57,21 @@ impl Frozen {
 fn get<P: CowPolicy>(pool: &Arc<FramePool>, table: &Table, gfn: Gfn) -> Result<Get, OutOfRange> {
     in_range(table, gfn)?;
     let entry = table.peek(gfn);
-    if let Ok(hold) = pool.try_get::<P>(entry.pfn())
+    if let Ok(hold) = pool.try_get::<P>(entry)
         // The frame may have left this page, and become another's, before it was held.
         && (table.peek(gfn) == entry || without::<P>(Safeguard::GetRereadsEntry))
     {
         return Ok(hold);
     }
-    Ok(get_locked(pool, &table.lock(gfn.region()), gfn))
+    Ok(get_locked(pool, table.lock_of(gfn).get(gfn)))
 }
 
-fn get_locked(pool: &Arc<FramePool>, region: &RegionGuard<'_>, gfn: Gfn) -> Get {
+/// A hold on the page of `entry`, which cannot change meanwhile.
+fn get_locked(pool: &Arc<FramePool>, entry: Entry) -> Get {
     loop {
-        // Under the region's lock the entry's own mapping keeps the frame: only a full counter can
+        // The entry's own mapping keeps the frame: only a full counter can
         // refuse, and 65,535 readers of one frame are about to go away.
-        if let Ok(hold) = pool.try_get::<Exclusive>(region.get(gfn).pfn()) {
+        if let Ok(hold) = pool.try_get::<Exclusive>(entry) {
             return hold;
         }
         std::thread::yield_now();

@@ -34,8 +34,8 @@ impl<P: CowPolicy> AddressSpace<P> {
         }
         // Both kinds of locks in the order of their addresses, whoever asks for the merge.
         let one_space = ptr::eq(self, other);
-        let ((low, low_gfn), (high, high_gfn)) = if (ptr::from_ref(self), gfn.region())
-            <= (ptr::from_ref(other), other_gfn.region())
+        let ((low, low_gfn), (high, high_gfn)) = if (ptr::from_ref(self), self.table.region_of(gfn))
+            <= (ptr::from_ref(other), other.table.region_of(other_gfn))
             || without::<P>(Safeguard::MergeLocksInOrder)
         {
             ((self, gfn), (other, other_gfn))
@@ -44,11 +44,11 @@ impl<P: CowPolicy> AddressSpace<P> {
         };
         let _no_fork = read(&low.fork_lock);
         let _no_other_fork = (!one_space).then(|| read(&high.fork_lock));
-        let mut first = low.table.lock(low_gfn.region());
-        if one_space && low_gfn.region() == high_gfn.region() {
+        let mut first = low.table.lock_of(low_gfn);
+        if one_space && first.index() == high.table.region_of(high_gfn) {
             return self.merge_locked(gfn, other, other_gfn, Guards::One(&mut first));
         }
-        let mut second = high.table.lock(high_gfn.region());
+        let mut second = high.table.lock_of(high_gfn);
         let guards = if ptr::eq(low, self) && low_gfn == gfn {
             Guards::Two(&mut first, &mut second)
         } else {
@@ -84,6 +84,11 @@ impl<P: CowPolicy> AddressSpace<P> {
         if !looked_equal {
             return Err(different());
         }
+        self.open(guards.one());
+        self.split(guards.one());
+        other.open(guards.other());
+        other.split(guards.other());
+        let (entry, other_entry) = (guards.one().get(gfn), guards.other().get(other_gfn));
         self.stop_writers(gfn, entry)?;
         if let Err(error) = other.stop_writers(other_gfn, other_entry) {
             self.let_writers(guards.one(), gfn, entry);

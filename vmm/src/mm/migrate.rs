@@ -24,11 +24,13 @@ impl<P: CowPolicy> AddressSpace<P> {
     pub fn migrate(&self, gfn: Gfn) -> Result<Pfn, RearrangeError> {
         in_range(&self.table, gfn)?;
         let _no_fork = read(&self.fork_lock);
-        let mut region = self.table.lock(gfn.region());
-        let entry = region.get(gfn);
-        if !entry.is_present() {
+        let mut region = self.table.lock_of(gfn);
+        if !region.get(gfn).is_present() {
             return Ok(Pfn::ZERO);
         }
+        self.open(&mut region);
+        self.split(&mut region);
+        let entry = region.get(gfn);
         let pfn = entry.pfn();
         let busy = |state| RearrangeError::Busy { gfn, state };
         let state = self.pool.state(pfn);

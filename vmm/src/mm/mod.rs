@@ -14,10 +14,14 @@
 //! | file | concept |
 //! |---|---|
 //! | `frame` | the packed word of a frame, its states, the atomic transitions |
+//! | `folio` | frames that are mapped, shared and written as one; holds on their pages |
 //! | `policy` | the rules: may share, may write in place, may pin |
 //! | `table` | the shadow page table and its region locks |
 //! | `pool` | which frames are free; the handles by which they are held |
-//! | `space` | address spaces, live and frozen; lock order |
+//! | `space` | live address spaces; lock order |
+//! | `frozen` | snapshots, and what they share with each other |
+//! | `lineage` | what the next fork takes over from the last one |
+//! | `adapt` | how much a break copies |
 //! | `fault` | write fault and unshare: how a page becomes exclusive, and who gets the copy |
 //! | `pin` | pins: the path without a lock and the one with |
 //! | `fork` | share everything, copy what is pinned |
@@ -33,17 +37,19 @@
 //!
 //! There are no system calls in here, no KVM and no threads: the window of a running VM, a software model and
 //! a model checker are interchangeable under it.
-//!
-//! **Not here yet**: folios larger than a page.
 
+mod adapt;
 mod addr;
 mod dirty;
 mod discard;
 mod fault;
+mod folio;
 mod force;
 mod fork;
 mod frame;
+mod frozen;
 mod get;
+mod lineage;
 mod merge;
 mod migrate;
 mod mmu;
@@ -65,9 +71,10 @@ mod tests;
 
 pub use addr::{Access, Gfn, Order, PAGE_SIZE, Pfn, Protection, REGION_PAGES};
 pub use dirty::PageSet;
-pub use fault::Resolution;
+pub use fault::{Fault, Resolution};
 pub use fork::ForkError;
 pub use frame::FrameState;
+pub use frozen::Frozen;
 pub use mmu::{FrameMemory, Mmu, MmuError};
 pub use pin::PinError;
 pub use policy::{Biased, CowPolicy, Exclusive, Mapcount, MapcountForcedBreak, Refcount, Seed};
@@ -75,5 +82,5 @@ pub use pool::{AllocError, FramePool, Get, Pin, PoolUsage};
 pub use rearrange::RearrangeError;
 pub use restore::RestoreError;
 pub use safeguard::Safeguard;
-pub use space::{AddressSpace, FaultError, Frozen, MmStats, OutOfRange};
+pub use space::{AddressSpace, FaultError, MmStats, OutOfRange};
 pub use table::Entry;

@@ -69,7 +69,7 @@ impl<P: CowPolicy> AddressSpace<P> {
         if !entry.is_present() || (access == Access::Write && !entry.is_writable()) {
             return None;
         }
-        let pin = self.pool.try_pin(entry.pfn(), access, &self.policy).ok()?;
+        let pin = self.pool.try_pin(entry, access, &self.policy).ok()?;
         // Dropping the pin is the undo: it may even free the frame.
         let unchanged = self.table.peek(gfn) == entry || without::<P>(Safeguard::PinRereadsEntry);
         unchanged.then_some(pin)
@@ -81,7 +81,7 @@ impl<P: CowPolicy> AddressSpace<P> {
             Access::Write => Intent::Write,
         };
         let _no_fork = read(&self.fork_lock);
-        let mut region = self.table.lock(gfn.region());
+        let mut region = self.table.lock_of(gfn);
         let mut entry = region.get(gfn);
         let ready = access == Access::Read || entry.is_writable();
         if !ready || !self.policy.may_pin(self.pool.state(entry.pfn()), access) {
@@ -92,7 +92,7 @@ impl<P: CowPolicy> AddressSpace<P> {
         // Under both locks nothing takes the bit away again.
         let pin = self
             .pool
-            .try_pin(entry.pfn(), access, &self.policy)
+            .try_pin(entry, access, &self.policy)
             .map_err(|_| PinError::TooMany { gfn })?;
         Counters::add(&self.counters.pins_slow);
         Ok(pin)

@@ -5,20 +5,25 @@
 //! neighbours in the physmap, one mapping of the window covers them, and a first touch finds its frame by
 //! arithmetic. Reserved frames that were never touched have no memory behind them. All other frames
 //! (copies for snapshots, mostly) come from the rest of the pool, last freed first used.
+//!
+//! Memory is asked for in whole runs as long as a huge folio, and more of them at a time in a home, so that the host can give it in
+//! huge pages (PLATFORM.md, "Huge frames without privilege").
 
 use std::fmt;
 use std::io;
 use std::sync::Arc;
 
 use super::addr::{Access, Order, PAGE_SIZE, Pfn};
+use super::folio::{Dissolved, Hold, may_pin};
 use super::frame::{FrameState, FrameTable, Released};
 use super::mmu::FrameMemory;
 use super::policy::{CowPolicy, without};
 use super::safeguard::Safeguard;
 use super::sync::{Mutex, lock};
+use super::table::Entry;
 
-/// Frames committed at a time outside homes, so that not every copy pays for a call to the host.
-const COMMIT_BATCH: u64 = 64;
+/// Huge folios' worth of a home that are given memory at a time: most of what making host memory huge costs is for the call.
+const COMMIT_FOLIOS: u64 = 8;
 
 /// Why there was no frame.
 #[derive(Debug, thiserror::Error)]
@@ -68,6 +73,8 @@ pub struct PoolUsage {
 struct Allocator {
     allocated: BitSet,
     committed: BitSet,
+    /// With memory that nobody has used yet: zeros.
+    blank: BitSet,
     /// Frames of somebody's home: handed out for their page alone.
     reserved: BitSet,
     /// Freed frames outside homes.
@@ -88,16 +95,33 @@ impl FramePool {
         frames: u64,
         limit: u64,
     ) -> Result<Arc<Self>, AllocError> {
+        Self::with_folios_of(Order::HUGE, memory, frames, limit)
+    }
+
+    /// As [`FramePool::new`], with huge folios of another size: for models, in which 512 pages are too many.
+    ///
+    /// # Errors
+    /// As [`FramePool::new`].
+    ///
+    /// # Panics
+    /// As [`FramePool::new`].
+    pub fn with_folios_of(
+        huge: Order,
+        memory: Arc<dyn FrameMemory>,
+        frames: u64,
+        limit: u64,
+    ) -> Result<Arc<Self>, AllocError> {
         assert!(frames > 0, "a pool has at least the zero frame");
         memory
             .commit(Pfn::ZERO, 1)
             .map_err(|source| AllocError::Host { count: 1, source })?;
         Ok(Arc::new(Self {
-            frames: FrameTable::new(frames),
+            frames: FrameTable::new(frames, huge),
             memory,
             allocator: Mutex::new(Allocator {
                 allocated: BitSet::new(frames),
                 committed: BitSet::new(frames),
+                blank: BitSet::new(frames),
                 reserved: BitSet::new(frames),
                 free: Vec::new(),
                 fresh: 1,
@@ -141,9 +165,9 @@ impl FramePool {
     /// Reserves a home of `pages` frames.
     pub(super) fn reserve(self: &Arc<Self>, pages: u64) -> Result<Home, AllocError> {
         let mut a = lock(&self.allocator);
-        // Huge folios want the same offset in both: PLATFORM.md, "Huge frames without privilege".
-        let first = if pages >= Order::HUGE.pages() {
-            a.fresh.next_multiple_of(Order::HUGE.pages())
+        let folio = self.huge().pages();
+        let first = if pages >= folio {
+            a.fresh.next_multiple_of(folio)
         } else {
             a.fresh
         };
@@ -153,7 +177,7 @@ impl FramePool {
         let skipped = a.fresh..first;
         a.free.extend(skipped.map(Pfn));
         a.fresh = first + pages;
-        (first..first + pages).for_each(|n| a.reserved.set(Pfn(n), true));
+        a.reserved.set_run(Pfn(first), pages, true);
         Ok(Home {
             pool: Arc::clone(self),
             first: Pfn(first),
@@ -169,11 +193,42 @@ impl FramePool {
                 limit: a.usage.limit,
             });
         };
-        if let Err(error) = a.take(pfn, self.frames.len(), COMMIT_BATCH, &*self.memory) {
+        // To the end of the folio it would be in.
+        let folio = self.huge();
+        let batch = folio.floor(pfn.0) + folio.pages() - pfn.0;
+        if let Err(error) = a.take(pfn, 1, batch.min(self.frames.len() - pfn.0), &*self.memory) {
             a.free.push(pfn);
             return Err(error);
         }
         Ok(Fresh::new(self, pfn))
+    }
+
+    /// The frames of a huge folio for the pages from `index` on: their homes. `None` if one of them is in use, or there is not memory
+    /// for all of them. With whatever is in them.
+    pub(super) fn allocate_huge(
+        self: &Arc<Self>,
+        home: &Home,
+        index: u64,
+    ) -> Result<Option<FreshFolio>, AllocError> {
+        let (head, pages) = (Pfn(home.first.0 + index), self.huge().pages());
+        let mut a = lock(&self.allocator);
+        let missing = a.committed.zeros(head, pages);
+        if a.allocated.ones(head, pages) > 0 || missing > a.usage.limit - a.usage.committed {
+            return Ok(None);
+        }
+        let batch = (home.pages - index).min(COMMIT_FOLIOS * pages);
+        let is_blank = a.take(head, pages, batch, &*self.memory)?;
+        Ok(Some(FreshFolio {
+            pool: Arc::clone(self),
+            head,
+            is_blank,
+            owned_elsewhere: false,
+        }))
+    }
+
+    /// How large a huge folio is.
+    pub(super) fn huge(&self) -> Order {
+        self.frames.huge
     }
 
     /// A frame for page `index` that is filled with zeros: its home if that is free, so that neighbours stay neighbours, else any.
@@ -210,20 +265,30 @@ impl FramePool {
             drop(a);
             return Ok((self.allocate()?, false));
         }
-        let is_new = !a.committed.get(pfn);
-        a.take(pfn, self.frames.len(), 1, &*self.memory)?;
-        Ok((Fresh::new(self, pfn), is_new))
+        let is_blank = a.take(pfn, 1, 1, &*self.memory)?;
+        Ok((Fresh::new(self, pfn), is_blank))
     }
 
     fn free(&self, pfn: Pfn) {
         lock(&self.allocator).release(pfn);
     }
 
-    /// Gives back a mapping of `pfn`.
+    /// Gives back a mapping of `pfn` by a small entry.
     pub(super) fn unmap(&self, pfn: Pfn) {
         if self.frames.unmap(pfn) == Released::Last {
             self.free(pfn);
         }
+    }
+
+    /// Gives back a mapping of the folio at `head` by a huge entry.
+    pub(super) fn unmap_huge(&self, head: Pfn) {
+        let free = match self.frames.unmap_huge(head) {
+            Dissolved::No => return,
+            Dissolved::Free => self.frames.pages_of(head).collect(),
+            Dissolved::InPart(free) => free,
+        };
+        let mut a = lock(&self.allocator);
+        free.into_iter().for_each(|pfn| a.release(pfn));
     }
 
     /// For model checkers: as [`FramePool::unmap`], without an order.
@@ -271,39 +336,57 @@ impl FramePool {
                 }
                 if uncommitted {
                     a.committed.set(pfn, false);
+                    a.blank.set(pfn, false);
                     a.usage.committed -= 1;
                 }
             }
         }
     }
 
-    /// Takes a pin on `pfn` if `policy` grants it. The zero frame's pins are not counted (PROTOCOL.md 4.15).
-    pub(super) fn try_pin(
+    /// Takes a pin on the page of `entry` if `policy` grants it. The zero frame's pins are not counted (PROTOCOL.md 4.15).
+    pub(super) fn try_pin<P: CowPolicy>(
         self: &Arc<Self>,
-        pfn: Pfn,
+        entry: Entry,
         access: Access,
-        policy: &impl CowPolicy,
+        policy: &P,
     ) -> Result<Pin, FrameState> {
-        if pfn != Pfn::ZERO {
+        let pfn = entry.pfn();
+        let may = may_pin(policy, access);
+        if entry.is_huge() {
+            self.frames.hold_page(pfn, Hold::Pin, &may)?;
+        } else if pfn != Pfn::ZERO {
             self.frames.try_pin(pfn, access, policy)?;
-        } else if !policy.may_pin(self.frames.state(pfn), access) {
+        } else if !may(self.frames.state(pfn)) {
             return Err(self.frames.state(pfn));
         }
-        Ok(Pin {
+        let pin = Pin {
             pool: Arc::clone(self),
             pfn,
-        })
+        };
+        // Dropping the pin is the undo.
+        if entry.is_huge() && !self.frames.is_page_held::<P>(pfn, may) {
+            return Err(self.frames.state(pfn));
+        }
+        Ok(pin)
     }
 
-    /// Takes a transient hold on `pfn`. The zero frame is held by nobody and always there.
-    pub(super) fn try_get<P: CowPolicy>(self: &Arc<Self>, pfn: Pfn) -> Result<Get, FrameState> {
-        if pfn != Pfn::ZERO {
+    /// Takes a transient hold on the page of `entry`. The zero frame is held by nobody and always there.
+    pub(super) fn try_get<P: CowPolicy>(self: &Arc<Self>, entry: Entry) -> Result<Get, FrameState> {
+        let pfn = entry.pfn();
+        let any = |_| true;
+        if entry.is_huge() {
+            self.frames.hold_page(pfn, Hold::Get, any)?;
+        } else if pfn != Pfn::ZERO {
             self.frames.try_get::<P>(pfn)?;
         }
-        Ok(Get {
+        let get = Get {
             pool: Arc::clone(self),
             pfn,
-        })
+        };
+        if entry.is_huge() && !self.frames.is_page_held::<P>(pfn, any) {
+            return Err(self.frames.state(pfn));
+        }
+        Ok(get)
     }
 }
 
@@ -333,30 +416,40 @@ impl Allocator {
         self.usage.committed < self.usage.limit || self.committed.get(pfn)
     }
 
-    /// Marks `pfn` allocated, with memory behind it: `batch` frames are committed at a time. There can be memory for it.
+    /// Marks `count` frames from `first` on allocated, with memory behind them; frames that follow are given memory as well, up to
+    /// `batch` from `first` on. There can be memory for `count`. Says whether all `count` are blank.
     fn take(
         &mut self,
-        pfn: Pfn,
-        frames: u64,
+        first: Pfn,
+        count: u64,
         batch: u64,
         memory: &dyn FrameMemory,
-    ) -> Result<(), AllocError> {
-        if !self.committed.get(pfn) {
-            let room = self.usage.limit - self.usage.committed;
-            let count = (pfn.0..frames)
-                .take(batch.min(room) as usize)
-                .take_while(|&n| !self.committed.get(Pfn(n)) && !self.reserved_apart(pfn, Pfn(n)))
+    ) -> Result<bool, AllocError> {
+        let wanted = self.committed.zeros(first, count);
+        if wanted > 0 {
+            let ahead = Pfn(first.0 + count)
+                .run(batch.saturating_sub(count))
+                .take_while(|&pfn| {
+                    !self.committed.get(pfn) && self.reserved.get(pfn) == self.reserved.get(first)
+                })
                 .count() as u64;
+            let room = self.usage.limit - self.usage.committed - wanted;
+            let count = count + ahead.min(room);
             memory
-                .commit(pfn, count)
+                .commit(first, count)
                 .map_err(|source| AllocError::Host { count, source })?;
-            (pfn.0..pfn.0 + count).for_each(|n| self.committed.set(Pfn(n), true));
-            self.usage.committed += count;
+            self.usage.committed += self.committed.zeros(first, count);
+            for pfn in first.run(count).filter(|&pfn| !self.committed.get(pfn)) {
+                self.blank.set(pfn, true);
+            }
+            self.committed.set_run(first, count, true);
         }
-        self.allocated.set(pfn, true);
-        self.usage.in_use += 1;
+        let is_blank = self.blank.zeros(first, count) == 0;
+        self.blank.set_run(first, count, false);
+        self.allocated.set_run(first, count, true);
+        self.usage.in_use += count;
         self.usage.peak = self.usage.peak.max(self.usage.in_use);
-        Ok(())
+        Ok(is_blank)
     }
 
     /// Marks `pfn` free.
@@ -367,11 +460,6 @@ impl Allocator {
         if !self.reserved.get(pfn) {
             self.free.push(pfn);
         }
-    }
-
-    /// Whether one of two frames belongs to a home and the other does not.
-    fn reserved_apart(&self, a: Pfn, b: Pfn) -> bool {
-        self.reserved.get(a) != self.reserved.get(b)
     }
 }
 
@@ -436,6 +524,47 @@ impl Drop for Fresh {
     fn drop(&mut self) {
         if !self.owned_elsewhere {
             self.pool.free(self.pfn);
+        }
+    }
+}
+
+/// A huge folio that was allocated and belongs to nobody yet. Dropping it frees it.
+pub(super) struct FreshFolio {
+    pool: Arc<FramePool>,
+    head: Pfn,
+    is_blank: bool,
+    owned_elsewhere: bool,
+}
+
+impl FreshFolio {
+    /// Fills it with zeros.
+    pub(super) fn zero(&self) {
+        if !self.is_blank {
+            let frames = self.pool.frames.pages_of(self.head);
+            frames.for_each(|pfn| self.pool.memory.zero(pfn));
+        }
+    }
+
+    pub(super) fn head(&self) -> Pfn {
+        self.head
+    }
+
+    /// Gives it its first mapping, by a huge entry of the caller's: exclusive.
+    pub(super) fn into_mapped(mut self) -> Pfn {
+        self.pool.frames.map_fresh_huge(self.head);
+        self.owned_elsewhere = true;
+        self.head
+    }
+}
+
+impl Drop for FreshFolio {
+    fn drop(&mut self) {
+        if !self.owned_elsewhere {
+            let mut a = lock(&self.pool.allocator);
+            self.pool
+                .frames
+                .pages_of(self.head)
+                .for_each(|pfn| a.release(pfn));
         }
     }
 }
@@ -526,7 +655,34 @@ impl BitSet {
         self.0[(pfn.0 / 64) as usize] >> (pfn.0 % 64) & 1 != 0
     }
     fn set(&mut self, pfn: Pfn, value: bool) {
-        let word = &mut self.0[(pfn.0 / 64) as usize];
-        *word = *word & !(1 << (pfn.0 % 64)) | u64::from(value) << (pfn.0 % 64);
+        self.set_run(pfn, 1, value);
     }
+    fn set_run(&mut self, first: Pfn, count: u64, value: bool) {
+        for (word, mask) in words_of(first, count) {
+            let word = &mut self.0[word];
+            *word = if value { *word | mask } else { *word & !mask };
+        }
+    }
+    fn ones(&self, first: Pfn, count: u64) -> u64 {
+        words_of(first, count)
+            .map(|(word, mask)| u64::from((self.0[word] & mask).count_ones()))
+            .sum()
+    }
+    fn zeros(&self, first: Pfn, count: u64) -> u64 {
+        count - self.ones(first, count)
+    }
+}
+
+/// The words that the bits of a run lie in, and which of their bits those are.
+fn words_of(first: Pfn, count: u64) -> impl Iterator<Item = (usize, u64)> {
+    let end = first.0 + count;
+    let mut at = first.0;
+    std::iter::from_fn(move || {
+        (at < end).then(|| {
+            let (word, bit) = (at / 64, at % 64);
+            let bits = (64 - bit).min(end - at);
+            at += bits;
+            (word as usize, u64::MAX >> (64 - bits) << bit)
+        })
+    })
 }

@@ -9,11 +9,15 @@
 //!
 //! Sharing the snapshot's frame instead would save the copy, and cost a remapping that is far dearer.
 
-use super::addr::{Gfn, Pfn};
+use std::cell::Cell;
+use std::sync::Arc;
+
+use super::addr::Pfn;
 use super::fault::Intent;
+use super::frozen::{Frozen, FrozenRegion};
 use super::policy::CowPolicy;
-use super::space::{AddressSpace, FaultError, Frozen};
-use super::sync::write;
+use super::space::{AddressSpace, FaultError};
+use super::sync::{lock, write};
 use super::table::RegionGuard;
 
 /// Why a restore failed. The address space is part old, part new: it must not run on.
@@ -40,7 +44,7 @@ impl<P: CowPolicy> AddressSpace<P> {
     /// # Errors
     /// If the sizes differ (nothing has changed then), or there is no memory, or the MMU refuses.
     pub fn restore(&self, snapshot: &Frozen) -> Result<(), RestoreError> {
-        let (there, here) = (snapshot.table.pages(), self.table.pages());
+        let (there, here) = (snapshot.pages, self.table.pages());
         if there != here {
             return Err(RestoreError::Size {
                 snapshot: there,
@@ -50,29 +54,58 @@ impl<P: CowPolicy> AddressSpace<P> {
         let _alone = write(&self.fork_lock);
         for index in 0..self.table.regions() {
             let mut region = self.table.lock(index);
-            for gfn in region.pages() {
-                if region.get(gfn).pfn() != snapshot.table.peek(gfn).pfn() {
-                    self.restore_page(&mut region, gfn, snapshot)?;
-                }
+            let theirs = snapshot.table.get(index);
+            if !self.shows(&region, theirs) {
+                self.restore_region(&mut region, theirs)?;
             }
         }
         Ok(())
     }
 
-    fn restore_page(
+    /// Whether a region shows what a snapshot has of it because it has not changed since.
+    fn shows(&self, region: &RegionGuard<'_>, theirs: Option<&Arc<FrozenRegion>>) -> bool {
+        let lineage = lock(&self.lineage);
+        let ours = lineage.unchanged.get(region.index());
+        match (ours, theirs) {
+            (Some(ours), Some(theirs)) => Arc::ptr_eq(ours, theirs),
+            _ => theirs.is_none() && region.is_untouched(),
+        }
+    }
+
+    fn restore_region(
         &self,
         region: &mut RegionGuard<'_>,
-        gfn: Gfn,
-        snapshot: &Frozen,
+        theirs: Option<&Arc<FrozenRegion>>,
     ) -> Result<(), FaultError> {
-        self.resolve(region, gfn, Intent::Unshare)?;
-        let entry = region.get(gfn).dirtied();
+        self.open(region);
         // The snapshot may be another space's, whose breaks move its pages: not while its region is locked.
-        match snapshot.table.lock(gfn.region()).get(gfn).pfn() {
-            Pfn::ZERO => self.pool.memory().zero(entry.pfn()),
-            from => self.pool.memory().copy(from, entry.pfn()),
+        let with_theirs = |gfn, look: &dyn Fn(Pfn)| match theirs {
+            Some(theirs) => look(theirs.lock().get(gfn).pfn()),
+            None => look(Pfn::ZERO),
+        };
+        for gfn in region.pages() {
+            let ours = region.get(gfn).pfn();
+            let is_same = Cell::new(false);
+            with_theirs(gfn, &|pfn| is_same.set(pfn == ours));
+            if is_same.get() {
+                continue;
+            }
+            if let Some(huge) = region.huge() {
+                // All of it, so that it stays one.
+                let frames = self.pool.frames();
+                let is_ours = |head| frames.try_reuse_huge(head, &self.policy).is_ok();
+                if !is_ours(huge.pfn()) && self.move_all_sharers(region)? {
+                    let _ = is_ours(huge.pfn());
+                }
+            }
+            self.resolve(region, gfn, Intent::Unshare)?;
+            let ours = region.get(gfn).pfn();
+            with_theirs(gfn, &|from| match from {
+                Pfn::ZERO => self.pool.memory().zero(ours),
+                from => self.pool.memory().copy(from, ours),
+            });
+            self.mark_dirty_page(region, gfn);
         }
-        region.set(gfn, entry);
         Ok(())
     }
 }

@@ -73,11 +73,20 @@ pub enum Safeguard {
     /// writing taken without a lock (the store-buffering pair of PROTOCOL.md 5.2: entry store and pin load
     /// against pin store and entry load).
     PinsCountedInOrder,
+    /// `folio.rs`: who shares a folio, or takes it over, looks at its pages *after* it has changed, or noted, the folio's word. Partner:
+    /// a hold on a page through a huge entry, which is counted in the page's word.
+    FolioPagesLookedAt,
+    /// `folio.rs`: a full barrier between the change of the folio's word and the look at its pages. Partner: the one between the
+    /// count of a hold and the second look at the folio (the store-buffering pair of PROTOCOL.md 5.2).
+    FolioBarrier,
+    /// `folio.rs`: a hold on a page of a folio looks at the folio's word again after it was counted. Partner: fork, which cleared the
+    /// bit before it looked at the pages.
+    FolioLookedAtAgain,
 }
 
 impl Safeguard {
     /// All of them, each at its own number.
-    pub const ALL: [Self; 26] = [
+    pub const ALL: [Self; 29] = [
         Self::PinRereadsEntry,
         Self::PinAcquires,
         Self::PinTestsInTheWord,
@@ -104,6 +113,9 @@ impl Safeguard {
         Self::MergeLocksInOrder,
         Self::UncommittedBeforeFree,
         Self::PinsCountedInOrder,
+        Self::FolioPagesLookedAt,
+        Self::FolioBarrier,
+        Self::FolioLookedAtAgain,
     ];
 }
 

@@ -7,11 +7,12 @@
 use std::io;
 use std::sync::Arc;
 
-use super::addr::{Gfn, Pfn, Protection};
+use super::addr::{Gfn, Order, Pfn, Protection};
+use super::frozen::Frozen;
 use super::mmu::{FrameMemory, Mmu, MmuError};
 use super::policy::CowPolicy;
 use super::pool::{AllocError, FramePool, Get, Pin};
-use super::space::{AddressSpace, FaultError, Frozen};
+use super::space::{AddressSpace, FaultError};
 use super::sync::{AtomicU64, Ordering, RwLock, read, write, zeroed};
 
 /// Frames of one word each.
@@ -132,8 +133,23 @@ pub struct SoftVm<P> {
 /// # Panics
 /// If `frames` is 0.
 pub fn soft_pool(frames: u64) -> Result<(Arc<FramePool>, Arc<SoftMemory>), AllocError> {
+    soft_pool_of(Order::HUGE, frames)
+}
+
+/// As [`soft_pool`], with huge folios of another size.
+///
+/// # Errors
+/// As [`FramePool::new`].
+///
+/// # Panics
+/// If `frames` is 0.
+pub fn soft_pool_of(
+    huge: Order,
+    frames: u64,
+) -> Result<(Arc<FramePool>, Arc<SoftMemory>), AllocError> {
     let memory = SoftMemory::new(frames);
-    let pool = FramePool::new(Arc::clone(&memory) as Arc<dyn FrameMemory>, frames, frames)?;
+    let bytes = Arc::clone(&memory) as Arc<dyn FrameMemory>;
+    let pool = FramePool::with_folios_of(huge, bytes, frames, frames)?;
     Ok((pool, memory))
 }
 
@@ -175,6 +191,13 @@ impl<P: CowPolicy> SoftVm<P> {
         let through = between(Arc::clone(&mmu));
         let space = AddressSpace::new(Arc::clone(pool), policy, through, pages)?;
         Ok(Self::over(space, mmu, memory))
+    }
+
+    /// The same, without huge folios.
+    #[must_use]
+    pub fn with_base_pages(mut self) -> Self {
+        self.space = self.space.with_base_pages();
+        self
     }
 
     /// A VM that runs on from `frozen`.

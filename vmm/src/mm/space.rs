@@ -1,15 +1,20 @@
-//! Address spaces: live ones, which vCPUs run in, and frozen ones, which are snapshots.
+//! Address spaces: the live ones, which vCPUs run in. `frozen.rs` has the others.
 
 use std::fmt;
-use std::sync::atomic::{AtomicU64 as Counter, Ordering};
-use std::sync::{Arc, Weak};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64 as Counter, Ordering};
 
-use super::addr::{Gfn, Pfn};
+use super::addr::Gfn;
+use super::frozen::FrozenTable;
+use super::lineage::Lineage;
 use super::mmu::{Mmu, MmuError};
 use super::policy::CowPolicy;
 use super::pool::{AllocError, FramePool, Home};
 use super::sync::{Mutex, RwLock, lock};
-use super::table::{Entry, Table};
+use super::table::{Entry, RegionGuard, Table};
+
+/// Small breaks that cost as much as that of a whole region, until somebody has measured it.
+const WHOLE_PRICE: u32 = 8;
 
 /// The memory of a running VM: a shadow page table and the [`Mmu`] that mirrors it.
 ///
@@ -17,8 +22,8 @@ use super::table::{Entry, Table};
 /// In this order, each optional (a clone that is being made is nobody else's yet: its locks come last):
 /// 1. `fork_lock`: shared by faults and slow pins, alone by fork and restore (the kernel's `mmap_lock`).
 /// 2. the lock of one region of this space (the kernel's page-table lock).
-/// 3. `snapshots`, the list of frozen children.
-/// 4. the lock of the same region of one frozen child at a time.
+/// 3. `lineage`, what the next fork takes over.
+/// 4. the lock of the same region of one snapshot at a time.
 /// 5. the pool's allocator.
 ///
 /// Entries change only under 2; frame states change by compare-and-swap, with or without locks.
@@ -29,17 +34,14 @@ pub struct AddressSpace<P> {
     pub(super) mmu: Box<dyn Mmu>,
     pub(super) home: Home,
     pub(super) fork_lock: RwLock<()>,
-    pub(super) snapshots: Mutex<Vec<Weak<Frozen>>>,
+    pub(super) lineage: Mutex<Lineage>,
     pub(super) counters: Counters,
-}
-
-/// A snapshot of an address space: its pages as they were at one instant. It has no vCPUs and is never written.
-///
-/// It is not bound to frames: when a running space writes to a page that only snapshots share with it,
-/// the *snapshots* are given the copy (see `fault.rs`).
-pub struct Frozen {
-    pub(super) pool: Arc<FramePool>,
-    pub(super) table: Table,
+    /// Whether memory that is touched first gets a huge folio.
+    pub(super) uses_huge: bool,
+    /// What the break of a whole region costs, in small ones.
+    pub(super) whole_price: AtomicU32,
+    /// Whether somebody has asked which pages were written: from then on that is told page by page.
+    pub(super) tracks_dirty: AtomicBool,
 }
 
 /// A page number beyond the end of the address space.
@@ -78,16 +80,34 @@ impl<P: CowPolicy> AddressSpace<P> {
         mmu: Box<dyn Mmu>,
         pages: u64,
     ) -> Result<Self, AllocError> {
+        let order = pool.huge();
+        let table = Table::new(pages, order);
         Ok(Self {
             home: pool.reserve(pages)?,
+            lineage: Mutex::new(Lineage::new(table.regions())),
             pool,
             policy,
-            table: Table::new(pages),
+            table,
             mmu,
             fork_lock: RwLock::new(()),
-            snapshots: Mutex::new(Vec::new()),
             counters: Counters::default(),
+            uses_huge: true,
+            whole_price: AtomicU32::new(WHOLE_PRICE),
+            tracks_dirty: AtomicBool::new(false),
         })
+    }
+
+    /// The same, without huge folios: every page has an entry of its own, and is broken by itself.
+    #[must_use]
+    pub fn with_base_pages(mut self) -> Self {
+        self.uses_huge = false;
+        self
+    }
+
+    /// Sets what the break of a whole region costs: as much as `small` breaks of a page. What it costs is measured by whoever handles
+    /// the faults. At 0 every break is of a whole region.
+    pub fn set_whole_price(&self, small: u32) {
+        self.whole_price.store(small, Ordering::Relaxed);
     }
 
     /// Number of pages.
@@ -105,34 +125,17 @@ impl<P: CowPolicy> AddressSpace<P> {
         in_range(&self.table, gfn).map(|()| self.table.peek(gfn))
     }
 
+    /// The region that the next fork would take over from the last, and the frame it has for a page.
+    #[cfg(all(test, not(loom)))]
+    pub(super) fn kept(&self, gfn: Gfn) -> Option<(usize, super::addr::Pfn)> {
+        let lineage = lock(&self.lineage);
+        let region = lineage.unchanged.get(self.table.region_of(gfn))?;
+        Some((Arc::as_ptr(region).addr(), region.lock().get(gfn).pfn()))
+    }
+
     /// What was done so far.
     pub fn stats(&self) -> MmStats {
         self.counters.read()
-    }
-}
-
-impl Frozen {
-    /// Number of pages.
-    pub fn pages(&self) -> u64 {
-        self.table.pages()
-    }
-
-    /// The entry of a page just now: a hint, since a break may move it to another frame.
-    pub fn entry(&self, gfn: Gfn) -> Result<Entry, OutOfRange> {
-        in_range(&self.table, gfn).map(|()| self.table.peek(gfn))
-    }
-
-    /// The frame a page is in just now: a hint as well.
-    pub fn frame(&self, gfn: Gfn) -> Result<Pfn, OutOfRange> {
-        self.entry(gfn).map(Entry::pfn)
-    }
-
-    /// Calls `look` with the frame a page is in, which stays there and as it is for the length of the call. A break of
-    /// the page waits meanwhile: be short.
-    pub fn with_frame<R>(&self, gfn: Gfn, look: impl FnOnce(Pfn) -> R) -> Result<R, OutOfRange> {
-        in_range(&self.table, gfn)?;
-        let region = self.table.lock(gfn.region());
-        Ok(look(region.get(gfn).pfn()))
     }
 }
 
@@ -145,19 +148,14 @@ pub(super) fn in_range(table: &Table, gfn: Gfn) -> Result<(), OutOfRange> {
     }
 }
 
-/// Gives every mapping of `table` back to `pool`.
-pub(super) fn unmap_all(pool: &FramePool, table: &Table) {
-    for index in 0..table.regions() {
-        let mut region = table.lock(index);
-        if region.is_untouched() {
-            continue;
-        }
-        for gfn in region.pages() {
-            let entry = region.get(gfn);
-            if entry.is_present() {
-                region.set(gfn, Entry::UNTOUCHED);
-                pool.unmap(entry.pfn());
-            }
+impl<P> AddressSpace<P> {
+    /// Maps a region that has a huge entry by small ones instead: what they say is the same, and nothing is copied (PROTOCOL.md 4.10).
+    /// The MMU need not know.
+    pub(super) fn split(&self, region: &mut RegionGuard<'_>) {
+        if let Some(huge) = region.huge() {
+            self.pool.frames().split_mapping(huge.pfn());
+            region.set_small();
+            Counters::add(&self.counters.split);
         }
     }
 }
@@ -166,14 +164,22 @@ impl<P> Drop for AddressSpace<P> {
     /// Frames that are still pinned live on as orphans until their pins are dropped. The caller has stopped the
     /// vCPUs: the MMU is not changed.
     fn drop(&mut self) {
-        unmap_all(&self.pool, &self.table);
-        lock(&self.snapshots).clear();
-    }
-}
-
-impl Drop for Frozen {
-    fn drop(&mut self) {
-        unmap_all(&self.pool, &self.table);
+        for index in 0..self.table.regions() {
+            let mut region = self.table.lock(index);
+            if let Some(huge) = region.huge() {
+                region.clear_huge();
+                self.pool.unmap_huge(huge.pfn());
+            } else if !region.is_untouched() {
+                for gfn in region.pages() {
+                    let entry = region.get(gfn);
+                    if entry.is_present() {
+                        region.set(gfn, Entry::UNTOUCHED);
+                        self.pool.unmap(entry.pfn());
+                    }
+                }
+            }
+        }
+        lock(&self.lineage).unchanged = FrozenTable::default();
     }
 }
 
@@ -182,14 +188,6 @@ impl<P> fmt::Debug for AddressSpace<P> {
         f.debug_struct("AddressSpace")
             .field("pages", &self.table.pages())
             .field("stats", &self.counters.read())
-            .finish()
-    }
-}
-
-impl fmt::Debug for Frozen {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Frozen")
-            .field("pages", &self.table.pages())
             .finish()
     }
 }
@@ -204,6 +202,10 @@ pub(super) struct Counters {
     pub(super) unshared: Counter,
     pub(super) neighbours: Counter,
     pub(super) eager_copied: Counter,
+    pub(super) copied: Counter,
+    pub(super) whole: Counter,
+    pub(super) split: Counter,
+    pub(super) formed: Counter,
     pub(super) pins_fast: Counter,
     pub(super) pins_slow: Counter,
 }
@@ -223,6 +225,10 @@ impl Counters {
             unshared: get(&self.unshared),
             neighbours: get(&self.neighbours),
             eager_copied: get(&self.eager_copied),
+            copied: get(&self.copied),
+            whole: get(&self.whole),
+            split: get(&self.split),
+            formed: get(&self.formed),
             pins_fast: get(&self.pins_fast),
             pins_slow: get(&self.pins_slow),
         }
@@ -242,10 +248,18 @@ pub struct MmStats {
     pub zero_filled: u64,
     /// COW breaks and first touches on behalf of a reading pin.
     pub unshared: u64,
-    /// Pages resolved beside one that faulted, to save mappings.
+    /// Pages resolved beside one that faulted, to save faults or mappings.
     pub neighbours: u64,
     /// Pages that fork copied because a device held them.
     pub eager_copied: u64,
+    /// Pages that breaks copied, for whoever they were.
+    pub copied: u64,
+    /// Regions that were broken whole.
+    pub whole: u64,
+    /// Huge entries that became small ones.
+    pub split: u64,
+    /// Small entries of a region that became a huge one again.
+    pub formed: u64,
     /// Pins taken without a lock.
     pub pins_fast: u64,
     /// Pins that had to take the lock.

@@ -3,12 +3,12 @@
 
 #[cfg(any(loom, shuttle))]
 pub(super) use crate::sync::{
-    AtomicU64, Mutex, MutexGuard, Ordering, RwLock, RwLockReadGuard, RwLockWriteGuard,
+    AtomicU64, Mutex, MutexGuard, Ordering, RwLock, RwLockReadGuard, RwLockWriteGuard, fence,
 };
 #[cfg(not(any(loom, shuttle)))]
 pub(super) use std::sync::{
     Mutex, MutexGuard, RwLock, RwLockReadGuard, RwLockWriteGuard,
-    atomic::{AtomicU64, Ordering},
+    atomic::{AtomicU64, Ordering, fence},
 };
 
 use std::sync::PoisonError;

@@ -1,21 +1,26 @@
 //! The shadow page table: for each guest page the frame it is in and whether vCPUs may write it.
 //!
-//! An entry is one atomic word. It is **changed only under the lock of its 2 MiB region** and may be read
+//! It has two levels. A **region** is as many pages as a huge folio has (2 MiB), and is mapped by one *huge* entry or by a small
+//! entry for each of its pages. An entry is one atomic word. It is **changed only under the lock of its region** and may be read
 //! without one (the fast path of a pin does).
 
 use std::fmt;
+use std::sync::Weak;
 
-use super::addr::{Gfn, Pfn, Protection, REGION_PAGES};
+use super::adapt::Breaks;
+use super::addr::{Gfn, Order, Pfn, Protection};
+use super::frozen::FrozenRegion;
 use super::sync::{AtomicU64, Mutex, MutexGuard, Ordering, lock, zeroed};
 
-/// One entry, laid out as an x86 page-table entry is: bit 0 present, bit 1 writable, bit 6 dirty, the frame number
-/// from bit 12 on.
+/// One entry, laid out as an x86 page-table entry is: bit 0 present, bit 1 writable, bit 6 dirty, bit 7 part of a huge entry, the
+/// frame number from bit 12 on.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct Entry(u64);
 
 const PRESENT: u64 = 1;
 const WRITABLE: u64 = 2;
 const DIRTY: u64 = 1 << 6;
+const HUGE: u64 = 1 << 7;
 const FRAME_SHIFT: u32 = 12;
 
 impl Entry {
@@ -32,6 +37,26 @@ impl Entry {
     /// What may be written counts as written: a write leaves no other trace.
     pub(super) const fn writable(pfn: Pfn) -> Self {
         Self(pfn.0 << FRAME_SHIFT | PRESENT | WRITABLE | DIRTY)
+    }
+    /// As [`Entry::read_only`], of a whole region; the folio begins at `head`.
+    pub(super) const fn huge_read_only(head: Pfn) -> Self {
+        Self(Self::read_only(head).0 | HUGE)
+    }
+    /// As [`Entry::writable`], of a whole region; the folio begins at `head`.
+    pub(super) const fn huge_writable(head: Pfn) -> Self {
+        Self(Self::writable(head).0 | HUGE)
+    }
+    /// What a huge entry says of the page `index` of its region.
+    const fn page(self, index: u64) -> Self {
+        Self(self.0 + (index << FRAME_SHIFT))
+    }
+    /// The same, as a small entry.
+    pub(super) const fn small(self) -> Self {
+        Self(self.0 & !HUGE)
+    }
+    /// Whether a huge entry maps the page, and the pages beside it.
+    pub const fn is_huge(self) -> bool {
+        self.0 & HUGE != 0
     }
     /// The same page in another frame, mapped and present as this one is or may be.
     pub(super) const fn in_frame(self, pfn: Pfn) -> Self {
@@ -79,25 +104,49 @@ impl fmt::Debug for Entry {
             return f.write_str("untouched");
         }
         let right = if self.is_writable() { "rw" } else { "ro" };
+        let huge = if self.is_huge() { " huge" } else { "" };
         let dirty = if self.is_dirty() { "" } else { " clean" };
-        write!(f, "{:?} {right}{dirty}", self.pfn())
+        write!(f, "{:?} {right}{huge}{dirty}", self.pfn())
     }
 }
 
 /// The entries of one address space.
 pub(super) struct Table {
+    /// Small entries. Those of a region with a huge entry mean nothing.
     entries: Box<[AtomicU64]>,
-    /// Per region its lock, and under it the number of entries that are not [`Entry::UNTOUCHED`].
-    regions: Box<[Mutex<usize>]>,
+    regions: Box<[Region]>,
+    /// How large a region is.
+    order: Order,
+}
+
+struct Region {
+    /// The huge entry, if it is present.
+    huge: AtomicU64,
+    state: Mutex<RegionState>,
+}
+
+/// What is kept of a region under its lock, beside its entries.
+#[derive(Default)]
+pub(super) struct RegionState {
+    /// Small entries that are not [`Entry::UNTOUCHED`].
+    touched: usize,
+    /// Whether anything has changed since the last fork (`lineage.rs`).
+    pub(super) is_changed: bool,
+    /// The snapshots' regions that may share frames with this one.
+    pub(super) sharers: Vec<Weak<FrozenRegion>>,
+    pub(super) breaks: Breaks,
 }
 
 impl Table {
-    pub(super) fn new(pages: u64) -> Self {
+    pub(super) fn new(pages: u64, order: Order) -> Self {
+        let region = |_| Region {
+            huge: AtomicU64::new(0),
+            state: Mutex::new(RegionState::default()),
+        };
         Self {
             entries: zeroed(pages as usize),
-            regions: (0..pages.div_ceil(REGION_PAGES))
-                .map(|_| Mutex::new(0))
-                .collect(),
+            regions: (0..pages.div_ceil(order.pages())).map(region).collect(),
+            order,
         }
     }
 
@@ -109,36 +158,79 @@ impl Table {
         self.regions.len()
     }
 
+    /// Which region a page lies in.
+    pub(super) fn region_of(&self, gfn: Gfn) -> usize {
+        self.order.index(gfn.0)
+    }
+
     /// Reads an entry without a lock: a hint, until something pins it down.
     ///
     /// Acquire pairs with the release in [`RegionGuard::set`]: who sees an entry sees its frame initialised
-    /// and mapped.
+    /// and mapped. While a region changes from huge to small entries or back, an old small entry may be read: its frame's word
+    /// says that it means nothing.
     pub(super) fn peek(&self, gfn: Gfn) -> Entry {
+        // The last region may be too short for a huge entry.
+        if gfn.0 < self.order.floor(self.pages()) {
+            let region = &self.regions[self.region_of(gfn)];
+            let huge = Entry(region.huge.load(Ordering::Acquire));
+            if huge.is_present() {
+                return huge.page(gfn.0 - self.order.floor(gfn.0));
+            }
+        }
         Entry(self.entries[gfn.0 as usize].load(Ordering::Acquire))
     }
 
-    pub(super) fn lock(&self, region: usize) -> RegionGuard<'_> {
-        let first = region * REGION_PAGES as usize;
-        let last = self.entries.len().min(first + REGION_PAGES as usize);
+    pub(super) fn lock(&self, index: usize) -> RegionGuard<'_> {
+        let first = index * self.order.pages() as usize;
+        let last = self.entries.len().min(first + self.order.pages() as usize);
         RegionGuard {
-            touched: lock(&self.regions[region]),
+            state: lock(&self.regions[index].state),
+            huge: &self.regions[index].huge,
             entries: &self.entries[first..last],
             first: Gfn(first as u64),
+            index,
+            order: self.order,
         }
+    }
+
+    /// Locks the region that `gfn` lies in.
+    pub(super) fn lock_of(&self, gfn: Gfn) -> RegionGuard<'_> {
+        self.lock(self.region_of(gfn))
     }
 }
 
 /// The right to change the entries of one region.
 pub(super) struct RegionGuard<'a> {
-    touched: MutexGuard<'a, usize>,
+    pub(super) state: MutexGuard<'a, RegionState>,
+    huge: &'a AtomicU64,
     entries: &'a [AtomicU64],
     first: Gfn,
+    index: usize,
+    order: Order,
 }
 
 impl RegionGuard<'_> {
+    pub(super) fn index(&self) -> usize {
+        self.index
+    }
+
     /// Whether no page of the region was ever touched.
     pub(super) fn is_untouched(&self) -> bool {
-        *self.touched == 0
+        self.state.touched == 0
+    }
+
+    pub(super) fn first(&self) -> Gfn {
+        self.first
+    }
+
+    /// How many pages it has.
+    pub(super) fn len(&self) -> u64 {
+        self.entries.len() as u64
+    }
+
+    /// Whether a huge entry could map it: the last one may be too short.
+    pub(super) fn is_full(&self) -> bool {
+        self.len() == self.order.pages()
     }
 
     /// The pages of the region, in order.
@@ -147,20 +239,60 @@ impl RegionGuard<'_> {
         (first..first + self.entries.len() as u64).map(Gfn)
     }
 
+    /// The entry of a page; of a huge entry, what it says of the page.
     pub(super) fn get(&self, gfn: Gfn) -> Entry {
-        // The lock orders this against every store.
-        Entry(self.slot(gfn).load(Ordering::Relaxed))
+        match self.huge() {
+            Some(huge) => huge.page(gfn.0 - self.first.0),
+            // The lock orders this against every store.
+            None => Entry(self.slot(gfn).load(Ordering::Relaxed)),
+        }
     }
 
-    /// Publishes an entry.
+    /// The huge entry, if there is one: its frame is the first of the folio.
+    pub(super) fn huge(&self) -> Option<Entry> {
+        if !self.is_full() {
+            return None;
+        }
+        let huge = Entry(self.huge.load(Ordering::Relaxed));
+        huge.is_present().then_some(huge)
+    }
+
+    /// Publishes a small entry.
     ///
     /// Release pairs with the acquire in [`Table::peek`]. It is also the store that a pin's re-read looks for:
     /// it comes before the old frame's mapping is given back (`FrameTable::update`, second partner).
     pub(super) fn set(&mut self, gfn: Gfn, entry: Entry) {
+        debug_assert!(self.huge().is_none() && !entry.is_huge());
         let before = self.get(gfn);
         self.slot(gfn).store(entry.0, Ordering::Release);
-        *self.touched = *self.touched + usize::from(entry != Entry::UNTOUCHED)
+        self.state.touched = self.state.touched + usize::from(entry != Entry::UNTOUCHED)
             - usize::from(before != Entry::UNTOUCHED);
+    }
+
+    /// Publishes a huge entry, in place of another or of the small ones.
+    pub(super) fn set_huge(&mut self, entry: Entry) {
+        debug_assert!(entry.is_huge() && self.is_full());
+        self.huge.store(entry.0, Ordering::Release);
+        self.state.touched = self.entries.len();
+    }
+
+    /// Publishes small entries that say what the huge entry says, in its place.
+    pub(super) fn set_small(&mut self) {
+        let Some(huge) = self.huge() else { return };
+        for (index, slot) in (0..).zip(self.entries) {
+            slot.store(huge.page(index).small().0, Ordering::Release);
+        }
+        // After them: who finds no huge entry finds these.
+        self.huge.store(Entry::UNTOUCHED.0, Ordering::Release);
+    }
+
+    /// Takes the huge entry away; the region is untouched then.
+    pub(super) fn clear_huge(&mut self) {
+        for slot in self.entries {
+            slot.store(Entry::UNTOUCHED.0, Ordering::Release);
+        }
+        self.huge.store(Entry::UNTOUCHED.0, Ordering::Release);
+        self.state.touched = 0;
     }
 
     fn slot(&self, gfn: Gfn) -> &AtomicU64 {

@@ -13,7 +13,7 @@ use std::time::Duration;
 use guest::abi::Pattern;
 use serde::Serialize;
 
-use super::config::{Config, GuestSource, RunLength};
+use super::config::{Config, GuestSource, PageSize, RunLength};
 use super::progress::Observer;
 use super::report::{Report, Verdict};
 use super::{RunError, run};
@@ -73,6 +73,7 @@ impl Race {
             pattern: Pattern::Hot,
             seed: self.seed,
             policy,
+            page_size: PageSize::Huge,
             track_dirty: Some(Duration::from_millis(5)),
             inject: None,
         }

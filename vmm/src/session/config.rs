@@ -54,8 +54,35 @@ pub struct Config {
     // Reports of before there was a choice have none.
     #[serde(default)]
     pub policy: Policy,
+    /// Largest pages that memory is kept in.
+    // As for the policy.
+    #[serde(default)]
+    pub page_size: PageSize,
     /// The fault to inject, if any.
     pub inject: Option<Injection>,
+}
+
+/// Largest pages that guest memory is kept in, protected by and copied in.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+pub enum PageSize {
+    /// Huge pages, split where pages are written one by one: short pauses, and memory by 2 MiB
+    #[default]
+    #[serde(rename = "2M")]
+    #[value(name = "2M")]
+    Huge,
+    /// Base pages alone: memory by the page, and a fault for each that is written
+    #[serde(rename = "4K")]
+    #[value(name = "4K")]
+    Base,
+}
+
+impl fmt::Display for PageSize {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Huge => "2M",
+            Self::Base => "4K",
+        })
+    }
 }
 
 /// Where the guest program comes from.
@@ -554,6 +581,7 @@ pub(crate) mod tests {
             seed: 7,
             track_dirty: None,
             policy: Policy::Exclusive,
+            page_size: PageSize::Huge,
             inject: None,
         }
     }
@@ -746,7 +774,7 @@ pub(crate) mod tests {
     #[test]
     fn a_configuration_of_before_there_was_a_choice_can_be_read() {
         let mut json = serde_json::to_value(example()).unwrap();
-        for key in ["policy", "track_dirty_s"] {
+        for key in ["policy", "track_dirty_s", "page_size"] {
             json.as_object_mut().unwrap().remove(key).unwrap();
         }
         let read: Config = serde_json::from_value(json).unwrap();

@@ -634,6 +634,9 @@ fn fault_counts(mm: &MmStats) -> FaultCounts {
         unshared: mm.unshared,
         eager_copied: mm.eager_copied,
         zero_filled: mm.zero_filled,
+        neighbours: mm.neighbours,
+        whole: mm.whole,
+        split: mm.split,
     }
 }
 

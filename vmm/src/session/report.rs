@@ -176,6 +176,15 @@ pub struct FaultCounts {
     pub eager_copied: u64,
     /// A write to memory that was never touched.
     pub zero_filled: u64,
+    /// Pages copied beside one that was written, with all of their region.
+    #[serde(default)]
+    pub neighbours: u64,
+    /// Regions of 2 MiB that were copied whole.
+    #[serde(default)]
+    pub whole: u64,
+    /// Huge entries that became small ones.
+    #[serde(default)]
+    pub split: u64,
 }
 
 impl FaultCounts {
@@ -454,6 +463,9 @@ pub(crate) mod tests {
                 unshared: 16,
                 eager_copied: 94_113,
                 zero_filled: 61_402,
+                neighbours: 7,
+                whole: 2,
+                split: 1,
             },
             pins: PinCounts {
                 fast: 480_211,
@@ -500,6 +512,7 @@ pub(crate) mod tests {
                     "keep",
                     "length",
                     "memory_bytes",
+                    "page_size",
                     "pattern",
                     "policy",
                     "registered_buffers",
@@ -520,8 +533,11 @@ pub(crate) mod tests {
                 &[
                     "copied",
                     "eager_copied",
+                    "neighbours",
                     "reused",
+                    "split",
                     "unshared",
+                    "whole",
                     "zero_filled",
                 ],
             ),

@@ -4,10 +4,11 @@
 use std::io;
 use std::ptr::NonNull;
 use std::sync::Arc;
+use std::time::Duration;
 
 use guest::abi::{BOOT_MAGIC, BootInfo, Layout, PAGE_SIZE, PORT_DOORBELL_EVENT};
 
-use super::config::{Config, Injection, Size};
+use super::config::{Config, Injection, PageSize, Size};
 use super::ports::{Event, Events, Ports};
 use crate::check::inject::LeakyMmu;
 use crate::device::{self, DeviceSet};
@@ -133,7 +134,11 @@ impl<P: CowPolicy> Vm<P> {
             Some(Injection::SkipWriteProtect) => Box::new(LeakyMmu(window)),
             _ => Box::new(window),
         };
-        let space = AddressSpace::new(Arc::clone(&pool), policy, mmu, pages)?;
+        let mut space = AddressSpace::new(Arc::clone(&pool), policy, mmu, pages)?;
+        if config.page_size == PageSize::Base {
+            space = space.with_base_pages();
+            physmap.use_base_pages();
+        }
         let ram = Ram::new(Arc::new(space), Arc::clone(&physmap));
 
         image.load(&ram)?;
@@ -214,7 +219,11 @@ impl<P: CowPolicy> GuestRam for Ram<P> {
     }
 
     fn write_fault(&self, gfn: u64) -> Result<bool, MemoryError> {
-        Ok(self.space().write_fault(Gfn(gfn))? != Resolution::AlreadyWritable)
+        Ok(Self::write_fault(self, Gfn(gfn))? != Resolution::AlreadyWritable)
+    }
+
+    fn was_entered(&self, time: Duration) {
+        self.prices().entered(time);
     }
 
     fn read(&self, gpa: u64, buf: &mut [u8]) -> Result<(), MemoryError> {

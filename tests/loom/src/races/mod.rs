@@ -13,6 +13,7 @@
 
 mod dirty;
 mod fault;
+mod folio;
 mod fork;
 mod get;
 mod pin;
@@ -20,6 +21,7 @@ mod rearrange;
 
 pub(crate) use dirty::*;
 pub(crate) use fault::*;
+pub(crate) use folio::*;
 pub(crate) use fork::*;
 pub(crate) use get::*;
 pub(crate) use pin::*;

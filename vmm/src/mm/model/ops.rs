@@ -4,7 +4,32 @@ use proptest::prelude::*;
 
 use super::super::*;
 
-pub(super) const PAGES: u64 = 3;
+/// What the address spaces are like.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Shape {
+    /// Pages of each.
+    pub(super) pages: u64,
+    /// How large a huge folio is.
+    pub(super) huge: Order,
+}
+
+impl Shape {
+    /// Too small for huge folios.
+    pub(super) const BASE: Self = Self {
+        pages: 3,
+        huge: Order::HUGE,
+    };
+    /// Two regions that can be huge, and one that is too short.
+    pub(super) const HUGE: Self = Self {
+        pages: 9,
+        huge: Order::new(2),
+    };
+
+    /// Whether there can be huge entries.
+    pub(super) fn has_huge(self) -> bool {
+        self.pages >= self.huge.pages()
+    }
+}
 
 /// One operation. Numbers say which of the spaces, snapshots, pins or holds there are, modulo how many there are.
 #[derive(Clone, Debug)]
@@ -33,9 +58,9 @@ pub(super) enum Op {
     DropFrozen(usize),
 }
 
-fn op() -> impl Strategy<Value = Op> {
+fn op(pages: u64) -> impl Strategy<Value = Op> {
     let which = || 0..8usize;
-    let page = || 0..PAGES;
+    let page = || 0..pages;
     let access = || prop_oneof![Just(Access::Read), Just(Access::Write)];
     let at = || (which(), page());
     prop_oneof![
@@ -54,7 +79,7 @@ fn op() -> impl Strategy<Value = Op> {
         2 => which().prop_map(Op::Clone),
         2 => (which(), which()).prop_map(|(s, f)| Op::Restore(s, f)),
         2 => which().prop_map(Op::TakeDirty),
-        1 => (at(), 0..=PAGES).prop_map(|((s, p), n)| Op::Discard(s, p, n)),
+        1 => (at(), 0..=pages).prop_map(|((s, p), n)| Op::Discard(s, p, n)),
         2 => at().prop_map(|(s, p)| Op::Migrate(s, p)),
         3 => (at(), at()).prop_map(|((s, p), (t, q))| Op::Merge(s, p, t, q)),
         1 => which().prop_map(Op::DropSpace),
@@ -63,9 +88,9 @@ fn op() -> impl Strategy<Value = Op> {
 }
 
 /// A run of operations, and in which order everything is dropped after it.
-pub(super) fn run() -> impl Strategy<Value = (Vec<Op>, Vec<u8>)> {
+pub(super) fn run(shape: Shape) -> impl Strategy<Value = (Vec<Op>, Vec<u8>)> {
     (
-        prop::collection::vec(op(), 1..80),
+        prop::collection::vec(op(shape.pages), 1..80),
         prop::collection::vec(any::<u8>(), 40),
     )
 }

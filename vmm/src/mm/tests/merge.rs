@@ -277,6 +277,8 @@ fn a_merge_that_the_mmu_refuses_changes_nothing() {
                 for (at, writable) in [one, other].into_iter().zip(writable) {
                     if writable {
                         pair.world(at).vm.space.write_fault(at.1).unwrap();
+                    } else {
+                        pair.world(at).vm.space.unshare(at.1).unwrap();
                     }
                 }
                 pair
@@ -363,12 +365,12 @@ fn a_merge_takes_the_lower_of_two_regions_first() {
         }
         let space = &w.vm.space;
         std::thread::scope(|scope| {
-            let lower = space.table.lock(P.region());
+            let lower = space.table.lock_of(P);
             let merge = scope.spawn(move || space.merge(gfn, space, other));
             std::thread::sleep(WHILE);
             let (locked, answer) = mpsc::channel();
             scope.spawn(move || {
-                drop(space.table.lock(far.region()));
+                drop(space.table.lock_of(far));
                 locked.send(())
             });
             let answer = answer.recv_timeout(Duration::from_secs(5));

@@ -3,6 +3,7 @@
 //! | file | tests |
 //! |---|---|
 //! | `transitions` | PROTOCOL.md 3.2 for base frames: faults, pins, forks, restores |
+//! | `folio` | huge folios: sharing, splitting, breaking whole regions |
 //! | `get`, `dirty`, `discard`, `migrate`, `merge`, `force` | each operation: its contract, each of its errors |
 //! | `policies` | the rules as tables; which scenario goes wrong under which policy |
 //! | `pool` | where frames come from, and what happens at the limit |
@@ -14,6 +15,7 @@
 
 mod dirty;
 mod discard;
+mod folio;
 mod force;
 mod get;
 mod merge;
@@ -71,7 +73,8 @@ fn world_in<R: CowPolicy>(
             refusals: Arc::clone(&mmu),
         })
     })
-    .unwrap();
+    .unwrap()
+    .with_base_pages();
     World {
         pool,
         memory,

@@ -5,7 +5,7 @@ use super::*;
 
 /// A frame with so many mappings, holds and pins.
 fn frame(maps: u64, gets: u64, pins: u64, exclusive: bool) -> FrameState {
-    let (table, pfn) = (FrameTable::new(2), Pfn(1));
+    let (table, pfn) = (FrameTable::new(2, Order::HUGE), Pfn(1));
     table.map_fresh(pfn);
     for _ in 0..maps {
         table.try_share_idle(pfn).unwrap();

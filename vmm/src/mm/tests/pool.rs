@@ -96,18 +96,19 @@ fn memory_is_committed_in_batches_outside_homes_and_singly_inside() {
     let runs = || memory.committed.lock().unwrap().clone();
     let mut held = vec![pool.allocate_near(&home, 1).unwrap()];
     assert_eq!((runs(), pool.usage().committed), (vec![(2, 1)], 1));
-    for _ in 0..64 {
+    for _ in 4..512 {
         held.push(pool.allocate().unwrap());
     }
     assert_eq!(
         (runs(), pool.usage().committed),
-        (vec![(2, 1), (4, 64)], 65)
+        (vec![(2, 1), (4, 508)], 509),
+        "to the end of a huge folio"
     );
     held.push(pool.allocate().unwrap());
-    assert_eq!(runs()[2..], [(68, 64)]);
-    assert_eq!((pool.usage().in_use, pool.usage().peak), (66, 66));
+    assert_eq!(runs()[2..], [(512, 491)], "to the limit");
+    assert_eq!((pool.usage().in_use, pool.usage().peak), (510, 510));
     drop(held);
-    assert_eq!((pool.usage().in_use, pool.usage().peak), (0, 66));
+    assert_eq!((pool.usage().in_use, pool.usage().peak), (0, 510));
 }
 
 /// A batch ends before a home, before what has memory, at the limit and at the end of the pool.
@@ -171,7 +172,7 @@ fn memory_that_the_host_refuses_is_an_error_and_not_a_leak() {
         panic!("the host refused");
     };
     assert!(
-        matches!(error, AllocError::Host { count: 64, .. }),
+        matches!(error, AllocError::Host { count: 508, .. }),
         "{error}"
     );
     let Err(error) = pool.allocate_near(&home, 0) else {
@@ -289,10 +290,16 @@ fn leftovers_are_what_is_allocated_or_held() {
 fn a_frame_that_nothing_maps_is_nobodys() {
     let (pool, _) = soft_pool(8).unwrap();
     let held = pool.allocate().unwrap().into_held();
-    assert!(pool.try_get::<Exclusive>(held.pfn()).is_err());
-    assert!(pool.try_pin(held.pfn(), Access::Read, &Mapcount).is_err());
     assert!(
-        pool.try_get::<Exclusive>(Pfn::ZERO).is_ok(),
+        pool.try_get::<Exclusive>(Entry::read_only(held.pfn()))
+            .is_err()
+    );
+    assert!(
+        pool.try_pin(Entry::read_only(held.pfn()), Access::Read, &Mapcount)
+            .is_err()
+    );
+    assert!(
+        pool.try_get::<Exclusive>(Entry::UNTOUCHED).is_ok(),
         "zeros are always there"
     );
 }
@@ -301,11 +308,11 @@ fn a_frame_that_nothing_maps_is_nobodys() {
 fn a_frame_has_room_for_so_many_holds() {
     let w = world();
     w.vm.cpu_write(P, 5).unwrap();
-    let pfn = w.entry(P).pfn();
+    let entry = w.entry(P);
     let gets: Vec<_> = (0..0xffff)
-        .map(|_| w.pool.try_get::<Exclusive>(pfn).unwrap())
+        .map(|_| w.pool.try_get::<Exclusive>(entry).unwrap())
         .collect();
-    let full = w.pool.try_get::<Exclusive>(pfn).unwrap_err();
+    let full = w.pool.try_get::<Exclusive>(entry).unwrap_err();
     assert_eq!((full.gets(), full.maps(), full.pins()), (0xffff, 1, 0));
     assert!(
         w.vm.space.discard(P, 1).is_err(),

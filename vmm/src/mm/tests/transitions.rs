@@ -539,12 +539,13 @@ fn a_crowded_mmu_without_memory_has_the_page_itself_resolved() {
 #[test]
 fn snapshots_that_are_gone_are_forgotten() {
     let w = world();
+    w.vm.cpu_write(P, 5).unwrap();
     let kept = w.vm.space.fork().unwrap();
     for _ in 0..9 {
         drop(w.vm.space.fork().unwrap());
     }
     let last = w.vm.space.fork().unwrap();
-    let remembered = w.vm.space.snapshots.lock().unwrap().len();
+    let remembered = w.vm.space.table.lock_of(P).state.sharers.len();
     assert_eq!(remembered, 2);
     drop((kept, last));
 }
@@ -556,7 +557,7 @@ fn a_pin_of_an_exclusive_page_waits_for_no_lock() {
     w.vm.cpu_write(P, 5).unwrap();
     let locks = (
         super::super::sync::write(&w.vm.space.fork_lock),
-        w.vm.space.table.lock(P.region()),
+        w.vm.space.table.lock_of(P),
     );
     let pins = beside(locks, || {
         [Access::Read, Access::Write].map(|access| w.vm.space.pin(P, access).unwrap())

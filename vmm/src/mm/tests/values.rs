@@ -56,7 +56,7 @@ fn an_entry_spells_its_frame_and_its_rights() {
 /// Who reads that a page is busy is told who is in the way.
 #[test]
 fn a_frame_spells_its_holders() {
-    let (table, pfn) = (FrameTable::new(2), Pfn(1));
+    let (table, pfn) = (FrameTable::new(2, Order::HUGE), Pfn(1));
     assert_eq!(
         format!("{:?}", table.state(pfn)),
         "{maps 0, gets 0, pins 0, possibly shared}"

@@ -1,0 +1,39 @@
+//! Address ranges aligned to huge pages.
+#![expect(
+    unsafe_code,
+    reason = "maps addresses, and unmaps those it does not need"
+)]
+
+use std::io;
+use std::ptr;
+
+use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous, munmap};
+
+use super::physmap::HUGE_PAGE;
+
+/// Reserves addresses that show zeros, aligned to 2 MiB.
+pub(super) fn reserve(len: u64) -> io::Result<usize> {
+    let align = HUGE_PAGE as usize;
+    let len = len as usize;
+    // SAFETY: a new mapping at an address of the kernel's choice replaces nothing.
+    let start = unsafe {
+        mmap_anonymous(
+            ptr::null_mut(),
+            len + align,
+            ProtFlags::READ,
+            MapFlags::PRIVATE | MapFlags::NORESERVE,
+        )
+    }?
+    .expose_provenance();
+    let base = start.next_multiple_of(align);
+    let trim = |from: usize, len: usize| {
+        if len == 0 {
+            return Ok(());
+        }
+        // SAFETY: a part of the mapping just made, which nobody else knows of.
+        unsafe { munmap(ptr::with_exposed_provenance_mut(from), len) }
+    };
+    trim(start, base - start)?;
+    trim(base + len, start + align - base)?;
+    Ok(base)
+}

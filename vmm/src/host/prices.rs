@@ -1,0 +1,140 @@
+//! What write faults cost on this machine, learnt while it runs.
+//!
+//! `mm` breaks a region page by page until that has cost as much as all of it at once. What the two cost differs by an order of magnitude
+//! between machines (an exit is 1 us on bare metal and 28 us on PVM), so it is not a constant.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use crate::mm::{Fault, Resolution};
+
+/// Of so many observations an average is made, about.
+const WEIGHT: u64 = 16;
+
+/// Running averages, in nanoseconds; 0 is not known yet. Statistics: nothing is ordered by them, and an observation may be lost to another.
+#[derive(Debug, Default)]
+pub struct Prices {
+    small: AtomicU64,
+    whole: AtomicU64,
+    /// The shortest time a vCPU was in the guest: that of going there and back.
+    entry: AtomicU64,
+    /// Not learnt, but given.
+    fixed: Option<u32>,
+}
+
+impl Prices {
+    /// Those of somebody who knows, or wants something measured: a region is worth so many pages, whatever is seen.
+    pub fn fixed(whole_price: u32) -> Self {
+        Self {
+            fixed: Some(whole_price),
+            ..Self::default()
+        }
+    }
+
+    /// A vCPU was in the guest for so long.
+    pub fn entered(&self, time: Duration) {
+        let time = nanoseconds(time);
+        let shortest = self.entry.load(Ordering::Relaxed);
+        if time < shortest || shortest == 0 {
+            self.entry.store(time, Ordering::Relaxed);
+        }
+    }
+
+    /// A fault was resolved in so long. Says how many breaks of a page the break of a region is worth, if that is known.
+    pub fn paid(&self, fault: Fault, time: Duration) -> Option<u32> {
+        if !matches!(
+            fault.resolution,
+            Resolution::SharersMoved | Resolution::WriterMoved
+        ) {
+            return None;
+        }
+        let average = if fault.is_whole {
+            &self.whole
+        } else {
+            &self.small
+        };
+        let before = average.load(Ordering::Relaxed);
+        let after = match before {
+            0 => nanoseconds(time),
+            // What is far out of line is the scheduler's doing.
+            _ => {
+                let time = nanoseconds(time).min(4 * before);
+                (before * (WEIGHT - 1) + time) / WEIGHT
+            }
+        };
+        average.store(after.max(1), Ordering::Relaxed);
+        self.whole_price()
+    }
+
+    /// How many breaks of a page the break of a region is worth, each with the exit it takes. `None` until there was one of both.
+    pub fn whole_price(&self) -> Option<u32> {
+        if self.fixed.is_some() {
+            return self.fixed;
+        }
+        let get = |price: &AtomicU64| price.load(Ordering::Relaxed);
+        let (small, whole, entry) = (get(&self.small), get(&self.whole), get(&self.entry));
+        (small > 0 && whole > 0).then(|| ((whole + entry) / (small + entry)).clamp(1, 512) as u32)
+    }
+}
+
+fn nanoseconds(time: Duration) -> u64 {
+    u64::try_from(time.as_nanos()).unwrap_or(u64::MAX).max(1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const US: Duration = Duration::from_micros(1);
+
+    fn fault(is_whole: bool) -> Fault {
+        Fault {
+            resolution: Resolution::SharersMoved,
+            is_whole,
+        }
+    }
+
+    #[test]
+    fn a_region_is_worth_as_many_pages_as_it_costs() {
+        let prices = Prices::default();
+        prices.entered(50 * US);
+        prices.entered(30 * US);
+        prices.entered(90 * US);
+        assert_eq!(prices.paid(fault(false), 10 * US), None, "of one kind only");
+        assert_eq!(prices.paid(fault(true), 370 * US), Some(10));
+    }
+
+    #[test]
+    fn what_copies_nothing_has_no_price() {
+        let prices = Prices::default();
+        let reused = Fault {
+            resolution: Resolution::Reused,
+            is_whole: true,
+        };
+        assert_eq!(prices.paid(reused, US), None);
+        assert_eq!(prices.paid(fault(true), US), None);
+    }
+
+    #[test]
+    fn averages_follow_slowly() {
+        let prices = Prices::default();
+        prices.paid(fault(false), 10 * US);
+        prices.paid(fault(true), 100 * US);
+        assert_eq!(prices.paid(fault(true), Duration::from_secs(1)), Some(11));
+        for _ in 0..200 {
+            prices.paid(fault(true), 200 * US);
+        }
+        assert_eq!(prices.whole_price(), Some(19));
+    }
+
+    #[test]
+    fn prices_stay_in_bounds() {
+        let prices = Prices::default();
+        prices.paid(fault(false), Duration::ZERO);
+        prices.paid(fault(true), Duration::MAX);
+        assert_eq!(prices.whole_price(), Some(512));
+        let prices = Prices::default();
+        prices.paid(fault(true), US);
+        assert_eq!(prices.paid(fault(false), 5 * US), Some(1));
+    }
+}

@@ -1,0 +1,584 @@
+//! Huge folios, with four pages each: PROTOCOL.md groups D and F, and what is ours: holds by page, snapshots that have regions in
+//! common, breaks of whole regions.
+
+use super::*;
+use crate::mm::soft::soft_pool_of;
+
+const REGION: u64 = 4;
+/// The first page of the second region.
+const NEXT: Gfn = Gfn(REGION);
+
+struct Huge {
+    pool: Arc<FramePool>,
+    memory: Arc<SoftMemory>,
+    vm: SoftVm<Exclusive>,
+}
+
+fn huge() -> Huge {
+    huge_with(2 * REGION, 64)
+}
+
+fn huge_with(pages: u64, frames: u64) -> Huge {
+    let (pool, memory) = soft_pool_of(Order::new(2), frames).unwrap();
+    let vm = SoftVm::new(&pool, &memory, Exclusive, pages).unwrap();
+    Huge { pool, memory, vm }
+}
+
+impl Huge {
+    /// With every page written: page `n` holds `100 + n`.
+    fn written(self) -> Self {
+        for n in 0..self.vm.space.pages() {
+            self.vm.cpu_write(Gfn(n), 100 + n).unwrap();
+        }
+        self
+    }
+    fn entry(&self, gfn: Gfn) -> Entry {
+        self.vm.space.entry(gfn).unwrap()
+    }
+    fn state(&self, gfn: Gfn) -> FrameState {
+        self.pool.state(self.entry(gfn).pfn())
+    }
+    fn is_huge(&self, gfn: Gfn) -> bool {
+        self.entry(gfn).is_huge()
+    }
+    fn stats(&self) -> MmStats {
+        self.vm.space.stats()
+    }
+    fn read(&self, frozen: &Frozen, gfn: Gfn) -> u64 {
+        self.vm.read_frozen(frozen, gfn)
+    }
+    /// That a snapshot holds what [`Huge::written`] wrote.
+    fn assert_as_written(&self, frozen: &Frozen) {
+        for n in 0..frozen.pages() {
+            assert_eq!(self.read(frozen, Gfn(n)), 100 + n, "page {n}");
+        }
+    }
+    fn settle(self) {
+        let Self { pool, vm, .. } = self;
+        drop(vm);
+        assert_eq!(pool.leftovers(9), []);
+        assert_eq!(pool.usage().in_use, 0);
+    }
+}
+
+#[test]
+fn the_first_touch_of_a_region_gets_all_of_it_a_folio() {
+    let w = huge();
+    w.vm.cpu_write(Gfn(2), 7).unwrap();
+    for n in 0..REGION {
+        let entry = w.entry(Gfn(n));
+        assert!(entry.is_huge() && entry.is_writable(), "{entry:?}");
+        assert_eq!(entry.pfn().0, w.entry(P).pfn().0 + n);
+        assert_eq!((w.state(Gfn(n)).maps(), w.state(Gfn(n)).refs()), (1, 1));
+        assert!(w.state(Gfn(n)).is_exclusive());
+    }
+    assert_eq!(w.entry(P).pfn().0 % REGION, 0, "aligned");
+    assert!(!w.entry(NEXT).is_present());
+    assert_eq!((w.vm.cpu_read(P), w.vm.cpu_read(Gfn(2))), (0, 7));
+    assert_eq!((w.pool.usage().in_use, w.stats().zero_filled), (REGION, 1));
+    w.settle();
+}
+
+#[test]
+fn frames_that_were_used_are_zeros_again_in_a_new_folio() {
+    let w = huge().written();
+    w.vm.space.discard(P, REGION).unwrap();
+    // The home is free and its memory, as far as this memory goes, is as it was left.
+    let home = w.entry(NEXT).pfn().0 - REGION;
+    (home..home + REGION).for_each(|n| w.memory.store(Pfn(n), 9));
+    w.vm.cpu_write(Gfn(1), 5).unwrap();
+    assert_eq!(
+        (w.vm.cpu_read(Gfn(1)), w.entry(Gfn(1)).pfn().0),
+        (5, home + 1)
+    );
+    w.settle();
+}
+
+#[test]
+fn a_region_that_is_too_short_or_has_too_little_memory_is_in_base_pages() {
+    let w = huge_with(REGION + 1, 64);
+    w.vm.cpu_write(NEXT, 5).unwrap();
+    assert!(!w.is_huge(NEXT));
+    w.vm.cpu_write(P, 5).unwrap();
+    assert!(w.is_huge(P));
+
+    let (pool, memory) = soft_pool_of(Order::new(2), 64).unwrap();
+    drop(pool);
+    let bytes = Arc::clone(&memory) as Arc<dyn FrameMemory>;
+    let pool = FramePool::with_folios_of(Order::new(2), bytes, 64, 3).unwrap();
+    let vm = SoftVm::new(&pool, &memory, Exclusive, REGION).unwrap();
+    vm.cpu_write(P, 5).unwrap();
+    assert!(!vm.space.entry(P).unwrap().is_huge());
+    assert_eq!((vm.cpu_read(P), pool.usage().in_use), (5, 1));
+
+    let (pool, memory) = soft_pool_of(Order::new(2), 64).unwrap();
+    let vm = SoftVm::new(&pool, &memory, Exclusive, REGION).unwrap();
+    let vm = vm.with_base_pages();
+    vm.cpu_write(P, 5).unwrap();
+    assert!(!vm.space.entry(P).unwrap().is_huge());
+}
+
+#[test]
+fn fork_shares_a_region_as_one_and_a_write_breaks_one_page() {
+    let w = huge().written();
+    let frames: Vec<_> = (0..REGION).map(|n| w.entry(Gfn(n)).pfn()).collect();
+    let frozen = w.vm.space.fork().unwrap();
+    assert!(w.is_huge(P) && !w.entry(P).is_writable());
+    assert!(frozen.entry(P).unwrap().is_huge());
+    assert_eq!((w.state(P).maps(), w.state(P).is_exclusive()), (2, false));
+
+    w.vm.cpu_write(Gfn(1), 7).unwrap();
+    assert_eq!((w.stats().sharers_moved, w.stats().split), (1, 1));
+    w.assert_as_written(&frozen);
+    for n in 0..REGION {
+        let (entry, is_written) = (w.entry(Gfn(n)), n == 1);
+        assert_eq!(
+            entry.pfn(),
+            frames[n as usize],
+            "the guest keeps its frames"
+        );
+        assert_eq!((entry.is_huge(), entry.is_writable()), (false, is_written));
+        assert_eq!(w.state(Gfn(n)).is_exclusive(), is_written);
+        assert_eq!(w.state(Gfn(n)).maps(), if is_written { 1 } else { 2 });
+    }
+    assert!(w.is_huge(NEXT), "its neighbour is as it was");
+    drop(frozen);
+    w.settle();
+}
+
+#[test]
+fn a_region_that_cost_enough_small_breaks_is_broken_whole_and_huge_again() {
+    let w = huge().written();
+    w.vm.space.set_whole_price(2);
+    let frozen = w.vm.space.fork().unwrap();
+    w.vm.cpu_write(P, 1).unwrap();
+    assert!(!w.is_huge(P) && w.stats().whole == 0);
+    w.vm.cpu_write(Gfn(1), 2).unwrap();
+    assert!(w.is_huge(P) && w.entry(P).is_writable());
+    let stats = w.stats();
+    assert_eq!((stats.whole, stats.formed, stats.neighbours), (1, 1, 2));
+    assert!((0..REGION).all(|n| w.state(Gfn(n)).is_exclusive() && w.state(Gfn(n)).refs() == 1));
+    w.assert_as_written(&frozen);
+    drop(frozen);
+    w.settle();
+}
+
+/// What was broken whole the last time is broken whole at its first fault; once in a while it is put to the proof.
+#[test]
+fn a_region_that_is_always_broken_whole_stays_huge() {
+    let w = huge().written();
+    w.vm.space.set_whole_price(2);
+    let mut splits = vec![];
+    for round in 0..20 {
+        let frozen = w.vm.space.fork().unwrap();
+        let before = w.stats().split;
+        for n in 0..REGION {
+            w.vm.cpu_write(Gfn(n), 1000 * round + n).unwrap();
+        }
+        splits.push(w.stats().split - before);
+        assert!(w.is_huge(P) && w.entry(P).is_writable());
+        let last = 1000 * round.saturating_sub(1);
+        let expected = if round == 0 { 100 } else { last };
+        assert!((0..REGION).all(|n| w.read(&frozen, Gfn(n)) == expected + n));
+    }
+    assert_eq!(splits[..9], [1, 0, 0, 0, 0, 0, 0, 0, 1]);
+    // One write a fork, from the next proof on, is a small break again.
+    for round in 0..10 {
+        let frozen = w.vm.space.fork().unwrap();
+        w.vm.cpu_write(P, round).unwrap();
+        drop(frozen);
+    }
+    let before = w.stats();
+    let _frozen = w.vm.space.fork().unwrap();
+    w.vm.cpu_write(P, 5).unwrap();
+    assert_eq!(w.stats().whole, before.whole);
+    drop(_frozen);
+    w.settle();
+}
+
+#[test]
+fn a_region_nobody_shares_any_more_is_written_without_a_copy() {
+    let w = huge().written();
+    drop(w.vm.space.fork().unwrap());
+    assert_eq!(w.vm.space.write_fault(Gfn(1)).unwrap(), Resolution::Reused);
+    assert!(w.is_huge(Gfn(1)) && w.entry(P).is_writable());
+    assert_eq!((w.stats().sharers_moved, w.stats().split), (0, 0));
+    w.settle();
+}
+
+/// D7, and better than the kernel: of a folio of which one page is pinned, that page is copied, and the rest shared.
+#[test]
+fn fork_copies_the_pinned_pages_of_a_folio_and_no_others() {
+    let w = huge().written();
+    let pin = w.vm.space.pin(Gfn(2), Access::Write).unwrap();
+    assert!(w.is_huge(Gfn(2)), "a pin splits nothing");
+    assert_eq!((w.state(Gfn(2)).pins(), w.state(Gfn(1)).pins()), (1, 0));
+    let frozen = w.vm.space.fork().unwrap();
+    assert_eq!(w.stats().eager_copied, 1);
+    for n in 0..REGION {
+        let shares = frozen.frame(Gfn(n)).unwrap() == w.entry(Gfn(n)).pfn();
+        assert_eq!(shares, n != 2, "page {n}");
+    }
+    assert!(
+        w.entry(Gfn(2)).is_writable(),
+        "the pinned page's entry is not touched"
+    );
+    w.vm.dma_write(&pin, 7);
+    assert_eq!(w.vm.cpu_read(Gfn(2)), 7);
+    w.vm.cpu_write(Gfn(2), 8).unwrap();
+    assert_eq!(w.vm.dma_read(&pin), 8);
+    w.assert_as_written(&frozen);
+
+    // What stayed writable changed without a fault: the next snapshot must have it.
+    let next = w.vm.space.fork().unwrap();
+    assert_eq!((w.read(&next, Gfn(2)), w.read(&next, P)), (8, 100));
+    drop((pin, frozen, next));
+    w.settle();
+}
+
+/// Pins survive both ways, since no frame moves: where the kernel's collapse, which moves all, must refuse (F10).
+#[test]
+fn pins_survive_splits_and_the_making_of_huge_entries() {
+    let w = huge().written();
+    w.vm.space.set_whole_price(1);
+    let pin = w.vm.space.pin(Gfn(2), Access::Write).unwrap();
+    for round in 0..3 {
+        let frozen = w.vm.space.fork().unwrap();
+        assert!(!w.is_huge(P), "split for the pinned page");
+        w.vm.cpu_write(P, round).unwrap();
+        assert!(w.is_huge(P), "huge again");
+        assert_eq!(
+            (w.entry(Gfn(2)).pfn(), w.state(Gfn(2)).pins()),
+            (pin.pfn(), 1)
+        );
+        w.vm.dma_write(&pin, round + 50);
+        assert_eq!(w.vm.cpu_read(Gfn(2)), round + 50);
+        drop(frozen);
+    }
+    assert_eq!(w.stats().eager_copied, 3);
+    drop(pin);
+    drop(w.vm.space.fork().unwrap());
+    assert_eq!(w.stats().eager_copied, 3, "and shared as one after");
+    assert!(w.is_huge(P));
+    w.settle();
+}
+
+#[test]
+fn a_reading_pin_unshares_one_page() {
+    let w = huge().written();
+    let frozen = w.vm.space.fork().unwrap();
+    let pin = w.vm.space.pin(Gfn(1), Access::Read).unwrap();
+    assert!(!w.entry(Gfn(1)).is_writable(), "never writable (I11)");
+    assert!(w.state(Gfn(1)).is_exclusive() && !w.state(P).is_exclusive());
+    w.vm.cpu_write(Gfn(1), 7).unwrap();
+    assert_eq!(w.vm.dma_read(&pin), 7);
+    w.assert_as_written(&frozen);
+    drop((pin, frozen));
+    w.settle();
+}
+
+#[test]
+fn a_reading_pin_of_untouched_memory_gets_a_read_only_folio() {
+    let w = huge();
+    let pin = w.vm.space.pin(Gfn(1), Access::Read).unwrap();
+    assert!(w.is_huge(P) && !w.entry(P).is_writable() && w.state(P).is_exclusive());
+    assert_eq!(w.vm.space.write_fault(P).unwrap(), Resolution::Reused);
+    w.vm.cpu_write(Gfn(1), 7).unwrap();
+    assert_eq!((w.vm.dma_read(&pin), w.is_huge(P)), (7, true));
+    drop(pin);
+    w.settle();
+}
+
+#[test]
+fn a_readers_hold_on_a_page_keeps_writers_off_that_page() {
+    let w = huge().written();
+    let frozen = w.vm.space.fork().unwrap();
+    let hold = frozen.get(Gfn(1)).unwrap();
+    drop(frozen);
+    // Nobody else maps the folio, but somebody holds a page of it.
+    w.vm.cpu_write(Gfn(1), 7).unwrap();
+    assert_eq!((w.vm.read_held(&hold), w.vm.cpu_read(Gfn(1))), (101, 7));
+    assert_ne!(hold.pfn(), w.entry(Gfn(1)).pfn());
+    assert_eq!(w.vm.space.write_fault(P).unwrap(), Resolution::Reused);
+    drop(hold);
+    w.settle();
+}
+
+#[test]
+fn a_break_of_a_whole_region_moves_the_writer_off_a_page_that_is_held() {
+    let w = huge().written();
+    w.vm.space.set_whole_price(1);
+    let frozen = w.vm.space.fork().unwrap();
+    let hold = frozen.get(Gfn(1)).unwrap();
+    w.vm.cpu_write(P, 7).unwrap();
+    assert!((0..REGION).all(|n| w.entry(Gfn(n)).is_writable()));
+    assert!(!w.is_huge(P), "a page is elsewhere");
+    w.vm.cpu_write(Gfn(1), 8).unwrap();
+    assert_eq!(w.vm.read_held(&hold), 101);
+    w.assert_as_written(&frozen);
+    drop((hold, frozen));
+    w.settle();
+}
+
+#[test]
+fn snapshots_have_in_common_what_did_not_change_between_them() {
+    let w = huge().written();
+    let (a, b) = (w.vm.space.fork().unwrap(), w.vm.space.fork().unwrap());
+    assert_eq!(a.region_address(P), b.region_address(P));
+    w.vm.cpu_write(P, 7).unwrap();
+    let c = w.vm.space.fork().unwrap();
+    assert_ne!(b.region_address(P), c.region_address(P));
+    assert_eq!(b.region_address(NEXT), c.region_address(NEXT));
+    assert_eq!((w.read(&a, P), w.read(&b, P), w.read(&c, P)), (100, 100, 7));
+    // One break moves what two snapshots have in common.
+    w.vm.cpu_write(NEXT, 8).unwrap();
+    for frozen in [&a, &b, &c] {
+        assert_eq!(w.read(frozen, NEXT), 104);
+    }
+    assert_eq!(w.stats().sharers_moved, 2);
+    // In whatever order they go.
+    drop((b, a));
+    assert_eq!((w.read(&c, P), w.read(&c, NEXT)), (7, 104));
+    drop(c);
+    w.settle();
+}
+
+/// What is kept for the next fork is nobody's, and must not cost a copy.
+#[test]
+fn snapshots_that_are_gone_cost_no_copy() {
+    let w = huge().written();
+    w.vm.space.set_whole_price(1);
+    for _ in 0..3 {
+        drop(w.vm.space.fork().unwrap());
+    }
+    let in_use = w.pool.usage().in_use;
+    for n in 0..2 * REGION {
+        w.vm.cpu_write(Gfn(n), n).unwrap();
+    }
+    let stats = w.stats();
+    assert_eq!(
+        (stats.sharers_moved, stats.writer_moved, stats.neighbours),
+        (0, 0, 0)
+    );
+    assert_eq!(w.pool.usage().in_use, in_use);
+    w.settle();
+}
+
+#[test]
+fn a_clone_shares_folios_and_moves_to_its_own() {
+    let w = huge().written();
+    w.vm.space.set_whole_price(2);
+    let frozen = w.vm.space.fork().unwrap();
+    let clone = SoftVm::clone_of(&frozen, &w.memory, Exclusive).unwrap();
+    clone.space.set_whole_price(2);
+    let entry = |gfn| clone.space.entry(gfn).unwrap();
+    assert!(entry(P).is_huge() && entry(P).pfn() == w.entry(P).pfn());
+    assert_eq!(w.state(P).maps(), 3);
+
+    clone.cpu_write(P, 7).unwrap();
+    assert_eq!(clone.space.stats().writer_moved, 1);
+    assert!(
+        !entry(P).is_huge() && w.is_huge(P),
+        "each table has its own kind of entry"
+    );
+    assert_eq!(w.state(Gfn(1)).maps(), 3);
+    clone.cpu_write(Gfn(2), 9).unwrap();
+    assert!(
+        entry(P).is_huge() && entry(P).is_writable(),
+        "all of it is at home"
+    );
+    w.vm.cpu_write(Gfn(1), 8).unwrap();
+    let read = |vm: &SoftVm<Exclusive>| [0, 1, 2, 3].map(|n| vm.cpu_read(Gfn(n)));
+    assert_eq!(read(&clone), [7, 101, 9, 103]);
+    assert_eq!(read(&w.vm), [100, 8, 102, 103]);
+    w.assert_as_written(&frozen);
+
+    // A clone's own snapshots.
+    let second = clone.space.fork().unwrap();
+    clone.cpu_write(NEXT, 1).unwrap();
+    assert_eq!((w.read(&second, NEXT), w.read(&second, P)), (104, 7));
+    drop((frozen, second, clone));
+    w.settle();
+}
+
+#[test]
+fn a_clones_region_that_is_broken_whole_moves_with_one_mapping() {
+    let w = huge().written();
+    let frozen = w.vm.space.fork().unwrap();
+    let clone = SoftVm::clone_of(&frozen, &w.memory, Exclusive).unwrap();
+    clone.space.set_whole_price(1);
+    clone.cpu_write(P, 1).unwrap();
+    drop(clone.space.fork().unwrap());
+    clone.cpu_write(NEXT, 2).unwrap();
+    assert!((0..2 * REGION).all(|n| clone.space.entry(Gfn(n)).unwrap().is_huge()));
+    assert!((0..2 * REGION).all(|n| w.vm.cpu_read(Gfn(n)) == 100 + n));
+    assert_eq!((clone.cpu_read(Gfn(1)), clone.cpu_read(Gfn(5))), (101, 105));
+    drop((frozen, clone));
+    w.settle();
+}
+
+/// F5: what takes a page out of its frame splits the region, and is refused for the pages that are held.
+#[test]
+fn operations_on_a_page_split_its_region() {
+    let w = huge().written();
+    let pin = w.vm.space.pin(Gfn(1), Access::Write).unwrap();
+    assert!(matches!(
+        w.vm.space.migrate(Gfn(1)),
+        Err(RearrangeError::Busy { .. })
+    ));
+    assert!(matches!(
+        w.vm.space.discard(P, REGION),
+        Err(RearrangeError::Busy { gfn: Gfn(1), .. })
+    ));
+    let moved = w.vm.space.migrate(Gfn(2)).unwrap();
+    assert_eq!((w.entry(Gfn(2)).pfn(), w.vm.cpu_read(Gfn(2))), (moved, 102));
+    w.vm.cpu_write(P, 103).unwrap();
+    w.vm.space.merge(P, &w.vm.space, Gfn(3)).unwrap();
+    assert_eq!(w.entry(P).pfn(), w.entry(Gfn(3)).pfn());
+    w.vm.space
+        .force_write(NEXT, 0, &7u64.to_le_bytes())
+        .unwrap();
+    assert_eq!(
+        (w.vm.cpu_read(NEXT), w.is_huge(NEXT)),
+        (7, true),
+        "it was writable"
+    );
+    assert_eq!(w.vm.space.discard(NEXT, REGION).unwrap(), REGION);
+    assert!((0..REGION).all(|n| w.vm.cpu_read(Gfn(NEXT.0 + n)) == 0));
+    assert_eq!(
+        (w.vm.cpu_read(Gfn(1)), w.entry(Gfn(1)).pfn()),
+        (101, pin.pfn())
+    );
+    drop(pin);
+    w.settle();
+}
+
+#[test]
+fn answers_of_dirty_tracking_are_by_page_from_the_first_on() {
+    let w = huge().written();
+    let pages = |set: PageSet| set.iter().map(|gfn| gfn.0).collect::<Vec<_>>();
+    let all: Vec<_> = (0..2 * REGION).collect();
+    assert_eq!(pages(w.vm.space.take_dirty().unwrap()), all);
+    assert_eq!(pages(w.vm.space.take_dirty().unwrap()), [0; 0]);
+    w.vm.cpu_write(Gfn(2), 5).unwrap();
+    let pin = w.vm.space.pin(Gfn(5), Access::Write).unwrap();
+    assert_eq!(pages(w.vm.space.take_dirty().unwrap()), [2, 5]);
+    assert_eq!(pages(w.vm.space.take_dirty().unwrap()), [5], "held still");
+    drop(pin);
+    w.settle();
+}
+
+#[test]
+fn a_restore_puts_a_region_back_in_place_and_passes_over_what_did_not_change() {
+    let w = huge().written();
+    let frozen = w.vm.space.fork().unwrap();
+    let younger = w.vm.space.fork().unwrap();
+    let frames: Vec<_> = (0..REGION).map(|n| w.entry(Gfn(n)).pfn()).collect();
+    w.vm.space.set_whole_price(1);
+    for n in 0..REGION {
+        w.vm.cpu_write(Gfn(n), n).unwrap();
+    }
+    let last = w.vm.space.fork().unwrap();
+    w.vm.space.restore(&frozen).unwrap();
+    for n in 0..2 * REGION {
+        assert_eq!(w.vm.cpu_read(Gfn(n)), 100 + n);
+    }
+    assert!((0..REGION).all(|n| w.entry(Gfn(n)).pfn() == frames[n as usize]));
+    assert!(w.is_huge(P) && w.is_huge(NEXT));
+    assert!(!w.state(NEXT).is_exclusive(), "not looked at");
+    assert!((0..REGION).all(|n| w.read(&last, Gfn(n)) == n));
+    w.assert_as_written(&younger);
+    drop((frozen, younger, last));
+    w.settle();
+}
+
+#[test]
+fn a_restore_to_before_a_region_was_touched_makes_it_zeros() {
+    let w = huge();
+    w.vm.cpu_write(P, 5).unwrap();
+    let frozen = w.vm.space.fork().unwrap();
+    w.vm.cpu_write(NEXT, 6).unwrap();
+    w.vm.space.restore(&frozen).unwrap();
+    assert_eq!((w.vm.cpu_read(P), w.vm.cpu_read(NEXT)), (5, 0));
+    drop(frozen);
+    w.settle();
+}
+
+/// An orphan goes with its last holder, and the rest of its folio does not wait for it.
+#[test]
+fn a_pinned_page_outlives_its_folio() {
+    let w = huge().written();
+    let pin = w.vm.space.pin(Gfn(1), Access::Write).unwrap();
+    let Huge { pool, vm, memory } = w;
+    drop(vm);
+    assert_eq!((pool.usage().in_use, pool.state(pin.pfn()).pins()), (1, 1));
+    assert_eq!(memory.load(pin.pfn()), 101);
+    drop(pin);
+    assert_eq!(pool.leftovers(9), []);
+    assert_eq!(pool.usage().in_use, 0);
+}
+
+/// D13 of a folio: nothing is lost, whichever page there is no memory for.
+#[test]
+fn a_fork_without_memory_for_a_pinned_page_changes_nothing() {
+    let (pool, memory) = soft_pool_of(Order::new(2), 64).unwrap();
+    drop(pool);
+    let bytes = Arc::clone(&memory) as Arc<dyn FrameMemory>;
+    let pool = FramePool::with_folios_of(Order::new(2), bytes, 64, 2 * REGION + 1).unwrap();
+    let vm = SoftVm::new(&pool, &memory, Exclusive, 2 * REGION).unwrap();
+    let w = Huge { pool, memory, vm }.written();
+    let pins = [1, 5].map(|n| w.vm.space.pin(Gfn(n), Access::Write).unwrap());
+    let error = w.vm.space.fork().unwrap_err();
+    assert!(
+        matches!(error, ForkError::EagerCopy { gfn: Gfn(5), .. }),
+        "{error}"
+    );
+    assert_eq!(w.pool.usage().in_use, 2 * REGION);
+    for n in 0..2 * REGION {
+        assert_eq!(
+            (w.state(Gfn(n)).maps(), w.vm.cpu_read(Gfn(n))),
+            (1, 100 + n)
+        );
+        w.vm.cpu_write(Gfn(n), n).unwrap();
+    }
+    assert_eq!(w.vm.dma_read(&pins[0]), 1);
+    drop(pins);
+    let frozen = w.vm.space.fork().unwrap();
+    assert!((0..2 * REGION).all(|n| w.read(&frozen, Gfn(n)) == n));
+    drop(frozen);
+    w.settle();
+}
+
+#[test]
+fn a_break_of_a_whole_region_that_runs_out_of_memory_leaves_the_rest() {
+    let (pool, memory) = soft_pool_of(Order::new(2), 64).unwrap();
+    drop(pool);
+    let bytes = Arc::clone(&memory) as Arc<dyn FrameMemory>;
+    let pool = FramePool::with_folios_of(Order::new(2), bytes, 64, REGION + 2).unwrap();
+    let vm = SoftVm::new(&pool, &memory, Exclusive, REGION).unwrap();
+    let w = Huge { pool, memory, vm }.written();
+    w.vm.space.set_whole_price(1);
+    let frozen = w.vm.space.fork().unwrap();
+    w.vm.cpu_write(P, 1).unwrap();
+    assert!(w.entry(P).is_writable() && w.entry(Gfn(1)).is_writable());
+    assert!(!w.entry(Gfn(2)).is_writable());
+    assert!(w.vm.cpu_write(Gfn(2), 1).is_err(), "no memory for the copy");
+    w.assert_as_written(&frozen);
+    drop(frozen);
+    w.vm.cpu_write(Gfn(2), 1).unwrap();
+    w.settle();
+}
+
+#[test]
+fn a_folio_that_formed_again_is_shared_as_one() {
+    let w = huge().written();
+    w.vm.space.set_whole_price(1);
+    let first = w.vm.space.fork().unwrap();
+    w.vm.cpu_write(P, 1).unwrap();
+    assert!(w.is_huge(P));
+    let second = w.vm.space.fork().unwrap();
+    assert!(second.entry(P).unwrap().is_huge() && !first.entry(P).unwrap().is_huge());
+    drop(first);
+    drop(second);
+    w.settle();
+}
