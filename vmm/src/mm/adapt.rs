@@ -21,11 +21,12 @@ pub(super) struct Breaks {
 }
 
 impl Breaks {
-    /// The first change after a fork.
+    /// The first change after a fork. What was written while nobody shared it says nothing of how it is written.
     pub(super) fn begin(&mut self) {
-        self.streak = match self.is_whole {
-            true => (self.streak + 1) % PROBE,
-            false => 0,
+        self.streak = match (self.is_whole, self.small) {
+            (true, _) => (self.streak + 1) % PROBE,
+            (false, 0) => self.streak,
+            (false, _) => 0,
         };
         self.small = 0;
         self.is_whole = false;

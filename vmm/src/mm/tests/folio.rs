@@ -196,6 +196,24 @@ fn a_region_that_is_always_broken_whole_stays_huge() {
     w.settle();
 }
 
+/// Nothing is learnt from what was written while nobody shared it.
+#[test]
+fn a_snapshot_that_is_gone_at_once_unteaches_nothing() {
+    let w = huge().written();
+    w.vm.space.set_whole_price(2);
+    for round in 0..3 {
+        let frozen = w.vm.space.fork().unwrap();
+        let before = w.stats().split;
+        w.vm.cpu_write(P, round).unwrap();
+        w.vm.cpu_write(Gfn(1), round).unwrap();
+        assert_eq!(w.stats().split - before, u64::from(round == 0));
+        drop(frozen);
+        drop(w.vm.space.fork().unwrap());
+        w.vm.cpu_write(P, round).unwrap();
+    }
+    w.settle();
+}
+
 #[test]
 fn a_region_nobody_shares_any_more_is_written_without_a_copy() {
     let w = huge().written();
