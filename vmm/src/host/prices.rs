@@ -18,6 +18,8 @@ pub struct Prices {
     whole: AtomicU64,
     /// The shortest time a vCPU was in the guest: that of going there and back.
     entry: AtomicU64,
+    /// The shortest time a fault took from exit to entry: decoding and registers, and what little it resolved.
+    handling: AtomicU64,
     /// Not learnt, but given.
     fixed: Option<u32>,
 }
@@ -33,11 +35,12 @@ impl Prices {
 
     /// A vCPU was in the guest for so long.
     pub fn entered(&self, time: Duration) {
-        let time = nanoseconds(time);
-        let shortest = self.entry.load(Ordering::Relaxed);
-        if time < shortest || shortest == 0 {
-            self.entry.store(time, Ordering::Relaxed);
-        }
+        shortest(&self.entry, time);
+    }
+
+    /// A fault took so long from exit to entry.
+    pub fn handled(&self, time: Duration) {
+        shortest(&self.handling, time);
     }
 
     /// A fault was resolved in so long. Says how many breaks of a page the break of a region is worth, if that is known.
@@ -72,8 +75,17 @@ impl Prices {
             return self.fixed;
         }
         let get = |price: &AtomicU64| price.load(Ordering::Relaxed);
-        let (small, whole, entry) = (get(&self.small), get(&self.whole), get(&self.entry));
-        (small > 0 && whole > 0).then(|| ((whole + entry) / (small + entry)).clamp(1, 512) as u32)
+        let (small, whole) = (get(&self.small), get(&self.whole));
+        let around = get(&self.entry) + get(&self.handling).saturating_sub(small);
+        (small > 0 && whole > 0).then(|| ((whole + around) / (small + around)).clamp(1, 512) as u32)
+    }
+}
+
+fn shortest(of: &AtomicU64, time: Duration) {
+    let time = nanoseconds(time);
+    let shortest = of.load(Ordering::Relaxed);
+    if time < shortest || shortest == 0 {
+        of.store(time, Ordering::Relaxed);
     }
 }
 
@@ -102,6 +114,16 @@ mod tests {
         prices.entered(90 * US);
         assert_eq!(prices.paid(fault(false), 10 * US), None, "of one kind only");
         assert_eq!(prices.paid(fault(true), 370 * US), Some(10));
+    }
+
+    #[test]
+    fn what_is_around_a_fault_belongs_to_its_price() {
+        let prices = Prices::default();
+        prices.entered(20 * US);
+        prices.handled(50 * US);
+        prices.handled(40 * US);
+        prices.paid(fault(false), 10 * US);
+        assert_eq!(prices.paid(fault(true), 370 * US), Some(7));
     }
 
     #[test]

@@ -25,6 +25,9 @@ pub trait GuestRam: Send + Sync {
     /// Notes that a vCPU was in the guest for so long, from entry to exit: the shortest time is what entry and exit cost.
     fn was_entered(&self, _time: Duration) {}
 
+    /// Notes that a vCPU's write fault took so long from its exit to where it can enter again, decoding and registers included.
+    fn was_handled(&self, _time: Duration) {}
+
     /// Copies guest memory at `gpa` out, as a transient reader.
     fn read(&self, gpa: u64, buf: &mut [u8]) -> Result<(), MemoryError>;
 

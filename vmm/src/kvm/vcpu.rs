@@ -140,9 +140,11 @@ impl Vcpu {
                 }
                 Exit::WriteFault(gpas) => {
                     self.counters.write_faults.fetch_add(1, Ordering::Relaxed);
+                    let exited = Instant::now();
                     if let Err(error) = self.write_fault(gpas, &mut retries) {
                         return Some(self.failed(error));
                     }
+                    self.ram.was_handled(exited.elapsed());
                 }
                 Exit::Crash(reason) => return Some(self.crashed(reason)),
                 Exit::Error(source) => return Some(self.failed(RunError::Run { source })),

@@ -226,6 +226,10 @@ impl<P: CowPolicy> GuestRam for Ram<P> {
         self.prices().entered(time);
     }
 
+    fn was_handled(&self, time: Duration) {
+        self.prices().handled(time);
+    }
+
     fn read(&self, gpa: u64, buf: &mut [u8]) -> Result<(), MemoryError> {
         Ok(Self::read(self, gpa, buf)?)
     }
