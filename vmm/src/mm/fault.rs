@@ -500,7 +500,7 @@ impl<P: CowPolicy> AddressSpace<P> {
         if const { goes_wrong::<P>() } {
             return self.move_writer_in_wrong_order(region, gfn, entry, intent, fresh);
         }
-        self.pool.memory().copy(pfn, fresh.pfn());
+        self.copy(pfn, fresh.pfn());
         self.mmu.map(gfn, fresh.pfn(), 1, intent.protection())?;
         region.set(gfn, intent.entry(entry, fresh.into_mapped()));
         self.pool.unmap(pfn);
