@@ -251,14 +251,18 @@ impl<P: CowPolicy> AddressSpace<P> {
     pub fn from_frozen(frozen: &Frozen, policy: P, mmu: Box<dyn Mmu>) -> Result<Self, ForkError> {
         let pool = Arc::clone(&frozen.pool);
         let clone = Self::new(pool, policy, mmu, frozen.pages()).map_err(ForkError::Home)?;
+        let mut different = Vec::new();
         for (index, from) in frozen.table.iter() {
             let theirs = from.lock();
             let mut to = clone.table.lock(index);
             if let Some(head) = theirs.huge() {
-                clone.adopt_huge(&mut to, head)?;
+                if clone.adopt_huge(&mut to, head)? == Adopted::InPart {
+                    different.push(index);
+                }
                 continue;
             }
             let pages = to.pages();
+            let mut adopted = Adopted::Shared;
             // A break must not move the snapshot between the look and the share: the frame would be the writer's.
             let stays = (!without::<P>(Safeguard::CloneUnderLock)).then_some(theirs);
             for gfn in pages {
@@ -267,30 +271,30 @@ impl<P: CowPolicy> AddressSpace<P> {
                     None => from.lock().get(gfn),
                 };
                 if entry.is_present() {
-                    clone.adopt(&mut to, gfn, entry.pfn())?;
+                    adopted = adopted.and(clone.adopt(&mut to, gfn, entry.pfn())?);
                 }
             }
+            if adopted == Adopted::InPart || !to.is_full() {
+                different.push(index);
+            }
         }
-        // Until it changes something, its own forks are what the snapshot is.
+        // Until it changes something, its own forks are what the snapshot is: where all of it is shared.
         lock(&clone.lineage).unchanged = frozen.table.clone();
-        let last = clone.table.regions() - 1;
-        let mut region = clone.table.lock(last);
-        if !region.is_full() {
-            clone.open(&mut region);
+        for index in different {
+            clone.open(&mut clone.table.lock(index));
         }
-        drop(region);
         Ok(clone)
     }
 
     /// Maps the folio of a snapshot's region at the same region of this space, read-only. The region was untouched.
-    fn adopt_huge(&self, region: &mut RegionGuard<'_>, head: Pfn) -> Result<(), ForkError> {
+    fn adopt_huge(&self, region: &mut RegionGuard<'_>, head: Pfn) -> Result<Adopted, ForkError> {
         let frames = self.pool.frames();
         if frames.try_share_huge(head, &self.policy).is_err() {
             frames.mark_by_page(head);
-            for (gfn, pfn) in region.pages().zip(head.run(region.len())) {
-                self.adopt(region, gfn, pfn)?;
-            }
-            return Ok(());
+            let mut pages = region.pages().zip(head.run(region.len()));
+            return pages.try_fold(Adopted::Shared, |all, (gfn, pfn)| {
+                Ok(all.and(self.adopt(region, gfn, pfn)?))
+            });
         }
         let (first, count) = (region.first(), region.len());
         if let Err(error) = self.mmu.map(first, head, count, Protection::ReadOnly) {
@@ -298,18 +302,41 @@ impl<P: CowPolicy> AddressSpace<P> {
             return Err(ForkError::Map(error));
         }
         region.set_huge(Entry::huge_read_only(head));
-        Ok(())
+        Ok(Adopted::Shared)
     }
 
     /// Maps the frame of a snapshot's page, or a copy if it cannot be shared, at the same page of this
     /// space, read-only. The page was untouched.
-    fn adopt(&self, region: &mut RegionGuard<'_>, gfn: Gfn, pfn: Pfn) -> Result<(), ForkError> {
-        let pfn = self.share_or_copy(gfn, pfn)?;
-        if let Err(error) = self.mmu.map(gfn, pfn, 1, Protection::ReadOnly) {
-            self.pool.unmap(pfn);
+    fn adopt(
+        &self,
+        region: &mut RegionGuard<'_>,
+        gfn: Gfn,
+        pfn: Pfn,
+    ) -> Result<Adopted, ForkError> {
+        let ours = self.share_or_copy(gfn, pfn)?;
+        if let Err(error) = self.mmu.map(gfn, ours, 1, Protection::ReadOnly) {
+            self.pool.unmap(ours);
             return Err(ForkError::Map(error));
         }
-        region.set(gfn, Entry::read_only(pfn));
-        Ok(())
+        region.set(gfn, Entry::read_only(ours));
+        Ok(if ours == pfn {
+            Adopted::Shared
+        } else {
+            Adopted::InPart
+        })
+    }
+}
+
+/// Whether a clone has in common with its snapshot what it was to have in common.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Adopted {
+    Shared,
+    /// Some page had to be copied, and so is the clone's own.
+    InPart,
+}
+
+impl Adopted {
+    fn and(self, other: Self) -> Self {
+        if self == Self::Shared { other } else { self }
     }
 }

@@ -867,3 +867,17 @@ fn the_shortest_way_to_each_broken_promise() {
         follow::<Exclusive, Exclusive>(Shape::BASE, ops, &[]).unwrap();
     }
 }
+
+/// A clone's page that had to be copied, since a reader's pin kept it from being shared, is not what the snapshot has.
+#[test]
+fn what_a_clone_has_of_its_own_is_in_its_forks() {
+    let ops = [
+        Op::WriteCommon(0, 0),
+        Op::Fork(0),
+        Op::Pin(0, 0, Access::Read),
+        Op::Clone(0),
+        Op::ForceWrite(1, 0),
+        Op::Fork(1),
+    ];
+    follow::<Refcount, Refcount>(Shape::HUGE, &ops, &[]).unwrap();
+}
