@@ -1,6 +1,7 @@
 //! The window against what the kernel says of it, and guest memory as host code sees it.
 
 use std::fs;
+use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use proptest::prelude::*;
@@ -119,6 +120,58 @@ fn a_crowded_window_resolves_whole_regions_and_never_runs_out() {
             .unwrap();
     }
     assert!(budget.peak() > budget.limit() / 4 * 3, "it was crowded");
+}
+
+/// Bytes of the window at `start` that the kernel maps by huge pages, once all of it was looked at.
+fn mapped_huge(start: u64, len: u64) -> u64 {
+    let hex = |text: &str| u64::from_str_radix(text, 16).ok();
+    let memory = fs::File::open("/proc/self/mem").unwrap();
+    for at in (start..start + len).step_by(PAGE_SIZE as usize) {
+        memory.read_exact_at(&mut [0], at).unwrap();
+    }
+    let text = fs::read_to_string("/proc/self/smaps").unwrap();
+    let mut is_ours = false;
+    let mut bytes = 0;
+    for line in text.lines() {
+        let (word, rest) = line.split_once(' ').unwrap_or((line, ""));
+        if let Some((from, to)) = word.split_once('-')
+            && let (Some(from), Some(to)) = (hex(from), hex(to))
+        {
+            is_ours = from < start + len && to > start;
+        } else if is_ours && word == "ShmemPmdMapped:" {
+            let kib = rest.trim().trim_end_matches(" kB");
+            bytes += kib.parse::<u64>().unwrap() << 10;
+        }
+    }
+    bytes
+}
+
+/// Else the guest faults once for every page of it after each snapshot, whatever the entry says.
+#[test]
+fn the_host_maps_a_region_huge_again_that_was_broken_page_by_page() {
+    let (pages, frames) = (2 * REGION_PAGES, 8 * REGION_PAGES);
+    let physmap = physmap(frames);
+    let pool = FramePool::new(Arc::clone(&physmap) as _, frames, frames).unwrap();
+    let budget = Arc::new(MappingBudget::with_limit(100));
+    let window = Window::new(Arc::clone(&physmap), budget, pages).unwrap();
+    let (start, len) = (window.host_address(), pages * PAGE_SIZE);
+    let space = AddressSpace::new(pool, Exclusive, Box::new(window), pages).unwrap();
+    space.set_whole_price(4);
+    for n in 0..pages {
+        space.write_fault(Gfn(n)).unwrap();
+    }
+    if !physmap.is_huge() {
+        eprintln!("skipped: the host gives no huge pages");
+        return;
+    }
+    assert_eq!(mapped_huge(start, len), len);
+    let frozen = space.fork().unwrap();
+    for (gfn, huge) in [(7, len / 2), (9, len / 2), (300, len / 2), (8, len)] {
+        space.write_fault(Gfn(gfn)).unwrap();
+        assert_eq!(mapped_huge(start, len), huge, "after page {gfn}");
+    }
+    assert!(space.entry(Gfn(7)).unwrap().is_huge());
+    drop(frozen);
 }
 
 #[test]

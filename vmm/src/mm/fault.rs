@@ -296,13 +296,19 @@ impl<P: CowPolicy> AddressSpace<P> {
             }
             Counters::add(&self.counters.neighbours);
         }
-        let done = self
-            .allow_writes(region, &in_place)
-            .and_then(|()| self.map_moved(region, moved));
+        let done = match self.folio_of(region, &in_place) {
+            Some(head) => self.form_huge(region, head),
+            None => self
+                .allow_writes(region, &in_place)
+                .and_then(|()| self.map_moved(region, moved))
+                .and_then(|()| match self.folio_of(region, &[]) {
+                    Some(head) => self.form_huge(region, head),
+                    None => Ok(()),
+                }),
+        };
         if done.is_ok() {
             region.state.breaks.count_whole();
             Counters::add(&self.counters.whole);
-            self.form_huge(region);
         }
     }
 
@@ -370,25 +376,40 @@ impl<P: CowPolicy> AddressSpace<P> {
         Ok(())
     }
 
-    /// Maps a region by a huge entry again if its pages are the frames of one folio, in order, exclusive, and all writable. The MMU
-    /// shows nothing else than before.
-    fn form_huge(&self, region: &mut RegionGuard<'_>) {
+    /// The folio that a region is in, page by page and in order, if every page is writable or among `in_place`.
+    fn folio_of(&self, region: &RegionGuard<'_>, in_place: &[Gfn]) -> Option<Pfn> {
         let head = region.get(region.first()).pfn();
-        let in_order = || {
-            region.pages().zip(0..).all(|(gfn, n)| {
+        let mut in_place = in_place.iter().peekable();
+        let mut in_order = || {
+            region.pages().zip(head.0..).all(|(gfn, pfn)| {
                 let entry = region.get(gfn);
-                entry.is_writable() && entry.pfn() == Pfn(head.0 + n)
+                let is_ours = in_place.next_if_eq(&&gfn).is_some() || entry.is_writable();
+                is_ours && entry.pfn() == Pfn(pfn)
             })
         };
-        if self.uses_huge
+        let is_folio = self.uses_huge
             && region.is_full()
             && self.pool.frames().head(head) == head
-            && in_order()
-            && self.pool.frames().try_form_huge(head).is_ok()
-        {
+            && in_order();
+        is_folio.then_some(head)
+    }
+
+    /// Maps a region by a huge entry again whose pages are all exclusive, in the folio at `head`.
+    ///
+    /// The MMU maps it anew, though nothing but rights differ: a host that has split its own huge mapping for a page that was protected
+    /// by itself does not join it again, and would have the guest fault 512 times where one would do.
+    fn form_huge(&self, region: &mut RegionGuard<'_>, head: Pfn) -> Result<(), FaultError> {
+        let (first, count) = (region.first(), region.len());
+        self.mmu.map(first, head, count, Protection::ReadWrite)?;
+        if self.pool.frames().try_form_huge(head).is_ok() {
             region.set_huge(Entry::huge_writable(head));
             Counters::add(&self.counters.formed);
+        } else {
+            for (gfn, pfn) in region.pages().zip(head.run(count)) {
+                region.set(gfn, Entry::writable(pfn));
+            }
         }
+        Ok(())
     }
 
     /// T1, and T8 for memory that was never touched. The first touch of a region gets all of it a huge folio, if that can be had.
