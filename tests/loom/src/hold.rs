@@ -80,5 +80,7 @@ hold! {
     pin_of_a_folios_page_against_split
     pin_against_the_making_of_a_folio
     break_of_a_folio_against_drop_of_the_snapshot
+    whole_break_of_a_folio_against_drop_of_the_snapshot
+    whole_break_of_a_folio_against_a_reader_of_the_snapshot
     end_of_a_folio_against_its_last_holder
 }

@@ -262,9 +262,7 @@ impl<P: CowPolicy> AddressSpace<P> {
         let Some(fresh) = self.pool.allocate_huge(&self.home, first.0)? else {
             return Ok(false);
         };
-        let from = huge.pfn().run(count);
-        from.zip(fresh.head().run(count))
-            .for_each(|(from, to)| self.copy(from, to));
+        self.copy_run(huge.pfn(), fresh.head(), count);
         self.mmu
             .map(first, fresh.head(), count, Protection::ReadWrite)?;
         region.set_huge(Entry::huge_writable(fresh.into_mapped()));
@@ -444,6 +442,9 @@ impl<P: CowPolicy> AddressSpace<P> {
 
     /// Points every snapshot that shares a page of the region at a copy, whatever that costs; says whether nobody else does.
     pub(super) fn move_all_sharers(&self, region: &RegionGuard<'_>) -> Result<bool, FaultError> {
+        if self.move_sharers_huge(region)? {
+            return Ok(true);
+        }
         for gfn in region.pages() {
             let entry = region.get(gfn);
             if !self.move_sharers(region, gfn, entry.pfn())? {
@@ -451,6 +452,50 @@ impl<P: CowPolicy> AddressSpace<P> {
             }
             Counters::add(&self.counters.neighbours);
         }
+        Ok(true)
+    }
+
+    /// Points every snapshot at a copy of the region's folio in one piece: a folio as well, so that they keep their shape, too. `false`,
+    /// and nothing has changed, if there is no folio for it, or if anything has pages of it but huge entries of snapshots.
+    fn move_sharers_huge(&self, region: &RegionGuard<'_>) -> Result<bool, FaultError> {
+        let Some(head) = region.huge().map(Entry::pfn) else {
+            return Ok(false);
+        };
+        let sharing = || {
+            let alive = region.state.sharers.iter().filter_map(Weak::upgrade);
+            alive.filter(|s| s.lock().huge() == Some(head))
+        };
+        let (frames, sharers) = (self.pool.frames(), sharing().count() as u64);
+        if sharers == 0 || !frames.is_mapped_huge_only::<P>(head, sharers + 1) {
+            return Ok(false);
+        }
+        let Some(copy) = self.pool.allocate_folio()? else {
+            return Ok(false);
+        };
+        self.copy_run(head, copy.head(), region.len());
+        // Our own mapping holds it until it is handed out to all, as in `move_sharers`.
+        let copied_to = copy.into_mapped();
+        for snapshot in sharing() {
+            let mut theirs = snapshot.lock();
+            debug_assert_eq!(
+                theirs.huge(),
+                Some(head),
+                "{:?} of a snapshot moved",
+                region.first()
+            );
+            if frames.try_map_again_huge(copied_to).is_ok() {
+                theirs.move_folio(copied_to);
+            }
+            if without::<P>(Safeguard::CopyIsHeld) {
+                self.pool.unmap_huge(copied_to);
+            }
+        }
+        if !without::<P>(Safeguard::CopyIsHeld) {
+            self.pool.unmap_huge(copied_to);
+        }
+        self.counters
+            .neighbours
+            .fetch_add(region.len(), Ordering::Relaxed);
         Ok(true)
     }
 
@@ -501,8 +546,12 @@ impl<P: CowPolicy> AddressSpace<P> {
     }
 
     fn copy(&self, from: Pfn, to: Pfn) {
-        self.pool.memory().copy(from, to);
-        Counters::add(&self.counters.copied);
+        self.copy_run(from, to, 1);
+    }
+
+    fn copy_run(&self, from: Pfn, to: Pfn, count: u64) {
+        self.pool.memory().copy_run(from, to, count);
+        self.counters.copied.fetch_add(count, Ordering::Relaxed);
     }
 
     /// Points this space's page at a copy of its frame.

@@ -207,6 +207,23 @@ impl FrameTable {
         }
     }
 
+    /// One more huge entry, possibly shared, for a folio that the caller maps by one. Refused if the counter is full.
+    pub(super) fn try_map_again_huge(&self, head: Pfn) -> Result<(), FrameState> {
+        self.update_folio(head, |f| {
+            debug_assert!(f.maps() > 0, "{head:?} is not held");
+            f.possibly_shared().plus_map()
+        })
+        .map(drop)
+        .map_err(|f| f.page(FrameState::FREE))
+    }
+
+    /// Whether nothing but `huge` huge entries has any page of a folio: nobody holds one or maps it by a small entry.
+    pub(super) fn is_mapped_huge_only<P: CowPolicy>(&self, head: Pfn, huge: u64) -> bool {
+        let folio = self.folio_state(head);
+        let only = |page: FrameState| page.refs() == huge;
+        folio.maps() == huge && self.page_in_the_way::<P>(head, folio, only).is_none()
+    }
+
     /// Whether [`FrameTable::try_share_huge`] would share it just now.
     pub(super) fn may_share_huge<P: CowPolicy>(&self, head: Pfn, policy: &P) -> bool {
         let folio = self.folio_state(head);

@@ -221,4 +221,12 @@ impl FrozenGuard<'_> {
             self.pool.unmap(from);
         }
     }
+
+    /// Shows the whole region, which a huge entry maps, in another folio, whose mapping is counted, and gives the mapping of the old one back.
+    pub(super) fn move_folio(&mut self, to: Pfn) {
+        if let FrozenFrames::Huge(head) = &mut *self.frames {
+            let from = std::mem::replace(head, to);
+            self.pool.unmap_huge(from);
+        }
+    }
 }

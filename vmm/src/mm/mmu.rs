@@ -62,6 +62,13 @@ pub trait FrameMemory: Send + Sync {
     /// was not stopped and holds a pin on `from`: the copy may be torn then, and nothing else.
     fn copy(&self, from: Pfn, to: Pfn);
 
+    /// Copies the `count` frames from `from` on to those from `to` on, as [`FrameMemory::copy`]. The two do not overlap.
+    fn copy_run(&self, from: Pfn, to: Pfn, count: u64) {
+        for (from, to) in from.run(count).zip(to.run(count)) {
+            self.copy(from, to);
+        }
+    }
+
     /// Fills a frame with zeros.
     fn zero(&self, frame: Pfn);
 

@@ -77,10 +77,15 @@ struct Allocator {
     blank: BitSet,
     /// Frames of somebody's home: handed out for their page alone.
     reserved: BitSet,
-    /// Freed frames outside homes.
-    free: Vec<Pfn>,
+    /// Runs as long as a huge folio in which some frame outside homes may be free and some is not, by their first frames.
+    partial: Vec<Pfn>,
+    /// Which runs are in `partial`.
+    is_partial: BitSet,
+    /// Runs all of whose frames are free and outside homes.
+    free_folios: Vec<Pfn>,
     /// From here on no frame was ever used.
     fresh: u64,
+    folio: Order,
     usage: PoolUsage,
 }
 
@@ -123,8 +128,11 @@ impl FramePool {
                 committed: BitSet::new(frames),
                 blank: BitSet::new(frames),
                 reserved: BitSet::new(frames),
-                free: Vec::new(),
+                partial: Vec::new(),
+                is_partial: BitSet::new(frames.div_ceil(huge.pages())),
+                free_folios: Vec::new(),
                 fresh: 1,
+                folio: huge,
                 usage: PoolUsage {
                     limit,
                     ..PoolUsage::default()
@@ -174,8 +182,7 @@ impl FramePool {
         if first + pages > self.frames.len() {
             return Err(AllocError::Home { pages });
         }
-        let skipped = a.fresh..first;
-        a.free.extend(skipped.map(Pfn));
+        a.skip_to(first);
         a.fresh = first + pages;
         a.reserved.set_run(Pfn(first), pages, true);
         Ok(Home {
@@ -197,7 +204,7 @@ impl FramePool {
         let folio = self.huge();
         let batch = folio.floor(pfn.0) + folio.pages() - pfn.0;
         if let Err(error) = a.take(pfn, 1, batch.min(self.frames.len() - pfn.0), &*self.memory) {
-            a.free.push(pfn);
+            a.note_free(pfn);
             return Err(error);
         }
         Ok(Fresh::new(self, pfn))
@@ -218,6 +225,24 @@ impl FramePool {
         }
         let batch = (home.pages - index).min(COMMIT_FOLIOS * pages);
         let is_blank = a.take(head, pages, batch, &*self.memory)?;
+        Ok(Some(FreshFolio {
+            pool: Arc::clone(self),
+            head,
+            is_blank,
+            owned_elsewhere: false,
+        }))
+    }
+
+    /// The frames of a huge folio for anything. `None` if there is no such run, or not memory for all of it. With whatever is in them.
+    pub(super) fn allocate_folio(self: &Arc<Self>) -> Result<Option<FreshFolio>, AllocError> {
+        let folio = self.huge();
+        let mut a = lock(&self.allocator);
+        let Some(head) = a.pick_folio(self.frames.len()) else {
+            return Ok(None);
+        };
+        let is_blank = a
+            .take(head, folio.pages(), folio.pages(), &*self.memory)
+            .inspect_err(|_| a.free_folios.push(head))?;
         Ok(Some(FreshFolio {
             pool: Arc::clone(self),
             head,
@@ -282,13 +307,14 @@ impl FramePool {
 
     /// Gives back a mapping of the folio at `head` by a huge entry.
     pub(super) fn unmap_huge(&self, head: Pfn) {
-        let free = match self.frames.unmap_huge(head) {
-            Dissolved::No => return,
-            Dissolved::Free => self.frames.pages_of(head).collect(),
-            Dissolved::InPart(free) => free,
-        };
-        let mut a = lock(&self.allocator);
-        free.into_iter().for_each(|pfn| a.release(pfn));
+        match self.frames.unmap_huge(head) {
+            Dissolved::No => {}
+            Dissolved::Free => lock(&self.allocator).release_folio(head),
+            Dissolved::InPart(free) => {
+                let mut a = lock(&self.allocator);
+                free.into_iter().for_each(|pfn| a.release(pfn));
+            }
+        }
     }
 
     /// For model checkers: as [`FramePool::unmap`], without an order.
@@ -399,16 +425,121 @@ impl fmt::Debug for FramePool {
 }
 
 impl Allocator {
-    /// Takes a frame outside homes off the free ones: the last that was freed. At the limit, one that has memory already.
+    /// Takes a frame outside homes off the free ones: of a run that is in use already, if there is one, so that whole runs stay free.
+    /// At the limit, one that has memory already.
     fn pick(&mut self, frames: u64) -> Option<Pfn> {
-        if let Some(at) = self.free.iter().rposition(|&pfn| self.can_back(pfn)) {
-            return Some(self.free.swap_remove(at));
+        if self.usage.committed >= self.usage.limit {
+            return self.pick_committed();
         }
-        let pfn = Pfn(self.fresh);
-        (pfn.0 < frames && self.can_back(pfn)).then(|| {
+        while let Some(&head) = self.partial.last() {
+            match self.free_in(head) {
+                Some(pfn) if !self.is_free_folio(head) => return Some(pfn),
+                // It is full, or free as a whole and listed as such.
+                _ => {
+                    self.partial.pop();
+                    self.is_partial.set(self.run(head), false);
+                }
+            }
+        }
+        if let Some(head) = self.free_folios.pop() {
+            self.list_partial(head);
+            return Some(head);
+        }
+        (self.fresh < frames).then(|| {
             self.fresh += 1;
-            pfn
+            Pfn(self.fresh - 1)
         })
+    }
+
+    fn pick_committed(&mut self) -> Option<Pfn> {
+        let words = self.committed.0.iter().zip(&self.allocated.0);
+        let free = words
+            .zip(&self.reserved.0)
+            .map(|((committed, allocated), reserved)| committed & !allocated & !reserved);
+        // The zero frame is nobody's.
+        let (word, free) = (0..)
+            .zip(free)
+            .map(|(n, free)| (n, if n == 0 { free & !1 } else { free }))
+            .find(|&(_, free)| free != 0)?;
+        let pfn = Pfn(word * 64 + u64::from(free.trailing_zeros()));
+        let head = self.head(pfn);
+        if let Some(at) = self.free_folios.iter().position(|&free| free == head) {
+            self.free_folios.swap_remove(at);
+            self.list_partial(head);
+        }
+        Some(pfn)
+    }
+
+    /// As [`Allocator::pick`], a huge folio: its first frame.
+    fn pick_folio(&mut self, frames: u64) -> Option<Pfn> {
+        let pages = self.folio.pages();
+        let room = self.usage.limit - self.usage.committed;
+        let fits = |pfn: Pfn| self.committed.zeros(pfn, pages) <= room;
+        if let Some(at) = self.free_folios.iter().rposition(|&pfn| fits(pfn)) {
+            return Some(self.free_folios.swap_remove(at));
+        }
+        let head = Pfn(self.fresh.next_multiple_of(pages));
+        if head.0 + pages > frames || !fits(head) {
+            return None;
+        }
+        self.skip_to(head.0);
+        self.fresh = head.0 + pages;
+        Some(head)
+    }
+
+    /// Leaves the frames that were never used before `first` to whoever needs a single one.
+    fn skip_to(&mut self, first: u64) {
+        let skipped = Pfn(self.fresh);
+        self.fresh = first;
+        if skipped.0 < first {
+            self.note_free(skipped);
+        }
+    }
+
+    fn head(&self, pfn: Pfn) -> Pfn {
+        Pfn(self.folio.floor(pfn.0))
+    }
+
+    /// The number of the run that begins at `head`.
+    fn run(&self, head: Pfn) -> Pfn {
+        Pfn(self.folio.index(head.0) as u64)
+    }
+
+    /// A free frame of the run that begins at `head`.
+    fn free_in(&self, head: Pfn) -> Option<Pfn> {
+        let end = self.fresh.min(head.0 + self.folio.pages());
+        // The zero frame is nobody's.
+        let first = Pfn(head.0.max(1));
+        words_of(first, end.saturating_sub(first.0)).find_map(|(word, mask)| {
+            let free = mask & !self.allocated.0[word] & !self.reserved.0[word];
+            (free != 0).then(|| Pfn(word as u64 * 64 + u64::from(free.trailing_zeros())))
+        })
+    }
+
+    fn is_free_folio(&self, head: Pfn) -> bool {
+        let pages = self.folio.pages();
+        head != Pfn::ZERO
+            && head.0 + pages <= self.fresh
+            && self.allocated.ones(head, pages) == 0
+            && self.reserved.ones(head, pages) == 0
+    }
+
+    /// Lists the run that `pfn`, which is free and outside homes, is in.
+    fn note_free(&mut self, pfn: Pfn) {
+        let head = self.head(pfn);
+        if self.is_free_folio(head) {
+            self.free_folios.push(head);
+        } else {
+            self.list_partial(head);
+        }
+    }
+
+    fn list_partial(&mut self, head: Pfn) {
+        let run = self.run(head);
+        if !self.is_partial.get(run) {
+            self.is_partial.set(run, true);
+            self.partial.push(head);
+        }
     }
 
     /// Whether there is memory for `pfn`, or may be.
@@ -452,13 +583,25 @@ impl Allocator {
         Ok(is_blank)
     }
 
+    /// Marks all frames of the folio at `head` free.
+    fn release_folio(&mut self, head: Pfn) {
+        let pages = self.folio.pages();
+        debug_assert_eq!(self.allocated.zeros(head, pages), 0, "{head:?} freed twice");
+        self.allocated.set_run(head, pages, false);
+        self.usage.in_use -= pages;
+        // A home begins and ends with a folio, or is shorter than one.
+        if self.reserved.ones(head, pages) == 0 {
+            self.note_free(head);
+        }
+    }
+
     /// Marks `pfn` free.
     fn release(&mut self, pfn: Pfn) {
         debug_assert!(self.allocated.get(pfn), "{pfn:?} freed twice");
         self.allocated.set(pfn, false);
         self.usage.in_use -= 1;
         if !self.reserved.get(pfn) {
-            self.free.push(pfn);
+            self.note_free(pfn);
         }
     }
 }
@@ -473,10 +616,12 @@ pub(super) struct Home {
 impl Drop for Home {
     fn drop(&mut self) {
         let mut a = lock(&self.pool.allocator);
-        for pfn in (self.first.0..self.first.0 + self.pages).map(Pfn) {
-            a.reserved.set(pfn, false);
-            if !a.allocated.get(pfn) {
-                a.free.push(pfn);
+        a.reserved.set_run(self.first, self.pages, false);
+        let end = self.first.0 + self.pages;
+        let heads = a.head(self.first).0..end;
+        for head in heads.step_by(self.pool.huge().pages() as usize).map(Pfn) {
+            if a.free_in(head).is_some() {
+                a.note_free(head);
             }
         }
     }
@@ -560,11 +705,7 @@ impl FreshFolio {
 impl Drop for FreshFolio {
     fn drop(&mut self) {
         if !self.owned_elsewhere {
-            let mut a = lock(&self.pool.allocator);
-            self.pool
-                .frames
-                .pages_of(self.head)
-                .for_each(|pfn| a.release(pfn));
+            lock(&self.pool.allocator).release_folio(self.head);
         }
     }
 }

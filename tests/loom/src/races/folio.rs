@@ -95,6 +95,38 @@ pub(crate) fn break_of_a_folio_against_drop_of_the_snapshot<C: Policy>() {
     w.settle();
 }
 
+/// The same, broken whole: the snapshot is moved to a folio of its own, or is gone.
+pub(crate) fn whole_break_of_a_folio_against_drop_of_the_snapshot<C: Policy>() {
+    let w = huge_world::<C>();
+    w.vm.space.set_whole_price(0);
+    let frozen = w.fork();
+    let guest = w.beside(|vm| vm.cpu_write(P, NEW).unwrap());
+    thread::yield_now();
+    drop(frozen);
+    guest.join().unwrap();
+    assert_eq!(w.read(), NEW, "lost");
+    assert_eq!(w.vm.cpu_read(Q), OLD, "lost");
+    assert_eq!(w.pool.usage().in_use, 2, "once");
+    w.settle();
+}
+
+/// A reader of the snapshot, while its region is moved to another folio: what it holds stays what the snapshot has.
+pub(crate) fn whole_break_of_a_folio_against_a_reader_of_the_snapshot<C: Policy>() {
+    let w = huge_world::<C>();
+    w.vm.space.set_whole_price(0);
+    let frozen = w.fork();
+    let guest = w.beside(|vm| vm.cpu_write(P, NEW).unwrap());
+    thread::yield_now();
+    let held = frozen.get(P).unwrap();
+    assert_eq!(w.vm.read_held(&held), OLD, "isolation");
+    guest.join().unwrap();
+    assert_eq!(w.vm.read_held(&held), OLD, "isolation");
+    assert_eq!(w.read_frozen(&frozen), OLD, "isolation");
+    assert_eq!(w.read(), NEW, "lost");
+    drop((held, frozen));
+    w.settle();
+}
+
 /// The last mapping of a folio goes while a hold on one of its pages is on its way, or is given back.
 pub(crate) fn end_of_a_folio_against_its_last_holder<C: Policy>() {
     let w = huge_world::<C>();

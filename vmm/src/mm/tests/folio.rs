@@ -163,6 +163,45 @@ fn a_region_that_cost_enough_small_breaks_is_broken_whole_and_huge_again() {
     w.settle();
 }
 
+/// The copy is a folio, too: the snapshot keeps its shape, and costs one mapping to share and to drop.
+#[test]
+fn a_snapshot_whose_region_is_broken_whole_has_a_folio_of_its_own() {
+    let w = huge().written();
+    w.vm.space.set_whole_price(0);
+    let frozen = w.vm.space.fork().unwrap();
+    let (ours, theirs) = (w.entry(P).pfn(), frozen.entry(P).unwrap());
+    assert_eq!(theirs.pfn(), ours);
+    w.vm.cpu_write(Gfn(1), 1).unwrap();
+    assert!(w.is_huge(P) && w.entry(P).is_writable() && w.entry(P).pfn() == ours);
+    let theirs = frozen.entry(P).unwrap();
+    assert!(theirs.is_huge() && theirs.pfn() != ours);
+    let stats = w.stats();
+    assert_eq!((stats.copied, stats.neighbours, stats.split), (4, 4, 0));
+    assert_eq!(stats.sharers_moved, 1);
+    w.assert_as_written(&frozen);
+    let in_use = w.pool.usage().in_use;
+    drop(frozen);
+    assert_eq!(w.pool.usage().in_use, in_use - REGION);
+    w.settle();
+}
+
+/// Somebody reads a page of the folio: that page's writer moves, and all others' snapshots do.
+#[test]
+fn a_folio_with_a_reader_is_not_copied_in_one_piece() {
+    let w = huge().written();
+    w.vm.space.set_whole_price(0);
+    let frozen = w.vm.space.fork().unwrap();
+    let held = frozen.get(Gfn(1)).unwrap();
+    w.vm.cpu_write(P, 1).unwrap();
+    assert_eq!(w.vm.read_held(&held), 101);
+    assert_ne!(w.entry(Gfn(1)).pfn(), held.pfn());
+    w.vm.cpu_write(Gfn(1), 2).unwrap();
+    assert_eq!(w.vm.read_held(&held), 101);
+    w.assert_as_written(&frozen);
+    drop((held, frozen));
+    w.settle();
+}
+
 /// What was broken whole the last time is broken whole at its first fault; once in a while it is put to the proof.
 #[test]
 fn a_region_that_is_always_broken_whole_stays_huge() {

@@ -1,6 +1,8 @@
 //! Where frames come from, and what happens at the limit.
 
 use super::super::frame::Released;
+use super::super::pool::FreshFolio;
+use super::super::soft::soft_pool_of;
 use super::refusing::RefusingMemory;
 use super::*;
 
@@ -119,18 +121,24 @@ fn a_batch_ends_where_others_begin() {
     let runs = || memory.committed.lock().unwrap().clone();
     let skipped = pool.reserve(10).unwrap();
     let home = pool.reserve(5).unwrap();
+    drop(pool.allocate_near(&skipped, 3).unwrap());
     drop(skipped);
     let a = pool.allocate().unwrap();
-    assert_eq!((a.pfn(), runs()), (Pfn(10), vec![(10, 1)]));
+    assert_eq!(
+        (a.pfn(), runs()[1..].to_vec()),
+        (Pfn(1), vec![(1, 3)]),
+        "4 has memory"
+    );
+    let mut held: Vec<_> = (2..5).map(|_| pool.allocate().unwrap()).collect();
     let b = pool.allocate().unwrap();
     assert_eq!(
-        (b.pfn(), runs()[1..].to_vec()),
-        (Pfn(9), vec![(9, 1)]),
-        "10 has memory"
+        (b.pfn(), runs()[2..].to_vec()),
+        (Pfn(5), vec![(5, 6)]),
+        "the home"
     );
     let near = pool.allocate_near(&home, 0).unwrap();
-    assert_eq!((near.pfn(), runs()[2..].to_vec()), (Pfn(11), vec![(11, 1)]));
-    let mut held: Vec<_> = (0..8).map(|_| pool.allocate().unwrap()).collect();
+    assert_eq!((near.pfn(), runs()[3..].to_vec()), (Pfn(11), vec![(11, 1)]));
+    held.extend((6..11).map(|_| pool.allocate().unwrap()));
     assert_eq!(pool.usage().committed, 11);
     held.push(pool.allocate().unwrap());
     assert_eq!(
@@ -367,4 +375,73 @@ fn a_free_frame_that_somebody_holds_is_a_leftover() {
     assert_eq!(pool.leftovers(9), [(pfn, pool.state(pfn))]);
     assert_eq!(pool.frames().put(pfn), Released::Last);
     assert_eq!(pool.leftovers(9), []);
+}
+
+/// Frames come from runs that are in use already, so that whole runs are left for folios, and are whole again when all are back.
+#[test]
+fn a_run_whose_frames_are_all_back_is_a_folio_again() {
+    let (pool, _) = soft_pool_of(Order::new(2), 40).unwrap();
+    let allocate = || pool.allocate().unwrap();
+    let folio = || pool.allocate_folio().unwrap();
+    let first = folio().unwrap();
+    assert_eq!(first.head(), Pfn(4), "0 to 3 have the zero frame");
+    let singles: Vec<_> = (0..5).map(|_| allocate()).collect();
+    let pfns: Vec<_> = singles.iter().map(|fresh| fresh.pfn().0).collect();
+    assert_eq!(pfns, [1, 2, 3, 8, 9]);
+    assert_eq!(folio().unwrap().head(), Pfn(12));
+    drop(first);
+    // One of 8 to 11 is left: it is not taken for a folio, and the next single ones are its neighbours.
+    let mut singles = singles;
+    drop(singles.swap_remove(3));
+    assert_eq!(allocate().pfn(), Pfn(8));
+    drop(singles);
+    let mut heads: Vec<_> = std::iter::from_fn(|| folio().map(FreshFolio::into_mapped)).collect();
+    heads.sort_unstable();
+    let all: Vec<_> = (4..40).step_by(4).map(Pfn).collect();
+    assert_eq!(heads, all);
+    let last: Vec<_> = (0..3).map(|_| allocate().pfn().0).collect();
+    assert_eq!(last, [1, 1, 1]);
+    heads.into_iter().for_each(|head| pool.unmap_huge(head));
+    assert_eq!(pool.usage().in_use, 0);
+}
+
+#[test]
+fn at_the_limit_folios_are_of_memory_that_is_there() {
+    let memory = RefusingMemory::new(40);
+    let bytes = Arc::clone(&memory) as Arc<dyn FrameMemory>;
+    let pool = FramePool::with_folios_of(Order::new(2), bytes, 40, 10).unwrap();
+    let folio = || pool.allocate_folio().unwrap();
+    let (one, two) = (folio().unwrap(), folio().unwrap());
+    assert_eq!(pool.usage().committed, 8);
+    assert!(folio().is_none(), "memory for two frames");
+    let single = pool.allocate().unwrap();
+    let head = one.head();
+    drop(one);
+    assert_eq!(folio().unwrap().head(), head);
+    let held: Vec<_> = (0..5).map(|_| pool.allocate().unwrap()).collect();
+    assert_eq!(pool.usage().committed, 10);
+    assert!(pool.allocate().is_err());
+    let of_the_folio = held.iter().filter(|fresh| {
+        fresh
+            .pfn()
+            .run(1)
+            .all(|p| (head..Pfn(head.0 + 4)).contains(&p))
+    });
+    assert_eq!(of_the_folio.count(), 4);
+    drop((two, single));
+    assert!(folio().is_some());
+}
+
+#[test]
+fn a_folio_that_the_host_refuses_memory_is_free_still() {
+    let memory = RefusingMemory::new(12);
+    let bytes = Arc::clone(&memory) as Arc<dyn FrameMemory>;
+    let pool = FramePool::with_folios_of(Order::new(2), bytes, 12, 12).unwrap();
+    memory.refusals.from(0);
+    for _ in 0..3 {
+        assert!(pool.allocate_folio().is_err());
+    }
+    memory.refusals.never();
+    assert!(pool.allocate_folio().unwrap().is_some());
+    assert_eq!(pool.usage().in_use, 0);
 }
