@@ -101,6 +101,11 @@ impl Technique for Ours {
         Ok(())
     }
 
+    fn prepare(&self) -> Result<(), TechniqueError> {
+        self.ram.space().prepare_fork();
+        Ok(())
+    }
+
     fn snapshot(&self) -> Result<Box<dyn Taken + '_>, TechniqueError> {
         let frozen = self.ram.space().fork()?;
         Ok(Box::new(Shared { ours: self, frozen }))

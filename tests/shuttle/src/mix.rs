@@ -209,6 +209,9 @@ fn pages_of<C: CowPolicy>(w: &World<C>, frozen: &Frozen) -> Vec<u64> {
 
 fn snapshot<C: CowPolicy>(w: &World<C>) {
     for _ in 0..ROUNDS {
+        if thread_rng().r#gen() {
+            w.vm.space.prepare_fork();
+        }
         let frozen = w.vm.space.fork().unwrap();
         let at_fork = pages_of(w, &frozen);
         let page = any_page();

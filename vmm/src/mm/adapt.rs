@@ -7,7 +7,40 @@
 //! A region that was broken whole the last times is broken whole at its first fault, and put to the proof every few forks.
 
 /// Regions are put to the proof, with small breaks, once in so many forks.
-const PROBE: u8 = 8;
+const PROBE: u64 = 8;
+
+/// Forks in a row before which a region changed, from which on it is taken to change before the next one as well.
+const HABIT: u8 = 2;
+
+/// Before which forks a region changed.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Habit {
+    /// The number of the last of them; the first fork is number 1.
+    last: u64,
+    /// How many there were in a row.
+    row: u8,
+}
+
+impl Habit {
+    /// It has changed before fork number `fork`. Said once or more.
+    pub(super) fn note(&mut self, fork: u64) {
+        if self.last != fork {
+            let follows = self.last + 1 == fork;
+            self.row = if follows {
+                self.row.saturating_add(1)
+            } else {
+                1
+            };
+            self.last = fork;
+        }
+    }
+
+    /// Whether it changes rarely: what was done about a change before fork number `fork`, which comes next, lasts until then. Not if that
+    /// was done before.
+    pub(super) fn is_rare(&self, fork: u64) -> bool {
+        self.last != fork && (self.last + 1 < fork || self.row < HABIT)
+    }
+}
 
 /// The breaks of one region since the last fork, and what was learnt from those before.
 #[derive(Clone, Copy, Debug, Default)]
@@ -16,25 +49,28 @@ pub(super) struct Breaks {
     small: u32,
     /// Whether the region was broken whole, or all that was to be.
     is_whole: bool,
-    /// Forks in a row after which it was broken whole.
-    streak: u8,
+    /// Whether it was the last time, too.
+    was_whole: bool,
+    /// Whether it is put to the proof this time.
+    is_proof: bool,
 }
 
 impl Breaks {
-    /// The first change after a fork. What was written while nobody shared it says nothing of how it is written.
-    pub(super) fn begin(&mut self) {
-        self.streak = match (self.is_whole, self.small) {
-            (true, _) => (self.streak + 1) % PROBE,
-            (false, 0) => self.streak,
-            (false, _) => 0,
+    /// The first change of region number `index` after fork number `fork`. What was written while nobody shared it says nothing of how
+    /// it is written.
+    pub(super) fn begin(&mut self, index: usize, fork: u64) {
+        *self = Self {
+            small: 0,
+            is_whole: false,
+            was_whole: self.is_whole || self.was_whole && self.small == 0,
+            // Not all regions at once.
+            is_proof: (fork + index as u64).is_multiple_of(PROBE),
         };
-        self.small = 0;
-        self.is_whole = false;
     }
 
     /// Whether the next break should take the whole region, when one of all costs as much as `price` small ones.
     pub(super) fn wants_whole(&self, price: u32) -> bool {
-        self.streak > 0 || self.small >= price
+        self.was_whole && !self.is_proof || self.small >= price
     }
 
     pub(super) fn count_small(&mut self) {
@@ -43,5 +79,61 @@ impl Breaks {
 
     pub(super) fn count_whole(&mut self) {
         self.is_whole = true;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_changed_before_two_forks_in_a_row_is_not_rare() {
+        let mut habit = Habit::default();
+        assert!(habit.is_rare(2));
+        habit.note(2);
+        assert!(!habit.is_rare(2), "it was done before");
+        assert!(habit.is_rare(3), "one is not a habit");
+        habit.note(3);
+        habit.note(3);
+        assert!(!habit.is_rare(4));
+        assert!(habit.is_rare(5), "it paused");
+        habit.note(5);
+        assert!(habit.is_rare(6));
+    }
+
+    #[test]
+    fn regions_are_put_to_the_proof_in_turn() {
+        for index in [0, 3] {
+            let mut breaks = Breaks::default();
+            let mut proofs = vec![];
+            for fork in 1..=24 {
+                breaks.begin(index, fork);
+                if !breaks.wants_whole(1) {
+                    proofs.push(fork + index as u64);
+                }
+                breaks.count_whole();
+            }
+            let first = 1 + index as u64;
+            assert_eq!(proofs, [first, 8, 16, 24]);
+        }
+    }
+
+    #[test]
+    fn one_interval_with_few_breaks_ends_a_row_of_whole_ones() {
+        let mut breaks = Breaks::default();
+        breaks.begin(0, 1);
+        breaks.count_whole();
+        breaks.begin(0, 2);
+        assert!(breaks.wants_whole(9));
+        breaks.begin(0, 3);
+        assert!(
+            breaks.wants_whole(9),
+            "nobody shared it: nothing was learnt"
+        );
+        breaks.begin(0, 8);
+        assert!(!breaks.wants_whole(9), "the proof");
+        breaks.count_small();
+        breaks.begin(0, 9);
+        assert!(!breaks.wants_whole(9));
     }
 }

@@ -19,7 +19,7 @@ use std::mem;
 use std::sync::Arc;
 
 use super::addr::{Gfn, Pfn, Protection};
-use super::frozen::{Frozen, FrozenFrames, FrozenRegion};
+use super::frozen::{Frozen, FrozenFrames, FrozenRegion, FrozenTable};
 use super::lineage::Lineage;
 use super::mmu::{Mmu, MmuError};
 use super::policy::{CowPolicy, without};
@@ -28,6 +28,9 @@ use super::safeguard::Safeguard;
 use super::space::{AddressSpace, Counters};
 use super::sync::{lock, write};
 use super::table::{Entry, RegionGuard};
+
+/// Regions that [`AddressSpace::prepare_fork`] looks at while faults wait.
+const PREPARE_AT_ONCE: usize = 16;
 
 /// Why a fork failed. The parent is whole and runs on; nothing was leaked.
 #[derive(Debug, thiserror::Error)]
@@ -61,13 +64,107 @@ impl<P: CowPolicy> AddressSpace<P> {
     /// If there is no memory for the copy of a pinned page, or the MMU refuses.
     pub fn fork(&self) -> Result<Arc<Frozen>, ForkError> {
         let _alone = write(&self.fork_lock);
-        let (mut table, mut changed) = {
+        let (mut table, mut changed, fork) = {
             let mut lineage = lock(&self.lineage);
-            (lineage.unchanged.clone(), mem::take(&mut lineage.changed))
+            let changed = mem::take(&mut lineage.changed);
+            (lineage.unchanged.clone(), changed, lineage.forks + 1)
         };
         // So that neighbours are protected with one call.
         changed.sort_unstable();
-        // Regions that stay changed: where a page is writable still, nobody will hear of it when it is written.
+        let kept = match self.share_regions(&changed, &mut table) {
+            Ok(kept) => kept,
+            Err(error) => {
+                // They are changed still. Dropping the table gives back what was shared so far.
+                lock(&self.lineage).changed = changed;
+                return Err(error);
+            }
+        };
+        let mut unchanged = table.clone();
+        changed.retain(|&index| {
+            let state = &mut self.table.lock(index).state;
+            state.is_changed = kept.binary_search(&index).is_ok();
+            state.habit.note(fork);
+            if state.is_changed
+                && let Some(frozen) = unchanged.replace(index, None)
+            {
+                // As `open` does, which will not be called.
+                state.breaks.begin(index, fork);
+                state.sharers.retain(|s| s.strong_count() > 0);
+                state.sharers.push(Arc::downgrade(&frozen));
+            }
+            state.is_changed
+        });
+        *lock(&self.lineage) = Lineage {
+            unchanged,
+            changed,
+            forks: fork,
+        };
+        Ok(Arc::new(Frozen {
+            pool: Arc::clone(&self.pool),
+            table,
+            pages: self.table.pages(),
+        }))
+    }
+
+    /// Does what the next [`AddressSpace::fork`] would have to do for regions that are mapped page by page and rarely written, while the
+    /// guest runs: each costs as much as a hundred huge ones. They are forked here, for nobody: what was shared so is what that
+    /// fork takes over if the region does not change again, and if it does, the guest finds itself alone and copies nothing
+    /// (PROTOCOL.md T4).
+    ///
+    /// It is never needed: what it cannot do is left to the fork.
+    pub fn prepare_fork(&self) {
+        let mut changed = lock(&self.lineage).changed.clone();
+        changed.sort_unstable();
+        changed
+            .chunks(PREPARE_AT_ONCE)
+            .for_each(|some| self.prepare_regions(some));
+    }
+
+    /// Forks those of `regions`, in order, that are worth it, for nobody. Faults wait meanwhile.
+    fn prepare_regions(&self, regions: &[usize]) {
+        let _alone = write(&self.fork_lock);
+        let (mut unchanged, fork) = {
+            let lineage = lock(&self.lineage);
+            (lineage.unchanged.clone(), lineage.forks + 1)
+        };
+        let is_worth_it = |&index: &usize| {
+            let region = self.table.lock(index);
+            // What is pinned would be copied, for nobody; and what is written through a hold would be lost before the fork.
+            let is_free = |gfn| self.pool.state(region.get(gfn).pfn()).is_idle();
+            region.state.is_changed
+                && region.state.habit.is_rare(fork)
+                && region.is_full()
+                && region.huge().is_none()
+                && region.pages().all(is_free)
+        };
+        let mut chosen: Vec<usize> = regions.iter().copied().filter(is_worth_it).collect();
+        let Ok(kept) = self.share_regions(&chosen, &mut unchanged) else {
+            return;
+        };
+        // Held since.
+        for index in kept {
+            unchanged.replace(index, None);
+            chosen.retain(|&chosen| chosen != index);
+        }
+        for &index in &chosen {
+            let state = &mut self.table.lock(index).state;
+            state.is_changed = false;
+            state.habit.note(fork);
+        }
+        let mut lineage = lock(&self.lineage);
+        lineage.unchanged = unchanged;
+        lineage
+            .changed
+            .retain(|index| chosen.binary_search(index).is_err());
+    }
+
+    /// Both passes, for `changed` regions, in order. What the child has of them is put into `table`. Says in which of them something is
+    /// writable still, so that nobody will hear of it when it is written.
+    fn share_regions(
+        &self,
+        changed: &[usize],
+        table: &mut FrozenTable,
+    ) -> Result<Vec<usize>, ForkError> {
         let mut kept = Vec::new();
         let mut share_all = || {
             changed.iter().try_for_each(|&index| {
@@ -79,40 +176,13 @@ impl<P: CowPolicy> AddressSpace<P> {
                 Ok(())
             })
         };
-        let protect = || {
-            self.write_protect(&changed)
-                .map_err(ForkError::WriteProtect)
-        };
-        let shared = if without::<P>(Safeguard::ProtectedBeforeShared) {
-            share_all().and_then(|()| protect())
+        let protect = || self.write_protect(changed).map_err(ForkError::WriteProtect);
+        if without::<P>(Safeguard::ProtectedBeforeShared) {
+            share_all().and_then(|()| protect())?;
         } else {
-            protect().and_then(|()| share_all())
-        };
-        if let Err(error) = shared {
-            // They are changed still. Dropping the table gives back what was shared so far.
-            lock(&self.lineage).changed = changed;
-            return Err(error);
+            protect().and_then(|()| share_all())?;
         }
-        let mut unchanged = table.clone();
-        changed.retain(|&index| {
-            let state = &mut self.table.lock(index).state;
-            state.is_changed = kept.binary_search(&index).is_ok();
-            if state.is_changed
-                && let Some(frozen) = unchanged.replace(index, None)
-            {
-                // As `open` does, which will not be called.
-                state.breaks.begin();
-                state.sharers.retain(|s| s.strong_count() > 0);
-                state.sharers.push(Arc::downgrade(&frozen));
-            }
-            state.is_changed
-        });
-        *lock(&self.lineage) = Lineage { unchanged, changed };
-        Ok(Arc::new(Frozen {
-            pool: Arc::clone(&self.pool),
-            table,
-            pages: self.table.pages(),
-        }))
+        Ok(kept)
     }
 
     /// What a snapshot has of a region: shared, or copied where a device holds it. Nothing of a region in which there is nothing. Says also

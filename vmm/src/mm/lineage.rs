@@ -17,6 +17,8 @@ pub(super) struct Lineage {
     pub(super) unchanged: FrozenTable,
     /// The others that were touched since.
     pub(super) changed: Vec<usize>,
+    /// How many forks there were.
+    pub(super) forks: u64,
 }
 
 impl Lineage {
@@ -25,6 +27,7 @@ impl Lineage {
         Self {
             unchanged: FrozenTable::new(regions),
             changed: Vec::new(),
+            forks: 0,
         }
     }
 }
@@ -38,12 +41,13 @@ impl<P: CowPolicy> AddressSpace<P> {
             return;
         }
         region.state.is_changed = true;
-        region.state.breaks.begin();
-        let frozen = {
+        let index = region.index();
+        let (frozen, forks) = {
             let mut lineage = lock(&self.lineage);
-            lineage.changed.push(region.index());
-            lineage.unchanged.replace(region.index(), None)
+            lineage.changed.push(index);
+            (lineage.unchanged.replace(index, None), lineage.forks)
         };
+        region.state.breaks.begin(index, forks);
         region.state.sharers.retain(|s| s.strong_count() > 0);
         if let Some(frozen) = frozen {
             region.state.sharers.push(Arc::downgrade(&frozen));

@@ -22,7 +22,7 @@ use super::safeguard::Safeguard;
 use super::sync::{Mutex, lock};
 use super::table::Entry;
 
-/// Huge folios' worth of a home that are given memory at a time: most of what making host memory huge costs is for the call.
+/// Huge folios' worth of frames that are given memory at a time: most of what making host memory huge costs is for the call.
 const COMMIT_FOLIOS: u64 = 8;
 
 /// Why there was no frame.
@@ -240,8 +240,9 @@ impl FramePool {
         let Some(head) = a.pick_folio(self.frames.len()) else {
             return Ok(None);
         };
+        let batch = (self.frames.len() - head.0).min(COMMIT_FOLIOS * folio.pages());
         let is_blank = a
-            .take(head, folio.pages(), folio.pages(), &*self.memory)
+            .take(head, folio.pages(), batch, &*self.memory)
             .inspect_err(|_| a.free_folios.push(head))?;
         Ok(Some(FreshFolio {
             pool: Arc::clone(self),

@@ -7,7 +7,7 @@
 use std::fmt;
 use std::sync::Weak;
 
-use super::adapt::Breaks;
+use super::adapt::{Breaks, Habit};
 use super::addr::{Gfn, Order, Pfn, Protection};
 use super::frozen::FrozenRegion;
 use super::sync::{AtomicU64, Mutex, MutexGuard, Ordering, lock, zeroed};
@@ -135,6 +135,7 @@ pub(super) struct RegionState {
     /// The snapshots' regions that may share frames with this one.
     pub(super) sharers: Vec<Weak<FrozenRegion>>,
     pub(super) breaks: Breaks,
+    pub(super) habit: Habit,
 }
 
 impl Table {

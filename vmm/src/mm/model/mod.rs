@@ -325,6 +325,7 @@ impl<P: CowPolicy + Default, R: Promises> Model<P, R> {
                 let id = space.id;
                 self.end_host_writes(|through| through.space == id);
             }
+            Op::PrepareFork(s) => self.spaces[s % spaces].vm.space.prepare_fork(),
             Op::Clone(f) if spaces < 4 => {
                 if let Some(snapshot) = pick(f, snapshots).map(|f| &self.snapshots[f]) {
                     let vm =
