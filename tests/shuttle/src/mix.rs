@@ -209,7 +209,7 @@ fn pages_of<C: CowPolicy>(w: &World<C>, frozen: &Frozen) -> Vec<u64> {
 
 fn snapshot<C: CowPolicy>(w: &World<C>) {
     for _ in 0..ROUNDS {
-        if thread_rng().r#gen() {
+        if w.has_folios && thread_rng().r#gen() {
             w.vm.space.prepare_fork();
         }
         let frozen = w.vm.space.fork().unwrap();

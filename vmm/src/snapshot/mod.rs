@@ -163,6 +163,7 @@ impl<P: CowPolicy> Parts<'_, P> {
         };
         // Nothing holds devices to the instant then: they are as they were some time before.
         let at_large = (fault == Fault::RunDevices).then(|| self.devices.capture());
+        self.space.prepare_fork();
         let paused = self.machine.pause(capture)?;
         let kicked = paused.kicked();
         let stopped = at_large
