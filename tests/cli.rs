@@ -479,6 +479,7 @@ fn the_json_report_has_these_keys_and_types() {
     kinds(&report, "", &mut found);
     let expected = [
         ("checked_pages", "count"),
+        ("config.copy_ahead", "bool"),
         ("config.dma_devices", "count"),
         ("config.guest", "text"),
         ("config.inject", "null"),
@@ -502,6 +503,7 @@ fn the_json_report_has_these_keys_and_types() {
         ("duration_s", "number"),
         ("ended_by", "text"),
         ("error", "null"),
+        ("faults.ahead", "count"),
         ("faults.copied", "count"),
         ("faults.eager_copied", "count"),
         ("faults.neighbours", "count"),

@@ -17,7 +17,7 @@ use guest::abi::{
 };
 use guest::formula::{PAGE_WORDS, Schedule, page_word};
 use palimpsest::device::DeviceSet;
-use palimpsest::host::{MappingBudget, PhysMap, Ram, Window};
+use palimpsest::host::{Ahead, MappingBudget, PhysMap, Ram, Window};
 use palimpsest::kvm::{
     self, Image, Kvm, Machine, PortAction, PortHandler, StopReason, write_boot_info,
     write_page_tables,
@@ -35,6 +35,7 @@ const SEED: u64 = 42;
 struct Vm {
     machine: Machine,
     devices: Arc<DeviceSet<Exclusive>>,
+    ahead: Option<Ahead>,
     ram: Ram<Exclusive>,
     pool: Arc<FramePool>,
     budget: Arc<MappingBudget>,
@@ -88,9 +89,11 @@ impl Vm {
             machine.register_doorbell(port, device.doorbell()).unwrap();
         }
         machine.start(image.entry()).unwrap();
+        let ahead = Some(Ahead::start(Arc::clone(ram.space())).unwrap());
         Self {
             machine,
             devices,
+            ahead,
             ram,
             pool,
             budget,
@@ -104,6 +107,7 @@ impl Vm {
             machine: &self.machine,
             devices: &self.devices,
             space: self.ram.space(),
+            ahead: self.ahead.as_ref(),
         }
     }
 }

@@ -244,6 +244,7 @@ impl Vm {
         drop(stopped);
         let kicked = paused.kicked();
         let pause = paused.resume() - kicked;
+        self.technique.resumed();
         Ok(Snapshot {
             memory,
             vcpus,

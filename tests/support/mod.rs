@@ -61,6 +61,7 @@ pub(crate) fn config() -> Config {
         track_dirty: None,
         policy: Policy::Exclusive,
         page_size: PageSize::Huge,
+        copy_ahead: true,
         inject: None,
     }
 }

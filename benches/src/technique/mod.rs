@@ -53,6 +53,9 @@ pub trait Technique: Send + Sync {
     /// Takes a snapshot of memory. No vCPU runs and no device writes.
     fn snapshot(&self) -> Result<Box<dyn Taken + '_>, TechniqueError>;
 
+    /// Does what is left of a snapshot once the guest runs on.
+    fn resumed(&self) {}
+
     /// Bytes copied so far, where the technique knows.
     fn copied(&self) -> Option<u64>;
 
@@ -128,6 +131,8 @@ fn host<E: Into<io::Error>>(what: &'static str) -> impl FnOnce(E) -> TechniqueEr
 pub enum Kind {
     /// Ours, as it comes.
     Ours,
+    /// Ours, without the thread that copies ahead.
+    OursAlone,
     /// Ours, held to 4 KiB.
     Ours4k,
     /// Ours, held to 2 MiB.
@@ -146,8 +151,9 @@ pub enum Kind {
 
 impl Kind {
     /// All of them, in the order of tables.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::Ours,
+        Self::OursAlone,
         Self::Ours4k,
         Self::Ours2m,
         Self::Fork,
@@ -161,6 +167,7 @@ impl Kind {
     pub const fn name(self) -> &'static str {
         match self {
             Self::Ours => "ours",
+            Self::OursAlone => "ours-alone",
             Self::Ours4k => "ours-4k",
             Self::Ours2m => "ours-2m",
             Self::Fork => "fork",
@@ -175,6 +182,7 @@ impl Kind {
     pub const fn about(self) -> &'static str {
         match self {
             Self::Ours => "this repository, as it comes",
+            Self::OursAlone => "this repository, without the thread that copies ahead",
             Self::Ours4k => "this repository, held to 4 KiB",
             Self::Ours2m => "this repository, held to 2 MiB",
             Self::Fork => "fork() of the VMM, 4 KiB pages: the kernel's copy-on-write",
@@ -191,22 +199,29 @@ impl Kind {
             Self::Ours | Self::Ours4k | Self::Fork | Self::ForkThp | Self::Uffd | Self::Copy => {
                 true
             }
-            Self::Ours2m | Self::UffdThp => false,
+            Self::OursAlone | Self::Ours2m | Self::UffdThp => false,
         }
     }
 
     /// Is one of ours.
     pub const fn is_ours(self) -> bool {
-        matches!(self, Self::Ours | Self::Ours4k | Self::Ours2m)
+        matches!(
+            self,
+            Self::Ours | Self::OursAlone | Self::Ours4k | Self::Ours2m
+        )
     }
 
     /// The technique, at work on `memory` bytes of guest memory that were never touched.
     pub fn start(self, memory: u64) -> Result<Arc<dyn Technique>, TechniqueError> {
-        let granularity = |g| ours::Ours::new(memory, g).map(|t| Arc::new(t) as Arc<dyn Technique>);
+        let ours = |granularity, ahead| {
+            let ours = ours::Ours::new(memory, granularity, ahead)?;
+            Ok(Arc::new(ours) as Arc<dyn Technique>)
+        };
         match self {
-            Self::Ours => granularity(Granularity::Adaptive),
-            Self::Ours4k => granularity(Granularity::Small),
-            Self::Ours2m => granularity(Granularity::Huge),
+            Self::Ours => ours(Granularity::Adaptive, true),
+            Self::OursAlone => ours(Granularity::Adaptive, false),
+            Self::Ours4k => ours(Granularity::Small, true),
+            Self::Ours2m => ours(Granularity::Huge, true),
             Self::Fork => Ok(Arc::new(fork::Fork::new(memory, PageSize::Small)?)),
             Self::ForkThp => Ok(Arc::new(fork::Fork::new(memory, PageSize::Huge)?)),
             Self::Uffd => Ok(Arc::new(uffd::Uffd::new(memory, PageSize::Small)?)),

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use guest::abi::PAGE_SIZE;
-use palimpsest::host::{MappingBudget, PhysMap, PinnedBuffer, Prices, Ram, Window};
+use palimpsest::host::{Ahead, MappingBudget, PhysMap, PinnedBuffer, Prices, Ram, Window};
 use palimpsest::kvm::{self, GuestRam};
 use palimpsest::mm::{Access, AddressSpace, Exclusive, FramePool, Frozen, Gfn};
 
@@ -30,6 +30,7 @@ pub enum Granularity {
 
 pub(super) struct Ours {
     ram: Ram<Exclusive>,
+    ahead: Option<Ahead>,
     host: NonNull<u8>,
     /// Bytes allocated for the frame table, the shadow page table and the window's notes.
     tables: Option<AtomicU64>,
@@ -41,7 +42,11 @@ unsafe impl Send for Ours {}
 unsafe impl Sync for Ours {}
 
 impl Ours {
-    pub(super) fn new(memory: u64, granularity: Granularity) -> Result<Self, TechniqueError> {
+    pub(super) fn new(
+        memory: u64,
+        granularity: Granularity,
+        copies_ahead: bool,
+    ) -> Result<Self, TechniqueError> {
         let before = heap::live();
         let pages = memory / PAGE_SIZE;
         // The guest, one snapshot, what the guest writes while that one is dropped, and what is allocated in batches.
@@ -53,7 +58,7 @@ impl Ours {
         let window =
             Window::new(Arc::clone(&physmap), budget, pages).map_err(host("map the window"))?;
         let address = ptr::with_exposed_provenance_mut(window.host_address() as usize);
-        let host = NonNull::new(address).ok_or(TechniqueError::Unavailable {
+        let address = NonNull::new(address).ok_or(TechniqueError::Unavailable {
             why: "the window is at address 0".to_owned(),
         })?;
         let mut space =
@@ -70,7 +75,16 @@ impl Ours {
         let tables = before
             .zip(heap::live())
             .map(|(before, after)| AtomicU64::new(after.saturating_sub(before)));
-        Ok(Self { ram, host, tables })
+        let ahead = copies_ahead
+            .then(|| Ahead::start(Arc::clone(ram.space())))
+            .transpose()
+            .map_err(host("start a thread"))?;
+        Ok(Self {
+            ram,
+            ahead,
+            host: address,
+            tables,
+        })
     }
 }
 
@@ -102,6 +116,7 @@ impl Technique for Ours {
     }
 
     fn prepare(&self) -> Result<(), TechniqueError> {
+        self.ahead.iter().for_each(Ahead::rest);
         self.ram.space().prepare_fork();
         Ok(())
     }
@@ -109,6 +124,10 @@ impl Technique for Ours {
     fn snapshot(&self) -> Result<Box<dyn Taken + '_>, TechniqueError> {
         let frozen = self.ram.space().fork()?;
         Ok(Box::new(Shared { ours: self, frozen }))
+    }
+
+    fn resumed(&self) {
+        self.ahead.iter().for_each(Ahead::work);
     }
 
     fn copied(&self) -> Option<u64> {

@@ -67,6 +67,7 @@ fn settle<C>(w: Arc<World<C>>) {
 pub(crate) fn mix_of_folios<C: CowPolicy + Default>() {
     let w = world::<C>(Order::new(1));
     w.vm.space.set_whole_price(2);
+    w.vm.space.notes_writes();
     let all = [
         start(&w, |w| write(w, VCPUS)),
         start(&w, write_alike_and_balloon),
@@ -75,6 +76,7 @@ pub(crate) fn mix_of_folios<C: CowPolicy + Default>() {
         start(&w, read),
         start(&w, snapshot),
         start(&w, snapshot),
+        start(&w, break_ahead),
         start(&w, clone),
     ];
     for one in all {
@@ -198,6 +200,13 @@ fn read<C: CowPolicy>(w: &World<C>) {
         }
         drop(hold);
         w.vm.space.unshare(any_page()).unwrap();
+    }
+}
+
+fn break_ahead<C: CowPolicy>(w: &World<C>) {
+    for _ in 0..2 * ROUNDS {
+        w.vm.space.break_ahead();
+        thread::yield_now();
     }
 }
 

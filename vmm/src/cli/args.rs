@@ -129,6 +129,11 @@ pub(crate) struct Args {
     )]
     page_size: PageSize,
 
+    /// Whether a thread copies, after each snapshot, what the guest writes between all of them, before the guest faults on it. It
+    /// takes what CPU time the vCPUs leave
+    #[arg(long, value_name = "WHETHER", default_value = "on", value_parser = parse_switch, action = clap::ArgAction::Set, help_heading = "Memory")]
+    copy_ahead: bool,
+
     /// Rules by which pages are shared and copied
     #[arg(
         long,
@@ -250,8 +255,17 @@ impl Args {
             track_dirty: self.track_dirty,
             policy: self.policy,
             page_size: self.page_size,
+            copy_ahead: self.copy_ahead,
             inject: self.inject,
         }
+    }
+}
+
+fn parse_switch(text: &str) -> Result<bool, String> {
+    match text {
+        "on" => Ok(true),
+        "off" => Ok(false),
+        _ => Err("there are on, off".to_owned()),
     }
 }
 
@@ -329,6 +343,7 @@ mod tests {
             "--track-dirty=7ms",
             "--policy=refcount",
             "--page-size=4K",
+            "--copy-ahead=off",
             "--inject=leak-pin",
         ]);
         assert_eq!(
@@ -348,6 +363,7 @@ mod tests {
                 track_dirty: Some(Duration::from_millis(7)),
                 policy: Policy::Refcount,
                 page_size: PageSize::Base,
+                copy_ahead: false,
                 inject: Some(Injection::LeakPin),
             }
         );

@@ -126,10 +126,11 @@ fn rows(report: &Report) -> Vec<(&'static str, String)> {
         (
             "regions",
             format!(
-                "{} copied whole ({}), {} split",
+                "{} copied whole ({}), {} split; {} copied ahead",
                 count(faults.whole),
                 plural(faults.neighbours, "page"),
-                count(faults.split)
+                count(faults.split),
+                count(faults.ahead)
             ),
         ),
         (

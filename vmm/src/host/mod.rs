@@ -5,11 +5,13 @@
 //! | `physmap` | all frames, mapped once, one after the other: `pfn -> host address`, never remapped |
 //! | `window` | the host addresses a memslot points at; page `gfn` shows the frame the shadow page table says |
 //! | `prices` | what faults cost on this machine, by running averages |
+//! | `ahead` | a thread that breaks ahead of the guest's writes |
 //! | `ram` | guest memory by guest-physical address, for host code: every access holds what it touches |
 //!
 //! vCPUs go through the window and nobody else does. Everything of ours goes through the physmap, and is
 //! volatile or atomic: guest bytes are never a Rust reference.
 
+mod ahead;
 mod aligned;
 mod budget;
 mod physmap;
@@ -20,6 +22,7 @@ mod window;
 #[cfg(test)]
 mod tests;
 
+pub use ahead::Ahead;
 pub use budget::MappingBudget;
 pub use physmap::PhysMap;
 pub use prices::Prices;

@@ -10,6 +10,9 @@ use crate::mm::{Fault, Resolution};
 
 /// Of so many observations an average is made, about.
 const WEIGHT: u64 = 16;
+/// What is so many times the average counts as no more, and the average as no more than so many times an observation: now and then the
+/// scheduler has somebody else run, or memory is new, which is paid for once.
+const OUTLIER: u64 = 2;
 
 /// Running averages, in nanoseconds; 0 is not known yet. Statistics: nothing is ordered by them, and an observation may be lost to another.
 #[derive(Debug, Default)]
@@ -59,9 +62,9 @@ impl Prices {
         let before = average.load(Ordering::Relaxed);
         let after = match before {
             0 => nanoseconds(time),
-            // What is far out of line is the scheduler's doing.
             _ => {
-                let time = nanoseconds(time).min(4 * before);
+                let time = nanoseconds(time).min(OUTLIER * before);
+                let before = before.min(OUTLIER * time);
                 (before * (WEIGHT - 1) + time) / WEIGHT
             }
         };
@@ -142,11 +145,21 @@ mod tests {
         let prices = Prices::default();
         prices.paid(fault(false), 10 * US);
         prices.paid(fault(true), 100 * US);
-        assert_eq!(prices.paid(fault(true), Duration::from_secs(1)), Some(11));
+        assert_eq!(prices.paid(fault(true), Duration::from_secs(1)), Some(10));
         for _ in 0..200 {
             prices.paid(fault(true), 200 * US);
         }
         assert_eq!(prices.whole_price(), Some(19));
+        // The first of all was out of line.
+        let prices = Prices::default();
+        prices.paid(fault(false), 10 * US);
+        prices.paid(fault(true), Duration::from_secs(1));
+        prices.paid(fault(true), 100 * US);
+        assert_eq!(prices.paid(fault(true), 100 * US), Some(18));
+        for _ in 0..40 {
+            prices.paid(fault(true), 100 * US);
+        }
+        assert_eq!(prices.whole_price(), Some(10));
     }
 
     #[test]

@@ -4,10 +4,18 @@
 //! afterwards, so this is the ski rental problem: small breaks first, and when they have cost as much as the region would have, the
 //! rest of it at once. That is never worse than twice the better of the two.
 //!
+//! A guest that waits for its faults writes less before the next fork than it would: what a region has cost before the forks so far
+//! is therefore held against it, the less the longer ago. So few breaks before each fork are as many as many before one.
+//!
 //! A region that was broken whole the last times is broken whole at its first fault, and put to the proof every few forks.
 
 /// Regions are put to the proof, with small breaks, once in so many forks.
 const PROBE: u64 = 8;
+
+/// Whether it is time to look again at what is taken for granted.
+pub(super) const fn is_proof(turn: u64) -> bool {
+    turn.is_multiple_of(PROBE)
+}
 
 /// Forks in a row before which a region changed, from which on it is taken to change before the next one as well.
 const HABIT: u8 = 2;
@@ -47,6 +55,8 @@ impl Habit {
 pub(super) struct Breaks {
     /// Small breaks since the last fork.
     small: u32,
+    /// Of those before, half of the last, a quarter of the ones before them, and so on.
+    carried: u32,
     /// Whether the region was broken whole, or all that was to be.
     is_whole: bool,
     /// Whether it was the last time, too.
@@ -61,16 +71,21 @@ impl Breaks {
     pub(super) fn begin(&mut self, index: usize, fork: u64) {
         *self = Self {
             small: 0,
+            carried: if self.is_whole {
+                0
+            } else {
+                (self.carried + self.small) / 2
+            },
             is_whole: false,
             was_whole: self.is_whole || self.was_whole && self.small == 0,
             // Not all regions at once.
-            is_proof: (fork + index as u64).is_multiple_of(PROBE),
+            is_proof: is_proof(fork + index as u64),
         };
     }
 
     /// Whether the next break should take the whole region, when one of all costs as much as `price` small ones.
     pub(super) fn wants_whole(&self, price: u32) -> bool {
-        self.was_whole && !self.is_proof || self.small >= price
+        self.was_whole && !self.is_proof || self.carried + self.small >= price
     }
 
     pub(super) fn count_small(&mut self) {
@@ -115,6 +130,25 @@ mod tests {
             }
             let first = 1 + index as u64;
             assert_eq!(proofs, [first, 8, 16, 24]);
+        }
+    }
+
+    #[test]
+    fn few_breaks_before_each_fork_add_up() {
+        let mut breaks = Breaks::default();
+        let mut asked = vec![];
+        for fork in 1..7 {
+            breaks.begin(1, fork);
+            (0..6).for_each(|_| breaks.count_small());
+            asked.push(breaks.wants_whole(10));
+        }
+        assert_eq!(asked, [false, false, true, true, true, true]);
+        // Fewer than half the price are never too many.
+        let mut breaks = Breaks::default();
+        for fork in 1..50 {
+            breaks.begin(1, fork);
+            (0..4).for_each(|_| breaks.count_small());
+            assert!(!breaks.wants_whole(10));
         }
     }
 

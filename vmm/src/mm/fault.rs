@@ -187,7 +187,7 @@ impl<P: CowPolicy> AddressSpace<P> {
             return self.fill_zero(region, gfn, entry, intent);
         }
         if entry.is_huge() {
-            if let Some(resolution) = self.resolve_huge(region, intent)? {
+            if let Some(resolution) = self.resolve_huge(region, intent, false)? {
                 return Ok(resolution);
             }
             self.split(region);
@@ -211,11 +211,13 @@ impl<P: CowPolicy> AddressSpace<P> {
         Ok(resolution)
     }
 
-    /// A break of a region that a huge entry maps, read-only: of all of it, or of nothing (`None`), and then page by page.
-    fn resolve_huge(
+    /// A break of a region that a huge entry maps, read-only: of all of it, or of nothing (`None`), and then page by page. If `is_whole`,
+    /// whatever that costs. The caller has opened the region.
+    pub(super) fn resolve_huge(
         &self,
         region: &mut RegionGuard<'_>,
         intent: Intent,
+        is_whole: bool,
     ) -> Result<Option<Resolution>, FaultError> {
         let Some(huge) = region.huge() else {
             return Ok(None);
@@ -227,7 +229,9 @@ impl<P: CowPolicy> AddressSpace<P> {
         }
         let resolution = if frames.try_reuse_huge(huge.pfn(), &self.policy).is_ok() {
             Resolution::Reused
-        } else if intent == Intent::Write && (self.mmu.is_crowded() || self.wants_whole(region)) {
+        } else if intent == Intent::Write
+            && (is_whole || self.mmu.is_crowded() || self.wants_whole(region))
+        {
             if self.move_all_sharers(region)?
                 && frames.try_reuse_huge(huge.pfn(), &self.policy).is_ok()
             {

@@ -17,8 +17,10 @@
 
 use std::mem;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use super::addr::{Gfn, Pfn, Protection};
+use super::ahead::Piece;
 use super::frozen::{Frozen, FrozenFrames, FrozenRegion, FrozenTable};
 use super::lineage::Lineage;
 use super::mmu::{Mmu, MmuError};
@@ -31,6 +33,14 @@ use super::table::{Entry, RegionGuard};
 
 /// Regions that [`AddressSpace::prepare_fork`] looks at while faults wait.
 const PREPARE_AT_ONCE: usize = 16;
+
+/// What became of regions that were to be shared.
+struct Shared {
+    /// In which of them, in order, something is writable still, so that nobody will hear of it when it is written.
+    kept: Vec<usize>,
+    /// What was writable, in order, if anybody wants to know.
+    written: Vec<Piece>,
+}
 
 /// Why a fork failed. The parent is whole and runs on; nothing was leaked.
 #[derive(Debug, thiserror::Error)]
@@ -71,8 +81,8 @@ impl<P: CowPolicy> AddressSpace<P> {
         };
         // So that neighbours are protected with one call.
         changed.sort_unstable();
-        let kept = match self.share_regions(&changed, &mut table) {
-            Ok(kept) => kept,
+        let shared = match self.share_regions(&changed, &mut table) {
+            Ok(shared) => shared,
             Err(error) => {
                 // They are changed still. Dropping the table gives back what was shared so far.
                 lock(&self.lineage).changed = changed;
@@ -82,7 +92,7 @@ impl<P: CowPolicy> AddressSpace<P> {
         let mut unchanged = table.clone();
         changed.retain(|&index| {
             let state = &mut self.table.lock(index).state;
-            state.is_changed = kept.binary_search(&index).is_ok();
+            state.is_changed = shared.kept.binary_search(&index).is_ok();
             state.habit.note(fork);
             if state.is_changed
                 && let Some(frozen) = unchanged.replace(index, None)
@@ -99,6 +109,9 @@ impl<P: CowPolicy> AddressSpace<P> {
             changed,
             forks: fork,
         };
+        if self.notes_writes.load(Ordering::Relaxed) {
+            lock(&self.written).note(fork, shared.written);
+        }
         Ok(Arc::new(Frozen {
             pool: Arc::clone(&self.pool),
             table,
@@ -137,35 +150,42 @@ impl<P: CowPolicy> AddressSpace<P> {
                 && region.huge().is_none()
                 && region.pages().all(is_free)
         };
-        let mut chosen: Vec<usize> = regions.iter().copied().filter(is_worth_it).collect();
-        let Ok(kept) = self.share_regions(&chosen, &mut unchanged) else {
-            return;
-        };
-        // Held since.
-        for index in kept {
-            unchanged.replace(index, None);
-            chosen.retain(|&chosen| chosen != index);
-        }
-        for &index in &chosen {
-            let state = &mut self.table.lock(index).state;
-            state.is_changed = false;
-            state.habit.note(fork);
+        let chosen: Vec<usize> = regions.iter().copied().filter(is_worth_it).collect();
+        let mut done = Vec::new();
+        // What lies between two of them is writable, and is to stay so.
+        for run in chosen.chunk_by(|a, b| a + 1 == *b) {
+            let shared = self.share_regions(run, &mut unchanged);
+            let is_done = |index: &usize| {
+                // Held since, if it was kept.
+                shared
+                    .as_ref()
+                    .is_ok_and(|shared| !shared.kept.contains(index))
+            };
+            for &index in run {
+                if is_done(&index) {
+                    let state = &mut self.table.lock(index).state;
+                    state.is_changed = false;
+                    state.habit.note(fork);
+                    done.push(index);
+                } else {
+                    unchanged.replace(index, None);
+                }
+            }
         }
         let mut lineage = lock(&self.lineage);
         lineage.unchanged = unchanged;
         lineage
             .changed
-            .retain(|index| chosen.binary_search(index).is_err());
+            .retain(|index| done.binary_search(index).is_err());
     }
 
-    /// Both passes, for `changed` regions, in order. What the child has of them is put into `table`. Says in which of them something is
-    /// writable still, so that nobody will hear of it when it is written.
+    /// Both passes, for `changed` regions, in order: all that are writable, or neighbours. What the child has of them is put into `table`.
     fn share_regions(
         &self,
         changed: &[usize],
         table: &mut FrozenTable,
-    ) -> Result<Vec<usize>, ForkError> {
-        let mut kept = Vec::new();
+    ) -> Result<Shared, ForkError> {
+        let (mut kept, mut written) = (Vec::new(), Vec::new());
         let mut share_all = || {
             changed.iter().try_for_each(|&index| {
                 let (region, is_unchanged) = self.share_region(index)?;
@@ -176,13 +196,16 @@ impl<P: CowPolicy> AddressSpace<P> {
                 Ok(())
             })
         };
-        let protect = || self.write_protect(changed).map_err(ForkError::WriteProtect);
+        let mut protect = || {
+            self.write_protect(changed, &mut written)
+                .map_err(ForkError::WriteProtect)
+        };
         if without::<P>(Safeguard::ProtectedBeforeShared) {
             share_all().and_then(|()| protect())?;
         } else {
             protect().and_then(|()| share_all())?;
         }
-        Ok(kept)
+        Ok(Shared { kept, written })
     }
 
     /// What a snapshot has of a region: shared, or copied where a device holds it. Nothing of a region in which there is nothing. Says also
@@ -253,7 +276,9 @@ impl<P: CowPolicy> AddressSpace<P> {
     /// pages that are read-only already, or untouched, do not break it.
     ///
     /// The caller holds `fork_lock` alone: no entry changes between the look at it and its protection.
-    fn write_protect(&self, changed: &[usize]) -> Result<(), MmuError> {
+    ///
+    /// Adds to `written` what was writable, in order.
+    fn write_protect(&self, changed: &[usize], written: &mut Vec<Piece>) -> Result<(), MmuError> {
         let mut run: Option<(Gfn, Gfn)> = None;
         for &index in changed {
             let mut region = self.table.lock(index);
@@ -279,16 +304,28 @@ impl<P: CowPolicy> AddressSpace<P> {
                 if self.policy.may_share(self.pool.state(entry.pfn())) {
                     run = Some((run.map_or(gfn, |(first, _)| first), gfn));
                 } else if let Some((first, last)) = run.take() {
-                    self.protect_run(changed, first, last)?;
+                    self.protect_run(changed, first, last, written)?;
                 }
             }
         }
         run.map_or(Ok(()), |(first, last)| {
-            self.protect_run(changed, first, last)
+            self.protect_run(changed, first, last, written)
         })
     }
 
-    fn protect_run(&self, changed: &[usize], first: Gfn, last: Gfn) -> Result<(), MmuError> {
+    fn protect_run(
+        &self,
+        changed: &[usize],
+        first: Gfn,
+        last: Gfn,
+        written: &mut Vec<Piece>,
+    ) -> Result<(), MmuError> {
+        let notes_writes = self.notes_writes.load(Ordering::Relaxed);
+        let mut note = |first, is_huge| {
+            if notes_writes {
+                written.push(Piece { first, is_huge });
+            }
+        };
         let count = last.0 - first.0 + 1;
         self.mmu.protect(first, count, Protection::ReadOnly)?;
         let regions = self.table.region_of(first)..=self.table.region_of(last);
@@ -300,12 +337,16 @@ impl<P: CowPolicy> AddressSpace<P> {
             let mut region = self.table.lock(index);
             // A huge entry is in the run with all of its pages.
             if let Some(huge) = region.huge() {
+                if huge.is_writable() {
+                    note(region.first(), true);
+                }
                 region.set_huge(huge.write_protected());
                 continue;
             }
             for gfn in region.pages().filter(|g| (first..=last).contains(g)) {
                 let entry = region.get(gfn);
                 if entry.is_writable() {
+                    note(gfn, false);
                     region.set(gfn, entry.write_protected());
                 }
             }

@@ -22,6 +22,7 @@
 //! | `frozen` | snapshots, and what they share with each other |
 //! | `lineage` | what the next fork takes over from the last one |
 //! | `adapt` | how much a break copies |
+//! | `ahead` | breaks before the guest asks for them |
 //! | `fault` | write fault and unshare: how a page becomes exclusive, and who gets the copy |
 //! | `pin` | pins: the path without a lock and the one with |
 //! | `fork` | share everything, copy what is pinned |
@@ -40,6 +41,7 @@
 
 mod adapt;
 mod addr;
+mod ahead;
 mod dirty;
 mod discard;
 mod fault;

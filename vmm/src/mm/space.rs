@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64 as Counter, Ordering};
 
 use super::addr::Gfn;
+use super::ahead::Written;
 use super::frozen::FrozenTable;
 use super::lineage::Lineage;
 use super::mmu::{Mmu, MmuError};
@@ -22,7 +23,7 @@ const WHOLE_PRICE: u32 = 8;
 /// In this order, each optional (a clone that is being made is nobody else's yet: its locks come last):
 /// 1. `fork_lock`: shared by faults and slow pins, alone by fork and restore (the kernel's `mmap_lock`).
 /// 2. the lock of one region of this space (the kernel's page-table lock).
-/// 3. `lineage`, what the next fork takes over.
+/// 3. `lineage`, what the next fork takes over; and `written`. Never both.
 /// 4. the lock of the same region of one snapshot at a time.
 /// 5. the pool's allocator.
 ///
@@ -35,6 +36,7 @@ pub struct AddressSpace<P> {
     pub(super) home: Home,
     pub(super) fork_lock: RwLock<()>,
     pub(super) lineage: Mutex<Lineage>,
+    pub(super) written: Mutex<Written>,
     pub(super) counters: Counters,
     /// Whether memory that is touched first gets a huge folio.
     pub(super) uses_huge: bool,
@@ -42,6 +44,8 @@ pub struct AddressSpace<P> {
     pub(super) whole_price: AtomicU32,
     /// Whether somebody has asked which pages were written: from then on that is told page by page.
     pub(super) tracks_dirty: AtomicBool,
+    /// Whether somebody breaks ahead of the writes (`ahead.rs`).
+    pub(super) notes_writes: AtomicBool,
 }
 
 /// A page number beyond the end of the address space.
@@ -85,6 +89,7 @@ impl<P: CowPolicy> AddressSpace<P> {
         Ok(Self {
             home: pool.reserve(pages)?,
             lineage: Mutex::new(Lineage::new(table.regions())),
+            written: Mutex::default(),
             pool,
             policy,
             table,
@@ -94,6 +99,7 @@ impl<P: CowPolicy> AddressSpace<P> {
             uses_huge: true,
             whole_price: AtomicU32::new(WHOLE_PRICE),
             tracks_dirty: AtomicBool::new(false),
+            notes_writes: AtomicBool::new(false),
         })
     }
 
@@ -206,6 +212,7 @@ pub(super) struct Counters {
     pub(super) whole: Counter,
     pub(super) split: Counter,
     pub(super) formed: Counter,
+    pub(super) ahead: Counter,
     pub(super) pins_fast: Counter,
     pub(super) pins_slow: Counter,
 }
@@ -229,6 +236,7 @@ impl Counters {
             whole: get(&self.whole),
             split: get(&self.split),
             formed: get(&self.formed),
+            ahead: get(&self.ahead),
             pins_fast: get(&self.pins_fast),
             pins_slow: get(&self.pins_slow),
         }
@@ -260,6 +268,8 @@ pub struct MmStats {
     pub split: u64,
     /// Small entries of a region that became a huge one again.
     pub formed: u64,
+    /// Pages, and regions that a huge entry maps, that were broken before the guest wrote to them.
+    pub ahead: u64,
     /// Pins taken without a lock.
     pub pins_fast: u64,
     /// Pins that had to take the lock.

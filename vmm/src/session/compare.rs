@@ -74,6 +74,8 @@ impl Race {
             seed: self.seed,
             policy,
             page_size: PageSize::Huge,
+            // Who copies first is not to be a matter of chance.
+            copy_ahead: false,
             track_dirty: Some(Duration::from_millis(5)),
             inject: None,
         }

@@ -58,6 +58,10 @@ pub struct Config {
     // As for the policy.
     #[serde(default)]
     pub page_size: PageSize,
+    /// Whether a thread copies after each snapshot what the guest writes between all of them, before the guest faults on it.
+    // As for the policy.
+    #[serde(default)]
+    pub copy_ahead: bool,
     /// The fault to inject, if any.
     pub inject: Option<Injection>,
 }
@@ -582,6 +586,7 @@ pub(crate) mod tests {
             track_dirty: None,
             policy: Policy::Exclusive,
             page_size: PageSize::Huge,
+            copy_ahead: false,
             inject: None,
         }
     }
@@ -774,7 +779,7 @@ pub(crate) mod tests {
     #[test]
     fn a_configuration_of_before_there_was_a_choice_can_be_read() {
         let mut json = serde_json::to_value(example()).unwrap();
-        for key in ["policy", "track_dirty_s", "page_size"] {
+        for key in ["policy", "track_dirty_s", "page_size", "copy_ahead"] {
             json.as_object_mut().unwrap().remove(key).unwrap();
         }
         let read: Config = serde_json::from_value(json).unwrap();

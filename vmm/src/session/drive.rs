@@ -637,6 +637,7 @@ fn fault_counts(mm: &MmStats) -> FaultCounts {
         neighbours: mm.neighbours,
         whole: mm.whole,
         split: mm.split,
+        ahead: mm.ahead,
     }
 }
 

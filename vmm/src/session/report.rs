@@ -185,6 +185,9 @@ pub struct FaultCounts {
     /// Huge entries that became small ones.
     #[serde(default)]
     pub split: u64,
+    /// Pages and regions that were copied ahead of the guest's writes, at no fault.
+    #[serde(default)]
+    pub ahead: u64,
 }
 
 impl FaultCounts {
@@ -466,6 +469,7 @@ pub(crate) mod tests {
                 neighbours: 7,
                 whole: 2,
                 split: 1,
+                ahead: 3,
             },
             pins: PinCounts {
                 fast: 480_211,
@@ -506,6 +510,7 @@ pub(crate) mod tests {
             (
                 "config",
                 &[
+                    "copy_ahead",
                     "dma_devices",
                     "guest",
                     "inject",
@@ -531,6 +536,7 @@ pub(crate) mod tests {
             (
                 "faults",
                 &[
+                    "ahead",
                     "copied",
                     "eager_copied",
                     "neighbours",

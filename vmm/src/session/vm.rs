@@ -12,7 +12,7 @@ use super::config::{Config, Injection, PageSize, Size};
 use super::ports::{Event, Events, Ports};
 use crate::check::inject::LeakyMmu;
 use crate::device::{self, DeviceSet};
-use crate::host::{MappingBudget, PhysMap, Ram, Window};
+use crate::host::{Ahead, MappingBudget, PhysMap, Ram, Window};
 use crate::kvm::{
     self, BootError, GuestRam, Image, Kvm, KvmError, Machine, MemoryError, write_boot_info,
     write_page_tables,
@@ -57,6 +57,9 @@ pub enum BuildError {
     /// KVM refused.
     #[error("cannot make the virtual machine")]
     Kvm(#[from] KvmError),
+    /// The host has no more threads.
+    #[error("cannot start the thread that copies ahead")]
+    Ahead(#[source] io::Error),
     /// Devices did not start.
     #[error("cannot start the devices")]
     Devices(#[from] device::StartError),
@@ -67,6 +70,7 @@ pub enum BuildError {
 pub(super) struct Vm<P: CowPolicy> {
     pub(super) machine: Machine,
     pub(super) devices: Arc<DeviceSet<P>>,
+    ahead: Option<Ahead>,
     pub(super) ram: Ram<P>,
     pub(super) layout: Layout,
     pub(super) books: Books,
@@ -171,9 +175,15 @@ impl<P: CowPolicy> Vm<P> {
         for (device, port) in devices.devices().iter().zip(PORT_DOORBELL_EVENT..) {
             machine.register_doorbell(port, device.doorbell())?;
         }
+        let ahead = config
+            .copy_ahead
+            .then(|| Ahead::start(Arc::clone(ram.space())))
+            .transpose()
+            .map_err(BuildError::Ahead)?;
         Ok(Self {
             machine,
             devices,
+            ahead,
             ram,
             layout,
             books: Books {
@@ -202,6 +212,7 @@ impl<P: CowPolicy> Vm<P> {
             machine: &self.machine,
             devices: &self.devices,
             space: self.ram.space(),
+            ahead: self.ahead.as_ref(),
         }
     }
 }

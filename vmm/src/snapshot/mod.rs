@@ -12,7 +12,9 @@
 //!    not get there in time is recorded as in flight. Their states are captured.
 //! 3. Memory is forked.
 //! 4. The registers are collected; devices go on, then vCPUs.
-//! 5. Everything else (checking, hashing) happens later, beside the running guest.
+//! 5. What the guest writes between all snapshots is copied ahead of it (`mm/ahead.rs`); before the kick that rests, and what was
+//!    rarely written is forked already ([`AddressSpace::prepare_fork`]).
+//! 6. Everything else (checking, hashing) happens later, beside the running guest.
 //!
 //! A **restore** rewinds the same VM: vCPUs park, devices stop, requests on their way are given up and their pins
 //! dropped; memory goes back (see [`AddressSpace::restore`](crate::mm::AddressSpace::restore)); devices take
@@ -25,6 +27,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::device::{self, DeviceSet, DeviceState};
+use crate::host::Ahead;
 use crate::kvm::{Capture, Clock, KvmError, Machine, VcpuState};
 use crate::mm::{AddressSpace, CowPolicy, ForkError, Frozen};
 
@@ -76,6 +79,8 @@ pub struct Parts<'a, P: CowPolicy> {
     pub devices: &'a DeviceSet<P>,
     /// Its memory.
     pub space: &'a AddressSpace<P>,
+    /// Who copies ahead of its writes, if anybody does.
+    pub ahead: Option<&'a Ahead>,
 }
 
 /// Steps to leave out or to do wrong, so that an oracle can be seen to notice.
@@ -131,6 +136,22 @@ pub enum RestoreError {
     Devices(#[from] device::RestoreError),
 }
 
+/// Keeps who copies ahead from working: a fork would wait for it.
+struct Resting<'a>(Option<&'a Ahead>);
+
+impl<'a> Resting<'a> {
+    fn of(ahead: Option<&'a Ahead>) -> Self {
+        ahead.into_iter().for_each(Ahead::rest);
+        Self(ahead)
+    }
+}
+
+impl Drop for Resting<'_> {
+    fn drop(&mut self) {
+        self.0.into_iter().for_each(Ahead::work);
+    }
+}
+
 impl<P: CowPolicy> Parts<'_, P> {
     /// Takes snapshot `number` of the running VM, which last ran on from `parent`.
     ///
@@ -163,6 +184,7 @@ impl<P: CowPolicy> Parts<'_, P> {
         };
         // Nothing holds devices to the instant then: they are as they were some time before.
         let at_large = (fault == Fault::RunDevices).then(|| self.devices.capture());
+        let _ahead = Resting::of(self.ahead);
         self.space.prepare_fork();
         let paused = self.machine.pause(capture)?;
         let kicked = paused.kicked();
@@ -202,6 +224,7 @@ impl<P: CowPolicy> Parts<'_, P> {
         snapshot: &Snapshot,
         after_memory: impl FnOnce(),
     ) -> Result<Timing, RestoreError> {
+        let _ahead = Resting::of(self.ahead);
         let paused = self.machine.pause(Capture::Nothing)?;
         let kicked = paused.kicked();
         let stopped = self.devices.stop(kicked + RESTORE_WAIT);

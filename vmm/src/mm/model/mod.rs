@@ -159,6 +159,7 @@ impl<P: CowPolicy + Default, R: Promises> Model<P, R> {
         let id = self.fresh_value();
         // So that whole regions are broken, and huge entries formed again.
         vm.space.set_whole_price(2);
+        vm.space.notes_writes();
         self.spaces.push(Space {
             id,
             shape: self.shape,
@@ -326,6 +327,14 @@ impl<P: CowPolicy + Default, R: Promises> Model<P, R> {
                 self.end_host_writes(|through| through.space == id);
             }
             Op::PrepareFork(s) => self.spaces[s % spaces].vm.space.prepare_fork(),
+            Op::BreakAhead(s) => {
+                let space = &mut self.spaces[s % spaces];
+                while space.vm.space.break_ahead() {}
+                // As if the guest had written it, which nobody knows better.
+                let writable = |&page: &u64| space.entry(Gfn(page)).is_writable();
+                let pages = (0..self.shape.pages).filter(writable).collect::<Vec<_>>();
+                space.dirty.extend(pages);
+            }
             Op::Clone(f) if spaces < 4 => {
                 if let Some(snapshot) = pick(f, snapshots).map(|f| &self.snapshots[f]) {
                     let vm =

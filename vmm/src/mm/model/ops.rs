@@ -19,9 +19,9 @@ impl Shape {
         pages: 3,
         huge: Order::HUGE,
     };
-    /// Two regions that can be huge, and one that is too short.
+    /// Three regions that can be huge, and one that is too short.
     pub(super) const HUGE: Self = Self {
-        pages: 9,
+        pages: 13,
         huge: Order::new(2),
     };
 
@@ -49,6 +49,8 @@ pub(super) enum Op {
     Put(usize),
     Fork(usize),
     PrepareFork(usize),
+    /// All that there is to do.
+    BreakAhead(usize),
     Clone(usize),
     Restore(usize, usize),
     TakeDirty(usize),
@@ -78,6 +80,7 @@ fn op(pages: u64) -> impl Strategy<Value = Op> {
         2 => which().prop_map(Op::Put),
         4 => which().prop_map(Op::Fork),
         2 => which().prop_map(Op::PrepareFork),
+        2 => which().prop_map(Op::BreakAhead),
         2 => which().prop_map(Op::Clone),
         2 => (which(), which()).prop_map(|(s, f)| Op::Restore(s, f)),
         2 => which().prop_map(Op::TakeDirty),

@@ -665,6 +665,31 @@ fn to_prepare_a_fork_is_to_fork_what_is_rarely_written() {
     w.settle();
 }
 
+/// What lies between two regions that are prepared is writable still, for the guest as for the table.
+#[test]
+fn what_is_not_prepared_stays_writable() {
+    let w = huge_with(3 * REGION, 64).written();
+    let frozen = w.vm.space.fork().unwrap();
+    for page in [P, Gfn(2 * REGION)] {
+        w.vm.cpu_write(page, 1).unwrap();
+    }
+    drop(frozen);
+    w.vm.space.set_whole_price(0);
+    w.vm.cpu_write(NEXT, 1).unwrap();
+    assert!(w.is_huge(NEXT));
+    w.vm.space.prepare_fork();
+    for (page, protection) in [
+        (P, Protection::ReadOnly),
+        (NEXT, Protection::ReadWrite),
+        (Gfn(2 * REGION), Protection::ReadOnly),
+    ] {
+        let entry = w.entry(page);
+        assert_eq!(entry.protection(), protection, "{page:?}");
+        assert_eq!(w.vm.mmu.page(page), (entry.pfn(), protection), "{page:?}");
+    }
+    w.settle();
+}
+
 #[test]
 fn what_is_written_after_a_fork_was_prepared_costs_no_copy_and_is_in_the_fork() {
     let w = with_a_cold_page();

@@ -13,6 +13,7 @@
 //!
 //! An operation that fails must leave everything as it was (I10): a [`Picture`] is taken before and after.
 
+mod ahead;
 mod dirty;
 mod discard;
 mod folio;

@@ -1,0 +1,155 @@
+//! Breaks ahead of the writes: what is known to be written again, and nothing else.
+
+use super::super::ahead::{Piece, Written};
+use super::*;
+use crate::mm::soft::soft_pool_of;
+
+const REGION: u64 = 4;
+const PAGES: u64 = 3 * REGION;
+const NOTHING: [u64; 0] = [];
+
+struct World {
+    pool: Arc<FramePool>,
+    vm: SoftVm<Exclusive>,
+}
+
+/// Three regions, each of a huge folio of four pages; page `n` holds `100 + n`.
+fn world() -> World {
+    let (pool, memory) = soft_pool_of(Order::new(2), 64).unwrap();
+    let vm = SoftVm::new(&pool, &memory, Exclusive, PAGES).unwrap();
+    vm.space.notes_writes();
+    for n in 0..PAGES {
+        vm.cpu_write(Gfn(n), 100 + n).unwrap();
+    }
+    World { pool, vm }
+}
+
+impl World {
+    /// Does all there is to do.
+    fn break_ahead(&self) {
+        while self.vm.space.break_ahead() {}
+    }
+    fn writable(&self) -> Vec<u64> {
+        let entry = |n: &u64| self.vm.space.entry(Gfn(*n)).unwrap();
+        (0..PAGES).filter(|n| entry(n).is_writable()).collect()
+    }
+    /// Forks, writes `pages`, and lets the fork go. Says what was writable before they were written.
+    fn round(&self, value: u64, pages: &[u64]) -> Vec<u64> {
+        let frozen = self.vm.space.fork().unwrap();
+        let before: Vec<_> = (0..PAGES).map(|n| self.vm.cpu_read(Gfn(n))).collect();
+        self.break_ahead();
+        let writable = self.writable();
+        for &n in pages {
+            self.vm.cpu_write(Gfn(n), value).unwrap();
+        }
+        for n in 0..PAGES {
+            assert_eq!(self.vm.read_frozen(&frozen, Gfn(n)), before[n as usize]);
+        }
+        writable
+    }
+    fn settle(self) {
+        let Self { pool, vm } = self;
+        drop(vm);
+        assert_eq!(pool.leftovers(9), []);
+        assert_eq!(pool.usage().in_use, 0);
+    }
+}
+
+#[test]
+fn what_was_written_before_two_forks_is_broken_ahead() {
+    let w = world();
+    // All of it was written before the first fork, as regions.
+    assert_eq!(w.round(1, &[1, 2]), NOTHING);
+    assert_eq!(w.round(2, &[2, 9]), NOTHING);
+    let before = w.vm.space.stats();
+    assert_eq!(w.round(3, &[2, 9]), [2]);
+    let after = w.vm.space.stats();
+    assert_eq!(
+        (after.ahead - before.ahead, after.copied - before.copied),
+        (1, 2)
+    );
+    assert_eq!(w.round(4, &[]), [2, 9]);
+    w.settle();
+}
+
+#[test]
+fn regions_are_broken_ahead_whole() {
+    let w = world();
+    w.vm.space.set_whole_price(0);
+    let all: Vec<_> = (0..REGION).collect();
+    assert_eq!(w.round(1, &all), NOTHING);
+    let before = w.vm.space.stats();
+    assert_eq!(w.round(2, &all), all);
+    let after = w.vm.space.stats();
+    assert_eq!(
+        (after.ahead - before.ahead, after.copied - before.copied),
+        (1, REGION)
+    );
+    assert!(w.vm.space.entry(P).unwrap().is_huge());
+    w.settle();
+}
+
+/// What is broken ahead is writable at the next fork whoever wrote it: only where nothing is broken ahead is it seen that nobody does.
+#[test]
+fn what_is_not_written_any_more_is_found_out() {
+    let w = world();
+    w.round(0, &[5]);
+    w.round(1, &[5]);
+    let ahead: Vec<_> = (0..20).map(|n| w.round(n, &[]).len()).collect();
+    let end = ahead.iter().position(|&pages| pages == 0).unwrap();
+    assert!((1..8).contains(&end), "{ahead:?}");
+    assert!(ahead[end..].iter().all(|&pages| pages == 0), "{ahead:?}");
+    w.settle();
+}
+
+#[test]
+fn nothing_is_broken_ahead_while_somebody_asks_what_is_written() {
+    let w = world();
+    w.vm.space.take_dirty().unwrap();
+    for n in 1..4 {
+        w.round(n, &[5]);
+    }
+    assert_eq!(w.vm.space.stats().ahead, 0);
+    w.settle();
+}
+
+#[test]
+fn what_cannot_be_broken_ahead_is_left_to_the_fault() {
+    let (pool, memory) = soft_pool_of(Order::new(2), PAGES + 5).unwrap();
+    let vm = SoftVm::new(&pool, &memory, Exclusive, PAGES).unwrap();
+    vm.space.notes_writes();
+    let w = World { pool, vm };
+    for n in 0..PAGES {
+        w.vm.cpu_write(Gfn(n), n).unwrap();
+    }
+    w.round(1, &[5]);
+    w.round(2, &[5]);
+    // There is no memory for a copy.
+    let held: Vec<_> = std::iter::from_fn(|| w.pool.allocate().ok()).collect();
+    let frozen = w.vm.space.fork().unwrap();
+    w.break_ahead();
+    assert_eq!((w.writable(), w.vm.space.stats().ahead), (vec![], 0));
+    drop(held);
+    w.vm.cpu_write(Gfn(5), 3).unwrap();
+    assert_eq!(w.vm.read_frozen(&frozen, Gfn(5)), 2);
+    drop(frozen);
+    w.settle();
+}
+
+#[test]
+fn pieces_that_were_written_twice_are_found_in_order() {
+    let pieces = |numbers: &[u64]| -> Vec<Piece> {
+        let piece = |&n: &u64| Piece {
+            first: Gfn(n / 2),
+            is_huge: n % 2 == 1,
+        };
+        numbers.iter().map(piece).collect()
+    };
+    let mut written = Written::default();
+    written.note(1, pieces(&[0, 3, 4, 9]));
+    assert_eq!(written.next(), []);
+    written.note(2, pieces(&[1, 3, 9, 12]));
+    assert_eq!(written.next(), pieces(&[3, 9]));
+    written.note(3, pieces(&[]));
+    assert_eq!(written.next(), []);
+}
