@@ -51,6 +51,8 @@ pub struct Expected {
     pub refcount: Option<Verdict>,
     /// [`Policy::Seed`].
     pub seed: Option<Verdict>,
+    /// [`Policy::SeedRecompute`].
+    pub recompute: Option<Verdict>,
     /// [`Policy::Exclusive`].
     pub exclusive: Option<Verdict>,
 }
@@ -63,11 +65,12 @@ impl Expected {
             forced_break: Some(verdict),
             refcount: Some(verdict),
             seed: Some(verdict),
+            recompute: Some(verdict),
             exclusive: Some(verdict),
         }
     }
 
-    /// In the order of [`Policy::ALL`].
+    /// In the order of [`Policy::ALL`], but that [`Policy::SeedRecompute`] is as [`Policy::Seed`]: they differ in huge folios only.
     pub const fn each(verdicts: [Verdict; 5]) -> Self {
         let [mapcount, forced_break, refcount, seed, exclusive] = verdicts;
         Self {
@@ -75,7 +78,16 @@ impl Expected {
             forced_break: Some(forced_break),
             refcount: Some(refcount),
             seed: Some(seed),
+            recompute: Some(seed),
             exclusive: Some(exclusive),
+        }
+    }
+
+    /// The same, but `verdict` under [`Policy::SeedRecompute`].
+    pub const fn recomputed(self, verdict: Verdict) -> Self {
+        Self {
+            recompute: Some(verdict),
+            ..self
         }
     }
 
@@ -86,6 +98,7 @@ impl Expected {
             Policy::MapcountForcedBreak => self.forced_break,
             Policy::Refcount => self.refcount,
             Policy::Seed => self.seed,
+            Policy::SeedRecompute => self.recompute,
             Policy::Exclusive => self.exclusive,
         }
     }

@@ -491,6 +491,7 @@ pub const SCENARIOS: &[Scenario] = &[
             forced_break: None,
             refcount: Some(Ok),
             seed: Some(Ok),
+            recompute: Some(Ok),
             exclusive: Some(Ok),
         },
         ..PLAIN
