@@ -510,7 +510,7 @@ pub const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         id: "D7",
-        title: "a device holds a page of a huge folio over a fork, the parent writes it",
+        title: "a pinned page of a huge folio over a fork",
         about: "Fork splits the entry, copies the pinned page for the child and shares the rest. The kernel copies all 512 pages, because it counts \
                 pins by folio; PROTOCOL.md expects that, and coherence and isolation do not need it: holds are counted by page here. A \
                 split that counts references anew takes the bit from the pinned page, and this very fork shares it.",
@@ -541,7 +541,7 @@ pub const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         id: "D8",
-        title: "D7 with a folio that is mapped by small entries",
+        title: "D7 with the folio in small entries",
         about: "As D7. The kernel copies every page that is exclusive, because one of their folio is pinned; here only the pinned one.",
         steps: &[
             Write(P, 0),
@@ -767,7 +767,7 @@ pub const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         id: "F1",
-        title: "a huge entry is split by write protection, then all of it is written",
+        title: "a huge entry is split, then all is written",
         about: "The bit spreads to every page (4.10), so no write copies. PROTOCOL.md has refcount copy, since a folio in small entries has as many \
                 references as pages; here it is frames by then, each with a count of its own.",
         steps: &[
@@ -792,7 +792,7 @@ pub const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         id: "F2",
-        title: "a shared huge entry is split, then the parent writes one page",
+        title: "a shared huge entry is split, then written",
         about: "There is no bit to spread: all pages are possibly shared, and the write copies its own.",
         steps: &[
             Write(P, 0),
@@ -818,7 +818,7 @@ pub const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         id: "F4",
-        title: "a device holds a page of a huge folio, the entry is split and protected, the parent writes the page",
+        title: "a huge entry is split under a device's pin",
         about: "The bit must spread as it is. Where it is computed from the reference count, as the sketch has it, the pin counts as a sharer: \
                 the page loses the bit that the pin was granted by.",
         steps: &[
@@ -842,7 +842,7 @@ pub const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         id: "F5",
-        title: "a huge folio is taken apart while a device holds a page of it",
+        title: "a folio with a pinned page is taken apart",
         about: "The pinned page is not moved and not given back; the others may be, and the folio is in small entries then (4.11). Nothing that \
                 stands for its whole is refused here: it is frames, and the pin is on one of them.",
         steps: &[
@@ -870,7 +870,7 @@ pub const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         id: "F8",
-        title: "small pages become a huge folio, then fork, and the parent writes",
+        title: "small pages become a huge folio, then fork",
         about: "The bit of the new huge entry is shared by the fork like any other. Here no page moves, where the kernel copies into a new folio.",
         steps: &[
             Write(P, 0),
@@ -895,7 +895,7 @@ pub const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         id: "F10",
-        title: "small pages become a huge folio while a device and a reader hold some, then fork, and the parent writes",
+        title: "small pages that are held become a folio",
         about: "The kernel's collapse moves the pages, so it must refuse, and PROTOCOL.md has it so. Here no frame moves: the huge entry is \
                 there again, the holds stay what they were, and the next fork splits it and copies the pinned page.",
         steps: &[
@@ -931,7 +931,7 @@ pub const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         id: "F14a",
-        title: "A3 on the single page that is left of a huge folio",
+        title: "A3 on the last page left of a huge folio",
         about: "No part of the folio that is gone counts: the last holder of the page writes in place. (Linux does so again: reuse of pages of a \
                 large folio came with v6.15, and leaves out a folio with one page left.)",
         steps: &[
@@ -953,7 +953,7 @@ pub const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         id: "F14b",
-        title: "B1 on the single page that is left of a huge folio",
+        title: "B1 on the last page left of a huge folio",
         about: "As B1.",
         steps: &[
             Write(P, 1),
@@ -969,7 +969,7 @@ pub const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         id: "F14c",
-        title: "C1 on the single page that is left of a huge folio",
+        title: "C1 on the last page left of a huge folio",
         about: "As C1.",
         steps: &[
             Write(P, 1),
@@ -988,7 +988,7 @@ pub const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         id: "F14d",
-        title: "D1 on the single page that is left of a huge folio",
+        title: "D1 on the last page left of a huge folio",
         about: "As D1.",
         steps: &[
             Write(P, 1),
@@ -1006,7 +1006,7 @@ pub const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         id: "F14e",
-        title: "E1 on the single page that is left of a huge folio",
+        title: "E1 on the last page left of a huge folio",
         about: "As E1.",
         steps: &[
             Write(P, 1),
@@ -1171,7 +1171,7 @@ pub const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         id: "S6",
-        title: "a snapshot of a huge folio of which a device holds a page; it is made whole again, the device writes",
+        title: "a pinned folio, huge again past a snapshot",
         about: "The snapshot is given the copies, so the guest's frames stay where they are and one huge entry maps them again, with the pin on one.",
         steps: &[
             Write(P, 0),
