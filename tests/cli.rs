@@ -233,7 +233,7 @@ fn nonsense_is_refused_with_the_limit_named() {
         ),
         (
             &["--policy", "hope"],
-            "[possible values: mapcount, mapcount-forced-break, refcount, seed, exclusive]",
+            "[possible values: mapcount, mapcount-forced-break, refcount, seed, seed-recompute, exclusive]",
         ),
         (
             &["--policy", "refcount", "--inject", "share-pinned"],

@@ -58,7 +58,13 @@ fn every_policy_behaves_as_its_table_says() {
         assert_eq!(of("exclusive", oracle), 0, "{oracle}");
     }
     // Wrong policies lose pages, never frames.
-    for policy in ["mapcount", "mapcount-forced-break", "refcount", "seed"] {
+    for policy in [
+        "mapcount",
+        "mapcount-forced-break",
+        "refcount",
+        "seed",
+        "seed-recompute",
+    ] {
         assert_eq!(of(policy, "accounting"), 0, "{policy}");
     }
     let rows = json["scenarios"]["rows"].as_array().expect("rows");
@@ -78,7 +84,7 @@ fn a_scenario_is_told_step_by_step_without_kvm() {
         "P page 0   ro   frame 1    maps 2  gets 0  pins 1",
         "     ! hold 0",
         "verdict: DIV",
-        "under: mapcount DIV, mapcount-forced-break DIV, refcount ok, seed ok, exclusive ok, kernel",
+        "under: mapcount DIV, mapcount-forced-break DIV, refcount ok, seed ok, seed-recompute ok, exclusive ok, kernel",
     ] {
         assert!(story.contains(part), "{part}\n{story}");
     }

@@ -4,7 +4,9 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use crate::mm::{CowPolicy, Exclusive, Mapcount, MapcountForcedBreak, Refcount, Seed};
+use crate::mm::{
+    CowPolicy, Exclusive, Mapcount, MapcountForcedBreak, Refcount, Seed, SeedRecompute,
+};
 
 /// A policy by name.
 #[derive(
@@ -20,6 +22,8 @@ pub enum Policy {
     Refcount,
     /// The sketch of December 2021: the exclusive bit, and pins that do not look at it [fails: coherence]
     Seed,
+    /// The same, and the split of a huge page computes the bit from reference counts [fails: coherence]
+    SeedRecompute,
     /// Linux since v5.19: the exclusive bit
     #[default]
     Exclusive,
@@ -36,11 +40,12 @@ pub trait UnderPolicy {
 
 impl Policy {
     /// Every policy, the oldest first.
-    pub const ALL: [Self; 5] = [
+    pub const ALL: [Self; 6] = [
         Self::Mapcount,
         Self::MapcountForcedBreak,
         Self::Refcount,
         Self::Seed,
+        Self::SeedRecompute,
         Self::Exclusive,
     ];
 
@@ -51,6 +56,7 @@ impl Policy {
             Self::MapcountForcedBreak => MapcountForcedBreak::NAME,
             Self::Refcount => Refcount::NAME,
             Self::Seed => Seed::NAME,
+            Self::SeedRecompute => SeedRecompute::NAME,
             Self::Exclusive => Exclusive::NAME,
         }
     }
@@ -74,6 +80,7 @@ impl Policy {
             Self::MapcountForcedBreak => what.under(|| MapcountForcedBreak),
             Self::Refcount => what.under(|| Refcount),
             Self::Seed => what.under(|| Seed),
+            Self::SeedRecompute => what.under(|| SeedRecompute),
             Self::Exclusive => what.under(|| Exclusive),
         }
     }

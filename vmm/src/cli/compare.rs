@@ -68,7 +68,7 @@ fn compare(args: &CompareArgs, screen: &Screen) -> Result<Verdict, Failure> {
         Policy::ALL.len() + 1,
         table::SCENARIOS.len()
     ));
-    let scenarios = Survey::take(&RealStage::new, &mut |_| !stop.load(Ordering::Relaxed));
+    let scenarios = Survey::take::<RealStage>(&mut |_| !stop.load(Ordering::Relaxed));
     finish(args, race, races, scenarios, &stop)
 }
 
@@ -122,34 +122,24 @@ fn narrate(scenario: &Scenario, args: &CompareArgs) -> Result<Verdict, Failure> 
     let (by, outcome, expected) = match args.on {
         PlayedOn::Vcpu => {
             Kvm::open().map_err(|e| Failure::Run(e.into()))?;
-            let outcome = match RealStage::new() {
-                Ok(stage) => emulate(scenario, policy, stage, &mut watch),
-                Err(error) => Outcome::Failed(crate::causes::chain(&*error)),
-            };
             (
                 format!("{policy}, on a real vCPU"),
-                outcome,
+                emulate::<RealStage>(scenario, policy, &mut watch),
                 scenario.expected.under(policy),
             )
         }
-        PlayedOn::Soft => {
-            let outcome = match SoftStage::new() {
-                Ok(stage) => emulate(scenario, policy, stage, &mut watch),
-                Err(error) => Outcome::Failed(crate::causes::chain(&*error)),
-            };
-            (
-                format!("{policy}, on the software MMU"),
-                outcome,
-                scenario.expected.under(policy),
-            )
-        }
+        PlayedOn::Soft => (
+            format!("{policy}, on the software MMU"),
+            emulate::<SoftStage>(scenario, policy, &mut watch),
+            scenario.expected.under(policy),
+        ),
         PlayedOn::Kernel => (
             format!("Linux {}", crate::scenario::living::kernel_release()),
             ask_the_kernel(scenario, &mut watch),
             scenario.expected.exclusive,
         ),
     };
-    let row = Row::of(scenario, &SoftStage::new);
+    let row = Row::of::<SoftStage>(scenario);
     let text = scenario_text::head(scenario, &by)
         + &story
         + &scenario_text::moral(&outcome, expected)

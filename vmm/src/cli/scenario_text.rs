@@ -12,7 +12,7 @@ use crate::scenario::table::{NOT_HERE, SCENARIOS};
 use crate::scenario::verdict::Verdict;
 
 /// Columns of a title in the table.
-const TITLE: usize = 50;
+const TITLE: usize = 43;
 
 /// Short enough for a column.
 const fn column(policy: Policy) -> &'static str {
@@ -21,6 +21,7 @@ const fn column(policy: Policy) -> &'static str {
         Policy::MapcountForcedBreak => "forced",
         Policy::Refcount => "refcnt",
         Policy::Seed => "seed",
+        Policy::SeedRecompute => "recomp",
         Policy::Exclusive => "excl",
     }
 }
@@ -98,6 +99,7 @@ pub(super) fn table(survey: &Survey) -> String {
         Verdict::Diverged,
         Verdict::Leaked,
         Verdict::NotRefused,
+        Verdict::Broken,
     ] {
         let _ = writeln!(text, "  {:<4} {}", verdict.name(), verdict.meaning());
     }
@@ -174,13 +176,14 @@ fn describe(who: Who, page: u64, view: &PageView, by_the_bit: bool) -> String {
         return format!("{place}   frame {:#x}", frame.0);
     };
     let right = if entry.is_writable() { "rw" } else { "ro" };
+    let huge = if entry.is_huge() { "   huge" } else { "" };
     let bit = match (by_the_bit, state.is_exclusive()) {
         (false, _) => "",
         (true, true) => "   exclusive",
         (true, false) => "   possibly shared",
     };
     format!(
-        "{place}   {right}   frame {:<4} maps {}  gets {}  pins {}{bit}",
+        "{place}   {right}{huge}   frame {:<4} maps {}  gets {}  pins {}{bit}",
         frame.0,
         state.maps(),
         state.gets(),
@@ -238,7 +241,7 @@ mod tests {
             kernel: "6.0".to_owned(),
             rows: ids
                 .iter()
-                .map(|id| Row::of(find(id).unwrap(), &SoftStage::new))
+                .map(|id| Row::of::<SoftStage>(find(id).unwrap()))
                 .collect(),
         }
     }
@@ -249,7 +252,7 @@ mod tests {
         for scenario in SCENARIOS {
             assert!(list.contains(&format!("  {:<4} {}", scenario.id, scenario.title)));
         }
-        assert!(list.contains("need huge frames"));
+        assert!(list.contains("needs a huge zero page"));
     }
 
     #[test]
@@ -264,8 +267,8 @@ mod tests {
                 .map(str::to_owned)
                 .collect::<Vec<_>>()
         };
-        assert_eq!(row("B1")[..5], ["LEAK", "ok", "ok", "ok", "ok"]);
-        assert_eq!(row("E5"), ["DIV", "ok", "DIV", "DIV", "ok", "-"]);
+        assert_eq!(row("B1")[..6], ["LEAK", "ok", "ok", "ok", "ok", "ok"]);
+        assert_eq!(row("E5"), ["DIV", "ok", "DIV", "DIV", "DIV", "ok", "-"]);
         assert!(table.contains("E5:\n         only RDMA"), "{table}");
         assert!(!table.contains("NOT as the table"), "{table}");
         assert!(
@@ -294,18 +297,25 @@ mod tests {
     fn a_story_shows_entry_bit_counts_and_frame() {
         let (scenario, policy) = (find("D1").unwrap(), Policy::Exclusive);
         let mut story = head(scenario, policy.name());
-        let outcome = emulate(scenario, policy, SoftStage::new().unwrap(), &mut |moment| {
+        let outcome = emulate::<SoftStage>(scenario, policy, &mut |moment| {
             story += &step(moment, true);
         });
         story += &moral(&outcome, scenario.expected.under(policy));
-        story += &elsewhere(&Row::of(scenario, &SoftStage::new));
+        story += &elsewhere(&Row::of::<SoftStage>(scenario));
         assert!(story.contains("\nunder: mapcount DIV, mapcount-forced-break DIV, refcount ok, "));
         assert!(story.contains("  3  P forks: C is there\n"), "{story}");
         let state = "P page 0   rw   frame 1    maps 1  gets 0  pins 1   exclusive";
         assert!(story.contains(state), "{story}");
         assert!(story.contains("verdict: ok, as it should be, 1 pages copied (as the table says)"));
+        let scenario = find("F4").unwrap();
+        emulate::<SoftStage>(scenario, Policy::SeedRecompute, &mut |moment| {
+            story += &step(moment, false);
+        });
+        assert!(story.contains("P page 1   rw   huge   frame 5    maps 1  gets 0  pins 1\n"));
+        assert!(story.contains("P page 1   ro   frame 5    maps 1  gets 0  pins 1\n"));
+        let scenario = find("D1").unwrap();
         let bug = Policy::Mapcount;
-        let outcome = emulate(scenario, bug, SoftStage::new().unwrap(), &mut |moment| {
+        let outcome = emulate::<SoftStage>(scenario, bug, &mut |moment| {
             story += &step(moment, false);
         });
         assert!(story.contains("     ! hold 0"), "{story}");

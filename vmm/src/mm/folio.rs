@@ -292,14 +292,16 @@ impl FrameTable {
     pub(super) fn unmap_huge(&self, head: Pfn) -> Dissolved {
         let result = self.update_folio(head, |f| Some(f.minus_map()));
         match result {
-            Ok(before) if before.maps() == 1 => self.dissolve(head, before, Leave::Unmapped),
+            // Nothing maps its pages but small entries of others: they are exclusive to nobody.
+            Ok(before) if before.maps() == 1 => self.dissolve(head, before, |_| false),
             _ => Dissolved::No,
         }
     }
 
-    /// Turns the caller's huge entry into small ones: of each page one. The exclusive bit spreads to all of them (PROTOCOL.md 4.10),
-    /// holds are not touched.
-    pub(super) fn split_mapping(&self, head: Pfn) {
+    /// Turns the caller's huge entry into small ones: of each page one. Holds are not touched. If it was the last huge entry, `is_exclusive`
+    /// says of each page, with the folio's bit for its own, whether it has the bit: the bit spreads (PROTOCOL.md 4.10,
+    /// [`CowPolicy::is_exclusive_after_split`]).
+    pub(super) fn split_mapping(&self, head: Pfn, is_exclusive: impl Fn(FrameState) -> bool) {
         // Frames are part of the folio until it dissolves: till then nobody takes a small entry for the only one.
         self.mark_by_page(head);
         for pfn in self.pages_of(head) {
@@ -311,25 +313,36 @@ impl FrameTable {
             && before.maps() == 1
         {
             // Mapped by the caller at least: nothing is free.
-            let _ = self.dissolve(head, before, Leave::Mapped);
+            let _ = self.dissolve(head, before, is_exclusive);
         }
     }
 
-    /// The last huge entry is gone, and with it the word: no hold is granted through it any more.
-    fn dissolve(&self, head: Pfn, before: FolioState, leave: Leave) -> Dissolved {
+    /// The last huge entry is gone, and with it the word: no hold is granted through it any more. `is_exclusive` says which pages
+    /// have the bit now.
+    fn dissolve(
+        &self,
+        head: Pfn,
+        before: FolioState,
+        is_exclusive: impl Fn(FrameState) -> bool,
+    ) -> Dissolved {
         if !before.is_by_page() {
             // Nobody was ever told of a single page.
             self.pages_of(head)
                 .for_each(|pfn| self.set_own(pfn, FrameState::FREE));
             return Dissolved::Free;
         }
-        let is_exclusive = leave == Leave::Mapped && before.is_exclusive();
         let free: Vec<Pfn> = self
             .pages_of(head)
             .filter(|&pfn| {
                 self.give_back(pfn, |s| {
-                    let s = s.whole();
-                    if is_exclusive { s.exclusive() } else { s }
+                    let page = s.whole();
+                    let with_bit = page.exclusive();
+                    let spread = if before.is_exclusive() {
+                        with_bit
+                    } else {
+                        page
+                    };
+                    if is_exclusive(spread) { with_bit } else { page }
                 }) == Released::Last
             })
             .collect();
@@ -384,15 +397,6 @@ impl Hold {
             Self::Pin => &PINS,
         }
     }
-}
-
-/// What becomes of the frames of a folio that dissolves.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Leave {
-    /// Nothing maps them, except small entries of others.
-    Unmapped,
-    /// Each has a small entry of the caller's.
-    Mapped,
 }
 
 /// Whether a pin may be taken, as a question about a page's state.

@@ -16,6 +16,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use super::addr::{Gfn, Order, Pfn};
+use super::frame::FrameState;
 use super::pool::FramePool;
 use super::space::OutOfRange;
 use super::sync::{Mutex, MutexGuard, lock};
@@ -211,7 +212,10 @@ impl FrozenGuard<'_> {
     /// Shows page `gfn` in another frame, whose mapping is counted, and gives the mapping of the old one back.
     pub(super) fn move_page(&mut self, gfn: Gfn, to: Pfn) {
         if let FrozenFrames::Huge(head) = *self.frames {
-            self.pool.frames().split_mapping(head);
+            // Shared with whoever breaks it: there is no bit to spread.
+            self.pool
+                .frames()
+                .split_mapping(head, FrameState::is_exclusive);
             let pages = Order::pages(self.pool.huge());
             *self.frames = FrozenFrames::Small(head.run(pages).collect());
         }

@@ -79,7 +79,9 @@ pub use frame::FrameState;
 pub use frozen::Frozen;
 pub use mmu::{FrameMemory, Mmu, MmuError};
 pub use pin::PinError;
-pub use policy::{Biased, CowPolicy, Exclusive, Mapcount, MapcountForcedBreak, Refcount, Seed};
+pub use policy::{
+    Biased, CowPolicy, Exclusive, Mapcount, MapcountForcedBreak, Refcount, Seed, SeedRecompute,
+};
 pub use pool::{AllocError, FramePool, Get, Pin, PoolUsage};
 pub use rearrange::RearrangeError;
 pub use restore::RestoreError;

@@ -154,12 +154,14 @@ pub(super) fn in_range(table: &Table, gfn: Gfn) -> Result<(), OutOfRange> {
     }
 }
 
-impl<P> AddressSpace<P> {
+impl<P: CowPolicy> AddressSpace<P> {
     /// Maps a region that has a huge entry by small ones instead: what they say is the same, and nothing is copied (PROTOCOL.md 4.10).
     /// The MMU need not know.
     pub(super) fn split(&self, region: &mut RegionGuard<'_>) {
         if let Some(huge) = region.huge() {
-            self.pool.frames().split_mapping(huge.pfn());
+            self.pool.frames().split_mapping(huge.pfn(), |page| {
+                self.policy.is_exclusive_after_split(page)
+            });
             region.set_small();
             Counters::add(&self.counters.split);
         }

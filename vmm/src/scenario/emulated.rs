@@ -178,6 +178,34 @@ impl<P: CowPolicy, S: Stage> Performer for Emulated<P, S> {
         discarded.map(drop).map_err(refused)
     }
 
+    fn discard_rest(&mut self, who: Who, page: Page) -> Result<(), NotDone> {
+        let actor = self.actor(who)?;
+        let (space, Gfn(kept)) = (actor.space(), actor.gfn(page));
+        let behind = kept + 1;
+        space.discard(Gfn(0), kept).map_err(refused)?;
+        space
+            .discard(Gfn(behind), space.pages() - behind)
+            .map(drop)
+            .map_err(refused)
+    }
+
+    /// A write fault on the page that takes all of its region with it: the one thing that makes regions huge again.
+    fn collapse(&mut self, who: Who, page: Page) -> Result<(), NotDone> {
+        let actor = self.actor(who)?;
+        let (space, gfn) = (actor.space(), actor.gfn(page));
+        space.set_whole_price(0);
+        let resolved = space.write_fault(gfn);
+        space.set_whole_price(u32::MAX);
+        resolved.map_err(refused)?;
+        if space.entry(gfn).map_err(refused)?.is_huge() {
+            Ok(())
+        } else {
+            Err(NotDone::Refused(
+                "some page is not at home and exclusive".to_owned(),
+            ))
+        }
+    }
+
     fn migrate(&mut self, who: Who, page: Page) -> Result<(), NotDone> {
         let actor = self.actor(who)?;
         let migrated = actor.space().migrate(actor.gfn(page));

@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use super::performer::{Hold, HoldId, NotDone, PAGES, Page, PageView, Performer, Who};
 use super::script::{Scenario, Slot, Step};
 use super::verdict::Verdict;
-use crate::mm::Pfn;
+use crate::mm::{FrameState, Pfn};
 
 /// What came of a scenario.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -118,6 +118,9 @@ struct Held {
     attached: bool,
 }
 
+/// A page, its frame, what its entry says of it, and the state of its frame.
+type Essence = (Who, Page, Option<Pfn>, Option<([bool; 3], FrameState)>);
+
 impl Play<'_> {
     fn run(&mut self, watch: &mut dyn FnMut(&Moment<'_>)) -> Result<(), NotDone> {
         self.note_frames(None);
@@ -184,6 +187,15 @@ impl Play<'_> {
 
     fn set(&mut self, who: Who, page: Page, value: u64) {
         self.truth.entry((who, page)).or_default().push(value);
+    }
+
+    /// A page is gone from an address space, and is zeros there from now on.
+    fn forget(&mut self, who: Who, page: Page) {
+        self.set(who, page, 0);
+        let here = |h: &&mut Held| (h.who, h.page) == (who, page);
+        for held in self.holds.values_mut().filter(here) {
+            held.attached = false;
+        }
     }
 
     /// Does a step, and says what it did.
@@ -260,13 +272,23 @@ impl Play<'_> {
             }
             Step::Discard(who, page) => {
                 self.performer.discard(who, page)?;
-                self.set(who, page, 0);
-                let here = |h: &&mut Held| (h.who, h.page) == (who, page);
-                for held in self.holds.values_mut().filter(here) {
-                    held.attached = false;
-                }
+                self.forget(who, page);
                 format!("{who:?} gives page {page} back to the host")
             }
+            Step::DiscardRest(who, page) => {
+                self.performer.discard_rest(who, page)?;
+                for other in (0..PAGES).filter(|&other| other != page) {
+                    self.forget(who, other);
+                }
+                format!("{who:?} gives all of the folio of page {page} back, but the page")
+            }
+            Step::Collapse(who, page) => match self.performer.collapse(who, page) {
+                Ok(()) => format!("the folio of {who:?}'s page {page} is mapped as one again"),
+                Err(NotDone::Refused(reason)) => {
+                    format!("the folio of {who:?}'s page {page} stays in small pages ({reason})")
+                }
+                Err(error) => return Err(error),
+            },
             Step::Migrate(who, page) => {
                 self.performer.migrate(who, page)?;
                 format!("page {page} of {who:?} moves to another frame")
@@ -298,6 +320,14 @@ impl Play<'_> {
                 self.judge_slot(who, page, slot);
                 format!("page {page} of {who:?} should be {slot:?}")
             }
+            Step::IsHuge(who, page) => {
+                self.judge_size(who, page, true);
+                format!("a huge entry should map page {page} of {who:?}")
+            }
+            Step::IsSmall(who, page) => {
+                self.judge_size(who, page, false);
+                format!("page {page} of {who:?} should have an entry of its own")
+            }
             Step::IsClean(who, page) => {
                 self.judge_clean(who, page);
                 format!("page {page} of {who:?} should have nothing to report as written")
@@ -307,7 +337,7 @@ impl Play<'_> {
     }
 
     fn must_be_refused(&mut self, step: &Step) -> Result<String, NotDone> {
-        let before = self.views();
+        let before = self.essence();
         match self.step(step) {
             Ok(text) => {
                 self.find(Verdict::NotRefused, format!("{text}: must be refused"));
@@ -315,7 +345,7 @@ impl Play<'_> {
             }
             Err(NotDone::Refused(reason)) => {
                 // A fork that was refused may leave pages write-protected, which is legal and costs a fault.
-                if *step != Step::Fork && self.views() != before {
+                if *step != Step::Fork && self.essence() != before {
                     let what = format!("{step:?} was refused and yet changed something");
                     self.find(Verdict::Broken, what);
                 }
@@ -323,6 +353,20 @@ impl Play<'_> {
             }
             Err(other) => Err(other),
         }
+    }
+
+    /// What an operation that is refused must not change: all that is known of pages, but how many of them an entry maps. A huge folio may be
+    /// in small entries then (PROTOCOL.md F5).
+    fn essence(&mut self) -> Vec<Essence> {
+        let inside = |view: PageView| {
+            let (entry, state) = view.inside?;
+            let present = [entry.is_present(), entry.is_writable(), entry.is_dirty()];
+            Some((present, state))
+        };
+        let views = self.views().into_iter();
+        views
+            .map(|(who, page, view)| (who, page, view.frame, inside(view)))
+            .collect()
     }
 
     fn part(&mut self, child: Who) {
@@ -456,6 +500,21 @@ impl Play<'_> {
         }
     }
 
+    fn judge_size(&mut self, who: Who, page: Page, is_huge: bool) {
+        let Some((entry, _)) = self.inside(who, page) else {
+            return;
+        };
+        if entry.is_huge() != is_huge {
+            let kind = |is_huge| if is_huge { "a huge" } else { "a small" };
+            let what = format!(
+                "{} entry maps page {page} of {who:?}, and {} one should",
+                kind(entry.is_huge()),
+                kind(is_huge)
+            );
+            self.find(Verdict::Broken, what);
+        }
+    }
+
     fn judge_clean(&mut self, who: Who, page: Page) {
         if self
             .inside(who, page)
@@ -491,6 +550,8 @@ impl Play<'_> {
         }
         let moved = |at: &(Who, Page)| match step {
             Some(Step::Migrate(who, page)) => *at == (*who, *page),
+            // The kernel's moves all of it. Ours moves nothing.
+            Some(Step::Collapse(who, _)) => at.0 == *who,
             Some(Step::Merge(one, other)) => at == one || at == other,
             _ => false,
         };
@@ -557,9 +618,13 @@ fn pages_of(step: &Step) -> Vec<Page> {
         | Step::Discard(_, page)
         | Step::Migrate(_, page)
         | Step::ForceWrite(_, page)
+        | Step::Collapse(_, page)
+        | Step::IsHuge(_, page)
+        | Step::IsSmall(_, page)
         | Step::Is(_, page, _)
         | Step::IsClean(_, page) => vec![page],
         Step::WriteSame(_, one, other) | Step::Merge((_, one), (_, other)) => vec![one, other],
+        Step::DiscardRest(..) => vec![PAGES - 1],
         Step::Refused(inner) => pages_of(inner),
         _ => vec![],
     }

@@ -38,11 +38,10 @@ use self::stage::Stage;
 use crate::mm::{Biased, CowPolicy};
 use crate::policy::{Policy, UnderPolicy};
 
-/// Plays a scenario under `policy`, on `stage`, which must be new. `watch` is told of every step.
+/// Plays a scenario under `policy`, on a stage of its own. `watch` is told of every step.
 pub fn emulate<S: Stage>(
     scenario: &Scenario,
     policy: Policy,
-    stage: S,
     watch: &mut dyn FnMut(&Moment<'_>),
 ) -> Outcome {
     struct Play<'a, S> {
@@ -73,17 +72,23 @@ pub fn emulate<S: Stage>(
             }
         }
     }
-    policy.apply(Play {
-        scenario,
-        stage,
-        watch,
-    })
+    match S::new(scenario.memory) {
+        Ok(stage) => policy.apply(Play {
+            scenario,
+            stage,
+            watch,
+        }),
+        Err(error) => Outcome::Failed(crate::causes::chain(&*error)),
+    }
 }
 
 /// Plays a scenario on the kernel this host runs on, with processes. `watch` is told of every step.
 pub fn ask_the_kernel(scenario: &Scenario, watch: &mut dyn FnMut(&Moment<'_>)) -> Outcome {
-    match living::Living::new() {
+    match living::Living::new(scenario.memory) {
         Ok(mut kernel) => play(scenario, &mut kernel, false, watch),
+        Err(error @ living::LivingError::NoHugePages(_)) => {
+            Outcome::CannotAsk(crate::causes::chain(&error))
+        }
         Err(error) => Outcome::Failed(crate::causes::chain(&error)),
     }
 }

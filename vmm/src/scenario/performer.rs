@@ -23,6 +23,15 @@ pub type Page = u64;
 /// Pages that every address space of a scenario has.
 pub const PAGES: Page = 4;
 
+/// What the pages of a scenario are in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Memory {
+    /// Each page in a frame of its own.
+    Base,
+    /// All pages in one huge folio, which one huge entry maps at first.
+    Huge,
+}
+
 /// Number of a hold of a scenario, in the order they are taken, from 0 on.
 pub type HoldId = usize;
 
@@ -123,6 +132,12 @@ pub trait Performer {
 
     /// Gives a page back: it reads as zeros (`MADV_DONTNEED`, a balloon).
     fn discard(&mut self, who: Who, page: Page) -> Result<(), NotDone>;
+
+    /// Gives all of the folio back that page `page` is in, but the page.
+    fn discard_rest(&mut self, who: Who, page: Page) -> Result<(), NotDone>;
+
+    /// Has the folio that page `page` is in mapped by a huge entry again. Refused if it cannot be: it may have become writable then.
+    fn collapse(&mut self, who: Who, page: Page) -> Result<(), NotDone>;
 
     /// Moves a page to another frame (compaction, migration).
     fn migrate(&mut self, who: Who, page: Page) -> Result<(), NotDone>;

@@ -1,6 +1,6 @@
 //! What a scenario is made of: data, and nothing that knows the outcome of a step.
 
-use super::performer::{Hold, HoldId, Page, Who};
+use super::performer::{Hold, HoldId, Memory, Page, Who};
 use super::verdict::Verdict;
 use crate::policy::Policy;
 
@@ -13,6 +13,8 @@ pub struct Scenario {
     pub title: &'static str,
     /// Why it is worth a look: the bug it was, the rule that covers it.
     pub about: &'static str,
+    /// What its pages are in.
+    pub memory: Memory,
     /// What is done.
     pub steps: &'static [Step],
     /// How many pages must be copied at most. More is an unnecessary copy.
@@ -51,6 +53,8 @@ pub struct Expected {
     pub refcount: Option<Verdict>,
     /// [`Policy::Seed`].
     pub seed: Option<Verdict>,
+    /// [`Policy::SeedRecompute`].
+    pub recompute: Option<Verdict>,
     /// [`Policy::Exclusive`].
     pub exclusive: Option<Verdict>,
 }
@@ -63,11 +67,12 @@ impl Expected {
             forced_break: Some(verdict),
             refcount: Some(verdict),
             seed: Some(verdict),
+            recompute: Some(verdict),
             exclusive: Some(verdict),
         }
     }
 
-    /// In the order of [`Policy::ALL`].
+    /// In the order of [`Policy::ALL`], but that [`Policy::SeedRecompute`] is as [`Policy::Seed`]: they differ in huge folios only.
     pub const fn each(verdicts: [Verdict; 5]) -> Self {
         let [mapcount, forced_break, refcount, seed, exclusive] = verdicts;
         Self {
@@ -75,7 +80,16 @@ impl Expected {
             forced_break: Some(forced_break),
             refcount: Some(refcount),
             seed: Some(seed),
+            recompute: Some(seed),
             exclusive: Some(exclusive),
+        }
+    }
+
+    /// The same, but `verdict` under [`Policy::SeedRecompute`].
+    pub const fn recomputed(self, verdict: Verdict) -> Self {
+        Self {
+            recompute: Some(verdict),
+            ..self
         }
     }
 
@@ -86,6 +100,7 @@ impl Expected {
             Policy::MapcountForcedBreak => self.forced_break,
             Policy::Refcount => self.refcount,
             Policy::Seed => self.seed,
+            Policy::SeedRecompute => self.recompute,
             Policy::Exclusive => self.exclusive,
         }
     }
@@ -122,6 +137,10 @@ pub enum Step {
     Protect(Who),
     /// A page is given back to the host.
     Discard(Who, Page),
+    /// All of a huge folio is given back, but this page.
+    DiscardRest(Who, Page),
+    /// The folio of a page is mapped by a huge entry again, if that can be. Nobody may see a difference.
+    Collapse(Who, Page),
     /// A page is moved to another frame.
     Migrate(Who, Page),
     /// Two pages of equal content are merged.
@@ -138,6 +157,10 @@ pub enum Step {
     Refused(&'static Step),
     /// Under a policy that goes by the bit: entry and bit are in this state.
     Is(Who, Page, Slot),
+    /// Under a policy that goes by the bit: a huge entry maps the page.
+    IsHuge(Who, Page),
+    /// Under a policy that goes by the bit: the page has an entry of its own.
+    IsSmall(Who, Page),
     /// Under a policy that goes by the bit: dirty tracking has nothing to report of the page.
     IsClean(Who, Page),
 }

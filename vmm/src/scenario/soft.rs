@@ -2,15 +2,18 @@
 
 use std::sync::Arc;
 
-use super::performer::PAGES;
+use super::performer::{Memory, PAGES};
 use super::stage::{Actor, Stage, StageError, Wrap};
 use crate::mm::soft::{SoftMemory, SoftMmu, SoftVm};
-use crate::mm::{AddressSpace, CowPolicy, FrameMemory, FramePool, Frozen, Gfn, Pfn};
+use crate::mm::{AddressSpace, CowPolicy, FrameMemory, FramePool, Frozen, Gfn, Order, Pfn};
 
 /// Frames that may have memory: few, so that they are soon exhausted.
 const FRAME_LIMIT: u64 = 128;
 /// Frame numbers: enough for all homes.
 const FRAMES: u64 = 16 * FRAME_LIMIT;
+/// A huge folio is all of an address space.
+const FOLIO: Order = Order::new(PAGES.trailing_zeros() as u8);
+const _: () = assert!(FOLIO.pages() == PAGES);
 
 /// A model of a machine.
 #[derive(Debug)]
@@ -19,22 +22,21 @@ pub struct SoftStage {
     memory: Arc<SoftMemory>,
 }
 
-impl SoftStage {
-    /// A stage with its own frames.
-    ///
-    /// # Errors
-    /// Never, in practice: it is memory of this process.
-    pub fn new() -> Result<Self, StageError> {
-        let memory = SoftMemory::new(FRAMES);
-        let frames = Arc::clone(&memory) as Arc<dyn FrameMemory>;
-        let pool = FramePool::new(frames, FRAMES, FRAME_LIMIT)?;
-        Ok(Self { pool, memory })
-    }
-}
-
 impl Stage for SoftStage {
     const NAME: &'static str = "the software MMU";
     type Actor<P: CowPolicy> = SoftVm<P>;
+
+    fn new(memory: Memory) -> Result<Self, StageError> {
+        let order = match memory {
+            // Far too large for any of its address spaces.
+            Memory::Base => Order::HUGE,
+            Memory::Huge => FOLIO,
+        };
+        let memory = SoftMemory::new(FRAMES);
+        let frames = Arc::clone(&memory) as Arc<dyn FrameMemory>;
+        let pool = FramePool::with_folios_of(order, frames, FRAMES, FRAME_LIMIT)?;
+        Ok(Self { pool, memory })
+    }
 
     fn pool(&self) -> &Arc<FramePool> {
         &self.pool

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use super::performer::Memory;
 use crate::mm::{AddressSpace, CowPolicy, FramePool, Frozen, Gfn, Mmu, Pfn};
 
 /// Why the stage could not do its part.
@@ -12,11 +13,18 @@ pub type Wrap<'a> = &'a dyn Fn(Box<dyn Mmu>) -> Box<dyn Mmu>;
 
 /// A machine for scenarios: frames, and actors that run in address spaces. [`super::soft::SoftStage`] is a model of one,
 /// [`super::real::RealStage`] has vCPUs.
-pub trait Stage {
+pub trait Stage: Sized {
     /// Its name in reports.
     const NAME: &'static str;
     /// A running address space.
     type Actor<P: CowPolicy>: Actor<P>;
+
+    /// A stage with its own frames, on which the pages of an actor are in `memory`. With [`Memory::Huge`] they are all in
+    /// one folio, and an address space is of one folio.
+    ///
+    /// # Errors
+    /// If this machine has not what it needs.
+    fn new(memory: Memory) -> Result<Self, StageError>;
 
     /// The frames of everybody.
     fn pool(&self) -> &Arc<FramePool>;

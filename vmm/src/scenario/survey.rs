@@ -4,11 +4,10 @@ use serde::Serialize;
 
 use super::engine::Outcome;
 use super::script::Scenario;
-use super::stage::{Stage, StageError};
+use super::stage::Stage;
 use super::table::SCENARIOS;
 use super::verdict::Verdict;
 use super::{ask_the_kernel, emulate};
-use crate::causes::chain;
 use crate::policy::Policy;
 
 /// What came of every scenario.
@@ -59,13 +58,10 @@ impl Cell {
 
 impl Row {
     /// Plays `scenario` under every policy it is for, and on the living kernel.
-    pub fn of<S: Stage>(scenario: &Scenario, stage: &dyn Fn() -> Result<S, StageError>) -> Self {
+    pub fn of<S: Stage>(scenario: &Scenario) -> Self {
         let cell = |policy: Policy| {
             let expected = scenario.expected.under(policy)?;
-            let outcome = match stage() {
-                Ok(stage) => emulate(scenario, policy, stage, &mut |_| {}),
-                Err(error) => Outcome::Failed(chain(&*error)),
-            };
+            let outcome = emulate::<S>(scenario, policy, &mut |_| {});
             Some(Cell {
                 policy,
                 expected,
@@ -100,19 +96,15 @@ impl Row {
 }
 
 impl Survey {
-    /// Plays every scenario, each on a new stage that `stage` makes. `tick` is told which one is next; if it says `false`
-    /// the survey ends there.
-    pub fn take<S: Stage>(
-        stage: &dyn Fn() -> Result<S, StageError>,
-        tick: &mut dyn FnMut(&Scenario) -> bool,
-    ) -> Self {
+    /// Plays every scenario, each on a new stage. `tick` is told which one is next; if it says `false` the survey ends there.
+    pub fn take<S: Stage>(tick: &mut dyn FnMut(&Scenario) -> bool) -> Self {
         Self {
             stage: S::NAME,
             kernel: super::living::kernel_release(),
             rows: SCENARIOS
                 .iter()
                 .take_while(|scenario| tick(scenario))
-                .map(|scenario| Row::of(scenario, stage))
+                .map(Row::of::<S>)
                 .collect(),
         }
     }

@@ -1,7 +1,7 @@
 use super::engine::Outcome;
 use super::performer::Hold::{GetRead, PinRead, PinWrite};
 use super::performer::Who::{C, P};
-use super::performer::{Hold, HoldId, NotDone, Page, PageView, Performer, Who};
+use super::performer::{Hold, HoldId, Memory, NotDone, Page, PageView, Performer, Who};
 use super::real::RealStage;
 use super::script::{Expected, Scenario, Slot, Step};
 use super::soft::SoftStage;
@@ -16,6 +16,7 @@ fn outcome(steps: &'static [Step], copies: Option<u64>) -> Outcome {
         id: "X",
         title: "",
         about: "",
+        memory: Memory::Base,
         steps,
         copies,
         gets_must_follow: false,
@@ -23,12 +24,7 @@ fn outcome(steps: &'static [Step], copies: Option<u64>) -> Outcome {
         expected: Expected::all(Verdict::Ok),
         kernel_may: None,
     };
-    emulate(
-        &scenario,
-        Policy::Exclusive,
-        SoftStage::new().unwrap(),
-        &mut |_| {},
-    )
+    emulate::<SoftStage>(&scenario, Policy::Exclusive, &mut |_| {})
 }
 
 #[track_caller]
@@ -62,6 +58,84 @@ fn a_wrong_state_is_seen() {
     assert_verdict(STEPS, None, Verdict::Broken);
     const DIRTY: &[Step] = &[Step::Write(P, 0), Step::IsClean(P, 0)];
     assert_verdict(DIRTY, None, Verdict::Broken);
+}
+
+/// As [`outcome`], in a huge folio.
+#[track_caller]
+fn assert_verdict_of_huge(steps: &'static [Step], copies: Option<u64>, verdict: Verdict) {
+    let scenario = Scenario {
+        steps,
+        copies,
+        memory: Memory::Huge,
+        expected: Expected::all(Verdict::Ok),
+        ..*find("A1").unwrap()
+    };
+    let outcome = emulate::<SoftStage>(&scenario, Policy::Exclusive, &mut |_| {});
+    assert_eq!(outcome.verdict(), Some(verdict), "{outcome:?}");
+}
+
+#[test]
+fn a_wrong_size_is_seen() {
+    const HUGE: &[Step] = &[Step::Write(P, 0), Step::IsHuge(P, 3)];
+    assert_verdict_of_huge(HUGE, None, Verdict::Ok);
+    assert_verdict(HUGE, None, Verdict::Broken);
+    const SMALL: &[Step] = &[Step::Write(P, 0), Step::IsSmall(P, 0)];
+    assert_verdict_of_huge(SMALL, None, Verdict::Broken);
+    // Of a folio that is collapsed no page moves; one that cannot be, says nothing by itself.
+    const MADE: &[Step] = &[
+        Step::Write(P, 0),
+        Step::Snapshot,
+        Step::Write(P, 0),
+        Step::IsSmall(P, 1),
+        Step::Collapse(P, 1),
+        Step::IsHuge(P, 1),
+    ];
+    assert_verdict_of_huge(MADE, Some(4), Verdict::Ok);
+    assert_verdict_of_huge(MADE, Some(3), Verdict::Copied);
+    const NOT_MADE: &[Step] = &[
+        Step::Write(P, 0),
+        Step::Fork,
+        Step::Write(P, 0),
+        Step::Collapse(P, 1),
+        Step::IsHuge(P, 1),
+    ];
+    assert_verdict_of_huge(NOT_MADE, None, Verdict::Broken);
+}
+
+#[test]
+fn what_is_left_of_a_folio_is_one_page() {
+    const STEPS: &[Step] = &[
+        Step::Write(P, 0),
+        Step::Write(P, 1),
+        Step::Take(P, 0, GetRead),
+        Step::DiscardRest(P, 1),
+        Step::Read(P, 0),
+        Step::Read(P, 1),
+        Step::IsSmall(P, 1),
+        Step::Is(P, 1, Slot::WX),
+        Step::Is(P, 0, Slot::Zero),
+        Step::Is(P, 3, Slot::Zero),
+    ];
+    assert_verdict_of_huge(STEPS, Some(0), Verdict::Ok);
+    // All but one: that one is not zeros.
+    const OTHER: &[Step] = &[
+        Step::Write(P, 0),
+        Step::DiscardRest(P, 0),
+        Step::Is(P, 0, Slot::Zero),
+    ];
+    assert_verdict_of_huge(OTHER, None, Verdict::Broken);
+}
+
+#[test]
+fn a_refused_operation_may_split_and_nothing_else() {
+    const SPLIT: &[Step] = &[
+        Step::Write(P, 0),
+        Step::Take(P, 0, PinWrite),
+        Step::IsHuge(P, 0),
+        Step::Refused(&Step::Migrate(P, 0)),
+        Step::IsSmall(P, 0),
+    ];
+    assert_verdict_of_huge(SPLIT, Some(0), Verdict::Ok);
 }
 
 #[test]
@@ -136,6 +210,12 @@ impl Performer for Liar {
     fn discard(&mut self, _: Who, _: Page) -> Result<(), NotDone> {
         Ok(())
     }
+    fn discard_rest(&mut self, _: Who, _: Page) -> Result<(), NotDone> {
+        Ok(())
+    }
+    fn collapse(&mut self, _: Who, _: Page) -> Result<(), NotDone> {
+        Ok(())
+    }
     fn migrate(&mut self, _: Who, _: Page) -> Result<(), NotDone> {
         Err(NotDone::CannotAsk("it lies"))
     }
@@ -194,14 +274,14 @@ fn the_verdict_is_what_memory_holds() {
 }
 
 /// Plays every scenario under every policy it is for; says where the computed verdict is not the table's.
-fn against_the_table<S: Stage>(stage: impl Fn() -> S) -> Vec<String> {
+fn against_the_table<S: Stage>() -> Vec<String> {
     let mut wrong = Vec::new();
     for scenario in SCENARIOS {
         for policy in Policy::ALL {
             let Some(expected) = scenario.expected.under(policy) else {
                 continue;
             };
-            let outcome = emulate(scenario, policy, stage(), &mut |_| {});
+            let outcome = emulate::<S>(scenario, policy, &mut |_| {});
             if outcome.verdict() != Some(expected) {
                 wrong.push(format!(
                     "{} under {policy}: expected {expected}, got {outcome:?}",
@@ -215,7 +295,7 @@ fn against_the_table<S: Stage>(stage: impl Fn() -> S) -> Vec<String> {
 
 #[test]
 fn every_verdict_on_the_software_mmu_is_the_tables() {
-    let wrong = against_the_table(|| SoftStage::new().unwrap());
+    let wrong = against_the_table::<SoftStage>();
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 
@@ -227,7 +307,7 @@ fn every_verdict_on_a_real_vcpu_is_the_tables() {
         eprintln!("skipped: no /dev/kvm");
         return;
     }
-    let wrong = against_the_table(|| RealStage::new().unwrap());
+    let wrong = against_the_table::<RealStage>();
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 

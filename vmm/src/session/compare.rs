@@ -52,7 +52,7 @@ pub const fn must_show(policy: Policy) -> &'static [Oracle] {
         // Guest and device part: the first write after a write-protection copies, whatever devices hold.
         Policy::Refcount => &[Oracle::Coherence],
         // The same for devices that read, if they were given a page that a snapshot shared.
-        Policy::Seed => &[Oracle::Coherence],
+        Policy::Seed | Policy::SeedRecompute => &[Oracle::Coherence],
         Policy::Exclusive => &[],
     }
 }

@@ -52,4 +52,8 @@ impl<P: CowPolicy> CowPolicy for Biased<P> {
     fn lookup(&self, access: Access) -> Access {
         self.policy.lookup(access)
     }
+
+    fn is_exclusive_after_split(&self, page: FrameState) -> bool {
+        self.policy.is_exclusive_after_split(page)
+    }
 }

@@ -10,6 +10,7 @@
 //! | [`MapcountForcedBreak`] | v5.7.3, v5.8 | one mapping | always | as for writing |
 //! | [`Refcount`] | v5.9 to v5.18 | one reference | not pinned | as it is |
 //! | [`Seed`] | a sketch of December 2021 | exclusive, or one reference | not exclusive, or not pinned | as it is |
+//! | [`SeedRecompute`] | the same, to the letter | the same; a split of a huge folio counts references anew | the same | as it is |
 //! | [`Exclusive`] | v5.19 on | exclusive, or one reference | not exclusive, or not pinned | only exclusive |
 //!
 //! Only the last is right. The others are here to fail as the kernel did (PROTOCOL.md 6); nothing outside these
@@ -25,7 +26,7 @@ pub use biased::Biased;
 pub use exclusive::Exclusive;
 pub use mapcount::{Mapcount, MapcountForcedBreak};
 pub use refcount::Refcount;
-pub use seed::Seed;
+pub use seed::{Seed, SeedRecompute};
 
 use super::addr::Access;
 use super::frame::FrameState;
@@ -59,6 +60,12 @@ pub trait CowPolicy: Send + Sync + 'static {
     /// How a page is looked up for a pin or a hold that wants `access`: a scheme may treat readers as writers.
     fn lookup(&self, access: Access) -> Access {
         access
+    }
+
+    /// Is this page exclusive, now that the last huge entry of its folio became small ones? `page` says what holds it now,
+    /// and as its bit what the folio's said. The bit spreads as it is (PROTOCOL.md 4.10): whoever holds the page was granted that by it.
+    fn is_exclusive_after_split(&self, page: FrameState) -> bool {
+        page.is_exclusive()
     }
 }
 

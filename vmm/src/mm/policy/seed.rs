@@ -25,3 +25,32 @@ impl CowPolicy for Seed {
         true
     }
 }
+
+/// [`Seed`], with the split of a huge folio as the sketch has it: the bit of the small pages is **computed from their reference
+/// counts**, "take the lock, compute the value, diffuse it to the tails".
+///
+/// A device's pin is a reference, so the page it holds loses the bit that the pin was granted by, and the guest's next write fault
+/// takes the page from under it (**wrong COW**, PROTOCOL.md F4). If its entry is writable there is a state that must never be, and the next
+/// fork shares the pinned page. What landed in Linux spreads the bit as it is.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct SeedRecompute;
+
+impl CowPolicy for SeedRecompute {
+    const NAME: &'static str = "seed-recompute";
+
+    fn may_share(&self, frame: FrameState) -> bool {
+        Seed.may_share(frame)
+    }
+
+    fn may_reuse(&self, frame: FrameState) -> bool {
+        Seed.may_reuse(frame)
+    }
+
+    fn may_pin(&self, frame: FrameState, access: Access) -> bool {
+        Seed.may_pin(frame, access)
+    }
+
+    fn is_exclusive_after_split(&self, page: FrameState) -> bool {
+        page.refs() == 1
+    }
+}

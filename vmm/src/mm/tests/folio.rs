@@ -263,6 +263,33 @@ fn a_region_nobody_shares_any_more_is_written_without_a_copy() {
     w.settle();
 }
 
+/// F4: a device holds a page of a folio that is split and protected, and the guest writes it. Says whether they still have the same page.
+fn stays_together<R: CowPolicy>(policy: R) -> bool {
+    let (pool, memory) = soft_pool_of(Order::new(2), 64).unwrap();
+    let vm = SoftVm::new(&pool, &memory, policy, REGION).unwrap();
+    vm.cpu_write(P, 1).unwrap();
+    let pin = vm.space.pin(Gfn(2), Access::Write).unwrap();
+    vm.space.take_dirty().unwrap();
+    let is_exclusive = |n| {
+        let entry = vm.space.entry(Gfn(n)).unwrap();
+        assert!(!entry.is_huge() && !entry.is_writable());
+        pool.state(entry.pfn()).is_exclusive()
+    };
+    assert!(is_exclusive(1), "nobody holds it");
+    let kept = is_exclusive(2);
+    vm.cpu_write(Gfn(2), 7).unwrap();
+    let together = vm.dma_read(&pin) == 7;
+    assert_eq!(vm.space.stats().writer_moved, u64::from(!together));
+    assert_eq!(kept, together);
+    together
+}
+
+#[test]
+fn a_split_that_counts_references_anew_loses_a_pin() {
+    assert!(stays_together(Exclusive) && stays_together(Seed));
+    assert!(!stays_together(SeedRecompute));
+}
+
 /// D7, and better than the kernel: of a folio of which one page is pinned, that page is copied, and the rest shared.
 #[test]
 fn fork_copies_the_pinned_pages_of_a_folio_and_no_others() {

@@ -102,6 +102,11 @@ fn each_rule_is_a_function_of_the_frame() {
         assert_eq!(decisions(&Refcount, frame), refcount, "refcount {frame:?}");
         assert_eq!(decisions(&Seed, frame), seed, "seed {frame:?}");
         assert_eq!(
+            decisions(&SeedRecompute, frame),
+            seed,
+            "recompute {frame:?}"
+        );
+        assert_eq!(
             decisions(&Exclusive, frame),
             exclusive,
             "exclusive {frame:?}"
@@ -133,6 +138,30 @@ fn only_the_forced_break_looks_readers_up_as_writers() {
 }
 
 #[test]
+fn only_the_recomputing_seed_counts_references_at_a_split() {
+    fn spreads<R: CowPolicy>(policy: R) -> bool {
+        let pages = [
+            frame(1, 0, 0, true),
+            frame(1, 0, 1, true),
+            frame(1, 0, 0, false),
+        ];
+        pages.map(|page| policy.is_exclusive_after_split(page)) == [true, true, false]
+    }
+    assert!(spreads(Mapcount) && spreads(MapcountForcedBreak) && spreads(Refcount));
+    assert!(spreads(Seed) && spreads(Exclusive) && spreads(Biased::new(Exclusive)));
+    let recompute = Biased::new(SeedRecompute);
+    for (page, is_exclusive) in [
+        (frame(1, 0, 0, true), true),
+        (frame(1, 0, 0, false), true),
+        (frame(1, 0, 1, true), false),
+        (frame(1, 1, 0, true), false),
+    ] {
+        assert_eq!(SeedRecompute.is_exclusive_after_split(page), is_exclusive);
+        assert_eq!(recompute.is_exclusive_after_split(page), is_exclusive);
+    }
+}
+
+#[test]
 fn policies_have_names_and_say_whether_the_bit_counts() {
     fn about<R: CowPolicy>() -> (&'static str, bool) {
         (R::NAME, R::GOES_BY_THE_BIT)
@@ -144,6 +173,7 @@ fn policies_have_names_and_say_whether_the_bit_counts() {
     );
     assert_eq!(about::<Refcount>(), ("refcount", false));
     assert_eq!(about::<Seed>().0, "seed");
+    assert_eq!(about::<SeedRecompute>().0, "seed-recompute");
     assert_eq!(about::<Exclusive>(), ("exclusive", true));
     assert_eq!(about::<Biased<Exclusive>>(), ("exclusive", true));
     assert_eq!(about::<Biased<Refcount>>(), ("refcount", false));

@@ -17,7 +17,7 @@ use std::mem::size_of;
 use std::os::fd::RawFd;
 use std::ptr;
 
-use super::super::performer::{PAGES, Page};
+use super::super::performer::{Memory, PAGES, Page};
 
 /// Holds of either kind that can be had at once.
 pub(super) const HOLDS: usize = 8;
@@ -29,6 +29,17 @@ pub(super) const STRIDE: u64 = 2 << 20;
 pub(super) const PAGE_BYTES: u64 = 4096;
 /// A page that is read and never written, so that the kernel's zero page can be told from others.
 pub(super) const ZERO: Page = PAGES;
+
+/// Distance of two pages that are in one huge page.
+const SPREAD: u64 = STRIDE / PAGES;
+
+/// Where a page is in the arena.
+pub(super) const fn place(memory: Memory, page: Page) -> u64 {
+    match memory {
+        Memory::Huge if page < PAGES => page * SPREAD,
+        _ => page * STRIDE,
+    }
+}
 
 const ARENA_BYTES: usize = ((PAGES + 1) * STRIDE) as usize;
 
@@ -61,10 +72,14 @@ pub(super) enum Order {
     /// Move to another frame: collapse the 2 MiB around the page into a huge page, which copies it, split that again, and
     /// give back all of it but the page.
     Move,
+    /// Collapse the first 2 MiB of the arena into a huge page.
+    Collapse,
+    /// `MADV_DONTNEED` for the first 2 MiB of the arena, but not for the page.
+    DiscardRest,
 }
 
 impl Order {
-    const ALL: [Self; 12] = [
+    const ALL: [Self; 14] = [
         Self::Begin,
         Self::Write,
         Self::Read,
@@ -77,6 +92,8 @@ impl Order {
         Self::Allow,
         Self::Discard,
         Self::Move,
+        Self::Collapse,
+        Self::DiscardRest,
     ];
 
     fn of(word: u64) -> Option<Self> {
@@ -92,6 +109,8 @@ pub(super) type Reply = [u64; 2];
 /// What an actor inherits. Plain numbers: who owns the files is no business of the copy.
 #[derive(Clone, Debug)]
 pub(super) struct Kit {
+    /// What the pages are in.
+    pub(super) memory: Memory,
     /// P's own channel.
     pub(super) orders: RawFd,
     /// Channels for the children.
@@ -222,12 +241,16 @@ impl Actor<'_> {
         if page > ZERO {
             return Err(invalid());
         }
-        Ok(self.arena.wrapping_add((page * STRIDE) as usize).cast())
+        Ok(self.arena.wrapping_add(self.offset(page)).cast())
+    }
+
+    fn offset(&self, page: Page) -> usize {
+        place(self.kit.memory, page) as usize
     }
 
     fn obey(&mut self, order: Order, page: Page, value: u64) -> io::Result<u64> {
         let word = self.word(page)?;
-        let offset = (page * STRIDE) as usize;
+        let offset = self.offset(page);
         let one = PAGE_BYTES as usize;
         let read_write = libc::PROT_READ | libc::PROT_WRITE;
         match order {
@@ -237,14 +260,37 @@ impl Actor<'_> {
             Order::Read => return Ok(unsafe { word.read_volatile() }),
             Order::Splice => self.splice(word, value)?,
             Order::Register => self.register(word, value)?,
-            Order::Protect => {
-                self.protect(0, ARENA_BYTES, libc::PROT_READ)?;
-                self.protect(0, ARENA_BYTES, read_write)?;
-            }
+            Order::Protect => match self.kit.memory {
+                Memory::Base => {
+                    self.protect(0, ARENA_BYTES, libc::PROT_READ)?;
+                    self.protect(0, ARENA_BYTES, read_write)?;
+                }
+                // One by one, which takes small entries.
+                Memory::Huge => {
+                    for page in 0..PAGES {
+                        self.protect(self.offset(page), one, libc::PROT_READ)?;
+                    }
+                    for page in 0..PAGES {
+                        self.protect(self.offset(page), one, read_write)?;
+                    }
+                }
+            },
             Order::Forbid => self.protect(offset, one, libc::PROT_READ)?,
             Order::Allow => self.protect(offset, one, read_write)?,
             Order::Discard => self.advise(offset, one, libc::MADV_DONTNEED)?,
             Order::Move => self.relocate(offset)?,
+            Order::Collapse => {
+                let huge = STRIDE as usize;
+                self.advise(0, huge, libc::MADV_HUGEPAGE)?;
+                self.collapse(0, huge)?;
+            }
+            Order::DiscardRest => {
+                let behind = offset + one;
+                if offset > 0 {
+                    self.advise(0, offset, libc::MADV_DONTNEED)?;
+                }
+                self.advise(behind, STRIDE as usize - behind, libc::MADV_DONTNEED)?;
+            }
             Order::Begin | Order::Fork | Order::Exit => return Err(invalid()),
         }
         Ok(0)

@@ -25,9 +25,11 @@
 //! | fork | in P; C is a child of the controller, so that it may outlive P |
 //! | take, [`Hold::GetRead`] | `vmsplice` of the word into a pipe of the controller |
 //! | take, [`Hold::PinWrite`] | the page becomes the registered buffer of a ring of the controller |
-//! | protect | `mprotect` of all pages read-only, and back; the kernel may map exclusive dirty pages writable again at once (PROTOCOL.md T22) |
+//! | protect | `mprotect` of all pages read-only, and back, one by one where they are in a huge page, which splits its entry; the kernel may map exclusive dirty pages writable again at once (PROTOCOL.md T22) |
 //! | discard | `MADV_DONTNEED` |
 //! | migrate | not compaction, which is for root and for the whole host, but a collapse into a huge page (`MADV_COLLAPSE`), which is split again: the page is in another frame, and a page that anything but one page table refers to is refused as migration refuses it |
+//! | collapse, and pages in a huge page | `MADV_COLLAPSE` of 2 MiB |
+//! | discard_rest | `MADV_DONTNEED` of the 2 MiB but the page |
 //! | force_write | the controller writes `/proc/<pid>/mem` while the page is read-only |
 //!
 //! Nothing here needs privilege; without it [`Performer::view`] knows no frames that are there, as the kernel hides their numbers.
@@ -50,12 +52,12 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 
-use self::actor::{FORKS, HOLDS, Kit, Order, STRIDE, ZERO};
+use self::actor::{FORKS, HOLDS, Kit, Order, ZERO, place};
 use self::pagemap::Entry;
 use self::pipe::Splice;
 use self::process::{OrderError, Process, channel};
 use self::uring::PinRing;
-use super::performer::{Hold, HoldId, NotDone, PAGES, Page, PageView, Performer, Who};
+use super::performer::{Hold, HoldId, Memory, NotDone, PAGES, Page, PageView, Performer, Who};
 use crate::mm::Pfn;
 
 pub use self::direct::{DirectRace, Disturbance, o_direct_race};
@@ -72,6 +74,9 @@ pub enum LivingError {
     /// There is one, but it can't do its part.
     #[error("the process did not get ready: {0}")]
     NotReady(String),
+    /// There is one, and it has no huge page.
+    #[error("this kernel makes no huge pages of a process's memory (MADV_COLLAPSE, Linux 6.1)")]
+    NoHugePages(#[source] io::Error),
 }
 
 /// The version of the kernel that is asked, as `uname -r` says it.
@@ -89,6 +94,8 @@ pub struct Living {
     child: Option<Process>,
     /// Channels for children to come, by their index in the kit.
     channels: BTreeMap<u64, UnixStream>,
+    /// What the pages are in.
+    memory: Memory,
     /// Address of the first page, in all processes.
     arena: u64,
     /// The kernel's zero page, if its number can be seen.
@@ -107,12 +114,12 @@ enum Held {
 }
 
 impl Living {
-    /// P, with untouched memory.
+    /// P, with memory of zeros: untouched, or in a huge page.
     ///
     /// # Errors
     /// What this host does not let a process have. That there is no io_uring is no error:
     /// see [`Living::why_no_pins`].
-    pub fn new() -> Result<Self, LivingError> {
+    pub fn new(memory: Memory) -> Result<Self, LivingError> {
         let (orders, orders_end) = channel().map_err(LivingError::Files)?;
         let (channels, ends): (Vec<UnixStream>, Vec<OwnedFd>) = (0..FORKS)
             .map(|_| channel())
@@ -125,7 +132,7 @@ impl Living {
             .collect::<io::Result<Vec<_>>>()
             .map_err(LivingError::Files)?;
         let rings: Result<Vec<_>, _> = (0..HOLDS).map(|_| PinRing::new()).collect();
-        let kit = kit(&orders_end, &ends, &pipes, rings.as_deref().ok());
+        let kit = kit(memory, &orders_end, &ends, &pipes, rings.as_deref().ok());
 
         let mut parent = Process::first(orders, &kit).map_err(LivingError::Process)?;
         // From here on a channel ends with the process that has its other end.
@@ -133,13 +140,25 @@ impl Living {
         let arena = parent
             .ask(Order::Begin, 0, 0)
             .map_err(|error| LivingError::NotReady(error.to_string()))?;
-        let zero_frame = Entry::of(&parent, arena + ZERO * STRIDE)
+        if memory == Memory::Huge {
+            // There must be a page to begin with.
+            let made = parent
+                .ask(Order::Write, 0, 0)
+                .and_then(|_| parent.ask(Order::Collapse, 0, 0));
+            match made {
+                Ok(_) => {}
+                Err(OrderError::Call(error)) => return Err(LivingError::NoHugePages(error)),
+                Err(error) => return Err(LivingError::NotReady(error.to_string())),
+            }
+        }
+        let zero_frame = Entry::of(&parent, arena + place(memory, ZERO))
             .ok()
             .and_then(Entry::frame);
         Ok(Self {
             parent: Some(parent),
             child: None,
             channels: (0..).zip(channels).collect(),
+            memory,
             arena,
             zero_frame,
             pipes,
@@ -179,7 +198,7 @@ impl Living {
 
     fn address(&self, page: Page) -> io::Result<u64> {
         if page < PAGES {
-            Ok(self.arena + page * STRIDE)
+            Ok(self.arena + place(self.memory, page))
         } else {
             Err(io::Error::other(format!("there is no page {page}")))
         }
@@ -224,8 +243,15 @@ impl Living {
 }
 
 /// What the actors inherit.
-fn kit(orders: &OwnedFd, channels: &[OwnedFd], pipes: &[Splice], rings: Option<&[PinRing]>) -> Kit {
+fn kit(
+    memory: Memory,
+    orders: &OwnedFd,
+    channels: &[OwnedFd],
+    pipes: &[Splice],
+    rings: Option<&[PinRing]>,
+) -> Kit {
     let mut kit = Kit {
+        memory,
         orders: orders.as_raw_fd(),
         channels: array::from_fn(|index| channels[index].as_raw_fd()),
         pipes: array::from_fn(|index| pipes[index].actors_end()),
@@ -376,8 +402,28 @@ impl Performer for Living {
         Ok(())
     }
 
+    fn discard_rest(&mut self, who: Who, page: Page) -> Result<(), NotDone> {
+        self.order(who, Order::DiscardRest, page, 0)?;
+        Ok(())
+    }
+
+    fn collapse(&mut self, who: Who, page: Page) -> Result<(), NotDone> {
+        match self.order(who, Order::Collapse, page, 0) {
+            Ok(_) => Ok(()),
+            Err(OrderError::Call(error)) if is_refusal(&error) => {
+                Err(NotDone::Refused(error.to_string()))
+            }
+            Err(error) => Err(error.into()),
+        }
+    }
+
     fn migrate(&mut self, who: Who, page: Page) -> Result<(), NotDone> {
         self.address(page).map_err(failed)?;
+        if self.memory == Memory::Huge {
+            return Err(NotDone::CannotAsk(
+                "only compaction, which is for root and for the whole host, moves a page out of a huge one",
+            ));
+        }
         self.process(who)?;
         let Some(entry) = self.entry(who, page) else {
             return Err(NotDone::CannotAsk(
@@ -469,6 +515,14 @@ impl Performer for Living {
             inside: None,
         })
     }
+}
+
+/// Whether a collapse was refused: something refers to a page, or there is no huge page to be had.
+fn is_refusal(error: &io::Error) -> bool {
+    matches!(
+        error.raw_os_error(),
+        Some(libc::EAGAIN | libc::EBUSY | libc::ENOMEM | libc::EINVAL)
+    )
 }
 
 /// Whether a fork was refused for want of something.

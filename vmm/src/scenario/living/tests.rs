@@ -9,7 +9,7 @@ use super::*;
 const PAGE: Page = 1;
 
 fn living() -> Living {
-    Living::new().expect("a process can be made")
+    Living::new(Memory::Base).expect("a process can be made")
 }
 
 /// A performer whose P may be pinned, or `None`, which is said.
@@ -117,6 +117,75 @@ fn a_hold_outlives_the_process_it_was_taken_through() {
     assert_eq!(living.read(Who::P, 0).unwrap(), 3);
     living.release(0).unwrap();
     living.release(1).unwrap();
+}
+
+/// A process with a huge page, or `None` if this kernel makes none, which is said.
+fn living_huge() -> Option<Living> {
+    match Living::new(Memory::Huge) {
+        Ok(living) => Some(living),
+        Err(error @ LivingError::NoHugePages(_)) => {
+            eprintln!("skipped: {}", crate::causes::chain(&error));
+            None
+        }
+        Err(error) => panic!("{error}"),
+    }
+}
+
+/// Kilobytes of a process's memory that are in huge pages.
+fn huge_kib(living: &Living, who: Who) -> u64 {
+    let pid = living.process_id(who).unwrap();
+    let text = fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).unwrap();
+    let line = text.lines().find(|l| l.starts_with("AnonHugePages:"));
+    let number = line.and_then(|l| l.split_whitespace().nth(1));
+    number.unwrap().parse().unwrap()
+}
+
+/// What F1, F2 and F14 begin with.
+#[test]
+fn pages_are_in_a_huge_page_until_it_is_split() {
+    let Some(mut living) = living_huge() else {
+        return;
+    };
+    // The controller may have some of its own, which the process got with everything else.
+    let before = huge_kib(&living, Who::P);
+    assert!(before >= 2048, "{before}");
+    (0..PAGES).for_each(|page| living.write(Who::P, page, 10 + page).unwrap());
+    living.fork().unwrap();
+    assert_eq!(huge_kib(&living, Who::C), before);
+    living.exit(Who::C).unwrap();
+    living.protect(Who::P).unwrap();
+    assert_eq!(huge_kib(&living, Who::P), before - 2048);
+    living.collapse(Who::P, 0).unwrap();
+    assert_eq!(huge_kib(&living, Who::P), before);
+    (0..PAGES).for_each(|page| assert_eq!(living.read(Who::P, page).unwrap(), 10 + page));
+    living.discard_rest(Who::P, 2).unwrap();
+    assert_eq!(huge_kib(&living, Who::P), before - 2048);
+    let words: Vec<_> = (0..PAGES)
+        .map(|page| living.read(Who::P, page).unwrap())
+        .collect();
+    assert_eq!(words, [0, 0, 12, 0]);
+    assert!(matches!(
+        living.migrate(Who::P, 2),
+        Err(NotDone::CannotAsk(_))
+    ));
+}
+
+/// F10: where ours does not.
+#[test]
+fn a_collapse_is_refused_while_a_page_is_held() {
+    let Some(mut living) = living_huge() else {
+        return;
+    };
+    living.write(Who::P, PAGE, 1).unwrap();
+    living.protect(Who::P).unwrap();
+    living.take(0, Who::P, PAGE, Hold::GetRead).unwrap();
+    assert!(matches!(
+        living.collapse(Who::P, 0),
+        Err(NotDone::Refused(_))
+    ));
+    living.release(0).unwrap();
+    living.collapse(Who::P, 0).unwrap();
+    assert_eq!(living.read(Who::P, PAGE).unwrap(), 1);
 }
 
 /// C1.

@@ -15,6 +15,7 @@
 //!   gpa 0x10000  ┘ page tables  ┐
 //!   gpa 0x100000   mailbox      │ frames of the stage's own, which the pool does not know
 //!   gpa 0x200000   program      ┘
+//!   gpa 0x400000   the address space, if it is of one huge folio: one region of the window, and pages of the scenario at SPREAD
 //! ```
 //!
 //! | file | concept |
@@ -39,29 +40,94 @@ use guest::abi::{MAIL_GPA, PAGE_TABLES_GPA};
 
 use self::line::{Command, Line, Mailbox};
 use self::program::Program;
-use super::performer::PAGES;
+use super::performer::{Memory, PAGES};
 use super::stage::{Actor, Stage, StageError, Wrap};
 use crate::host::{MappingBudget, PhysMap, Ram, Window};
 use crate::kvm::{self, GuestRam, Image, Kvm, Machine, MemoryError};
 use crate::mm::{
     AddressSpace, CowPolicy, FrameMemory, FramePool, Frozen, Gfn, Mmu, MmuError, PAGE_SIZE, Pfn,
-    Protection, Resolution,
+    Protection, REGION_PAGES, Resolution,
 };
 
 pub use self::line::CpuError;
 
-/// Pages of every address space: all below the page tables.
+/// Pages of an address space in base pages: all below the page tables.
 const SPACE_PAGES: u64 = PAGE_TABLES_GPA / PAGE_SIZE;
-/// The scenario's first page. Its pages have neighbours on both sides that nobody touches.
+/// The scenario's first page there. Its pages have neighbours on both sides that nobody touches.
 const FIRST: Gfn = Gfn(8);
 const _: () = assert!(FIRST.0 + PAGES < SPACE_PAGES);
+/// Where the scenario's pages are in a huge folio: at both ends, side by side, and by themselves.
+const SPREAD: [u64; PAGES as usize] = [0, 1, 300, REGION_PAGES - 1];
 
 /// The most guests a stage ever has. A scenario needs two.
 const GUESTS: u64 = 64;
 /// Frames that may have memory: few, so that they are soon exhausted.
 const FRAME_LIMIT: u64 = 256;
-/// Frame numbers: enough for all homes, those of guests and some that are there to use up memory.
-const FRAMES: u64 = (GUESTS * SPACE_PAGES + 8 * FRAME_LIMIT).next_multiple_of(64);
+/// As many huge folios. The zero frame keeps one of them from being whole.
+const FOLIO_LIMIT: u64 = 8;
+
+/// The memory of the guests of a stage.
+#[derive(Clone, Copy, Debug)]
+struct Plan {
+    memory: Memory,
+    /// The first page of the address space, in the window.
+    first: Gfn,
+    /// How many it has.
+    pages: u64,
+    /// Frames that may have memory.
+    limit: u64,
+    /// Frame numbers: enough for all homes, those of guests and some that are there to use up memory.
+    frames: u64,
+}
+
+impl Plan {
+    /// Beside a program that ends before page `end`.
+    fn new(memory: Memory, end: Gfn) -> Self {
+        let (first, pages, limit) = match memory {
+            Memory::Base => (Gfn(0), SPACE_PAGES, FRAME_LIMIT),
+            Memory::Huge => (
+                Gfn(end.0.next_multiple_of(REGION_PAGES)),
+                REGION_PAGES,
+                FOLIO_LIMIT * REGION_PAGES,
+            ),
+        };
+        Self {
+            memory,
+            first,
+            pages,
+            limit,
+            frames: (GUESTS * pages + 8 * limit).next_multiple_of(64),
+        }
+    }
+
+    /// The page behind all that a guest has.
+    fn end(self, program: Gfn) -> Gfn {
+        Gfn(program.0.max(self.first.0 + self.pages))
+    }
+
+    /// Page `page` of the scenario, in the address space.
+    fn gfn(self, page: u64) -> Gfn {
+        match self.memory {
+            Memory::Base => Gfn(FIRST.0 + page),
+            Memory::Huge => Gfn(SPREAD[page as usize]),
+        }
+    }
+
+    /// Page `page` of the scenario, for the guest.
+    fn gpa(self, page: u64) -> Result<u64, RealError> {
+        if page < PAGES {
+            Ok(self.first.gpa() + self.gfn(page).gpa())
+        } else {
+            Err(RealError::Page { page })
+        }
+    }
+
+    /// The page of the address space that the guest has at its page `gfn`.
+    fn page_of(self, gfn: u64) -> Option<Gfn> {
+        let page = gfn.checked_sub(self.first.0)?;
+        (page < self.pages).then_some(Gfn(page))
+    }
+}
 
 /// Why a guest could not be put on the stage.
 #[derive(Debug, thiserror::Error)]
@@ -79,10 +145,12 @@ pub enum RealError {
     #[error("this stage has had {GUESTS} guests: take a new one")]
     Full,
     /// Not a snapshot of an actor of this stage.
-    #[error("a snapshot of {pages} pages: guests of this stage have {SPACE_PAGES}")]
+    #[error("a snapshot of {pages} pages: guests of this stage have {space}")]
     Foreign {
         /// Pages of the snapshot.
         pages: u64,
+        /// Pages of an address space here.
+        space: u64,
     },
     /// No such page in a scenario.
     #[error("a scenario has {PAGES} pages, no page {page}")]
@@ -92,7 +160,8 @@ pub enum RealError {
     },
 }
 
-/// A stage whose actors are virtual machines of one vCPU. It is for one scenario: frames and homes are few, and not used again.
+/// A stage whose actors are virtual machines of one vCPU. It is for one scenario: frames and homes are few, and not used again. There is none without a
+/// KVM that can be used.
 #[derive(Debug)]
 pub struct RealStage {
     kvm: Kvm,
@@ -100,6 +169,7 @@ pub struct RealStage {
     physmap: Arc<PhysMap>,
     budget: Arc<MappingBudget>,
     program: Arc<Program>,
+    plan: Plan,
     /// The first guest's mailbox; those of the others follow.
     mailboxes: Pfn,
     /// Guests there ever were.
@@ -107,34 +177,6 @@ pub struct RealStage {
 }
 
 impl RealStage {
-    /// An empty stage.
-    ///
-    /// # Errors
-    /// If there is no KVM that can be used, or no memory.
-    pub fn new() -> Result<Self, StageError> {
-        let kvm = Kvm::open()?;
-        let image = Image::parse(guest::PUPPET)?;
-        let programs = Program::frames(&image);
-        let reserve = |source| RealError::Reserve {
-            what: "frames",
-            source,
-        };
-        // Behind the pool's frames are those of the stage itself.
-        let physmap = PhysMap::new(FRAMES + programs + GUESTS).map_err(reserve)?;
-        physmap.commit(Pfn(FRAMES), programs).map_err(reserve)?;
-        let pool = FramePool::new(Arc::clone(&physmap) as _, FRAMES, FRAME_LIMIT)?;
-        let program = Program::load(Arc::clone(&physmap), Pfn(FRAMES), &image)?;
-        Ok(Self {
-            kvm,
-            pool,
-            physmap,
-            budget: Arc::new(MappingBudget::of_this_process()),
-            program: Arc::new(program),
-            mailboxes: Pfn(FRAMES + programs),
-            guests: AtomicU64::new(0),
-        })
-    }
-
     /// A guest whose address space `make` makes over the window it is given, wrapped.
     fn actor<P: CowPolicy>(
         &self,
@@ -149,7 +191,7 @@ impl RealStage {
         let window = Window::new(
             Arc::clone(&self.physmap),
             Arc::clone(&self.budget),
-            self.program.end().0,
+            self.program.len() / PAGE_SIZE,
         )
         .map_err(reserve)?;
         self.program.show(&window)?;
@@ -160,11 +202,16 @@ impl RealStage {
             Protection::ReadWrite,
         )?;
         let window = Arc::new(window);
-        let space = make(wrap(Box::new(Shared(Arc::clone(&window)))))?;
+        let part = Part {
+            window: Arc::clone(&window),
+            first: self.plan.first,
+        };
+        let space = make(wrap(Box::new(part)))?;
         let ram = Ram::new(Arc::new(space), Arc::clone(&self.physmap));
-        let memory = Memory {
+        let memory = GuestMemory {
             ram: ram.clone(),
             program: Arc::clone(&self.program),
+            plan: self.plan,
         };
 
         let host = NonNull::new(std::ptr::with_exposed_provenance_mut(
@@ -189,6 +236,7 @@ impl RealStage {
             line: Mutex::new(line),
             machine,
             ram,
+            plan: self.plan,
             _window: window,
         };
         actor.machine.start(self.program.entry())?;
@@ -216,6 +264,34 @@ impl Stage for RealStage {
     const NAME: &'static str = "a real vCPU";
     type Actor<P: CowPolicy> = RealActor<P>;
 
+    fn new(memory: Memory) -> Result<Self, StageError> {
+        let kvm = Kvm::open()?;
+        let image = Image::parse(guest::PUPPET)?;
+        let programs = Program::frames(&image);
+        let plan = Plan::new(memory, Program::end_of(&image));
+        let reserve = |source| RealError::Reserve {
+            what: "frames",
+            source,
+        };
+        // Behind the pool's frames are those of the stage itself.
+        let first = Pfn(plan.frames);
+        let physmap = PhysMap::new(plan.frames + programs + GUESTS).map_err(reserve)?;
+        physmap.commit(first, programs).map_err(reserve)?;
+        let pool = FramePool::new(Arc::clone(&physmap) as _, plan.frames, plan.limit)?;
+        let end = plan.end(Program::end_of(&image));
+        let program = Program::load(Arc::clone(&physmap), first, &image, end)?;
+        Ok(Self {
+            kvm,
+            pool,
+            physmap,
+            budget: Arc::new(MappingBudget::of_this_process()),
+            program: Arc::new(program),
+            plan,
+            mailboxes: Pfn(first.0 + programs),
+            guests: AtomicU64::new(0),
+        })
+    }
+
     fn pool(&self) -> &Arc<FramePool> {
         &self.pool
     }
@@ -225,10 +301,8 @@ impl Stage for RealStage {
         policy: P,
         wrap: Wrap<'_>,
     ) -> Result<Self::Actor<P>, StageError> {
-        let pool = Arc::clone(&self.pool);
-        self.actor(wrap, |mmu| {
-            Ok(AddressSpace::new(pool, policy, mmu, SPACE_PAGES)?)
-        })
+        let (pool, pages) = (Arc::clone(&self.pool), self.plan.pages);
+        self.actor(wrap, |mmu| Ok(AddressSpace::new(pool, policy, mmu, pages)?))
     }
 
     fn child<P: CowPolicy>(
@@ -237,9 +311,9 @@ impl Stage for RealStage {
         policy: P,
         wrap: Wrap<'_>,
     ) -> Result<Self::Actor<P>, StageError> {
-        let pages = frozen.pages();
-        if pages != SPACE_PAGES {
-            return Err(RealError::Foreign { pages }.into());
+        let (pages, space) = (frozen.pages(), self.plan.pages);
+        if pages != space {
+            return Err(RealError::Foreign { pages, space }.into());
         }
         self.actor(wrap, |mmu| {
             Ok(AddressSpace::from_frozen(frozen, policy, mmu)?)
@@ -263,6 +337,7 @@ pub struct RealActor<P> {
     line: Mutex<Line>,
     machine: Machine,
     ram: Ram<P>,
+    plan: Plan,
     _window: Arc<Window>,
 }
 
@@ -284,33 +359,35 @@ impl<P: CowPolicy> Actor<P> for RealActor<P> {
     }
 
     fn gfn(&self, page: u64) -> Gfn {
-        Gfn(FIRST.0 + page)
+        self.plan.gfn(page)
     }
 
     fn cpu_write(&self, page: u64, value: u64) -> Result<(), StageError> {
-        let gpa = gpa_of(page)?;
+        let gpa = self.plan.gpa(page)?;
         self.ask(Command::Write { gpa, value })?;
         Ok(())
     }
 
     fn cpu_read(&self, page: u64) -> Result<u64, StageError> {
-        let gpa = gpa_of(page)?;
+        let gpa = self.plan.gpa(page)?;
         Ok(self.ask(Command::Read { gpa })?)
     }
 }
 
-fn gpa_of(page: u64) -> Result<u64, RealError> {
-    if page < PAGES {
-        Ok(Gfn(FIRST.0 + page).gpa())
-    } else {
-        Err(RealError::Page { page })
+/// The part of a window that is an address space's, from page `first` on. `wrap` may do with it as it likes: the actor keeps
+/// the window mapped.
+struct Part {
+    window: Arc<Window>,
+    first: Gfn,
+}
+
+impl Part {
+    fn at(&self, gfn: Gfn) -> Gfn {
+        Gfn(self.first.0 + gfn.0)
     }
 }
 
-/// A window that `wrap` may do with as it likes: the actor keeps it mapped.
-struct Shared(Arc<Window>);
-
-impl Mmu for Shared {
+impl Mmu for Part {
     fn map(
         &self,
         first: Gfn,
@@ -318,44 +395,61 @@ impl Mmu for Shared {
         count: u64,
         protection: Protection,
     ) -> Result<(), MmuError> {
-        self.0.map(first, frame, count, protection)
+        self.window.map(self.at(first), frame, count, protection)
     }
 
     fn protect(&self, first: Gfn, count: u64, protection: Protection) -> Result<(), MmuError> {
-        self.0.protect(first, count, protection)
+        self.window.protect(self.at(first), count, protection)
     }
 
     fn is_crowded(&self) -> bool {
-        self.0.is_crowded()
+        self.window.is_crowded()
     }
 }
 
 /// All memory of a guest: its address space, and the program beside it.
-struct Memory<P> {
+struct GuestMemory<P> {
     ram: Ram<P>,
     program: Arc<Program>,
+    plan: Plan,
 }
 
-impl<P: CowPolicy> GuestRam for Memory<P> {
+impl<P> GuestMemory<P> {
+    /// Where `gpa` is in the address space, if it is there.
+    fn in_space(&self, gpa: u64) -> Option<u64> {
+        let page = self.plan.page_of(Gfn::of_gpa(gpa).0)?;
+        Some(page.gpa() + gpa % PAGE_SIZE)
+    }
+}
+
+impl<P: CowPolicy> GuestRam for GuestMemory<P> {
     fn len(&self) -> u64 {
         self.program.len()
     }
 
     fn write_fault(&self, gfn: u64) -> Result<bool, MemoryError> {
-        // Beside the address space nothing becomes writable: that is an error like any page out of range.
-        Ok(self.ram.space().write_fault(Gfn(gfn))? != Resolution::AlreadyWritable)
+        match self.plan.page_of(gfn) {
+            Some(page) => Ok(self.ram.space().write_fault(page)? != Resolution::AlreadyWritable),
+            // There nothing becomes writable.
+            None => {
+                let (gfn, pages) = (Gfn(gfn), self.plan.pages);
+                Err(format!("{gfn:?} is beside the address space, which has {pages} pages").into())
+            }
+        }
     }
 
     fn read(&self, gpa: u64, buf: &mut [u8]) -> Result<(), MemoryError> {
-        if gpa < self.ram.size() {
-            Ok(self.ram.read(gpa, buf)?)
-        } else {
-            self.program.read(gpa, buf)
+        match self.in_space(gpa) {
+            Some(at) => Ok(self.ram.read(at, buf)?),
+            None => self.program.read(gpa, buf),
         }
     }
 
     fn write(&self, gpa: u64, buf: &[u8]) -> Result<(), MemoryError> {
-        Ok(self.ram.write(gpa, buf)?)
+        match self.in_space(gpa) {
+            Some(at) => Ok(self.ram.write(at, buf)?),
+            None => Err(format!("{} bytes at {gpa:#x} are not guest memory", buf.len()).into()),
+        }
     }
 }
 

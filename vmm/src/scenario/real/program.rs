@@ -19,6 +19,8 @@ pub(super) struct Program {
     physmap: Arc<PhysMap>,
     parts: [Part; 2],
     entry: u64,
+    /// The page behind all that a guest has.
+    end: Gfn,
 }
 
 /// Pages of guest memory that are in frames which follow each other.
@@ -35,11 +37,18 @@ impl Program {
         TABLES + image_pages(image)
     }
 
-    /// Loads `image` and page tables into the frames from `first` on, which have memory, all zeros.
+    /// The page behind the program.
+    pub(super) fn end_of(image: &Image) -> Gfn {
+        Gfn(Gfn::of_gpa(IMAGE_GPA).0 + image_pages(image))
+    }
+
+    /// Loads `image` and page tables, for guests whose memory ends before page `end`, into the frames from `first` on, which have
+    /// memory, all zeros.
     pub(super) fn load(
         physmap: Arc<PhysMap>,
         first: Pfn,
         image: &Image,
+        end: Gfn,
     ) -> Result<Self, BootError> {
         let program = Self {
             physmap,
@@ -56,6 +65,7 @@ impl Program {
                 },
             ],
             entry: image.entry(),
+            end,
         };
         image.load(&program)?;
         write_page_tables(&program, program.len())?;
@@ -65,12 +75,6 @@ impl Program {
     /// The puppet's first instruction.
     pub(super) fn entry(&self) -> u64 {
         self.entry
-    }
-
-    /// The page behind all that a guest has: the program is last.
-    pub(super) fn end(&self) -> Gfn {
-        let [_, image] = self.parts;
-        Gfn(image.first.0 + image.pages)
     }
 
     /// Makes `window` show it.
@@ -96,7 +100,7 @@ impl Program {
 
 impl GuestRam for Program {
     fn len(&self) -> u64 {
-        self.end().gpa()
+        self.end.gpa()
     }
 
     fn write_fault(&self, gfn: u64) -> Result<bool, MemoryError> {

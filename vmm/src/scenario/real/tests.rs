@@ -22,7 +22,7 @@ fn stage() -> Option<RealStage> {
         eprintln!("skipped: {error}");
         return None;
     }
-    Some(RealStage::new().unwrap())
+    Some(RealStage::new(Memory::Base).unwrap())
 }
 
 /// The stage of this test, or the test returns.
@@ -225,6 +225,36 @@ fn a_child_and_its_parent_are_isolated_both_ways() {
     assert_eq!(frozen_word(&stage, &frozen, &grandchild, 1), 11);
 }
 
+/// The folio of a guest in huge memory is one of the window's regions, and stays so for parent and child.
+#[test]
+fn huge_memory_is_one_folio_of_the_window() {
+    drop(need_stage!());
+    let stage = RealStage::new(Memory::Huge).unwrap();
+    let parent = parent(&stage);
+    parent.cpu_write(2, 12).unwrap();
+    for page in 0..PAGES {
+        let entry = parent.space().entry(parent.gfn(page)).unwrap();
+        assert!(entry.is_huge() && entry.is_writable(), "{entry:?}");
+        assert_eq!(entry.pfn().0 % REGION_PAGES, parent.gfn(page).0);
+    }
+    assert_eq!(parent.write_faults(), 1);
+    (0..PAGES).for_each(|page| parent.cpu_write(page, 10 + page).unwrap());
+    assert_eq!(parent.write_faults(), 1, "the fault was of all of it");
+
+    let frozen = parent.space().fork().unwrap();
+    let child = stage.child(&frozen, Exclusive, &plain).unwrap();
+    drop(frozen);
+    assert!(child.space().entry(child.gfn(3)).unwrap().is_huge());
+    child.cpu_write(3, 23).unwrap();
+    parent.cpu_write(0, 30).unwrap();
+    assert_eq!(words(&parent), [30, 11, 12, 13]);
+    assert_eq!(words(&child), [10, 11, 12, 23]);
+    // The neighbours of the scenario's pages, too.
+    let frame = |actor: &RealActor<Exclusive>, n| actor.space().entry(Gfn(n)).unwrap().pfn();
+    assert_eq!(frame(&parent, 2), frame(&child, 2));
+    assert_ne!(frame(&parent, 0), frame(&child, 0));
+}
+
 #[test]
 fn a_write_that_the_mmu_refuses_is_an_error() {
     let stage = need_stage!();
@@ -384,7 +414,7 @@ fn a_guest_cannot_write_its_program() {
         let (gfn, text) = (Gfn::of_gpa(gpa), chain(&error));
         assert!(
             text.ends_with(&format!(
-                "{gfn:?} is beyond the end of guest memory, which has 16 pages"
+                "{gfn:?} is beside the address space, which has 16 pages"
             )),
             "{text}"
         );
@@ -452,7 +482,7 @@ fn a_stage_says_when_it_has_had_its_guests() {
         reason(stage.parent(Exclusive, &plain)),
         "this stage has had 64 guests: take a new one"
     );
-    let other = RealStage::new().unwrap();
+    let other = RealStage::new(Memory::Base).unwrap();
     let pool = Arc::clone(other.pool());
     let small = AddressSpace::new(pool, Exclusive, Box::new(Unseen), 3).unwrap();
     assert_eq!(
@@ -474,7 +504,7 @@ fn costs() {
             times[what].push(now - at);
             at = now;
         };
-        let stage = RealStage::new().unwrap();
+        let stage = RealStage::new(Memory::Base).unwrap();
         note(0);
         let parent = parent(&stage);
         note(1);
