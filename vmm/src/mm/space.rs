@@ -10,6 +10,7 @@ use super::lineage::Lineage;
 use super::mmu::{Mmu, MmuError};
 use super::policy::CowPolicy;
 use super::pool::{AllocError, FramePool, Home};
+use super::stripe::StripedCounter;
 use super::sync::{Mutex, RwLock, lock};
 use super::table::{Entry, RegionGuard, Table};
 
@@ -206,7 +207,8 @@ pub(super) struct Counters {
     pub(super) whole: Counter,
     pub(super) split: Counter,
     pub(super) formed: Counter,
-    pub(super) pins_fast: Counter,
+    /// The one that counts what has no lock.
+    pub(super) pins_fast: StripedCounter,
     pub(super) pins_slow: Counter,
 }
 
@@ -229,7 +231,7 @@ impl Counters {
             whole: get(&self.whole),
             split: get(&self.split),
             formed: get(&self.formed),
-            pins_fast: get(&self.pins_fast),
+            pins_fast: self.pins_fast.sum(),
             pins_slow: get(&self.pins_slow),
         }
     }
