@@ -62,6 +62,7 @@ hold! {
     pin_to_write_against_fork
     pin_to_read_against_fork
     pin_after_the_clones_break_against_break
+    pins_against_a_frame_that_becomes_a_clones
 
     get_through_a_snapshot_against_break
     get_against_a_frame_that_becomes_a_clones
@@ -77,6 +78,7 @@ hold! {
     pin_against_take_dirty
 
     pin_of_a_folios_page_against_fork
+    pins_of_a_folio_against_fork
     pin_of_a_folios_page_against_split
     pin_against_the_making_of_a_folio
     break_of_a_folio_against_drop_of_the_snapshot

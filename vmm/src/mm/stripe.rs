@@ -14,19 +14,25 @@ const STRIPES: usize = 16;
 #[repr(align(128))]
 pub(super) struct Apart<T>(pub(super) T);
 
-/// One `T` for each of a few threads.
-#[derive(Debug, Default)]
-pub(super) struct Striped<T>([T; STRIPES]);
+/// One `T` for each of a few threads. On the heap: model checkers have small stacks.
+#[derive(Debug)]
+pub(super) struct Striped<T>(Box<[T]>);
 
 impl<T> Striped<T> {
     pub(super) fn new(make: impl Fn() -> T) -> Self {
-        Self(std::array::from_fn(|_| make()))
+        Self((0..STRIPES).map(|_| make()).collect())
     }
 
     /// The calling thread's.
     #[inline]
     pub(super) fn mine(&self) -> &T {
         &self.0[stripe() % STRIPES]
+    }
+}
+
+impl<T: Default> Default for Striped<T> {
+    fn default() -> Self {
+        Self::new(T::default)
     }
 }
 
