@@ -1,6 +1,6 @@
 //! With the protocol as it is, every race ends well.
 
-use crate::explore::{holds, holds_bounded};
+use crate::explore::{holds, holds_bounded, holds_within_three};
 use crate::mm::Exclusive;
 use crate::races;
 
@@ -78,11 +78,16 @@ hold! {
     pin_against_take_dirty
 
     pin_of_a_folios_page_against_fork
-    pins_of_a_folio_against_fork
     pin_of_a_folios_page_against_split
     pin_against_the_making_of_a_folio
     break_of_a_folio_against_drop_of_the_snapshot
     whole_break_of_a_folio_against_drop_of_the_snapshot
     whole_break_of_a_folio_against_a_reader_of_the_snapshot
     end_of_a_folio_against_its_last_holder
+}
+
+hold! {
+    holds_within_three:
+
+    pins_of_a_folio_against_fork
 }
