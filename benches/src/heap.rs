@@ -86,7 +86,8 @@ impl Made {
     }
 }
 
-/// Bytes of the pages of `range` that have memory behind them, or had and are swapped out.
+/// Bytes of the pages of `range` that have memory behind them, or had and are swapped out. A page that was only read counts, though the
+/// kernel has the same zeros behind all of those.
 fn resident(range: &Range<usize>) -> io::Result<u64> {
     let pages = range.start / PAGE..range.end.div_ceil(PAGE);
     // Eight bytes a page; bit 63 says present, bit 62 swapped (Documentation/admin-guide/mm/pagemap.rst).

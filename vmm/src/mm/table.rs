@@ -113,7 +113,8 @@ impl fmt::Debug for Entry {
 
 /// The entries of one address space.
 pub(super) struct Table {
-    /// Small entries. Those of a region with a huge entry mean nothing.
+    /// Small entries. Those of a region with a huge entry mean nothing, and those of a region that always had one were never touched: they
+    /// are as long as a page of the host, and cost no memory (`sync::zeroed`).
     entries: Box<[AtomicU64]>,
     regions: Box<[Region]>,
     /// How large a region is.
@@ -265,6 +266,8 @@ impl RegionGuard<'_> {
     pub(super) fn get(&self, gfn: Gfn) -> Entry {
         match self.huge() {
             Some(huge) => huge.page(gfn.0 - self.first.0),
+            // Not read: that would put memory behind it, which most regions never need.
+            None if self.is_untouched() => Entry::UNTOUCHED,
             // The lock orders this against every store.
             None => Entry(self.slot(gfn).load(Ordering::Relaxed)),
         }
