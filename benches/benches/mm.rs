@@ -3,7 +3,7 @@
 use std::hint::black_box;
 use std::time::{Duration, Instant};
 
-use benches::bare::{space_without_window, time_forks, write};
+use benches::bare::{base_pages_without_window, space_without_window, time_forks, write};
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use palimpsest::mm::{Access, Gfn};
 
@@ -14,38 +14,66 @@ const PAGES: u64 = 1 << 14;
 const REGION: u64 = 512;
 
 fn pin(c: &mut Criterion) {
-    let space = space_without_window(4 * REGION).expect("memory");
+    let huge = space_without_window(4 * REGION).expect("memory");
+    let small = base_pages_without_window(4 * REGION).expect("memory");
     let mut group = c.benchmark_group("pin and unpin");
     for (name, access) in [("read", Access::Read), ("write", Access::Write)] {
         group.bench_function(BenchmarkId::new("fast path, one page", name), |b| {
-            b.iter(|| black_box(space.pin(black_box(Gfn(7)), access)));
+            b.iter(|| black_box(huge.pin(black_box(Gfn(7)), access)));
         });
     }
-    // Time of a pin, over all threads: with two that do not disturb each other it is half of that with one.
+    // Time of a call, over all threads: with two that do not disturb each other it is half of that with one.
+    //
+    // Each thread has a region of its own, as the buffers of two devices are in different places. Pages side by side have their words side
+    // by side, eight to a cache line: what that costs is the last bench.
+    for (name, space) in [("huge folio", &huge), ("base pages", &small)] {
+        for pages in [1, 16, REGION] {
+            group.throughput(Throughput::Elements(pages));
+            for threads in [1, 2] {
+                let id = BenchmarkId::new(format!("{name}, {pages} at once"), threads);
+                group.bench_function(id, |b| {
+                    b.iter_custom(|rounds| {
+                        on_threads(threads, |thread| {
+                            for _ in 0..rounds {
+                                let first = black_box(Gfn(2 * REGION * thread));
+                                let _ = black_box(space.pin_range(first, pages, Access::Write));
+                            }
+                        })
+                    });
+                });
+            }
+        }
+    }
+    group.throughput(Throughput::Elements(1));
     for (name, apart) in [
-        ("pages of one region", 16),
+        ("pages side by side", 1),
         ("pages of different regions", REGION),
     ] {
-        for threads in [1u64, 2] {
-            group.bench_function(BenchmarkId::new(name, format!("{threads} at once")), |b| {
+        for threads in [1, 2] {
+            group.bench_function(BenchmarkId::new(name, threads), |b| {
                 b.iter_custom(|rounds| {
-                    let pin = |thread: u64| {
+                    on_threads(threads, |thread| {
                         for _ in 0..rounds {
-                            let _ = black_box(space.pin(Gfn(7 + apart * thread), Access::Write));
+                            let page = black_box(Gfn(8 + apart * thread));
+                            let _ = black_box(huge.pin(page, Access::Write));
                         }
-                    };
-                    let start = Instant::now();
-                    std::thread::scope(|scope| {
-                        let pin = &pin;
-                        (1..threads).for_each(|thread| drop(scope.spawn(move || pin(thread))));
-                        pin(0);
-                    });
-                    start.elapsed() / threads as u32
+                    })
                 });
             });
         }
     }
     group.finish();
+}
+
+/// How long `threads` threads take for `work` at once, divided by how many they are.
+fn on_threads(threads: u64, work: impl Fn(u64) + Sync) -> Duration {
+    let start = Instant::now();
+    std::thread::scope(|scope| {
+        let work = &work;
+        (1..threads).for_each(|thread| drop(scope.spawn(move || work(thread))));
+        work(0);
+    });
+    start.elapsed() / threads as u32
 }
 
 fn fork(c: &mut Criterion) {

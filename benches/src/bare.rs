@@ -6,7 +6,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use palimpsest::host::{MappingBudget, PhysMap, Window};
-use palimpsest::mm::{AddressSpace, Exclusive, FramePool, Gfn, Mmu, MmuError, Pfn, Protection};
+use palimpsest::mm::{
+    AddressSpace, AllocError, Exclusive, FramePool, Gfn, Mmu, MmuError, Pfn, Protection,
+};
 
 /// An MMU that does nothing: what is left is the cost of the protocol itself.
 #[derive(Clone, Copy, Debug, Default)]
@@ -39,7 +41,17 @@ pub fn frames(pages: u64) -> io::Result<(Arc<PhysMap>, Arc<FramePool>)> {
 /// The host's, if it has no memory.
 pub fn space_without_window(pages: u64) -> io::Result<AddressSpace<Exclusive>> {
     let (_, pool) = frames(pages)?;
-    space(pool, Box::new(NoMmu), pages)
+    written(AddressSpace::new(pool, Exclusive, Box::new(NoMmu), pages))
+}
+
+/// The same, in which every page has an entry of its own.
+///
+/// # Errors
+/// The host's, if it has no memory.
+pub fn base_pages_without_window(pages: u64) -> io::Result<AddressSpace<Exclusive>> {
+    let (_, pool) = frames(pages)?;
+    let space = AddressSpace::new(pool, Exclusive, Box::new(NoMmu), pages);
+    written(space.map(AddressSpace::with_base_pages))
 }
 
 /// An address space of `pages` pages with a real window, all of them written.
@@ -49,16 +61,14 @@ pub fn space_without_window(pages: u64) -> io::Result<AddressSpace<Exclusive>> {
 pub fn space_with_window(pages: u64) -> io::Result<AddressSpace<Exclusive>> {
     let (physmap, pool) = frames(pages)?;
     let window = Window::new(physmap, Arc::new(MappingBudget::of_this_process()), pages)?;
-    space(pool, Box::new(window), pages)
+    written(AddressSpace::new(pool, Exclusive, Box::new(window), pages))
 }
 
-fn space(
-    pool: Arc<FramePool>,
-    mmu: Box<dyn Mmu>,
-    pages: u64,
+fn written(
+    space: Result<AddressSpace<Exclusive>, AllocError>,
 ) -> io::Result<AddressSpace<Exclusive>> {
-    let space = AddressSpace::new(pool, Exclusive, mmu, pages).map_err(io::Error::other)?;
-    write(&space, 0..pages)?;
+    let space = space.map_err(io::Error::other)?;
+    write(&space, 0..space.pages())?;
     Ok(space)
 }
 

@@ -130,6 +130,8 @@ pub fn measure(
     let snapshot = vm.snapshot()?;
     run.wait_laps("its first sweep after a snapshot", &snapshot.at, 2)?;
     let after = pss(snapshot.memory.process())?;
+    // Now, with what copies need of them.
+    let tables = vm.technique().tables();
     drop(snapshot);
     if copied.is_empty() {
         copied.push(after.saturating_sub(before) as f64);
@@ -167,7 +169,7 @@ pub fn measure(
         pages: median(touched).unwrap_or_default() as u64,
         copied: median(copied).unwrap_or_default() as u64,
         peak_memory: after.saturating_sub(base),
-        tables: vm.technique().tables(),
+        tables,
         rates,
     })
 }

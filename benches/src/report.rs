@@ -82,7 +82,7 @@ pub struct Cell {
     pub copied: u64,
     /// Memory of guest, snapshot and tables then.
     pub peak_memory: u64,
-    /// Bytes of tables, where the technique counts them.
+    /// Bytes of tables that have memory behind them then, where the technique counts them.
     pub tables: Option<u64>,
     /// Writes with snapshots all the time.
     pub rates: Vec<Rate>,

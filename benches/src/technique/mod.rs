@@ -59,7 +59,7 @@ pub trait Technique: Send + Sync {
     /// Bytes copied so far, where the technique knows.
     fn copied(&self) -> Option<u64>;
 
-    /// Bytes of tables, where the technique has any that it can count.
+    /// Bytes of tables that have memory behind them just now, where the technique has any that it can count.
     fn tables(&self) -> Option<u64> {
         None
     }

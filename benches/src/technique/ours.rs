@@ -3,8 +3,7 @@
 
 use std::ops::Range;
 use std::ptr::{self, NonNull};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use guest::abi::PAGE_SIZE;
 use palimpsest::host::{Ahead, MappingBudget, PhysMap, PinnedBuffer, Prices, Ram, Window};
@@ -12,7 +11,7 @@ use palimpsest::kvm::{self, GuestRam};
 use palimpsest::mm::{Access, AddressSpace, Exclusive, FramePool, Frozen, Gfn};
 
 use super::{Device, Taken, Technique, TechniqueError, host};
-use crate::heap;
+use crate::heap::{self, Made};
 
 /// Pages of a device's memory that it holds for good, as RDMA, io_uring and VFIO hold theirs.
 const REGISTERED: u64 = 16;
@@ -32,8 +31,9 @@ pub(super) struct Ours {
     ram: Ram<Exclusive>,
     ahead: Option<Ahead>,
     host: NonNull<u8>,
-    /// Bytes allocated for the frame table, the shadow page table and the window's notes.
-    tables: Option<AtomicU64>,
+    window: Arc<Window>,
+    /// What was allocated for the frame table, the shadow page table and the window's notes.
+    tables: Option<Mutex<Made>>,
 }
 
 // SAFETY: `host` is an address that is only handed to the kernel.
@@ -47,7 +47,7 @@ impl Ours {
         granularity: Granularity,
         copies_ahead: bool,
     ) -> Result<Self, TechniqueError> {
-        let before = heap::live();
+        let before = heap::mark();
         let pages = memory / PAGE_SIZE;
         // The guest, one snapshot, what the guest writes while that one is dropped, and what is allocated in batches.
         let frames = 3 * pages + 1024;
@@ -57,12 +57,13 @@ impl Ours {
         let budget = Arc::new(MappingBudget::of_this_process());
         let window =
             Window::new(Arc::clone(&physmap), budget, pages).map_err(host("map the window"))?;
+        let window = Arc::new(window);
         let address = ptr::with_exposed_provenance_mut(window.host_address() as usize);
         let address = NonNull::new(address).ok_or(TechniqueError::Unavailable {
             why: "the window is at address 0".to_owned(),
         })?;
-        let mut space =
-            AddressSpace::new(pool, Exclusive, Box::new(window), pages).map_err(alloc)?;
+        let shown = Box::new(Arc::clone(&window));
+        let mut space = AddressSpace::new(pool, Exclusive, shown, pages).map_err(alloc)?;
         if granularity == Granularity::Small {
             physmap.use_base_pages();
             space = space.with_base_pages();
@@ -72,9 +73,6 @@ impl Ours {
             // Whatever a page costs, a region is broken whole.
             ram = ram.with_prices(Prices::fixed(0));
         }
-        let tables = before
-            .zip(heap::live())
-            .map(|(before, after)| AtomicU64::new(after.saturating_sub(before)));
         let ahead = copies_ahead
             .then(|| Ahead::start(Arc::clone(ram.space())))
             .transpose()
@@ -83,7 +81,8 @@ impl Ours {
             ram,
             ahead,
             host: address,
-            tables,
+            window,
+            tables: before.map(|before| Mutex::new(before.made())),
         })
     }
 }
@@ -101,7 +100,7 @@ impl Technique for Ours {
 
     /// What the guest's write faults would do, without the guest.
     fn populate(&self, gpas: Range<u64>) -> Result<(), TechniqueError> {
-        let before = heap::live();
+        let before = heap::mark();
         (gpas.start / PAGE_SIZE..gpas.end / PAGE_SIZE).try_for_each(|gfn| {
             self.ram
                 .space()
@@ -109,8 +108,9 @@ impl Technique for Ours {
                 .map(drop)
                 .map_err(|error| TechniqueError::Memory(error.into()))
         })?;
-        if let (Some(tables), Some(before), Some(after)) = (&self.tables, before, heap::live()) {
-            tables.fetch_add(after.saturating_sub(before), Ordering::Relaxed);
+        if let (Some(tables), Some(before)) = (&self.tables, before) {
+            let mut tables = tables.lock().unwrap_or_else(PoisonError::into_inner);
+            tables.append(before.made());
         }
         Ok(())
     }
@@ -136,8 +136,10 @@ impl Technique for Ours {
     }
 
     fn tables(&self) -> Option<u64> {
-        let tables = self.tables.as_ref();
-        tables.map(|tables| tables.load(Ordering::Relaxed))
+        let tables = self.tables.as_ref()?;
+        let tables = tables.lock().unwrap_or_else(PoisonError::into_inner);
+        // What the window noted since it was made comes on top: that much of it is counted twice, for it is little.
+        Some(tables.resident().ok()? + self.window.notes())
     }
 
     fn device(&self, gpas: Range<u64>) -> Result<Box<dyn Device>, TechniqueError> {

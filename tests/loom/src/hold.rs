@@ -1,6 +1,6 @@
 //! With the protocol as it is, every race ends well.
 
-use crate::explore::{holds, holds_bounded};
+use crate::explore::{holds, holds_bounded, holds_within_three};
 use crate::mm::Exclusive;
 use crate::races;
 
@@ -62,6 +62,7 @@ hold! {
     pin_to_write_against_fork
     pin_to_read_against_fork
     pin_after_the_clones_break_against_break
+    pins_against_a_frame_that_becomes_a_clones
 
     get_through_a_snapshot_against_break
     get_against_a_frame_that_becomes_a_clones
@@ -83,4 +84,10 @@ hold! {
     whole_break_of_a_folio_against_drop_of_the_snapshot
     whole_break_of_a_folio_against_a_reader_of_the_snapshot
     end_of_a_folio_against_its_last_holder
+}
+
+hold! {
+    holds_within_three:
+
+    pins_of_a_folio_against_fork
 }

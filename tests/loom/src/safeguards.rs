@@ -31,6 +31,7 @@ macro_rules! safeguards {
 
 safeguards! {
     pin_rereads_entry: PinRereadsEntry, pin_against_a_frame_that_becomes_a_clones, "coherence";
+    pin_of_a_run_rereads_entries: PinRereadsEntry, pins_against_a_frame_that_becomes_a_clones, "coherence";
     pin_acquires: PinAcquires, pin_against_a_frame_that_becomes_a_clones, "coherence";
     pin_tests_in_the_word: PinTestsInTheWord, pin_to_read_against_fork, "isolation";
     pin_tests_in_the_word_for_merge: PinTestsInTheWord, pin_to_read_against_merge, "coherence";
@@ -60,7 +61,9 @@ safeguards! {
     pins_counted_in_order: PinsCountedInOrder, pin_against_take_dirty, "tracking";
     folio_pages_looked_at: FolioPagesLookedAt, pin_of_a_folios_page_against_fork, "isolation";
     folio_barrier: FolioBarrier, pin_of_a_folios_page_against_fork, "isolation";
+    folio_barrier_for_a_run: FolioBarrier, pins_of_a_folio_against_fork, "isolation";
     folio_looked_at_again: FolioLookedAtAgain, pin_of_a_folios_page_against_fork, "isolation";
+    folio_looked_at_again_for_a_run: FolioLookedAtAgain, pins_of_a_folio_against_fork, "isolation";
 }
 
 /// The lock of a snapshot's region is part of how it is read. There is nothing to leave out of the code: who does not take it

@@ -17,7 +17,8 @@ use vm_memory::{GuestAddress, GuestMemory, GuestMemoryMmap, Permissions, Volatil
 use super::physmap::PhysMap;
 use super::prices::Prices;
 use crate::mm::{
-    Access, AddressSpace, CowPolicy, FaultError, Gfn, PAGE_SIZE, Pin, PinError, Resolution,
+    Access, AddressSpace, CowPolicy, FaultError, Gfn, PAGE_SIZE, Pin, PinError, PinnedRun,
+    Resolution,
 };
 
 /// Guest memory of a running VM.
@@ -123,18 +124,10 @@ impl<P: CowPolicy> Ram<P> {
     ) -> std::result::Result<PinnedBuffer, RamError> {
         self.check(gpa, len)?;
         let count = pages(gpa, len).count() as u64;
-        let pins = self.space.pin_range(Gfn::of_gpa(gpa), count, access)?;
-        let parts = pages(gpa, len)
-            .zip(pins)
-            .map(|(part, pin)| PinnedPart {
-                pin,
-                offset: part.offset,
-                len: part.len,
-            })
-            .collect();
         Ok(PinnedBuffer {
             physmap: Arc::clone(&self.physmap),
-            parts,
+            runs: self.space.pin_range(Gfn::of_gpa(gpa), count, access)?,
+            gpa,
             len,
         })
     }
@@ -207,13 +200,8 @@ fn pages(gpa: u64, len: u64) -> impl Iterator<Item = Part> {
 /// Bytes of guest memory that are pinned: they stay where they are, and what the guest sees there, until this is dropped.
 pub struct PinnedBuffer {
     physmap: Arc<PhysMap>,
-    parts: Vec<PinnedPart>,
-    len: u64,
-}
-
-struct PinnedPart {
-    pin: Pin,
-    offset: u64,
+    runs: Vec<PinnedRun>,
+    gpa: u64,
     len: u64,
 }
 
@@ -230,22 +218,22 @@ impl PinnedBuffer {
 
     /// The bytes, in order: one slice a page.
     pub fn slices(&self) -> impl Iterator<Item = VolatileSlice<'_>> {
-        self.parts
-            .iter()
-            .map(|part| self.physmap.slice(part.pin.pfn(), part.offset, part.len))
+        pages(self.gpa, self.len)
+            .zip(self.runs.iter().flat_map(PinnedRun::pfns))
+            .map(|(part, pfn)| self.physmap.slice(pfn, part.offset, part.len))
     }
 
     /// The pins themselves.
-    pub fn into_pins(self) -> impl Iterator<Item = Pin> {
-        self.parts.into_iter().map(|part| part.pin)
+    pub fn into_pins(self) -> impl Iterator<Item = PinnedRun> {
+        self.runs.into_iter()
     }
 }
 
 impl fmt::Debug for PinnedBuffer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("PinnedBuffer")
+            .field("gpa", &self.gpa)
             .field("len", &self.len)
-            .field("pages", &self.parts.len())
             .finish()
     }
 }

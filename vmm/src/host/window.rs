@@ -160,6 +160,16 @@ impl Window {
         self.pages == 0
     }
 
+    /// Bytes of memory that it takes to know what each page shows.
+    pub fn notes(&self) -> u64 {
+        let shown = self.shown.lock().unwrap_or_else(PoisonError::into_inner);
+        let pages = |region: &Region| match region {
+            Region::Alike(_) => 0,
+            Region::Mixed(pages) => size_of_val::<[Shown]>(pages),
+        };
+        (size_of_val::<[Region]>(&shown) + shown.iter().map(pages).sum::<usize>()) as u64
+    }
+
     fn address(&self, gfn: Gfn) -> *mut c_void {
         ptr::with_exposed_provenance_mut(self.base + gfn.gpa() as usize)
     }
@@ -286,6 +296,21 @@ impl Mmu for Window {
 
     fn is_crowded(&self) -> bool {
         self.budget.is_crowded()
+    }
+}
+
+/// For who wants to look at the window beside the address space that has it.
+impl Mmu for Arc<Window> {
+    fn map(&self, first: Gfn, frame: Pfn, count: u64, to: Protection) -> Result<(), MmuError> {
+        (**self).map(first, frame, count, to)
+    }
+
+    fn protect(&self, first: Gfn, count: u64, to: Protection) -> Result<(), MmuError> {
+        (**self).protect(first, count, to)
+    }
+
+    fn is_crowded(&self) -> bool {
+        (**self).is_crowded()
     }
 }
 

@@ -20,6 +20,10 @@
 //!   4 folio: still allowed? else undo
 //! ```
 //! Either the hold is seen in 3, or the change is seen in 4. A hold that is undone may be seen as well: a copy too many.
+//!
+//! Holds on several pages of a folio do step 2 for each page and the others once. The pair is the same for each of the pages: its count
+//! comes before the one barrier, and the look at the folio after.
+//!
 //! "By page" says that a frame's count may be other than zero: a folio without it is not looked through.
 //!
 //! # One table maps it by a huge entry, another page by page
@@ -247,7 +251,7 @@ impl FrameTable {
         if !folio.is_by_page() || without::<P>(Safeguard::FolioPagesLookedAt) {
             return None;
         }
-        // Step 2 of the pair: partner is `is_page_held`.
+        // Step 2 of the pair: partner is `are_pages_held`.
         if !without::<P>(Safeguard::FolioBarrier) {
             fence(Ordering::SeqCst);
         }
@@ -256,27 +260,32 @@ impl FrameTable {
             .find(|&page| !is_fine(page))
     }
 
-    /// Steps 1 and 2 of a hold on page `pfn` through a huge entry. Whoever gets it counted must ask [`FrameTable::is_page_held`],
-    /// and give the hold back if the answer is no.
-    pub(super) fn hold_page(
+    /// Steps 1 and 2 of holds through a huge entry, on `count` pages of a folio from `first` on. Counts the holds of as many, up to the first
+    /// that can't be held, and says how many. Whoever gets any counted must ask [`FrameTable::are_pages_held`], and give them back if the
+    /// answer is no.
+    pub(super) fn hold_pages(
         &self,
-        pfn: Pfn,
+        first: Pfn,
+        count: u64,
         hold: Hold,
         may: impl Fn(FrameState) -> bool,
-    ) -> Result<(), FrameState> {
-        let own = FrameState::FREE;
-        self.update_folio(pfn, |f| {
-            (f.maps() > 0 && may(f.page(own))).then(|| f.by_page())
-        })
-        .map_err(|f| f.page(own))?;
-        self.update(pfn, |s| s.is_part().then(|| s.plus(hold.field())).flatten())
-            .map(drop)
+    ) -> u64 {
+        debug_assert_eq!(self.head(first), self.head(Pfn(first.0 + count - 1)));
+        let allowed = self.update_folio(first, |f| {
+            (f.maps() > 0 && may(f.page(FrameState::FREE))).then(|| f.by_page())
+        });
+        if allowed.is_err() {
+            return 0;
+        }
+        let count_one = |pfn| self.update(pfn, |s| s.is_part().then(|| s.plus(hold.field()))?);
+        let held = first.run(count).take_while(|&pfn| count_one(pfn).is_ok());
+        held.count() as u64
     }
 
-    /// Steps 3 and 4.
-    pub(super) fn is_page_held<P: CowPolicy>(
+    /// Steps 3 and 4: once for all pages of the folio that were counted before.
+    pub(super) fn are_pages_held<P: CowPolicy>(
         &self,
-        pfn: Pfn,
+        first: Pfn,
         may: impl Fn(FrameState) -> bool,
     ) -> bool {
         if without::<P>(Safeguard::FolioLookedAtAgain) {
@@ -284,7 +293,7 @@ impl FrameTable {
         }
         // Partner: `page_in_the_way`.
         fence(Ordering::SeqCst);
-        let folio = self.folio_state(pfn);
+        let folio = self.folio_state(first);
         folio.maps() > 0 && folio.is_by_page() && may(folio.page(FrameState::FREE))
     }
 

@@ -197,6 +197,9 @@ const fn order<P: CowPolicy>(safeguard: Safeguard) -> (Ordering, Ordering) {
 }
 
 /// The packed words of all frames, and of all huge folios.
+///
+/// It is as long as there are frame numbers. What was never used of it costs no memory (`sync::zeroed`), a page of the host for each folio's
+/// worth of frames.
 pub(super) struct FrameTable {
     words: Box<[AtomicU64]>,
     /// One for each run of frames that could be a huge folio (`folio.rs`).

@@ -33,6 +33,7 @@
 //! | `discard`, `migrate`, `merge` | a balloon, compaction, deduplication |
 //! | `force` | a debugger's write |
 //! | `safeguard` | the orderings and re-checks all of this rests on, by name |
+//! | `stripe` | counts that threads do not meet on |
 //! | [`soft`] | a software MMU, for tests and model checkers |
 //! | `mmu` | what is asked of the outside: two small traits |
 //!
@@ -63,6 +64,7 @@ mod restore;
 mod safeguard;
 pub mod soft;
 mod space;
+mod stripe;
 mod sync;
 mod table;
 
@@ -82,7 +84,7 @@ pub use pin::PinError;
 pub use policy::{
     Biased, CowPolicy, Exclusive, Mapcount, MapcountForcedBreak, Refcount, Seed, SeedRecompute,
 };
-pub use pool::{AllocError, FramePool, Get, Pin, PoolUsage};
+pub use pool::{AllocError, FramePool, Get, Pin, PinnedRun, PoolUsage};
 pub use rearrange::RearrangeError;
 pub use restore::RestoreError;
 pub use safeguard::Safeguard;

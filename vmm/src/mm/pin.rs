@@ -14,14 +14,19 @@
 //! compare-and-swap does: fork clears the bit in the same word, so either fork comes first and there is no
 //! bit, or the pin does and fork sees it. The re-read is for a frame that was freed and became another
 //! page's, exclusive again, between the first two lines. Both are model-checked in `tests/loom`, with and without.
+//!
+//! Neighbouring pages are pinned a *run* at a time: pages of one region that are in neighbouring frames, by entries that are alike. Each
+//! line is done for all of them before the next is: what a pin does between two lines, or how long it waits there, was free before.
+//! So a run is looked up once, counted in the statistics once, and if a huge entry maps it there is one barrier for it (`folio.rs`).
 
 use super::addr::{Access, Gfn};
 use super::fault::Intent;
 use super::policy::{CowPolicy, without};
-use super::pool::Pin;
+use super::pool::{Pin, PinnedRun};
 use super::safeguard::Safeguard;
 use super::space::{AddressSpace, Counters, FaultError, in_range};
 use super::sync::read;
+use super::table::Entry;
 
 /// Why a page could not be pinned. Nothing is held.
 #[derive(Debug, thiserror::Error)]
@@ -45,37 +50,91 @@ impl<P: CowPolicy> AddressSpace<P> {
     pub fn pin(&self, gfn: Gfn, access: Access) -> Result<Pin, PinError> {
         in_range(&self.table, gfn).map_err(FaultError::from)?;
         let access = self.policy.lookup(access);
-        match self.pin_fast(gfn, access) {
-            Some(pin) => {
-                Counters::add(&self.counters.pins_fast);
-                Ok(pin)
-            }
-            None => self.pin_slow(gfn, access),
-        }
+        let run = match self.pin_fast(gfn, 1, access) {
+            Some(run) => run,
+            None => self.pin_slow(gfn, access)?,
+        };
+        Ok(Pin::new(run))
     }
 
-    /// Pins `count` pages from `first` on, or none of them.
+    /// Pins `count` pages from `first` on, or none of them. The runs are in the order of the pages.
     ///
     /// # Errors
     /// As [`AddressSpace::pin`].
-    pub fn pin_range(&self, first: Gfn, count: u64, access: Access) -> Result<Vec<Pin>, PinError> {
-        (0..count)
-            .map(|n| self.pin(Gfn(first.0.saturating_add(n)), access))
-            .collect()
+    pub fn pin_range(
+        &self,
+        first: Gfn,
+        count: u64,
+        access: Access,
+    ) -> Result<Vec<PinnedRun>, PinError> {
+        let Some(rest) = count.checked_sub(1) else {
+            return Ok(Vec::new());
+        };
+        let last = Gfn(first.0.saturating_add(rest));
+        in_range(&self.table, last).map_err(FaultError::from)?;
+        let access = self.policy.lookup(access);
+        let mut runs: Vec<PinnedRun> = Vec::new();
+        let mut at = first;
+        while at <= last {
+            let most = self.table.rest_of_region(at).min(last.0 - at.0 + 1);
+            let run = match self.pin_fast(at, most, access) {
+                Some(run) => run,
+                None => self.pin_slow(at, access)?,
+            };
+            at.0 += run.count();
+            let apart = match runs.last_mut() {
+                Some(before) => before.try_append(run).err(),
+                None => Some(run),
+            };
+            runs.extend(apart);
+        }
+        Ok(runs)
     }
 
-    fn pin_fast(&self, gfn: Gfn, access: Access) -> Option<Pin> {
-        let entry = self.table.peek(gfn);
+    /// Pins a run of at most `most` pages from `gfn` on, all in its region. `None` if `gfn` itself can't be pinned so.
+    #[inline]
+    fn pin_fast(&self, gfn: Gfn, most: u64, access: Access) -> Option<PinnedRun> {
+        let huge = self.table.peek_huge(gfn);
+        let entry = huge.unwrap_or_else(|| self.table.peek_small(gfn));
         if !entry.is_present() || (access == Access::Write && !entry.is_writable()) {
             return None;
         }
-        let pin = self.pool.try_pin(entry, access, &self.policy).ok()?;
-        // Dropping the pin is the undo: it may even free the frame.
-        let unchanged = self.table.peek(gfn) == entry || without::<P>(Safeguard::PinRereadsEntry);
-        unchanged.then_some(pin)
+        let count = if huge.is_some() { most } else { 1 };
+        let pinned = self.pool.try_pin(entry, count, access, &self.policy);
+        let mut run = pinned.ok()?;
+        if huge.is_none() {
+            for n in 1..most {
+                let next = self.table.peek_small(Gfn(gfn.0 + n));
+                if next != entry.page(n) || !run.try_push(next, access, &self.policy) {
+                    break;
+                }
+            }
+        }
+        if !without::<P>(Safeguard::PinRereadsEntry) {
+            // Letting go is the undo: it may even free a frame.
+            run.truncate(self.still_so(gfn, entry, run.count()));
+        }
+        if run.count() == 0 {
+            return None;
+        }
+        self.counters.pins_fast.add(run.count());
+        Some(run)
     }
 
-    fn pin_slow(&self, gfn: Gfn, access: Access) -> Result<Pin, PinError> {
+    /// How many of `count` pages from `gfn` on, the first of which had `entry`, are mapped as they were.
+    #[inline]
+    fn still_so(&self, gfn: Gfn, entry: Entry, count: u64) -> u64 {
+        match self.table.peek_huge(gfn) {
+            Some(huge) if huge == entry => count,
+            Some(_) => 0,
+            None => {
+                let is_same = |&n: &u64| self.table.peek_small(Gfn(gfn.0 + n)) == entry.page(n);
+                (0..count).take_while(is_same).count() as u64
+            }
+        }
+    }
+
+    fn pin_slow(&self, gfn: Gfn, access: Access) -> Result<PinnedRun, PinError> {
         let intent = match access {
             Access::Read => Intent::Unshare,
             Access::Write => Intent::Write,
@@ -90,11 +149,11 @@ impl<P: CowPolicy> AddressSpace<P> {
             entry = region.get(gfn);
         }
         // Under both locks nothing takes the bit away again.
-        let pin = self
+        let run = self
             .pool
-            .try_pin(entry, access, &self.policy)
+            .try_pin(entry, 1, access, &self.policy)
             .map_err(|_| PinError::TooMany { gfn })?;
         Counters::add(&self.counters.pins_slow);
-        Ok(pin)
+        Ok(run)
     }
 }

@@ -19,6 +19,7 @@ use super::frame::{FrameState, FrameTable, Released};
 use super::mmu::FrameMemory;
 use super::policy::{CowPolicy, without};
 use super::safeguard::Safeguard;
+use super::stripe::{Apart, Striped};
 use super::sync::{Mutex, lock};
 use super::table::Entry;
 
@@ -52,9 +53,21 @@ pub enum AllocError {
 
 /// All frames of a process.
 pub struct FramePool {
-    frames: FrameTable,
+    frames: Arc<FrameTable>,
     memory: Arc<dyn FrameMemory>,
-    allocator: Mutex<Allocator>,
+    allocator: Arc<Mutex<Allocator>>,
+    leases: Striped<Arc<Apart<Lease>>>,
+}
+
+/// What a hold needs of its pool, and keeps for as long as it lasts, pool or no pool.
+///
+/// Every hold counts itself in and out of the lease that it has. Were that one count for all, it would be the one cache line that two
+/// devices on different pages fight for: so there is a lease for each stripe of threads, and who drops a hold on another thread than took
+/// it gives back the one it was taken with.
+struct Lease {
+    frames: Arc<FrameTable>,
+    allocator: Arc<Mutex<Allocator>>,
+    _memory: Arc<dyn FrameMemory>,
 }
 
 /// How many frames are in which condition.
@@ -120,24 +133,34 @@ impl FramePool {
         memory
             .commit(Pfn::ZERO, 1)
             .map_err(|source| AllocError::Host { count: 1, source })?;
+        let frame_table = Arc::new(FrameTable::new(frames, huge));
+        let allocator = Arc::new(Mutex::new(Allocator {
+            allocated: BitSet::new(frames),
+            committed: BitSet::new(frames),
+            blank: BitSet::new(frames),
+            reserved: BitSet::new(frames),
+            partial: Vec::new(),
+            is_partial: BitSet::new(frames.div_ceil(huge.pages())),
+            free_folios: Vec::new(),
+            fresh: 1,
+            folio: huge,
+            usage: PoolUsage {
+                limit,
+                ..PoolUsage::default()
+            },
+        }));
+        let lease = || {
+            Arc::new(Apart(Lease {
+                frames: Arc::clone(&frame_table),
+                allocator: Arc::clone(&allocator),
+                _memory: Arc::clone(&memory),
+            }))
+        };
         Ok(Arc::new(Self {
-            frames: FrameTable::new(frames, huge),
+            leases: Striped::new(lease),
+            frames: frame_table,
             memory,
-            allocator: Mutex::new(Allocator {
-                allocated: BitSet::new(frames),
-                committed: BitSet::new(frames),
-                blank: BitSet::new(frames),
-                reserved: BitSet::new(frames),
-                partial: Vec::new(),
-                is_partial: BitSet::new(frames.div_ceil(huge.pages())),
-                free_folios: Vec::new(),
-                fresh: 1,
-                folio: huge,
-                usage: PoolUsage {
-                    limit,
-                    ..PoolUsage::default()
-                },
-            }),
+            allocator,
         }))
     }
 
@@ -370,50 +393,76 @@ impl FramePool {
         }
     }
 
-    /// Takes a pin on the page of `entry` if `policy` grants it. The zero frame's pins are not counted (PROTOCOL.md 4.15).
+    /// Takes pins, if `policy` grants them, on the page of `entry`, and of a huge entry on pages that follow in its folio: on `count` in
+    /// all, or on none. The zero frame's pins are not counted (PROTOCOL.md 4.15).
     pub(super) fn try_pin<P: CowPolicy>(
-        self: &Arc<Self>,
+        &self,
         entry: Entry,
+        count: u64,
         access: Access,
         policy: &P,
-    ) -> Result<Pin, FrameState> {
+    ) -> Result<PinnedRun, FrameState> {
         let pfn = entry.pfn();
         let may = may_pin(policy, access);
+        // Dropping it is the undo.
+        let mut run = PinnedRun {
+            lease: self.lease(),
+            first: pfn,
+            count: 0,
+        };
         if entry.is_huge() {
-            self.frames.hold_page(pfn, Hold::Pin, &may)?;
-        } else if pfn != Pfn::ZERO {
+            run.count = self.frames.hold_pages(pfn, count, Hold::Pin, &may);
+            if run.count < count || !self.frames.are_pages_held::<P>(pfn, may) {
+                return Err(self.frames.state(pfn));
+            }
+            return Ok(run);
+        }
+        debug_assert_eq!(count, 1);
+        if pfn != Pfn::ZERO {
             self.frames.try_pin(pfn, access, policy)?;
         } else if !may(self.frames.state(pfn)) {
             return Err(self.frames.state(pfn));
         }
-        let pin = Pin {
-            pool: Arc::clone(self),
-            pfn,
-        };
-        // Dropping the pin is the undo.
-        if entry.is_huge() && !self.frames.is_page_held::<P>(pfn, may) {
-            return Err(self.frames.state(pfn));
-        }
-        Ok(pin)
+        run.count = 1;
+        Ok(run)
     }
 
     /// Takes a transient hold on the page of `entry`. The zero frame is held by nobody and always there.
-    pub(super) fn try_get<P: CowPolicy>(self: &Arc<Self>, entry: Entry) -> Result<Get, FrameState> {
+    pub(super) fn try_get<P: CowPolicy>(&self, entry: Entry) -> Result<Get, FrameState> {
         let pfn = entry.pfn();
         let any = |_| true;
         if entry.is_huge() {
-            self.frames.hold_page(pfn, Hold::Get, any)?;
+            if self.frames.hold_pages(pfn, 1, Hold::Get, any) == 0 {
+                return Err(self.frames.state(pfn));
+            }
         } else if pfn != Pfn::ZERO {
             self.frames.try_get::<P>(pfn)?;
         }
         let get = Get {
-            pool: Arc::clone(self),
+            lease: self.lease(),
             pfn,
         };
-        if entry.is_huge() && !self.frames.is_page_held::<P>(pfn, any) {
+        if entry.is_huge() && !self.frames.are_pages_held::<P>(pfn, any) {
             return Err(self.frames.state(pfn));
         }
         Ok(get)
+    }
+
+    #[inline]
+    fn lease(&self) -> Arc<Apart<Lease>> {
+        Arc::clone(self.leases.mine())
+    }
+}
+
+impl Lease {
+    fn free(&self, pfn: Pfn) {
+        lock(&self.allocator).release(pfn);
+    }
+}
+
+impl fmt::Debug for Lease {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Lease").finish_non_exhaustive()
     }
 }
 
@@ -660,7 +709,7 @@ impl Fresh {
         self.pool.frames.hold_fresh(self.pfn);
         self.owned_elsewhere = true;
         Get {
-            pool: Arc::clone(&self.pool),
+            lease: self.pool.lease(),
             pfn: self.pfn,
         }
     }
@@ -714,23 +763,80 @@ impl Drop for FreshFolio {
 /// A device's hold on a frame (`FOLL_PIN`): the frame stays this page of its address space, whatever forks and
 /// faults do, until the handle is dropped.
 #[derive(Debug)]
-pub struct Pin {
-    pool: Arc<FramePool>,
-    pfn: Pfn,
-}
+pub struct Pin(PinnedRun);
 
 impl Pin {
+    /// Of the one page of `run`.
+    pub(super) fn new(run: PinnedRun) -> Self {
+        debug_assert_eq!(run.count, 1);
+        Self(run)
+    }
+
     /// The pinned frame.
     pub fn pfn(&self) -> Pfn {
-        self.pfn
+        self.0.first
     }
 }
 
-impl Drop for Pin {
-    fn drop(&mut self) {
-        if self.pfn != Pfn::ZERO && self.pool.frames.unpin(self.pfn) == Released::Last {
-            self.pool.free(self.pfn);
+/// As [`Pin`], of neighbouring pages that are in neighbouring frames: one handle for all of them.
+#[derive(Debug)]
+pub struct PinnedRun {
+    lease: Arc<Apart<Lease>>,
+    first: Pfn,
+    count: u64,
+}
+
+impl PinnedRun {
+    /// The pinned frames, in the order of their pages.
+    pub fn pfns(&self) -> impl Iterator<Item = Pfn> + use<> {
+        self.first.run(self.count)
+    }
+
+    /// How many.
+    pub(super) fn count(&self) -> u64 {
+        self.count
+    }
+
+    /// Pins the page of a small entry as well, if `policy` grants that; its frame is the next.
+    pub(super) fn try_push<P: CowPolicy>(
+        &mut self,
+        entry: Entry,
+        access: Access,
+        policy: &P,
+    ) -> bool {
+        let next = Pfn(self.first.0 + self.count);
+        debug_assert!(entry.pfn() == next && !entry.is_huge());
+        let granted = self.lease.0.frames.try_pin(next, access, policy).is_ok();
+        self.count += u64::from(granted);
+        granted
+    }
+
+    /// Takes over the pins of `next`, if its frames are the next; gives it back if not.
+    pub(super) fn try_append(&mut self, mut next: Self) -> Result<(), Self> {
+        if next.first.0 != self.first.0 + self.count || self.first == Pfn::ZERO {
+            return Err(next);
         }
+        self.count += std::mem::take(&mut next.count);
+        Ok(())
+    }
+
+    /// Lets go of all pages but the first `count`.
+    #[inline]
+    pub(super) fn truncate(&mut self, count: u64) {
+        let Lease { frames, .. } = &self.lease.0;
+        for pfn in self.pfns().skip(count as usize) {
+            if pfn != Pfn::ZERO && frames.unpin(pfn) == Released::Last {
+                self.lease.0.free(pfn);
+            }
+        }
+        self.count = self.count.min(count);
+    }
+}
+
+impl Drop for PinnedRun {
+    #[inline]
+    fn drop(&mut self) {
+        self.truncate(0);
     }
 }
 
@@ -738,7 +844,7 @@ impl Drop for Pin {
 /// taken through *or older*, never another's. It does not keep the frame in its place.
 #[derive(Debug)]
 pub struct Get {
-    pool: Arc<FramePool>,
+    lease: Arc<Apart<Lease>>,
     pfn: Pfn,
 }
 
@@ -751,8 +857,9 @@ impl Get {
 
 impl Drop for Get {
     fn drop(&mut self) {
-        if self.pfn != Pfn::ZERO && self.pool.frames.put(self.pfn) == Released::Last {
-            self.pool.free(self.pfn);
+        let lease = &self.lease.0;
+        if self.pfn != Pfn::ZERO && lease.frames.put(self.pfn) == Released::Last {
+            lease.free(self.pfn);
         }
     }
 }

@@ -11,6 +11,7 @@ use super::lineage::Lineage;
 use super::mmu::{Mmu, MmuError};
 use super::policy::CowPolicy;
 use super::pool::{AllocError, FramePool, Home};
+use super::stripe::StripedCounter;
 use super::sync::{Mutex, RwLock, lock};
 use super::table::{Entry, RegionGuard, Table};
 
@@ -215,7 +216,8 @@ pub(super) struct Counters {
     pub(super) split: Counter,
     pub(super) formed: Counter,
     pub(super) ahead: Counter,
-    pub(super) pins_fast: Counter,
+    /// The one that counts what has no lock.
+    pub(super) pins_fast: StripedCounter,
     pub(super) pins_slow: Counter,
 }
 
@@ -239,7 +241,7 @@ impl Counters {
             split: get(&self.split),
             formed: get(&self.formed),
             ahead: get(&self.ahead),
-            pins_fast: get(&self.pins_fast),
+            pins_fast: self.pins_fast.sum(),
             pins_slow: get(&self.pins_slow),
         }
     }

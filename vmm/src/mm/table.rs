@@ -46,8 +46,9 @@ impl Entry {
     pub(super) const fn huge_writable(head: Pfn) -> Self {
         Self(Self::writable(head).0 | HUGE)
     }
-    /// What a huge entry says of the page `index` of its region.
-    const fn page(self, index: u64) -> Self {
+    /// What a huge entry says of the page `index` pages further on; what a small one of that page would say, if it were alike and in the
+    /// frame as many further on.
+    pub(super) const fn page(self, index: u64) -> Self {
         Self(self.0 + (index << FRAME_SHIFT))
     }
     /// The same, as a small entry.
@@ -112,7 +113,8 @@ impl fmt::Debug for Entry {
 
 /// The entries of one address space.
 pub(super) struct Table {
-    /// Small entries. Those of a region with a huge entry mean nothing.
+    /// Small entries. Those of a region with a huge entry mean nothing, and those of a region that always had one were never touched: they
+    /// are as long as a page of the host, and cost no memory (`sync::zeroed`).
     entries: Box<[AtomicU64]>,
     regions: Box<[Region]>,
     /// How large a region is.
@@ -170,15 +172,35 @@ impl Table {
     /// and mapped. While a region changes from huge to small entries or back, an old small entry may be read: its frame's word
     /// says that it means nothing.
     pub(super) fn peek(&self, gfn: Gfn) -> Entry {
-        // The last region may be too short for a huge entry.
-        if gfn.0 < self.order.floor(self.pages()) {
-            let region = &self.regions[self.region_of(gfn)];
-            let huge = Entry(region.huge.load(Ordering::Acquire));
-            if huge.is_present() {
-                return huge.page(gfn.0 - self.order.floor(gfn.0));
-            }
+        match self.peek_huge(gfn) {
+            Some(entry) => entry,
+            None => self.peek_small(gfn),
         }
+    }
+
+    /// What [`Table::peek`] looks at first: the huge entry, if there is one, and what it says of the page.
+    #[inline]
+    pub(super) fn peek_huge(&self, gfn: Gfn) -> Option<Entry> {
+        // The last region may be too short for a huge entry.
+        if gfn.0 >= self.order.floor(self.pages()) {
+            return None;
+        }
+        let region = &self.regions[self.region_of(gfn)];
+        let huge = Entry(region.huge.load(Ordering::Acquire));
+        huge.is_present()
+            .then(|| huge.page(gfn.0 - self.order.floor(gfn.0)))
+    }
+
+    /// What [`Table::peek`] looks at then. Time may pass between the two, so one look at the huge entry does for many pages.
+    #[inline]
+    pub(super) fn peek_small(&self, gfn: Gfn) -> Entry {
         Entry(self.entries[gfn.0 as usize].load(Ordering::Acquire))
+    }
+
+    /// How many pages there are from `gfn` on to the end of its region.
+    pub(super) fn rest_of_region(&self, gfn: Gfn) -> u64 {
+        let end = self.order.floor(gfn.0) + self.order.pages();
+        end.min(self.pages()) - gfn.0
     }
 
     pub(super) fn lock(&self, index: usize) -> RegionGuard<'_> {
@@ -244,6 +266,8 @@ impl RegionGuard<'_> {
     pub(super) fn get(&self, gfn: Gfn) -> Entry {
         match self.huge() {
             Some(huge) => huge.page(gfn.0 - self.first.0),
+            // Not read: that would put memory behind it, which most regions never need.
+            None if self.is_untouched() => Entry::UNTOUCHED,
             // The lock orders this against every store.
             None => Entry(self.slot(gfn).load(Ordering::Relaxed)),
         }

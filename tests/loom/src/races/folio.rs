@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::mm::soft::soft_pool_of;
-use crate::mm::{Access, Order};
+use crate::mm::{Access, Order, PinnedRun};
 
 const Q: Gfn = Gfn(1);
 
@@ -48,6 +48,30 @@ pub(crate) fn pin_of_a_folios_page_against_fork<C: Policy>() {
     w.write(NEW);
     assert_eq!(w.vm.dma_read(&pin), NEW, "coherence");
     drop((pin, frozen));
+    w.settle();
+}
+
+/// D5, F7 for pins on both pages at once. The page that shows a leak is the last: its count is next to the barrier.
+pub(crate) fn pins_of_a_folio_against_fork<C: Policy>() {
+    let w = huge_world::<C>();
+    protected(&w);
+    let memory = Arc::clone(&w.memory);
+    let device = w.beside(move |vm| {
+        let pins = vm.space.pin_range(P, 2, Access::Read).unwrap();
+        let frames: Vec<_> = pins.iter().flat_map(PinnedRun::pfns).collect();
+        memory.store(frames[1], DMA);
+        (pins, frames)
+    });
+    let frozen = w.fork();
+    let at_fork = w.vm.read_frozen(&frozen, Q);
+    let (pins, frames) = device.join().unwrap();
+    for (page, pinned) in [P, Q].into_iter().zip(frames) {
+        assert_eq!(pinned, w.vm.space.entry(page).unwrap().pfn(), "coherence");
+        assert_ne!(frozen.frame(page).unwrap(), pinned, "isolation");
+    }
+    assert_eq!(w.vm.read_frozen(&frozen, Q), at_fork, "isolation");
+    assert_eq!(w.vm.cpu_read(Q), DMA, "coherence");
+    drop((pins, frozen));
     w.settle();
 }
 

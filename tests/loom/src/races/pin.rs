@@ -1,7 +1,7 @@
 //! Pins taken without a lock, against whatever takes the page's frame away or shares it.
 
 use super::*;
-use crate::mm::Access;
+use crate::mm::{Access, PinnedRun};
 
 /// G1, D5: a pin that was granted is never of a frame the child shares.
 pub(crate) fn pin_to_write_against_fork<C: Policy>() {
@@ -110,6 +110,27 @@ pub(crate) fn pin_against_a_frame_that_becomes_a_clones<C: Policy>() {
     let all = (w.vm.dma_read(&pin), w.read(), clone.cpu_read(P));
     assert_eq!(all, (NEW, NEW, CLONES), "coherence");
     drop((pin, clone));
+    w.settle();
+}
+
+/// The same for two pages that are pinned at once, by small entries: it is the second that goes.
+pub(crate) fn pins_against_a_frame_that_becomes_a_clones<C: Policy>() {
+    let w = world_of::<C>(2);
+    let clone = w.clone();
+    // Its other page is nobody else's.
+    w.write(OLD);
+    let second = Gfn(1);
+    let device = w.beside(move |vm| vm.space.pin_range(P, 2, Access::Read).unwrap());
+    w.vm.cpu_write(second, NEW).unwrap();
+    clone.cpu_write(second, CLONES).unwrap();
+    let pins = device.join().unwrap();
+    let frames: Vec<_> = pins.iter().flat_map(PinnedRun::pfns).collect();
+    for (page, pinned) in [P, second].into_iter().zip(&frames) {
+        assert_eq!(*pinned, w.vm.space.entry(page).unwrap().pfn(), "coherence");
+    }
+    let all = (w.vm.cpu_read(second), clone.cpu_read(second));
+    assert_eq!(all, (NEW, CLONES), "coherence");
+    drop((pins, clone));
     w.settle();
 }
 

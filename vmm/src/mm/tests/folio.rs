@@ -764,3 +764,107 @@ fn what_is_held_is_left_to_the_fork() {
         w.settle();
     }
 }
+
+fn frames(pins: &[PinnedRun]) -> Vec<Pfn> {
+    pins.iter().flat_map(PinnedRun::pfns).collect()
+}
+
+#[test]
+fn neighbouring_folios_are_pinned_by_one_handle() {
+    let w = huge().written();
+    let pins = w.vm.space.pin_range(P, 2 * REGION, Access::Write).unwrap();
+    assert_eq!(pins.len(), 1);
+    let expected: Vec<_> = (0..2 * REGION).map(|n| w.entry(Gfn(n)).pfn()).collect();
+    assert_eq!(frames(&pins), expected);
+    assert!((0..2 * REGION).all(|n| w.state(Gfn(n)).pins() == 1));
+    assert_eq!(w.stats().pins_fast, 2 * REGION);
+    drop(pins);
+    assert!((0..2 * REGION).all(|n| w.state(Gfn(n)).pins() == 0));
+    assert!(w.is_huge(P) && w.is_huge(NEXT));
+    w.settle();
+}
+
+#[test]
+fn a_range_begins_and_ends_inside_of_folios() {
+    let w = huge().written();
+    let pins = w.vm.space.pin_range(Gfn(3), 2, Access::Read).unwrap();
+    let pinned: Vec<_> = (0..2 * REGION).map(|n| w.state(Gfn(n)).pins()).collect();
+    assert_eq!(pinned, [0, 0, 0, 1, 1, 0, 0, 0]);
+    drop(pins);
+    assert_eq!(w.vm.space.pin_range(P, 0, Access::Read).unwrap().len(), 0);
+    w.settle();
+}
+
+/// One page in another frame, and one that must be broken first.
+#[test]
+fn a_range_of_all_sorts_of_pages_is_pinned_in_order() {
+    let w = huge().written();
+    let frozen = w.vm.space.fork().unwrap();
+    // A reader holds the frame: the page is written in another.
+    let held = frozen.get(Gfn(1)).unwrap();
+    w.vm.cpu_write(Gfn(1), 7).unwrap();
+    assert!(!w.is_huge(P) && w.is_huge(NEXT));
+    let before = w.stats();
+    let pins = w.vm.space.pin_range(P, 2 * REGION, Access::Write).unwrap();
+    let now: Vec<_> = (0..2 * REGION).map(|n| w.entry(Gfn(n)).pfn()).collect();
+    assert_eq!(frames(&pins), now);
+    let runs: Vec<_> = pins.iter().map(|run| run.pfns().count()).collect();
+    assert_eq!(runs, [1, 1, 6], "by frames that follow each other");
+    for n in 0..2 * REGION {
+        let state = w.state(Gfn(n));
+        assert_eq!((state.pins(), state.is_exclusive()), (1, true), "page {n}");
+    }
+    let stats = w.stats();
+    let all = stats.pins_fast + stats.pins_slow - before.pins_fast - before.pins_slow;
+    assert_eq!(all, 2 * REGION);
+    w.assert_as_written(&frozen);
+    drop((pins, held, frozen));
+    w.settle();
+}
+
+#[test]
+fn a_range_that_cannot_be_pinned_to_its_end_is_not_pinned() {
+    let w = huge_with(2 * REGION, 64);
+    w.vm.cpu_write(P, 1).unwrap();
+    w.vm.space
+        .pin_range(Gfn(1), 2 * REGION, Access::Write)
+        .unwrap_err();
+    assert_eq!(w.stats().pins_fast, 0, "the end is looked at first");
+    // The counter of one page of the folio is full: the pages before it are let go.
+    let full: Vec<_> = (0..0xf_ffff)
+        .map(|_| w.vm.space.pin(Gfn(2), Access::Write).unwrap())
+        .collect();
+    let error = w.vm.space.pin_range(P, REGION, Access::Write).unwrap_err();
+    assert!(
+        matches!(error, PinError::TooMany { gfn: Gfn(2) }),
+        "{error}"
+    );
+    assert_eq!((w.state(P).pins(), w.state(Gfn(1)).pins()), (0, 0));
+    drop(full);
+    w.settle();
+}
+
+#[test]
+fn a_run_of_pins_outlives_its_address_space() {
+    let Huge { pool, memory, vm } = huge().written();
+    let pins = vm.space.pin_range(Gfn(2), 4, Access::Write).unwrap();
+    drop(vm);
+    assert_eq!(pool.usage().in_use, 4);
+    let held: Vec<_> = frames(&pins).iter().map(|&pfn| memory.load(pfn)).collect();
+    assert_eq!(held, [102, 103, 104, 105]);
+    // On another thread, whose stripe is not this one's.
+    std::thread::spawn(move || drop(pins)).join().unwrap();
+    assert_eq!(pool.leftovers(9), []);
+}
+
+#[test]
+fn a_run_of_pins_outlives_its_pool() {
+    let Huge { pool, memory, vm } = huge().written();
+    let pins = vm.space.pin_range(P, REGION, Access::Write).unwrap();
+    let count = Arc::strong_count(&memory);
+    drop((pool, vm));
+    assert!(Arc::strong_count(&memory) < count, "the others are gone");
+    assert!(Arc::strong_count(&memory) > 1, "the pins need it");
+    drop(pins);
+    assert_eq!(Arc::strong_count(&memory), 1);
+}

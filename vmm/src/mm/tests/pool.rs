@@ -303,7 +303,7 @@ fn a_frame_that_nothing_maps_is_nobodys() {
             .is_err()
     );
     assert!(
-        pool.try_pin(Entry::read_only(held.pfn()), Access::Read, &Mapcount)
+        pool.try_pin(Entry::read_only(held.pfn()), 1, Access::Read, &Mapcount)
             .is_err()
     );
     assert!(
