@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
-use benches::heap::Counting;
+use benches::heap::{self, Counting};
 use benches::machine::Machine;
 use benches::measure::{Plan, measure};
 use benches::report::{self, Platform, Report, Skipped, check_writable, pattern_name};
@@ -132,6 +132,7 @@ enum Error {
 }
 
 fn main() -> ExitCode {
+    heap::keep_large_apart();
     match run(&Args::parse()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

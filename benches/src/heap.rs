@@ -12,8 +12,8 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 
-/// From this size on the kernel's pages are counted. The system's allocator gives what is as large mappings of its own, or recycles memory
-/// that was touched: the kernel tells which.
+/// From this size on the kernel's pages are counted. The system's allocator gives what is as large mappings of its own
+/// ([`keep_large_apart`]).
 const LARGE: usize = 128 << 10;
 const PAGE: usize = 4096;
 
@@ -26,6 +26,14 @@ static PLACES: [(AtomicUsize, AtomicUsize); 256] =
 /// The system's allocator, counted.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Counting;
+
+/// Has what is large be a mapping of its own each time. Else the system's allocator learns from the first that is freed to keep
+/// such memory, and what was touched for one guest would count for the next.
+pub fn keep_large_apart() {
+    // SAFETY: it changes a setting of the allocator, under its own lock.
+    let set = unsafe { libc::mallopt(libc::M_MMAP_THRESHOLD, LARGE as libc::c_int) };
+    debug_assert_eq!(set, 1);
+}
 
 /// What was allocated at one moment.
 #[derive(Debug)]

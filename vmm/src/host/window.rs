@@ -11,7 +11,6 @@ use std::io;
 use std::iter;
 use std::ops::Range;
 use std::ptr;
-use std::slice;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use rustix::io::Errno;
@@ -34,52 +33,66 @@ pub struct Window {
     shown: Mutex<Vec<Region>>,
 }
 
-/// What the pages of a region show.
+/// What the pages of a region show: runs of pages that are alike. A fork of a large guest has to look at many regions, nearly all of which
+/// have one or three.
 #[derive(Clone, Debug)]
 enum Region {
-    /// All of them this: a fork of a large guest has to look at many that are so.
+    /// All of it one run.
     Alike(Shown),
-    /// Each something.
-    Mixed(Box<[Shown]>),
+    /// By the first page of each run, the first of which is page 0. Neighbours differ.
+    Mixed(Box<[(u16, Shown)]>),
 }
 
 impl Region {
+    /// The runs, with the pages they have.
+    fn runs(&self) -> impl Iterator<Item = (Range<u64>, Shown)> {
+        let (alike, mixed) = match self {
+            Self::Alike(shown) => (Some((0..REGION_PAGES, *shown)), &[][..]),
+            Self::Mixed(runs) => (None, &runs[..]),
+        };
+        let ends = mixed.iter().skip(1).map(|&(first, _)| u64::from(first));
+        let mixed = mixed.iter().zip(ends.chain([REGION_PAGES]));
+        let mixed = mixed.map(|(&(first, shown), end)| (u64::from(first)..end, shown));
+        alike.into_iter().chain(mixed)
+    }
+
     fn get(&self, index: u64) -> Shown {
         match self {
             Self::Alike(shown) => *shown,
-            Self::Mixed(pages) => pages[index as usize],
+            Self::Mixed(runs) => {
+                let after = runs.partition_point(|&(first, _)| u64::from(first) <= index);
+                runs[after - 1].1
+            }
         }
     }
 
-    /// What the pages `range` show, one or more of them.
-    fn pages(&self, range: Range<u64>) -> &[Shown] {
-        match self {
-            Self::Alike(shown) => slice::from_ref(shown),
-            Self::Mixed(pages) => &pages[range.start as usize..range.end as usize],
-        }
+    /// What the runs show that pages `range` are in.
+    fn within(&self, range: Range<u64>) -> impl Iterator<Item = Shown> {
+        self.runs()
+            .skip_while(move |(run, _)| run.end <= range.start)
+            .take_while(move |(run, _)| run.start < range.end)
+            .map(|(_, shown)| shown)
     }
 
     /// Has the pages `range` show something else.
     fn change(&mut self, range: Range<u64>, shows: impl Fn(Shown) -> Shown) {
-        match self {
-            Self::Alike(shown) if range == (0..REGION_PAGES) => *shown = shows(*shown),
-            Self::Alike(shown) => {
-                let mut pages = vec![*shown; REGION_PAGES as usize];
-                for page in &mut pages[range.start as usize..range.end as usize] {
-                    *page = shows(*page);
-                }
-                *self = Self::Mixed(pages.into());
+        let mut runs: Vec<(u16, Shown)> = Vec::new();
+        let mut add = |pages: Range<u64>, shown| {
+            if !pages.is_empty() && runs.last().is_none_or(|&(_, last)| last != shown) {
+                runs.push((pages.start as u16, shown));
             }
-            Self::Mixed(pages) => {
-                for page in &mut pages[range.start as usize..range.end as usize] {
-                    *page = shows(*page);
-                }
-                let first = pages[0];
-                if pages.iter().all(|&page| page == first) {
-                    *self = Self::Alike(first);
-                }
-            }
+        };
+        for (run, shown) in self.runs() {
+            let clip = |at: u64| at.clamp(run.start, run.end);
+            let (start, end) = (clip(range.start), clip(range.end));
+            add(run.start..start, shown);
+            add(start..end, shows(shown));
+            add(end..run.end, shown);
         }
+        *self = match runs[..] {
+            [(_, shown)] => Self::Alike(shown),
+            _ => Self::Mixed(runs.into()),
+        };
     }
 }
 
@@ -163,11 +176,11 @@ impl Window {
     /// Bytes of memory that it takes to know what each page shows.
     pub fn notes(&self) -> u64 {
         let shown = self.shown.lock().unwrap_or_else(PoisonError::into_inner);
-        let pages = |region: &Region| match region {
+        let runs = |region: &Region| match region {
             Region::Alike(_) => 0,
-            Region::Mixed(pages) => size_of_val::<[Shown]>(pages),
+            Region::Mixed(runs) => size_of_val::<[(u16, Shown)]>(runs),
         };
-        (size_of_val::<[Region]>(&shown) + shown.iter().map(pages).sum::<usize>()) as u64
+        (size_of_val::<[Region]>(&shown) + shown.iter().map(runs).sum::<usize>()) as u64
     }
 
     fn address(&self, gfn: Gfn) -> *mut c_void {
@@ -199,12 +212,12 @@ impl Window {
         let before_it = range.start.checked_sub(1).map(at);
         let after_it = (range.end < self.pages).then(|| at(range.end));
         let inside =
-            || by_region(range.clone()).flat_map(|(region, pages)| shown[region].pages(pages));
+            || by_region(range.clone()).flat_map(|(region, pages)| shown[region].within(pages));
         let edged = |inside: &mut dyn Iterator<Item = Shown>| {
             mappings(before_it.into_iter().chain(inside).chain(after_it))
         };
-        let before = edged(&mut inside().copied());
-        let after = edged(&mut inside().map(|&page| shows(page)));
+        let before = edged(&mut inside());
+        let after = edged(&mut inside().map(&shows));
         self.budget
             .change(before, after)
             .map_err(|limit| MmuError::MappingLimit { limit })?;
@@ -317,8 +330,9 @@ impl Mmu for Arc<Window> {
 impl Drop for Window {
     fn drop(&mut self) {
         let shown = self.shown.get_mut().unwrap_or_else(PoisonError::into_inner);
-        let pages = by_region(0..self.pages).flat_map(|(region, pages)| shown[region].pages(pages));
-        let _ = self.budget.change(mappings(pages.copied()), 0);
+        let pages =
+            by_region(0..self.pages).flat_map(|(region, pages)| shown[region].within(pages));
+        let _ = self.budget.change(mappings(pages), 0);
         // SAFETY: the range is the window's own; the VM whose memslot pointed here is gone, or sees nothing from now on.
         let unmapped = unsafe { munmap(self.address(Gfn(0)), self.len() as usize) };
         if let Err(error) = unmapped {
