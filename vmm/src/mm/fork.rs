@@ -124,8 +124,11 @@ impl<P: CowPolicy> AddressSpace<P> {
     /// fork takes over if the region does not change again, and if it does, the guest finds itself alone and copies nothing
     /// (PROTOCOL.md T4).
     ///
+    /// Has memory ready for the copies of pinned pages, too.
+    ///
     /// It is never needed: what it cannot do is left to the fork.
     pub fn prepare_fork(&self) {
+        self.pool.provide();
         let mut changed = lock(&self.lineage).changed.clone();
         changed.sort_unstable();
         changed

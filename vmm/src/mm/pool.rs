@@ -223,10 +223,8 @@ impl FramePool {
                 limit: a.usage.limit,
             });
         };
-        // To the end of the folio it would be in.
-        let folio = self.huge();
-        let batch = folio.floor(pfn.0) + folio.pages() - pfn.0;
-        if let Err(error) = a.take(pfn, 1, batch.min(self.frames.len() - pfn.0), &*self.memory) {
+        let batch = self.batch_of_single(pfn);
+        if let Err(error) = a.take(pfn, 1, batch, &*self.memory) {
             a.note_free(pfn);
             return Err(error);
         }
@@ -263,7 +261,7 @@ impl FramePool {
         let Some(head) = a.pick_folio(self.frames.len()) else {
             return Ok(None);
         };
-        let batch = (self.frames.len() - head.0).min(COMMIT_FOLIOS * folio.pages());
+        let batch = self.batch_of_folios(head);
         let is_blank = a
             .take(head, folio.pages(), batch, &*self.memory)
             .inspect_err(|_| a.free_folios.push(head))?;
@@ -273,6 +271,32 @@ impl FramePool {
             is_blank,
             owned_elsewhere: false,
         }))
+    }
+
+    /// Has memory ready for whoever needs a frame or a folio next, which may be in a hurry. What there is no memory for is left to them.
+    pub(super) fn provide(&self) {
+        let (frames, memory) = (self.frames.len(), &*self.memory);
+        let mut a = lock(&self.allocator);
+        if let Some(pfn) = a.pick(frames) {
+            let _ = a.commit(pfn, 1, self.batch_of_single(pfn), memory);
+            a.note_free(pfn);
+        }
+        if let Some(head) = a.pick_folio(frames) {
+            let pages = self.huge().pages();
+            let _ = a.commit(head, pages, self.batch_of_folios(head), memory);
+            a.free_folios.push(head);
+        }
+    }
+
+    /// Frames that are given memory with `pfn`: to the end of the folio it would be in.
+    fn batch_of_single(&self, pfn: Pfn) -> u64 {
+        let end = self.huge().floor(pfn.0) + self.huge().pages();
+        end.min(self.frames.len()) - pfn.0
+    }
+
+    /// Frames that are given memory with the folio at `head`.
+    fn batch_of_folios(&self, head: Pfn) -> u64 {
+        (self.frames.len() - head.0).min(COMMIT_FOLIOS * self.huge().pages())
     }
 
     /// How large a huge folio is.
@@ -597,15 +621,15 @@ impl Allocator {
         self.usage.committed < self.usage.limit || self.committed.get(pfn)
     }
 
-    /// Marks `count` frames from `first` on allocated, with memory behind them; frames that follow are given memory as well, up to
-    /// `batch` from `first` on. There can be memory for `count`. Says whether all `count` are blank.
-    fn take(
+    /// Puts memory behind `count` frames from `first` on, and behind those that follow, up to `batch` from `first` on. There can be
+    /// memory for `count`.
+    fn commit(
         &mut self,
         first: Pfn,
         count: u64,
         batch: u64,
         memory: &dyn FrameMemory,
-    ) -> Result<bool, AllocError> {
+    ) -> Result<(), AllocError> {
         let wanted = self.committed.zeros(first, count);
         if wanted > 0 {
             let ahead = Pfn(first.0 + count)
@@ -625,6 +649,19 @@ impl Allocator {
             }
             self.committed.set_run(first, count, true);
         }
+        Ok(())
+    }
+
+    /// Marks `count` frames from `first` on allocated, with memory behind them as by [`Allocator::commit`]. Says whether all `count` are
+    /// blank.
+    fn take(
+        &mut self,
+        first: Pfn,
+        count: u64,
+        batch: u64,
+        memory: &dyn FrameMemory,
+    ) -> Result<bool, AllocError> {
+        self.commit(first, count, batch, memory)?;
         let is_blank = self.blank.zeros(first, count) == 0;
         self.blank.set_run(first, count, false);
         self.allocated.set_run(first, count, true);

@@ -445,3 +445,31 @@ fn a_folio_that_the_host_refuses_memory_is_free_still() {
     assert!(pool.allocate_folio().unwrap().is_some());
     assert_eq!(pool.usage().in_use, 0);
 }
+
+#[test]
+fn memory_is_ready_once_it_was_provided() {
+    let memory = RefusingMemory::new(64);
+    let bytes = Arc::clone(&memory) as Arc<dyn FrameMemory>;
+    let pool = FramePool::with_folios_of(Order::new(2), bytes, 64, 60).unwrap();
+    let commits = || memory.committed.lock().unwrap().len();
+    pool.provide();
+    assert_eq!(pool.usage().in_use, 0);
+    let before = commits();
+    let held = (
+        [pool.allocate().unwrap(), pool.allocate().unwrap()],
+        pool.allocate_folio().unwrap().unwrap(),
+    );
+    assert_eq!(commits(), before, "no waiting");
+    pool.provide();
+    drop(held);
+    // Where there is none, nothing is lost.
+    memory.refusals.from(0);
+    let held: Vec<_> = std::iter::from_fn(|| pool.allocate_folio().ok().flatten()).collect();
+    pool.provide();
+    drop(held);
+    memory.refusals.never();
+    let all: Vec<_> = std::iter::from_fn(|| pool.allocate().ok()).collect();
+    assert_eq!(all.len(), 60);
+    drop(all);
+    assert_eq!(pool.usage().in_use, 0);
+}
