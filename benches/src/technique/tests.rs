@@ -186,5 +186,5 @@ fn techniques_have_names() {
         assert_eq!(kind.name().parse::<Kind>().unwrap(), kind);
     }
     let error = "xor".parse::<Kind>().unwrap_err().to_string();
-    assert!(error.contains("ours, ours-4k"), "{error}");
+    assert!(error.contains("ours, ours-alone, ours-4k"), "{error}");
 }
