@@ -119,10 +119,10 @@ impl<P: CowPolicy> AddressSpace<P> {
         }))
     }
 
-    /// Does what the next [`AddressSpace::fork`] would have to do for regions that are mapped page by page and rarely written, while the
-    /// guest runs: each costs as much as a hundred huge ones. They are forked here, for nobody: what was shared so is what that
-    /// fork takes over if the region does not change again, and if it does, the guest finds itself alone and copies nothing
-    /// (PROTOCOL.md T4).
+    /// Does what the next [`AddressSpace::fork`] would have to do for regions that are rarely written, while the guest runs: they lie
+    /// scattered, so that each costs a call, and those that are mapped page by page as much as a hundred huge ones. They are
+    /// forked here, for nobody: what was shared so is what that fork takes over if the region does not change again, and if it does,
+    /// the guest finds itself alone and copies nothing (PROTOCOL.md T4).
     ///
     /// Has memory ready for the copies of pinned pages, too.
     ///
@@ -146,12 +146,15 @@ impl<P: CowPolicy> AddressSpace<P> {
         let is_worth_it = |&index: &usize| {
             let region = self.table.lock(index);
             // What is pinned would be copied, for nobody; and what is written through a hold would be lost before the fork.
-            let is_free = |gfn| self.pool.state(region.get(gfn).pfn()).is_idle();
+            let is_idle = |gfn| self.pool.state(region.get(gfn).pfn()).is_idle();
+            let is_unheld = || match region.huge() {
+                Some(huge) => self.pool.frames().is_mapped_huge_only::<P>(huge.pfn(), 1),
+                None => region.pages().all(is_idle),
+            };
             region.state.is_changed
                 && region.state.habit.is_rare(fork)
                 && region.is_full()
-                && region.huge().is_none()
-                && region.pages().all(is_free)
+                && is_unheld()
         };
         let chosen: Vec<usize> = regions.iter().copied().filter(is_worth_it).collect();
         let mut done = Vec::new();

@@ -704,6 +704,7 @@ fn what_is_not_prepared_stays_writable() {
     w.vm.space.set_whole_price(0);
     w.vm.cpu_write(NEXT, 1).unwrap();
     assert!(w.is_huge(NEXT));
+    let held = w.vm.space.pin(NEXT, Access::Write).unwrap();
     w.vm.space.prepare_fork();
     for (page, protection) in [
         (P, Protection::ReadOnly),
@@ -714,6 +715,12 @@ fn what_is_not_prepared_stays_writable() {
         assert_eq!(entry.protection(), protection, "{page:?}");
         assert_eq!(w.vm.mmu.page(page), (entry.pfn(), protection), "{page:?}");
     }
+    drop(held);
+    // Regions that are huge are prepared, too.
+    w.vm.space.prepare_fork();
+    assert!(w.is_huge(NEXT) && !w.entry(NEXT).is_writable());
+    w.vm.cpu_write(NEXT, 2).unwrap();
+    assert!(w.is_huge(NEXT) && w.entry(NEXT).is_writable());
     w.settle();
 }
 
