@@ -321,6 +321,7 @@ mod tests {
     fn no_flags_give_the_documented_defaults() {
         let expected = Config {
             seed: 5,
+            copy_ahead: true,
             ..crate::session::config::tests::example()
         };
         assert_eq!(parse(&["--seed", "5"]), expected);

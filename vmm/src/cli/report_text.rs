@@ -284,7 +284,7 @@ snapshots   2,941 taken, 2,941 checked (178,231,004 pages), 294 restored
 pause           812 µs    2.20 ms    5.18 ms   kick to last vCPU running again
 stall          1.48 ms    9.12 ms    41.0 ms   longest gap the guest saw
 faults      734,889 copied, 1,002 reused, 16 unshared, 61,402 zero-filled
-regions     2 copied whole (7 pages), 1 split
+regions     2 copied whole (7 pages), 1 split; 3 copied ahead
 pins        480,211 fast, 9,004 slow, 24 registered
 forks       94,113 pinned pages copied at once
 DMA         80,120 requests to the guest, 80,118 from it, 1.68 GiB
