@@ -77,8 +77,9 @@ struct Args {
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     hot: Option<u64>,
 
-    /// In the pattern hot, one write of this many is elsewhere
-    #[arg(long, value_name = "N", default_value = "10", value_parser = clap::value_parser!(u64).range(2..))]
+    /// In the pattern hot, one write of this many is elsewhere. A vCPU writes tens of millions of pages a second: one in ten would
+    /// leave nothing cold
+    #[arg(long, value_name = "N", default_value = "10000", value_parser = clap::value_parser!(u64).range(2..))]
     cold_every: u64,
 
     /// A device writes guest memory beside the vCPUs

@@ -175,6 +175,10 @@ impl FrameMemory for PhysMap {
         Ok(())
     }
 
+    fn commit_base_pages(&self, first: Pfn, count: u64) -> io::Result<()> {
+        self.allocate(first.offset(), count * PAGE_SIZE)
+    }
+
     fn copy(&self, from: Pfn, to: Pfn) {
         assert_ne!(from, to, "a frame is not copied to itself");
         // SAFETY: both are whole frames inside the mapping and differ, so they do not overlap. A device that writes to `from`

@@ -8,13 +8,13 @@ use std::time::Duration;
 
 use crate::mm::{Fault, Resolution};
 
-/// Of so many observations an average is made, about.
-const WEIGHT: u64 = 16;
-/// What is so many times the average counts as no more, and the average as no more than so many times an observation: now and then the
-/// scheduler has somebody else run, or memory is new, which is paid for once.
-const OUTLIER: u64 = 2;
+/// A lower observation counts by one part in so many, a higher one by one in [`RELUCTANCE`], and as twice what was thought at most. What is asked is
+/// what a break costs by itself: now and then the scheduler has somebody else run, another vCPU has the lock, or memory is
+/// new, which is paid for once.
+const READINESS: u64 = 4;
+const RELUCTANCE: u64 = 64;
 
-/// Running averages, in nanoseconds; 0 is not known yet. Statistics: nothing is ordered by them, and an observation may be lost to another.
+/// What things cost when nothing is in their way, in nanoseconds; 0 is not known yet. Statistics: nothing is ordered by them, and an observation may be lost to another.
 #[derive(Debug, Default)]
 pub struct Prices {
     small: AtomicU64,
@@ -60,13 +60,11 @@ impl Prices {
             &self.small
         };
         let before = average.load(Ordering::Relaxed);
+        let time = nanoseconds(time);
         let after = match before {
-            0 => nanoseconds(time),
-            _ => {
-                let time = nanoseconds(time).min(OUTLIER * before);
-                let before = before.min(OUTLIER * time);
-                (before * (WEIGHT - 1) + time) / WEIGHT
-            }
+            0 => time,
+            _ if time < before => before - (before - time) / READINESS,
+            _ => before + (time - before).min(before) / RELUCTANCE,
         };
         average.store(after.max(1), Ordering::Relaxed);
         self.whole_price()
@@ -141,25 +139,26 @@ mod tests {
     }
 
     #[test]
-    fn averages_follow_slowly() {
+    fn prices_fall_readily_and_rise_reluctantly() {
         let prices = Prices::default();
         prices.paid(fault(false), 10 * US);
-        prices.paid(fault(true), 100 * US);
-        assert_eq!(prices.paid(fault(true), Duration::from_secs(1)), Some(10));
-        for _ in 0..200 {
-            prices.paid(fault(true), 200 * US);
-        }
-        assert_eq!(prices.whole_price(), Some(19));
         // The first of all was out of line.
-        let prices = Prices::default();
-        prices.paid(fault(false), 10 * US);
         prices.paid(fault(true), Duration::from_secs(1));
-        prices.paid(fault(true), 100 * US);
-        assert_eq!(prices.paid(fault(true), 100 * US), Some(18));
-        for _ in 0..40 {
+        for _ in 0..60 {
             prices.paid(fault(true), 100 * US);
         }
         assert_eq!(prices.whole_price(), Some(10));
+        // One in eight pays for memory.
+        for n in 0..400 {
+            let time = if n % 8 == 0 { 5_000 } else { 100 };
+            prices.paid(fault(true), time * US);
+        }
+        assert_eq!(prices.whole_price(), Some(10));
+        // It has become dearer.
+        for _ in 0..400 {
+            prices.paid(fault(true), 200 * US);
+        }
+        assert_eq!(prices.whole_price(), Some(19));
     }
 
     #[test]

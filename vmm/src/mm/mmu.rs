@@ -58,6 +58,12 @@ pub trait FrameMemory: Send + Sync {
     /// Makes sure that `count` frames from `first` on have memory behind them. Frames that had none read as zeros.
     fn commit(&self, first: Pfn, count: u64) -> io::Result<()>;
 
+    /// As [`FrameMemory::commit`], for frames that nobody will map by huge entries of an MMU's: in base pages, since to make a huge one
+    /// takes the host milliseconds while all CPUs are busy.
+    fn commit_base_pages(&self, first: Pfn, count: u64) -> io::Result<()> {
+        self.commit(first, count)
+    }
+
     /// Copies the frame `from` to the frame `to`. Nobody writes to either meanwhile, except a device that
     /// was not stopped and holds a pin on `from`: the copy may be torn then, and nothing else.
     fn copy(&self, from: Pfn, to: Pfn);

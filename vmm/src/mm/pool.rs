@@ -23,7 +23,8 @@ use super::stripe::{Apart, Striped};
 use super::sync::{Mutex, lock};
 use super::table::Entry;
 
-/// Huge folios' worth of frames that are given memory at a time: most of what making host memory huge costs is for the call.
+/// Huge folios' worth of a home that are given memory at a time: most of what making host memory huge costs is for the call. Of other frames, what is made ready
+/// before somebody is in a hurry.
 const COMMIT_FOLIOS: u64 = 8;
 
 /// Why there was no frame.
@@ -261,9 +262,8 @@ impl FramePool {
         let Some(head) = a.pick_folio(self.frames.len()) else {
             return Ok(None);
         };
-        let batch = self.batch_of_folios(head);
         let is_blank = a
-            .take(head, folio.pages(), batch, &*self.memory)
+            .take(head, folio.pages(), folio.pages(), &*self.memory)
             .inspect_err(|_| a.free_folios.push(head))?;
         Ok(Some(FreshFolio {
             pool: Arc::clone(self),
@@ -283,20 +283,16 @@ impl FramePool {
         }
         if let Some(head) = a.pick_folio(frames) {
             let pages = self.huge().pages();
-            let _ = a.commit(head, pages, self.batch_of_folios(head), memory);
+            let batch = (frames - head.0).min(COMMIT_FOLIOS * pages);
+            let _ = a.commit(head, pages, batch, memory);
             a.free_folios.push(head);
         }
     }
 
-    /// Frames that are given memory with `pfn`: to the end of the folio it would be in.
+    /// Frames outside homes that are given memory with `pfn`: to the end of the folio it would be in.
     fn batch_of_single(&self, pfn: Pfn) -> u64 {
         let end = self.huge().floor(pfn.0) + self.huge().pages();
         end.min(self.frames.len()) - pfn.0
-    }
-
-    /// Frames that are given memory with the folio at `head`.
-    fn batch_of_folios(&self, head: Pfn) -> u64 {
-        (self.frames.len() - head.0).min(COMMIT_FOLIOS * self.huge().pages())
     }
 
     /// How large a huge folio is.
@@ -640,9 +636,13 @@ impl Allocator {
                 .count() as u64;
             let room = self.usage.limit - self.usage.committed - wanted;
             let count = count + ahead.min(room);
-            memory
-                .commit(first, count)
-                .map_err(|source| AllocError::Host { count, source })?;
+            // Copies for snapshots: their sizes are a matter of the shadow page table alone.
+            let committed = if self.reserved.get(first) {
+                memory.commit(first, count)
+            } else {
+                memory.commit_base_pages(first, count)
+            };
+            committed.map_err(|source| AllocError::Host { count, source })?;
             self.usage.committed += self.committed.zeros(first, count);
             for pfn in first.run(count).filter(|&pfn| !self.committed.get(pfn)) {
                 self.blank.set(pfn, true);
