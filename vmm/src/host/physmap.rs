@@ -7,10 +7,12 @@
 
 use std::ffi::c_void;
 use std::io;
+use std::num::NonZero;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::ptr::{self, NonNull};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
 
 use rustix::fs::{FallocateFlags, MemfdFlags, fallocate, ftruncate, memfd_create};
 use rustix::io::retry_on_intr;
@@ -21,6 +23,9 @@ use vm_memory::VolatileSlice;
 use vm_memory::bitmap::BitmapSlice;
 
 use crate::mm::{FrameMemory, PAGE_SIZE, Pfn, REGION_PAGES};
+
+/// Frames that are worth a thread of their own: it takes some 50 us to start one, and 0.6 us to copy a frame.
+const COPIES_OF_A_THREAD: usize = 256;
 
 /// Bytes of a huge page of the host.
 pub(super) const HUGE_PAGE: u64 = REGION_PAGES * PAGE_SIZE;
@@ -197,6 +202,24 @@ impl FrameMemory for PhysMap {
         );
         // SAFETY: both runs lie inside the mapping and do not overlap: just checked. Otherwise as `copy`.
         unsafe { ptr::copy_nonoverlapping(self.frame(from), self.frame(to), len as usize) }
+    }
+
+    fn copy_all(&self, pairs: &[(Pfn, Pfn)]) {
+        let cpus = thread::available_parallelism().map_or(1, NonZero::get);
+        let share = pairs.len().div_ceil(cpus).max(COPIES_OF_A_THREAD);
+        let copy = |pairs: &[(Pfn, Pfn)]| pairs.iter().for_each(|&(from, to)| self.copy(from, to));
+        thread::scope(|scope| {
+            let mut shares = pairs.chunks(share);
+            let ours = shares.next().unwrap_or_default();
+            for theirs in shares {
+                let other = thread::Builder::new().spawn_scoped(scope, move || copy(theirs));
+                if other.is_err() {
+                    // There are no more threads to be had.
+                    copy(theirs);
+                }
+            }
+            copy(ours);
+        });
     }
 
     fn equal(&self, one: Pfn, other: Pfn) -> bool {

@@ -122,6 +122,37 @@ fn a_crowded_window_resolves_whole_regions_and_never_runs_out() {
     assert!(budget.peak() > budget.limit() / 4 * 3, "it was crowded");
 }
 
+/// More than one thread copies them.
+#[test]
+fn many_pinned_pages_are_copied_each_to_its_own() {
+    let pages = 4 * REGION_PAGES;
+    let (ram, ..) = ram(pages, 1000);
+    let page = |n: u64, round: u64| [(n << 8 | round).to_le_bytes(); PAGE_SIZE as usize / 8];
+    let write = |round| {
+        (0..pages).for_each(|n| {
+            let bytes = page(n, round);
+            ram.write(n * PAGE_SIZE, bytes.as_flattened()).unwrap();
+        });
+    };
+    write(1);
+    // All but one of them.
+    let pins = ram.pin(PAGE_SIZE, (pages - 1) * PAGE_SIZE, Access::Write);
+    let frozen = ram.space().fork().unwrap();
+    assert_eq!(ram.space().stats().eager_copied, pages - 1);
+    write(2);
+    for n in 0..pages {
+        let expected = page(n, 1);
+        let mut seen = [0; PAGE_SIZE as usize];
+        frozen
+            .with_frame(Gfn(n), |pfn| {
+                ram.physmap().slice(pfn, 0, PAGE_SIZE).copy_to(&mut seen)
+            })
+            .unwrap();
+        assert!(seen == *expected.as_flattened(), "page {n}");
+    }
+    drop(pins);
+}
+
 /// Bytes of the window at `start` that the kernel maps by huge pages, once all of it was looked at.
 fn mapped_huge(start: u64, len: u64) -> u64 {
     let hex = |text: &str| u64::from_str_radix(text, 16).ok();

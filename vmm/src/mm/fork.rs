@@ -34,6 +34,9 @@ use super::table::{Entry, RegionGuard};
 /// Regions that [`AddressSpace::prepare_fork`] looks at while faults wait.
 const PREPARE_AT_ONCE: usize = 16;
 
+/// Frames, and those they are to be copied to.
+type Copies = Vec<(Pfn, Pfn)>;
+
 /// What became of regions that were to be shared.
 struct Shared {
     /// In which of them, in order, something is writable still, so that nobody will hear of it when it is written.
@@ -191,10 +194,10 @@ impl<P: CowPolicy> AddressSpace<P> {
         changed: &[usize],
         table: &mut FrozenTable,
     ) -> Result<Shared, ForkError> {
-        let (mut kept, mut written) = (Vec::new(), Vec::new());
+        let (mut kept, mut written, mut copies) = (Vec::new(), Vec::new(), Vec::new());
         let mut share_all = || {
             changed.iter().try_for_each(|&index| {
-                let (region, is_unchanged) = self.share_region(index)?;
+                let (region, is_unchanged) = self.share_region(index, &mut copies)?;
                 table.replace(index, region);
                 if !is_unchanged {
                     kept.push(index);
@@ -211,12 +214,18 @@ impl<P: CowPolicy> AddressSpace<P> {
         } else {
             protect().and_then(|()| share_all())?;
         }
+        // All at once: it may take more than one CPU.
+        self.pool.memory().copy_all(&copies);
         Ok(Shared { kept, written })
     }
 
     /// What a snapshot has of a region: shared, or copied where a device holds it. Nothing of a region in which there is nothing. Says also
-    /// whether the next snapshot may have the same, until something changes.
-    fn share_region(&self, index: usize) -> Result<(Option<Arc<FrozenRegion>>, bool), ForkError> {
+    /// whether the next snapshot may have the same, until something changes. What is to be copied is added to `copies`.
+    fn share_region(
+        &self,
+        index: usize,
+        copies: &mut Copies,
+    ) -> Result<(Option<Arc<FrozenRegion>>, bool), ForkError> {
         let mut region = self.table.lock(index);
         let first = region.first();
         // Sharing what is writable still.
@@ -246,9 +255,9 @@ impl<P: CowPolicy> AddressSpace<P> {
                 }
                 let ours = entry.pfn();
                 *to = if entry.is_writable() && !too_early {
-                    self.copy_for_child(gfn, ours)?
+                    self.copy_for_child(gfn, ours, copies)?
                 } else {
-                    self.share_or_copy(gfn, ours)?
+                    self.share_or_copy(gfn, ours, copies)?
                 };
                 Ok(all && *to == ours)
             });
@@ -260,20 +269,20 @@ impl<P: CowPolicy> AddressSpace<P> {
     }
 
     /// One more mapping of `pfn` for another address space, or of a copy of it if it can't be shared.
-    fn share_or_copy(&self, gfn: Gfn, pfn: Pfn) -> Result<Pfn, ForkError> {
+    fn share_or_copy(&self, gfn: Gfn, pfn: Pfn, copies: &mut Copies) -> Result<Pfn, ForkError> {
         match self.pool.frames().try_share(pfn, &self.policy) {
             Ok(()) => Ok(pfn),
-            Err(_) => self.copy_for_child(gfn, pfn),
+            Err(_) => self.copy_for_child(gfn, pfn, copies),
         }
     }
 
-    /// T11: a mapped copy of `pfn` for the child.
-    fn copy_for_child(&self, gfn: Gfn, pfn: Pfn) -> Result<Pfn, ForkError> {
+    /// T11: a mapped frame for the child, to which `pfn` is to be copied.
+    fn copy_for_child(&self, gfn: Gfn, pfn: Pfn, copies: &mut Copies) -> Result<Pfn, ForkError> {
         let fresh = self
             .pool
             .allocate()
             .map_err(|source| ForkError::EagerCopy { gfn, source })?;
-        self.pool.memory().copy(pfn, fresh.pfn());
+        copies.push((pfn, fresh.pfn()));
         Counters::add(&self.counters.eager_copied);
         Ok(fresh.into_mapped())
     }
@@ -430,7 +439,9 @@ impl<P: CowPolicy> AddressSpace<P> {
         gfn: Gfn,
         pfn: Pfn,
     ) -> Result<Adopted, ForkError> {
-        let ours = self.share_or_copy(gfn, pfn)?;
+        let mut copies = Copies::new();
+        let ours = self.share_or_copy(gfn, pfn, &mut copies)?;
+        self.pool.memory().copy_all(&copies);
         if let Err(error) = self.mmu.map(gfn, ours, 1, Protection::ReadOnly) {
             self.pool.unmap(ours);
             return Err(ForkError::Map(error));

@@ -75,6 +75,11 @@ pub trait FrameMemory: Send + Sync {
         }
     }
 
+    /// Copies many frames to many others, each as by [`FrameMemory::copy`], in any order. No frame is there twice.
+    fn copy_all(&self, pairs: &[(Pfn, Pfn)]) {
+        pairs.iter().for_each(|&(from, to)| self.copy(from, to));
+    }
+
     /// Fills a frame with zeros.
     fn zero(&self, frame: Pfn);
 
