@@ -10,6 +10,9 @@ use palimpsest::mm::{Access, Gfn};
 /// 64 MiB.
 const PAGES: u64 = 1 << 14;
 
+/// Pages that devices hold.
+const PINNED: u64 = 4096;
+
 /// Pages of a region.
 const REGION: u64 = 512;
 
@@ -91,6 +94,15 @@ fn fork(c: &mut Criterion) {
             b.iter_custom(|rounds| time_forks(&space, rounds, written.clone()).expect("fork"));
         });
     }
+    // Under `taskset -c 0`: by one CPU alone.
+    group.throughput(Throughput::Elements(PINNED));
+    group.bench_function("many pages pinned", |b| {
+        let space = space_without_window(PAGES).expect("memory");
+        let _pins = space
+            .pin_range(Gfn(0), PINNED, Access::Write)
+            .expect("pins");
+        b.iter_custom(|rounds| time_forks(&space, rounds, 0..0).expect("fork"));
+    });
     group.finish();
 }
 

@@ -6,6 +6,7 @@
 //! | `window` | the host addresses a memslot points at; page `gfn` shows the frame the shadow page table says |
 //! | `prices` | what faults cost on this machine, by running averages |
 //! | `ahead` | a thread that breaks ahead of the guest's writes |
+//! | `stream` | copies of whole folios, past the caches |
 //! | `ram` | guest memory by guest-physical address, for host code: every access holds what it touches |
 //!
 //! vCPUs go through the window and nobody else does. Everything of ours goes through the physmap, and is
@@ -17,6 +18,7 @@ mod budget;
 mod physmap;
 mod prices;
 mod ram;
+mod stream;
 mod window;
 
 #[cfg(test)]

@@ -19,6 +19,7 @@ use rustix::io::retry_on_intr;
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 
 use super::aligned::reserve;
+use super::stream;
 use vm_memory::VolatileSlice;
 use vm_memory::bitmap::BitmapSlice;
 
@@ -193,6 +194,10 @@ impl FrameMemory for PhysMap {
     }
 
     fn copy_run(&self, from: Pfn, to: Pfn, count: u64) {
+        // A page is read soon, perhaps, by whoever faulted on it.
+        if count == 1 {
+            return self.copy(from, to);
+        }
         let len = count * PAGE_SIZE;
         let apart = from.offset().abs_diff(to.offset());
         let end = from.offset().max(to.offset()) + len;
@@ -201,7 +206,7 @@ impl FrameMemory for PhysMap {
             "{count} frames from {from:?} to {to:?}"
         );
         // SAFETY: both runs lie inside the mapping and do not overlap: just checked. Otherwise as `copy`.
-        unsafe { ptr::copy_nonoverlapping(self.frame(from), self.frame(to), len as usize) }
+        unsafe { stream::copy(self.frame(from), self.frame(to), len as usize) }
     }
 
     fn copy_all(&self, pairs: &[(Pfn, Pfn)]) {
