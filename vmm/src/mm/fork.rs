@@ -194,8 +194,9 @@ impl<P: CowPolicy> AddressSpace<P> {
         changed: &[usize],
         table: &mut FrozenTable,
     ) -> Result<Shared, ForkError> {
-        let (mut kept, mut written, mut copies) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut kept, mut written) = (Vec::new(), Vec::new());
         let mut share_all = || {
+            let mut copies = Vec::new();
             changed.iter().try_for_each(|&index| {
                 let (region, is_unchanged) = self.share_region(index, &mut copies)?;
                 table.replace(index, region);
@@ -203,7 +204,10 @@ impl<P: CowPolicy> AddressSpace<P> {
                     kept.push(index);
                 }
                 Ok(())
-            })
+            })?;
+            // All at once: it may take more than one CPU.
+            self.pool.memory().copy_all(&copies);
+            Ok(())
         };
         let mut protect = || {
             self.write_protect(changed, &mut written)
@@ -214,8 +218,6 @@ impl<P: CowPolicy> AddressSpace<P> {
         } else {
             protect().and_then(|()| share_all())?;
         }
-        // All at once: it may take more than one CPU.
-        self.pool.memory().copy_all(&copies);
         Ok(Shared { kept, written })
     }
 
