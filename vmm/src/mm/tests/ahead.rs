@@ -153,3 +153,24 @@ fn pieces_that_were_written_twice_are_found_in_order() {
     written.note(3, pieces(&[]));
     assert_eq!(written.next(), []);
 }
+
+/// The guest was faster; or the page is gone.
+#[test]
+fn what_is_writable_or_untouched_is_passed_over() {
+    let w = world();
+    w.round(1, &[5, 6]);
+    w.round(2, &[5, 6]);
+    let frozen = w.vm.space.fork().unwrap();
+    w.vm.cpu_write(Gfn(5), 3).unwrap();
+    w.vm.space.discard(Gfn(6), 1).unwrap();
+    let (in_use, before) = (w.pool.usage().in_use, w.vm.space.stats());
+    w.break_ahead();
+    assert_eq!(
+        (w.pool.usage().in_use, w.vm.space.stats()),
+        (in_use, before)
+    );
+    assert!(!w.vm.space.entry(Gfn(6)).unwrap().is_present());
+    assert_eq!(w.vm.read_frozen(&frozen, Gfn(6)), 2);
+    drop(frozen);
+    w.settle();
+}

@@ -875,3 +875,22 @@ fn a_run_of_pins_outlives_its_pool() {
     drop(pins);
     assert_eq!(Arc::strong_count(&memory), 1);
 }
+
+/// A page that two snapshots share, each by a region of its own: both get the copy, and the guest keeps its frame.
+#[test]
+fn a_break_moves_the_snapshots_of_before_the_last_as_well() {
+    let w = huge().written();
+    let older = w.vm.space.fork().unwrap();
+    w.vm.cpu_write(P, 1).unwrap();
+    let younger = w.vm.space.fork().unwrap();
+    assert_ne!(older.region_address(P), younger.region_address(P));
+    let ours = w.entry(Gfn(1)).pfn();
+    w.vm.cpu_write(Gfn(1), 2).unwrap();
+    assert_eq!(w.entry(Gfn(1)).pfn(), ours);
+    assert_eq!((w.stats().sharers_moved, w.stats().writer_moved), (2, 0));
+    for frozen in [&older, &younger] {
+        assert_eq!(w.read(frozen, Gfn(1)), 101);
+    }
+    drop((older, younger));
+    w.settle();
+}
