@@ -8,7 +8,7 @@
 //! | `hold` | with the protocol as it is, each race ends well |
 //! | `safeguards` | with any one [`mm::Safeguard`] left out, loom finds a race that does not |
 //! | `without` | the policy that leaves one out |
-//! | `explore` | how a race is run, and how its failure is caught |
+//! | `explore`, `child` | how a race is run, and how its failure is caught |
 //! | `sync` | loom's atomics and locks, with a gap in loom mended |
 //!
 //! What loom cannot see: the count of an `Arc` (it is the standard library's), a compare-and-swap that fails for no
@@ -20,6 +20,8 @@ pub mod mm;
 #[allow(unreachable_pub)]
 mod sync;
 
+#[cfg(test)]
+mod child;
 #[cfg(test)]
 mod explore;
 #[cfg(test)]

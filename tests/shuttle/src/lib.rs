@@ -19,6 +19,9 @@ mod sync {
 }
 
 #[cfg(test)]
+#[path = "../../loom/src/child.rs"]
+mod child;
+#[cfg(test)]
 mod mix;
 #[cfg(test)]
 mod schedules;

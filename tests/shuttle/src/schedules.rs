@@ -1,12 +1,11 @@
 //! How the mix is run, and that it can fail.
 
 use std::env;
-use std::panic;
-use std::process::{self, Command};
 
 use shuttle::scheduler::{PctScheduler, RandomScheduler};
 use shuttle::{Config, FailurePersistence, Runner};
 
+use crate::child;
 use crate::mix::{mix, mix_of_folios};
 use crate::mm::{CowPolicy, Exclusive, Safeguard};
 use crate::without::Without;
@@ -16,11 +15,6 @@ const SEED: u64 = 20_220_509;
 const ITERATIONS: usize = 5_000;
 /// PCT finds what needs an order of so many steps with a probability that is known.
 const DEPTH: usize = 4;
-
-/// Set for the process that is to find a failure.
-const TO_FAIL: &str = "SHUTTLE_TESTS_TO_FAIL";
-/// Its exit code if it did.
-const FAILED: i32 = 3;
 
 fn iterations() -> usize {
     env::var("SHUTTLE_ITERATIONS").map_or(ITERATIONS, |n| {
@@ -64,30 +58,12 @@ fn all_is_well_with_folios() {
     Runner::new(pct, config()).run(mix_of_folios::<Exclusive>);
 }
 
-/// Asserts that the mix finds `C` wrong, by an oracle that says `how`. In a process of its own, as in `tests/loom`: it ends
-/// where it fails.
+/// Asserts that the mix finds `C` wrong, by an oracle that says `how`.
 fn fails<C: CowPolicy + Default>(test: &str, how: &str) {
-    if env::var_os(TO_FAIL).is_some() {
-        panic::set_hook(Box::new(|info| {
-            eprintln!("{info}");
-            process::exit(FAILED);
-        }));
+    child::fails(test, how, || {
         random::<C>();
-        return pct::<C>();
-    }
-    // A test is known without the name of its crate.
-    let test = test.split_once("::").map_or(test, |(_, rest)| rest);
-    let output = Command::new(env::current_exe().expect("a test has a binary"))
-        .args(["--exact", test, "--nocapture"])
-        .env(TO_FAIL, "1")
-        .output()
-        .expect("it can be run again");
-    let said = String::from_utf8_lossy(&output.stderr);
-    match output.status.code() {
-        Some(0) => panic!("the mix finds nothing wrong"),
-        Some(FAILED) if said.contains(how) => {}
-        _ => panic!("not for the reason meant: {} {said}", output.status),
-    }
+        pct::<C>();
+    });
 }
 
 macro_rules! safeguards {
