@@ -3,8 +3,8 @@
 //! | number | what it is |
 //! |---|---|
 //! | pause | from the kick to the last vCPU about to run again |
-//! | stall | what the guest lost: the time of the lap in which the snapshot was taken and of the one after it, less twice its usual lap. The pause is in it. Of several vCPUs, the one that lost most |
-//! | longest gap | the longest time between two writes in these two laps, by the guest's own clock. Usually the pause is in it |
+//! | stall | what the guest lost: the time from the lap in which the technique began to prepare for the snapshot to the end of the one after that in which it was taken, less as many usual laps. The pause is in it. Of several vCPUs, the one that lost most |
+//! | longest gap | the longest time between two writes in these laps, by the guest's own clock. Usually the pause is in it |
 //! | per page | what all vCPUs lost without the pause, by the number of different pages they wrote from the snapshot to the end of these laps: the time to touch a page again |
 //! | share | writes a second with a snapshot every so often, as a share of those before the first snapshot |
 //!
@@ -23,7 +23,7 @@ use crate::footprint;
 use crate::report::{Cell, Rate};
 use crate::summary::{Times, median};
 use crate::technique::{Kind, TechniqueError};
-use crate::vm::{GuestConfig, Progress, Vm, VmError};
+use crate::vm::{GuestConfig, Progress, Snapshot, Vm, VmError};
 
 /// Memory that is left to others.
 const MARGIN: u64 = 1 << 30;
@@ -103,7 +103,7 @@ pub fn measure(
         run.rest(REST)?;
         let copied_before = vm.technique().copied();
         let snapshot = vm.snapshot()?;
-        let Some(felt) = run.felt(&snapshot.at, &usual)? else {
+        let Some(felt) = run.felt(&snapshot, &usual)? else {
             missed += 1;
             if missed > MISSED {
                 return Err(VmError::Missed);
@@ -233,14 +233,15 @@ impl Run<'_> {
             .collect()
     }
 
-    /// Waits for the two laps after a snapshot that was taken at `at`, and says what the vCPUs felt of it. `None` if the host was too late to
+    /// Waits for the laps that a snapshot is felt in, and says what the vCPUs felt of it. `None` if the host was too late to
     /// see one of them: it has other things to do too.
-    fn felt(&self, at: &[Progress], usual: &[Usual]) -> Result<Option<Felt>, VmError> {
+    fn felt(&self, snapshot: &Snapshot<'_>, usual: &[Usual]) -> Result<Option<Felt>, VmError> {
         let what = "its first sweep after a snapshot";
         // Each vCPU's are kept as soon as they are there: another may take a thousand times as long.
+        let Snapshot { since, at, .. } = snapshot;
         let mut seen: Vec<Option<Vec<Lap>>> = vec![None; at.len()];
         self.vm.wait(what, self.stop, |vcpu, progress| {
-            let laps = at[vcpu].laps..at[vcpu].laps + 2;
+            let laps = since[vcpu].laps..at[vcpu].laps + 2;
             if seen[vcpu].is_none() && progress.laps >= laps.end {
                 seen[vcpu] = Some(self.vm.laps(vcpu, laps)?);
             }
@@ -248,22 +249,24 @@ impl Run<'_> {
         })?;
         let mut felt = Felt::default();
         for (vcpu, (at, usual)) in at.iter().zip(usual).enumerate() {
-            let Some([first, second]) = seen[vcpu].as_deref() else {
+            let laps = seen[vcpu].as_deref().unwrap_or_default();
+            let (Some(first), Some(last)) = (laps.first(), laps.last()) else {
                 return Ok(None);
             };
-            let lost = self.lost(*first, *second, usual.lap);
-            let longest_gap = first.longest_gap.max(second.longest_gap);
+            let count = at.laps + 2 - since[vcpu].laps;
+            if laps.len() as u64 != count {
+                return Ok(None);
+            }
+            let lost = self
+                .time(last.end - first.start)
+                .saturating_sub(count as u32 * usual.lap);
+            let longest_gap = laps.iter().map(|lap| lap.longest_gap).max().unwrap_or(0);
             felt.lost_most = felt.lost_most.max(lost);
             felt.lost_all += lost;
             felt.longest_gap = felt.longest_gap.max(self.time(longest_gap));
-            felt.touched += self.vm.orders()[vcpu].choice.distinct(at.ops, second.ops);
+            felt.touched += self.vm.orders()[vcpu].choice.distinct(at.ops, last.ops);
         }
         Ok(Some(felt))
-    }
-
-    fn lost(&self, first: Lap, second: Lap, usual: Duration) -> Duration {
-        self.time(second.end - first.start)
-            .saturating_sub(2 * usual)
     }
 
     /// How fast the guest writes with `rate` snapshots a second, `quiet` being its writes a second without.

@@ -129,6 +129,8 @@ pub struct Snapshot<'a> {
     pub vcpus: Vec<VcpuState>,
     /// From the kick to the last vCPU running again.
     pub pause: Duration,
+    /// How far each vCPU was when the technique began to prepare for it.
+    pub since: Vec<Progress>,
     /// How far each vCPU was.
     pub at: Vec<Progress>,
 }
@@ -233,6 +235,7 @@ impl Vm {
 
     /// Takes a snapshot, and calls `look` with guest memory while nothing writes to it.
     pub fn snapshot_and(&self, look: impl FnOnce(&dyn GuestRam)) -> Result<Snapshot<'_>, VmError> {
+        let since = self.progress()?;
         self.technique.prepare()?;
         let paused = self.machine.pause(Capture::Registers)?;
         // The device stops between two batches.
@@ -249,6 +252,7 @@ impl Vm {
             memory,
             vcpus,
             pause,
+            since,
             at,
         })
     }
