@@ -37,6 +37,7 @@ hold! {
     unshare_against_fork
     write_against_fork
     write_against_fork_of_a_run
+    write_to_an_unchanged_region_against_fork
     two_writes_against_fork
     clone_against_break
 

@@ -41,7 +41,7 @@ safeguards! {
     get_acquires: GetAcquires, get_against_a_frame_that_becomes_a_clones, "isolation";
     get_only_of_mapped: GetOnlyOfMapped, get_against_migrate, "freed twice";
     fault_looks_under_lock: FaultLooksUnderLock, two_write_faults_on_a_held_page, "once";
-    fault_waits_for_fork: FaultWaitsForFork, write_against_fork_of_a_run, "isolation";
+    fault_waits_for_fork: FaultWaitsForFork, write_to_an_unchanged_region_against_fork, "lost";
     copied_before_mapped: CopiedBeforeMapped, read_after_the_clones_break_against_break, "isolation";
     mmu_before_unmap: MmuBeforeUnmap, read_after_the_clones_break_against_break, "isolation";
     entry_before_unmap: EntryBeforeUnmap, pin_after_the_clones_break_against_break, "coherence";

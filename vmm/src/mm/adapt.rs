@@ -17,36 +17,53 @@ pub(super) const fn is_proof(turn: u64) -> bool {
     turn.is_multiple_of(PROBE)
 }
 
-/// Forks in a row before which a region changed, from which on it is taken to change before the next one as well.
-const HABIT: u8 = 2;
+/// Times in a row that it was in vain to fork a region early, from which on that is tried less and less often: one that is mapped page by
+/// page, and one that a huge entry maps. To fork the latter costs the pause little, and a fault more costs the guest as much for either.
+const IN_VAIN: (u8, u8) = (2, 1);
 
-/// Before which forks a region changed.
+/// At the least once in two to the power of so many forks.
+const SELDOM: u8 = 6;
+
+/// Whether it has paid to fork a region before the pause: it has if nothing changed until the fork.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Habit {
-    /// The number of the last of them; the first fork is number 1.
-    last: u64,
-    /// How many there were in a row.
-    row: u8,
+    /// The fork it was last done for, until it is known whether it paid; the first fork is number 1.
+    prepared: u64,
+    /// It did not.
+    is_in_vain: bool,
+    /// For how many forks it did not, since it last did.
+    in_vain: u8,
 }
 
 impl Habit {
-    /// It has changed before fork number `fork`. Said once or more.
-    pub(super) fn note(&mut self, fork: u64) {
-        if self.last != fork {
-            let follows = self.last + 1 == fork;
-            self.row = if follows {
-                self.row.saturating_add(1)
-            } else {
-                1
-            };
-            self.last = fork;
+    /// Whether region number `index` should be forked before fork number `fork`.
+    pub(super) fn may_prepare(&self, index: usize, is_huge: bool, fork: u64) -> bool {
+        let limit = if is_huge { IN_VAIN.1 } else { IN_VAIN.0 };
+        // Not all regions at once.
+        self.in_vain < limit || (fork + index as u64).is_multiple_of(1 << self.in_vain)
+    }
+
+    /// That was done: once or more.
+    pub(super) fn prepared(&mut self, fork: u64) {
+        if self.prepared != fork {
+            self.prepared = fork;
+            self.is_in_vain = false;
         }
     }
 
-    /// Whether it changes rarely: what was done about a change before fork number `fork`, which comes next, lasts until then. Not if that
-    /// was done before.
-    pub(super) fn is_rare(&self, fork: u64) -> bool {
-        self.last != fork && (self.last + 1 < fork || self.row < HABIT)
+    /// The region changes, for the first time since it was forked early or by fork number `forks`, the last there was.
+    pub(super) fn changed(&mut self, forks: u64) {
+        if self.prepared > forks {
+            if !self.is_in_vain {
+                self.is_in_vain = true;
+                self.in_vain = SELDOM.min(self.in_vain + 1);
+            }
+        } else if self.prepared != 0 {
+            if !self.is_in_vain {
+                self.in_vain = 0;
+            }
+            self.prepared = 0;
+        }
     }
 }
 
@@ -63,12 +80,17 @@ pub(super) struct Breaks {
     was_whole: bool,
     /// Whether it is put to the proof this time.
     is_proof: bool,
+    /// The number of the fork it began after, and one more: 0 before it ever began.
+    since: u64,
 }
 
 impl Breaks {
-    /// The first change of region number `index` after fork number `fork`. What was written while nobody shared it says nothing of how
-    /// it is written.
+    /// A change of region number `index` after fork number `fork`: the first since then, or since it was forked early. What was written
+    /// while nobody shared it says nothing of how it is written.
     pub(super) fn begin(&mut self, index: usize, fork: u64) {
+        if self.since == fork + 1 {
+            return;
+        }
         *self = Self {
             small: 0,
             carried: if self.is_whole {
@@ -80,6 +102,7 @@ impl Breaks {
             was_whole: self.is_whole || self.was_whole && self.small == 0,
             // Not all regions at once.
             is_proof: is_proof(fork + index as u64),
+            since: fork + 1,
         };
     }
 
@@ -102,18 +125,50 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_changed_before_two_forks_in_a_row_is_not_rare() {
+    fn what_was_in_vain_is_tried_less_and_less() {
         let mut habit = Habit::default();
-        assert!(habit.is_rare(2));
-        habit.note(2);
-        assert!(!habit.is_rare(2), "it was done before");
-        assert!(habit.is_rare(3), "one is not a habit");
-        habit.note(3);
-        habit.note(3);
-        assert!(!habit.is_rare(4));
-        assert!(habit.is_rare(5), "it paused");
-        habit.note(5);
-        assert!(habit.is_rare(6));
+        let mut tried = vec![];
+        for fork in 1..=256 {
+            if habit.may_prepare(3, false, fork) {
+                // Again, and again in vain: that counts once.
+                for _ in 0..3 {
+                    habit.prepared(fork);
+                    habit.changed(fork - 1);
+                }
+                tried.push(fork + 3);
+            }
+            habit.changed(fork);
+        }
+        assert_eq!(tried, [4, 5, 8, 16, 32, 64, 128, 192, 256]);
+        // Once that it paid is enough.
+        habit.prepared(261);
+        habit.changed(261);
+        assert!((262..270).all(|fork| habit.may_prepare(3, false, fork)));
+    }
+
+    #[test]
+    fn one_failure_is_enough_where_there_is_little_to_gain() {
+        let mut habit = Habit::default();
+        habit.prepared(1);
+        habit.changed(0);
+        let tried = |is_huge| (2..9).filter(move |&fork| habit.may_prepare(1, is_huge, fork));
+        assert!(tried(true).eq([3, 5, 7]));
+        assert!(tried(false).eq(2..9));
+    }
+
+    #[test]
+    fn now_and_then_in_vain_is_no_reason() {
+        let mut habit = Habit::default();
+        for fork in 1..50 {
+            assert!(habit.may_prepare(0, false, fork));
+            habit.prepared(fork);
+            if fork % 2 == 0 {
+                habit.changed(fork - 1);
+                // What was done once more is in vain all the same, but if it has not changed again.
+                habit.prepared(fork);
+            }
+            habit.changed(fork);
+        }
     }
 
     #[test]
@@ -131,6 +186,19 @@ mod tests {
             let first = 1 + index as u64;
             assert_eq!(proofs, [first, 8, 16, 24]);
         }
+    }
+
+    #[test]
+    fn what_was_forked_early_goes_on_where_it_was() {
+        let mut breaks = Breaks::default();
+        for fork in 1..4 {
+            for _ in 0..3 {
+                breaks.begin(1, fork);
+                breaks.count_small();
+            }
+        }
+        // 3, and half of 3 and half of that.
+        assert!(breaks.wants_whole(5) && !breaks.wants_whole(6));
     }
 
     #[test]

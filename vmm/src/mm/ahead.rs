@@ -31,6 +31,8 @@ pub(super) struct Piece {
 pub(super) struct Written {
     /// Before the last fork, in order.
     last: Vec<Piece>,
+    /// Before the next one, as far as it was prepared.
+    prepared: Vec<Piece>,
     /// To be broken ahead.
     next: VecDeque<Piece>,
 }
@@ -41,8 +43,16 @@ impl Written {
         self.next.iter().copied().collect()
     }
 
+    /// The next fork will not find `pieces` writable, because somebody prepared it.
+    pub(super) fn note_prepared(&mut self, pieces: &[Piece]) {
+        self.prepared.extend_from_slice(pieces);
+    }
+
     /// Fork number `fork` found `pieces` writable, in order.
-    pub(super) fn note(&mut self, fork: u64, pieces: Vec<Piece>) {
+    pub(super) fn note(&mut self, fork: u64, mut pieces: Vec<Piece>) {
+        pieces.append(&mut self.prepared);
+        pieces.sort_unstable();
+        pieces.dedup();
         let before = mem::replace(&mut self.last, pieces);
         self.next.clear();
         if !is_proof(fork) {
@@ -81,7 +91,7 @@ impl<P: CowPolicy> AddressSpace<P> {
             return true;
         }
         let broken = if is_huge {
-            self.open(&mut region);
+            self.open(&mut region, first);
             self.resolve_huge(&mut region, Intent::Write, true)
         } else {
             self.resolve(&mut region, first, Intent::Write).map(Some)

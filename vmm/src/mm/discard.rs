@@ -30,7 +30,7 @@ impl<P: CowPolicy> AddressSpace<P> {
             .collect();
 
         for region in &mut regions {
-            self.open(region);
+            self.open_all(region);
             self.split(region);
         }
         let mut isolated: Vec<Isolated> = Vec::new();

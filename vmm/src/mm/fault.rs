@@ -182,7 +182,7 @@ impl<P: CowPolicy> AddressSpace<P> {
         if intent == Intent::Unshare && is_exclusive {
             return Ok(Resolution::AlreadyExclusive);
         }
-        self.open(region);
+        self.open(region, gfn);
         if !entry.is_present() {
             return self.fill_zero(region, gfn, entry, intent);
         }
@@ -191,7 +191,9 @@ impl<P: CowPolicy> AddressSpace<P> {
                 return Ok(resolution);
             }
             self.split(region);
-            return self.resolve_entry(region, gfn, region.get(gfn), intent);
+            let resolution = self.resolve_entry(region, gfn, region.get(gfn), intent);
+            self.keep_chunks(region, gfn);
+            return resolution;
         }
         let (resolution, entry) = if self.pool.frames().try_reuse(pfn, &self.policy).is_ok() {
             (Resolution::Reused, entry)
@@ -279,6 +281,7 @@ impl<P: CowPolicy> AddressSpace<P> {
     ///
     /// Nobody asked for any of it, so a page for which there is no memory is left as it is.
     fn resolve_rest(&self, region: &mut RegionGuard<'_>, also_untouched: bool) {
+        self.open_all(region);
         let (mut in_place, mut moved) = (Vec::new(), Vec::new());
         for gfn in region.pages() {
             let entry = region.get(gfn);
@@ -520,7 +523,11 @@ impl<P: CowPolicy> AddressSpace<P> {
             alive.filter(|s| s.lock().get(gfn).pfn() == pfn)
         };
         let state = self.pool.state(pfn);
-        if state.refs() != state.maps() || sharing().count() as u64 + 1 != state.maps() {
+        // Snapshots may have it in common.
+        let mut holders: Vec<_> = sharing().map(|s| s.lock().holder(gfn)).collect();
+        holders.sort_unstable();
+        holders.dedup();
+        if state.refs() != state.maps() || holders.len() as u64 + 1 != state.maps() {
             return Ok(false);
         }
         // Held until it is handed out to all: a snapshot that has it already may be dropped at any time.
@@ -531,7 +538,8 @@ impl<P: CowPolicy> AddressSpace<P> {
         for snapshot in sharing() {
             let mut theirs = snapshot.lock();
             // Only we move it, under our own region's lock, and it cannot be dropped while it is upgraded. Another space that has it
-            // among its sharers, too, does not map the frame: it would have been counted.
+            // among its sharers, too, does not map the frame: it would have been counted. Those that have it in common with one that was
+            // moved before are not here any more.
             debug_assert_eq!(theirs.get(gfn).pfn(), pfn, "{gfn:?} of a snapshot moved");
             if self.pool.frames().try_map_held(copied_to).is_ok() {
                 theirs.move_page(gfn, copied_to);

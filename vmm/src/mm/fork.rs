@@ -8,41 +8,39 @@
 //!    step. A page that is writable still (a device holds it), or whose frame refuses (it was pinned since), is
 //!    copied for the child at once, and the parent's entry is not touched.
 //!
-//! Only regions that have changed since the last fork are looked at (`lineage.rs`): the others are possibly shared already, and the
-//! child has them in common with the last one. A region that a huge entry maps is shared as one; if a device holds pages of it, the
+//! Only what has changed since the last fork is looked at (`lineage.rs`): the rest is possibly shared already, and the
+//! child has it in common with the last one. A region that a huge entry maps is shared as one; if a device holds pages of it, the
 //! entry is split first, and just those pages are copied. (The kernel copies all 512: it counts pins by folio.)
 //!
 //! Protecting before sharing is what J. Horn proposed for Linux in June 2025: a writer that was not
 //! stopped cannot tear the child's pages, since no frame is shared while anybody may write it.
 
-use std::mem;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use super::addr::{Gfn, Pfn, Protection};
 use super::ahead::Piece;
-use super::frozen::{Frozen, FrozenFrames, FrozenRegion, FrozenTable};
-use super::lineage::Lineage;
+use super::frozen::{Frozen, FrozenChunk, FrozenChunks, FrozenFrames, FrozenRegion};
 use super::mmu::{Mmu, MmuError};
 use super::policy::{CowPolicy, without};
 use super::pool::AllocError;
 use super::safeguard::Safeguard;
 use super::space::{AddressSpace, Counters};
-use super::sync::{lock, write};
+use super::sync::{lock, read, write};
 use super::table::{Entry, RegionGuard};
 
-/// Regions that [`AddressSpace::prepare_fork`] looks at while faults wait.
+/// Huge entries and chunks that [`AddressSpace::prepare_fork`] forks at once, or a few more, while faults in their regions wait.
 const PREPARE_AT_ONCE: usize = 16;
 
 /// Frames, and those they are to be copied to.
 type Copies = Vec<(Pfn, Pfn)>;
 
-/// What became of regions that were to be shared.
+/// What a snapshot has of a region: shared, or copied where a device holds it.
 struct Shared {
-    /// In which of them, in order, something is writable still, so that nobody will hear of it when it is written.
-    kept: Vec<usize>,
-    /// What was writable, in order, if anybody wants to know.
-    written: Vec<Piece>,
+    /// Nothing of a region in which there is nothing.
+    frozen: Option<Arc<FrozenRegion>>,
+    /// If the next snapshot cannot have the same: those of its chunks that it can have.
+    kept: Option<FrozenChunks>,
 }
 
 /// Why a fork failed. The parent is whole and runs on; nothing was leaked.
@@ -77,43 +75,38 @@ impl<P: CowPolicy> AddressSpace<P> {
     /// If there is no memory for the copy of a pinned page, or the MMU refuses.
     pub fn fork(&self) -> Result<Arc<Frozen>, ForkError> {
         let _alone = write(&self.fork_lock);
-        let (mut table, mut changed, fork) = {
-            let mut lineage = lock(&self.lineage);
-            let changed = mem::take(&mut lineage.changed);
-            (lineage.unchanged.clone(), changed, lineage.forks + 1)
-        };
+        let mut changed = lock(&self.lineage).changed.clone();
         // So that neighbours are protected with one call.
         changed.sort_unstable();
-        let shared = match self.share_regions(&changed, &mut table) {
-            Ok(shared) => shared,
-            Err(error) => {
-                // They are changed still. Dropping the table gives back what was shared so far.
-                lock(&self.lineage).changed = changed;
-                return Err(error);
-            }
-        };
-        let mut unchanged = table.clone();
-        changed.retain(|&index| {
-            let state = &mut self.table.lock(index).state;
-            state.is_changed = shared.kept.binary_search(&index).is_ok();
-            state.habit.note(fork);
-            if state.is_changed
-                && let Some(frozen) = unchanged.replace(index, None)
-            {
+        let mut regions: Vec<_> = changed.iter().map(|&i| self.table.lock(i)).collect();
+        let mut written = Vec::new();
+        // If it fails, they are changed still, and what was shared so far goes back.
+        let shared = self.share_regions(&mut regions, &mut written)?;
+        let mut lineage = lock(&self.lineage);
+        lineage.forks += 1;
+        let fork = lineage.forks;
+        let mut table = lineage.unchanged.clone();
+        for (region, shared) in regions.iter().zip(&shared) {
+            table.replace(region.index(), shared.frozen.clone());
+        }
+        lineage.unchanged = table.clone();
+        lineage.changed.clear();
+        for (region, shared) in regions.iter_mut().zip(shared) {
+            if let Some(kept) = shared.kept {
+                let index = region.index();
+                lineage.unchanged.replace(index, None);
+                lineage.changed.push(index);
                 // As `open` does, which will not be called.
-                state.breaks.begin(index, fork);
-                state.sharers.retain(|s| s.strong_count() > 0);
-                state.sharers.push(Arc::downgrade(&frozen));
+                region.state.breaks.begin(index, fork);
+                region.state.kept = kept;
+                shared.frozen.iter().for_each(|f| region.remember(f));
+            } else {
+                region.close();
             }
-            state.is_changed
-        });
-        *lock(&self.lineage) = Lineage {
-            unchanged,
-            changed,
-            forks: fork,
-        };
+        }
+        drop(lineage);
         if self.notes_writes.load(Ordering::Relaxed) {
-            lock(&self.written).note(fork, shared.written);
+            lock(&self.written).note(fork, written);
         }
         Ok(Arc::new(Frozen {
             pool: Arc::clone(&self.pool),
@@ -122,117 +115,138 @@ impl<P: CowPolicy> AddressSpace<P> {
         }))
     }
 
-    /// Does what the next [`AddressSpace::fork`] would have to do for regions that are rarely written, while the guest runs: they lie
-    /// scattered, so that each costs a call, and those that are mapped page by page as much as a hundred huge ones. They are
-    /// forked here, for nobody: what was shared so is what that fork takes over if the region does not change again, and if it does,
-    /// the guest finds itself alone and copies nothing (PROTOCOL.md T4).
+    /// Does what the next [`AddressSpace::fork`] would have to do, while the guest runs: forks what has changed, for nobody. What was shared
+    /// so is what that fork takes over if it does not change again; and if it does, the guest finds itself alone and copies nothing
+    /// (PROTOCOL.md T4), but has had a fault more. So it is done where it pays (`adapt.rs`), and again, for what the guest has
+    /// written meanwhile, as long as that becomes less.
     ///
     /// Has memory ready for the copies of pinned pages, too.
     ///
     /// It is never needed: what it cannot do is left to the fork.
     pub fn prepare_fork(&self) {
         self.pool.provide();
-        let mut changed = lock(&self.lineage).changed.clone();
-        changed.sort_unstable();
-        changed
-            .chunks(PREPARE_AT_ONCE)
-            .for_each(|some| self.prepare_regions(some));
+        let mut before = usize::MAX;
+        loop {
+            let mut changed = lock(&self.lineage).changed.clone();
+            changed.sort_unstable();
+            let (mut rest, mut prepared) = (changed.as_slice(), 0);
+            while !rest.is_empty() {
+                let (looked_at, done) = self.prepare_some(rest);
+                rest = &rest[looked_at..];
+                prepared += done;
+            }
+            if prepared < PREPARE_AT_ONCE || prepared > before / 2 {
+                break;
+            }
+            before = prepared;
+        }
     }
 
-    /// Forks those of `regions`, in order, that are worth it, for nobody. Faults wait meanwhile.
-    fn prepare_regions(&self, regions: &[usize]) {
-        let _alone = write(&self.fork_lock);
-        let (mut unchanged, fork) = {
-            let lineage = lock(&self.lineage);
-            (lineage.unchanged.clone(), lineage.forks + 1)
-        };
-        let is_worth_it = |&index: &usize| {
+    /// Looks at the first of `regions`, in order, and forks those for which it pays, for nobody. Says how many it has looked at and how many
+    /// it has forked. Faults in them wait meanwhile.
+    fn prepare_some(&self, regions: &[usize]) -> (usize, usize) {
+        let _no_fork = read(&self.fork_lock);
+        let fork = lock(&self.lineage).forks + 1;
+        let (mut looked_at, mut pieces) = (0, 0);
+        let mut chosen = Vec::new();
+        for &index in regions {
             let region = self.table.lock(index);
-            // What is pinned would be copied, for nobody; and what is written through a hold would be lost before the fork.
-            let is_idle = |gfn| self.pool.state(region.get(gfn).pfn()).is_idle();
-            let is_unheld = || match region.huge() {
-                Some(huge) => self.pool.frames().is_mapped_huge_only::<P>(huge.pfn(), 1),
-                None => region.pages().all(is_idle),
-            };
-            region.state.is_changed
-                && region.state.habit.is_rare(fork)
+            looked_at += 1;
+            if region.state.is_changed
                 && region.is_full()
-                && is_unheld()
-        };
-        let chosen: Vec<usize> = regions.iter().copied().filter(is_worth_it).collect();
-        let mut done = Vec::new();
+                && region
+                    .state
+                    .habit
+                    .may_prepare(index, region.huge().is_some(), fork)
+                && self.is_unheld(&region)
+            {
+                pieces += match region.huge() {
+                    Some(_) => 1,
+                    None => region.open_chunks().count(),
+                };
+                chosen.push(region);
+            }
+            if pieces >= PREPARE_AT_ONCE {
+                break;
+            }
+        }
+        let (mut done, mut written) = (Vec::new(), Vec::new());
         // What lies between two of them is writable, and is to stay so.
-        for run in chosen.chunk_by(|a, b| a + 1 == *b) {
-            let shared = self.share_regions(run, &mut unchanged);
-            let is_done = |index: &usize| {
-                // Held since, if it was kept.
-                shared
-                    .as_ref()
-                    .is_ok_and(|shared| !shared.kept.contains(index))
+        for run in chosen.chunk_by_mut(|a, b| a.index() + 1 == b.index()) {
+            // What fails here is left to the fork.
+            let Ok(shared) = self.share_regions(run, &mut written) else {
+                continue;
             };
-            for &index in run {
-                if is_done(&index) {
-                    let state = &mut self.table.lock(index).state;
-                    state.is_changed = false;
-                    state.habit.note(fork);
-                    done.push(index);
-                } else {
-                    unchanged.replace(index, None);
+            for (region, shared) in run.iter_mut().zip(shared) {
+                // Held since, if it was kept.
+                if shared.kept.is_none() {
+                    region.close();
+                    region.state.habit.prepared(fork);
+                    done.push((region.index(), shared.frozen));
                 }
             }
         }
         let mut lineage = lock(&self.lineage);
-        lineage.unchanged = unchanged;
-        lineage
-            .changed
-            .retain(|index| done.binary_search(index).is_err());
+        let is_done = |index: &usize| done.binary_search_by_key(index, |&(done, _)| done).is_ok();
+        lineage.changed.retain(|index| !is_done(index));
+        let prepared = done.len();
+        for (index, frozen) in done {
+            lineage.unchanged.replace(index, frozen);
+        }
+        drop(lineage);
+        if !written.is_empty() {
+            lock(&self.written).note_prepared(&written);
+        }
+        (looked_at, prepared)
     }
 
-    /// Both passes, for `changed` regions, in order: all that are writable, or neighbours. What the child has of them is put into `table`.
+    /// Whether nobody holds what has changed in a region. What is pinned would be copied, for nobody; and what is written through a hold would
+    /// be lost before the fork.
+    fn is_unheld(&self, region: &RegionGuard<'_>) -> bool {
+        let is_idle = |gfn| self.pool.state(region.get(gfn).pfn()).is_idle();
+        match region.huge() {
+            Some(huge) => self.pool.frames().is_mapped_huge_only::<P>(huge.pfn(), 1),
+            None => region.open_pages().all(is_idle),
+        }
+    }
+
+    /// Both passes, for regions that have changed, in order: all that are writable, or neighbours. What was writable is added to `written`,
+    /// in order, if anybody wants to know.
     fn share_regions(
         &self,
-        changed: &[usize],
-        table: &mut FrozenTable,
-    ) -> Result<Shared, ForkError> {
-        let (mut kept, mut written) = (Vec::new(), Vec::new());
-        let mut share_all = || {
-            let mut copies = Vec::new();
-            changed.iter().try_for_each(|&index| {
-                let (region, is_unchanged) = self.share_region(index, &mut copies)?;
-                table.replace(index, region);
-                if !is_unchanged {
-                    kept.push(index);
-                }
-                Ok(())
-            })?;
-            // All at once: it may take more than one CPU.
-            self.pool.memory().copy_all(&copies);
-            Ok(())
-        };
-        let mut protect = || {
-            self.write_protect(changed, &mut written)
-                .map_err(ForkError::WriteProtect)
-        };
+        regions: &mut [RegionGuard<'_>],
+        written: &mut Vec<Piece>,
+    ) -> Result<Vec<Shared>, ForkError> {
         if without::<P>(Safeguard::ProtectedBeforeShared) {
-            share_all().and_then(|()| protect())?;
-        } else {
-            protect().and_then(|()| share_all())?;
+            let shared = self.share_all(regions)?;
+            self.write_protect(regions, written)?;
+            return Ok(shared);
         }
-        Ok(Shared { kept, written })
+        self.write_protect(regions, written)?;
+        self.share_all(regions)
     }
 
-    /// What a snapshot has of a region: shared, or copied where a device holds it. Nothing of a region in which there is nothing. Says also
-    /// whether the next snapshot may have the same, until something changes. What is to be copied is added to `copies`.
+    /// Pass 2.
+    fn share_all(&self, regions: &mut [RegionGuard<'_>]) -> Result<Vec<Shared>, ForkError> {
+        let mut copies = Copies::new();
+        let shared: Result<_, _> = regions
+            .iter_mut()
+            .map(|region| self.share_region(region, &mut copies))
+            .collect();
+        // All at once: it may take more than one CPU.
+        shared.inspect(|_| self.pool.memory().copy_all(&copies))
+    }
+
+    /// Shares a region, or copies what of it a device holds. What is to be copied is added to `copies`.
     fn share_region(
         &self,
-        index: usize,
+        region: &mut RegionGuard<'_>,
         copies: &mut Copies,
-    ) -> Result<(Option<Arc<FrozenRegion>>, bool), ForkError> {
-        let mut region = self.table.lock(index);
+    ) -> Result<Shared, ForkError> {
         let first = region.first();
         // Sharing what is writable still.
         let too_early = without::<P>(Safeguard::ProtectedBeforeShared);
-        let frozen = |frames| Arc::new(FrozenRegion::new(&self.pool, first, frames));
+        let frozen = |frames| Some(Arc::new(FrozenRegion::new(&self.pool, first, frames)));
         if let Some(huge) = region.huge() {
             let head = huge.pfn();
             if (!huge.is_writable() || too_early)
@@ -242,32 +256,68 @@ impl<P: CowPolicy> AddressSpace<P> {
                     .try_share_huge(head, &self.policy)
                     .is_ok()
             {
-                return Ok((Some(frozen(FrozenFrames::Huge(head))), true));
+                return Ok(Shared {
+                    frozen: frozen(FrozenFrames::Huge(head)),
+                    kept: None,
+                });
             }
-            self.split(&mut region);
+            self.split(region);
         }
-        let mut frames = vec![Pfn::ZERO; region.len() as usize].into_boxed_slice();
-        let shared = region
-            .pages()
-            .zip(&mut frames)
-            .try_fold(true, |all, (gfn, to)| {
-                let entry = region.get(gfn);
-                if !entry.is_present() {
-                    return Ok(all);
+        let mut chunks: FrozenChunks = vec![None; region.chunks()].into();
+        let mut copied = Vec::new();
+        for (index, to) in chunks.iter_mut().enumerate() {
+            *to = match region.state.kept.get(index) {
+                Some(Some(kept)) => Some(Arc::clone(kept)),
+                _ => {
+                    let before = copies.len();
+                    let chunk = self.share_chunk(region, index, copies)?;
+                    if copies.len() > before {
+                        copied.push(index);
+                    }
+                    chunk
                 }
-                let ours = entry.pfn();
-                *to = if entry.is_writable() && !too_early {
-                    self.copy_for_child(gfn, ours, copies)?
-                } else {
-                    self.share_or_copy(gfn, ours, copies)?
-                };
-                Ok(all && *to == ours)
-            });
-        let is_empty = frames.iter().all(|&pfn| pfn == Pfn::ZERO);
-        // If it failed, this gives back what was shared.
-        let frozen = frozen(FrozenFrames::Small(frames));
+            };
+        }
+        let is_empty = chunks.iter().all(Option::is_none);
         // A region shorter than a folio is forked anew each time: the counts of a small space are then what its entries say.
-        shared.map(|all| ((!is_empty).then_some(frozen), all && region.is_full()))
+        let kept = if !region.is_full() {
+            Some(FrozenChunks::default())
+        } else if copied.is_empty() {
+            None
+        } else {
+            let mut kept = chunks.clone();
+            copied.into_iter().for_each(|index| kept[index] = None);
+            Some(kept)
+        };
+        Ok(Shared {
+            frozen: frozen(FrozenFrames::Small(chunks)).filter(|_| !is_empty),
+            kept,
+        })
+    }
+
+    /// A new chunk of a region for a child, shared or copied page by page.
+    fn share_chunk(
+        &self,
+        region: &RegionGuard<'_>,
+        index: usize,
+        copies: &mut Copies,
+    ) -> Result<Option<Arc<FrozenChunk>>, ForkError> {
+        let too_early = without::<P>(Safeguard::ProtectedBeforeShared);
+        let mut failed = None;
+        let frames = region.pages_of(index).map_while(|gfn| {
+            let entry = region.get(gfn);
+            let theirs = if !entry.is_present() {
+                Ok(Pfn::ZERO)
+            } else if entry.is_writable() && !too_early {
+                self.copy_for_child(gfn, entry.pfn(), copies)
+            } else {
+                self.share_or_copy(gfn, entry.pfn(), copies)
+            };
+            theirs.map_err(|error| failed = Some(error)).ok()
+        });
+        // If it failed, this gives back what was shared.
+        let chunk = FrozenChunk::new(&self.pool, frames);
+        failed.map_or(Ok(chunk), Err)
     }
 
     /// One more mapping of `pfn` for another address space, or of a copy of it if it can't be shared.
@@ -292,51 +342,51 @@ impl<P: CowPolicy> AddressSpace<P> {
     /// Pass 1: protects runs of pages with one call each. A run ends where a page must stay writable, so
     /// pages that are read-only already, or untouched, do not break it.
     ///
-    /// The caller holds `fork_lock` alone: no entry changes between the look at it and its protection.
-    ///
     /// Adds to `written` what was writable, in order.
-    fn write_protect(&self, changed: &[usize], written: &mut Vec<Piece>) -> Result<(), MmuError> {
-        let mut run: Option<(Gfn, Gfn)> = None;
-        for &index in changed {
-            let mut region = self.table.lock(index);
-            let pages = region.pages();
+    fn write_protect(
+        &self,
+        regions: &mut [RegionGuard<'_>],
+        written: &mut Vec<Piece>,
+    ) -> Result<(), ForkError> {
+        // The first page of a run and the last, and which region the first is in.
+        let mut run: Option<(usize, Gfn, Gfn)> = None;
+        for index in 0..regions.len() {
+            let region = &mut regions[index];
             if let Some(huge) = region.huge() {
-                let last = Gfn(region.first().0 + region.len() - 1);
+                let (first, last) = (region.first(), Gfn(region.first().0 + region.len() - 1));
                 if !huge.is_writable() {
                     continue;
                 }
                 if self.pool.frames().may_share_huge(huge.pfn(), &self.policy) {
-                    run = Some((run.map_or(region.first(), |(first, _)| first), last));
+                    run = Some(run.map_or((index, first, last), |(i, f, _)| (i, f, last)));
                     continue;
                 }
-                self.split(&mut region);
+                self.split(region);
             }
-            // A run is protected under the locks of its own regions, one at a time.
-            drop(region);
-            for gfn in pages {
-                let entry = self.table.peek(gfn);
-                if !entry.is_writable() {
-                    continue;
-                }
-                if self.policy.may_share(self.pool.state(entry.pfn())) {
-                    run = Some((run.map_or(gfn, |(first, _)| first), gfn));
-                } else if let Some((first, last)) = run.take() {
-                    self.protect_run(changed, first, last, written)?;
+            let writable = |&gfn: &Gfn| region.get(gfn).is_writable();
+            let writable: Vec<Gfn> = region.open_pages().filter(writable).collect();
+            for gfn in writable {
+                let pfn = regions[index].get(gfn).pfn();
+                if self.policy.may_share(self.pool.state(pfn)) {
+                    run = Some(run.map_or((index, gfn, gfn), |(i, f, _)| (i, f, gfn)));
+                } else if let Some((from, first, last)) = run.take() {
+                    self.protect_run(&mut regions[from..=index], first, last, written)?;
                 }
             }
         }
-        run.map_or(Ok(()), |(first, last)| {
-            self.protect_run(changed, first, last, written)
+        run.map_or(Ok(()), |(from, first, last)| {
+            self.protect_run(&mut regions[from..], first, last, written)
         })
     }
 
+    /// Protects what `regions` have of a run of pages.
     fn protect_run(
         &self,
-        changed: &[usize],
+        regions: &mut [RegionGuard<'_>],
         first: Gfn,
         last: Gfn,
         written: &mut Vec<Piece>,
-    ) -> Result<(), MmuError> {
+    ) -> Result<(), ForkError> {
         let notes_writes = self.notes_writes.load(Ordering::Relaxed);
         let mut note = |first, is_huge| {
             if notes_writes {
@@ -344,28 +394,25 @@ impl<P: CowPolicy> AddressSpace<P> {
             }
         };
         let count = last.0 - first.0 + 1;
-        self.mmu.protect(first, count, Protection::ReadOnly)?;
-        let regions = self.table.region_of(first)..=self.table.region_of(last);
-        let from = changed.partition_point(|index| index < regions.start());
-        for &index in changed[from..]
-            .iter()
-            .take_while(|index| regions.contains(index))
-        {
-            let mut region = self.table.lock(index);
+        self.mmu
+            .protect(first, count, Protection::ReadOnly)
+            .map_err(ForkError::WriteProtect)?;
+        for region in regions {
             // A huge entry is in the run with all of its pages.
             if let Some(huge) = region.huge() {
-                if huge.is_writable() {
+                if huge.is_writable() && (first..=last).contains(&region.first()) {
                     note(region.first(), true);
+                    region.set_huge(huge.write_protected());
                 }
-                region.set_huge(huge.write_protected());
                 continue;
             }
-            for gfn in region.pages().filter(|g| (first..=last).contains(g)) {
+            let is_in_run =
+                |gfn: &Gfn| (first..=last).contains(gfn) && region.get(*gfn).is_writable();
+            let writable: Vec<Gfn> = region.open_pages().filter(is_in_run).collect();
+            for gfn in writable {
+                note(gfn, false);
                 let entry = region.get(gfn);
-                if entry.is_writable() {
-                    note(gfn, false);
-                    region.set(gfn, entry.write_protected());
-                }
+                region.set(gfn, entry.write_protected());
             }
         }
         Ok(())
@@ -389,18 +436,21 @@ impl<P: CowPolicy> AddressSpace<P> {
                 }
                 continue;
             }
-            let pages = to.pages();
+            drop(theirs);
             let mut adopted = Adopted::Shared;
-            // A break must not move the snapshot between the look and the share: the frame would be the writer's.
-            let stays = (!without::<P>(Safeguard::CloneUnderLock)).then_some(theirs);
-            for gfn in pages {
-                let entry = match &stays {
-                    Some(theirs) => theirs.get(gfn),
-                    None => from.lock().get(gfn),
+            for gfn in to.pages() {
+                let mut adopt = |entry: Entry| match entry.is_present() {
+                    true => clone.adopt(&mut to, gfn, entry.pfn()),
+                    false => Ok(Adopted::Shared),
                 };
-                if entry.is_present() {
-                    adopted = adopted.and(clone.adopt(&mut to, gfn, entry.pfn())?);
-                }
+                // A break must not move the snapshot between the look and the share: the frame would be the writer's.
+                let page = if without::<P>(Safeguard::CloneUnderLock) {
+                    let entry = from.lock().get(gfn);
+                    adopt(entry)
+                } else {
+                    from.lock().with(gfn, adopt)
+                };
+                adopted = adopted.and(page?);
             }
             if adopted == Adopted::InPart || !to.is_full() {
                 different.push(index);
@@ -409,7 +459,7 @@ impl<P: CowPolicy> AddressSpace<P> {
         // Until it changes something, its own forks are what the snapshot is: where all of it is shared.
         lock(&clone.lineage).unchanged = frozen.table.clone();
         for index in different {
-            clone.open(&mut clone.table.lock(index));
+            clone.open_all(&mut clone.table.lock(index));
         }
         Ok(clone)
     }

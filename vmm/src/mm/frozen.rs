@@ -6,13 +6,21 @@
 //!   Frozen 2 ──> root ──> node 0' ──> region 0'  region 1   ...      region 0 changed between the two
 //!                     └─> node 1 (the same)
 //! ```
-//! A region of a snapshot holds one mapping of each of its frames, however many snapshots it belongs to. So a fork pays for the
-//! regions that changed since the last and for nothing else, and a COW break that moves the sharers moves a region once for all of them.
+//! A region is mapped by one huge entry, or in *chunks* of some pages each, and different regions may have chunks in common:
+//!
+//! ```text
+//!   region 0  ──> chunk 0   chunk 1   ...
+//!   region 0' ──> chunk 0'  chunk 1   ...      a page of chunk 0 changed between the two
+//! ```
+//! A chunk, or the huge entry of a region, holds one mapping of each of its frames, however many snapshots it belongs to. So a fork pays
+//! for the chunks that changed since the last and for little else, and a COW break that moves the sharers moves a page once for all of them.
 //!
 //! A snapshot is never written, but not bound to frames either: when a running space writes to a page that only snapshots
 //! share with it, *they* are given the copy (`fault.rs`).
 
 use std::fmt;
+use std::mem;
+use std::ptr;
 use std::sync::Arc;
 
 use super::addr::{Gfn, Order, Pfn};
@@ -61,6 +69,13 @@ impl Frozen {
         region.map_or(0, |region| Arc::as_ptr(region).addr())
     }
 
+    /// What holds the mapping of a page: the same number for snapshots that have it in common.
+    #[cfg(test)]
+    pub(super) fn holder(&self, gfn: Gfn) -> usize {
+        let region = self.table.get(self.pool.huge().index(gfn.0));
+        region.map_or(0, |region| region.lock().holder(gfn))
+    }
+
     /// As [`Frozen::with_frame`], with the entry.
     pub(super) fn with_entry<R>(
         &self,
@@ -74,7 +89,7 @@ impl Frozen {
         Ok(match self.table.get(self.pool.huge().index(gfn.0)) {
             Some(region) => {
                 let entries = region.lock();
-                look(entries.get(gfn))
+                entries.with(gfn, look)
             }
             None => look(Entry::UNTOUCHED),
         })
@@ -122,7 +137,7 @@ impl FrozenTable {
         let node = Arc::make_mut(&mut self.root)
             .get_mut(index / FAN_OUT)?
             .get_or_insert_with(|| Arc::new(Node([const { None }; FAN_OUT])));
-        std::mem::replace(&mut Arc::make_mut(node).0[index % FAN_OUT], region)
+        mem::replace(&mut Arc::make_mut(node).0[index % FAN_OUT], region)
     }
 
     /// The regions that are there, with their numbers.
@@ -136,7 +151,7 @@ impl FrozenTable {
     }
 }
 
-/// A region of one or more snapshots. It holds a mapping of every frame it shows, and gives them back when it goes.
+/// A region of one or more snapshots.
 pub(super) struct FrozenRegion {
     pool: Arc<FramePool>,
     first: Gfn,
@@ -145,11 +160,14 @@ pub(super) struct FrozenRegion {
 
 /// Where the pages of a frozen region are.
 pub(super) enum FrozenFrames {
-    /// In the folio at this frame, by one huge entry.
+    /// In the folio at this frame, by one huge entry, whose mapping this is.
     Huge(Pfn),
-    /// Each in a frame of its own; [`Pfn::ZERO`] if it was never touched.
-    Small(Box<[Pfn]>),
+    /// Each in a frame of its own.
+    Small(FrozenChunks),
 }
+
+/// The chunks of a region, in order. One in which nothing was ever touched is not there.
+pub(super) type FrozenChunks = Box<[Option<Arc<FrozenChunk>>]>;
 
 impl FrozenRegion {
     /// The region that begins at page `first`. Its mappings are counted already.
@@ -161,32 +179,34 @@ impl FrozenRegion {
         }
     }
 
-    /// Its entries, which do not change while this is held.
+    /// Its entries. It stays huge, or in chunks, while this is held.
     pub(super) fn lock(&self) -> FrozenGuard<'_> {
         FrozenGuard {
-            first: self.first,
-            pool: &self.pool,
+            region: self,
             frames: lock(&self.frames),
         }
+    }
+
+    fn chunk_order(&self) -> Order {
+        self.pool.huge().chunk()
+    }
+
+    fn chunk_of(&self, gfn: Gfn) -> usize {
+        self.chunk_order().index(gfn.0 - self.first.0)
     }
 }
 
 impl Drop for FrozenRegion {
     fn drop(&mut self) {
-        match &*self.lock().frames {
-            FrozenFrames::Huge(head) => self.pool.unmap_huge(*head),
-            FrozenFrames::Small(frames) => frames
-                .iter()
-                .filter(|&&pfn| pfn != Pfn::ZERO)
-                .for_each(|&pfn| self.pool.unmap(pfn)),
+        if let Some(head) = self.lock().huge() {
+            self.pool.unmap_huge(head);
         }
     }
 }
 
-/// The right to look at the entries of a frozen region, and to move its pages.
+/// The right to look at a frozen region, and to move its pages.
 pub(super) struct FrozenGuard<'a> {
-    first: Gfn,
-    pool: &'a Arc<FramePool>,
+    region: &'a FrozenRegion,
     frames: MutexGuard<'a, FrozenFrames>,
 }
 
@@ -198,39 +218,140 @@ impl FrozenGuard<'_> {
         }
     }
 
-    pub(super) fn get(&self, gfn: Gfn) -> Entry {
-        let index = gfn.0 - self.first.0;
+    /// Its chunks, if it is in chunks.
+    pub(super) fn chunks(&self) -> Option<&FrozenChunks> {
         match &*self.frames {
-            FrozenFrames::Huge(head) => Entry::huge_read_only(Pfn(head.0 + index)),
-            FrozenFrames::Small(frames) => match frames[index as usize] {
-                Pfn::ZERO => Entry::UNTOUCHED,
-                pfn => Entry::read_only(pfn),
-            },
+            FrozenFrames::Huge(_) => None,
+            FrozenFrames::Small(chunks) => Some(chunks),
+        }
+    }
+
+    /// Calls `look` with the entry of a page, which does not change meanwhile.
+    pub(super) fn with<R>(&self, gfn: Gfn, look: impl FnOnce(Entry) -> R) -> R {
+        let chunk = match &*self.frames {
+            FrozenFrames::Huge(head) => {
+                let index = gfn.0 - self.region.first.0;
+                return look(Entry::huge_read_only(Pfn(head.0 + index)));
+            }
+            FrozenFrames::Small(chunks) => &chunks[self.region.chunk_of(gfn)],
+        };
+        match chunk {
+            Some(chunk) => {
+                let frames = lock(&chunk.frames);
+                look(match frames[chunk.index(gfn)] {
+                    Pfn::ZERO => Entry::UNTOUCHED,
+                    pfn => Entry::read_only(pfn),
+                })
+            }
+            None => look(Entry::UNTOUCHED),
+        }
+    }
+
+    /// The entry of a page just now. Another region's guard may change it, if the two have the chunk in common.
+    pub(super) fn get(&self, gfn: Gfn) -> Entry {
+        self.with(gfn, |entry| entry)
+    }
+
+    /// What holds the mapping of a page: the same number for regions that have it in common.
+    pub(super) fn holder(&self, gfn: Gfn) -> usize {
+        match &*self.frames {
+            FrozenFrames::Huge(_) => ptr::from_ref(self.region).addr(),
+            FrozenFrames::Small(chunks) => chunks[self.region.chunk_of(gfn)]
+                .as_ref()
+                .map_or(0, |chunk| Arc::as_ptr(chunk).addr()),
         }
     }
 
     /// Shows page `gfn` in another frame, whose mapping is counted, and gives the mapping of the old one back.
     pub(super) fn move_page(&mut self, gfn: Gfn, to: Pfn) {
+        let region = self.region;
         if let FrozenFrames::Huge(head) = *self.frames {
             // Shared with whoever breaks it: there is no bit to spread.
-            self.pool
+            region
+                .pool
                 .frames()
                 .split_mapping(head, FrameState::is_exclusive);
-            let pages = Order::pages(self.pool.huge());
-            *self.frames = FrozenFrames::Small(head.run(pages).collect());
+            *self.frames = FrozenFrames::Small(region.chunks_of(head));
         }
-        if let FrozenFrames::Small(frames) = &mut *self.frames {
-            let slot = &mut frames[(gfn.0 - self.first.0) as usize];
-            let from = std::mem::replace(slot, to);
-            self.pool.unmap(from);
+        if let FrozenFrames::Small(chunks) = &*self.frames
+            && let Some(chunk) = &chunks[region.chunk_of(gfn)]
+        {
+            let from = mem::replace(&mut lock(&chunk.frames)[chunk.index(gfn)], to);
+            region.pool.unmap(from);
         }
     }
 
     /// Shows the whole region, which a huge entry maps, in another folio, whose mapping is counted, and gives the mapping of the old one back.
     pub(super) fn move_folio(&mut self, to: Pfn) {
         if let FrozenFrames::Huge(head) = &mut *self.frames {
-            let from = std::mem::replace(head, to);
-            self.pool.unmap_huge(from);
+            let from = mem::replace(head, to);
+            self.region.pool.unmap_huge(from);
         }
+    }
+}
+
+impl FrozenRegion {
+    /// The pages of the folio at `head`, in chunks. Their mappings are counted already.
+    fn chunks_of(&self, head: Pfn) -> FrozenChunks {
+        let (all, each) = (self.pool.huge().pages(), self.chunk_order().pages());
+        (0..all)
+            .step_by(each as usize)
+            .map(|n| FrozenChunk::new(&self.pool, Pfn(head.0 + n).run(each)))
+            .collect()
+    }
+}
+
+/// The most pages of a chunk.
+const CHUNK_PAGES: usize = Order::HUGE.chunk().pages() as usize;
+
+/// Some pages of one or more regions. It holds a mapping of every frame it shows, and gives them back when it goes.
+pub(super) struct FrozenChunk {
+    pool: Arc<FramePool>,
+    /// [`Pfn::ZERO`] for a page that was never touched, and beyond the end.
+    frames: Mutex<[Pfn; CHUNK_PAGES]>,
+}
+
+impl FrozenChunk {
+    /// A chunk whose pages are in `frames`, [`Pfn::ZERO`] for those that were never touched. Their mappings are counted
+    /// already. None if there is nothing in it.
+    pub(super) fn new(
+        pool: &Arc<FramePool>,
+        frames: impl IntoIterator<Item = Pfn>,
+    ) -> Option<Arc<Self>> {
+        let mut all = [Pfn::ZERO; CHUNK_PAGES];
+        for (to, pfn) in all.iter_mut().zip(frames) {
+            *to = pfn;
+        }
+        all.iter().any(|&pfn| pfn != Pfn::ZERO).then(|| {
+            Arc::new(Self {
+                pool: Arc::clone(pool),
+                frames: Mutex::new(all),
+            })
+        })
+    }
+
+    /// Whether its pages are in `frames`, just now.
+    pub(super) fn is_in(&self, frames: impl Iterator<Item = Pfn>) -> bool {
+        frames.zip(*lock(&self.frames)).all(|(a, b)| a == b)
+    }
+
+    #[cfg(all(test, not(loom)))]
+    pub(super) fn frame(&self, gfn: Gfn) -> Pfn {
+        lock(&self.frames)[self.index(gfn)]
+    }
+
+    fn index(&self, gfn: Gfn) -> usize {
+        let order = self.pool.huge().chunk();
+        (gfn.0 - order.floor(gfn.0)) as usize
+    }
+}
+
+impl Drop for FrozenChunk {
+    fn drop(&mut self) {
+        let frames = *lock(&self.frames);
+        frames
+            .into_iter()
+            .filter(|&pfn| pfn != Pfn::ZERO)
+            .for_each(|pfn| self.pool.unmap(pfn));
     }
 }

@@ -84,9 +84,9 @@ impl<P: CowPolicy> AddressSpace<P> {
         if !looked_equal {
             return Err(different());
         }
-        self.open(guards.one());
+        self.open(guards.one(), gfn);
         self.split(guards.one());
-        other.open(guards.other());
+        other.open(guards.other(), other_gfn);
         other.split(guards.other());
         let (entry, other_entry) = (guards.one().get(gfn), guards.other().get(other_gfn));
         self.stop_writers(gfn, entry)?;

@@ -28,7 +28,7 @@ impl<P: CowPolicy> AddressSpace<P> {
         if !region.get(gfn).is_present() {
             return Ok(Pfn::ZERO);
         }
-        self.open(&mut region);
+        self.open(&mut region, gfn);
         self.split(&mut region);
         let entry = region.get(gfn);
         let pfn = entry.pfn();

@@ -77,7 +77,6 @@ impl<P: CowPolicy> AddressSpace<P> {
         region: &mut RegionGuard<'_>,
         theirs: Option<&Arc<FrozenRegion>>,
     ) -> Result<(), FaultError> {
-        self.open(region);
         // The snapshot may be another space's, whose breaks move its pages: not while its region is locked.
         let with_theirs = |gfn, look: &dyn Fn(Pfn)| match theirs {
             Some(theirs) => look(theirs.lock().get(gfn).pfn()),
@@ -90,6 +89,7 @@ impl<P: CowPolicy> AddressSpace<P> {
             if is_same.get() {
                 continue;
             }
+            self.open(region, gfn);
             if let Some(huge) = region.huge() {
                 // All of it, so that it stays one.
                 let frames = self.pool.frames();

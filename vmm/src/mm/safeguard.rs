@@ -30,8 +30,8 @@ pub enum Safeguard {
     GetOnlyOfMapped,
     /// `fault.rs`: a fault looks at the entry under the region's lock. Partner: another fault on the page.
     FaultLooksUnderLock,
-    /// `fault.rs`: a fault and a fork exclude each other. Partner: a fork that has protected a run of pages in the MMU
-    /// and not yet in their entries.
+    /// `fault.rs`: a fault and a fork exclude each other. Partner: a fork, which takes over regions that have not
+    /// changed, and protects runs of pages across them.
     FaultWaitsForFork,
     /// `fault.rs`: the copy is made before the MMU maps it. Partner: a vCPU that reads.
     CopiedBeforeMapped,

@@ -132,12 +132,17 @@ impl<P: CowPolicy> AddressSpace<P> {
         in_range(&self.table, gfn).map(|()| self.table.peek(gfn))
     }
 
-    /// The region that the next fork would take over from the last, and the frame it has for a page.
+    /// What the next fork would take over from the last of a page (the holder of its mapping), and the frame it has for it.
     #[cfg(all(test, not(loom)))]
     pub(super) fn kept(&self, gfn: Gfn) -> Option<(usize, super::addr::Pfn)> {
+        let region = self.table.lock_of(gfn);
+        if let Some(chunk) = region.state.kept.get(region.chunk_of(gfn)) {
+            let chunk = chunk.as_ref()?;
+            return Some((Arc::as_ptr(chunk).addr(), chunk.frame(gfn)));
+        }
         let lineage = lock(&self.lineage);
-        let region = lineage.unchanged.get(self.table.region_of(gfn))?;
-        Some((Arc::as_ptr(region).addr(), region.lock().get(gfn).pfn()))
+        let frozen = lineage.unchanged.get(region.index())?.lock();
+        Some((frozen.holder(gfn), frozen.get(gfn).pfn()))
     }
 
     /// What was done so far.

@@ -9,7 +9,7 @@ use std::sync::Weak;
 
 use super::adapt::{Breaks, Habit};
 use super::addr::{Gfn, Order, Pfn, Protection};
-use super::frozen::FrozenRegion;
+use super::frozen::{FrozenChunks, FrozenRegion};
 use super::sync::{AtomicU64, Mutex, MutexGuard, Ordering, lock, zeroed};
 
 /// One entry, laid out as an x86 page-table entry is: bit 0 present, bit 1 writable, bit 6 dirty, bit 7 part of a huge entry, the
@@ -134,6 +134,8 @@ pub(super) struct RegionState {
     touched: usize,
     /// Whether anything has changed since the last fork (`lineage.rs`).
     pub(super) is_changed: bool,
+    /// Of a region that has changed: the chunks of the last snapshot that show what it still shows. Empty if there are none.
+    pub(super) kept: FrozenChunks,
     /// The snapshots' regions that may share frames with this one.
     pub(super) sharers: Vec<Weak<FrozenRegion>>,
     pub(super) breaks: Breaks,
@@ -260,6 +262,35 @@ impl RegionGuard<'_> {
     pub(super) fn pages(&self) -> impl Iterator<Item = Gfn> + use<> {
         let first = self.first.0;
         (first..first + self.entries.len() as u64).map(Gfn)
+    }
+
+    /// How many chunks it has.
+    pub(super) fn chunks(&self) -> usize {
+        self.len().div_ceil(self.order.chunk().pages()) as usize
+    }
+
+    /// Which of them a page is in.
+    pub(super) fn chunk_of(&self, gfn: Gfn) -> usize {
+        self.order.chunk().index(gfn.0 - self.first.0)
+    }
+
+    /// The pages of a chunk, in order.
+    pub(super) fn pages_of(&self, chunk: usize) -> impl Iterator<Item = Gfn> + use<> {
+        let each = self.order.chunk().pages();
+        let first = self.first.0 + chunk as u64 * each;
+        let end = self.first.0 + self.len();
+        (first..end.min(first + each)).map(Gfn)
+    }
+
+    /// The chunks of a region that has changed, but for those that have not.
+    pub(super) fn open_chunks(&self) -> impl Iterator<Item = usize> + use<'_> {
+        let is_open = |&chunk: &usize| !matches!(self.state.kept.get(chunk), Some(Some(_)));
+        (0..self.chunks()).filter(is_open)
+    }
+
+    /// Their pages, in order.
+    pub(super) fn open_pages(&self) -> impl Iterator<Item = Gfn> + use<'_> {
+        self.open_chunks().flat_map(|chunk| self.pages_of(chunk))
     }
 
     /// The entry of a page; of a huge entry, what it says of the page.

@@ -29,6 +29,24 @@ fn protected<C: Policy>(w: &World<C>) {
     assert!(w.vm.space.entry(P).unwrap().is_huge());
 }
 
+/// A write to a region that has not changed since the last fork: the next takes it over as it is, or has it among those that have.
+pub(crate) fn write_to_an_unchanged_region_against_fork<C: Policy>() {
+    let w = huge_world::<C>();
+    let before = w.fork();
+    let guest = w.beside(|vm| vm.cpu_write(P, NEW).unwrap());
+    let frozen = w.fork();
+    let at_fork = w.read_frozen(&frozen);
+    assert!([OLD, NEW].contains(&at_fork), "lost");
+    guest.join().unwrap();
+    w.write(DMA);
+    assert_eq!(w.read_frozen(&frozen), at_fork, "isolation");
+    assert_eq!(w.read_frozen(&before), OLD, "isolation");
+    let next = w.fork();
+    assert_eq!(w.read_frozen(&next), DMA, "lost");
+    drop((before, frozen, next));
+    w.settle();
+}
+
 /// D5, F7: a pin that was granted is never of a page the child shares, though folio and page have a word each.
 pub(crate) fn pin_of_a_folios_page_against_fork<C: Policy>() {
     let w = huge_world::<C>();

@@ -178,7 +178,7 @@ impl<P: CowPolicy + Default, R: Promises> Model<P, R> {
     /// As [`Model::holders`], with the mappings that spaces keep for their next fork, or without.
     fn holders_and(&self, kept: bool) -> HashMap<Pfn, Holders> {
         let mut holders = HashMap::<Pfn, Holders>::new();
-        // A region that several snapshots have in common is one that maps.
+        // What several snapshots have in common maps once.
         let mut regions = BTreeSet::new();
         for page in (0..self.shape.pages).map(Gfn) {
             for space in &self.spaces {
@@ -186,7 +186,7 @@ impl<P: CowPolicy + Default, R: Promises> Model<P, R> {
             }
             for snapshot in &self.snapshots {
                 let pfn = snapshot.frozen.frame(page).unwrap();
-                if regions.insert((snapshot.frozen.region_address(page), page)) {
+                if regions.insert((snapshot.frozen.holder(page), page)) {
                     holders.entry(pfn).or_default().maps += 1;
                 }
             }

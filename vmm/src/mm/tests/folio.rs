@@ -684,7 +684,7 @@ fn to_prepare_a_fork_is_to_fork_what_is_rarely_written() {
     assert!((0..2 * REGION).all(|n| !w.entry(Gfn(n)).is_writable()));
     let prepared = w.vm.space.kept(P).unwrap();
     let frozen = w.vm.space.fork().unwrap();
-    assert_eq!(frozen.region_address(P), prepared.0, "taken over as it is");
+    assert_eq!(frozen.holder(P), prepared.0, "taken over as it is");
     assert_eq!(w.read(&frozen, P), 1);
     w.vm.cpu_write(P, 2).unwrap();
     assert_eq!(w.read(&frozen, P), 1);
@@ -732,9 +732,11 @@ fn what_is_written_after_a_fork_was_prepared_costs_no_copy_and_is_in_the_fork() 
     w.vm.cpu_write(P, 2).unwrap();
     w.vm.cpu_write(Gfn(1), 3).unwrap();
     assert_eq!((w.stats().copied, w.stats().reused), (copied, 2));
-    // Once is enough.
+    // Again, for what was written meanwhile.
     w.vm.space.prepare_fork();
-    assert!(w.entry(P).is_writable());
+    assert!(!w.entry(P).is_writable());
+    w.vm.cpu_write(P, 2).unwrap();
+    assert_eq!(w.stats().copied, copied);
     let frozen = w.vm.space.fork().unwrap();
     assert_eq!((w.read(&frozen, P), w.read(&frozen, Gfn(1))), (2, 3));
     drop(frozen);
@@ -742,15 +744,94 @@ fn what_is_written_after_a_fork_was_prepared_costs_no_copy_and_is_in_the_fork() 
 }
 
 #[test]
-fn what_is_written_before_every_fork_is_left_to_the_fork() {
+fn what_is_written_between_preparation_and_fork_is_left_to_the_fork() {
     let w = with_a_cold_page();
-    for n in 2..5 {
+    let mut prepared = vec![];
+    for fork in 2..=17 {
         w.vm.space.prepare_fork();
-        assert_eq!(w.entry(P).is_writable(), n > 2, "round {n}");
-        let frozen = w.vm.space.fork().unwrap();
-        w.vm.cpu_write(P, n).unwrap();
-        drop(frozen);
+        if !w.entry(P).is_writable() {
+            prepared.push(fork);
+            w.vm.cpu_write(P, fork).unwrap();
+        }
+        drop(w.vm.space.fork().unwrap());
+        w.vm.cpu_write(P, fork).unwrap();
     }
+    // Twice in vain, and then less and less.
+    assert_eq!(prepared, [2, 3, 4, 8, 16]);
+    w.settle();
+}
+
+/// Of a region in small entries a fork has to do with what has changed, and takes the rest over.
+#[test]
+fn regions_have_in_common_what_did_not_change_in_them() {
+    let w = huge().written();
+    let older = w.vm.space.fork().unwrap();
+    // The first break splits the region, and the snapshot's.
+    w.vm.cpu_write(P, 1).unwrap();
+    let younger = w.vm.space.fork().unwrap();
+    assert_ne!(older.region_address(P), younger.region_address(P));
+    assert_ne!(older.holder(P), younger.holder(P));
+    for page in [Gfn(2), Gfn(3)] {
+        assert_eq!(older.holder(page), younger.holder(page));
+        assert_eq!(
+            w.state(page).maps(),
+            2,
+            "by the guest and by both snapshots"
+        );
+    }
+    // Once more, in the other half.
+    w.vm.cpu_write(Gfn(3), 2).unwrap();
+    let youngest = w.vm.space.fork().unwrap();
+    assert_eq!(younger.holder(P), youngest.holder(P));
+    assert_ne!(younger.holder(Gfn(3)), youngest.holder(Gfn(3)));
+    // One break moves both of those that have it in common, once.
+    let moved = w.stats().sharers_moved;
+    w.vm.cpu_write(Gfn(1), 3).unwrap();
+    assert_eq!(
+        (w.stats().sharers_moved, w.stats().writer_moved),
+        (moved + 1, 0)
+    );
+    for (frozen, pages) in [
+        (&older, [100, 101, 102, 103]),
+        (&younger, [1, 101, 102, 103]),
+        (&youngest, [1, 101, 102, 2]),
+    ] {
+        let seen: Vec<_> = (0..REGION).map(|n| w.read(frozen, Gfn(n))).collect();
+        assert_eq!(seen, pages);
+    }
+    drop((older, youngest, younger));
+    w.settle();
+}
+
+/// What is kept of a region for the next fork is nobody's, and must not cost a copy.
+#[test]
+fn chunks_that_no_snapshot_has_any_more_cost_no_copy() {
+    let w = with_a_cold_page();
+    drop(w.vm.space.fork().unwrap());
+    let copied = w.stats().copied;
+    w.vm.cpu_write(P, 2).unwrap();
+    assert!(w.vm.space.kept(P).is_none(), "it has changed");
+    assert!(w.vm.space.kept(Gfn(2)).is_some(), "it has not");
+    assert_eq!(w.state(Gfn(2)).maps(), 2);
+    w.vm.cpu_write(Gfn(2), 3).unwrap();
+    assert!(w.vm.space.kept(Gfn(2)).is_none());
+    assert_eq!(w.stats().copied, copied);
+    w.settle();
+}
+
+/// A device holds a page of a region for ever: what it does not hold is taken over all the same.
+#[test]
+fn what_is_not_held_of_a_region_is_taken_over() {
+    let w = huge().written();
+    let pin = w.vm.space.pin(P, Access::Write).unwrap();
+    let older = w.vm.space.fork().unwrap();
+    w.vm.dma_write(&pin, 1);
+    let younger = w.vm.space.fork().unwrap();
+    assert_ne!(older.holder(P), younger.holder(P));
+    assert_eq!(older.holder(Gfn(2)), younger.holder(Gfn(2)));
+    assert_eq!((w.read(&older, P), w.read(&younger, P)), (100, 1));
+    assert_eq!(w.stats().eager_copied, 2);
+    drop((pin, older, younger));
     w.settle();
 }
 
