@@ -504,6 +504,33 @@ fn a_crowded_mmu_has_the_whole_region_resolved() {
     assert_eq!(w.vm.read_frozen(&frozen, P), 5);
 }
 
+/// The MMU is a system call away.
+#[test]
+fn a_whole_region_is_made_writable_with_few_calls() {
+    let crowded_write = |w: &World, expected| {
+        w.mmu.crowded.store(1, Ordering::Relaxed);
+        w.mmu.never();
+        assert_eq!(w.vm.space.write_fault(P).unwrap(), expected);
+        let all = (0..6).map(Gfn);
+        assert!(all.into_iter().all(|gfn| w.slot(gfn) == "WX"));
+        w.mmu.calls()
+    };
+    // Nothing was touched: the page, and the frames of all others at once.
+    let w = world_of(6, 64);
+    assert_eq!(crowded_write(&w, Resolution::ZeroFilled), 2);
+    // All are there and nobody else's: the page, and the right to write all others, though one of them is writable already.
+    let w = world_of(6, 64);
+    (0..6).for_each(|n| w.vm.cpu_write(Gfn(n), 5).unwrap());
+    drop(w.vm.space.fork().unwrap());
+    w.vm.cpu_write(Gfn(3), 6).unwrap();
+    assert_eq!(crowded_write(&w, Resolution::Reused), 2);
+    // Two runs of untouched pages around one that is there.
+    let w = world_of(6, 64);
+    w.vm.cpu_write(Gfn(3), 6).unwrap();
+    assert_eq!(crowded_write(&w, Resolution::ZeroFilled), 3);
+    assert_eq!(w.vm.cpu_read(Gfn(3)), 6);
+}
+
 #[test]
 fn a_write_that_finds_nothing_to_do_leaves_its_neighbours_alone() {
     let w = world();
