@@ -533,6 +533,50 @@ fn a_clone_moves_to_its_home_with_one_call() {
     w.settle();
 }
 
+/// Without a folio to copy to, the snapshots are given single frames, and the guest's folio stays together all the same.
+#[test]
+fn snapshots_are_given_single_frames_if_there_is_no_folio_for_them() {
+    // The zero frame and three more, the home, and one too few for another.
+    let w = huge_with(REGION, 3 * REGION - 1).written();
+    w.vm.space.set_whole_price(0);
+    let head = w.entry(P);
+    let frozen = w.vm.space.fork().unwrap();
+    let fault = w.vm.space.resolve_write(Gfn(1)).unwrap();
+    assert_eq!(
+        (fault.resolution, fault.is_whole),
+        (Resolution::SharersMoved, true)
+    );
+    assert_eq!(w.entry(P), head);
+    let stats = w.stats();
+    assert_eq!((stats.split, stats.formed, stats.copied), (0, 0, REGION));
+    w.vm.cpu_write(Gfn(1), 1).unwrap();
+    w.assert_as_written(&frozen);
+    assert!(!frozen.entry(P).unwrap().is_huge());
+    drop(frozen);
+    w.settle();
+}
+
+/// A snapshot is not moved where that frees nobody: a running clone has the folio, too.
+#[test]
+fn a_snapshot_stays_in_a_folio_that_others_run_on() {
+    let w = huge().written();
+    let frozen = w.vm.space.fork().unwrap();
+    let clone = SoftVm::clone_of(&frozen, &w.memory, Exclusive).unwrap();
+    w.vm.space.set_whole_price(0);
+    w.vm.cpu_write(P, 1).unwrap();
+    for n in (0..REGION).map(Gfn) {
+        assert_eq!(
+            frozen.frame(n).unwrap(),
+            clone.space.entry(n).unwrap().pfn()
+        );
+        assert_ne!(frozen.frame(n).unwrap(), w.entry(n).pfn());
+    }
+    assert_eq!(w.stats().copied, REGION, "the writer's");
+    w.assert_as_written(&frozen);
+    drop((frozen, clone));
+    w.settle();
+}
+
 /// T7: the last holder of a folio has all of it back, and to unshare it is not to write it (I11).
 #[test]
 fn a_folio_that_is_unshared_stays_read_only() {
