@@ -1,7 +1,7 @@
 //! Where frames come from, and what happens at the limit.
 
 use super::super::frame::Released;
-use super::super::pool::FreshFolio;
+use super::super::pool::{COMMIT_FOLIOS, FreshFolio};
 use super::super::soft::soft_pool_of;
 use super::refusing::RefusingMemory;
 use super::*;
@@ -444,6 +444,59 @@ fn a_folio_that_the_host_refuses_memory_is_free_still() {
     memory.refusals.never();
     assert!(pool.allocate_folio().unwrap().is_some());
     assert_eq!(pool.usage().in_use, 0);
+}
+
+/// To the end of its home, and not into the next one.
+#[test]
+fn a_folio_of_a_home_is_given_memory_with_those_that_follow_it() {
+    let memory = RefusingMemory::new(256);
+    let bytes = Arc::clone(&memory) as Arc<dyn FrameMemory>;
+    let pool = FramePool::with_folios_of(Order::new(2), bytes, 256, 200).unwrap();
+    let committed = || memory.committed.lock().unwrap().last().copied().unwrap();
+    let (home, _next) = (pool.reserve(12).unwrap(), pool.reserve(12).unwrap());
+    let folio = pool.allocate_huge(&home, 4).unwrap().unwrap();
+    assert_eq!((folio.head(), committed()), (Pfn(8), (8, 8)));
+    let long = pool.reserve(64).unwrap();
+    let folio = pool.allocate_huge(&long, 0).unwrap().unwrap();
+    assert_eq!(committed(), (folio.head().0, 4 * COMMIT_FOLIOS));
+}
+
+#[test]
+fn a_region_gets_its_folio_up_to_the_limit() {
+    let memory = RefusingMemory::new(64);
+    let bytes = Arc::clone(&memory) as Arc<dyn FrameMemory>;
+    let pool = FramePool::with_folios_of(Order::new(2), bytes, 64, 9).unwrap();
+    let homes = [4, 4, 4].map(|pages| pool.reserve(pages).unwrap());
+    let folio = |n: usize| pool.allocate_huge(&homes[n], 0).unwrap();
+    let held = (folio(0).unwrap(), folio(1).unwrap());
+    assert_eq!(pool.usage().committed, 8);
+    assert!(folio(2).is_none(), "there is memory for one frame");
+    drop(held);
+    // That of the first is there still: nothing is missing.
+    assert!(folio(0).is_some());
+
+    let memory = RefusingMemory::new(64);
+    let bytes = Arc::clone(&memory) as Arc<dyn FrameMemory>;
+    let pool = FramePool::with_folios_of(Order::new(2), bytes, 64, 4).unwrap();
+    let home = pool.reserve(4).unwrap();
+    assert!(pool.allocate_huge(&home, 0).unwrap().is_some(), "just so");
+}
+
+/// So much as is made ready at a time.
+#[test]
+fn memory_is_provided_for_folios_to_come() {
+    let memory = RefusingMemory::new(256);
+    let bytes = Arc::clone(&memory) as Arc<dyn FrameMemory>;
+    let pool = FramePool::with_folios_of(Order::new(2), bytes, 256, 200).unwrap();
+    pool.provide();
+    let runs = memory.committed.lock().unwrap().clone();
+    assert_eq!(runs[runs.len() - 2..], [(1, 3), (4, 4 * COMMIT_FOLIOS)]);
+    // To the end of the pool, if that is nearer.
+    let memory = RefusingMemory::new(12);
+    let bytes = Arc::clone(&memory) as Arc<dyn FrameMemory>;
+    let pool = FramePool::with_folios_of(Order::new(2), bytes, 12, 12).unwrap();
+    pool.provide();
+    assert_eq!(memory.committed.lock().unwrap().last(), Some(&(4, 8)));
 }
 
 #[test]
