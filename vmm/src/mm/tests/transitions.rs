@@ -578,6 +578,40 @@ fn snapshots_that_are_gone_are_forgotten() {
 }
 
 /// What a device thread does must not wait for a fault that copies.
+/// A fork stops vCPUs' writes before it says so in the entries: nobody may look in between.
+#[test]
+fn whatever_changes_a_page_waits_for_a_fork() {
+    type Operation = fn(&World);
+    let operations: [(&str, Operation); 10] = [
+        ("write", |w| assert!(w.vm.space.write_fault(P).is_ok())),
+        ("unshare", |w| w.vm.space.unshare(P).unwrap()),
+        ("pin", |w| drop(w.vm.space.pin(P, Access::Write).unwrap())),
+        ("get", |w| drop(w.vm.space.get(P, Access::Write).unwrap())),
+        ("force", |w| w.vm.space.force_write(P, 0, &[1]).unwrap()),
+        ("dirty", |w| drop(w.vm.space.take_dirty().unwrap())),
+        ("discard", |w| assert!(w.vm.space.discard(Q, 1).is_ok())),
+        ("migrate", |w| assert!(w.vm.space.migrate(Q).is_ok())),
+        ("merge", |w| w.vm.space.merge(P, &w.vm.space, Q).unwrap()),
+        ("ahead", |w| assert!(!w.vm.space.break_ahead())),
+    ];
+    for (name, operation) in operations {
+        let w = world();
+        w.vm.cpu_write(P, 5).unwrap();
+        w.vm.cpu_write(Q, 5).unwrap();
+        drop(w.vm.space.fork().unwrap());
+        // Of its own, and read-only.
+        w.vm.space.unshare(Q).unwrap();
+        std::thread::scope(|scope| {
+            let fork = super::super::sync::write(&w.vm.space.fork_lock);
+            let operation = scope.spawn(|| operation(&w));
+            std::thread::sleep(Duration::from_millis(20));
+            assert!(!operation.is_finished(), "{name} does not wait");
+            drop(fork);
+            operation.join().unwrap();
+        });
+    }
+}
+
 #[test]
 fn a_pin_of_an_exclusive_page_waits_for_no_lock() {
     let w = world();
