@@ -38,6 +38,22 @@ fn at_the_limit_a_free_frame_with_memory_is_used() {
     );
 }
 
+/// Any of them, wherever it is.
+#[test]
+fn at_the_limit_every_free_frame_is_found() {
+    let (frames, limit) = (4096, 70);
+    let pool = RefusingMemory::new(frames).pool(frames, limit);
+    let mut held: Vec<_> = (0..limit).map(|_| pool.allocate().unwrap()).collect();
+    for n in 0..limit as usize {
+        let free = held[n].pfn();
+        drop(held.swap_remove(n));
+        let again = pool.allocate().unwrap();
+        assert_eq!(again.pfn(), free);
+        held.push(again);
+    }
+    assert!(pool.allocate().is_err());
+}
+
 /// A home without memory must not keep a page from the memory that others have given back.
 #[test]
 fn at_the_limit_a_page_is_filled_away_from_home() {
