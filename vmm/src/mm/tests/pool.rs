@@ -448,6 +448,26 @@ fn at_the_limit_folios_are_of_memory_that_is_there() {
     assert!(folio().is_some());
 }
 
+/// A single frame that is taken out of a free folio takes that folio off the free ones, and no other.
+#[test]
+fn at_the_limit_a_folio_with_a_frame_in_use_is_not_handed_out() {
+    let (pool, _) = soft_pool_of(Order::new(2), 40).unwrap();
+    let memory = RefusingMemory::new(40);
+    let bytes = Arc::clone(&memory) as Arc<dyn FrameMemory>;
+    let limited = FramePool::with_folios_of(Order::new(2), bytes, 40, 8).unwrap();
+    for pool in [limited, pool] {
+        let folios = [(); 2].map(|()| pool.allocate_folio().unwrap().unwrap());
+        let heads = folios.each_ref().map(|folio| folio.head());
+        assert_eq!(heads, [Pfn(4), Pfn(8)]);
+        drop(folios);
+        let single = pool.allocate().unwrap();
+        let folio = pool.allocate_folio().unwrap().unwrap();
+        let frames = folio.head()..Pfn(folio.head().0 + 4);
+        assert!(!frames.contains(&single.pfn()), "{frames:?}");
+        assert!(heads.contains(&folio.head()));
+    }
+}
+
 #[test]
 fn a_folio_that_the_host_refuses_memory_is_free_still() {
     let memory = RefusingMemory::new(12);
