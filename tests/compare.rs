@@ -2,7 +2,14 @@
 
 mod support;
 
-use std::process::{Command, Output};
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::CommandExt;
+use std::process::{Command, Output, Stdio};
+use std::thread;
+use std::time::Duration;
+
+use rustix::process::{Pid, Signal, geteuid, kill_process};
 
 fn vmm(args: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_vmm"))
@@ -73,6 +80,53 @@ fn every_policy_behaves_as_its_table_says() {
     assert_eq!(b1["kernel"]["played"]["verdict"], "ok");
 }
 
+/// A race that is over before anything can go wrong shows no bug, and a wrong policy that is not caught is a failure.
+#[test]
+fn a_policy_that_is_not_caught_ends_with_exit_code_3() {
+    if support::no_kvm() {
+        return;
+    }
+    let output = vmm(&["--duration", "1ms", "--seed", "7"]);
+    let screen = stdout(&output);
+    assert_eq!(output.status.code(), Some(3), "{screen}{}", stderr(&output));
+    assert!(screen.contains("! not caught (isolation)"), "{screen}");
+    assert!(screen.contains("right, as it must be"), "{screen}");
+    assert!(
+        screen.ends_with("\nNOT ok: something is not as the table says (marked !)\n"),
+        "{screen}"
+    );
+}
+
+#[test]
+fn ctrl_c_ends_it_with_what_there_is() {
+    if support::no_kvm() {
+        return;
+    }
+    let started = Command::new(env!("CARGO_BIN_EXE_vmm"))
+        .args(["compare", "--duration", "60s"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("the program can be started");
+    thread::sleep(Duration::from_secs(2));
+    let pid = Pid::from_raw(started.id().cast_signed()).expect("a process has a number");
+    kill_process(pid, Signal::INT).expect("it runs still");
+    let output = started.wait_with_output().expect("it ends");
+    let screen = stdout(&output);
+    assert_eq!(output.status.code(), Some(1), "{screen}{}", stderr(&output));
+    assert!(screen.contains("\n  mapcount "), "{screen}");
+    assert!(!screen.contains("\n  refcount "), "{screen}");
+    assert!(
+        screen.ends_with("\nnot finished: interrupted\n"),
+        "{screen}"
+    );
+    assert!(
+        !stderr(&output).contains("scenarios"),
+        "{}",
+        stderr(&output)
+    );
+}
+
 #[test]
 fn a_scenario_is_told_step_by_step_without_kvm() {
     let output = vmm(&["--scenario", "d1", "--policy", "mapcount", "--on", "soft"]);
@@ -99,6 +153,42 @@ fn a_scenario_can_be_played_by_the_kernel() {
     let output = vmm(&["--scenario", "S1", "--on", "kernel"]);
     assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
     assert!(stdout(&output).contains("cannot be asked: a process has no frozen fork"));
+}
+
+/// A registered buffer in a huge page locks all of it, and a user may lock a few MiB at most: what one performer has locked must be
+/// given back before the next begins, and to be refused is no failure.
+#[test]
+fn a_scenario_can_be_played_by_the_kernel_for_a_user_who_may_lock_little_memory() {
+    let place = tempfile::tempdir().expect("a directory for temporary files");
+    let program = place.path().join("vmm");
+    fs::copy(env!("CARGO_BIN_EXE_vmm"), &program).expect("room for a copy");
+    for path in [place.path(), &program] {
+        fs::set_permissions(path, fs::Permissions::from_mode(0o755)).expect("it is ours");
+    }
+    // KiB: no huge page, or two of them.
+    for (may_lock, may_be_refused, times) in [("64", true, 1), ("4096", false, 8)] {
+        for _ in 0..times {
+            let mut command = Command::new("sh");
+            command
+                .args(["-c", "ulimit -l $0 || exit 99; exec \"$@\"", may_lock])
+                .arg(&program)
+                .args(["compare", "--scenario", "F4", "--on", "kernel"])
+                .current_dir(&place);
+            if geteuid().is_root() {
+                // Root may lock what it likes.
+                command.uid(65534).gid(65534);
+            }
+            let output = command.output().expect("there is a shell");
+            let story = stdout(&output);
+            if output.status.code() == Some(99) {
+                support::say("skipped: less than that may be locked here");
+                return;
+            }
+            assert_eq!(output.status.code(), Some(0), "{story}{}", stderr(&output));
+            assert!(!story.contains("error"), "{story}");
+            assert!(may_be_refused || !story.contains("ulimit -l"), "{story}");
+        }
+    }
 }
 
 #[test]

@@ -14,7 +14,7 @@ use shuttle::rand::{Rng, thread_rng};
 use shuttle::thread::{self, JoinHandle};
 
 use crate::mm::soft::{SoftMemory, SoftVm, soft_pool_of};
-use crate::mm::{Access, CowPolicy, FramePool, Frozen, Gfn, Order, Pin};
+use crate::mm::{Access, CowPolicy, FramePool, Frozen, Gfn, Order, Pfn};
 
 /// Written by a vCPU alone.
 const VCPUS: Gfn = Gfn(0);
@@ -73,6 +73,7 @@ pub(crate) fn mix_of_folios<C: CowPolicy + Default>() {
         start(&w, write_alike_and_balloon),
         start(&w, dma_write),
         start(&w, dma_read),
+        start(&w, dma_read_range),
         start(&w, read),
         start(&w, snapshot),
         start(&w, snapshot),
@@ -155,11 +156,11 @@ fn write_alike_and_balloon<C: CowPolicy>(w: &World<C>) {
 }
 
 /// While a page is pinned it stays where it is.
-fn check_pin<C: CowPolicy>(w: &World<C>, page: Gfn, pin: &Pin) {
+fn check_pin<C: CowPolicy>(w: &World<C>, page: Gfn, pinned: Pfn) {
     let (entry, mmu) = (w.vm.space.entry(page).unwrap(), w.vm.mmu.page(page));
-    assert_eq!((entry.pfn(), mmu.0), (pin.pfn(), pin.pfn()), "coherence");
+    assert_eq!((entry.pfn(), mmu.0), (pinned, pinned), "coherence");
     // Who splits a folio, or finds that it can't be shared, changes two words, and nobody without a lock may ask in between.
-    let is_exclusive = || w.pool.state(pin.pfn()).is_exclusive();
+    let is_exclusive = || w.pool.state(pinned).is_exclusive();
     assert!(w.has_folios || is_exclusive(), "coherence");
 }
 
@@ -171,7 +172,7 @@ fn dma_write<C: CowPolicy>(w: &World<C>) {
         for _ in 0..2 {
             w.vm.dma_write(&pin, value);
             assert_eq!(w.vm.cpu_read(DEVICES), value, "coherence");
-            check_pin(w, DEVICES, &pin);
+            check_pin(w, DEVICES, pin.pfn());
             value += 1;
         }
         drop(pin);
@@ -185,7 +186,25 @@ fn dma_read<C: CowPolicy>(w: &World<C>) {
         let pin = w.vm.space.pin(page, any_access()).unwrap();
         for _ in 0..2 {
             assert!(w.vm.dma_read(&pin) < CLONES, "isolation");
-            check_pin(w, page, &pin);
+            check_pin(w, page, pin.pfn());
+            thread::yield_now();
+        }
+    }
+}
+
+/// Across the folios, and the page that is in none.
+fn dma_read_range<C: CowPolicy>(w: &World<C>) {
+    for _ in 0..ROUNDS {
+        let first = any_page();
+        let count = thread_rng().gen_range(1..=PAGES - first.0);
+        let runs = w.vm.space.pin_range(first, count, any_access()).unwrap();
+        for _ in 0..2 {
+            let frames: Vec<_> = runs.iter().flat_map(|run| run.pfns()).collect();
+            assert_eq!(frames.len() as u64, count);
+            for (n, pinned) in (first.0..).zip(frames) {
+                assert!(w.memory.load(pinned) < CLONES, "isolation");
+                check_pin(w, Gfn(n), pinned);
+            }
             thread::yield_now();
         }
     }

@@ -63,11 +63,13 @@ fn compare(args: &CompareArgs, screen: &Screen) -> Result<Verdict, Failure> {
         ));
         races.push(race.run(policy, &stop, &mut Quiet { screen })?);
     }
-    screen.line(&format!(
-        "{0}/{0}: {1} scenarios under each, and on the living kernel",
-        Policy::ALL.len() + 1,
-        table::SCENARIOS.len()
-    ));
+    if !stop.load(Ordering::Relaxed) {
+        screen.line(&format!(
+            "{0}/{0}: {1} scenarios under each, and on the living kernel",
+            Policy::ALL.len() + 1,
+            table::SCENARIOS.len()
+        ));
+    }
     let scenarios = Survey::take::<RealStage>(&mut |_| !stop.load(Ordering::Relaxed));
     finish(args, race, races, scenarios, &stop)
 }
@@ -140,9 +142,13 @@ fn narrate(scenario: &Scenario, args: &CompareArgs) -> Result<Verdict, Failure> 
         ),
     };
     let row = Row::of::<SoftStage>(scenario);
+    let may = match args.on {
+        PlayedOn::Kernel => outcome.verdict().and_then(|v| scenario.why_kernel_may(v)),
+        PlayedOn::Vcpu | PlayedOn::Soft => None,
+    };
     let text = scenario_text::head(scenario, &by)
         + &story
-        + &scenario_text::moral(&outcome, expected)
+        + &scenario_text::moral(&outcome, expected, may)
         + &scenario_text::elsewhere(&row);
     let as_expected = match (&outcome, args.on) {
         (Outcome::CannotAsk(_), _) => true,

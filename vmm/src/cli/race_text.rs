@@ -45,8 +45,8 @@ pub(super) fn render(race: &Race, races: &[Raced]) -> String {
     }
     let _ = writeln!(
         text,
-        "\n  {:<21} {:>6} {:>9} {:>9} {:>7} {:>9} {:>11} {:>7}",
-        "", "snaps", "pause p50", "copies", "eager", "unshared", "ops/s", ""
+        "\n  {:<21} {:>6} {:>9} {:>9} {:>7} {:>9} {:>11}",
+        "", "snaps", "pause p50", "copies", "eager", "unshared", "ops/s"
     );
     let base = races
         .iter()
@@ -57,11 +57,11 @@ pub(super) fn render(race: &Race, races: &[Raced]) -> String {
         let report = &raced.report;
         let pause = report.pause_us.p50.map_or_else(|| "-".to_owned(), micros);
         let ratio = base.map_or_else(String::new, |base| {
-            format!("{:.2} x", report.guest.ops_per_s / base)
+            format!(" {:>7}", format!("{:.2} x", report.guest.ops_per_s / base))
         });
         let _ = writeln!(
             text,
-            "  {:<21} {:>6} {pause:>9} {:>9} {:>7} {:>9} {:>11} {ratio:>7}",
+            "  {:<21} {:>6} {pause:>9} {:>9} {:>7} {:>9} {:>11}{ratio}",
             raced.policy.name(),
             report.snapshots.taken,
             count(report.faults.copied),
@@ -150,5 +150,8 @@ mod tests {
         let right = render(&race, &[raced(Policy::Exclusive, None)]);
         assert!(right.contains("right, as it must be"), "{right}");
         assert!(text.lines().all(|l| l.chars().count() <= 100), "{text}");
+        for text in [&text, &render(&race, &[raced(Policy::Seed, None)])] {
+            assert!(text.lines().all(|l| l == l.trim_end()), "{text}");
+        }
     }
 }

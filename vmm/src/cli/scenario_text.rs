@@ -50,6 +50,7 @@ pub(super) fn table(survey: &Survey) -> String {
     }
     let _ = writeln!(text, " kernel");
     let mut unasked: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+    let mut differing = unasked.clone();
     let mut wrong = String::new();
     for row in &survey.rows {
         let _ = write!(
@@ -76,11 +77,10 @@ pub(super) fn table(survey: &Survey) -> String {
                 );
             }
         }
-        let _ = writeln!(
-            text,
-            " {}",
-            mark(&row.kernel, row.kernel_agrees != Some(false))
-        );
+        let _ = writeln!(text, " {}", mark_of_kernel(row));
+        if let Some(why) = row.kernel_differs {
+            differing.entry(why).or_default().push(row.id);
+        }
         if row.kernel_agrees == Some(false) {
             let _ = writeln!(
                 wrong,
@@ -107,9 +107,14 @@ pub(super) fn table(survey: &Survey) -> String {
         text,
         "  *    promised by no policy: a hold that is no pin (FOLL_GET) does not follow its page"
     );
-    if !unasked.is_empty() {
-        let _ = writeln!(text, "  -    the kernel cannot be asked:");
-        for (why, ids) in unasked {
+    let differs = "~    the kernel is not as exclusive, and may be so:";
+    let notes = [
+        (differs, differing),
+        ("-    the kernel cannot be asked:", unasked),
+    ];
+    for (head, reasons) in notes.into_iter().filter(|(_, r)| !r.is_empty()) {
+        let _ = writeln!(text, "  {head}");
+        for (why, ids) in reasons {
             let _ = writeln!(text, "       {}:\n         {why}", ids.join(", "));
         }
     }
@@ -127,6 +132,16 @@ fn mark(outcome: &Outcome, as_expected: bool) -> String {
         Outcome::Failed(_) => "error",
     };
     format!("{name}{}", if as_expected { "" } else { "!" })
+}
+
+/// The kernel's verdict, marked if it is not that of `exclusive`.
+fn mark_of_kernel(row: &Row) -> String {
+    let differs = if row.kernel_differs.is_some() {
+        "~"
+    } else {
+        ""
+    };
+    mark(&row.kernel, row.kernel_agrees != Some(false)) + differs
 }
 
 fn in_words(outcome: &Outcome) -> String {
@@ -191,17 +206,20 @@ fn describe(who: Who, page: u64, view: &PageView, by_the_bit: bool) -> String {
     )
 }
 
-/// The end of a story.
-pub(super) fn moral(outcome: &Outcome, expected: Option<Verdict>) -> String {
+/// The end of a story. `may` says why it may be another end than the expected one, if it may.
+pub(super) fn moral(outcome: &Outcome, expected: Option<Verdict>, may: Option<&str>) -> String {
     match outcome {
         Outcome::Played {
             verdict, copies, ..
         } => {
             let copies = copies.map_or_else(String::new, |n| format!(", {n} pages copied"));
-            let agrees = match expected {
-                Some(expected) if expected == *verdict => "as the table says".to_owned(),
-                Some(expected) => format!("NOT as the table says: {expected}"),
-                None => "the table has no word on it".to_owned(),
+            let agrees = match (expected, may) {
+                (Some(expected), _) if expected == *verdict => "as the table says".to_owned(),
+                (Some(expected), Some(why)) => {
+                    format!("exclusive: {expected}; the kernel may: {why}")
+                }
+                (Some(expected), None) => format!("NOT as the table says: {expected}"),
+                (None, _) => "the table has no word on it".to_owned(),
             };
             format!(
                 "\nverdict: {verdict}, {}{copies} ({agrees})\n",
@@ -220,11 +238,7 @@ pub(super) fn elsewhere(row: &Row) -> String {
         let shown = mark(&cell.outcome, cell.is_as_expected());
         let _ = write!(text, "{} {shown}, ", cell.policy);
     }
-    let _ = writeln!(
-        text,
-        "kernel {}",
-        mark(&row.kernel, row.kernel_agrees != Some(false))
-    );
+    let _ = writeln!(text, "kernel {}", mark_of_kernel(row));
     text
 }
 
@@ -294,13 +308,33 @@ mod tests {
     }
 
     #[test]
+    fn a_kernel_that_differs_as_it_may_is_marked_and_says_why() {
+        let mut survey = survey(&["C13"]);
+        // Whatever the kernel here does: one that grants it.
+        survey.rows[0].kernel = Outcome::Played {
+            verdict: Verdict::NotRefused,
+            findings: vec![],
+            copies: None,
+        };
+        survey.rows[0].kernel_differs = find("C13").unwrap().why_kernel_may(Verdict::NotRefused);
+        let table = table(&survey);
+        assert!(table.contains(" done~\n"), "{table}");
+        assert!(
+            table.contains("may be so:\n       C13:\n         MADV_DONTNEED"),
+            "{table}"
+        );
+        assert!(elsewhere(&survey.rows[0]).ends_with("kernel done~\n"));
+        assert!(survey.is_as_expected());
+    }
+
+    #[test]
     fn a_story_shows_entry_bit_counts_and_frame() {
         let (scenario, policy) = (find("D1").unwrap(), Policy::Exclusive);
         let mut story = head(scenario, policy.name());
         let outcome = emulate::<SoftStage>(scenario, policy, &mut |moment| {
             story += &step(moment, true);
         });
-        story += &moral(&outcome, scenario.expected.under(policy));
+        story += &moral(&outcome, scenario.expected.under(policy), None);
         story += &elsewhere(&Row::of::<SoftStage>(scenario));
         assert!(story.contains("\nunder: mapcount DIV, mapcount-forced-break DIV, refcount ok, "));
         assert!(story.contains("  3  P forks: C is there\n"), "{story}");
@@ -319,7 +353,9 @@ mod tests {
             story += &step(moment, false);
         });
         assert!(story.contains("     ! hold 0"), "{story}");
-        assert!(moral(&outcome, Some(Verdict::Ok)).contains("NOT as the table says: ok"));
+        let moral = |may| moral(&outcome, Some(Verdict::Ok), may);
+        assert!(moral(None).contains("(NOT as the table says: ok)"));
+        assert!(moral(Some("of old")).contains("(exclusive: ok; the kernel may: of old)"));
     }
 
     #[test]

@@ -25,7 +25,7 @@ use super::table::Entry;
 
 /// Huge folios' worth of a home that are given memory at a time: most of what making host memory huge costs is for the call. Of other frames, what is made ready
 /// before somebody is in a hurry.
-const COMMIT_FOLIOS: u64 = 8;
+pub(super) const COMMIT_FOLIOS: u64 = 8;
 
 /// Why there was no frame.
 #[derive(Debug, thiserror::Error)]
@@ -846,6 +846,21 @@ impl PinnedRun {
         let granted = self.lease.0.frames.try_pin(next, access, policy).is_ok();
         self.count += u64::from(granted);
         granted
+    }
+
+    /// A handle for each page: for a model, which lets go of them one by one.
+    #[cfg(all(test, not(any(loom, shuttle))))]
+    pub(super) fn into_pins(mut self) -> Vec<Pin> {
+        let of_one = |first| {
+            Pin(Self {
+                lease: Arc::clone(&self.lease),
+                first,
+                count: 1,
+            })
+        };
+        let pins = self.pfns().map(of_one).collect();
+        self.count = 0;
+        pins
     }
 
     /// Takes over the pins of `next`, if its frames are the next; gives it back if not.

@@ -318,22 +318,35 @@ impl Play<'_> {
             }
             Step::Is(who, page, slot) => {
                 self.judge_slot(who, page, slot);
-                format!("page {page} of {who:?} should be {slot:?}")
+                self.should(format!("page {page} of {who:?} should be {slot:?}"))
             }
             Step::IsHuge(who, page) => {
                 self.judge_size(who, page, true);
-                format!("a huge entry should map page {page} of {who:?}")
+                self.should(format!("a huge entry should map page {page} of {who:?}"))
             }
             Step::IsSmall(who, page) => {
                 self.judge_size(who, page, false);
-                format!("page {page} of {who:?} should have an entry of its own")
+                self.should(format!(
+                    "page {page} of {who:?} should have an entry of its own"
+                ))
             }
             Step::IsClean(who, page) => {
                 self.judge_clean(who, page);
-                format!("page {page} of {who:?} should have nothing to report as written")
+                self.should(format!(
+                    "page {page} of {who:?} should have nothing to report as written"
+                ))
             }
             Step::Refused(inner) => self.must_be_refused(inner)?,
         })
+    }
+
+    /// A step that only looks at entry and bit.
+    fn should(&self, text: String) -> String {
+        if self.by_the_bit {
+            text
+        } else {
+            format!("{text} (where the bit counts: not looked at here)")
+        }
     }
 
     fn must_be_refused(&mut self, step: &Step) -> Result<String, NotDone> {

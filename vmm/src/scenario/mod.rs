@@ -33,8 +33,11 @@ pub mod verdict;
 
 use self::emulated::Emulated;
 use self::engine::{Moment, Outcome, play};
+use self::living::{DirectRace, Disturbance, o_direct_race};
+use self::performer::NotDone;
 use self::script::Scenario;
 use self::stage::Stage;
+use self::verdict::Verdict;
 use crate::mm::{Biased, CowPolicy};
 use crate::policy::{Policy, UnderPolicy};
 
@@ -84,11 +87,60 @@ pub fn emulate<S: Stage>(
 
 /// Plays a scenario on the kernel this host runs on, with processes. `watch` is told of every step.
 pub fn ask_the_kernel(scenario: &Scenario, watch: &mut dyn FnMut(&Moment<'_>)) -> Outcome {
+    if let Some(disturbance) = scenario.kernel_races {
+        return race_the_kernel(disturbance, watch);
+    }
     match living::Living::new(scenario.memory) {
         Ok(mut kernel) => play(scenario, &mut kernel, false, watch),
         Err(error @ living::LivingError::NoHugePages(_)) => {
             Outcome::CannotAsk(crate::causes::chain(&error))
         }
         Err(error) => Outcome::Failed(crate::causes::chain(&error)),
+    }
+}
+
+/// Rounds of a race of the living kernel. One alone shows the bug of old, if the device is not done too soon.
+const ROUNDS: u64 = 200;
+
+fn race_the_kernel(disturbance: Disturbance, watch: &mut dyn FnMut(&Moment<'_>)) -> Outcome {
+    let race = match o_direct_race(ROUNDS, disturbance) {
+        Ok(race) => race,
+        Err(NotDone::CannotAsk(why)) => return Outcome::CannotAsk(why.to_owned()),
+        Err(error) => return Outcome::Failed(error.to_string()),
+    };
+    let outcome = judge_race(race);
+    if let Outcome::Played { findings, .. } = &outcome {
+        watch(&Moment {
+            number: None,
+            text: format!(
+                "{} reads of {} were under way still when the CPU wrote beside them",
+                race.raced, race.rounds
+            ),
+            findings,
+            views: Vec::new(),
+        });
+    }
+    outcome
+}
+
+/// What a race comes to. The device and the CPU write one page: what either lost went to a copy.
+fn judge_race(race: DirectRace) -> Outcome {
+    if race.raced == 0 {
+        return Outcome::CannotAsk("the disk is always done before the CPU writes".to_owned());
+    }
+    let mut findings = Vec::new();
+    for (lost, whose) in [(race.lost_dma, "the device"), (race.lost_cpu, "the CPU")] {
+        if lost > 0 {
+            findings.push(format!("what {whose} wrote was lost in {lost} rounds"));
+        }
+    }
+    Outcome::Played {
+        verdict: if findings.is_empty() {
+            Verdict::Ok
+        } else {
+            Verdict::Diverged
+        },
+        findings,
+        copies: None,
     }
 }

@@ -1,5 +1,6 @@
 //! What a scenario is made of: data, and nothing that knows the outcome of a step.
 
+use super::living::Disturbance;
 use super::performer::{Hold, HoldId, Memory, Page, Who};
 use super::verdict::Verdict;
 use crate::policy::Policy;
@@ -25,6 +26,8 @@ pub struct Scenario {
     pub kernels_pin_count: bool,
     /// What is to come of it.
     pub expected: Expected,
+    /// What is done on the living kernel instead of the steps, where a step can't wait for a device: a race with `O_DIRECT`.
+    pub kernel_races: Option<Disturbance>,
     /// What the living kernel may come to instead of what our `exclusive` does, and why.
     pub kernel_may: Option<(Verdict, &'static str)>,
 }
@@ -37,8 +40,13 @@ impl Scenario {
 
     /// Whether the living kernel may come to `verdict`.
     pub fn kernel_agrees(&self, verdict: Verdict) -> bool {
-        self.expected.exclusive == Some(verdict)
-            || self.kernel_may.is_some_and(|(may, _)| may == verdict)
+        self.expected.exclusive == Some(verdict) || self.why_kernel_may(verdict).is_some()
+    }
+
+    /// Why the living kernel may come to `verdict`, which is not that of our `exclusive`; `None` if it is, or if it may not.
+    pub fn why_kernel_may(&self, verdict: Verdict) -> Option<&'static str> {
+        let (may, why) = self.kernel_may?;
+        (self.expected.exclusive != Some(verdict) && may == verdict).then_some(why)
     }
 }
 

@@ -36,6 +36,8 @@ pub struct Row {
     pub kernel: Outcome,
     /// Whether the kernel came to what it may; `None` if it can't be asked.
     pub kernel_agrees: Option<bool>,
+    /// Why the kernel may come to something else than our `exclusive`, if it did.
+    pub kernel_differs: Option<&'static str>,
 }
 
 /// What came of one scenario under one policy.
@@ -74,6 +76,7 @@ impl Row {
             Outcome::CannotAsk(_) => None,
             Outcome::Failed(_) => Some(false),
         };
+        let kernel_differs = kernel.verdict().and_then(|v| scenario.why_kernel_may(v));
         Self {
             id: scenario.id,
             title: scenario.title,
@@ -81,6 +84,7 @@ impl Row {
             policies: Policy::ALL.into_iter().filter_map(cell).collect(),
             kernel,
             kernel_agrees,
+            kernel_differs,
         }
     }
 

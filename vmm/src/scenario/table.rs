@@ -4,6 +4,7 @@
 //! Expected verdicts are in the order mapcount, mapcount-forced-break, refcount, seed (and its recomputing
 //! variant, if no other is said), exclusive.
 
+use super::living::Disturbance;
 use super::performer::Hold::{GetRead, GetWrite, PinRead, PinWrite};
 use super::performer::Memory;
 use super::performer::Who::{C, P, S};
@@ -26,6 +27,7 @@ const PLAIN: Scenario = Scenario {
     gets_must_follow: false,
     kernels_pin_count: false,
     expected: Expected::all(Ok),
+    kernel_races: None,
     kernel_may: None,
 };
 
@@ -255,7 +257,8 @@ pub const SCENARIOS: &[Scenario] = &[
     Scenario {
         id: "C2",
         title: "a read from disk is in flight, the page is write-protected, the parent writes beside it",
-        about: "H5: O_DIRECT of old held pages without pinning them; what the disk delivers is lost.",
+        about: "H5: O_DIRECT of old held pages without pinning them; what the disk delivers is lost. The kernel is asked with a read from a real \
+                disk, round after round, since no step can have it wait.",
         steps: &[
             Write(P, 0),
             Take(P, 0, GetWrite),
@@ -267,6 +270,7 @@ pub const SCENARIOS: &[Scenario] = &[
         copies: Some(0),
         gets_must_follow: true,
         expected: Expected::each([Ok, Ok, Div, Ok, Ok]),
+        kernel_races: Some(Disturbance::Protect),
         ..PLAIN
     },
     Scenario {

@@ -22,6 +22,7 @@ fn outcome(steps: &'static [Step], copies: Option<u64>) -> Outcome {
         gets_must_follow: false,
         kernels_pin_count: false,
         expected: Expected::all(Verdict::Ok),
+        kernel_races: None,
         kernel_may: None,
     };
     emulate::<SoftStage>(&scenario, Policy::Exclusive, &mut |_| {})
@@ -327,6 +328,30 @@ fn the_living_kernel_agrees_with_exclusive() {
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
     // Nothing but plain processes is needed for these.
     assert!(played >= 8, "only {played} could be asked");
+}
+
+#[test]
+fn a_race_says_what_was_lost_and_nothing_if_there_was_none() {
+    let race = DirectRace {
+        rounds: 9,
+        raced: 8,
+        ..DirectRace::default()
+    };
+    assert_eq!(judge_race(race).verdict(), Some(Verdict::Ok));
+    for lost in [
+        DirectRace {
+            lost_dma: 1,
+            ..race
+        },
+        DirectRace {
+            lost_cpu: 1,
+            ..race
+        },
+    ] {
+        assert_eq!(judge_race(lost).verdict(), Some(Verdict::Diverged));
+    }
+    let too_fast = DirectRace { raced: 0, ..race };
+    assert!(matches!(judge_race(too_fast), Outcome::CannotAsk(_)));
 }
 
 #[test]

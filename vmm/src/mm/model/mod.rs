@@ -284,6 +284,17 @@ impl<P: CowPolicy + Default, R: Promises> Model<P, R> {
                 let held = space.held(pin, Gfn(p), access);
                 self.pins.push(held);
             }
+            Op::PinRange(s, p, most, access) => {
+                let space = &mut self.spaces[s % spaces];
+                let count = most.min(self.shape.pages - p);
+                let runs = space.vm.space.pin_range(Gfn(p), count, access).unwrap();
+                let pins: Vec<_> = runs.into_iter().flat_map(PinnedRun::into_pins).collect();
+                assert_eq!(pins.len() as u64, count);
+                for (gfn, pin) in (p..).map(Gfn).zip(pins) {
+                    let held = space.held(pin, gfn, access);
+                    self.pins.push(held);
+                }
+            }
             Op::Unpin(n) => drop(pick(n, self.pins.len()).map(|n| self.pins.swap_remove(n))),
             Op::DmaWrite(n) => {
                 if let Some(pin) = pick(n, self.pins.len()).map(|n| &self.pins[n])

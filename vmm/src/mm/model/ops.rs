@@ -41,6 +41,8 @@ pub(super) enum Op {
     ForceWrite(usize, u64),
     Unshare(usize, u64),
     Pin(usize, u64, Access),
+    /// At most so many pages.
+    PinRange(usize, u64, u64, Access),
     Unpin(usize),
     DmaWrite(usize),
     Get(usize, u64, Access),
@@ -72,7 +74,8 @@ fn op(pages: u64) -> impl Strategy<Value = Op> {
         1 => at().prop_map(|(s, p)| Op::ForceWrite(s, p)),
         2 => at().prop_map(|(s, p)| Op::Unshare(s, p)),
         4 => (at(), access()).prop_map(|((s, p), a)| Op::Pin(s, p, a)),
-        3 => which().prop_map(Op::Unpin),
+        2 => (at(), 1..=pages, access()).prop_map(|((s, p), n, a)| Op::PinRange(s, p, n, a)),
+        4 => which().prop_map(Op::Unpin),
         4 => which().prop_map(Op::DmaWrite),
         2 => (at(), access()).prop_map(|((s, p), a)| Op::Get(s, p, a)),
         2 => at().prop_map(|(s, p)| Op::GetFrozen(s, p)),

@@ -89,6 +89,26 @@ fn regions_are_broken_ahead_whole() {
     w.settle();
 }
 
+/// What a region costs at a fault is no matter here: nobody waits.
+#[test]
+fn a_region_is_broken_ahead_whole_though_its_faults_would_not_be() {
+    let w = world();
+    w.vm.space.set_whole_price(u32::MAX);
+    drop(w.vm.space.fork().unwrap());
+    w.vm.cpu_write(P, 1).unwrap();
+    assert_eq!(w.vm.space.stats().whole, 0, "nobody had it any more");
+    let frozen = w.vm.space.fork().unwrap();
+    w.break_ahead();
+    assert_eq!(w.writable(), (0..REGION).collect::<Vec<_>>());
+    assert!(w.vm.space.entry(P).unwrap().is_huge());
+    let stats = w.vm.space.stats();
+    assert_eq!((stats.whole, stats.ahead, stats.copied), (1, 1, REGION));
+    w.vm.cpu_write(P, 2).unwrap();
+    assert_eq!(w.vm.read_frozen(&frozen, P), 1);
+    drop(frozen);
+    w.settle();
+}
+
 /// What is broken ahead is writable at the next fork whoever wrote it: only where nothing is broken ahead is it seen that nobody does.
 #[test]
 fn what_is_not_written_any_more_is_found_out() {

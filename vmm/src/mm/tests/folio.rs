@@ -501,6 +501,100 @@ fn a_clones_region_that_is_broken_whole_moves_with_one_mapping() {
     w.settle();
 }
 
+/// Nobody but snapshots could be given the copy, so the writer moves: in one piece, if its home is free.
+#[test]
+fn a_clone_moves_to_its_home_with_one_call() {
+    let w = huge().written();
+    let frozen = w.vm.space.fork().unwrap();
+    let (inner, refusals) = (SoftMmu::new(2 * REGION), Arc::<Refusals>::default());
+    let mmu = RefusingMmu {
+        inner: Arc::clone(&inner),
+        refusals: Arc::clone(&refusals),
+    };
+    let clone = AddressSpace::from_frozen(&frozen, Exclusive, Box::new(mmu)).unwrap();
+    let clone = SoftVm::over(clone, inner, &w.memory);
+    clone.space.set_whole_price(0);
+    refusals.never();
+    let fault = clone.space.resolve_write(Gfn(1)).unwrap();
+    assert_eq!(
+        (fault.resolution, fault.is_whole, refusals.calls()),
+        (Resolution::WriterMoved, true, 1)
+    );
+    let entry = clone.space.entry(P).unwrap();
+    assert!(entry.is_huge() && entry.is_writable(), "{entry:?}");
+    assert_ne!(entry.pfn(), w.entry(P).pfn());
+    clone.cpu_write(Gfn(1), 1).unwrap();
+    let reads = |n| (clone.cpu_read(Gfn(n)), w.vm.cpu_read(Gfn(n)));
+    assert_eq!([0, 1, 2].map(reads), [(100, 100), (1, 101), (102, 102)]);
+    let stats = clone.space.stats();
+    assert_eq!((stats.whole, stats.copied), (1, REGION));
+    w.assert_as_written(&frozen);
+    drop((frozen, clone));
+    w.settle();
+}
+
+/// Without a folio to copy to, the snapshots are given single frames, and the guest's folio stays together all the same.
+#[test]
+fn snapshots_are_given_single_frames_if_there_is_no_folio_for_them() {
+    // The zero frame and three more, the home, and one too few for another.
+    let w = huge_with(REGION, 3 * REGION - 1).written();
+    w.vm.space.set_whole_price(0);
+    let head = w.entry(P);
+    let frozen = w.vm.space.fork().unwrap();
+    let fault = w.vm.space.resolve_write(Gfn(1)).unwrap();
+    assert_eq!(
+        (fault.resolution, fault.is_whole),
+        (Resolution::SharersMoved, true)
+    );
+    assert_eq!(w.entry(P), head);
+    let stats = w.stats();
+    assert_eq!((stats.split, stats.formed, stats.copied), (0, 0, REGION));
+    w.vm.cpu_write(Gfn(1), 1).unwrap();
+    w.assert_as_written(&frozen);
+    assert!(!frozen.entry(P).unwrap().is_huge());
+    drop(frozen);
+    w.settle();
+}
+
+/// A snapshot is not moved where that frees nobody: a running clone has the folio, too.
+#[test]
+fn a_snapshot_stays_in_a_folio_that_others_run_on() {
+    let w = huge().written();
+    let frozen = w.vm.space.fork().unwrap();
+    let clone = SoftVm::clone_of(&frozen, &w.memory, Exclusive).unwrap();
+    w.vm.space.set_whole_price(0);
+    w.vm.cpu_write(P, 1).unwrap();
+    for n in (0..REGION).map(Gfn) {
+        assert_eq!(
+            frozen.frame(n).unwrap(),
+            clone.space.entry(n).unwrap().pfn()
+        );
+        assert_ne!(frozen.frame(n).unwrap(), w.entry(n).pfn());
+    }
+    assert_eq!(w.stats().copied, REGION, "the writer's");
+    w.assert_as_written(&frozen);
+    drop((frozen, clone));
+    w.settle();
+}
+
+/// T7: the last holder of a folio has all of it back, and to unshare it is not to write it (I11).
+#[test]
+fn a_folio_that_is_unshared_stays_read_only() {
+    let w = huge().written();
+    drop(w.vm.space.fork().unwrap());
+    let pin = w.vm.space.pin(Gfn(1), Access::Read).unwrap();
+    let entry = w.entry(P);
+    assert!(entry.is_huge() && !entry.is_writable(), "{entry:?}");
+    assert_eq!(w.vm.mmu.page(P), (entry.pfn(), Protection::ReadOnly));
+    assert!(w.state(P).is_exclusive());
+    drop(pin);
+    // Nothing was broken: neither by that nor by a write that finds it its own.
+    w.vm.cpu_write(NEXT, 1).unwrap();
+    assert!(w.is_huge(NEXT));
+    assert_eq!((w.stats().whole, w.stats().copied), (0, 0));
+    w.settle();
+}
+
 /// F5: what takes a page out of its frame splits the region, and is refused for the pages that are held.
 #[test]
 fn operations_on_a_page_split_its_region() {
@@ -550,6 +644,26 @@ fn answers_of_dirty_tracking_are_by_page_from_the_first_on() {
     assert_eq!(pages(w.vm.space.take_dirty().unwrap()), [5], "held still");
     drop(pin);
     w.settle();
+}
+
+/// What a clone was given is clean, and huge still when somebody asks. From then on a write is told by page.
+#[test]
+fn a_write_to_a_clean_folio_is_of_one_page_while_somebody_asks() {
+    let Huge { pool, memory, vm } = huge().written();
+    let frozen = vm.space.fork().unwrap();
+    let clone = SoftVm::clone_of(&frozen, &memory, Exclusive).unwrap();
+    drop((vm, frozen));
+    assert!(clone.space.take_dirty().unwrap().is_empty());
+    // The clone is the last holder of all: a write could have all of it at no cost.
+    clone.cpu_write(Gfn(1), 1).unwrap();
+    let dirty = clone.space.take_dirty().unwrap();
+    assert_eq!(dirty.iter().collect::<Vec<_>>(), [Gfn(1)]);
+    // To unshare is not to write: nothing is told apart by it.
+    drop(clone.space.pin(NEXT, Access::Read).unwrap());
+    assert!(clone.space.entry(NEXT).unwrap().is_huge());
+    assert!(clone.space.take_dirty().unwrap().is_empty());
+    drop(clone);
+    assert_eq!(pool.usage().in_use, 0);
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! Where frames come from, and what happens at the limit.
 
 use super::super::frame::Released;
-use super::super::pool::FreshFolio;
+use super::super::pool::{COMMIT_FOLIOS, FreshFolio};
 use super::super::soft::soft_pool_of;
 use super::refusing::RefusingMemory;
 use super::*;
@@ -36,6 +36,22 @@ fn at_the_limit_a_free_frame_with_memory_is_used() {
         ),
         (0, 2, 2)
     );
+}
+
+/// Any of them, wherever it is.
+#[test]
+fn at_the_limit_every_free_frame_is_found() {
+    let (frames, limit) = (4096, 70);
+    let pool = RefusingMemory::new(frames).pool(frames, limit);
+    let mut held: Vec<_> = (0..limit).map(|_| pool.allocate().unwrap()).collect();
+    for n in 0..limit as usize {
+        let free = held[n].pfn();
+        drop(held.swap_remove(n));
+        let again = pool.allocate().unwrap();
+        assert_eq!(again.pfn(), free);
+        held.push(again);
+    }
+    assert!(pool.allocate().is_err());
 }
 
 /// A home without memory must not keep a page from the memory that others have given back.
@@ -432,6 +448,26 @@ fn at_the_limit_folios_are_of_memory_that_is_there() {
     assert!(folio().is_some());
 }
 
+/// A single frame that is taken out of a free folio takes that folio off the free ones, and no other.
+#[test]
+fn at_the_limit_a_folio_with_a_frame_in_use_is_not_handed_out() {
+    let (pool, _) = soft_pool_of(Order::new(2), 40).unwrap();
+    let memory = RefusingMemory::new(40);
+    let bytes = Arc::clone(&memory) as Arc<dyn FrameMemory>;
+    let limited = FramePool::with_folios_of(Order::new(2), bytes, 40, 8).unwrap();
+    for pool in [limited, pool] {
+        let folios = [(); 2].map(|()| pool.allocate_folio().unwrap().unwrap());
+        let heads = folios.each_ref().map(|folio| folio.head());
+        assert_eq!(heads, [Pfn(4), Pfn(8)]);
+        drop(folios);
+        let single = pool.allocate().unwrap();
+        let folio = pool.allocate_folio().unwrap().unwrap();
+        let frames = folio.head()..Pfn(folio.head().0 + 4);
+        assert!(!frames.contains(&single.pfn()), "{frames:?}");
+        assert!(heads.contains(&folio.head()));
+    }
+}
+
 #[test]
 fn a_folio_that_the_host_refuses_memory_is_free_still() {
     let memory = RefusingMemory::new(12);
@@ -444,6 +480,59 @@ fn a_folio_that_the_host_refuses_memory_is_free_still() {
     memory.refusals.never();
     assert!(pool.allocate_folio().unwrap().is_some());
     assert_eq!(pool.usage().in_use, 0);
+}
+
+/// To the end of its home, and not into the next one.
+#[test]
+fn a_folio_of_a_home_is_given_memory_with_those_that_follow_it() {
+    let memory = RefusingMemory::new(256);
+    let bytes = Arc::clone(&memory) as Arc<dyn FrameMemory>;
+    let pool = FramePool::with_folios_of(Order::new(2), bytes, 256, 200).unwrap();
+    let committed = || memory.committed.lock().unwrap().last().copied().unwrap();
+    let (home, _next) = (pool.reserve(12).unwrap(), pool.reserve(12).unwrap());
+    let folio = pool.allocate_huge(&home, 4).unwrap().unwrap();
+    assert_eq!((folio.head(), committed()), (Pfn(8), (8, 8)));
+    let long = pool.reserve(64).unwrap();
+    let folio = pool.allocate_huge(&long, 0).unwrap().unwrap();
+    assert_eq!(committed(), (folio.head().0, 4 * COMMIT_FOLIOS));
+}
+
+#[test]
+fn a_region_gets_its_folio_up_to_the_limit() {
+    let memory = RefusingMemory::new(64);
+    let bytes = Arc::clone(&memory) as Arc<dyn FrameMemory>;
+    let pool = FramePool::with_folios_of(Order::new(2), bytes, 64, 9).unwrap();
+    let homes = [4, 4, 4].map(|pages| pool.reserve(pages).unwrap());
+    let folio = |n: usize| pool.allocate_huge(&homes[n], 0).unwrap();
+    let held = (folio(0).unwrap(), folio(1).unwrap());
+    assert_eq!(pool.usage().committed, 8);
+    assert!(folio(2).is_none(), "there is memory for one frame");
+    drop(held);
+    // That of the first is there still: nothing is missing.
+    assert!(folio(0).is_some());
+
+    let memory = RefusingMemory::new(64);
+    let bytes = Arc::clone(&memory) as Arc<dyn FrameMemory>;
+    let pool = FramePool::with_folios_of(Order::new(2), bytes, 64, 4).unwrap();
+    let home = pool.reserve(4).unwrap();
+    assert!(pool.allocate_huge(&home, 0).unwrap().is_some(), "just so");
+}
+
+/// So much as is made ready at a time.
+#[test]
+fn memory_is_provided_for_folios_to_come() {
+    let memory = RefusingMemory::new(256);
+    let bytes = Arc::clone(&memory) as Arc<dyn FrameMemory>;
+    let pool = FramePool::with_folios_of(Order::new(2), bytes, 256, 200).unwrap();
+    pool.provide();
+    let runs = memory.committed.lock().unwrap().clone();
+    assert_eq!(runs[runs.len() - 2..], [(1, 3), (4, 4 * COMMIT_FOLIOS)]);
+    // To the end of the pool, if that is nearer.
+    let memory = RefusingMemory::new(12);
+    let bytes = Arc::clone(&memory) as Arc<dyn FrameMemory>;
+    let pool = FramePool::with_folios_of(Order::new(2), bytes, 12, 12).unwrap();
+    pool.provide();
+    assert_eq!(memory.committed.lock().unwrap().last(), Some(&(4, 8)));
 }
 
 #[test]

@@ -504,6 +504,33 @@ fn a_crowded_mmu_has_the_whole_region_resolved() {
     assert_eq!(w.vm.read_frozen(&frozen, P), 5);
 }
 
+/// The MMU is a system call away.
+#[test]
+fn a_whole_region_is_made_writable_with_few_calls() {
+    let crowded_write = |w: &World, expected| {
+        w.mmu.crowded.store(1, Ordering::Relaxed);
+        w.mmu.never();
+        assert_eq!(w.vm.space.write_fault(P).unwrap(), expected);
+        let all = (0..6).map(Gfn);
+        assert!(all.into_iter().all(|gfn| w.slot(gfn) == "WX"));
+        w.mmu.calls()
+    };
+    // Nothing was touched: the page, and the frames of all others at once.
+    let w = world_of(6, 64);
+    assert_eq!(crowded_write(&w, Resolution::ZeroFilled), 2);
+    // All are there and nobody else's: the page, and the right to write all others, though one of them is writable already.
+    let w = world_of(6, 64);
+    (0..6).for_each(|n| w.vm.cpu_write(Gfn(n), 5).unwrap());
+    drop(w.vm.space.fork().unwrap());
+    w.vm.cpu_write(Gfn(3), 6).unwrap();
+    assert_eq!(crowded_write(&w, Resolution::Reused), 2);
+    // Two runs of untouched pages around one that is there.
+    let w = world_of(6, 64);
+    w.vm.cpu_write(Gfn(3), 6).unwrap();
+    assert_eq!(crowded_write(&w, Resolution::ZeroFilled), 3);
+    assert_eq!(w.vm.cpu_read(Gfn(3)), 6);
+}
+
 #[test]
 fn a_write_that_finds_nothing_to_do_leaves_its_neighbours_alone() {
     let w = world();
@@ -551,6 +578,40 @@ fn snapshots_that_are_gone_are_forgotten() {
 }
 
 /// What a device thread does must not wait for a fault that copies.
+/// A fork stops vCPUs' writes before it says so in the entries: nobody may look in between.
+#[test]
+fn whatever_changes_a_page_waits_for_a_fork() {
+    type Operation = fn(&World);
+    let operations: [(&str, Operation); 10] = [
+        ("write", |w| assert!(w.vm.space.write_fault(P).is_ok())),
+        ("unshare", |w| w.vm.space.unshare(P).unwrap()),
+        ("pin", |w| drop(w.vm.space.pin(P, Access::Write).unwrap())),
+        ("get", |w| drop(w.vm.space.get(P, Access::Write).unwrap())),
+        ("force", |w| w.vm.space.force_write(P, 0, &[1]).unwrap()),
+        ("dirty", |w| drop(w.vm.space.take_dirty().unwrap())),
+        ("discard", |w| assert!(w.vm.space.discard(Q, 1).is_ok())),
+        ("migrate", |w| assert!(w.vm.space.migrate(Q).is_ok())),
+        ("merge", |w| w.vm.space.merge(P, &w.vm.space, Q).unwrap()),
+        ("ahead", |w| assert!(!w.vm.space.break_ahead())),
+    ];
+    for (name, operation) in operations {
+        let w = world();
+        w.vm.cpu_write(P, 5).unwrap();
+        w.vm.cpu_write(Q, 5).unwrap();
+        drop(w.vm.space.fork().unwrap());
+        // Of its own, and read-only.
+        w.vm.space.unshare(Q).unwrap();
+        std::thread::scope(|scope| {
+            let fork = super::super::sync::write(&w.vm.space.fork_lock);
+            let operation = scope.spawn(|| operation(&w));
+            std::thread::sleep(Duration::from_millis(20));
+            assert!(!operation.is_finished(), "{name} does not wait");
+            drop(fork);
+            operation.join().unwrap();
+        });
+    }
+}
+
 #[test]
 fn a_pin_of_an_exclusive_page_waits_for_no_lock() {
     let w = world();

@@ -85,3 +85,14 @@ fn spaces_and_snapshots_spell_their_size() {
     let frozen = w.vm.space.fork().unwrap();
     assert_eq!(format!("{frozen:?}"), "Frozen { pages: 4 }");
 }
+
+#[test]
+fn a_pool_spells_its_usage_and_a_pin_its_frame() {
+    let w = world();
+    w.vm.cpu_write(P, 5).unwrap();
+    let pin = w.vm.space.pin(P, Access::Read).unwrap();
+    let (pool, pin) = (format!("{:?}", w.pool), format!("{pin:?}"));
+    assert!(pool.contains("in_use: 1"), "{pool}");
+    assert!(pin.contains("Lease"), "{pin}");
+    assert!(pin.contains(&format!("{:?}", w.entry(P).pfn())), "{pin}");
+}

@@ -17,7 +17,7 @@
 //! | `pipe` | transient readers |
 //! | `uring` | devices |
 //! | `pagemap` | which frame a page is in |
-//! | `direct` | a race of `O_DIRECT` with the CPU, which is no scenario of steps: [`o_direct_race`] |
+//! | `direct` | a race of `O_DIRECT` with the CPU, which is how the kernel plays C2: [`o_direct_race`] |
 //!
 //! | step | what is done |
 //! |---|---|
@@ -242,6 +242,20 @@ impl Living {
     }
 }
 
+impl Drop for Living {
+    /// Gives registered buffers back. A ring that is closed with one does so when the kernel finds the time, and until then
+    /// its pages count against what the user may lock: the next performer would be short of it.
+    fn drop(&mut self) {
+        let Ok(rings) = &self.rings else { return };
+        for held in self.holds.values() {
+            if let Held::Registered { ring, .. } = held {
+                // Should it fail, closing the ring does it.
+                let _ = rings[*ring].unregister();
+            }
+        }
+    }
+}
+
 /// What the actors inherit.
 fn kit(
     memory: Memory,
@@ -347,8 +361,15 @@ impl Performer for Living {
                 })?;
                 let address = self.address(page).map_err(failed)?;
                 self.ring(ring)?;
-                self.order(who, Order::Register, page, ring as u64)?;
-                Held::Registered { ring, address }
+                match self.order(who, Order::Register, page, ring as u64) {
+                    Ok(_) => Held::Registered { ring, address },
+                    Err(OrderError::Call(error)) if is_shortage(&error) => {
+                        return Err(NotDone::CannotAsk(
+                            "this user may not lock the memory that a registered buffer is in (ulimit -l)",
+                        ));
+                    }
+                    Err(error) => return Err(error.into()),
+                }
             }
             Hold::PinRead => {
                 return Err(NotDone::CannotAsk(
@@ -357,7 +378,7 @@ impl Performer for Living {
             }
             Hold::GetWrite => {
                 return Err(NotDone::CannotAsk(
-                    "O_DIRECT pins since Linux 6.5; what still takes FOLL_GET for writing is direct I/O on network file systems",
+                    "O_DIRECT pins since Linux 6.5 (see C2); what still takes FOLL_GET for writing is direct I/O on network file systems",
                 ));
             }
         };
@@ -525,7 +546,7 @@ fn is_refusal(error: &io::Error) -> bool {
     )
 }
 
-/// Whether a fork was refused for want of something.
+/// Whether something was refused for want of memory, or of leave to have more of it.
 fn is_shortage(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::ENOMEM | libc::EAGAIN))
 }
