@@ -11,7 +11,7 @@ use palimpsest::cli::chain;
 use palimpsest::session::RunError;
 use palimpsest::session::config::{Config, PageSize, RunLength};
 use palimpsest::session::report::{EndedBy, Verdict};
-use support::{Run, config, no_kvm, run_guest};
+use support::{Run, config, no_kvm, run_guest, run_guest_until};
 
 /// Time for a guest that ends by itself to do so. The run ends with the guest, long before.
 const LONG: RunLength = RunLength::Duration(Duration::from_secs(60));
@@ -211,15 +211,14 @@ fn what_a_guest_says_is_wrong_is_a_violation() {
     if no_kvm() {
         return;
     }
-    let run = misbehave_as(
-        Misbehaviour::FalseFailure,
-        Config {
-            // Rewound, it would say so again.
-            restore_every: 0,
-            length: SHORT,
-            ..config()
-        },
-    );
+    let asked = Config {
+        seed: Misbehaviour::FalseFailure as u64,
+        // Rewound, it would say so again.
+        restore_every: 0,
+        ..config()
+    };
+    let run = run_guest_until(asked, guest::MISBEHAVE, |seen| !seen.violations.is_empty());
+    run.assert_all_told();
     assert_eq!(run.report.verdict, Verdict::Violated);
     assert_eq!(
         (run.report.violations.life, run.report.violations.total()),
@@ -399,11 +398,10 @@ fn a_guest_that_never_stops_talking_is_snapshotted_all_the_same() {
     // A text: where, and how long. It is this program, and no UTF-8.
     code.extend(IMAGE_GPA.to_le_bytes());
     code.extend(48u64.to_le_bytes());
-    let run = run_code(&code, SHORT);
+    let run = run_guest_until(config(), program(&code), |seen| {
+        seen.now().snapshots >= 40 && !seen.console.is_empty()
+    });
     run.assert_clean();
-    assert_eq!(run.report.ended_by, EndedBy::Duration);
-    assert!(run.report.snapshots.taken > 0);
-    assert!(!run.seen.console.is_empty());
 }
 
 #[test]
@@ -415,9 +413,9 @@ fn a_guest_that_never_stops_ringing_is_snapshotted_all_the_same() {
     let mut code = vec![0xba];
     code.extend(u32::from(PORT_DOORBELL_EXIT).to_le_bytes());
     code.extend(b"\xef\xeb\xfd");
-    let run = run_code(&code, SHORT);
+    let run = run_code(&code, RunLength::Snapshots(40));
     run.assert_clean();
-    assert!(run.report.snapshots.taken > 0);
+    assert_eq!(run.report.ended_by, EndedBy::Snapshots);
 }
 
 /// Why `image` is refused, causes included.

@@ -6,25 +6,30 @@ mod support;
 
 use std::fs;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use guest::Misbehaviour;
 use palimpsest::session::config::{Config, RunLength};
-use support::{config, no_kvm, run, run_and_stop, run_guest};
+use support::{PATIENCE, config, no_kvm, run, run_guest, run_until};
 
-/// The least this process holds in a while: a thread that was joined, or that only reports a result, is in `/proc` a moment longer.
-fn held() -> (usize, usize, usize) {
-    (0..30)
-        .map(|_| {
-            thread::sleep(Duration::from_millis(10));
-            held_now()
-        })
-        .min()
-        .unwrap_or_default()
+/// What this process holds, once that `is_enough`, or in the end: a thread that was joined, or that only reports a result,
+/// is in `/proc` a moment longer.
+fn held_when(is_enough: impl Fn(Held) -> bool) -> Held {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let held = held();
+        if is_enough(held) || Instant::now() > deadline {
+            return held;
+        }
+        thread::sleep(Duration::from_millis(10));
+    }
 }
 
-/// Threads, open files, and mappings of guest memory of this process.
-fn held_now() -> (usize, usize, usize) {
+/// Threads, open files, and mappings of guest memory.
+type Held = (usize, usize, usize);
+
+/// What this process holds now.
+fn held() -> Held {
     let count = |directory| fs::read_dir(directory).unwrap().count();
     let maps = fs::read_to_string("/proc/self/maps").unwrap();
     let frames = maps
@@ -50,14 +55,17 @@ fn a_session_leaves_no_thread_file_or_mapping_behind() {
         seed: Misbehaviour::InvalidOpcode as u64,
         ..config()
     };
-    // What is opened once and for all is open then.
+    let (threads, ..) = held();
     run(short()).assert_clean();
-    let before = held();
+    // What is opened once and for all is open now. No thread is there once and for all.
+    let before = held_when(|held| held.0 == threads);
+    assert_eq!(before.0, threads, "threads");
     for _ in 0..3 {
         run(short()).assert_clean();
-        run_and_stop(config(), 1).assert_clean();
+        run_until(config(), |seen| seen.now().snapshots >= 1).assert_clean();
         run_guest(crash(), guest::MISBEHAVE).unwrap();
         run_guest(short(), *b"not a guest").unwrap_err();
     }
-    assert_eq!(held(), before, "threads, files, mappings of frames");
+    let after = held_when(|held| held == before);
+    assert_eq!(after, before, "threads, files, mappings of frames");
 }

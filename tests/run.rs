@@ -8,7 +8,7 @@ use std::time::Duration;
 use guest::abi::{MAX_DEVICES, MAX_REGISTERED, MAX_VCPUS, PAGE_SIZE, Pattern};
 use palimpsest::session::config::{Config, PageSize, RunLength};
 use palimpsest::session::report::EndedBy;
-use support::{config, no_kvm, run, run_and_stop};
+use support::{config, no_kvm, run, run_until};
 
 #[test]
 fn every_pattern_runs_clean() {
@@ -21,9 +21,12 @@ fn every_pattern_runs_clean() {
         Pattern::Hot,
         Pattern::Sparse,
     ] {
-        let run = run(Config {
+        let asked = Config {
             pattern,
             ..config()
+        };
+        let run = run_until(asked, |seen| {
+            seen.now().snapshots >= 40 && seen.now().ops > 1000
         });
         run.assert_clean();
         assert!(run.report.guest.ops > 0, "{pattern:?}");
@@ -37,11 +40,13 @@ fn any_number_of_vcpus_runs_clean() {
         return;
     }
     for vcpus in [1, 2, 3, 4, MAX_VCPUS] {
-        let run = run(Config {
+        let asked = Config {
             vcpus,
             memory: 64 << 20,
-            length: RunLength::Snapshots(30),
             ..config()
+        };
+        let run = run_until(asked, |seen| {
+            seen.now().snapshots >= 30 && seen.now().ops > 0
         });
         run.assert_clean();
         assert!(run.report.guest.ops > 0, "{vcpus} vcpus");
@@ -54,10 +59,19 @@ fn any_number_of_devices_runs_clean() {
         return;
     }
     for (dma_devices, registered_buffers) in [(1, 0), (1, 1), (MAX_DEVICES, MAX_REGISTERED)] {
-        let run = run(Config {
+        let asked = Config {
             dma_devices,
             registered_buffers,
             ..config()
+        };
+        let run = run_until(asked, move |seen| {
+            let is_registered = seen.progress.iter().any(|p| p.pins.registered > 0);
+            let now = seen.now();
+            // Two directions, and the guest takes turns.
+            now.snapshots >= 40
+                && now.dma_requests > 10
+                && now.pins.fast > 0
+                && is_registered == (registered_buffers > 0)
         });
         run.assert_clean();
         let (dma, pins) = (run.report.dma, run.report.pins);
@@ -65,8 +79,8 @@ fn any_number_of_devices_runs_clean() {
             dma.to_guest > 0 && dma.from_guest > 0 && dma.bytes > 0,
             "{dma:?}"
         );
-        assert!(pins.fast > 0, "{pins:?}");
-        assert_eq!(pins.registered > 0, registered_buffers > 0, "{pins:?}");
+        // Rewound at the end, the guest may be about to register them.
+        assert!(registered_buffers > 0 || pins.registered == 0, "{pins:?}");
     }
 }
 
@@ -75,9 +89,12 @@ fn a_guest_without_devices_does_no_dma() {
     if no_kvm() {
         return;
     }
-    let run = run(Config {
+    let asked = Config {
         dma_devices: 0,
         ..config()
+    };
+    let run = run_until(asked, |seen| {
+        seen.now().snapshots >= 40 && seen.now().ops > 0
     });
     run.assert_clean();
     assert_eq!(run.report.dma, Default::default());
@@ -109,20 +126,20 @@ fn a_run_ends_after_the_time_asked_for() {
     if no_kvm() {
         return;
     }
-    let time = Duration::from_millis(1200);
-    let run = run(Config {
-        length: RunLength::Duration(time),
-        ..config()
+    // A busy host may let the guest do nothing for a while, but not for so long.
+    let felt = [1200, 6000, 30_000].into_iter().any(|ms| {
+        let time = Duration::from_millis(ms);
+        let run = run(Config {
+            length: RunLength::Duration(time),
+            ..config()
+        });
+        run.assert_clean();
+        assert_eq!(run.report.ended_by, EndedBy::Duration);
+        assert!(run.report.duration_s >= time.as_secs_f64());
+        assert!(run.seen.progress.iter().all(|p| p.total == Some(time)));
+        run.report.snapshots.taken > 0 && run.report.stall_us.max.is_some()
     });
-    run.assert_clean();
-    assert_eq!(run.report.ended_by, EndedBy::Duration);
-    assert!(run.report.duration_s >= time.as_secs_f64());
-    assert!(run.report.snapshots.taken > 0);
-    assert!(
-        run.report.stall_us.max.is_some(),
-        "the guest felt its snapshots"
-    );
-    assert!(run.seen.progress.iter().all(|p| p.total == Some(time)));
+    assert!(felt, "the guest felt no snapshot");
 }
 
 #[test]
@@ -145,13 +162,7 @@ fn a_run_can_be_stopped_early_and_gives_everything_back() {
         return;
     }
     for snapshots in [0, 5] {
-        let run = run_and_stop(
-            Config {
-                length: RunLength::Duration(Duration::from_secs(3600)),
-                ..config()
-            },
-            snapshots,
-        );
+        let run = run_until(config(), move |seen| seen.now().snapshots >= snapshots);
         run.assert_clean();
         assert_eq!(run.report.ended_by, EndedBy::CtrlC);
         assert!(run.report.snapshots.taken >= snapshots);
@@ -263,27 +274,25 @@ fn frames_of_dropped_snapshots_are_used_again() {
         return;
     }
     // Every snapshot's pages are all written again soon: without reuse this would need a copy of memory a snapshot.
-    let run = run(Config {
+    let asked = Config {
         memory: 16 << 20,
         pattern: Pattern::Dense,
         keep: 1,
         restore_every: 0,
-        length: RunLength::Snapshots(60),
         snapshot_every: Duration::from_millis(10),
         ..config()
+    };
+    // The guest, the snapshot kept, and those that wait for the checker.
+    let bound = 8 * asked.memory;
+    let run = run_until(asked, move |seen| {
+        let faults = seen.now().faults;
+        let copied = (faults.copied + faults.neighbours + faults.ahead) * PAGE_SIZE;
+        seen.now().snapshots >= 60 && copied > 2 * bound
     });
     run.assert_clean();
-    let faults = run.report.faults;
-    let copied = (faults.copied + faults.neighbours) * PAGE_SIZE;
-    // The guest, the snapshot kept, and those that wait for the checker.
-    let bound = 8 * run.report.config.memory;
     assert!(
         run.report.memory.bytes_peak <= bound,
         "{:?}",
         run.report.memory
-    );
-    assert!(
-        copied > run.report.memory.bytes_peak / 2,
-        "hardly anything was copied: {copied}"
     );
 }

@@ -41,6 +41,7 @@ fn parse(list: &str, name: &str) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::alone::alone;
 
     #[test]
     fn pss_is_found() {
@@ -57,6 +58,7 @@ mod tests {
 
     #[test]
     fn memory_that_is_touched_is_seen() {
+        let _alone = alone();
         let before = of_this_process_and([]).unwrap();
         let memory = std::hint::black_box(vec![1u8; 64 << 20]);
         let after = of_this_process_and([]).unwrap();

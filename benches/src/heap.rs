@@ -171,6 +171,7 @@ unsafe impl GlobalAlloc for Counting {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::alone::alone;
 
     #[global_allocator]
     static HEAP: Counting = Counting;
@@ -178,6 +179,7 @@ mod tests {
     #[test]
     fn memory_counts_when_it_is_touched() {
         const PAGES: usize = 8192;
+        let _alone = alone();
         let before = mark().unwrap();
         // Larger than what the system's allocator would recycle.
         let mut memory = vec![0u8; PAGES * PAGE];
@@ -197,9 +199,10 @@ mod tests {
 
     #[test]
     fn what_is_small_counts_at_once() {
+        let _alone = alone();
         let before = mark().unwrap();
         let small: Vec<_> = (0..1000).map(|_| vec![0u8; 10_000]).collect();
-        // Other tests allocate and free meanwhile.
+        // Other tests allocate and free a little meanwhile.
         assert!(before.made().resident().unwrap() > 9_000_000);
         drop(small);
     }

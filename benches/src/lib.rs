@@ -14,6 +14,8 @@
 //!
 //! `benches/snapshot.rs` puts them together.
 
+#[cfg(test)]
+mod alone;
 pub mod bare;
 pub mod footprint;
 pub mod heap;

@@ -3,7 +3,6 @@
 #![allow(dead_code, reason = "every test binary uses a part of it")]
 
 use std::io::Write;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
@@ -66,24 +65,27 @@ pub(crate) fn config() -> Config {
     }
 }
 
-/// Remembers all a session says, and stops it when asked to.
+/// Remembers all a session says.
 #[derive(Debug, Default)]
 pub(crate) struct Recorder {
     pub(crate) progress: Vec<Progress>,
     pub(crate) console: String,
     pub(crate) violations: Vec<Violation>,
     pub(crate) notes: Vec<String>,
-    stop: Option<(u64, Arc<AtomicBool>)>,
+}
+
+impl Recorder {
+    /// How far the session was when it last said.
+    pub(crate) fn now(&self) -> &Progress {
+        self.progress
+            .last()
+            .expect("a session says it at least once")
+    }
 }
 
 impl Observer for Recorder {
     fn progress(&mut self, progress: &Progress) {
         self.progress.push(*progress);
-        if let Some((snapshots, stop)) = &self.stop
-            && progress.snapshots >= *snapshots
-        {
-            stop.store(true, Ordering::Relaxed);
-        }
     }
 
     fn console(&mut self, text: &str) {
@@ -96,6 +98,34 @@ impl Observer for Recorder {
 
     fn note(&mut self, text: &str) {
         self.notes.push(text.to_owned());
+    }
+}
+
+/// Passes on what a session says, and stops it when that is enough.
+struct Until<'a, F> {
+    enough: F,
+    stop: &'a AtomicBool,
+    seen: Recorder,
+}
+
+impl<F: Fn(&Recorder) -> bool + Send> Observer for Until<'_, F> {
+    fn progress(&mut self, progress: &Progress) {
+        self.seen.progress(progress);
+        if (self.enough)(&self.seen) {
+            self.stop.store(true, Ordering::Relaxed);
+        }
+    }
+
+    fn console(&mut self, text: &str) {
+        self.seen.console(text);
+    }
+
+    fn violation(&mut self, violation: &Violation) {
+        self.seen.violation(violation);
+    }
+
+    fn note(&mut self, text: &str) {
+        self.seen.note(text);
     }
 }
 
@@ -138,25 +168,45 @@ pub(crate) fn run(config: Config) -> Run {
     run_guest(config, guest::PAYLOAD).unwrap()
 }
 
-/// Runs the payload until the session has told of `snapshots` snapshots, and stops it then as Ctrl-C does.
-pub(crate) fn run_and_stop(config: Config, snapshots: u64) -> Run {
-    watched(config, guest::PAYLOAD.to_vec(), Some(snapshots)).unwrap()
+/// Runs the payload until what the session has said is `enough`, and stops it then as Ctrl-C does. For what a guest or device
+/// does sooner or later, but not by a snapshot or a time that anyone could name.
+pub(crate) fn run_until(
+    config: Config,
+    enough: impl Fn(&Recorder) -> bool + Send + 'static,
+) -> Run {
+    run_guest_until(config, guest::PAYLOAD, enough)
+}
+
+/// Runs `image` until what the session has said is `enough`.
+pub(crate) fn run_guest_until(
+    config: Config,
+    image: impl Into<Vec<u8>>,
+    enough: impl Fn(&Recorder) -> bool + Send + 'static,
+) -> Run {
+    let length = RunLength::Duration(10 * PATIENCE);
+    watched(Config { length, ..config }, image.into(), enough).unwrap()
 }
 
 /// Runs `image` as `config` says.
 pub(crate) fn run_guest(config: Config, image: impl Into<Vec<u8>>) -> Result<Run, RunError> {
-    watched(config, image.into(), None)
+    watched(config, image.into(), |_| false)
 }
 
 /// A session on a thread of its own, so that one that hangs fails the test instead of blocking it.
-fn watched(config: Config, image: Vec<u8>, stop_after: Option<u64>) -> Result<Run, RunError> {
+fn watched(
+    config: Config,
+    image: Vec<u8>,
+    enough: impl Fn(&Recorder) -> bool + Send + 'static,
+) -> Result<Run, RunError> {
     within(PATIENCE, move || {
-        let stop = Arc::new(AtomicBool::new(false));
-        let mut seen = Recorder {
-            stop: stop_after.map(|snapshots| (snapshots, Arc::clone(&stop))),
-            ..Recorder::default()
+        let stop = AtomicBool::new(false);
+        let mut until = Until {
+            enough,
+            stop: &stop,
+            seen: Recorder::default(),
         };
-        let report = session::run(&config, image, &stop, &mut seen)?;
+        let report = session::run(&config, image, &stop, &mut until)?;
+        let seen = until.seen;
         Ok(Run { report, seen })
     })
 }

@@ -12,6 +12,7 @@ use guest::abi::{PAGE_SIZE, Pattern};
 use palimpsest::kvm::{Kvm, PlatformError};
 
 use super::{Kind, TechniqueError};
+use crate::alone::beside_others;
 use crate::vm::{GuestConfig, Vm};
 
 const MEMORY: u64 = 32 << 20;
@@ -57,6 +58,7 @@ fn hashes(mut read: impl FnMut(u64, &mut [u8])) -> Vec<u64> {
 /// Takes a few snapshots of a guest that writes all the while, and holds each against what memory was.
 fn keeps_memory(kind: Kind, dma: bool) {
     let Some(kvm) = kvm() else { return };
+    let _beside = beside_others();
     let technique = match kind.start(MEMORY) {
         Err(TechniqueError::Unavailable { why }) => return say(&format!("skipped: {why}")),
         started => started.unwrap(),
@@ -152,6 +154,7 @@ fn stop_and_copy_keeps_memory() {
 
 #[test]
 fn one_snapshot_lives_at_a_time() {
+    let _beside = beside_others();
     for kind in [Kind::Uffd, Kind::Copy] {
         let technique = match kind.start(MEMORY) {
             Err(TechniqueError::Unavailable { why }) => return say(&format!("skipped: {why}")),
@@ -166,6 +169,7 @@ fn one_snapshot_lives_at_a_time() {
 
 #[test]
 fn a_snapshot_that_is_a_process_ends_with_its_handle() {
+    let _beside = beside_others();
     let technique = Kind::Fork.start(MEMORY).unwrap();
     let snapshot = technique.snapshot().unwrap();
     let process = PathBuf::from(format!("/proc/{}", snapshot.process().unwrap()));

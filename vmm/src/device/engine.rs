@@ -79,6 +79,9 @@ pub struct Device<P> {
     state: Mutex<State>,
     /// Signalled when a transfer ends while somebody stops the device.
     boundary: Condvar,
+    /// Every transfer passes it before it touches data: a test that holds it has the device in the middle of one.
+    #[cfg(test)]
+    gate: Mutex<()>,
 }
 
 /// All that changes in a device. Whoever holds the lock sees no request half published.
@@ -152,6 +155,8 @@ impl<P: CowPolicy> Device<P> {
                 error: None,
             }),
             boundary: Condvar::new(),
+            #[cfg(test)]
+            gate: Mutex::new(()),
         })
     }
 
@@ -313,6 +318,8 @@ impl<P: CowPolicy> Device<P> {
 
     /// Deals with the data of a request. No lock is held.
     fn transfer(&self, work: Work) -> Transferred {
+        #[cfg(test)]
+        drop(self.hold_transfers());
         let Work {
             request,
             registered,
@@ -333,6 +340,12 @@ impl<P: CowPolicy> Device<P> {
             Job::Bad | Job::Unanswerable => Outcome::BadRequest,
         };
         Transferred { request, outcome }
+    }
+
+    /// Keeps the next transfer from beginning with its data, until the result is dropped.
+    #[cfg(test)]
+    pub(super) fn hold_transfers(&self) -> MutexGuard<'_, ()> {
+        self.gate.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The thread is back from a transfer.

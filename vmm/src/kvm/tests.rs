@@ -26,7 +26,7 @@ const PORT_EXIT: u16 = 0x501;
 const PORT_DATA: u16 = 0x500;
 const PORT_EVENT: u16 = 0x520;
 /// Longer than anything here takes.
-const SOON: Duration = Duration::from_secs(20);
+const SOON: Duration = Duration::from_secs(60);
 
 /// KVM, or `None` if the test is to be skipped.
 fn kvm() -> Option<&'static Kvm> {
@@ -855,11 +855,14 @@ fn two_vcpus_lose_no_increment() {
             "{done} done, {counted} counted"
         );
         guest.ram.write_protect(DATA);
+        let resolved = guest.ram.resolved();
         drop(paused);
         thread::sleep(Duration::from_millis(1));
+        // On a busy host that may not have been enough for a single store.
+        wait_until("fault", || guest.ram.resolved() > resolved);
     }
     let stats = guest.machine.stats();
-    assert!(stats.write_faults >= guest.ram.resolved() / 2 && guest.ram.resolved() > 64);
+    assert!(stats.write_faults >= guest.ram.resolved() / 2 && guest.ram.resolved() >= 200);
     // A vCPU that is still parked is not kicked, which here is none of them.
     assert_eq!(stats.kicks, 400);
 }

@@ -41,21 +41,22 @@ impl LifeWatch {
 
     /// The vCPUs have done `ops` operations now.
     pub(super) fn look(&mut self, ops: &[u64]) -> Option<Violation> {
-        self.look_with(ops, PATIENCE)
+        self.look_at(Instant::now(), ops, PATIENCE)
     }
 
     /// As [`LifeWatch::look`], at the end of a run.
     pub(super) fn last_look(&mut self, ops: &[u64]) -> Option<Violation> {
-        self.look_with(ops, LAST_PATIENCE)
+        self.look_at(Instant::now(), ops, LAST_PATIENCE)
     }
 
-    fn look_with(&mut self, ops: &[u64], patience: Duration) -> Option<Violation> {
-        for (waiting, &now) in self.waiting.iter_mut().zip(ops) {
+    fn look_at(&mut self, now: Instant, ops: &[u64], patience: Duration) -> Option<Violation> {
+        for (waiting, &ops) in self.waiting.iter_mut().zip(ops) {
             // More than it had means that it runs, less that it was rewound and not watched.
-            waiting.take_if(|w| now != w.ops);
+            waiting.take_if(|w| ops != w.ops);
         }
+        let waited = |since| now.saturating_duration_since(since);
         let (vcpu, stuck) = self.waiting.iter_mut().enumerate().find_map(|(vcpu, w)| {
-            w.take_if(|w| w.since.elapsed() >= patience)
+            w.take_if(|w| waited(w.since) >= patience)
                 .map(|w| (vcpu, w))
         })?;
         let mut v = Violation::new(
@@ -64,7 +65,7 @@ impl LifeWatch {
         );
         v.snapshot = Some(stuck.snapshot);
         v.expected = format!("more than {} operations", stuck.ops);
-        v.found = format!("no more after {:.0?}", stuck.since.elapsed());
+        v.found = format!("no more after {:.0?}", waited(stuck.since));
         Some(v)
     }
 }
@@ -83,8 +84,9 @@ mod tests {
     fn a_vcpu_that_stands_still_is_seen_after_a_while() {
         let mut watch = LifeWatch::default();
         assert_eq!(watch.look(&[1]), None);
+        let before = Instant::now();
         watch.rewound(3, vec![10, 20]);
-        assert_eq!(watch.look(&[11, 20]), None, "not yet");
+        assert_eq!(watch.look_at(before, &[11, 20], PATIENCE), None, "not yet");
         let_pass(&mut watch, PATIENCE);
         let violation = watch.look(&[11, 20]).unwrap();
         assert_eq!(
@@ -108,10 +110,12 @@ mod tests {
     #[test]
     fn the_end_of_a_run_waits_less() {
         let mut watch = LifeWatch::default();
+        let before = Instant::now();
         watch.rewound(3, vec![10]);
-        assert_eq!(watch.last_look(&[10]), None);
+        assert_eq!(watch.look_at(before, &[10], LAST_PATIENCE), None);
         let_pass(&mut watch, LAST_PATIENCE);
-        assert!(watch.look(&[10]).is_none() && watch.last_look(&[10]).is_some());
+        assert_eq!(watch.look_at(before, &[10], PATIENCE), None);
+        assert!(watch.last_look(&[10]).is_some());
     }
 
     #[test]

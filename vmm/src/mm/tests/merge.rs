@@ -373,7 +373,7 @@ fn a_merge_takes_the_lower_of_two_regions_first() {
                 drop(space.table.lock_of(far));
                 locked.send(())
             });
-            let answer = answer.recv_timeout(Duration::from_secs(5));
+            let answer = answer.recv_timeout(PATIENCE);
             assert!(answer.is_ok(), "who waits for the lower has the higher");
             drop(lower);
             merge.join().unwrap().unwrap();

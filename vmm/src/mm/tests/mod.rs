@@ -39,6 +39,8 @@ use super::*;
 
 const P: Gfn = Gfn(0);
 const Q: Gfn = Gfn(1);
+/// Nothing waits longer than this for something that should happen.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// An address space whose MMU can be told to refuse, and its pool.
 struct World<R = Exclusive> {
@@ -208,7 +210,7 @@ fn refused_at_each_call<W, T, E: fmt::Debug>(
 fn beside<L, T: Send>(locks: L, operation: impl FnOnce() -> T + Send) -> T {
     std::thread::scope(|scope| {
         let operation = scope.spawn(operation);
-        let patience = Instant::now() + Duration::from_secs(5);
+        let patience = Instant::now() + PATIENCE;
         while !operation.is_finished() && Instant::now() < patience {
             std::thread::sleep(Duration::from_millis(1));
         }

@@ -65,7 +65,7 @@ fn reason<T: std::fmt::Debug>(result: Result<T, StageError>) -> String {
 fn wait_until(what: &str, ready: impl Fn() -> bool) {
     let start = Instant::now();
     while !ready() {
-        assert!(start.elapsed() < Duration::from_secs(20), "no {what}");
+        assert!(start.elapsed() < Duration::from_secs(60), "no {what}");
         thread::sleep(Duration::from_millis(1));
     }
 }
@@ -430,7 +430,8 @@ fn a_dropped_actor_leaves_nothing_and_faults_were_its_own_threads() {
     let owners = || (Arc::strong_count(&stage.physmap), stage.budget.used());
     let before = owners();
     let here = rustix::thread::gettid().as_raw_nonzero().get();
-    for end in ["idle", "crashed", "refused", "never asked"] {
+    // Whether an end was quick.
+    let is_quick = |end| {
         let actor = stage.parent(Exclusive, &wrap).unwrap();
         let child = {
             let frozen = actor.space().fork().unwrap();
@@ -455,10 +456,7 @@ fn a_dropped_actor_leaves_nothing_and_faults_were_its_own_threads() {
         let start = Instant::now();
         drop(actor);
         drop(child);
-        assert!(
-            start.elapsed() < Duration::from_secs(4),
-            "{end}: it was waited for"
-        );
+        let took = start.elapsed();
         assert_eq!(
             owners(),
             before,
@@ -469,6 +467,11 @@ fn a_dropped_actor_leaves_nothing_and_faults_were_its_own_threads() {
             let task = format!("/proc/self/task/{thread}");
             wait_until("end of the thread", || !Path::new(&task).exists());
         }
+        took < Duration::from_secs(4)
+    };
+    for end in ["idle", "crashed", "refused", "never asked"] {
+        // A busy host may hold it up once, but what waits for something waits every time.
+        assert!((0..4).any(|_| is_quick(end)), "{end}: it was waited for");
     }
 }
 
