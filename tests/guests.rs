@@ -36,6 +36,15 @@ fn misbehave(misbehaviour: Misbehaviour) -> Run {
     )
 }
 
+/// One that ends by itself, with a snapshot that checked something. It is not there for long, and a busy host may keep whoever
+/// takes snapshots waiting all the while: then it runs again.
+fn misbehave_under_snapshots(misbehaviour: Misbehaviour, config: Config) -> Run {
+    (0..20)
+        .map(|_| misbehave_as(misbehaviour, config.clone()))
+        .find(|run| run.report.checked_pages > 0)
+        .expect("no snapshot of it checks a page")
+}
+
 /// Fails the test unless the run ended as a guest crash for `reason`, told with registers and code.
 #[track_caller]
 fn assert_crashed(run: &Run, reason: &str) {
@@ -193,16 +202,18 @@ fn requests_that_make_no_sense_are_survived() {
     if no_kvm() {
         return;
     }
-    let run = misbehave(Misbehaviour::GarbageQueue);
+    let run = misbehave_under_snapshots(
+        Misbehaviour::GarbageQueue,
+        Config {
+            length: LONG,
+            ..config()
+        },
+    );
     assert_exited(&run);
     assert!(
         run.seen.console.contains("requests that make no sense"),
         "{}",
         run.seen.console
-    );
-    assert!(
-        run.report.snapshots.taken > 0,
-        "some of them while snapshots were taken"
     );
 }
 
@@ -241,7 +252,7 @@ fn every_kind_of_write_works_under_snapshots() {
     if no_kvm() {
         return;
     }
-    let run = misbehave_as(
+    let run = misbehave_under_snapshots(
         Misbehaviour::WriteWithEverything,
         Config {
             memory: 12 << 20,
@@ -259,8 +270,6 @@ fn every_kind_of_write_works_under_snapshots() {
         "{}",
         run.seen.console
     );
-    assert!(run.report.snapshots.taken > 0);
-    assert!(run.report.checked_pages > 0);
 }
 
 #[test]
