@@ -67,6 +67,7 @@ fn settle<C>(w: Arc<World<C>>) {
 pub(crate) fn mix_of_folios<C: CowPolicy + Default>() {
     let w = world::<C>(Order::new(1));
     w.vm.space.set_whole_price(2);
+    w.vm.space.leave_to_fork(0);
     w.vm.space.notes_writes();
     let all = [
         start(&w, |w| write(w, VCPUS)),

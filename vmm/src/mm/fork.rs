@@ -118,7 +118,8 @@ impl<P: CowPolicy> AddressSpace<P> {
     /// Does what the next [`AddressSpace::fork`] would have to do, while the guest runs: forks what has changed, for nobody. What was shared
     /// so is what that fork takes over if it does not change again; and if it does, the guest finds itself alone and copies nothing
     /// (PROTOCOL.md T4), but has had a fault more. So it is done where it pays (`adapt.rs`), and again, for what the guest has
-    /// written meanwhile, as long as that becomes less.
+    /// written meanwhile, as long as that becomes less. Of what is mapped page by page so much is left to the fork as does not make it long
+    /// ([`AddressSpace::leave_to_fork`]): write-protecting a page costs a guest that runs several times what it costs one that stands still.
     ///
     /// Has memory ready for the copies of pinned pages, too.
     ///
@@ -129,9 +130,11 @@ impl<P: CowPolicy> AddressSpace<P> {
         loop {
             let mut changed = lock(&self.lineage).changed.clone();
             changed.sort_unstable();
+            let chunks_of = |&index: &usize| self.table.lock(index).open_chunks().count();
+            let mut left = changed.iter().map(chunks_of).sum();
             let (mut rest, mut prepared) = (changed.as_slice(), 0);
             while !rest.is_empty() {
-                let (looked_at, done) = self.prepare_some(rest);
+                let (looked_at, done) = self.prepare_some(rest, &mut left);
                 rest = &rest[looked_at..];
                 prepared += done;
             }
@@ -143,16 +146,19 @@ impl<P: CowPolicy> AddressSpace<P> {
     }
 
     /// Looks at the first of `regions`, in order, and forks those for which it pays, for nobody. Says how many it has looked at and how many
-    /// it has forked. Faults in them wait meanwhile.
-    fn prepare_some(&self, regions: &[usize]) -> (usize, usize) {
+    /// it has forked. Faults in them wait meanwhile. `left` are the chunks that the fork would have to do.
+    fn prepare_some(&self, regions: &[usize], left: &mut usize) -> (usize, usize) {
         let _no_fork = read(&self.fork_lock);
         let fork = lock(&self.lineage).forks + 1;
+        let enough = self.left_to_fork.load(Ordering::Relaxed) as usize;
         let (mut looked_at, mut pieces) = (0, 0);
         let mut chosen = Vec::new();
         for &index in regions {
             let region = self.table.lock(index);
             looked_at += 1;
+            let chunks = region.open_chunks().count();
             if region.state.is_changed
+                && (region.huge().is_some() || *left > enough)
                 && region.is_full()
                 && region
                     .state
@@ -160,10 +166,8 @@ impl<P: CowPolicy> AddressSpace<P> {
                     .may_prepare(index, region.huge().is_some(), fork)
                 && self.is_unheld(&region)
             {
-                pieces += match region.huge() {
-                    Some(_) => 1,
-                    None => region.open_chunks().count(),
-                };
+                *left = left.saturating_sub(chunks);
+                pieces += chunks.max(1);
                 chosen.push(region);
             }
             if pieces >= PREPARE_AT_ONCE {

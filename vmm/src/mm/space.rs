@@ -17,6 +17,8 @@ use super::table::{Entry, RegionGuard, Table};
 
 /// Small breaks that cost as much as that of a whole region, until somebody has measured it.
 const WHOLE_PRICE: u32 = 8;
+/// Chunks that a fork may have to do: less than a millisecond's work.
+const LEFT_TO_FORK: u32 = 256;
 
 /// The memory of a running VM: a shadow page table and the [`Mmu`] that mirrors it.
 ///
@@ -43,6 +45,8 @@ pub struct AddressSpace<P> {
     pub(super) uses_huge: bool,
     /// What the break of a whole region costs, in small ones.
     pub(super) whole_price: AtomicU32,
+    /// How many changed chunks are left to the next fork, though it is prepared.
+    pub(super) left_to_fork: AtomicU32,
     /// Whether somebody has asked which pages were written: from then on that is told page by page.
     pub(super) tracks_dirty: AtomicBool,
     /// Whether somebody breaks ahead of the writes (`ahead.rs`).
@@ -99,6 +103,7 @@ impl<P: CowPolicy> AddressSpace<P> {
             counters: Counters::default(),
             uses_huge: true,
             whole_price: AtomicU32::new(WHOLE_PRICE),
+            left_to_fork: AtomicU32::new(LEFT_TO_FORK),
             tracks_dirty: AtomicBool::new(false),
             notes_writes: AtomicBool::new(false),
         })
@@ -115,6 +120,12 @@ impl<P: CowPolicy> AddressSpace<P> {
     /// the faults. At 0 every break is of a whole region.
     pub fn set_whole_price(&self, small: u32) {
         self.whole_price.store(small, Ordering::Relaxed);
+    }
+
+    /// Sets how many chunks (16 pages each, of regions that are mapped page by page) may have changed without
+    /// [`AddressSpace::prepare_fork`] doing anything about them.
+    pub fn leave_to_fork(&self, chunks: u32) {
+        self.left_to_fork.store(chunks, Ordering::Relaxed);
     }
 
     /// Number of pages.

@@ -282,10 +282,15 @@ impl RegionGuard<'_> {
         (first..end.min(first + each)).map(Gfn)
     }
 
-    /// The chunks of a region that has changed, but for those that have not.
+    /// The chunks of a region that has changed, but for those that have not. None of a region that a huge entry maps.
     pub(super) fn open_chunks(&self) -> impl Iterator<Item = usize> + use<'_> {
         let is_open = |&chunk: &usize| !matches!(self.state.kept.get(chunk), Some(Some(_)));
-        (0..self.chunks()).filter(is_open)
+        let chunks = if self.huge().is_some() {
+            0
+        } else {
+            self.chunks()
+        };
+        (0..chunks).filter(is_open)
     }
 
     /// Their pages, in order.

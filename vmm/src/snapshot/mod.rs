@@ -12,8 +12,8 @@
 //!    not get there in time is recorded as in flight. Their states are captured.
 //! 3. Memory is forked.
 //! 4. The registers are collected; devices go on, then vCPUs.
-//! 5. What the guest writes between all snapshots is copied ahead of it (`mm/ahead.rs`); before the kick that rests, and what was
-//!    rarely written is forked already ([`AddressSpace::prepare_fork`]).
+//! 5. What the guest writes between all snapshots is copied ahead of it (`mm/ahead.rs`); before the kick that rests, and most of what
+//!    has changed is forked already ([`AddressSpace::prepare_fork`]).
 //! 6. Everything else (checking, hashing) happens later, beside the running guest.
 //!
 //! A **restore** rewinds the same VM: vCPUs park, devices stop, requests on their way are given up and their pins

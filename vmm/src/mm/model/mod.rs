@@ -159,6 +159,7 @@ impl<P: CowPolicy + Default, R: Promises> Model<P, R> {
         let id = self.fresh_value();
         // So that whole regions are broken, and huge entries formed again.
         vm.space.set_whole_price(2);
+        vm.space.leave_to_fork(0);
         vm.space.notes_writes();
         self.spaces.push(Space {
             id,

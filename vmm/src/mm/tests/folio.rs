@@ -21,6 +21,7 @@ fn huge() -> Huge {
 fn huge_with(pages: u64, frames: u64) -> Huge {
     let (pool, memory) = soft_pool_of(Order::new(2), frames).unwrap();
     let vm = SoftVm::new(&pool, &memory, Exclusive, pages).unwrap();
+    vm.space.leave_to_fork(0);
     Huge { pool, memory, vm }
 }
 
@@ -803,6 +804,32 @@ fn to_prepare_a_fork_is_to_fork_what_is_rarely_written() {
     w.vm.cpu_write(P, 2).unwrap();
     assert_eq!(w.read(&frozen, P), 1);
     drop(frozen);
+    w.settle();
+}
+
+/// In three regions two chunks have changed, of two pages each: as many are left to the fork as it may have, in small entries.
+#[test]
+fn what_is_soon_done_is_left_to_the_fork() {
+    let w = huge_with(3 * REGION, 64).written();
+    drop(w.vm.space.fork().unwrap());
+    w.vm.cpu_write(NEXT, 1).unwrap();
+    let frozen = w.vm.space.fork().unwrap();
+    let cold = [P, Gfn(2 * REGION)];
+    cold.map(|page| w.vm.cpu_write(page, 1).unwrap());
+    drop(frozen);
+    w.vm.cpu_write(NEXT, 2).unwrap();
+    assert!(w.is_huge(NEXT), "a huge entry is no chunk");
+    let writable = || [P, NEXT, Gfn(2 * REGION)].map(|page| w.entry(page).is_writable());
+    assert_eq!(writable(), [true; 3]);
+    for (left, expected) in [
+        (2, [true, false, true]),
+        (1, [false, false, true]),
+        (0, [false; 3]),
+    ] {
+        w.vm.space.leave_to_fork(left);
+        w.vm.space.prepare_fork();
+        assert_eq!(writable(), expected, "{left} left");
+    }
     w.settle();
 }
 
