@@ -24,7 +24,10 @@ const IN_VAIN: (u8, u8) = (2, 1);
 /// At the least once in two to the power of so many forks.
 const SELDOM: u8 = 6;
 
-/// Whether it has paid to fork a region before the pause: it has if nothing changed until the fork.
+/// Forks in a row before which a region changed, from which on it is taken to change before the next one as well.
+const HABIT: u8 = 2;
+
+/// Before which forks a region changed, and whether it has paid to fork it before the pause: it has if nothing changed until the fork.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Habit {
     /// The fork it was last done for, until it is known whether it paid; the first fork is number 1.
@@ -33,6 +36,10 @@ pub(super) struct Habit {
     is_in_vain: bool,
     /// For how many forks it did not, since it last did.
     in_vain: u8,
+    /// The last fork before which it changed.
+    last: u64,
+    /// How many there were in a row.
+    row: u8,
 }
 
 impl Habit {
@@ -43,8 +50,27 @@ impl Habit {
         self.in_vain < limit || (fork + index as u64).is_multiple_of(1 << self.in_vain)
     }
 
-    /// That was done: once or more.
+    /// Whether the region does not change before every fork. Fork number `fork` is the next.
+    pub(super) fn is_rare(&self, fork: u64) -> bool {
+        self.row < HABIT || self.last + 1 < fork
+    }
+
+    /// It has changed before fork number `fork`, which shares it, or for which that is done early. Said once or more.
+    pub(super) fn forked(&mut self, fork: u64) {
+        if self.last != fork {
+            let follows = self.last + 1 == fork;
+            self.row = if follows {
+                self.row.saturating_add(1)
+            } else {
+                1
+            };
+            self.last = fork;
+        }
+    }
+
+    /// It was forked early: once or more.
     pub(super) fn prepared(&mut self, fork: u64) {
+        self.forked(fork);
         if self.prepared != fork {
             self.prepared = fork;
             self.is_in_vain = false;
@@ -144,6 +170,20 @@ mod tests {
         habit.prepared(261);
         habit.changed(261);
         assert!((262..270).all(|fork| habit.may_prepare(3, false, fork)));
+    }
+
+    #[test]
+    fn what_changed_before_two_forks_in_a_row_is_not_rare() {
+        let mut habit = Habit::default();
+        assert!(habit.is_rare(2));
+        habit.forked(2);
+        assert!(habit.is_rare(3), "one is not a habit");
+        habit.prepared(3);
+        habit.forked(3);
+        assert!(!habit.is_rare(4));
+        assert!(habit.is_rare(5), "it paused");
+        habit.forked(5);
+        assert!(habit.is_rare(6));
     }
 
     #[test]

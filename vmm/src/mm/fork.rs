@@ -92,6 +92,7 @@ impl<P: CowPolicy> AddressSpace<P> {
         lineage.unchanged = table.clone();
         lineage.changed.clear();
         for (region, shared) in regions.iter_mut().zip(shared) {
+            region.state.habit.forked(fork);
             if let Some(kept) = shared.kept {
                 let index = region.index();
                 lineage.unchanged.replace(index, None);
@@ -118,7 +119,7 @@ impl<P: CowPolicy> AddressSpace<P> {
     /// Does what the next [`AddressSpace::fork`] would have to do, while the guest runs: forks what has changed, for nobody. What was shared
     /// so is what that fork takes over if it does not change again; and if it does, the guest finds itself alone and copies nothing
     /// (PROTOCOL.md T4), but has had a fault more. So it is done where it pays (`adapt.rs`), and again, for what the guest has
-    /// written meanwhile, as long as that becomes less. Of what is mapped page by page so much is left to the fork as does not make it long
+    /// written meanwhile, as long as that becomes less. Of what changes before every fork, page by page, so much is left to it as does not make it long
     /// ([`AddressSpace::leave_to_fork`]): write-protecting a page costs a guest that runs several times what it costs one that stands still.
     ///
     /// Has memory ready for the copies of pinned pages, too.
@@ -130,7 +131,14 @@ impl<P: CowPolicy> AddressSpace<P> {
         loop {
             let mut changed = lock(&self.lineage).changed.clone();
             changed.sort_unstable();
-            let chunks_of = |&index: &usize| self.table.lock(index).open_chunks().count();
+            let fork = lock(&self.lineage).forks + 1;
+            let chunks_of = |&index: &usize| {
+                let region = self.table.lock(index);
+                match region.state.habit.is_rare(fork) {
+                    true => 0,
+                    false => region.open_chunks().count(),
+                }
+            };
             let mut left = changed.iter().map(chunks_of).sum();
             let (mut rest, mut prepared) = (changed.as_slice(), 0);
             while !rest.is_empty() {
@@ -146,7 +154,7 @@ impl<P: CowPolicy> AddressSpace<P> {
     }
 
     /// Looks at the first of `regions`, in order, and forks those for which it pays, for nobody. Says how many it has looked at and how many
-    /// it has forked. Faults in them wait meanwhile. `left` are the chunks that the fork would have to do.
+    /// it has forked. Faults in them wait meanwhile. `left` are the chunks of regions that change before every fork and are left to it.
     fn prepare_some(&self, regions: &[usize], left: &mut usize) -> (usize, usize) {
         let _no_fork = read(&self.fork_lock);
         let fork = lock(&self.lineage).forks + 1;
@@ -157,8 +165,9 @@ impl<P: CowPolicy> AddressSpace<P> {
             let region = self.table.lock(index);
             looked_at += 1;
             let chunks = region.open_chunks().count();
+            let is_rare = region.huge().is_some() || region.state.habit.is_rare(fork);
             if region.state.is_changed
-                && (region.huge().is_some() || *left > enough)
+                && (is_rare || *left > enough)
                 && region.is_full()
                 && region
                     .state
@@ -166,7 +175,9 @@ impl<P: CowPolicy> AddressSpace<P> {
                     .may_prepare(index, region.huge().is_some(), fork)
                 && self.is_unheld(&region)
             {
-                *left = left.saturating_sub(chunks);
+                if !is_rare {
+                    *left = left.saturating_sub(chunks);
+                }
                 pieces += chunks.max(1);
                 chosen.push(region);
             }

@@ -45,7 +45,7 @@ pub struct AddressSpace<P> {
     pub(super) uses_huge: bool,
     /// What the break of a whole region costs, in small ones.
     pub(super) whole_price: AtomicU32,
-    /// How many changed chunks are left to the next fork, though it is prepared.
+    /// How many chunks that change before every fork are left to it, though it is prepared.
     pub(super) left_to_fork: AtomicU32,
     /// Whether somebody has asked which pages were written: from then on that is told page by page.
     pub(super) tracks_dirty: AtomicBool,
@@ -122,7 +122,7 @@ impl<P: CowPolicy> AddressSpace<P> {
         self.whole_price.store(small, Ordering::Relaxed);
     }
 
-    /// Sets how many chunks (16 pages each, of regions that are mapped page by page) may have changed without
+    /// Sets how many chunks (16 pages each, of regions that are mapped page by page and change before every fork) may have changed without
     /// [`AddressSpace::prepare_fork`] doing anything about them.
     pub fn leave_to_fork(&self, chunks: u32) {
         self.left_to_fork.store(chunks, Ordering::Relaxed);

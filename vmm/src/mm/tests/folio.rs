@@ -807,24 +807,27 @@ fn to_prepare_a_fork_is_to_fork_what_is_rarely_written() {
     w.settle();
 }
 
-/// In three regions two chunks have changed, of two pages each: as many are left to the fork as it may have, in small entries.
+/// Two chunks change before every fork: as many are left to it as it may have. Not what is huge, or changes now and then.
 #[test]
 fn what_is_soon_done_is_left_to_the_fork() {
-    let w = huge_with(3 * REGION, 64).written();
-    drop(w.vm.space.fork().unwrap());
-    w.vm.cpu_write(NEXT, 1).unwrap();
-    let frozen = w.vm.space.fork().unwrap();
-    let cold = [P, Gfn(2 * REGION)];
-    cold.map(|page| w.vm.cpu_write(page, 1).unwrap());
-    drop(frozen);
-    w.vm.cpu_write(NEXT, 2).unwrap();
-    assert!(w.is_huge(NEXT), "a huge entry is no chunk");
-    let writable = || [P, NEXT, Gfn(2 * REGION)].map(|page| w.entry(page).is_writable());
-    assert_eq!(writable(), [true; 3]);
+    let w = huge_with(4 * REGION, 64).written();
+    let (other, rare) = (Gfn(2 * REGION), Gfn(3 * REGION));
+    for n in 0..3 {
+        let frozen = w.vm.space.fork().unwrap();
+        [P, other].map(|page| w.vm.cpu_write(page, n).unwrap());
+        if n == 2 {
+            w.vm.cpu_write(rare, n).unwrap();
+        }
+        drop(frozen);
+        w.vm.cpu_write(NEXT, n).unwrap();
+    }
+    assert!(w.is_huge(NEXT) && !w.is_huge(rare));
+    let writable = || [P, NEXT, other, rare].map(|page| w.entry(page).is_writable());
+    assert_eq!(writable(), [true; 4]);
     for (left, expected) in [
-        (2, [true, false, true]),
-        (1, [false, false, true]),
-        (0, [false; 3]),
+        (2, [true, false, true, false]),
+        (1, [false, false, true, false]),
+        (0, [false; 4]),
     ] {
         w.vm.space.leave_to_fork(left);
         w.vm.space.prepare_fork();
