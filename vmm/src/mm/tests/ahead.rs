@@ -72,6 +72,20 @@ fn what_was_written_before_two_forks_is_broken_ahead() {
     w.settle();
 }
 
+/// A fork that was prepared finds it read-only.
+#[test]
+fn what_was_written_before_a_fork_was_prepared_counts_too() {
+    let w = world();
+    let mut ahead = vec![];
+    for n in 1..5 {
+        ahead.push(w.round(n, &[5]));
+        w.vm.space.prepare_fork();
+        assert_eq!(w.writable(), NOTHING);
+    }
+    assert_eq!(ahead, [vec![], vec![], vec![5], vec![5]]);
+    w.settle();
+}
+
 #[test]
 fn regions_are_broken_ahead_whole() {
     let w = world();
