@@ -986,6 +986,38 @@ fn neighbouring_folios_are_pinned_by_one_handle() {
     w.settle();
 }
 
+/// As far as their frames follow each other: pages lie at home as their numbers do.
+#[test]
+fn neighbouring_small_entries_are_pinned_by_one_handle() {
+    let w = world();
+    for n in 0..4 {
+        w.vm.cpu_write(Gfn(n), n).unwrap();
+    }
+    let pins = w.vm.space.pin_range(P, 4, Access::Write).unwrap();
+    let expected: Vec<_> = (0..4).map(|n| w.entry(Gfn(n)).pfn()).collect();
+    assert_eq!((pins.len(), frames(&pins)), (1, expected));
+    assert_eq!((w.stats().pins_fast, w.stats().pins_slow), (4, 0));
+}
+
+/// Small entries that look alike, of which one is of a frame that snapshots share.
+#[test]
+fn a_range_has_no_hole_where_a_page_is_shared() {
+    let w = world();
+    for n in 0..4 {
+        w.vm.cpu_write(Gfn(n), n).unwrap();
+    }
+    let frozen = w.vm.space.fork().unwrap();
+    for n in [0, 2, 3] {
+        w.vm.space.unshare(Gfn(n)).unwrap();
+    }
+    let pins = w.vm.space.pin_range(P, 4, Access::Read).unwrap();
+    let expected: Vec<_> = (0..4).map(|n| w.entry(Gfn(n)).pfn()).collect();
+    assert_eq!(frames(&pins), expected);
+    let pinned = |n| (w.state(Gfn(n)).pins(), w.state(Gfn(n)).is_exclusive());
+    assert_eq!([0, 1, 2, 3].map(pinned), [(1, true); 4]);
+    drop((pins, frozen));
+}
+
 #[test]
 fn a_range_begins_and_ends_inside_of_folios() {
     let w = huge().written();
