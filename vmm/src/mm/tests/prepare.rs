@@ -1,4 +1,4 @@
-//! A fork that is prepared while the guest runs: how much at once, and how often again.
+//! What happens while a fork, or its preparation, is under way: how much is prepared at once and how often again, and who lets go.
 
 use std::sync::{Mutex, OnceLock, Weak};
 
@@ -64,6 +64,42 @@ fn prepare(regions: u64, meanwhile: &[&[u64]], is_huge: bool) -> (Vec<(u64, u64)
 }
 
 const NONE: [u64; 0] = [];
+
+/// An MMU that has a device let go of a page while others are protected.
+struct LettingGo(Arc<SoftMmu>, Arc<Mutex<Option<Pin>>>);
+
+impl Mmu for LettingGo {
+    fn map(&self, first: Gfn, to: Pfn, count: u64, may: Protection) -> Result<(), MmuError> {
+        self.0.map(first, to, count, may)
+    }
+    fn protect(&self, first: Gfn, count: u64, may: Protection) -> Result<(), MmuError> {
+        drop(self.1.lock().unwrap().take());
+        self.0.protect(first, count, may)
+    }
+}
+
+/// It stayed writable for the sake of the pin, so it must not be shared: the pin does not matter any more.
+#[test]
+fn a_page_that_is_let_go_of_during_a_fork_is_copied() {
+    let (pool, memory) = soft_pool_of(Order::new(2), 64).unwrap();
+    let pin = Arc::<Mutex<_>>::default();
+    let between = |inner| Box::new(LettingGo(inner, Arc::clone(&pin))) as Box<dyn Mmu>;
+    let vm = SoftVm::with_mmu(&pool, &memory, Exclusive, REGION, between).unwrap();
+    for n in 0..REGION {
+        vm.cpu_write(Gfn(n), 100 + n).unwrap();
+    }
+    *pin.lock().unwrap() = Some(vm.space.pin(Q, Access::Write).unwrap());
+    let frozen = vm.space.fork().unwrap();
+    assert!(pin.lock().unwrap().is_none());
+    let entry = vm.space.entry(Q).unwrap();
+    assert!(entry.is_writable() && pool.state(entry.pfn()).is_exclusive());
+    assert_eq!(vm.space.stats().eager_copied, 1);
+    vm.cpu_write(Q, 1).unwrap();
+    let seen: Vec<_> = (0..REGION)
+        .map(|n| vm.read_frozen(&frozen, Gfn(n)))
+        .collect();
+    assert_eq!(seen, [100, 101, 102, 103]);
+}
 
 #[test]
 fn a_fork_is_prepared_a_few_pieces_at_a_time() {
