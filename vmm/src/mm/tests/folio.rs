@@ -485,6 +485,56 @@ fn a_clone_shares_folios_and_moves_to_its_own() {
     w.settle();
 }
 
+/// [`Exclusive`], but what a reader holds is not shared.
+struct NotWhatIsHeld;
+
+impl CowPolicy for NotWhatIsHeld {
+    const NAME: &'static str = "not what is held";
+    const GOES_BY_THE_BIT: bool = true;
+
+    fn may_share(&self, frame: FrameState) -> bool {
+        Exclusive.may_share(frame) && frame.gets() == 0
+    }
+    fn may_reuse(&self, frame: FrameState) -> bool {
+        Exclusive.may_reuse(frame)
+    }
+    fn may_pin(&self, frame: FrameState, access: Access) -> bool {
+        Exclusive.may_pin(frame, access)
+    }
+}
+
+/// Its own snapshots take over what it shares with the one it was made of, and no region in which a page is its own.
+#[test]
+fn a_clone_that_was_given_a_copy_of_a_page_forks_that_region_anew() {
+    for is_huge in [true, false] {
+        let w = huge().written();
+        let mut frozen = w.vm.space.fork().unwrap();
+        if !is_huge {
+            // Small entries.
+            w.vm.cpu_write(P, 100).unwrap();
+            w.vm.cpu_write(NEXT, 104).unwrap();
+            frozen = w.vm.space.fork().unwrap();
+        }
+        assert_eq!(frozen.entry(P).unwrap().is_huge(), is_huge);
+        let held = frozen.get(Gfn(1)).unwrap();
+        let clone = SoftVm::clone_of(&frozen, &w.memory, NotWhatIsHeld).unwrap();
+        for n in 0..2 * REGION {
+            let shares = clone.space.entry(Gfn(n)).unwrap().pfn() == frozen.frame(Gfn(n)).unwrap();
+            assert_eq!((shares, clone.cpu_read(Gfn(n))), (n != 1, 100 + n));
+        }
+        assert_eq!(clone.space.kept(P), None);
+        let kept = clone.space.kept(NEXT).unwrap();
+        assert_eq!(kept, (frozen.holder(NEXT), frozen.frame(NEXT).unwrap()));
+        drop(held);
+        let second = clone.space.fork().unwrap();
+        assert_ne!(second.region_address(P), frozen.region_address(P));
+        assert_eq!(second.region_address(NEXT), frozen.region_address(NEXT));
+        w.assert_as_written(&second);
+        drop((second, clone, frozen));
+        w.settle();
+    }
+}
+
 #[test]
 fn a_clones_region_that_is_broken_whole_moves_with_one_mapping() {
     let w = huge().written();
