@@ -8,6 +8,8 @@
 # A test that takes 10 s hangs. On a machine that is busy with other things that is too little, and what was not noticed passes for a
 # hang: MUTANTS_TIMEOUT=60 tools/mutants.sh
 #
+# MUTANTS_QUICK=1 leaves out mm/model and compiles for speed: a few seconds a mutant. What that misses is to be tried again without.
+#
 # Needs: cargo install cargo-mutants. It works on a copy: mm alone in a package of its own, which builds in seconds
 # (it needs neither KVM nor the rest of the VMM; tests/loom compiles it alone as well). The package is target/mutants, and
 # the report target/mutants/mutants.out.
@@ -17,6 +19,13 @@ cd "$(dirname "$0")/.."
 package=${MUTANTS_DIR:-target/mutants}
 rm -rf "$package/src"
 mkdir -p "$package/src"
+
+opt_level=1
+tests=()
+if [[ ${MUTANTS_QUICK:-0} == 1 ]]; then
+    opt_level=0
+    tests=(-- --lib -- --skip mm::model)
+fi
 
 # The versions are the workspace's, and the lock file too.
 version_of() {
@@ -46,9 +55,9 @@ $(version_of proptest)
 [lints.rust]
 unexpected_cfgs = { level = "warn", check-cfg = ["cfg(loom)", "cfg(shuttle)"] }
 
-# Optimised, for proptest, but no module across another: a mutant of one rebuilds that one alone.
+# Optimised, for mm/model, but no module across another: a mutant of one rebuilds that one alone.
 [profile.dev]
-opt-level = 1
+opt-level = $opt_level
 lto = "off"
 debug = false
 END
@@ -61,4 +70,4 @@ unset CARGO_TARGET_DIR
 cargo mutants --no-config --dir "$package" --in-place --timeout "${MUTANTS_TIMEOUT:-10}" \
     --exclude 'src/mm/tests/**' --exclude 'src/mm/model/**' \
     --exclude-re 'without|move_writer_in_wrong_order|goes_wrong|unmap_unordered|FrameTable::stale' \
-    "$@"
+    "$@" "${tests[@]}"

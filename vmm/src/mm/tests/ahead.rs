@@ -72,6 +72,38 @@ fn what_was_written_before_two_forks_is_broken_ahead() {
     w.settle();
 }
 
+/// What was only read lies between two regions that were written: one call protects all three.
+#[test]
+fn what_was_read_only_is_not_taken_for_written() {
+    let w = world();
+    drop(w.vm.space.fork().unwrap());
+    w.vm.cpu_write(P, 1).unwrap();
+    drop(w.vm.space.pin(Gfn(REGION), Access::Read).unwrap());
+    w.vm.cpu_write(Gfn(2 * REGION), 1).unwrap();
+    let written: Vec<_> = (0..REGION).chain(2 * REGION..PAGES).collect();
+    assert_eq!(w.writable(), written);
+    assert!(w.vm.space.entry(Gfn(REGION)).unwrap().is_huge());
+    let frozen = w.vm.space.fork().unwrap();
+    w.break_ahead();
+    assert_eq!(w.writable(), written);
+    drop(frozen);
+    w.settle();
+}
+
+/// A fork that was prepared finds it read-only.
+#[test]
+fn what_was_written_before_a_fork_was_prepared_counts_too() {
+    let w = world();
+    let mut ahead = vec![];
+    for n in 1..5 {
+        ahead.push(w.round(n, &[5]));
+        w.vm.space.prepare_fork();
+        assert_eq!(w.writable(), NOTHING);
+    }
+    assert_eq!(ahead, [vec![], vec![], vec![5], vec![5]]);
+    w.settle();
+}
+
 #[test]
 fn regions_are_broken_ahead_whole() {
     let w = world();

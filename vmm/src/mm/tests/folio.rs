@@ -486,6 +486,56 @@ fn a_clone_shares_folios_and_moves_to_its_own() {
     w.settle();
 }
 
+/// [`Exclusive`], but what a reader holds is not shared.
+struct NotWhatIsHeld;
+
+impl CowPolicy for NotWhatIsHeld {
+    const NAME: &'static str = "not what is held";
+    const GOES_BY_THE_BIT: bool = true;
+
+    fn may_share(&self, frame: FrameState) -> bool {
+        Exclusive.may_share(frame) && frame.gets() == 0
+    }
+    fn may_reuse(&self, frame: FrameState) -> bool {
+        Exclusive.may_reuse(frame)
+    }
+    fn may_pin(&self, frame: FrameState, access: Access) -> bool {
+        Exclusive.may_pin(frame, access)
+    }
+}
+
+/// Its own snapshots take over what it shares with the one it was made of, and no region in which a page is its own.
+#[test]
+fn a_clone_that_was_given_a_copy_of_a_page_forks_that_region_anew() {
+    for is_huge in [true, false] {
+        let w = huge().written();
+        let mut frozen = w.vm.space.fork().unwrap();
+        if !is_huge {
+            // Small entries.
+            w.vm.cpu_write(P, 100).unwrap();
+            w.vm.cpu_write(NEXT, 104).unwrap();
+            frozen = w.vm.space.fork().unwrap();
+        }
+        assert_eq!(frozen.entry(P).unwrap().is_huge(), is_huge);
+        let held = frozen.get(Gfn(1)).unwrap();
+        let clone = SoftVm::clone_of(&frozen, &w.memory, NotWhatIsHeld).unwrap();
+        for n in 0..2 * REGION {
+            let shares = clone.space.entry(Gfn(n)).unwrap().pfn() == frozen.frame(Gfn(n)).unwrap();
+            assert_eq!((shares, clone.cpu_read(Gfn(n))), (n != 1, 100 + n));
+        }
+        assert_eq!(clone.space.kept(P), None);
+        let kept = clone.space.kept(NEXT).unwrap();
+        assert_eq!(kept, (frozen.holder(NEXT), frozen.frame(NEXT).unwrap()));
+        drop(held);
+        let second = clone.space.fork().unwrap();
+        assert_ne!(second.region_address(P), frozen.region_address(P));
+        assert_eq!(second.region_address(NEXT), frozen.region_address(NEXT));
+        w.assert_as_written(&second);
+        drop((second, clone, frozen));
+        w.settle();
+    }
+}
+
 #[test]
 fn a_clones_region_that_is_broken_whole_moves_with_one_mapping() {
     let w = huge().written();
@@ -1014,6 +1064,38 @@ fn neighbouring_folios_are_pinned_by_one_handle() {
     assert!((0..2 * REGION).all(|n| w.state(Gfn(n)).pins() == 0));
     assert!(w.is_huge(P) && w.is_huge(NEXT));
     w.settle();
+}
+
+/// As far as their frames follow each other: pages lie at home as their numbers do.
+#[test]
+fn neighbouring_small_entries_are_pinned_by_one_handle() {
+    let w = world();
+    for n in 0..4 {
+        w.vm.cpu_write(Gfn(n), n).unwrap();
+    }
+    let pins = w.vm.space.pin_range(P, 4, Access::Write).unwrap();
+    let expected: Vec<_> = (0..4).map(|n| w.entry(Gfn(n)).pfn()).collect();
+    assert_eq!((pins.len(), frames(&pins)), (1, expected));
+    assert_eq!((w.stats().pins_fast, w.stats().pins_slow), (4, 0));
+}
+
+/// Small entries that look alike, of which one is of a frame that snapshots share.
+#[test]
+fn a_range_has_no_hole_where_a_page_is_shared() {
+    let w = world();
+    for n in 0..4 {
+        w.vm.cpu_write(Gfn(n), n).unwrap();
+    }
+    let frozen = w.vm.space.fork().unwrap();
+    for n in [0, 2, 3] {
+        w.vm.space.unshare(Gfn(n)).unwrap();
+    }
+    let pins = w.vm.space.pin_range(P, 4, Access::Read).unwrap();
+    let expected: Vec<_> = (0..4).map(|n| w.entry(Gfn(n)).pfn()).collect();
+    assert_eq!(frames(&pins), expected);
+    let pinned = |n| (w.state(Gfn(n)).pins(), w.state(Gfn(n)).is_exclusive());
+    assert_eq!([0, 1, 2, 3].map(pinned), [(1, true); 4]);
+    drop((pins, frozen));
 }
 
 #[test]

@@ -7,6 +7,7 @@
 //! | `get`, `dirty`, `discard`, `migrate`, `merge`, `force` | each operation: its contract, each of its errors |
 //! | `policies` | the rules as tables; which scenario goes wrong under which policy |
 //! | `pool` | where frames come from, and what happens at the limit |
+//! | `prepare` | forks that are prepared: how much at once, and how often again |
 //! | `values` | addresses, entries and frame states |
 //! | `soft` | the software MMU |
 //! | `refusing` | an MMU and memory that fail on demand |
@@ -23,6 +24,7 @@ mod merge;
 mod migrate;
 mod policies;
 mod pool;
+mod prepare;
 mod refusing;
 mod soft;
 mod transitions;
