@@ -18,6 +18,7 @@ fn world() -> World {
     let (pool, memory) = soft_pool_of(Order::new(2), 64).unwrap();
     let vm = SoftVm::new(&pool, &memory, Exclusive, PAGES).unwrap();
     vm.space.notes_writes();
+    vm.space.leave_to_fork(0);
     for n in 0..PAGES {
         vm.cpu_write(Gfn(n), 100 + n).unwrap();
     }
