@@ -864,7 +864,9 @@ fn what_is_soon_done_is_left_to_the_fork() {
     let (other, rare) = (Gfn(2 * REGION), Gfn(3 * REGION));
     for n in 0..3 {
         let frozen = w.vm.space.fork().unwrap();
-        [P, other].map(|page| w.vm.cpu_write(page, n).unwrap());
+        for page in [P, other] {
+            w.vm.cpu_write(page, n).unwrap();
+        }
         if n == 2 {
             w.vm.cpu_write(rare, n).unwrap();
         }
