@@ -53,6 +53,14 @@ fn an_entry_spells_its_frame_and_its_rights() {
     );
 }
 
+#[test]
+fn a_dirty_entry_stays_dirty() {
+    let clean = Entry::writable(Pfn(5)).cleaned();
+    assert!(!clean.is_dirty() && clean.dirtied().is_dirty());
+    assert_eq!(clean.dirtied().dirtied(), clean.dirtied());
+    assert_eq!(Entry::DISCARDED.dirtied(), Entry::DISCARDED);
+}
+
 /// Who reads that a page is busy is told who is in the way.
 #[test]
 fn a_frame_spells_its_holders() {
