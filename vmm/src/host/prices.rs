@@ -14,6 +14,10 @@ use crate::mm::{Fault, Resolution};
 const READINESS: u64 = 4;
 const RELUCTANCE: u64 = 64;
 
+/// The first break of a region counts as so many of a page at most. It is likely to be the dearest, and if it were taken at its word there might be
+/// no second one to learn from.
+const FIRST_WHOLE: u64 = 16;
+
 /// What things cost when nothing is in their way, in nanoseconds; 0 is not known yet. Statistics: nothing is ordered by them, and an observation may be lost to another.
 #[derive(Debug, Default)]
 pub struct Prices {
@@ -62,6 +66,13 @@ impl Prices {
         let before = average.load(Ordering::Relaxed);
         let time = nanoseconds(time);
         let after = match before {
+            0 if fault.is_whole => {
+                let (small, around) = self.small_and_around();
+                if small == 0 {
+                    return None;
+                }
+                time.min(FIRST_WHOLE * (small + around))
+            }
             0 => time,
             _ if time < before => before - (before - time) / READINESS,
             _ => before + (time - before).min(before) / RELUCTANCE,
@@ -75,10 +86,19 @@ impl Prices {
         if self.fixed.is_some() {
             return self.fixed;
         }
-        let get = |price: &AtomicU64| price.load(Ordering::Relaxed);
-        let (small, whole) = (get(&self.small), get(&self.whole));
-        let around = get(&self.entry) + get(&self.handling).saturating_sub(small);
+        let whole = self.whole.load(Ordering::Relaxed);
+        let (small, around) = self.small_and_around();
         (small > 0 && whole > 0).then(|| ((whole + around) / (small + around)).clamp(1, 512) as u32)
+    }
+}
+
+impl Prices {
+    /// What the break of a page costs, 0 if that is not known, and what the exit costs that either kind takes.
+    fn small_and_around(&self) -> (u64, u64) {
+        let get = |price: &AtomicU64| price.load(Ordering::Relaxed);
+        let small = get(&self.small);
+        let around = get(&self.entry) + get(&self.handling).saturating_sub(small);
+        (small, around)
     }
 }
 
@@ -115,6 +135,20 @@ mod tests {
         prices.entered(90 * US);
         assert_eq!(prices.paid(fault(false), 10 * US), None, "of one kind only");
         assert_eq!(prices.paid(fault(true), 370 * US), Some(10));
+    }
+
+    #[test]
+    fn a_first_region_that_took_for_ever_is_not_the_last() {
+        let prices = Prices::default();
+        prices.entered(30 * US);
+        assert_eq!(prices.paid(fault(true), US), None, "compared with nothing");
+        prices.paid(fault(false), 10 * US);
+        assert_eq!(prices.paid(fault(true), 20_000 * US), Some(16));
+        // It rises, if that is what they cost.
+        for _ in 0..64 {
+            prices.paid(fault(true), 20_000 * US);
+        }
+        assert!(prices.whole_price().unwrap() > 32);
     }
 
     #[test]
@@ -164,11 +198,16 @@ mod tests {
     #[test]
     fn prices_stay_in_bounds() {
         let prices = Prices::default();
-        prices.paid(fault(false), Duration::ZERO);
-        prices.paid(fault(true), Duration::MAX);
+        prices.paid(fault(false), US);
+        for _ in 0..1000 {
+            prices.paid(fault(true), Duration::MAX);
+        }
         assert_eq!(prices.whole_price(), Some(512));
         let prices = Prices::default();
-        prices.paid(fault(true), US);
-        assert_eq!(prices.paid(fault(false), 5 * US), Some(1));
+        prices.paid(fault(false), Duration::ZERO);
+        assert_eq!(prices.paid(fault(true), Duration::ZERO), Some(1));
+        let prices = Prices::default();
+        prices.paid(fault(false), 5 * US);
+        assert_eq!(prices.paid(fault(true), US), Some(1));
     }
 }
