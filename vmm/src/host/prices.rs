@@ -90,9 +90,7 @@ impl Prices {
         let (small, around) = self.small_and_around();
         (small > 0 && whole > 0).then(|| ((whole + around) / (small + around)).clamp(1, 512) as u32)
     }
-}
 
-impl Prices {
     /// What the break of a page costs, 0 if that is not known, and what the exit costs that either kind takes.
     fn small_and_around(&self) -> (u64, u64) {
         let get = |price: &AtomicU64| price.load(Ordering::Relaxed);

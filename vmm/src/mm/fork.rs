@@ -129,17 +129,16 @@ impl<P: CowPolicy> AddressSpace<P> {
         self.pool.provide();
         let mut before = usize::MAX;
         loop {
-            let mut changed = lock(&self.lineage).changed.clone();
-            changed.sort_unstable();
-            let fork = lock(&self.lineage).forks + 1;
-            let chunks_of = |&index: &usize| {
-                let region = self.table.lock(index);
-                match region.state.habit.is_rare(fork) {
-                    true => 0,
-                    false => region.open_chunks().count(),
-                }
+            let (mut changed, fork) = {
+                let lineage = lock(&self.lineage);
+                (lineage.changed.clone(), lineage.forks + 1)
             };
-            let mut left = changed.iter().map(chunks_of).sum();
+            changed.sort_unstable();
+            let regions = changed.iter().map(|&index| self.table.lock(index));
+            let mut left = regions
+                .filter(|region| !region.state.habit.is_rare(fork))
+                .map(|region| region.open_chunks().count())
+                .sum();
             let (mut rest, mut prepared) = (changed.as_slice(), 0);
             while !rest.is_empty() {
                 let (looked_at, done) = self.prepare_some(rest, &mut left);

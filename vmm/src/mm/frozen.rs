@@ -194,6 +194,15 @@ impl FrozenRegion {
     fn chunk_of(&self, gfn: Gfn) -> usize {
         self.chunk_order().index(gfn.0 - self.first.0)
     }
+
+    /// The pages of the folio at `head`, in chunks. Their mappings are counted already.
+    fn chunks_of(&self, head: Pfn) -> FrozenChunks {
+        let (all, each) = (self.pool.huge().pages(), self.chunk_order().pages());
+        (0..all)
+            .step_by(each as usize)
+            .map(|n| FrozenChunk::new(&self.pool, Pfn(head.0 + n).run(each)))
+            .collect()
+    }
 }
 
 impl Drop for FrozenRegion {
@@ -287,17 +296,6 @@ impl FrozenGuard<'_> {
             let from = mem::replace(head, to);
             self.region.pool.unmap_huge(from);
         }
-    }
-}
-
-impl FrozenRegion {
-    /// The pages of the folio at `head`, in chunks. Their mappings are counted already.
-    fn chunks_of(&self, head: Pfn) -> FrozenChunks {
-        let (all, each) = (self.pool.huge().pages(), self.chunk_order().pages());
-        (0..all)
-            .step_by(each as usize)
-            .map(|n| FrozenChunk::new(&self.pool, Pfn(head.0 + n).run(each)))
-            .collect()
     }
 }
 

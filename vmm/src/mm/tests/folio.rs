@@ -843,7 +843,7 @@ fn with_a_cold_page() -> Huge {
 }
 
 #[test]
-fn to_prepare_a_fork_is_to_fork_what_is_rarely_written() {
+fn to_prepare_a_fork_is_to_fork_what_has_changed() {
     let w = with_a_cold_page();
     w.vm.space.prepare_fork();
     assert!((0..2 * REGION).all(|n| !w.entry(Gfn(n)).is_writable()));
