@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -108,6 +108,24 @@ impl Rig {
         let stopped = self.stop();
         devices.iter().for_each(|d| d.resume());
         stopped
+    }
+
+    /// Has the only device, `device`, begin request `seq`, held, and stops it too early for the end of it.
+    fn stop_too_early<'a>(
+        &'a self,
+        driver: &mut Driver,
+        device: &'a Device<Exclusive>,
+        seq: u64,
+    ) -> (MutexGuard<'a, ()>, Stopped<'a, Exclusive>) {
+        let data = [(self.heap(), MAX_DATA as u32)];
+        driver.prepare(0, 0, header(RequestKind::ToGuest, seq), &data);
+        driver.post(0);
+        let held = device.hold_transfers();
+        driver.ring(Doorbell::Exit);
+        begun(device);
+        let stopped = self.set.stop(Instant::now());
+        assert_eq!(stopped.reached(), [false]);
+        (held, stopped)
     }
 
     fn pfn(&self, gpa: u64) -> Pfn {
@@ -802,16 +820,9 @@ fn a_device_that_stops_too_late_is_in_flight_and_publishes_nothing() {
     let rig = Rig::new(1);
     let mut driver = rig.driver(0);
     let device = Arc::clone(&driver.handle);
-    let data = [(rig.heap(), MAX_DATA as u32)];
     for is_restored in [false, true, false, true] {
         let seq = driver.seq();
-        driver.prepare(0, 0, header(RequestKind::ToGuest, seq), &data);
-        driver.post(0);
-        let held = device.hold_transfers();
-        driver.ring(Doorbell::Exit);
-        begun(&device);
-        let stopped = rig.set.stop(Instant::now());
-        assert_eq!(stopped.reached(), [false]);
+        let (held, stopped) = rig.stop_too_early(&mut driver, &device, seq);
         let state = rig.set.capture().remove(0);
         assert_eq!((state.in_flight, state.pending.len()), (Some(0), 0));
         assert_eq!(state.queue.next_avail, driver.posted);
@@ -849,14 +860,7 @@ fn what_is_late_is_published_on_resume() {
     let mut driver = rig.driver(0);
     let device = Arc::clone(&driver.handle);
     let seq = driver.seq();
-    let data = [(rig.heap(), MAX_DATA as u32)];
-    driver.prepare(0, 0, header(RequestKind::ToGuest, seq), &data);
-    driver.post(0);
-    let held = device.hold_transfers();
-    driver.ring(Doorbell::Exit);
-    begun(&device);
-    let stopped = rig.set.stop(Instant::now());
-    assert_eq!(stopped.reached(), [false]);
+    let (held, stopped) = rig.stop_too_early(&mut driver, &device, seq);
     drop(held);
     eventually("the transfer to end", || device.is_quiet());
     assert_eq!(driver.bytes(rig.heap(), 64), driver.data(seq, 64));
