@@ -36,15 +36,19 @@ use vmm_sys_util::errno;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::control::{Control, Job, Order, Phase, Slot, Work};
+use super::fault::{Ladder, RungCounts};
 use super::kick;
-use super::memory::GuestRam;
+use super::memory::{GuestRam, MemoryError};
 use super::msr::MsrSet;
 use super::outcome::Outcome;
+use super::paravirt::{self, Targets};
 use super::platform::Kvm;
 use super::port::PortHandler;
 use super::registers;
 use super::state::{Capturer, Clock, StateError, VcpuState, XSAVE_BYTES, XsaveFits};
+use super::tables::{self, PageTables};
 use super::vcpu::{Counters, SyncRegs, Vcpu};
+use super::watch::Watch;
 
 /// How long a vCPU may take to do what it is told. It is in the guest, where a kick reaches it in microseconds, or in
 /// a handler that should not block; the rest is the host being busy.
@@ -90,6 +94,20 @@ pub enum KvmError {
         /// Its size.
         bytes: i32,
     },
+    /// MSRs could not be guarded.
+    #[error("cannot guard the msrs by which kvm writes to guest memory")]
+    Msrs {
+        /// What the kernel said.
+        #[source]
+        source: errno::Error,
+    },
+    /// No thread that watches the vCPUs.
+    #[error("cannot start the thread that watches the vcpus")]
+    Watch {
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
     /// No thread for a vCPU, or no signal to stop it with.
     #[error("cannot start the thread of vcpu {vcpu}")]
     Thread {
@@ -133,6 +151,22 @@ pub enum KvmError {
     Stuck {
         /// Which.
         vcpu: usize,
+    },
+    /// A vCPU could not be sent the signal that gets it out of the guest.
+    #[error("cannot kick vcpu {vcpu} out of the guest")]
+    Kick {
+        /// Which.
+        vcpu: usize,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+    /// The guest's page tables could not be read.
+    #[error("cannot read the guest's page tables")]
+    Tables {
+        /// Why.
+        #[source]
+        source: MemoryError,
     },
     /// A doorbell could not be set up.
     #[error("cannot register port {port:#x} as a doorbell")]
@@ -187,6 +221,10 @@ pub struct MachineStats {
     pub write_faults: u64,
     /// Exits because a port was written.
     pub port_exits: u64,
+    /// Write faults that each rung of the [ladder](super::fault) has resolved.
+    pub rungs: RungCounts,
+    /// Stores that KVM emulated and gave to the VMM to carry out.
+    pub emulated_stores: u64,
     /// Kicks: one a running vCPU and pause.
     pub kicks: u64,
 }
@@ -196,7 +234,13 @@ pub struct Machine {
     vm: VmFd,
     control: Arc<Control>,
     counters: Arc<Counters>,
-    threads: Vec<JoinHandle<()>>,
+    threads: Arc<Vec<JoinHandle<()>>>,
+    /// Ended before the threads are.
+    watch: Option<Watch>,
+    ram: Arc<dyn GuestRam>,
+    region: kvm_userspace_memory_region,
+    /// Whether KVM keeps a copy of the guest's page tables.
+    tables_shadowed: bool,
     /// Whether the machine was started. Locked while somebody drives it: pauses exclude each other.
     started: Mutex<bool>,
     tsc_khz: u32,
@@ -237,6 +281,7 @@ impl Machine {
             len: window.len,
             source,
         })?;
+        paravirt::guard(&vm).map_err(|source| KvmError::Msrs { source })?;
         let xsave2 = vm.check_extension_int(Cap::Xsave2);
         let xsave_fits = XsaveFits::check(xsave2).ok_or(KvmError::XsaveSize { bytes: xsave2 })?;
         const ALL_SYNC_REGS: i32 = 0b111;
@@ -247,14 +292,18 @@ impl Machine {
         };
 
         let control = Arc::new(Control::new(vcpus));
-        let counters = Arc::new(Counters::default());
+        let counters = Arc::new(Counters::new(vcpus));
         let on_stop = Arc::new(on_stop);
         kick::install().map_err(|source| KvmError::Thread { vcpu: 0, source })?;
         let mut machine = Self {
             vm,
             control,
             counters,
-            threads: Vec::with_capacity(vcpus),
+            threads: Arc::default(),
+            watch: None,
+            ram: Arc::clone(&ram),
+            region,
+            tables_shadowed: tables::are_shadowed(),
             started: Mutex::new(false),
             tsc_khz: 0,
             left_out: Vec::new(),
@@ -278,6 +327,9 @@ impl Machine {
                 handler: Arc::clone(&handler),
                 control: Arc::clone(&machine.control),
                 counters: Arc::clone(&machine.counters),
+                ladder: Ladder::new(),
+                paravirt: Targets::default(),
+                kicked_at: None,
             };
             let on_stop = Arc::clone(&on_stop);
             let thread = thread::Builder::new()
@@ -291,8 +343,17 @@ impl Machine {
                     vcpu: index,
                     source,
                 })?;
-            machine.threads.push(thread);
+            // Nobody else has them before there is a watch.
+            if let Some(threads) = Arc::get_mut(&mut machine.threads) {
+                threads.push(thread);
+            }
         }
+        let watch = Watch::start(
+            Arc::clone(&machine.threads),
+            Arc::clone(&machine.control),
+            Arc::clone(&machine.counters),
+        );
+        machine.watch = Some(watch.map_err(|source| KvmError::Watch { source })?);
         Ok(machine)
     }
 
@@ -342,8 +403,12 @@ impl Machine {
             .map(|slot| slot.phase == Phase::Running)
             .collect();
         drop(slots);
-        for (thread, _) in self.threads.iter().zip(running).filter(|(_, run)| *run) {
-            kick::kick(thread);
+        let threads = self.threads.iter().zip(running).enumerate();
+        for (vcpu, (thread, _)) in threads.filter(|(_, (_, run))| *run) {
+            if let Err(source) = kick::kick(thread) {
+                self.control.give(&mut self.control.lock(), Order::Run);
+                return Err(KvmError::Kick { vcpu, source });
+            }
             self.counters.kicks.fetch_add(1, Ordering::Relaxed);
         }
 
@@ -396,10 +461,15 @@ impl Machine {
     pub fn stats(&self) -> MachineStats {
         let Counters {
             write_faults,
+            rungs,
+            emulated_stores,
             port_exits,
             kicks,
+            ..
         } = &*self.counters;
         MachineStats {
+            rungs: rungs.now(),
+            emulated_stores: emulated_stores.load(Ordering::Relaxed),
             write_faults: write_faults.load(Ordering::Relaxed),
             port_exits: port_exits.load(Ordering::Relaxed),
             kicks: kicks.load(Ordering::Relaxed),
@@ -411,13 +481,22 @@ impl Machine {
         let mut slots = self.control.lock();
         self.control.give(&mut slots, Order::Stop);
         drop(slots);
-        self.threads.iter().for_each(kick::kick);
+        self.kick_all();
+    }
+
+    /// Sends every vCPU the signal. What is refused is tried again: by the watch, or when the machine is dropped.
+    fn kick_all(&self) {
+        for (vcpu, thread) in self.threads.iter().enumerate() {
+            if let Err(error) = kick::kick(thread) {
+                tracing::warn!("cannot kick vcpu {vcpu} out of the guest: {error}");
+            }
+        }
     }
 
     /// Sends every vCPU the signal without an order.
     #[cfg(test)]
     pub(super) fn kick_for_nothing(&self) {
-        self.threads.iter().for_each(kick::kick);
+        self.kick_all();
     }
 
     fn check_count(&self, states: &[VcpuState]) -> Result<(), KvmError> {
@@ -427,6 +506,12 @@ impl Machine {
         } else {
             Err(KvmError::StateCount { states, vcpus })
         }
+    }
+
+    /// The page tables of vCPUs in these states.
+    fn page_tables(&self, states: &[VcpuState]) -> Result<PageTables, KvmError> {
+        let vcpus = states.iter().map(|state| (state.sregs(), state.confined()));
+        PageTables::of(vcpus, &*self.ram).map_err(|source| KvmError::Tables { source })
     }
 
     /// Gives every parked vCPU a job, and waits for all. If one fails, the machine is stopped: its vCPUs are of
@@ -467,19 +552,55 @@ impl Machine {
     fn run_all(&self) -> Instant {
         let mut slots = self.control.lock();
         self.control.give(&mut slots, Order::Run);
-        let (slots, _) = self.control.wait(slots, PATIENCE, |slots| {
+        let (slots, in_time) = self.control.wait(slots, PATIENCE, |slots| {
             slots.iter().all(|slot| slot.phase != Phase::Parked)
         });
+        let parked = slots.iter().position(|slot| slot.phase == Phase::Parked);
+        if let (Err(_), Some(vcpu)) = (in_time, parked) {
+            tracing::warn!("vcpu {vcpu} was told to run, and has not begun");
+        }
         last_change(&slots).unwrap_or_else(Instant::now)
+    }
+
+    /// Makes KVM forget what it keeps of the guest's page tables: it does when the memory that they are in goes.
+    fn forget_tables(&self) -> Result<(), KvmError> {
+        let gone = kvm_userspace_memory_region {
+            memory_size: 0,
+            ..self.region
+        };
+        for region in [gone, self.region] {
+            // SAFETY: the range is the guest's, as the maker of `Window` has promised.
+            let set = unsafe { self.vm.set_user_memory_region(region) };
+            set.map_err(|source| KvmError::Memory {
+                len: self.region.memory_size,
+                source,
+            })?;
+        }
+        Ok(())
     }
 }
 
 impl Drop for Machine {
     fn drop(&mut self) {
         self.stop();
-        for thread in self.threads.drain(..) {
+        let (slots, _) = self.control.wait(self.control.lock(), PATIENCE, |slots| {
+            slots[..self.threads.len()]
+                .iter()
+                .all(|slot| slot.phase == Phase::Ended)
+        });
+        let ended = Vec::from_iter(slots.iter().map(|slot| slot.phase == Phase::Ended));
+        drop(slots);
+        drop(self.watch.take());
+        let threads = Arc::get_mut(&mut self.threads).map(std::mem::take);
+        for (vcpu, thread) in threads.into_iter().flatten().enumerate() {
+            if !ended[vcpu] {
+                // It keeps what it uses: memory, its handler and its part of the machine.
+                tracing::error!(
+                    "vcpu {vcpu} did not end within {} s: it is stuck in a handler",
+                    PATIENCE.as_secs()
+                );
             // The last owner may be what `on_stop` holds: a thread cannot wait for itself.
-            if thread.thread().id() != thread::current().id() {
+            } else if thread.thread().id() != thread::current().id() {
                 let _ = thread.join();
             }
         }
@@ -549,11 +670,30 @@ impl Paused<'_> {
         Ok(states)
     }
 
-    /// Sets the registers of all vCPUs. Memory is the caller's to restore.
+    /// The guest's page tables as they are: to be asked for before memory is restored, and handed to [`Paused::restore`] after.
+    pub fn page_tables(&self) -> Result<PageTables, KvmError> {
+        if self.machine.tables_shadowed {
+            self.machine.page_tables(&self.states()?)
+        } else {
+            Ok(PageTables::default())
+        }
+    }
+
+    /// Sets the registers of all vCPUs. Memory is the caller's to restore, before; `tables` are those before that.
+    ///
+    /// What the vCPUs and KVM keep of the guest's page tables is forgotten, where these are others now.
     ///
     /// If a vCPU refuses, the machine is stopped for good: part of it would be of another time.
-    pub fn restore(&self, states: &[VcpuState], clock: Clock) -> Result<(), KvmError> {
+    pub fn restore(
+        &self,
+        states: &[VcpuState],
+        clock: Clock,
+        tables: &PageTables,
+    ) -> Result<(), KvmError> {
         self.machine.check_count(states)?;
+        if self.machine.tables_shadowed && !self.machine.page_tables(states)?.are(tables) {
+            self.machine.forget_tables()?;
+        }
         self.machine
             .do_all(|vcpu| Job::Restore(Box::new(states[vcpu].clone()), clock))
     }

@@ -1,5 +1,6 @@
 //! The KVM layer's view of guest memory.
 
+use std::any::Any;
 use std::time::Duration;
 
 /// Why guest memory could not be reached or made writable.
@@ -27,6 +28,12 @@ pub trait GuestRam: Send + Sync {
 
     /// Notes that a vCPU's write fault took so long from its exit to where it can enter again, decoding and registers included.
     fn was_handled(&self, _time: Duration) {}
+
+    /// Pins the `len` bytes at `gpa` for writing, until what is returned is dropped: the hypervisor writes there behind everybody's back.
+    /// Memory that has no pins says so; then the guest cannot have the hypervisor write.
+    fn pin(&self, _gpa: u64, _len: u64) -> Result<Box<dyn Any + Send>, MemoryError> {
+        Err("this memory cannot be pinned".into())
+    }
 
     /// Copies guest memory at `gpa` out, as a transient reader.
     fn read(&self, gpa: u64, buf: &mut [u8]) -> Result<(), MemoryError>;

@@ -5,12 +5,14 @@
 //! - [`Machine::pause`] returns when no vCPU is in guest mode and none has an instruction half done: an `out`
 //!   that the guest has begun is complete, so that captured registers are those of an instruction boundary.
 //! - A write to a page that the guest may not write yet is handed to [`GuestRam::write_fault`] on the vCPU's own
-//!   thread, and the instruction is tried again. A fault that no page explains is an error, not a loop.
+//!   thread, and the instruction is tried again. A fault that no page explains is an error, not a loop: see [`fault`].
+//! - What KVM itself writes to guest memory follows the same rules: stores that it emulates are carried out by [`GuestRam::write`],
+//!   and pages that it writes behind everybody's back are pinned (`paravirt`).
 //! - Nothing a guest does panics the VMM: what a guest must not do ends its vCPU with an [`Outcome`].
 //!
 //! How: [`platform`] opens KVM, [`boot`] (with `paging`) fills guest memory, [`registers`] holds the entry state,
 //! [`machine`] and `control` drive the vCPU threads of `vcpu`, `kick` gets them out of the guest, [`fault`] finds the pages
-//! of a write fault, [`state`] and `msr` capture and restore registers. Memory is reached only through [`GuestRam`],
+//! of a write fault, `watch` kicks vCPUs that do not come out by themselves, [`state`] and `msr` capture and restore registers. Memory is reached only through [`GuestRam`],
 //! ports only through [`PortHandler`].
 //!
 //! Not covered: interrupts (there is no interrupt controller), guests that leave 64-bit mode, `in` and MMIO (both
@@ -25,19 +27,23 @@ pub mod memory;
 mod msr;
 pub mod outcome;
 mod paging;
+mod paravirt;
 pub mod platform;
 pub mod port;
 pub mod registers;
 pub mod state;
+mod tables;
 #[cfg(test)]
 mod tests;
 mod vcpu;
+mod watch;
 
 pub use boot::{BootError, Image, write_boot_info, write_page_tables};
-pub use fault::FaultError;
+pub use fault::{FaultError, Rung, RungCounts};
 pub use machine::{Capture, KvmError, Machine, MachineStats, OnStop, Paused, Window};
 pub use memory::{GuestRam, MemoryError};
 pub use outcome::{CrashReason, Outcome, Report, RunError};
 pub use platform::{Kvm, Platform, PlatformError};
 pub use port::{PortAction, PortHandler, StopReason};
 pub use state::{Clock, StateError, VcpuState};
+pub use tables::PageTables;

@@ -154,6 +154,12 @@ pub struct Report {
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.state {
+            Some(state) if state.is_as_after_init() => {
+                return write!(
+                    f,
+                    "where it was this host does not tell: after a triple fault the vcpu is as after a reset (SVM)"
+                );
+            }
             Some(state) => state.fmt(f)?,
             None => write!(f, "registers could not be read")?,
         }

@@ -2,11 +2,16 @@
 //!
 //! What is built maps guest-virtual addresses one to one on guest-physical ones in 2 MiB pages, for ring 3, with every
 //! accessed and dirty bit set. So the CPU never has to write to a page table, which keeps page-table pages out of write
-//! faults; the walk nevertheless reports the tables where it would, for guests that bring their own.
+//! faults where it honours the bits; with nested paging every walk counts as a write, whatever they say. A walk therefore
+//! reports every table entry on its way, and which of them it would have to change.
+
+use std::collections::HashSet;
 
 use guest::abi::{MAX_MEMORY, PAGE_SIZE, PAGE_TABLES_GPA, REGION_SIZE};
+use kvm_bindings::kvm_sregs;
 
 use super::memory::{GuestRam, MemoryError};
+use super::tables::Page;
 
 const PRESENT: u64 = 1;
 const WRITABLE: u64 = 1 << 1;
@@ -17,6 +22,10 @@ const DIRTY: u64 = 1 << 6;
 const LARGE: u64 = 1 << 7;
 /// Bits of an entry that are an address, before the page's own offset bits are taken away.
 const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
+/// CR0: paging is on.
+const CR0_PG: u64 = 1 << 31;
+/// EFER: 64-bit mode is active.
+const EFER_LMA: u64 = 1 << 10;
 /// CR4: five levels of tables instead of four.
 const CR4_LA57: u64 = 1 << 12;
 
@@ -71,33 +80,72 @@ pub(super) enum Touch {
     Write,
 }
 
+/// A page-table entry on the way to a page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Step {
+    /// The entry's gpa.
+    pub(super) slot: u64,
+    /// Whether the access has to set its accessed or dirty bit.
+    pub(super) sets_bit: bool,
+}
+
+/// How guest-virtual addresses become guest-physical ones.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Mode {
+    /// Paging is off: they are the same.
+    Flat,
+    /// 64-bit mode, with so many levels of tables.
+    Long { levels: u32 },
+    /// 32-bit paging, which is not walked here.
+    Legacy,
+}
+
 /// Walks the guest's page tables.
 pub(super) struct Walker<'a> {
     ram: &'a dyn GuestRam,
     root: u64,
-    levels: u32,
+    mode: Mode,
 }
 
 impl<'a> Walker<'a> {
-    /// A walker of the tables that `cr3` and `cr4` choose. The guest must be in 64-bit mode.
-    pub(super) fn new(ram: &'a dyn GuestRam, cr3: u64, cr4: u64) -> Self {
+    /// A walker of the tables that the control registers choose.
+    pub(super) fn new(ram: &'a dyn GuestRam, sregs: &kvm_sregs) -> Self {
+        let mode = if sregs.cr0 & CR0_PG == 0 {
+            Mode::Flat
+        } else if sregs.efer & EFER_LMA == 0 {
+            Mode::Legacy
+        } else if sregs.cr4 & CR4_LA57 == 0 {
+            Mode::Long { levels: 4 }
+        } else {
+            Mode::Long { levels: 5 }
+        };
         Self {
             ram,
-            root: cr3 & ADDRESS,
-            levels: if cr4 & CR4_LA57 != 0 { 5 } else { 4 },
+            root: sregs.cr3 & ADDRESS,
+            mode,
         }
     }
 
-    /// Translates `gva`, and calls `table` with the gpa of every entry that the access would have to write
-    /// to set an accessed or dirty bit. `None` if `gva` is not mapped, or a table lies outside of memory.
+    /// Whether addresses can be translated at all.
+    pub(super) fn translates(&self) -> bool {
+        self.mode != Mode::Legacy
+    }
+
+    /// Translates `gva`, and calls `on_step` with every table entry on the way, from the root down. `None` if `gva` is not mapped,
+    /// or a table lies outside of memory; the steps until there were reported.
     pub(super) fn translate(
         &self,
         gva: u64,
         touch: Touch,
-        mut table: impl FnMut(u64),
+        mut on_step: impl FnMut(Step),
     ) -> Result<Option<u64>, MemoryError> {
+        let levels = match self.mode {
+            Mode::Flat => return Ok(Some(gva)),
+            Mode::Legacy => return Ok(None),
+            Mode::Long { levels } => levels,
+        };
         let mut base = self.root;
-        for level in (0..self.levels).rev() {
+        for level in (0..levels).rev() {
             let shift = 12 + 9 * level;
             let slot = base + (gva >> shift) % ENTRIES * 8;
             if slot + 8 > self.ram.len() {
@@ -106,13 +154,15 @@ impl<'a> Walker<'a> {
             let mut entry = [0; 8];
             self.ram.read(slot, &mut entry)?;
             let entry = u64::from_le_bytes(entry);
-            if entry & PRESENT == 0 {
-                return Ok(None);
-            }
+            let present = entry & PRESENT != 0;
             let leaf = level == 0 || (level < 3 && entry & LARGE != 0);
             let unset_dirty = leaf && touch == Touch::Write && entry & DIRTY == 0;
-            if entry & ACCESSED == 0 || unset_dirty {
-                table(slot);
+            on_step(Step {
+                slot,
+                sets_bit: present && (entry & ACCESSED == 0 || unset_dirty),
+            });
+            if !present {
+                return Ok(None);
             }
             if leaf {
                 let offset = (1 << shift) - 1;
@@ -121,6 +171,41 @@ impl<'a> Walker<'a> {
             base = entry & ADDRESS;
         }
         Ok(None)
+    }
+
+    /// Calls `on_table` with every page of the tables, by its gpa, once for each level that it is used at. `false` if there are more than
+    /// `most`, or they are not walked here.
+    pub(super) fn tables(
+        &self,
+        most: usize,
+        seen: &mut HashSet<(u32, u64)>,
+        mut on_table: impl FnMut(u64, &Page),
+    ) -> Result<bool, MemoryError> {
+        let levels = match self.mode {
+            Mode::Flat => return Ok(true),
+            Mode::Legacy => return Ok(false),
+            Mode::Long { levels } => levels,
+        };
+        let mut next = vec![(levels - 1, self.root)];
+        let mut page: Page = [0; PAGE_SIZE as usize];
+        while let Some((level, gpa)) = next.pop() {
+            if gpa + PAGE_SIZE > self.ram.len() || !seen.insert((level, gpa)) {
+                continue;
+            }
+            if seen.len() > most {
+                return Ok(false);
+            }
+            self.ram.read(gpa, &mut page)?;
+            on_table(gpa, &page);
+            let (entries, _) = page.as_chunks::<8>();
+            for entry in entries.iter().map(|entry| u64::from_le_bytes(*entry)) {
+                let leaf = level == 0 || (level < 3 && entry & LARGE != 0);
+                if entry & PRESENT != 0 && !leaf {
+                    next.push((level - 1, entry & ADDRESS));
+                }
+            }
+        }
+        Ok(true)
     }
 
     /// Copies up to `buf.len()` bytes at `gva`, stopping at the first that is not mapped. Returns how many there were.
@@ -146,14 +231,32 @@ impl<'a> Walker<'a> {
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
-    use std::sync::Mutex;
+    use std::any::Any;
+    use std::sync::{Arc, Mutex};
 
-    /// Guest memory that is only bytes.
-    pub(crate) struct Bytes(Mutex<Vec<u8>>);
+    /// Guest memory that is only bytes, all of it writable, and a list of what is pinned.
+    pub(crate) struct Bytes(Mutex<Vec<u8>>, Arc<Mutex<Vec<(u64, u64)>>>);
+
+    /// A pin of [`Bytes`].
+    struct BytesPin(u64, Arc<Mutex<Vec<(u64, u64)>>>);
+
+    impl Drop for BytesPin {
+        fn drop(&mut self) {
+            let mut pinned = self.1.lock().unwrap();
+            let at = pinned.iter().position(|(gpa, _)| *gpa == self.0);
+            pinned.remove(at.unwrap());
+        }
+    }
 
     impl Bytes {
         pub(crate) fn new(len: u64) -> Self {
-            Self(Mutex::new(vec![0; len as usize]))
+            Self(Mutex::new(vec![0; len as usize]), Arc::default())
+        }
+        /// What is pinned, by address.
+        pub(crate) fn pinned(&self) -> Vec<(u64, u64)> {
+            let mut pinned = self.1.lock().unwrap().clone();
+            pinned.sort_unstable();
+            pinned
         }
         pub(crate) fn put(&self, gpa: u64, entry: u64) {
             self.write(gpa, &entry.to_le_bytes()).unwrap();
@@ -183,12 +286,34 @@ pub(super) mod tests {
                 .copy_from_slice(buf);
             Ok(())
         }
+        fn pin(&self, gpa: u64, len: u64) -> Result<Box<dyn Any + Send>, MemoryError> {
+            if gpa + len > self.len() {
+                return Err("outside memory".into());
+            }
+            self.1.lock().unwrap().push((gpa, len));
+            Ok(Box::new(BytesPin(gpa, Arc::clone(&self.1))))
+        }
     }
 
+    /// System registers of 64-bit mode, with the tables at `cr3`.
+    fn long_mode(cr3: u64) -> kvm_sregs {
+        kvm_sregs {
+            cr0: CR0_PG,
+            cr3,
+            efer: EFER_LMA,
+            ..Default::default()
+        }
+    }
+
+    /// Where `gva` is, and the entries whose bits an access sets.
     fn walk(ram: &dyn GuestRam, gva: u64, touch: Touch) -> (Option<u64>, Vec<u64>) {
         let mut tables = Vec::new();
-        let gpa = Walker::new(ram, PAGE_TABLES_GPA, 0)
-            .translate(gva, touch, |slot| tables.push(slot))
+        let gpa = Walker::new(ram, &long_mode(PAGE_TABLES_GPA))
+            .translate(gva, touch, |step| {
+                if step.sets_bit {
+                    tables.push(step.slot);
+                }
+            })
             .unwrap();
         (gpa, tables)
     }
@@ -237,7 +362,46 @@ pub(super) mod tests {
         ram.put(PAGE_TABLES_GPA, 0xdead_beef_f000 | PRESENT | ACCESSED);
         assert_eq!(walk(&ram, 0, Touch::Read).0, None);
         let mut buf = [0; 4];
-        let walker = Walker::new(&ram, u64::MAX, 0);
+        let walker = Walker::new(&ram, &long_mode(u64::MAX));
         assert_eq!(walker.read(0, &mut buf).unwrap(), 0);
+    }
+
+    #[test]
+    fn every_entry_on_the_way_is_told() {
+        let ram = Bytes::new(4 << 20);
+        write_page_tables(&ram, 4 << 20).unwrap();
+        let steps = |gva| {
+            let mut steps = Vec::new();
+            let walker = Walker::new(&ram, &long_mode(PAGE_TABLES_GPA));
+            let gpa = walker.translate(gva, Touch::Read, |step| steps.push(step.slot));
+            (gpa.unwrap(), steps)
+        };
+        let (pml4, pdpt, pd) = (PAGE_TABLES_GPA, 0x1_1000, 0x1_2000);
+        assert_eq!(
+            steps(0x20_0007),
+            (Some(0x20_0007), vec![pml4, pdpt, pd + 8])
+        );
+        // Up to the entry that is not there.
+        assert_eq!(steps(0x40_0000), (None, vec![pml4, pdpt, pd + 16]));
+        assert_eq!(steps(1 << 40), (None, vec![pml4 + 16]));
+    }
+
+    #[test]
+    fn without_paging_addresses_are_physical_and_32_bit_paging_is_refused() {
+        let ram = Bytes::new(1 << 20);
+        let flat = kvm_sregs::default();
+        let walker = Walker::new(&ram, &flat);
+        assert!(walker.translates());
+        assert_eq!(
+            walker.translate(0x1234, Touch::Write, |_| {}).unwrap(),
+            Some(0x1234)
+        );
+        let legacy = kvm_sregs {
+            efer: 0,
+            ..long_mode(0)
+        };
+        let walker = Walker::new(&ram, &legacy);
+        assert!(!walker.translates());
+        assert_eq!(walker.translate(0, Touch::Read, |_| {}).unwrap(), None);
     }
 }

@@ -4,6 +4,7 @@
 //! no descriptor tables; segments are what is written here, and an exception ends in a triple fault. The only memory
 //! it relies on beside the page tables is the page of zeros at `TASK_GPA`.
 
+use super::paravirt;
 use guest::abi::{BOOT_INFO_GPA, PAGE_SIZE, PAGE_TABLES_GPA, stack_top};
 use kvm_bindings::{
     CpuId, kvm_cpuid_entry2, kvm_dtable, kvm_fpu, kvm_regs, kvm_segment, kvm_sregs, kvm_xcrs,
@@ -140,9 +141,11 @@ pub fn entry_fpu() -> kvm_fpu {
     }
 }
 
-/// The CPUID of vCPU `vcpu`: what KVM supports, with the vCPU's own number where a CPU says which one it is.
+/// The CPUID of vCPU `vcpu`: what KVM supports, with the vCPU's own number where a CPU says which one it is, and without what
+/// makes KVM write to guest memory.
 pub fn vcpu_cpuid(supported: &CpuId, vcpu: u8) -> CpuId {
     let mut cpuid = supported.clone();
+    paravirt::mask(&mut cpuid);
     for entry in cpuid.as_mut_slice() {
         match entry.function {
             1 => entry.ebx = entry.ebx & 0x00ff_ffff | u32::from(vcpu) << 24,

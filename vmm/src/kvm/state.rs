@@ -15,7 +15,9 @@ use kvm_ioctls::VcpuFd;
 use serde::{Deserialize, Serialize};
 use vmm_sys_util::errno;
 
+use super::memory::MemoryError;
 use super::msr::{self, MsrSet};
+use super::tables::Confined;
 
 /// What restoring does with the guest's time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -52,6 +54,13 @@ pub enum StateError {
         /// How many.
         count: usize,
     },
+    /// A page that KVM writes for the guest could not be pinned.
+    #[error("cannot pin what kvm writes for the guest")]
+    Paravirt {
+        /// Why.
+        #[source]
+        source: MemoryError,
+    },
     /// A state that was not captured: its XSAVE area has the wrong size.
     #[error("the xsave area has {words} words, not {XSAVE_WORDS}")]
     XsaveSize {
@@ -66,6 +75,9 @@ impl StateError {
         move |source| Self::Kvm { what, source }
     }
 }
+
+/// CR4: global pages.
+const CR4_PGE: u64 = 1 << 7;
 
 /// 32-bit words of the area that `KVM_GET_XSAVE` transfers.
 const XSAVE_WORDS: usize = 1024;
@@ -104,6 +116,12 @@ impl VcpuState {
 
         vcpu.set_mp_state(self.mp_state)
             .map_err(StateError::of("multiprocessing state"))?;
+        // Memory was set back by the host's hand, page tables with it, and KVM flushes what the CPU keeps of them only when a
+        // control register changes (`__set_sregs_common` in `arch/x86/kvm/x86.c`). So one does, there and back.
+        let mut other = self.sregs;
+        other.cr4 ^= CR4_PGE;
+        vcpu.set_sregs(&other)
+            .map_err(StateError::of("system registers"))?;
         // System registers before XCRs and XSAVE: CR4.OSXSAVE governs them.
         vcpu.set_sregs(&self.sregs)
             .map_err(StateError::of("system registers"))?;
@@ -132,6 +150,11 @@ impl VcpuState {
         &self.regs
     }
 
+    /// Its MSRs.
+    pub(super) fn msrs(&self) -> &[kvm_msr_entry] {
+        &self.msrs
+    }
+
     /// Segment and control registers.
     pub fn sregs(&self) -> &kvm_sregs {
         &self.sregs
@@ -140,6 +163,17 @@ impl VcpuState {
     /// Address of the next instruction.
     pub fn rip(&self) -> u64 {
         self.regs.rip
+    }
+
+    /// Whether these are the registers that INIT leaves, which no guest here ever has: SVM leaves the vCPU's undefined after a triple
+    /// fault, and KVM resets it (`shutdown_interception` in `arch/x86/kvm/svm/svm.c`).
+    pub(super) fn is_as_after_init(&self) -> bool {
+        const RESET_RIP: u64 = 0xfff0;
+        const RESET_CS_BASE: u64 = 0xffff_0000;
+        const PROTECTED_MODE: u64 = 1;
+        self.regs.rip == RESET_RIP
+            && self.sregs.cs.base == RESET_CS_BASE
+            && self.sregs.cr0 & PROTECTED_MODE == 0
     }
 
     /// The time-stamp counter when it was captured, if the host gives it.
@@ -151,6 +185,15 @@ impl VcpuState {
     /// MSRs of KVM's list that this host could not save or set back.
     pub fn left_out(&self) -> &[u32] {
         &self.left_out
+    }
+
+    /// As [`VcpuState::is_confined_to_ring_3`].
+    pub(super) fn confined(&self) -> Confined {
+        if self.is_confined_to_ring_3() {
+            Confined::Yes
+        } else {
+            Confined::No
+        }
     }
 
     /// Whether nothing that the guest can do changes its privilege: ring 3, no gates, no system calls.

@@ -8,19 +8,20 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use guest::abi::PAGE_SIZE;
-use kvm_bindings::{CpuId, kvm_regs, kvm_sregs};
+use kvm_bindings::{CpuId, kvm_msr_entry, kvm_regs, kvm_sregs};
 use kvm_ioctls::{SyncReg, VcpuExit, VcpuFd};
 use rustix::io::Errno;
 use vmm_sys_util::errno;
 
 use super::control::{Control, Job, Order, Phase, Work};
-use super::fault::{self, Retries};
+use super::fault::{self, Fault, Ladder, RungCounters, StoredBy};
 use super::kick::KickFlag;
 use super::memory::GuestRam;
 use super::outcome::{CrashReason, Outcome, Report, RunError};
+use super::paravirt::Targets;
 use super::port::{PortAction, PortHandler};
-use super::registers;
-use super::state::{Capturer, StateError, VcpuState, XsaveFits};
+use super::state::{Capturer, Clock, StateError, VcpuState, XsaveFits};
+use super::{msr, registers};
 
 /// Bytes of code in a crash report.
 const CODE_SHOWN: usize = 16;
@@ -29,8 +30,32 @@ const CODE_SHOWN: usize = 16;
 #[derive(Debug, Default)]
 pub(super) struct Counters {
     pub(super) write_faults: AtomicU64,
+    pub(super) rungs: RungCounters,
+    pub(super) emulated_stores: AtomicU64,
     pub(super) port_exits: AtomicU64,
     pub(super) kicks: AtomicU64,
+    /// Exits of any kind, by vCPU.
+    exits: Vec<AtomicU64>,
+}
+
+impl Counters {
+    pub(super) fn new(vcpus: usize) -> Self {
+        Self {
+            exits: (0..vcpus).map(|_| AtomicU64::new(0)).collect(),
+            ..Self::default()
+        }
+    }
+
+    /// vCPU `vcpu` has come out of the guest.
+    fn note_exit(&self, vcpu: usize) {
+        self.exits[vcpu].fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// How often each vCPU has come out of the guest.
+    pub(super) fn exits(&self) -> Vec<u64> {
+        let count = |exits: &AtomicU64| exits.load(Ordering::Relaxed);
+        self.exits.iter().map(count).collect()
+    }
 }
 
 /// A vCPU and what its thread needs.
@@ -45,6 +70,11 @@ pub(super) struct Vcpu {
     pub(super) handler: Arc<dyn PortHandler>,
     pub(super) control: Arc<Control>,
     pub(super) counters: Arc<Counters>,
+    pub(super) ladder: Ladder,
+    /// What KVM writes to memory for this vCPU.
+    pub(super) paravirt: Targets,
+    /// Registers when the vCPU was last kicked out of the guest.
+    pub(super) kicked_at: Option<kvm_regs>,
 }
 
 /// Whether registers come with every exit at no cost (`KVM_CAP_SYNC_REGS`).
@@ -64,6 +94,12 @@ enum Exit {
     Interrupted,
     /// A port was written.
     Out { port: u16, value: u32 },
+    /// KVM emulates a store to memory that it may not write, and was given it to carry out: see [`Vcpu::store`].
+    Store { gpa: u64, data: [u8; 8], len: usize },
+    /// KVM emulates a load from memory, and has been given what is there.
+    Loaded,
+    /// The guest wants to set an MSR by which KVM writes to memory.
+    SetMsr { index: u32, value: u64 },
     /// A write fault, with the gpas it is about if KVM says so.
     WriteFault(Option<std::ops::Range<u64>>),
     /// What a guest must not do.
@@ -103,19 +139,26 @@ impl Vcpu {
                 }));
             }
         };
-        let mut retries = Retries::default();
-        // Whether KVM still has to move RIP behind an `out` that was handled.
-        let mut out_pending = false;
+        // Whether KVM still has to finish an instruction whose exit was handled: to move RIP behind it.
+        let mut half_done = false;
+        // Whether it was kicked out of where KVM may have kept it from getting on.
+        let mut stalled = false;
         loop {
             kick.clear();
             match self.control.order(self.index) {
                 Order::Run => {}
-                Order::Pause if out_pending => kick.set(),
+                Order::Pause if half_done => kick.set(),
                 Order::Pause => {
                     self.park();
                     continue;
                 }
                 Order::Stop => return None,
+            }
+            // Now, and not when it was kicked: a snapshot in between would have protected its page again.
+            if std::mem::take(&mut stalled)
+                && let Err(error) = self.help_along()
+            {
+                return Some(self.failed(error));
             }
             let entered = Instant::now();
             let exit = self.enter_guest();
@@ -125,9 +168,26 @@ impl Vcpu {
             if self.sync_regs == SyncRegs::Stale {
                 self.sync_regs = SyncRegs::Fresh;
             }
-            out_pending = matches!(exit, Exit::Out { .. });
+            self.counters.note_exit(self.index);
+            half_done = matches!(
+                exit,
+                Exit::Out { .. } | Exit::Store { .. } | Exit::Loaded | Exit::SetMsr { .. }
+            );
+            if !matches!(exit, Exit::WriteFault(_)) {
+                self.ladder.step_down();
+            }
             match exit {
-                Exit::Interrupted => {}
+                Exit::Interrupted => match self.has_stalled() {
+                    Ok(has) => stalled = has,
+                    Err(error) => return Some(self.failed(error)),
+                },
+                Exit::Loaded => {}
+                Exit::Store { gpa, data, len } => {
+                    if let Err(error) = self.store(gpa, &data[..len]) {
+                        return Some(self.failed(error));
+                    }
+                }
+                Exit::SetMsr { index, value } => self.set_msr(index, value),
                 Exit::Out { port, value } => {
                     self.counters.port_exits.fetch_add(1, Ordering::Relaxed);
                     match self.handler.out(self.index, port, value) {
@@ -141,7 +201,7 @@ impl Vcpu {
                 Exit::WriteFault(gpas) => {
                     self.counters.write_faults.fetch_add(1, Ordering::Relaxed);
                     let exited = Instant::now();
-                    if let Err(error) = self.write_fault(gpas, &mut retries) {
+                    if let Err(error) = self.write_fault(gpas) {
                         return Some(self.failed(error));
                     }
                     self.ram.was_handled(exited.elapsed());
@@ -180,8 +240,27 @@ impl Vcpu {
             Ok(VcpuExit::Shutdown) => Exit::Crash(CrashReason::Shutdown),
             Ok(VcpuExit::Hlt) => Exit::Crash(CrashReason::Halt),
             Ok(VcpuExit::IoIn(port, _)) => Exit::Crash(CrashReason::PortRead { port }),
-            Ok(VcpuExit::MmioRead(gpa, _)) => Exit::Crash(CrashReason::Mmio { gpa, write: false }),
-            Ok(VcpuExit::MmioWrite(gpa, _)) => Exit::Crash(CrashReason::Mmio { gpa, write: true }),
+            Ok(VcpuExit::MmioRead(gpa, data)) => match self.ram.read(gpa, data) {
+                Ok(()) => Exit::Loaded,
+                Err(_) => Exit::Crash(CrashReason::Mmio { gpa, write: false }),
+            },
+            Ok(VcpuExit::MmioWrite(gpa, data)) => {
+                let len = data.len();
+                let mut bytes = [0; 8];
+                match bytes.get_mut(..len) {
+                    Some(bytes) if is_memory(&*self.ram, gpa, len) => bytes.copy_from_slice(data),
+                    _ => return Exit::Crash(CrashReason::Mmio { gpa, write: true }),
+                }
+                Exit::Store {
+                    gpa,
+                    data: bytes,
+                    len,
+                }
+            }
+            Ok(VcpuExit::X86Wrmsr(msr)) => Exit::SetMsr {
+                index: msr.index,
+                value: msr.data,
+            },
             Ok(VcpuExit::FailEntry(reason, _)) => Exit::Crash(CrashReason::FailEntry { reason }),
             Ok(VcpuExit::InternalError) => {
                 // SAFETY: the exit is KVM_EXIT_INTERNAL_ERROR, so this is the field of the union that KVM filled.
@@ -200,24 +279,92 @@ impl Vcpu {
         }
     }
 
-    /// Makes writable what the instruction at RIP wants to write.
-    fn write_fault(
-        &mut self,
-        gpas: Option<std::ops::Range<u64>>,
-        retries: &mut Retries,
-    ) -> Result<(), RunError> {
+    /// Makes writable what the vCPU wants to write.
+    fn write_fault(&mut self, gpas: Option<std::ops::Range<u64>>) -> Result<(), RunError> {
         let (regs, sregs) = self.exit_registers()?;
-        let fault = |source| RunError::Fault { source };
-        let gfns = match gpas {
-            Some(gpas) => (gpas.start / PAGE_SIZE..gpas.end.div_ceil(PAGE_SIZE)).collect(),
-            None => fault::written_frames(&regs, &sregs, &*self.ram).map_err(fault)?,
+        let fault = Fault {
+            regs: &regs,
+            sregs: &sregs,
+            gpas,
+            cpuid: &self.cpuid,
+            xsave: &|| self.fd.get_xsave().ok(),
         };
-        let mut resolved = false;
-        for &gfn in &gfns {
-            let first = self.ram.write_fault(gfn);
-            resolved |= first.map_err(|source| RunError::Memory { gfn, source })?;
+        if let Some(rung) = self.ladder.climb(&fault, &*self.ram)? {
+            self.counters.rungs.count(rung);
         }
-        retries.note(&regs, &gfns, resolved).map_err(fault)
+        Ok(())
+    }
+
+    /// Carries out a store that KVM emulates and may not do itself, since the page is read-only.
+    ///
+    /// The page is made writable for the guest, so that the next store does not come here, and written where it then is.
+    fn store(&self, gpa: u64, data: &[u8]) -> Result<(), RunError> {
+        self.counters
+            .emulated_stores
+            .fetch_add(1, Ordering::Relaxed);
+        let gfns = Vec::from_iter(gpa / PAGE_SIZE..(gpa + data.len() as u64).div_ceil(PAGE_SIZE));
+        fault::resolve(&gfns, &*self.ram)?;
+        let written = self.ram.write(gpa, data);
+        written.map_err(|source| RunError::Memory {
+            gfn: gpa / PAGE_SIZE,
+            source,
+        })
+    }
+
+    /// Whether KVM may keep the vCPU from getting on: it was kicked out at an instruction whose store KVM emulates, or twice in
+    /// a row with the same registers.
+    fn has_stalled(&mut self) -> Result<bool, RunError> {
+        let (regs, sregs) = self.exit_registers()?;
+        let same = self.kicked_at.replace(regs) == Some(regs);
+        Ok(same || self.stalled_on(&regs, &sregs)?.1 == StoredBy::Kvm)
+    }
+
+    /// Makes writable what the instruction at RIP writes, as if it had faulted.
+    fn help_along(&mut self) -> Result<(), RunError> {
+        let (regs, sregs) = self.exit_registers()?;
+        let (gfns, _) = self.stalled_on(&regs, &sregs)?;
+        if fault::resolve(&gfns, &*self.ram)? {
+            self.counters.rungs.count(fault::Rung::Operand);
+        }
+        Ok(())
+    }
+
+    fn stalled_on(
+        &self,
+        regs: &kvm_regs,
+        sregs: &kvm_sregs,
+    ) -> Result<(Vec<u64>, StoredBy), RunError> {
+        let fault = Fault {
+            regs,
+            sregs,
+            gpas: None,
+            cpuid: &self.cpuid,
+            xsave: &|| self.fd.get_xsave().ok(),
+        };
+        fault::stalled_on(&fault, &*self.ram).map_err(|source| RunError::Fault { source })
+    }
+
+    /// Sets an MSR by which KVM writes to memory, with the page pinned. If that cannot be, the guest gets a #GP, as for any
+    /// value that an MSR does not take.
+    fn set_msr(&mut self, index: u32, value: u64) {
+        let entry = kvm_msr_entry {
+            index,
+            data: value,
+            ..Default::default()
+        };
+        let done = match self.paravirt.pin(index, value, &*self.ram) {
+            Ok(pinned) => {
+                let set = msr::write(&self.fd, &[entry]).is_ok();
+                if set {
+                    self.paravirt.has_set(index, pinned);
+                }
+                set
+            }
+            Err(_) => false,
+        };
+        self.capturer.forget();
+        // The exit is KVM_EXIT_X86_WRMSR, so `msr` is the field of the union that KVM reads.
+        self.fd.get_kvm_run().__bindgen_anon_1.msr.error = u8::from(!done);
     }
 
     /// The registers at the last exit.
@@ -239,11 +386,7 @@ impl Vcpu {
         while let Some(job) = self.control.next_job(self.index) {
             let done = match job {
                 Job::Capture => self.capture().map(|state| Work::Captured(Box::new(state))),
-                Job::Restore(state, clock) => {
-                    self.about_to_set();
-                    let restored = state.restore(&self.fd, clock, self.xsave_fits);
-                    restored.map(|()| Work::Done)
-                }
+                Job::Restore(state, clock) => self.restore(&state, clock).map(|()| Work::Done),
                 Job::Enter { entry } => {
                     self.about_to_set();
                     self.set_entry_state(entry).map(|()| Work::Done)
@@ -261,9 +404,23 @@ impl Vcpu {
         self.capturer.capture(&self.fd, exit)
     }
 
+    /// Sets all registers.
+    fn restore(&mut self, state: &VcpuState, clock: Clock) -> Result<(), StateError> {
+        self.about_to_set();
+        // What KVM wrote until now stays pinned until it writes elsewhere.
+        let before = self.paravirt.replace(state.msrs(), &*self.ram);
+        let before = before.map_err(|source| StateError::Paravirt { source })?;
+        state.restore(&self.fd, clock, self.xsave_fits)?;
+        drop(before);
+        // A clock that stood still says so, if the guest has one: others refuse.
+        let _ = self.fd.kvmclock_ctrl();
+        Ok(())
+    }
+
     /// Registers are about to change behind the back of what was kept of them.
     fn about_to_set(&mut self) {
         self.capturer.forget();
+        self.kicked_at = None;
         if self.sync_regs == SyncRegs::Fresh {
             self.sync_regs = SyncRegs::Stale;
         }
@@ -307,4 +464,10 @@ impl Vcpu {
         });
         Report { state, code }
     }
+}
+
+/// Whether guest memory has `len` bytes at `gpa`.
+fn is_memory(ram: &dyn GuestRam, gpa: u64, len: usize) -> bool {
+    gpa.checked_add(len as u64)
+        .is_some_and(|end| end <= ram.len())
 }

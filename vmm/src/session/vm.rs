@@ -1,6 +1,7 @@
 //! A running VM: memory, vCPUs and devices, put together and taken apart in the right order.
 #![expect(unsafe_code, reason = "promises KVM that the window is the guest's")]
 
+use std::any::Any;
 use std::io;
 use std::ptr::NonNull;
 use std::sync::Arc;
@@ -17,7 +18,7 @@ use crate::kvm::{
     self, BootError, GuestRam, Image, Kvm, KvmError, Machine, MemoryError, write_boot_info,
     write_page_tables,
 };
-use crate::mm::{AddressSpace, AllocError, CowPolicy, FramePool, Gfn, Mmu, Resolution};
+use crate::mm::{Access, AddressSpace, AllocError, CowPolicy, FramePool, Gfn, Mmu, Resolution};
 use crate::snapshot::Parts;
 
 /// Why a VM could not be put together.
@@ -239,6 +240,10 @@ impl<P: CowPolicy> GuestRam for Ram<P> {
 
     fn was_handled(&self, time: Duration) {
         self.prices().handled(time);
+    }
+
+    fn pin(&self, gpa: u64, len: u64) -> Result<Box<dyn Any + Send>, MemoryError> {
+        Ok(Box::new(Self::pin(self, gpa, len, Access::Write)?))
     }
 
     fn read(&self, gpa: u64, buf: &mut [u8]) -> Result<(), MemoryError> {

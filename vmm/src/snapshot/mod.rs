@@ -229,10 +229,11 @@ impl<P: CowPolicy> Parts<'_, P> {
         let kicked = paused.kicked();
         let stopped = self.devices.stop(kicked + RESTORE_WAIT);
         self.devices.release_streaming()?;
+        let tables = paused.page_tables()?;
         self.space.restore(&snapshot.memory)?;
         after_memory();
         self.devices.restore(&snapshot.devices)?;
-        paused.restore(&snapshot.vcpus, Clock::Keep)?;
+        paused.restore(&snapshot.vcpus, Clock::Keep, &tables)?;
         drop(stopped);
         let running = paused.resume();
         Ok(Timing { kicked, running })
