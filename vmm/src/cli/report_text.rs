@@ -8,7 +8,7 @@ use super::{
 };
 use crate::session::{
     config::{Config, RunLength, Size, pattern_name},
-    report::{EndedBy, Oracle, Quantiles, Report, Verdict},
+    report::{EndedBy, FaultCounts, Oracle, Quantiles, Report, Verdict},
 };
 
 /// `report` on one screen. The first line is the verdict; what a crashed guest left comes right after it.
@@ -174,6 +174,10 @@ fn rows(report: &Report) -> Vec<(&'static str, String)> {
                 .join(", "),
         ),
     ];
+    if let Some(found) = found_by(faults) {
+        let at = rows.iter().position(|(name, _)| *name == "regions");
+        rows.insert(at.unwrap_or(rows.len()), ("found by", found));
+    }
     if let Some(every) = config.track_dirty {
         let dirty = &report.dirty;
         let told = format!(
@@ -208,6 +212,22 @@ fn rows(report: &Report) -> Vec<(&'static str, String)> {
     ));
     rows.push(("seed", format!("{} (repeat with --seed {0})", config.seed)));
     rows
+}
+
+/// How it was found which pages vCPUs wanted to write. `None` if they never faulted.
+fn found_by(faults: &FaultCounts) -> Option<String> {
+    let ways = [
+        (faults.by_kvm, "kvm"),
+        (faults.by_operand, "operand"),
+        (faults.by_walk, "walk"),
+        (faults.by_event, "event"),
+        (faults.by_region, "region"),
+        (faults.by_all, "all memory"),
+        (faults.emulated, "emulation"),
+    ];
+    let ways = ways.into_iter().filter(|(times, _)| *times > 0);
+    let ways = Vec::from_iter(ways.map(|(times, way)| format!("{way} {}", count(times))));
+    (!ways.is_empty()).then(|| ways.join(", "))
 }
 
 fn ended(report: &Report) -> String {
@@ -284,6 +304,7 @@ snapshots   2,941 taken, 2,941 checked (178,231,004 pages), 294 restored
 pause           812 µs    2.20 ms    5.18 ms   kick to last vCPU running again
 stall          1.48 ms    9.12 ms    41.0 ms   longest gap the guest saw
 faults      734,889 copied, 1,002 reused, 16 unshared, 61,402 zero-filled
+found by    operand 700,123, walk 12
 regions     2 copied whole (7 pages), 1 split; 3 copied ahead
 pins        480,211 fast, 9,004 slow, 24 registered
 forks       94,113 pinned pages copied at once
@@ -295,7 +316,7 @@ platform    PVM (KVM without VMX or SVM), Linux 6.18.0, 2 CPUs
 seed        7 (repeat with --seed 7)
 "
         );
-        assert!(text.lines().count() <= 24);
+        assert!(text.lines().count() <= 25);
         assert!(text.lines().all(|line| line.chars().count() <= 80));
     }
 
@@ -308,7 +329,7 @@ seed        7 (repeat with --seed 7)
         let text = render(&report);
         assert!(text.starts_with("VIOLATED: 1 violation in 2,941 snapshots\n\n"));
         assert!(text.contains("\ninjected    share-pinned: caught by coherence\n"));
-        assert!(text.lines().count() <= 24);
+        assert!(text.lines().count() <= 25);
     }
 
     #[test]

@@ -25,7 +25,7 @@ use super::vm::Vm;
 use crate::causes::chain;
 use crate::check::{Examiner, Oracle, Violation, ViolationCounts, Worker, account};
 use crate::device::Mismatch;
-use crate::kvm::{self, KvmError, Outcome, StopReason};
+use crate::kvm::{self, KvmError, MachineStats, Outcome, Rung, StopReason};
 use crate::mm::{CowPolicy, MmStats};
 use crate::snapshot::{Fault, Snapshot, TakeError, Timing};
 
@@ -510,7 +510,7 @@ impl<'a, P: CowPolicy> Drive<'a, P> {
             worst_pause: self
                 .last_pause
                 .map(|_| Duration::from_nanos(self.pauses.max())),
-            faults: fault_counts(&mm),
+            faults: fault_counts(&mm, &self.vm.machine.stats()),
             pins: pin_counts(&mm, dma.registered),
             dirty: self.dirty_counts(),
             dma_requests: dma.to_guest + dma.from_guest,
@@ -544,6 +544,7 @@ impl<'a, P: CowPolicy> Drive<'a, P> {
         // The guest is stopped first: what is checked from here on is still checked against a machine that was running.
         self.vm.machine.stop();
         let (mm, dma) = (self.vm.ram.space().stats(), self.vm.devices.stats());
+        let faults = fault_counts(&mm, &self.vm.machine.stats());
         let dirty = self.dirty_counts();
         // They hold snapshots.
         (self.parent, self.tracker) = (None, None);
@@ -607,7 +608,7 @@ impl<'a, P: CowPolicy> Drive<'a, P> {
                 restored,
             },
             pause_us: Quantiles::of(&pauses),
-            faults: fault_counts(&mm),
+            faults,
             pins: pin_counts(&mm, dma.registered),
             dma: DmaCounts {
                 to_guest: dma.to_guest,
@@ -627,7 +628,8 @@ impl<'a, P: CowPolicy> Drive<'a, P> {
     }
 }
 
-fn fault_counts(mm: &MmStats) -> FaultCounts {
+fn fault_counts(mm: &MmStats, machine: &MachineStats) -> FaultCounts {
+    let by = |rung| machine.rungs.of(rung);
     FaultCounts {
         reused: mm.reused,
         copied: mm.sharers_moved + mm.writer_moved,
@@ -638,6 +640,13 @@ fn fault_counts(mm: &MmStats) -> FaultCounts {
         whole: mm.whole,
         split: mm.split,
         ahead: mm.ahead,
+        by_kvm: by(Rung::Kvm),
+        by_operand: by(Rung::Operand),
+        by_walk: by(Rung::Walk),
+        by_event: by(Rung::Event),
+        by_region: by(Rung::Region),
+        by_all: by(Rung::All),
+        emulated: machine.emulated_stores,
     }
 }
 

@@ -188,6 +188,27 @@ pub struct FaultCounts {
     /// Pages and regions that were copied ahead of the guest's writes, at no fault.
     #[serde(default)]
     pub ahead: u64,
+    /// Faults of vCPUs whose page KVM named.
+    #[serde(default)]
+    pub by_kvm: u64,
+    /// Faults of vCPUs that were about what their instruction wrote.
+    #[serde(default)]
+    pub by_operand: u64,
+    /// Faults of vCPUs that were about a page table walked for their instruction.
+    #[serde(default)]
+    pub by_walk: u64,
+    /// Faults of vCPUs that were about what the delivery of an event needs.
+    #[serde(default)]
+    pub by_event: u64,
+    /// Faults of vCPUs for which the regions around them were made writable.
+    #[serde(default)]
+    pub by_region: u64,
+    /// Faults of vCPUs for which a region farther away was made writable, on the way through all of memory.
+    #[serde(default)]
+    pub by_all: u64,
+    /// Stores that KVM emulated and could not do itself.
+    #[serde(default)]
+    pub emulated: u64,
 }
 
 impl FaultCounts {
@@ -470,6 +491,9 @@ pub(crate) mod tests {
                 whole: 2,
                 split: 1,
                 ahead: 3,
+                by_operand: 700_123,
+                by_walk: 12,
+                ..FaultCounts::default()
             },
             pins: PinCounts {
                 fast: 480_211,
@@ -537,8 +561,15 @@ pub(crate) mod tests {
                 "faults",
                 &[
                     "ahead",
+                    "by_all",
+                    "by_event",
+                    "by_kvm",
+                    "by_operand",
+                    "by_region",
+                    "by_walk",
                     "copied",
                     "eager_copied",
+                    "emulated",
                     "neighbours",
                     "reused",
                     "split",
