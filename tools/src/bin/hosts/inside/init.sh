@@ -1,0 +1,48 @@
+#!/bin/busybox sh
+# What runs first in an emulated host: makes a KVM, runs the tasks, says how they ended, and switches the machine off.
+# Kernel and init talk on the first serial port; results have the second one for themselves.
+/bin/busybox --install -s /bin
+export PATH=/bin HOME=/root TERM=dumb LC_ALL=C CI=true
+mount -t proc proc /proc
+mount -t sysfs sys /sys
+mount -t devtmpfs dev /dev
+for folder in /dev/shm /tmp /run; do mkdir -p $folder; mount -t tmpfs none $folder; done
+ln -s /proc/self/fd /dev/fd
+exec </dev/null >/dev/console 2>&1
+stty -F /dev/ttyS1 115200 raw -echo
+exec 3>/dev/ttyS1
+
+uptime() { cut -d' ' -f1 /proc/uptime; }
+
+# A line of our own. What tasks print has a dot before each line, so that nothing they say looks like one.
+frame() { echo "@$*" >&3; }
+
+# For an emulator that writes down what it has of the port only by the block.
+flush() { [ "$FLUSH" = 0 ] || head -c "$FLUSH" /dev/zero | tr '\0' '#' >&3; [ "$FLUSH" = 0 ] || echo >&3; }
+
+# run NUMBER LIMIT COMMAND...: one task.
+run() {
+    number=$1 limit=$2
+    shift 2
+    frame begin "$number" "$(uptime)"
+    flush
+    { timeout -s KILL "$limit" "$@"; echo $? >/run/code; } 2>&1 | awk '{ print "." $0; fflush() }' >&3
+    frame end "$number" "$(cat /run/code)" "$(uptime)"
+    flush
+}
+
+. /settings.sh
+for module in $MODULES; do
+    if [ "$module" = "$LAST" ]; then insmod /modules/$module.ko $PARAMETER; else insmod /modules/$module.ko; fi || echo "cannot load $module"
+done
+frame host "$(uname -r), $(sed -n 's/^model name[^:]*: //p' /proc/cpuinfo | head -n 1), $(grep -c ^processor /proc/cpuinfo) CPUs"
+if [ -e /dev/kvm ]; then
+    frame ready "$(uptime)"
+    flush
+    . /tasks.sh
+else
+    frame nokvm
+fi
+frame done "$(uptime)"
+flush
+poweroff -f

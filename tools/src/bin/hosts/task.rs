@@ -1,0 +1,171 @@
+//! What is run in a host, and how it must end.
+
+use std::time::Duration;
+
+use clap::ValueEnum;
+use palimpsest::session::config::Injection;
+
+/// A command to run in a host.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Task {
+    /// What it is of; nothing for a command that was given by hand.
+    pub(crate) part: Option<Part>,
+    /// The program and its arguments, as they are in the host.
+    pub(crate) command: Vec<String>,
+    /// The exit code that is right.
+    pub(crate) expected: i32,
+    /// It is killed after that long, by the host's clock.
+    pub(crate) limit: Duration,
+}
+
+/// What is looked at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Part {
+    /// The main job: one and two vCPUs, every pattern
+    Main,
+    /// Every fault that can be injected
+    Faults,
+    /// The race of the policies, and the scenarios
+    Compare,
+    /// The tests of tests/
+    Tests,
+}
+
+impl Part {
+    pub(crate) const ALL: [Self; 4] = [Self::Main, Self::Faults, Self::Compare, Self::Tests];
+}
+
+/// How much there is time for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Extent {
+    /// All there is.
+    Full,
+    /// One of each kind.
+    Short,
+}
+
+/// Nothing that is right takes longer, however slow the host.
+const LIMIT: Duration = Duration::from_secs(180);
+
+impl Task {
+    /// A command given by hand.
+    pub(crate) fn given(command: &[String]) -> Self {
+        Self {
+            part: None,
+            command: command.to_vec(),
+            expected: 0,
+            limit: LIMIT,
+        }
+    }
+
+    fn of(part: Part, command: &[&str]) -> Self {
+        let command = Vec::from_iter(command.iter().map(|&word| word.to_owned()));
+        let part = Some(part);
+        Self {
+            part,
+            ..Self::given(&command)
+        }
+    }
+
+    /// The same, for a command that must fail.
+    fn expecting(self, expected: i32) -> Self {
+        Self { expected, ..self }
+    }
+
+    fn within(self, limit: Duration) -> Self {
+        Self { limit, ..self }
+    }
+
+    /// The command in one line.
+    pub(crate) fn title(&self) -> String {
+        self.command.join(" ")
+    }
+}
+
+/// All tasks of `part`. `tests` names the programs of `tests/`.
+pub(crate) fn tasks(part: Part, extent: Extent, tests: &[String]) -> Vec<Task> {
+    match part {
+        Part::Main => main_job(extent),
+        Part::Faults => faults(),
+        Part::Compare => compare(extent),
+        Part::Tests => tests.iter().map(|name| test(name)).collect(),
+    }
+}
+
+fn main_job(extent: Extent) -> Vec<Task> {
+    let runs: &[(&str, &str)] = match extent {
+        Extent::Full => &[
+            ("1", "dense"),
+            ("1", "uniform"),
+            ("1", "hot"),
+            ("1", "sparse"),
+            ("2", "dense"),
+            ("2", "uniform"),
+            ("2", "hot"),
+            ("2", "sparse"),
+        ],
+        Extent::Short => &[("1", "dense"), ("2", "uniform"), ("2", "sparse")],
+    };
+    let job = |(vcpus, pattern): &(&str, &str)| {
+        let command = format!(
+            "vmm --memory 32M --snapshots 20 --seed 1 --track-dirty 50ms --vcpus {vcpus} --pattern {pattern}"
+        );
+        Task::of(Part::Main, &Vec::from_iter(command.split(' ')))
+    };
+    runs.iter().map(job).collect()
+}
+
+/// Every injected fault, which an oracle must find.
+fn faults() -> Vec<Task> {
+    const FOUND: i32 = 3;
+    let fault = |fault: Injection| {
+        let mut command = vec!["vmm", "--memory", "32M", "--duration", "20s", "--seed", "1"];
+        if fault == Injection::ForgetDirty {
+            command.extend(["--track-dirty", "50ms"]);
+        }
+        command.extend(["--inject", fault.name()]);
+        Task::of(Part::Faults, &command).expecting(FOUND)
+    };
+    Injection::ALL.into_iter().map(fault).collect()
+}
+
+fn compare(extent: Extent) -> Vec<Task> {
+    let whole = "vmm compare --duration 8s --memory 16M --seed 1";
+    let whole = Task::of(Part::Compare, &Vec::from_iter(whole.split(' '))).within(2 * LIMIT);
+    let scenario = |id: &str| Task::of(Part::Compare, &["vmm", "compare", "--scenario", id]);
+    match extent {
+        Extent::Full => vec![whole],
+        Extent::Short => ["A1", "B1", "C1", "D1", "F1", "S1", "S4"]
+            .map(scenario)
+            .to_vec(),
+    }
+}
+
+fn test(name: &str) -> Task {
+    let program = format!("/tests/{name}");
+    Task::of(Part::Tests, &[&program, "--test-threads=1"]).within(5 * LIMIT)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_pattern_runs_on_one_vcpu_and_on_two() {
+        let titles = Vec::from_iter(main_job(Extent::Full).iter().map(Task::title));
+        for vcpus in ["1", "2"] {
+            for pattern in ["dense", "uniform", "hot", "sparse"] {
+                let flags = format!("--vcpus {vcpus} --pattern {pattern}");
+                let found = titles.iter().filter(|title| title.contains(&flags));
+                assert_eq!(found.count(), 1, "{flags}");
+            }
+        }
+    }
+
+    #[test]
+    fn every_fault_must_be_found() {
+        let faults = faults();
+        assert_eq!(faults.len(), Injection::ALL.len());
+        assert!(faults.iter().all(|task| task.expected == 3));
+    }
+}
