@@ -11,6 +11,7 @@ use palimpsest::cli::chain;
 use palimpsest::session::RunError;
 use palimpsest::session::config::{Config, PageSize, RunLength};
 use palimpsest::session::report::{EndedBy, Verdict};
+use support::program::{EHDR, program, put};
 use support::{Run, config, no_kvm, run_guest, run_guest_until};
 
 /// Time for a guest that ends by itself to do so. The run ends with the guest, long before.
@@ -279,37 +280,6 @@ fn a_non_canonical_address_is_a_crash() {
     }
     let run = misbehave(Misbehaviour::StoreNonCanonical);
     assert_crashed(&run, "an exception nobody handles (triple fault)");
-}
-
-/// Bytes of an ELF header, and of the one program header behind it.
-const EHDR: usize = 64;
-const PHDR: usize = 56;
-
-/// A program that is nothing but `code`, followed by zeros up to the end of a page.
-fn program(code: &[u8]) -> Vec<u8> {
-    let mut file = vec![0; EHDR + PHDR];
-    put(&mut file, 0, *b"\x7fELF\x02\x01\x01\x00");
-    put(&mut file, 16, 2u16.to_le_bytes()); // e_type: ET_EXEC
-    put(&mut file, 18, 62u16.to_le_bytes()); // e_machine: x86-64
-    put(&mut file, 20, 1u32.to_le_bytes()); // e_version
-    put(&mut file, 24, IMAGE_GPA.to_le_bytes()); // e_entry
-    put(&mut file, 32, (EHDR as u64).to_le_bytes()); // e_phoff
-    put(&mut file, 52, (EHDR as u16).to_le_bytes()); // e_ehsize
-    put(&mut file, 54, (PHDR as u16).to_le_bytes()); // e_phentsize
-    put(&mut file, 56, 1u16.to_le_bytes()); // e_phnum
-    put(&mut file, EHDR, 1u32.to_le_bytes()); // p_type: PT_LOAD
-    put(&mut file, EHDR + 4, 7u32.to_le_bytes()); // p_flags
-    put(&mut file, EHDR + 8, ((EHDR + PHDR) as u64).to_le_bytes()); // p_offset
-    put(&mut file, EHDR + 16, IMAGE_GPA.to_le_bytes()); // p_vaddr
-    put(&mut file, EHDR + 24, IMAGE_GPA.to_le_bytes()); // p_paddr
-    put(&mut file, EHDR + 32, (code.len() as u64).to_le_bytes()); // p_filesz
-    put(&mut file, EHDR + 40, 4096u64.to_le_bytes()); // p_memsz
-    file.extend(code);
-    file
-}
-
-fn put<const N: usize>(file: &mut [u8], offset: usize, value: [u8; N]) {
-    file[offset..offset + N].copy_from_slice(&value);
 }
 
 fn run_code(code: &[u8], length: RunLength) -> Run {

@@ -12,18 +12,19 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use guest::abi::{
-    BOOT_MAGIC, BootInfo, Layout, PAGE_SIZE, PORT_CONSOLE, PORT_DOORBELL_EVENT, PORT_DOORBELL_EXIT,
-    Pattern, VcpuPage,
+    BOOT_MAGIC, BootInfo, IMAGE_GPA, Layout, PAGE_SIZE, PORT_CONSOLE, PORT_DOORBELL_EVENT,
+    PORT_DOORBELL_EXIT, Pattern, VcpuPage,
 };
 use guest::formula::{PAGE_WORDS, Schedule, page_word};
 use palimpsest::device::DeviceSet;
 use palimpsest::host::{Ahead, MappingBudget, PhysMap, Ram, Window};
 use palimpsest::kvm::{
-    self, Image, Kvm, Machine, PortAction, PortHandler, StopReason, write_boot_info,
-    write_page_tables,
+    self, Capture, Clock, Image, Kvm, Machine, PortAction, PortHandler, StopReason, VcpuState,
+    write_boot_info, write_page_tables,
 };
 use palimpsest::mm::{AddressSpace, Exclusive, FramePool, Gfn};
 use palimpsest::snapshot::{Fault, Parts, Snapshot};
+use support::program::program;
 use support::{PATIENCE, no_kvm, within};
 
 const MEMORY: u64 = 32 << 20;
@@ -47,7 +48,11 @@ struct Vm {
 impl Vm {
     /// Boots the payload.
     fn boot() -> Self {
-        let image = Image::parse(guest::PAYLOAD).unwrap();
+        Self::boot_image(guest::PAYLOAD)
+    }
+
+    fn boot_image(image: impl Into<Vec<u8>>) -> Self {
+        let image = Image::parse(image).unwrap();
         let layout = Layout::new(MEMORY, image.end(), VCPUS, 2, 2).unwrap();
 
         // Room for the guest and for what snapshots need copies of.
@@ -308,4 +313,107 @@ fn a_guest_that_has_ended_cannot_be_snapshotted() {
             "{error}"
         );
     });
+}
+
+/// In ring 0, behind a `jmp $` for ring 3: sets MSR_KVM_SYSTEM_TIME_NEW to [`CLOCK`], then reads that clock for ever and counts how
+/// often it says that the guest had been stopped.
+const CLOCK_READER: &[u8] = &[
+    0xeb, 0xfe, // jmp $
+    0xb9, 0x01, 0x4d, 0x56, 0x4b, // mov ecx, 0x4b564d01
+    0xb8, 0x01, 0x10, 0x60, 0x00, // mov eax, CLOCK | 1
+    0x31, 0xd2, 0x0f, 0x30, // xor edx, edx; wrmsr
+    0x48, 0xff, 0x04, 0x25, 0x08, 0x20, 0x60, 0x00, // 1: inc qword [ROUNDS]
+    0x48, 0x8b, 0x04, 0x25, 0x10, 0x10, 0x60, 0x00, // mov rax, [CLOCK.system_time]
+    0x48, 0x89, 0x04, 0x25, 0x10, 0x20, 0x60, 0x00, // mov [TIME], rax
+    0xf6, 0x04, 0x25, 0x1d, 0x10, 0x60, 0x00,
+    2, // test byte [CLOCK.flags], PVCLOCK_GUEST_STOPPED
+    0x74, 0xde, // jz 1b
+    0x80, 0x24, 0x25, 0x1d, 0x10, 0x60, 0x00,
+    0xfd, // and byte [CLOCK.flags], ~PVCLOCK_GUEST_STOPPED
+    0x48, 0xff, 0x04, 0x25, 0x00, 0x20, 0x60, 0x00, // inc qword [STOPS]
+    0xeb, 0xcc, // jmp 1b
+];
+const CLOCK: u64 = 0x60_1000;
+const STOPS: u64 = 0x60_2000;
+const ROUNDS: u64 = STOPS + 8;
+const TIME: u64 = STOPS + 16;
+
+/// What KVM writes to guest memory by itself: the paravirtual clock of a guest that sets its MSR although nobody offers it. After
+/// every restore KVM notes in the clock that the guest was stopped, and the guest must see that, whatever snapshots there are.
+#[test]
+fn a_paravirtual_clock_is_written_where_the_guest_reads_it() {
+    if no_kvm() {
+        return;
+    }
+    within(PATIENCE, || {
+        let vm = Vm::boot_image(program(CLOCK_READER));
+        let word = |gpa| {
+            let mut word = [0; 8];
+            vm.ram.read(gpa, &mut word).unwrap();
+            u64::from_le_bytes(word)
+        };
+        let wait_for = |gpa, least: u64| {
+            let deadline = Instant::now() + PATIENCE;
+            while word(gpa) < least {
+                assert_eq!(*vm.ended.lock().unwrap(), Vec::<String>::new());
+                assert!(Instant::now() < deadline, "{gpa:#x} stays {}", word(gpa));
+                thread::sleep(Duration::from_millis(1));
+            }
+        };
+
+        // Guests begin in ring 3, where there is no `wrmsr`.
+        let paused = vm.machine.pause(Capture::Registers).unwrap();
+        let mut states = serde_json::to_value(paused.states().unwrap()).unwrap();
+        let sregs = &mut states[0]["sregs"];
+        (sregs["cs"]["dpl"], sregs["cs"]["selector"]) = (0.into(), 0x10.into());
+        (sregs["ss"]["dpl"], sregs["ss"]["selector"]) = (0.into(), 0x18.into());
+        states[0]["regs"]["rip"] = (IMAGE_GPA + 2).into();
+        let states: Vec<VcpuState> = serde_json::from_value(states).unwrap();
+        let tables = paused.page_tables().unwrap();
+        paused.restore(&states, Clock::Keep, &tables).unwrap();
+        drop(paused);
+        wait_for(ROUNDS, 1);
+        assert_ne!(word(TIME), 0, "the clock was never written");
+
+        let mut snapshots = Vec::new();
+        for number in 1..=4 {
+            let (snapshot, _) = vm.parts().take(number, None, Fault::None).unwrap();
+            let eager = vm.ram.space().stats().eager_copied;
+            assert!(eager >= number, "the clock's page is shared");
+            wait_for(ROUNDS, word(ROUNDS) + 1);
+            let clock = snapshot_word(&snapshot, &vm, CLOCK + 16);
+            let stops = snapshot_word(&snapshot, &vm, STOPS);
+            vm.parts().restore(&snapshot, || ()).unwrap();
+            wait_for(STOPS, stops + 1);
+            snapshots.push((snapshot, clock, stops));
+        }
+        for (snapshot, clock, stops) in &snapshots {
+            assert_eq!(snapshot_word(snapshot, &vm, CLOCK + 16), *clock);
+            assert_eq!(snapshot_word(snapshot, &vm, STOPS), *stops);
+        }
+        let pool = Arc::clone(&vm.pool);
+        drop((snapshots, vm));
+        assert_eq!(
+            pool.leftovers(usize::MAX),
+            [],
+            "the clock's page stays pinned"
+        );
+    });
+}
+
+/// The word at `gpa` in a snapshot.
+fn snapshot_word(snapshot: &Snapshot, vm: &Vm, gpa: u64) -> u64 {
+    let mut word = [0; 8];
+    let offset = gpa % PAGE_SIZE;
+    let copy = |pfn| {
+        vm.ram
+            .physmap()
+            .slice(pfn, offset, 8)
+            .copy_to(&mut word[..])
+    };
+    snapshot
+        .memory()
+        .with_frame(Gfn::of_gpa(gpa), copy)
+        .unwrap();
+    u64::from_le_bytes(word)
 }

@@ -2,6 +2,8 @@
 //! where there is no KVM.
 #![allow(dead_code, reason = "every test binary uses a part of it")]
 
+pub(crate) mod program;
+
 use std::io::Write;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};

@@ -46,7 +46,7 @@ use super::platform::Kvm;
 use super::port::PortHandler;
 use super::registers;
 use super::state::{Capturer, Clock, StateError, VcpuState, XSAVE_BYTES, XsaveFits};
-use super::tables::{self, PageTables};
+use super::tables::{Mmu, PageTables};
 use super::vcpu::{Counters, SyncRegs, Vcpu};
 use super::watch::Watch;
 
@@ -239,8 +239,7 @@ pub struct Machine {
     watch: Option<Watch>,
     ram: Arc<dyn GuestRam>,
     region: kvm_userspace_memory_region,
-    /// Whether KVM keeps a copy of the guest's page tables.
-    tables_shadowed: bool,
+    mmu: Mmu,
     /// Whether the machine was started. Locked while somebody drives it: pauses exclude each other.
     started: Mutex<bool>,
     tsc_khz: u32,
@@ -303,7 +302,7 @@ impl Machine {
             watch: None,
             ram: Arc::clone(&ram),
             region,
-            tables_shadowed: tables::are_shadowed(),
+            mmu: Mmu::detect(),
             started: Mutex::new(false),
             tsc_khz: 0,
             left_out: Vec::new(),
@@ -329,6 +328,8 @@ impl Machine {
                 counters: Arc::clone(&machine.counters),
                 ladder: Ladder::new(),
                 paravirt: Targets::default(),
+                mmu: machine.mmu,
+                table_pins: Vec::new(),
                 kicked_at: None,
             };
             let on_stop = Arc::clone(&on_stop);
@@ -672,10 +673,9 @@ impl Paused<'_> {
 
     /// The guest's page tables as they are: to be asked for before memory is restored, and handed to [`Paused::restore`] after.
     pub fn page_tables(&self) -> Result<PageTables, KvmError> {
-        if self.machine.tables_shadowed {
-            self.machine.page_tables(&self.states()?)
-        } else {
-            Ok(PageTables::default())
+        match self.machine.mmu {
+            Mmu::Nested => Ok(PageTables::default()),
+            Mmu::Shadow | Mmu::ShadowOnSvm => self.machine.page_tables(&self.states()?),
         }
     }
 
@@ -691,7 +691,7 @@ impl Paused<'_> {
         tables: &PageTables,
     ) -> Result<(), KvmError> {
         self.machine.check_count(states)?;
-        if self.machine.tables_shadowed && !self.machine.page_tables(states)?.are(tables) {
+        if self.machine.mmu != Mmu::Nested && !self.machine.page_tables(states)?.are(tables) {
             self.machine.forget_tables()?;
         }
         self.machine

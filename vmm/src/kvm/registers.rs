@@ -22,6 +22,8 @@ const CR0: u64 = 1 | 1 << 1 | 1 << 4 | 1 << 5 | 1 << 16 | 1 << 31;
 const CR4: u64 = 1 << 5 | 1 << 9 | 1 << 10;
 /// CR4: XSAVE and XGETBV are usable.
 const CR4_OSXSAVE: u64 = 1 << 18;
+/// CR4: ring 3 may read and set the bases of FS and GS.
+const CR4_FSGSBASE: u64 = 1 << 16;
 /// EFER: LME, LMA, NX.
 const EFER: u64 = 1 << 8 | 1 << 10 | 1 << 11;
 
@@ -80,7 +82,7 @@ pub fn entry_sregs(reset: &kvm_sregs, cpuid: &CpuId) -> kvm_sregs {
     sregs.idt = kvm_dtable::default();
     sregs.cr0 = CR0;
     sregs.cr3 = PAGE_TABLES_GPA;
-    sregs.cr4 = CR4 | entry_xcr0(cpuid).map_or(0, |_| CR4_OSXSAVE);
+    sregs.cr4 = CR4 | entry_xcr0(cpuid).map_or(0, |_| CR4_OSXSAVE) | entry_fsgsbase(cpuid);
     sregs.efer = EFER;
     sregs
 }
@@ -101,15 +103,24 @@ fn segment(selector: u16, type_: u8, code: bool) -> kvm_segment {
     }
 }
 
+/// The bit of CR4 by which ring 3 has `wrfsbase` and its like, if the CPU has them. PVM lets guests use them in any case.
+fn entry_fsgsbase(cpuid: &CpuId) -> u64 {
+    const FSGSBASE: u32 = 1;
+    let has = leaf(cpuid, 7, 0).is_some_and(|leaf| leaf.ebx & FSGSBASE != 0);
+    if has { CR4_FSGSBASE } else { 0 }
+}
+
+/// A leaf of CPUID.
+fn leaf(cpuid: &CpuId, function: u32, index: u32) -> Option<&kvm_cpuid_entry2> {
+    let found = |entry: &&kvm_cpuid_entry2| (entry.function, entry.index) == (function, index);
+    cpuid.as_slice().iter().find(found)
+}
+
 /// XCR0 before the first instruction; `None` if guests have no XSAVE.
 fn entry_xcr0(cpuid: &CpuId) -> Option<u64> {
     const XSAVE: u32 = 1 << 26;
-    let entry = |function, index| {
-        let found = |e: &&kvm_cpuid_entry2| (e.function, e.index) == (function, index);
-        cpuid.as_slice().iter().find(found)
-    };
-    entry(1, 0).filter(|leaf| leaf.ecx & XSAVE != 0)?;
-    let area = entry(0xd, 0)?;
+    leaf(cpuid, 1, 0).filter(|leaf| leaf.ecx & XSAVE != 0)?;
+    let area = leaf(cpuid, 0xd, 0)?;
     let supported = u64::from(area.eax) | u64::from(area.edx) << 32;
     let wanted = supported & XCR0_WANTED;
     // The three AVX-512 components come together or not at all, and not without AVX.
@@ -184,6 +195,15 @@ mod tests {
         assert_eq!((sregs.cs.selector & 3, sregs.ss.selector & 3), (3, 3));
         assert_eq!((sregs.cs.l, sregs.cs.db), (1, 0));
         assert_eq!(sregs.cr4 & CR4_OSXSAVE, CR4_OSXSAVE);
+        assert_eq!(sregs.cr4 & CR4_FSGSBASE, 0);
+        let leaf_7 = kvm_cpuid_entry2 {
+            function: 7,
+            ebx: 1,
+            ..Default::default()
+        };
+        let cpuid = CpuId::from_entries(&[leaf_7]).unwrap();
+        let sregs = entry_sregs(&kvm_sregs::default(), &cpuid);
+        assert_eq!(sregs.cr4 & (CR4_FSGSBASE | CR4_OSXSAVE), CR4_FSGSBASE);
         let regs = entry_regs(0x20_0000, 1);
         assert_eq!(regs.rflags, 0x3002);
         assert_eq!((regs.rdi, regs.rsi), (BOOT_INFO_GPA, 1));

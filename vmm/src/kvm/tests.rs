@@ -4,6 +4,7 @@
 
 #![expect(unsafe_code, reason = "the mappings behind a guest's memory")]
 
+use std::any::Any;
 use std::ptr::{self, NonNull};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, channel};
@@ -161,6 +162,14 @@ impl GuestRam for Ram {
         self.protect(gfn * PAGE_SIZE, PAGE_SIZE, both);
         self.resolved.fetch_add(1, Ordering::SeqCst);
         Ok(true)
+    }
+
+    /// What is pinned stays writable here only until it is protected again.
+    fn pin(&self, gpa: u64, len: u64) -> Result<Box<dyn Any + Send>, MemoryError> {
+        for gfn in gpa / PAGE_SIZE..(gpa + len).div_ceil(PAGE_SIZE) {
+            self.write_fault(gfn)?;
+        }
+        Ok(Box::new(()))
     }
 
     fn read(&self, gpa: u64, buf: &mut [u8]) -> Result<(), MemoryError> {
@@ -762,6 +771,146 @@ fn a_fault_that_comes_back_for_ever_is_a_failure() {
         guest.failure(),
         RunError::Memory { gfn, .. } if gfn == DATA / PAGE_SIZE
     ));
+}
+
+/// Instructions that ring 3 may not execute where the host has UMIP, and that KVM then emulates: stores of 2 bytes come to the VMM
+/// as MMIO at an address that is memory, those of descriptor tables are tried again inside `KVM_RUN` until the page is writable.
+#[test]
+fn stores_that_kvm_emulates_are_carried_out() {
+    let kvm = need_kvm!();
+    let stores: [(&str, &[u8], u64); 5] = [
+        ("sldt", &[0x66, 0x0f, 0x00, 0x07], 2),
+        ("str", &[0x66, 0x0f, 0x00, 0x0f], 2),
+        ("smsw", &[0x66, 0x0f, 0x01, 0x27], 2),
+        ("sgdt", &[0x0f, 0x01, 0x07], 10),
+        ("sidt", &[0x0f, 0x01, 0x0f], 10),
+    ];
+    for (name, store, len) in stores {
+        let guest = Guest::new(kvm, 1, &[RDI_DATA, store, EXIT_42]);
+        let before = 0x5555_5555_5555_5555_u64;
+        for word in 0..3 {
+            guest
+                .ram
+                .write(DATA + word * 8, &before.to_le_bytes())
+                .unwrap();
+        }
+        guest.ram.write_protect(DATA);
+        guest.start();
+        assert_eq!(guest.exit_status(), 42, "{name}");
+        assert!(guest.ram.resolved() > 0, "{name}");
+        let mut stored = [0; 24];
+        guest.ram.read(DATA, &mut stored).unwrap();
+        let (stored, rest) = stored.split_at(len as usize);
+        assert_ne!(
+            stored,
+            &before.to_le_bytes().repeat(2)[..len as usize],
+            "{name}"
+        );
+        assert!(rest.iter().all(|byte| *byte == 0x55), "{name}: {rest:x?}");
+        let stats = guest.machine.stats();
+        let found = stats.emulated_stores + stats.rungs.of(Rung::Operand);
+        assert!(found > 0, "{name}: {stats:?}");
+    }
+}
+
+/// A guest that waits for a word at [`FLAG`]. At 1 it sets the entry of its page directory that maps [`ELSEWHERE`] to the word at
+/// [`ENTRY`]; at 1 and at 3 it tells at [`FOUND`] what it reads there, and sets the flag to 2.
+const TABLE_CHANGER: &[u8] = &[
+    0x8b, 0x04, 0x25, 0x00, 0x10, 0x80, 0x00, // wait: mov eax, [FLAG]
+    0x83, 0xf8, 0x01, 0x74, 0x09, // cmp eax, 1; je change
+    0x83, 0xf8, 0x03, 0x74, 0x14, // cmp eax, 3; je look
+    0xf3, 0x90, 0xeb, 0xeb, // pause; jmp wait
+    0x48, 0x8b, 0x1c, 0x25, 0x10, 0x10, 0x80, 0x00, // change: mov rbx, [ENTRY]
+    0x48, 0x89, 0x1c, 0x25, 0x20, 0x23, 0x01, 0x00, // mov [SLOT], rbx
+    0x48, 0x8b, 0x1c, 0x25, 0x00, 0x00, 0x80, 0x0c, // look: mov rbx, [ELSEWHERE]
+    0x48, 0x89, 0x1c, 0x25, 0x08, 0x10, 0x80, 0x00, // mov [FOUND], rbx
+    0xc7, 0x04, 0x25, 0x00, 0x10, 0x80, 0x00, 2, 0, 0, 0, // mov dword [FLAG], 2
+    0xeb, 0xbe, // jmp wait
+];
+const FLAG: u64 = 0x80_1000;
+const FOUND: u64 = FLAG + 8;
+const ENTRY: u64 = FLAG + 16;
+/// The entry of the page directory for 2 MiB that have no memory of their own.
+const SLOT: u64 = PAGE_TABLES_GPA + 0x2000 + 100 * 8;
+
+/// The guest reads by the tables it has after a restore: neither a vCPU's TLB nor KVM's shadow of other tables is left.
+#[test]
+fn a_restore_of_page_tables_is_seen() {
+    let kvm = need_kvm!();
+    let guest = Guest::new(kvm, 1, &[TABLE_CHANGER]);
+    let put = |gpa, word: u64| guest.ram.write(gpa, &word.to_le_bytes()).unwrap();
+    // Present, writable, for ring 3, accessed, dirty, huge.
+    let to = |gpa: u64| gpa | 0b1110_0111;
+    put(DATA, 0xaaaa);
+    put(DATA + 0x20_0000, 0xbbbb);
+    put(SLOT, to(DATA));
+    put(ENTRY, to(DATA + 0x20_0000));
+    guest.start();
+    let paused = guest.machine.pause(Capture::Registers).unwrap();
+    let states = paused.states().unwrap();
+    drop(paused);
+    // Nothing was read there before the change, so that no old translation can be left that only `invlpg` would end.
+    put(FLAG, 1);
+    wait_until("change", || guest.ram.word(FLAG) == 2);
+    assert_eq!(guest.ram.word(FOUND), 0xbbbb);
+
+    let paused = guest.machine.pause(Capture::Nothing).unwrap();
+    let tables = paused.page_tables().unwrap();
+    put(SLOT, to(DATA));
+    put(FLAG, 3);
+    paused.restore(&states, Clock::Keep, &tables).unwrap();
+    drop(paused);
+    wait_until("look", || guest.ram.word(FLAG) == 2);
+    assert_eq!(guest.ram.word(FOUND), 0xaaaa);
+}
+
+#[test]
+fn a_scatter_reaches_read_only_pages() {
+    let kvm = need_kvm!();
+    if !std::arch::is_x86_feature_detected!("avx512f") {
+        eprintln!("skipped: this cpu has no scatter");
+        return;
+    }
+    // kxnorw k1, k1, k1; vmovdqu32 zmm1, [rdi + 0x100]; vpbroadcastd zmm0, edi; vpscatterdd [rdi + zmm1] {k1}, zmm0
+    let code: &[u8] = &[
+        0xc5, 0xf4, 0x46, 0xc9, 0x62, 0xf1, 0x7e, 0x48, 0x6f, 0x4f, 0x04, 0x62, 0xf2, 0x7d, 0x48,
+        0x7c, 0xc7, 0x62, 0xf2, 0x7d, 0x49, 0xa0, 0x04, 0x0f,
+    ];
+    let guest = Guest::new(kvm, 1, &[RDI_DATA, code, EXIT_42]);
+    for index in 0..16_u64 {
+        let offset = (index * 3 * PAGE_SIZE) as u32;
+        guest
+            .ram
+            .write(DATA + 0x100 + index * 4, &offset.to_le_bytes())
+            .unwrap();
+    }
+    guest.ram.write_protect(DATA);
+    guest.start();
+    assert_eq!(guest.exit_status(), 42);
+    for index in 0..16 {
+        let gpa = DATA + index * 3 * PAGE_SIZE;
+        assert_eq!(guest.ram.word(gpa) as u32, DATA as u32, "element {index}");
+    }
+    assert_eq!(guest.ram.resolved(), 16);
+}
+
+/// A CPU, or the shadow MMU in its place, that must set accessed and dirty bits in tables that are read-only.
+#[test]
+fn accessed_and_dirty_bits_are_set_in_read_only_tables() {
+    let kvm = need_kvm!();
+    // mov eax, [rdi]; mov [rdi + 8], eax
+    let guest = Guest::new(
+        kvm,
+        1,
+        &[RDI_DATA, &[0x8b, 0x07, 0x89, 0x47, 0x08], EXIT_42],
+    );
+    let slot = PAGE_TABLES_GPA + 0x2000 + 2 * 8;
+    let clear = guest.ram.word(slot) & !0b110_0000;
+    guest.ram.write(slot, &clear.to_le_bytes()).unwrap();
+    guest.ram.write_protect(0);
+    guest.start();
+    assert_eq!(guest.exit_status(), 42);
+    assert_eq!(guest.ram.word(slot), clear | 0b110_0000);
 }
 
 #[test]

@@ -2,6 +2,7 @@
 
 #![expect(unsafe_code, reason = "the union of exit data in kvm_run")]
 
+use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -21,6 +22,7 @@ use super::outcome::{CrashReason, Outcome, Report, RunError};
 use super::paravirt::Targets;
 use super::port::{PortAction, PortHandler};
 use super::state::{Capturer, Clock, StateError, VcpuState, XsaveFits};
+use super::tables::{self, Mmu};
 use super::{msr, registers};
 
 /// Bytes of code in a crash report.
@@ -73,6 +75,9 @@ pub(super) struct Vcpu {
     pub(super) ladder: Ladder,
     /// What KVM writes to memory for this vCPU.
     pub(super) paravirt: Targets,
+    pub(super) mmu: Mmu,
+    /// Page tables that must stay writable, since nothing would be left of a vCPU that met one that is not.
+    pub(super) table_pins: Vec<Box<dyn Any + Send>>,
     /// Registers when the vCPU was last kicked out of the guest.
     pub(super) kicked_at: Option<kvm_regs>,
 }
@@ -150,6 +155,9 @@ impl Vcpu {
                 Order::Pause if half_done => kick.set(),
                 Order::Pause => {
                     self.park();
+                    if let Err(error) = self.hold_tables() {
+                        return Some(self.failed(error));
+                    }
                     continue;
                 }
                 Order::Stop => return None,
@@ -206,6 +214,11 @@ impl Vcpu {
                     }
                     self.ram.was_handled(exited.elapsed());
                 }
+                Exit::Crash(CrashReason::Shutdown) => match self.recover() {
+                    Ok(true) => {}
+                    Ok(false) => return Some(self.crashed(CrashReason::Shutdown)),
+                    Err(error) => return Some(self.failed(error)),
+                },
                 Exit::Crash(reason) => return Some(self.crashed(reason)),
                 Exit::Error(source) => return Some(self.failed(RunError::Run { source })),
             }
@@ -282,12 +295,13 @@ impl Vcpu {
     /// Makes writable what the vCPU wants to write.
     fn write_fault(&mut self, gpas: Option<std::ops::Range<u64>>) -> Result<(), RunError> {
         let (regs, sregs) = self.exit_registers()?;
+        let xsave = || self.fd.get_xsave().ok();
         let fault = Fault {
             regs: &regs,
             sregs: &sregs,
             gpas,
             cpuid: &self.cpuid,
-            xsave: &|| self.fd.get_xsave().ok(),
+            xsave: &xsave,
         };
         if let Some(rung) = self.ladder.climb(&fault, &*self.ram)? {
             self.counters.rungs.count(rung);
@@ -365,6 +379,55 @@ impl Vcpu {
         self.capturer.forget();
         // The exit is KVM_EXIT_X86_WRMSR, so `msr` is the field of the union that KVM reads.
         self.fd.get_kvm_run().__bindgen_anon_1.msr.error = u8::from(!done);
+    }
+
+    /// Pins the page tables, where it is too late once the vCPU meets one that it cannot write.
+    fn hold_tables(&mut self) -> Result<(), RunError> {
+        if self.mmu != Mmu::ShadowOnSvm {
+            return Ok(());
+        }
+        let (_, sregs) = self.exit_registers()?;
+        let gfn = sregs.cr3 / PAGE_SIZE;
+        let pins = tables::pin(&sregs, &*self.ram);
+        self.table_pins = pins.map_err(|source| RunError::Memory { gfn, source })?;
+        Ok(())
+    }
+
+    /// After a triple fault: whether it was because a shadow MMU could not set accessed or dirty bits in tables that were read-only,
+    /// and are no more. The vCPU then runs on as if nothing had been.
+    ///
+    /// KVM gives the guest a page fault then (`FNAME(update_accessed_dirty_bits)` in `arch/x86/kvm/mmu/paging_tmpl.h`), for which a
+    /// guest without an IDT has no handler. RIP is still at the instruction.
+    fn recover(&mut self) -> Result<bool, RunError> {
+        if self.mmu != Mmu::Shadow {
+            return Ok(false);
+        }
+        let (mut regs, sregs) = self.exit_registers()?;
+        let xsave = || self.fd.get_xsave().ok();
+        let fault = Fault {
+            regs: &regs,
+            sregs: &sregs,
+            gpas: None,
+            cpuid: &self.cpuid,
+            xsave: &xsave,
+        };
+        let gfns = fault::tables_to_update(&fault, &*self.ram);
+        let gfns = gfns.map_err(|source| RunError::Fault { source })?;
+        if !fault::resolve(&gfns, &*self.ram)? {
+            return Ok(false);
+        }
+        self.counters.write_faults.fetch_add(1, Ordering::Relaxed);
+        self.counters.rungs.count(fault::Rung::Walk);
+        let error = |what| move |source| RunError::Registers { what, source };
+        let mut events = self.fd.get_vcpu_events().map_err(error("events"))?;
+        events.exception = Default::default();
+        // What it has set as it began to deliver the exception.
+        const RESUME_FLAG: u64 = 1 << 16;
+        regs.rflags &= !RESUME_FLAG;
+        self.about_to_set();
+        self.fd.set_regs(&regs).map_err(error("registers"))?;
+        self.fd.set_vcpu_events(&events).map_err(error("events"))?;
+        Ok(true)
     }
 
     /// The registers at the last exit.

@@ -375,6 +375,21 @@ pub(super) fn stalled_on(
     Ok((gfns, by))
 }
 
+/// The page tables in which the instruction at RIP sets accessed or dirty bits.
+pub(super) fn tables_to_update(
+    fault: &Fault<'_>,
+    ram: &dyn GuestRam,
+) -> Result<Vec<u64>, FaultError> {
+    let rip = fault.regs.rip;
+    let memory = |source| FaultError::Memory { rip, source };
+    let look = Look::new(fault, ram).map_err(memory)?;
+    let mut pages = Pages::new(ram, fault.sregs);
+    for access in &look.decoded.accesses {
+        pages.told(access).map_err(memory)?;
+    }
+    Ok(pages.into_gfns())
+}
+
 /// Up to `len` bytes of code at RIP, for crash reports. Empty if there are none.
 pub(super) fn code_at(
     regs: &kvm_regs,

@@ -48,18 +48,27 @@ impl<'a> Pages<'a> {
 
     /// Adds what `access` writes: its pages if it is a write, and page tables that must be told of it.
     pub(super) fn written(&mut self, access: &Access) -> Result<(), MemoryError> {
+        self.told(access)?;
+        if access.touch == Touch::Write {
+            for gva in pages_of(access) {
+                if let Some(gpa) = self.walker.translate(gva, access.touch, |_| {})? {
+                    self.add(gpa / PAGE_SIZE);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Adds page tables in which `access` sets accessed or dirty bits.
+    pub(super) fn told(&mut self, access: &Access) -> Result<(), MemoryError> {
         for gva in pages_of(access) {
             let mut tables = Vec::new();
-            let gpa = self.walker.translate(gva, access.touch, |step| {
+            self.walker.translate(gva, access.touch, |step| {
                 if step.sets_bit {
                     tables.push(step.slot);
                 }
             })?;
-            let page = gpa.filter(|_| access.touch == Touch::Write);
-            tables
-                .into_iter()
-                .chain(page)
-                .for_each(|gpa| self.add(gpa / PAGE_SIZE));
+            tables.into_iter().for_each(|gpa| self.add(gpa / PAGE_SIZE));
         }
         Ok(())
     }
