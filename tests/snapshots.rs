@@ -363,12 +363,15 @@ fn a_paravirtual_clock_is_written_where_the_guest_reads_it() {
 
         // Guests begin in ring 3, where there is no `wrmsr`.
         let paused = vm.machine.pause(Capture::Registers).unwrap();
-        let mut states = serde_json::to_value(paused.states().unwrap()).unwrap();
-        let sregs = &mut states[0]["sregs"];
-        (sregs["cs"]["dpl"], sregs["cs"]["selector"]) = (0.into(), 0x10.into());
-        (sregs["ss"]["dpl"], sregs["ss"]["selector"]) = (0.into(), 0x18.into());
-        states[0]["regs"]["rip"] = (IMAGE_GPA + 2).into();
-        let states: Vec<VcpuState> = serde_json::from_value(states).unwrap();
+        let in_ring_0 = |state: VcpuState| {
+            let (mut regs, mut sregs) = (*state.regs(), *state.sregs());
+            (sregs.cs.dpl, sregs.cs.selector) = (0, 0x10);
+            (sregs.ss.dpl, sregs.ss.selector) = (0, 0x18);
+            regs.rip = IMAGE_GPA + 2;
+            state.with_registers(regs, sregs)
+        };
+        let mut states = paused.states().unwrap();
+        states[0] = in_ring_0(states[0].clone());
         let tables = paused.page_tables().unwrap();
         paused.restore(&states, Clock::Keep, &tables).unwrap();
         drop(paused);

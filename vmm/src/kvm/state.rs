@@ -150,6 +150,13 @@ impl VcpuState {
         &self.regs
     }
 
+    /// The same with other registers. They are not trusted: KVM checks what it is given.
+    #[must_use]
+    pub fn with_registers(mut self, regs: kvm_regs, sregs: kvm_sregs) -> Self {
+        (self.regs, self.sregs) = (regs, sregs);
+        self
+    }
+
     /// Its MSRs.
     pub(super) fn msrs(&self) -> &[kvm_msr_entry] {
         &self.msrs
