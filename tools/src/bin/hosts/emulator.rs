@@ -2,21 +2,20 @@
 
 use std::fs;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use super::host::{Host, Processor};
+use super::host::Processor;
 use super::packages::{self, PackageError, Store, Unpacked};
 
 /// What a host boots from, and where its serial ports go.
 #[derive(Debug)]
-pub(crate) struct Machine<'a> {
-    pub(crate) host: &'a Host,
+pub(crate) struct Machine {
+    pub(crate) processor: Processor,
     /// A folder of its own.
-    pub(crate) folder: &'a Path,
+    pub(crate) folder: PathBuf,
     pub(crate) kernel: PathBuf,
-    pub(crate) initramfs: PathBuf,
 }
 
 /// Why there is no emulator to start.
@@ -61,7 +60,12 @@ impl Processor {
     }
 }
 
-impl Machine<'_> {
+impl Machine {
+    /// The file system that it begins with, which must be there before it is started.
+    pub(crate) fn initramfs(&self) -> PathBuf {
+        self.folder.join("initramfs")
+    }
+
     /// What the first serial port has said: kernel and init.
     pub(crate) fn console(&self) -> PathBuf {
         self.folder.join("console.txt")
@@ -79,7 +83,7 @@ impl Machine<'_> {
 
     /// The emulator, ready to be started.
     pub(crate) fn command(&self, store: &Store) -> Result<Command, EmulatorError> {
-        match self.host.processor {
+        match self.processor {
             Processor::Amd => self.qemu(&store.get(&packages::QEMU)?),
             Processor::Intel => {
                 self.bochs(&store.get(&packages::BOCHS)?, &store.get(&packages::GRUB)?)
@@ -98,7 +102,7 @@ impl Machine<'_> {
         command.args(["-machine", "q35", "-accel", "tcg,thread=single"]);
         command.args(["-cpu", "EPYC,+svm,+npt", "-smp", "2", "-m", "4G"]);
         command.arg("-kernel").arg(&self.kernel);
-        command.arg("-initrd").arg(&self.initramfs);
+        command.arg("-initrd").arg(self.initramfs());
         command.args([
             "-append",
             "console=ttyS0 quiet panic=-1 mitigations=off tsc=reliable",
@@ -173,7 +177,7 @@ impl Machine<'_> {
         let folder = boot.join("grub");
         let written = fs::create_dir_all(&folder)
             .and_then(|()| fs::copy(&self.kernel, boot.join("vmlinuz")).map(drop))
-            .and_then(|()| fs::rename(&self.initramfs, boot.join("initrd")))
+            .and_then(|()| fs::rename(self.initramfs(), boot.join("initrd")))
             .and_then(|()| fs::write(folder.join("grub.cfg"), configuration));
         written.map_err(|source| EmulatorError::Write { path: boot, source })?;
         let disc = self.folder.join("disc.iso");

@@ -16,6 +16,13 @@ pub(crate) struct Programs {
     pub(crate) tests: Vec<(String, PathBuf)>,
 }
 
+impl Programs {
+    /// The names of the programs of `tests/`.
+    pub(crate) fn names(&self) -> Vec<String> {
+        self.tests.iter().map(|(name, _)| name.clone()).collect()
+    }
+}
+
 /// Why there are none.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum BuildError {
@@ -54,12 +61,18 @@ pub(crate) fn build(wanted: Wanted) -> Result<Programs, BuildError> {
     })
 }
 
+/// The folder of the workspace.
+pub(crate) fn workspace() -> &'static Path {
+    let tools = Path::new(env!("CARGO_MANIFEST_DIR"));
+    tools.parent().unwrap_or(tools)
+}
+
 /// What cargo says of its work, a line of JSON each.
 fn cargo(arguments: &[&str]) -> Result<String, BuildError> {
     let program = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let mut command = Command::new(program);
     command
-        .current_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join(".."))
+        .current_dir(workspace())
         .args(arguments)
         .arg("--message-format=json-render-diagnostics")
         .stdin(Stdio::null())

@@ -44,8 +44,11 @@ pub(crate) enum Extent {
     Short,
 }
 
+/// The exit code of what was killed for taking too long.
+pub(crate) const KILLED: i32 = 128 + 9;
+
 /// Nothing that is right takes longer, however slow the host.
-const LIMIT: Duration = Duration::from_secs(180);
+pub(crate) const LIMIT: Duration = Duration::from_secs(180);
 
 impl Task {
     /// A command given by hand.
@@ -67,12 +70,13 @@ impl Task {
         }
     }
 
-    /// The same, for a command that must fail.
-    fn expecting(self, expected: i32) -> Self {
+    /// The same, with another exit code that is right.
+    pub(crate) fn expecting(self, expected: i32) -> Self {
         Self { expected, ..self }
     }
 
-    fn within(self, limit: Duration) -> Self {
+    /// The same, with another limit.
+    pub(crate) fn within(self, limit: Duration) -> Self {
         Self { limit, ..self }
     }
 
