@@ -131,7 +131,7 @@ impl Machine {
             "cpu: model=corei7_haswell_4770, count=1, ips=50000000, reset_on_triple_fault=0, ignore_bad_msrs=1, cpuid_limit_winnt=0".to_owned(),
             "memory: guest=1024, host=1024".to_owned(),
             format!("romimage: file={}, options=fastboot", bochs.path("/usr/share/bochs/BIOS-bochs-latest")?.display()),
-            format!("vgaromimage: file={}", bochs.find("/usr/share/vgabios", "vgabios.bin")?.display()),
+            format!("vgaromimage: file={}", bochs.path("/usr/share/vgabios/vgabios.bin")?.display()),
             "pci: enabled=1, chipset=i440fx".to_owned(),
             "ata0: enabled=1, ioaddr1=0x1f0, ioaddr2=0x3f0, irq=14".to_owned(),
             format!("ata0-master: type=cdrom, path={}, status=inserted", disc.display()),
@@ -154,6 +154,9 @@ impl Machine {
         let commands = write("commands", "c\n")?;
         let mut command = child("TERM");
         bochs.with_libraries(&mut command);
+        // Nor does it find its own parts where it was not installed.
+        let parts = bochs.path("/usr/lib/x86_64-linux-gnu/bochs/plugins")?;
+        command.env("LTDL_LIBRARY_PATH", parts);
         // Its display is a terminal, which `script` makes.
         let line = format!(
             "stty rows 25 cols 80; exec {} -q -f {} -rc {}",

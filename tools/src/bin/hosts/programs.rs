@@ -7,17 +7,20 @@ use std::process::{Command, ExitStatus, Stdio};
 
 use serde_json::Value;
 
+/// The library, and so its unit tests.
+pub(crate) const LIBRARY: &str = "palimpsest";
+
 /// The programs that run in a host.
 #[derive(Debug)]
 pub(crate) struct Programs {
     /// `vmm`.
     pub(crate) vmm: PathBuf,
-    /// The programs of `tests/`, by name.
+    /// Tests, by name: the programs of `tests/`, and the library's own.
     pub(crate) tests: Vec<(String, PathBuf)>,
 }
 
 impl Programs {
-    /// The names of the programs of `tests/`.
+    /// The names of the tests.
     pub(crate) fn names(&self) -> Vec<String> {
         self.tests.iter().map(|(name, _)| name.clone()).collect()
     }
@@ -39,7 +42,7 @@ pub(crate) enum BuildError {
 pub(crate) enum Wanted {
     /// `vmm` alone.
     Program,
-    /// The programs of `tests/`, too.
+    /// Tests, too.
     Tests,
 }
 
@@ -47,17 +50,24 @@ pub(crate) enum Wanted {
 pub(crate) fn build(wanted: Wanted) -> Result<Programs, BuildError> {
     let said = cargo(match wanted {
         Wanted::Program => &["build", "--workspace", "--bin", "vmm"],
-        // These have their package's program built.
-        Wanted::Tests => &["test", "--workspace", "--no-run", "--test", "*"],
+        // Those of tests/ have their package's program built.
+        Wanted::Tests => &["test", "--workspace", "--no-run", "--lib", "--test", "*"],
     })?;
     let artifacts = Vec::from_iter(said.lines().filter_map(artifact));
     let vmm = artifacts.iter().find(|artifact| artifact.kind == "bin");
-    let tests = artifacts.iter().filter(|artifact| artifact.kind == "test");
+    let is_test = |artifact: &&Artifact| match artifact.kind.as_str() {
+        "test" => true,
+        "lib" => artifact.name == LIBRARY,
+        _ => false,
+    };
+    let tests = artifacts.iter().filter(is_test);
+    let named = |artifact: &Artifact| (artifact.name.clone(), artifact.path.clone());
+    let mut tests = Vec::from_iter(tests.map(named));
+    // Cargo says what it has built in the order in which it was done with it.
+    tests.sort();
     Ok(Programs {
         vmm: vmm.ok_or(BuildError::Missing("vmm"))?.path.clone(),
-        tests: tests
-            .map(|artifact| (artifact.name.clone(), artifact.path.clone()))
-            .collect(),
+        tests,
     })
 }
 
@@ -88,7 +98,7 @@ fn cargo(arguments: &[&str]) -> Result<String, BuildError> {
 #[derive(Debug, PartialEq, Eq)]
 struct Artifact {
     name: String,
-    /// What of: `bin`, `test`, ...
+    /// What it is, or is the unit tests of: `bin`, `test`, `lib`, ...
     kind: String,
     path: PathBuf,
 }
@@ -133,6 +143,10 @@ mod tests {
         );
         assert_eq!(artifact(&line("bin", true, r#""/t/n""#)), None);
         assert_eq!(artifact(&line("lib", false, "null")), None);
+        assert_eq!(
+            artifact(&line("lib", true, r#""/t/n""#)),
+            Some(program("lib"))
+        );
         assert_eq!(
             artifact(r#"{"reason":"build-finished","success":true}"#),
             None
