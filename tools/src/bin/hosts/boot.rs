@@ -2,9 +2,12 @@
 
 use std::fs::File;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
+use std::process::Command;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
+
+use tempfile::TempDir;
 
 use super::emulator::{EmulatorError, Machine};
 use super::host::Host;
@@ -19,6 +22,7 @@ use super::watch::{self, Limits, WatchError};
 /// A file to bring along.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Extra {
+    /// Where it is here.
     pub(crate) from: PathBuf,
     /// Its absolute path in the host.
     pub(crate) to: String,
@@ -35,13 +39,13 @@ pub(crate) enum BootError {
     Initramfs(#[from] InitramfsError),
     #[error(transparent)]
     Emulator(#[from] EmulatorError),
-    #[error("no folder for the host's files")]
+    #[error("cannot make a folder for the host's files")]
     Folder(#[source] io::Error),
     #[error("{trouble}; its files are in {}{}", folder.display(), listed(last))]
     Watch {
         trouble: WatchError,
         folder: PathBuf,
-        /// The last of what kernel and emulator have said.
+        /// The last of what emulator and kernel have said.
         last: Vec<String>,
     },
 }
@@ -50,9 +54,20 @@ fn listed(lines: &[String]) -> String {
     lines.iter().map(|line| format!("\n  | {line}")).collect()
 }
 
+/// A host to be booted, and what it is to do.
+#[derive(Debug)]
+pub(crate) struct Visit<'a> {
+    pub(crate) host: &'static Host,
+    pub(crate) store: &'a Store,
+    pub(crate) programs: &'a Programs,
+    pub(crate) extras: &'a [Extra],
+    pub(crate) tasks: Vec<Task>,
+}
+
 /// How a task went.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Done {
+    /// Its number.
     pub(crate) task: usize,
     pub(crate) code: i32,
     /// By the host's clock.
@@ -61,12 +76,13 @@ pub(crate) struct Done {
 }
 
 /// What a host has done.
-#[derive(Debug)]
-pub(crate) struct Visit {
+#[derive(Debug, Default)]
+pub(crate) struct Outcome {
     /// Its kernel and processor, as it says itself.
-    pub(crate) about: Option<String>,
+    pub(crate) about: String,
     /// The tasks that came to an end.
     pub(crate) done: Vec<Done>,
+    /// By the clock on the wall, from making its file system until it was off.
     pub(crate) took: Duration,
     /// Why that are not all.
     pub(crate) trouble: Option<BootError>,
@@ -80,98 +96,108 @@ pub(crate) trait Listener {
     fn done(&mut self, task: &Task, done: &Done);
 }
 
-/// Boots `host` and runs `tasks` in it.
-pub(crate) fn visit(
-    host: &Host,
-    store: &Store,
-    programs: &Programs,
-    extras: &[Extra],
-    tasks: &[Task],
-    stop: &AtomicBool,
-    listener: &mut dyn Listener,
-) -> Visit {
-    let started = Instant::now();
-    let mut visit = Visit {
-        about: None,
-        done: Vec::new(),
-        took: Duration::ZERO,
-        trouble: None,
-    };
-    visit.trouble = run(
-        host, store, programs, extras, tasks, stop, listener, &mut visit,
-    )
-    .err();
-    visit.took = started.elapsed();
-    visit
+impl Visit<'_> {
+    /// Boots the host, runs the tasks there, and waits for its end.
+    pub(crate) fn run(&self, stop: &AtomicBool, listener: &mut dyn Listener) -> Outcome {
+        let mut outcome = Outcome::default();
+        let started = Instant::now();
+        outcome.trouble = match self.prepare() {
+            Ok(prepared) => prepared
+                .run(&self.tasks, stop, listener, &mut outcome)
+                .err(),
+            Err(error) => Some(error),
+        };
+        outcome.took = started.elapsed();
+        outcome
+    }
+
+    /// Whether every task came to the end that is right.
+    pub(crate) fn is_right(&self, outcome: &Outcome) -> bool {
+        let right = |done: &Done| done.code == self.tasks[done.task].expected;
+        outcome.trouble.is_none()
+            && outcome.done.len() == self.tasks.len()
+            && outcome.done.iter().all(right)
+    }
+
+    fn prepare(&self) -> Result<Prepared, BootError> {
+        let Self { host, store, .. } = *self;
+        // All that must be fetched is fetched before anything is made.
+        for set in host.processor.emulator() {
+            store.get(set)?;
+        }
+        let busybox = store.get(&packages::BUSYBOX)?.path("/bin/busybox")?;
+        let kernel = store.get(host.kernel)?;
+        let folder = tempfile::Builder::new()
+            .prefix("palimpsest-host-")
+            .tempdir()
+            .map_err(BootError::Folder)?;
+        let machine = Machine {
+            processor: host.processor,
+            folder: folder.path().to_owned(),
+            kernel: kernel.find("/boot", "vmlinuz-")?,
+        };
+
+        let mut files = Initramfs::new(&busybox)?;
+        let modules = modules::load_order(&kernel, &busybox, host.processor.module())?;
+        files.modules(modules, host.parameter, host.processor.flush_bytes());
+        files.file(&self.programs.vmm, "/bin/vmm")?;
+        // Tests have its path built in.
+        files.link(&self.programs.vmm.to_string_lossy(), "/bin/vmm");
+        for (name, path) in &self.programs.tests {
+            files.file(path, &format!("/tests/{name}"))?;
+        }
+        for extra in self.extras {
+            files.file(&extra.from, &extra.to)?;
+        }
+        files.tasks(&self.tasks);
+        files.write(&machine.initramfs())?;
+
+        Ok(Prepared {
+            command: machine.command(store)?,
+            limits: self.limits(),
+            machine,
+            folder,
+        })
+    }
+
+    fn limits(&self) -> Limits {
+        const BETWEEN: Duration = Duration::from_secs(60);
+        let slowness = self.host.processor.slowness();
+        let task = |task: &Task| task.limit * slowness + BETWEEN;
+        Limits {
+            boot: self.host.processor.boot_limit(),
+            tasks: self.tasks.iter().map(task).collect(),
+            between: BETWEEN * slowness,
+        }
+    }
 }
 
-#[expect(clippy::too_many_arguments, reason = "those of `visit`")]
-fn run(
-    host: &Host,
-    store: &Store,
-    programs: &Programs,
-    extras: &[Extra],
-    tasks: &[Task],
-    stop: &AtomicBool,
-    listener: &mut dyn Listener,
-    visit: &mut Visit,
-) -> Result<(), BootError> {
-    for set in host.processor.emulator() {
-        store.get(set)?;
-    }
-    let busybox = store.get(&packages::BUSYBOX)?.path("/bin/busybox")?;
-    let kernel = store.get(host.kernel)?;
-    let folder = tempfile::Builder::new()
-        .prefix("palimpsest-host-")
-        .tempdir()
-        .map_err(BootError::Folder)?;
-    let machine = Machine {
-        host,
-        folder: folder.path(),
-        kernel: kernel.find("/boot", "vmlinuz-")?,
-        initramfs: folder.path().join("initramfs"),
-    };
+/// A host that has only to be started.
+#[derive(Debug)]
+struct Prepared {
+    command: Command,
+    machine: Machine,
+    limits: Limits,
+    /// Goes with this, unless something is to be looked at.
+    folder: TempDir,
+}
 
-    let mut files = Initramfs::new(&busybox)?;
-    let modules = modules::load_order(&kernel, &busybox, host.processor.module())?;
-    files.modules(modules, host.parameter, host.processor.flush_bytes());
-    files.file(&programs.vmm, "/bin/vmm")?;
-    // Tests have its path built in.
-    files.link(&programs.vmm.to_string_lossy(), "/bin/vmm");
-    for (name, path) in &programs.tests {
-        files.file(path, &format!("/tests/{name}"))?;
-    }
-    for extra in extras {
-        files.file(&extra.from, &extra.to)?;
-    }
-    files.tasks(tasks);
-    files.write(&machine.initramfs)?;
+impl Prepared {
+    fn run(
+        mut self,
+        tasks: &[Task],
+        stop: &AtomicBool,
+        listener: &mut dyn Listener,
+        outcome: &mut Outcome,
+    ) -> Result<(), BootError> {
+        let complaints = File::create(self.machine.complaints()).map_err(BootError::Folder)?;
+        let same = complaints.try_clone().map_err(BootError::Folder)?;
+        self.command.stdout(complaints).stderr(same);
 
-    let mut command = machine.command(store)?;
-    let complaints = File::create(machine.complaints())
-        .and_then(|file| Ok((file.try_clone()?, file)))
-        .map_err(BootError::Folder)?;
-    command.stdout(complaints.0).stderr(complaints.1);
-    const BETWEEN: Duration = Duration::from_secs(60);
-    let slowness = host.processor.slowness();
-    let limits = Limits {
-        boot: host.processor.boot_limit(),
-        tasks: tasks
-            .iter()
-            .map(|task| task.limit * slowness + BETWEEN)
-            .collect(),
-        between: BETWEEN * slowness,
-    };
-
-    let mut output = Vec::new();
-    let mut begun = Duration::ZERO;
-    let watched = watch::watch(
-        &mut command,
-        &machine.results(),
-        &limits,
-        stop,
-        |event| match event {
-            Event::Host(about) => visit.about = Some(about.clone()),
+        let mut output = Vec::new();
+        let mut begun = Duration::ZERO;
+        let tell = |event: &Event| match event {
+            Event::Host(about) => outcome.about.clone_from(about),
             Event::Begun(_, at) => begun = *at,
             Event::Line(line) => {
                 listener.line(line);
@@ -186,27 +212,26 @@ fn run(
                 };
                 if let Some(task) = tasks.get(*number) {
                     listener.done(task, &done);
-                    visit.done.push(done);
+                    outcome.done.push(done);
                 }
             }
             Event::Ready(_) | Event::NoKvm | Event::Done(_) => {}
-        },
-    );
-    match watched {
-        Ok(()) => Ok(()),
-        Err(trouble) => {
-            let mut last = last(&machine.complaints());
-            last.extend(watch::last_lines(&machine.console(), 20));
-            let folder = folder.keep();
-            Err(BootError::Watch {
+        };
+        let results = self.machine.results();
+        let watched = watch::watch(&mut self.command, &results, &self.limits, stop, tell);
+        watched.map_err(|trouble| {
+            let mut last = watch::last_lines(&self.machine.complaints(), 5);
+            last.extend(watch::last_lines(&self.machine.console(), 20));
+            // Nobody needs to look at what somebody has ended.
+            let folder = match trouble {
+                WatchError::Interrupted => self.folder.path().to_owned(),
+                _ => self.folder.keep(),
+            };
+            BootError::Watch {
                 trouble,
                 folder,
                 last,
-            })
-        }
+            }
+        })
     }
-}
-
-fn last(path: &Path) -> Vec<String> {
-    watch::last_lines(path, 5)
 }

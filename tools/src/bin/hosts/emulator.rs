@@ -2,21 +2,20 @@
 
 use std::fs;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use super::host::{Host, Processor};
+use super::host::Processor;
 use super::packages::{self, PackageError, Store, Unpacked};
 
 /// What a host boots from, and where its serial ports go.
 #[derive(Debug)]
-pub(crate) struct Machine<'a> {
-    pub(crate) host: &'a Host,
+pub(crate) struct Machine {
+    pub(crate) processor: Processor,
     /// A folder of its own.
-    pub(crate) folder: &'a Path,
+    pub(crate) folder: PathBuf,
     pub(crate) kernel: PathBuf,
-    pub(crate) initramfs: PathBuf,
 }
 
 /// Why there is no emulator to start.
@@ -61,7 +60,12 @@ impl Processor {
     }
 }
 
-impl Machine<'_> {
+impl Machine {
+    /// The file system that it begins with, which must be there before it is started.
+    pub(crate) fn initramfs(&self) -> PathBuf {
+        self.folder.join("initramfs")
+    }
+
     /// What the first serial port has said: kernel and init.
     pub(crate) fn console(&self) -> PathBuf {
         self.folder.join("console.txt")
@@ -79,7 +83,7 @@ impl Machine<'_> {
 
     /// The emulator, ready to be started.
     pub(crate) fn command(&self, store: &Store) -> Result<Command, EmulatorError> {
-        match self.host.processor {
+        match self.processor {
             Processor::Amd => self.qemu(&store.get(&packages::QEMU)?),
             Processor::Intel => {
                 self.bochs(&store.get(&packages::BOCHS)?, &store.get(&packages::GRUB)?)
@@ -98,7 +102,7 @@ impl Machine<'_> {
         command.args(["-machine", "q35", "-accel", "tcg,thread=single"]);
         command.args(["-cpu", "EPYC,+svm,+npt", "-smp", "2", "-m", "4G"]);
         command.arg("-kernel").arg(&self.kernel);
-        command.arg("-initrd").arg(&self.initramfs);
+        command.arg("-initrd").arg(self.initramfs());
         command.args([
             "-append",
             "console=ttyS0 quiet panic=-1 mitigations=off tsc=reliable",
@@ -127,7 +131,7 @@ impl Machine<'_> {
             "cpu: model=corei7_haswell_4770, count=1, ips=50000000, reset_on_triple_fault=0, ignore_bad_msrs=1, cpuid_limit_winnt=0".to_owned(),
             "memory: guest=1024, host=1024".to_owned(),
             format!("romimage: file={}, options=fastboot", bochs.path("/usr/share/bochs/BIOS-bochs-latest")?.display()),
-            format!("vgaromimage: file={}", bochs.find("/usr/share/vgabios", "vgabios.bin")?.display()),
+            format!("vgaromimage: file={}", bochs.path("/usr/share/vgabios/vgabios.bin")?.display()),
             "pci: enabled=1, chipset=i440fx".to_owned(),
             "ata0: enabled=1, ioaddr1=0x1f0, ioaddr2=0x3f0, irq=14".to_owned(),
             format!("ata0-master: type=cdrom, path={}, status=inserted", disc.display()),
@@ -150,6 +154,9 @@ impl Machine<'_> {
         let commands = write("commands", "c\n")?;
         let mut command = child("TERM");
         bochs.with_libraries(&mut command);
+        // Nor does it find its own parts where it was not installed.
+        let parts = bochs.path("/usr/lib/x86_64-linux-gnu/bochs/plugins")?;
+        command.env("LTDL_LIBRARY_PATH", parts);
         // Its display is a terminal, which `script` makes.
         let line = format!(
             "stty rows 25 cols 80; exec {} -q -f {} -rc {}",
@@ -173,7 +180,7 @@ impl Machine<'_> {
         let folder = boot.join("grub");
         let written = fs::create_dir_all(&folder)
             .and_then(|()| fs::copy(&self.kernel, boot.join("vmlinuz")).map(drop))
-            .and_then(|()| fs::rename(&self.initramfs, boot.join("initrd")))
+            .and_then(|()| fs::rename(self.initramfs(), boot.join("initrd")))
             .and_then(|()| fs::write(folder.join("grub.cfg"), configuration));
         written.map_err(|source| EmulatorError::Write { path: boot, source })?;
         let disc = self.folder.join("disc.iso");

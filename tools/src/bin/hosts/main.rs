@@ -1,7 +1,9 @@
-//! Boots hosts with KVM in them that are not the one this runs on, in emulators, and runs the workspace's programs there.
+//! Boots hosts with another KVM than this machine's, in emulators, and runs the workspace's programs there.
 //!
-//! A host's kernel and tools are Debian packages, unpacked in a cache ([`packages`]); its file system is made on the spot
-//! ([`initramfs`]) with our programs and what to run ([`task`]); results come out of its second serial port ([`results`]).
+//! A host's kernel and tools are Debian packages, unpacked in a cache ([`packages`]). Its file system is made on the spot
+//! ([`initramfs`]), with our programs and what they are to do ([`task`]). Results come out of its second serial port ([`results`]).
+//!
+//! An emulated host shows what is right and what is wrong, not what is fast.
 
 mod apt;
 mod boot;
@@ -12,8 +14,11 @@ mod initramfs;
 mod libraries;
 mod modules;
 mod packages;
+mod plan;
 mod programs;
+mod record;
 mod results;
+mod screen;
 mod task;
 mod watch;
 
@@ -21,50 +26,203 @@ use std::io::{self, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
-use clap::Parser;
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
+use clap::{ArgGroup, Parser};
 use palimpsest::cli::chain;
+use palimpsest::cli::units::parse_time;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::flag;
 
-use boot::{Done, Extra, Listener, Visit};
+use boot::{Extra, Listener, Visit};
 use host::Host;
-use packages::Store;
-use task::{Extent, Part, Task};
+use packages::{PackageError, Store};
+use plan::Plan;
+use programs::{BuildError, Wanted};
+use record::RecordError;
+use task::{Part, Task};
 
-/// Run the workspace's programs on emulated hosts with KVM: AMD with and without nested paging, Intel with EPT
+const AFTER_HELP: &str = "\
+Examples:
+  hosts --host amd                                  all there is to try, on that host
+  hosts --host amd --part main --part faults        some of it
+  hosts --host amd -- vmm --snapshots 5             a command of your own
+  hosts --host amd --file a.elf -- vmm --guest /a.elf
+  hosts --all                                       every host; the results go to docs/platforms.md
+
+What a host is made of is downloaded once, with apt-get, and kept in XDG_CACHE_HOME (or ~/.cache) under
+palimpsest/hosts. Nothing is installed. Remove a folder there to have it fetched anew.
+
+Exit codes:
+  0  everything went as it must
+  1  something did not, or could not be tried
+  2  the command line makes no sense";
+
+/// Run the workspace's programs on emulated hosts: AMD with and without nested paging, Intel with EPT
 #[derive(Debug, Parser)]
-#[command(name = "hosts", max_term_width = 100)]
+#[command(
+    name = "hosts",
+    after_help = AFTER_HELP,
+    max_term_width = 100,
+    group = ArgGroup::new("which").args(["hosts", "all", "ci", "list"]).required(true)
+)]
 struct Args {
     /// A host to boot; may be given several times
     #[arg(long = "host", value_name = "HOST", value_parser = host_parser())]
     hosts: Vec<&'static Host>,
 
-    /// Boot every host, by and by
-    #[arg(long, conflicts_with_all = ["hosts", "ci"])]
+    /// Boot every host, one after the other, and keep the results in docs/platforms.md
+    #[arg(long, conflicts_with_all = ["command", "parts"])]
     all: bool,
 
     /// What there is time for with every change: AMD with nested paging, and less of it without
-    #[arg(long, conflicts_with_all = ["hosts", "command", "parts"])]
+    #[arg(long, conflicts_with_all = ["command", "parts"])]
     ci: bool,
 
     /// List the hosts
-    #[arg(long, conflicts_with_all = ["hosts", "all", "ci", "command", "parts"])]
+    #[arg(long, conflicts_with_all = ["command", "parts", "files"])]
     list: bool,
 
-    /// Only this part of what is run in a host; may be given several times
+    /// Try only this; may be given several times
     #[arg(long = "part", value_name = "PART", conflicts_with = "command")]
     parts: Vec<Part>,
 
-    /// A file to bring along; with its libraries if it is a program [default DEST: /NAME]
+    /// A file to bring along, with its libraries if it is a program [default DEST: /NAME]
     #[arg(long = "file", value_name = "PATH[=DEST]", value_parser = parse_extra)]
     files: Vec<Extra>,
 
-    /// Run this there instead, and expect exit code 0
+    /// The exit code that COMMAND must have
+    #[arg(long, value_name = "CODE", default_value_t = 0, requires = "command")]
+    expect: i32,
+
+    /// How long COMMAND may take, by the host's clock [default: 3m]
+    #[arg(long, value_name = "TIME", requires = "command", value_parser = parse_time)]
+    limit: Option<Duration>,
+
+    /// Run this there, and nothing else. There are vmm and the tools of busybox
     #[arg(last = true, value_name = "COMMAND")]
     command: Vec<String>,
+}
+
+/// Why nothing could be tried.
+#[derive(Debug, thiserror::Error)]
+enum Failure {
+    #[error("cannot catch signals")]
+    Signals(#[source] io::Error),
+    #[error(transparent)]
+    Package(#[from] PackageError),
+    #[error("cannot build what is to run")]
+    Build(#[from] BuildError),
+    #[error("cannot keep the results")]
+    Record(#[from] RecordError),
+}
+
+fn main() -> ExitCode {
+    match run(&Args::parse()) {
+        Ok(Verdict::Right) => ExitCode::SUCCESS,
+        Ok(Verdict::Wrong) => ExitCode::FAILURE,
+        Err(failure) => {
+            say(&format!("error: {}", chain(&failure)));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Verdict {
+    Right,
+    Wrong,
+}
+
+fn run(args: &Args) -> Result<Verdict, Failure> {
+    if args.list {
+        for host in &host::ALL {
+            screen::print(&format!("{:<13} {}", host.name, host.about));
+        }
+        return Ok(Verdict::Right);
+    }
+    let stop = stop_flag().map_err(Failure::Signals)?;
+    let store = Store::open()?;
+    let plans = args.plans();
+    let programs = programs::build(args.wanted(&plans))?;
+    let mut verdict = Verdict::Right;
+    let mut visits = Vec::new();
+    for plan in &plans {
+        let visit = Visit {
+            host: plan.host,
+            store: &store,
+            programs: &programs,
+            extras: &args.files,
+            tasks: args.tasks(plan, &programs.names()),
+        };
+        say(&format!("{}: {}", plan.host.name, plan.host.about));
+        let outcome = visit.run(&stop, args.listener().as_mut());
+        if !visit.is_right(&outcome) {
+            verdict = Verdict::Wrong;
+        }
+        if let Some(trouble) = &outcome.trouble {
+            say(&format!("error: {}: {}", plan.host.name, chain(trouble)));
+        }
+        if args.command.is_empty() {
+            screen::print(&screen::conclusion(&visit, &outcome));
+        }
+        visits.push((visit, outcome));
+        if stop.load(Ordering::Relaxed) {
+            return Ok(Verdict::Wrong);
+        }
+    }
+    if args.command.is_empty() && visits.len() > 1 {
+        screen::print(&format!("\n{}", record::table(&visits)));
+    }
+    if args.all {
+        let path = record::keep(&visits)?;
+        say(&format!("kept in {}", path.display()));
+    }
+    Ok(verdict)
+}
+
+impl Args {
+    fn plans(&self) -> Vec<Plan> {
+        if self.ci {
+            return plan::for_every_change();
+        }
+        let hosts = if self.all {
+            host::ALL.iter().collect()
+        } else {
+            self.hosts.clone()
+        };
+        let plan = |host: &'static Host| plan::by_hand(host, &self.parts);
+        hosts.into_iter().map(plan).collect()
+    }
+
+    fn wanted(&self, plans: &[Plan]) -> Wanted {
+        let tests = |plan: &Plan| plan.parts.contains(&Part::Tests);
+        if self.command.is_empty() && plans.iter().any(tests) {
+            Wanted::Tests
+        } else {
+            Wanted::Program
+        }
+    }
+
+    fn tasks(&self, plan: &Plan, tests: &[String]) -> Vec<Task> {
+        if self.command.is_empty() {
+            let tasks = |&part| task::tasks(part, plan.extent, tests);
+            plan.parts.iter().flat_map(tasks).collect()
+        } else {
+            let task = Task::given(&self.command).expecting(self.expect);
+            vec![task.within(self.limit.unwrap_or(task::LIMIT))]
+        }
+    }
+
+    fn listener(&self) -> Box<dyn Listener> {
+        if self.command.is_empty() {
+            Box::new(screen::Verdicts)
+        } else {
+            Box::new(screen::Passage)
+        }
+    }
 }
 
 fn host_parser() -> impl TypedValueParser<Value = &'static Host> {
@@ -78,123 +236,125 @@ fn parse_extra(text: &str) -> Result<Extra, String> {
         Some((from, to)) => (PathBuf::from(from), to.to_owned()),
         None => {
             let from = PathBuf::from(text);
-            let name = from.file_name().ok_or("must be a file")?;
+            let name = from.file_name().ok_or("must be the path of a file")?;
             let to = format!("/{}", name.to_string_lossy());
             (from, to)
         }
     };
     if !to.starts_with('/') || to.ends_with('/') {
-        return Err(format!("DEST {to:?} must be the absolute path of a file"));
+        return Err(format!(
+            "DEST must be the absolute path of a file, not {to:?}"
+        ));
     }
-    if from.is_file() {
-        Ok(Extra { from, to })
-    } else {
-        Err(format!("{} is no file", from.display()))
+    if !from.is_file() {
+        return Err(format!("{} is not a file", from.display()));
     }
+    Ok(Extra { from, to })
 }
+
+/// A flag that the first SIGINT or SIGTERM sets. The second one ends the process.
+fn stop_flag() -> io::Result<Arc<AtomicBool>> {
+    let stop = Arc::new(AtomicBool::new(false));
+    for signal in [SIGINT, SIGTERM] {
+        flag::register_conditional_default(signal, Arc::clone(&stop))?;
+        flag::register(signal, Arc::clone(&stop))?;
+    }
+    Ok(stop)
+}
+
+/// Says something to whoever waits.
 fn say(text: &str) {
     // Whoever does not listen misses it.
     let _ = writeln!(io::stderr(), "{text}");
 }
-struct Screen {
-    live: bool,
-}
-impl Listener for Screen {
-    fn line(&mut self, line: &str) {
-        if self.live {
-            println!("{line}");
-        }
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    fn parse(flags: &[&str]) -> Args {
+        Args::try_parse_from(["hosts"].iter().chain(flags)).unwrap()
     }
-    fn done(&mut self, task: &Task, done: &Done) {
-        if self.live {
-            return;
-        }
-        let ok = done.code == task.expected;
-        println!(
-            "{} {:>6.1} s  exit {}  {}",
-            if ok { "ok   " } else { "WRONG" },
-            done.took.as_secs_f64(),
-            done.code,
-            task.title()
-        );
-        if !ok {
-            for l in &done.output {
-                println!("    {l}");
-            }
-        }
+
+    fn refusal(flags: &[&str]) -> String {
+        let parsed = Args::try_parse_from(["hosts"].iter().chain(flags));
+        parsed.unwrap_err().to_string()
     }
-}
-fn main() -> ExitCode {
-    let args = Args::parse();
-    let stop = Arc::new(AtomicBool::new(false));
-    for signal in [SIGINT, SIGTERM] {
-        flag::register_conditional_default(signal, Arc::clone(&stop)).unwrap();
-        flag::register(signal, Arc::clone(&stop)).unwrap();
+
+    #[test]
+    fn the_definition_is_sound() {
+        Args::command().debug_assert();
     }
-    let store = Store::open().unwrap();
-    let programs = match programs::build(
-        if args.command.is_empty() && (args.parts.is_empty() || args.parts.contains(&Part::Tests)) {
-            programs::Wanted::Tests
-        } else {
-            programs::Wanted::Program
-        },
-    ) {
-        Ok(p) => p,
-        Err(e) => {
-            say(&chain(&e));
-            return ExitCode::FAILURE;
-        }
-    };
-    let names: Vec<String> = programs.tests.iter().map(|t| t.0.clone()).collect();
-    let mut bad = false;
-    for host in &args.hosts {
-        let parts = if args.parts.is_empty() {
-            &Part::ALL[..]
-        } else {
-            &args.parts
+
+    #[test]
+    fn hosts_are_known_by_name() {
+        let args = parse(&["--host", "amd", "--host", "intel"]);
+        let names = Vec::from_iter(args.hosts.iter().map(|host| host.name));
+        assert_eq!(names, ["amd", "intel"]);
+        assert!(refusal(&["--host", "arm"]).contains("possible values: amd"));
+    }
+
+    #[test]
+    fn it_must_be_told_where_to_run() {
+        assert!(refusal(&[]).contains("--host <HOST>"));
+        assert!(refusal(&["--", "vmm"]).contains("--host <HOST>"));
+        assert!(refusal(&["--all", "--host", "amd"]).contains("cannot be used with"));
+        assert!(refusal(&["--all", "--", "vmm"]).contains("cannot be used with"));
+    }
+
+    #[test]
+    fn a_command_is_run_as_it_is() {
+        let flags = [
+            "--host=amd",
+            "--expect=3",
+            "--limit=5m",
+            "--",
+            "vmm",
+            "--inject",
+            "leak-pin",
+        ];
+        let args = parse(&flags);
+        let plans = args.plans();
+        assert_eq!(args.wanted(&plans), Wanted::Program);
+        let tasks = args.tasks(&plans[0], &[]);
+        assert_eq!(tasks.len(), 1);
+        assert_eq!(tasks[0].title(), "vmm --inject leak-pin");
+        assert_eq!(tasks[0].expected, 3);
+        assert_eq!(tasks[0].limit, Duration::from_secs(300));
+    }
+
+    #[test]
+    fn tests_are_built_only_where_they_run() {
+        let wanted = |flags: &[&str]| {
+            let args = parse(flags);
+            args.wanted(&args.plans())
         };
-        let tasks: Vec<Task> = if args.command.is_empty() {
-            parts
-                .iter()
-                .flat_map(|&p| task::tasks(p, Extent::Full, &names))
-                .collect()
-        } else {
-            vec![Task::given(&args.command)]
-        };
-        let mut screen = Screen {
-            live: !args.command.is_empty(),
-        };
-        let Visit {
-            about,
-            done,
-            took,
-            trouble,
-        } = boot::visit(
-            host,
-            &store,
-            &programs,
-            &args.files,
-            &tasks,
-            &stop,
-            &mut screen,
-        );
-        println!(
-            "{}: {} in {:?}, {} of {} tasks",
-            host.name,
-            about.unwrap_or_default(),
-            took,
-            done.len(),
-            tasks.len()
-        );
-        if let Some(t) = trouble {
-            bad = true;
-            println!("error: {}", chain(&t));
-        }
-        bad |= done.iter().any(|d| d.code != tasks[d.task].expected);
+        assert_eq!(wanted(&["--ci"]), Wanted::Tests);
+        assert_eq!(wanted(&["--all"]), Wanted::Tests);
+        assert_eq!(wanted(&["--host=amd", "--part=main"]), Wanted::Program);
+        assert_eq!(wanted(&["--host=intel"]), Wanted::Program);
     }
-    if bad {
-        ExitCode::FAILURE
-    } else {
-        ExitCode::SUCCESS
+
+    #[test]
+    fn files_go_where_they_are_told_to() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a.elf");
+        std::fs::write(&path, "").unwrap();
+        let name = path.to_str().unwrap();
+        let extra = |to: &str| Extra {
+            from: path.clone(),
+            to: to.to_owned(),
+        };
+        assert_eq!(parse_extra(name), Ok(extra("/a.elf")));
+        assert_eq!(parse_extra(&format!("{name}=/bin/a")), Ok(extra("/bin/a")));
+        for bad in [
+            format!("{name}=a"),
+            format!("{name}=/a/"),
+            "/nowhere".to_owned(),
+        ] {
+            parse_extra(&bad).unwrap_err();
+        }
     }
 }

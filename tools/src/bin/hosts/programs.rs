@@ -7,13 +7,23 @@ use std::process::{Command, ExitStatus, Stdio};
 
 use serde_json::Value;
 
+/// The library, and so its unit tests.
+pub(crate) const LIBRARY: &str = "palimpsest";
+
 /// The programs that run in a host.
 #[derive(Debug)]
 pub(crate) struct Programs {
     /// `vmm`.
     pub(crate) vmm: PathBuf,
-    /// The programs of `tests/`, by name.
+    /// Tests, by name: the programs of `tests/`, and the library's own.
     pub(crate) tests: Vec<(String, PathBuf)>,
+}
+
+impl Programs {
+    /// The names of the tests.
+    pub(crate) fn names(&self) -> Vec<String> {
+        self.tests.iter().map(|(name, _)| name.clone()).collect()
+    }
 }
 
 /// Why there are none.
@@ -32,7 +42,7 @@ pub(crate) enum BuildError {
 pub(crate) enum Wanted {
     /// `vmm` alone.
     Program,
-    /// The programs of `tests/`, too.
+    /// Tests, too.
     Tests,
 }
 
@@ -40,18 +50,31 @@ pub(crate) enum Wanted {
 pub(crate) fn build(wanted: Wanted) -> Result<Programs, BuildError> {
     let said = cargo(match wanted {
         Wanted::Program => &["build", "--workspace", "--bin", "vmm"],
-        // These have their package's program built.
-        Wanted::Tests => &["test", "--workspace", "--no-run", "--test", "*"],
+        // Those of tests/ have their package's program built.
+        Wanted::Tests => &["test", "--workspace", "--no-run", "--lib", "--test", "*"],
     })?;
     let artifacts = Vec::from_iter(said.lines().filter_map(artifact));
     let vmm = artifacts.iter().find(|artifact| artifact.kind == "bin");
-    let tests = artifacts.iter().filter(|artifact| artifact.kind == "test");
+    let is_test = |artifact: &&Artifact| match artifact.kind.as_str() {
+        "test" => true,
+        "lib" => artifact.name == LIBRARY,
+        _ => false,
+    };
+    let tests = artifacts.iter().filter(is_test);
+    let named = |artifact: &Artifact| (artifact.name.clone(), artifact.path.clone());
+    let mut tests = Vec::from_iter(tests.map(named));
+    // Cargo says what it has built in the order in which it was done with it.
+    tests.sort();
     Ok(Programs {
         vmm: vmm.ok_or(BuildError::Missing("vmm"))?.path.clone(),
-        tests: tests
-            .map(|artifact| (artifact.name.clone(), artifact.path.clone()))
-            .collect(),
+        tests,
     })
+}
+
+/// The folder of the workspace.
+pub(crate) fn workspace() -> &'static Path {
+    let tools = Path::new(env!("CARGO_MANIFEST_DIR"));
+    tools.parent().unwrap_or(tools)
 }
 
 /// What cargo says of its work, a line of JSON each.
@@ -59,7 +82,7 @@ fn cargo(arguments: &[&str]) -> Result<String, BuildError> {
     let program = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let mut command = Command::new(program);
     command
-        .current_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join(".."))
+        .current_dir(workspace())
         .args(arguments)
         .arg("--message-format=json-render-diagnostics")
         .stdin(Stdio::null())
@@ -75,7 +98,7 @@ fn cargo(arguments: &[&str]) -> Result<String, BuildError> {
 #[derive(Debug, PartialEq, Eq)]
 struct Artifact {
     name: String,
-    /// What of: `bin`, `test`, ...
+    /// What it is, or is the unit tests of: `bin`, `test`, `lib`, ...
     kind: String,
     path: PathBuf,
 }
@@ -120,6 +143,10 @@ mod tests {
         );
         assert_eq!(artifact(&line("bin", true, r#""/t/n""#)), None);
         assert_eq!(artifact(&line("lib", false, "null")), None);
+        assert_eq!(
+            artifact(&line("lib", true, r#""/t/n""#)),
+            Some(program("lib"))
+        );
         assert_eq!(
             artifact(r#"{"reason":"build-finished","success":true}"#),
             None
