@@ -57,8 +57,20 @@ fn assert_crashed(run: &Run, reason: &str) {
     let (first, rest) = error.split_once('\n').unwrap();
     assert!(first.starts_with("vcpu 0: guest crashed: "), "{error}");
     assert!(first.contains(reason), "{error}");
+    if loses_registers(run) && first.contains("triple fault") {
+        assert!(
+            rest.starts_with("where it was this host does not tell"),
+            "{error}"
+        );
+        return;
+    }
     assert!(rest.contains("rip 0") && rest.contains("cr2 0"), "{error}");
     assert!(rest.contains("\ncode at rip: "), "{error}");
+}
+
+/// Whether the host keeps no registers of a vCPU after a triple fault.
+fn loses_registers(run: &Run) -> bool {
+    run.report.platform.kvm == "svm"
 }
 
 /// Fails the test unless the guest ended its run of its own will and all was well.
@@ -75,7 +87,8 @@ fn an_invalid_opcode_is_a_crash_that_shows_the_code() {
     }
     let run = misbehave(Misbehaviour::InvalidOpcode);
     assert_crashed(&run, "an exception nobody handles (triple fault)");
-    assert!(run.report.error.unwrap().contains("\ncode at rip: 0f 0b "));
+    let error = run.report.error.as_deref().unwrap();
+    assert!(loses_registers(&run) || error.contains("\ncode at rip: 0f 0b "));
 }
 
 #[test]

@@ -68,6 +68,8 @@ struct Ram {
     len: u64,
     writable: Vec<AtomicBool>,
     resolved: AtomicU64,
+    /// Held while a page is made writable: whoever finds it so finds it so in the window, too.
+    resolving: Mutex<()>,
     faults: Faults,
 }
 
@@ -103,6 +105,7 @@ impl Ram {
                 .map(|_| AtomicBool::new(true))
                 .collect(),
             resolved: AtomicU64::new(0),
+            resolving: Mutex::new(()),
             faults,
         })
     }
@@ -130,8 +133,23 @@ impl Ram {
         u64::from_le_bytes(word)
     }
 
+    /// Pages made writable that are no page tables: those are written as well where there is nested paging.
     fn resolved(&self) -> u64 {
         self.resolved.load(Ordering::SeqCst)
+    }
+
+    fn make_writable(&self, gfn: u64) -> bool {
+        let _resolving = self.resolving.lock().unwrap();
+        if self.writable[gfn as usize].swap(true, Ordering::SeqCst) {
+            return false;
+        }
+        let both = MprotectFlags::READ | MprotectFlags::WRITE;
+        self.protect(gfn * PAGE_SIZE, PAGE_SIZE, both);
+        let tables = PAGE_TABLES_GPA / PAGE_SIZE;
+        if !(tables..tables + 3).contains(&gfn) {
+            self.resolved.fetch_add(1, Ordering::SeqCst);
+        }
+        true
     }
 }
 
@@ -155,19 +173,13 @@ impl GuestRam for Ram {
             Faults::SayWritable => return Ok(false),
             Faults::Resolve => {}
         }
-        if self.writable[gfn as usize].swap(true, Ordering::SeqCst) {
-            return Ok(false);
-        }
-        let both = MprotectFlags::READ | MprotectFlags::WRITE;
-        self.protect(gfn * PAGE_SIZE, PAGE_SIZE, both);
-        self.resolved.fetch_add(1, Ordering::SeqCst);
-        Ok(true)
+        Ok(self.make_writable(gfn))
     }
 
     /// What is pinned stays writable here only until it is protected again.
     fn pin(&self, gpa: u64, len: u64) -> Result<Box<dyn Any + Send>, MemoryError> {
         for gfn in gpa / PAGE_SIZE..(gpa + len).div_ceil(PAGE_SIZE) {
-            self.write_fault(gfn)?;
+            self.make_writable(gfn);
         }
         Ok(Box::new(()))
     }
@@ -399,7 +411,9 @@ fn a_write_fault_a_page() {
     guest.start();
     assert_eq!(guest.exit_status(), 42);
     assert_eq!(guest.ram.resolved(), 256);
-    assert_eq!(guest.machine.stats().write_faults, 256);
+    let stats = guest.machine.stats();
+    assert_eq!(stats.rungs.of(Rung::Operand), 256);
+    assert!((256..260).contains(&stats.write_faults), "{stats:?}");
     for page in 0..256 {
         assert_eq!(guest.ram.word(DATA + page * PAGE_SIZE), 256 - page);
     }
@@ -699,6 +713,14 @@ fn an_exception_is_a_crash_with_its_code() {
     guest.start();
     let (reason, report) = guest.crash();
     assert_eq!(reason, CrashReason::Shutdown);
+    if kvm.platform().kvm == "svm" {
+        let text = report.to_string();
+        assert!(
+            text.starts_with("where it was this host does not tell"),
+            "{text}"
+        );
+        return;
+    }
     let state = report.state.as_ref().unwrap();
     assert_eq!(state.rip(), IMAGE_GPA + 1);
     assert_eq!(report.code.len(), 16);
