@@ -5,8 +5,10 @@
 
 mod support;
 
+use std::io;
 use std::mem::offset_of;
 use std::ptr::{self, NonNull};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -19,11 +21,11 @@ use guest::formula::{PAGE_WORDS, Schedule, page_word};
 use palimpsest::device::DeviceSet;
 use palimpsest::host::{Ahead, MappingBudget, PhysMap, Ram, Window};
 use palimpsest::kvm::{
-    self, Capture, Clock, Image, Kvm, Machine, PortAction, PortHandler, StopReason, VcpuState,
-    write_boot_info, write_page_tables,
+    self, Capture, Clock, Image, Kvm, KvmError, Machine, PortAction, PortHandler, StopReason,
+    VcpuState, write_boot_info, write_page_tables,
 };
-use palimpsest::mm::{AddressSpace, Exclusive, FramePool, Gfn};
-use palimpsest::snapshot::{Fault, Parts, Snapshot};
+use palimpsest::mm::{AddressSpace, Exclusive, FramePool, Gfn, Mmu, MmuError, Pfn, Protection};
+use palimpsest::snapshot::{Fault, Parts, RestoreError, Snapshot, TakeError};
 use support::program::program;
 use support::{PATIENCE, no_kvm, within};
 
@@ -48,10 +50,11 @@ struct Vm {
 impl Vm {
     /// Boots the payload.
     fn boot() -> Self {
-        Self::boot_image(guest::PAYLOAD)
+        Self::boot_with(guest::PAYLOAD, |window| Box::new(window))
     }
 
-    fn boot_image(image: impl Into<Vec<u8>>) -> Self {
+    /// Boots a guest, with something between its memory and its window.
+    fn boot_with(image: impl Into<Vec<u8>>, between: impl FnOnce(Window) -> Box<dyn Mmu>) -> Self {
         let image = Image::parse(image).unwrap();
         let layout = Layout::new(MEMORY, image.end(), VCPUS, 2, 2).unwrap();
 
@@ -63,7 +66,7 @@ impl Vm {
         let budget = Arc::new(MappingBudget::of_this_process());
         let window = Window::new(Arc::clone(&physmap), Arc::clone(&budget), pages).unwrap();
         let slot = memslot(&window);
-        let space = AddressSpace::new(Arc::clone(&pool), Exclusive, Box::new(window), pages);
+        let space = AddressSpace::new(Arc::clone(&pool), Exclusive, between(window), pages);
         let ram = Ram::new(Arc::new(space.unwrap()), physmap);
 
         image.load(&ram).unwrap();
@@ -200,16 +203,22 @@ fn assert_right(snapshot: &Snapshot, vm: &Vm) {
 /// Waits until every vCPU has done `more` operations than at `since`.
 fn wait_for_operations(vm: &Vm, since: &[u64], more: u64) {
     let deadline = Instant::now() + PATIENCE;
-    for (vcpu, since) in (0..).zip(since) {
+    while (operations_now(vm).iter().zip(since)).any(|(now, since)| *now < since + more) {
+        assert_eq!(*vm.ended.lock().unwrap(), Vec::<String>::new());
+        assert!(Instant::now() < deadline, "a vcpu does not run on");
+        thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// What each vCPU has done, as guest memory says.
+fn operations_now(vm: &Vm) -> Vec<u64> {
+    let ops = |vcpu| {
         let gpa = vm.layout.vcpu_page(vcpu) + offset_of!(VcpuPage, ops) as u64;
         let mut ops = [0; 8];
-        while u64::from_le_bytes(ops) < since + more {
-            assert_eq!(*vm.ended.lock().unwrap(), Vec::<String>::new());
-            assert!(Instant::now() < deadline, "vcpu {vcpu} does not run on");
-            thread::sleep(Duration::from_millis(1));
-            vm.ram.read(gpa, &mut ops).unwrap();
-        }
-    }
+        vm.ram.read(gpa, &mut ops).unwrap();
+        u64::from_le_bytes(ops)
+    };
+    (0..VCPUS).map(ops).collect()
 }
 
 #[test]
@@ -315,6 +324,109 @@ fn a_guest_that_has_ended_cannot_be_snapshotted() {
     });
 }
 
+/// A window that from some time on refuses everything, and does not say whether it has changed anything.
+struct Failing {
+    window: Window,
+    fails: Arc<AtomicBool>,
+}
+
+impl Failing {
+    fn look(&self, what: &'static str, first: Gfn, count: u64) -> Result<(), MmuError> {
+        if !self.fails.load(Ordering::SeqCst) {
+            return Ok(());
+        }
+        Err(MmuError::Torn {
+            what,
+            first,
+            count,
+            source: io::ErrorKind::OutOfMemory.into(),
+        })
+    }
+}
+
+impl Mmu for Failing {
+    fn map(&self, first: Gfn, frame: Pfn, count: u64, to: Protection) -> Result<(), MmuError> {
+        self.look("map", first, count)?;
+        self.window.map(first, frame, count, to)
+    }
+    fn protect(&self, first: Gfn, count: u64, to: Protection) -> Result<(), MmuError> {
+        self.look("protect", first, count)?;
+        self.window.protect(first, count, to)
+    }
+}
+
+/// A guest whose window can be told to fail, and what tells it.
+fn boot_to_fail() -> (Vm, Arc<AtomicBool>) {
+    let fails = Arc::new(AtomicBool::new(false));
+    let its = Arc::clone(&fails);
+    let vm = Vm::boot_with(guest::PAYLOAD, |window| {
+        Box::new(Failing { window, fails: its })
+    });
+    wait_for_operations(&vm, &[0; VCPUS as usize], 1000);
+    (vm, fails)
+}
+
+/// None of its vCPUs runs, nor will.
+fn assert_stopped(vm: &Vm) {
+    let before = operations_now(vm);
+    let error = vm.machine.pause(Capture::Nothing).map(drop).unwrap_err();
+    assert!(matches!(error, KvmError::Stopped { .. }), "{error}");
+    assert_eq!(operations_now(vm), before);
+    assert_eq!(
+        *vm.ended.lock().unwrap(),
+        [] as [String; 0],
+        "by themselves"
+    );
+}
+
+/// A vCPU may come first and find out by a fault: then it has ended, and the fork is not tried. Now and then, that is.
+#[test]
+fn a_guest_whose_memory_breaks_in_a_fork_does_not_run_on() {
+    if no_kvm() {
+        return;
+    }
+    within(PATIENCE, || {
+        let is_stopped = (0..20).any(|_| {
+            let (vm, fails) = boot_to_fail();
+            let snapshot = vm.parts().take(1, None, Fault::None).unwrap().0;
+            wait_for_operations(&vm, &operations(&snapshot), 1000);
+            fails.store(true, Ordering::SeqCst);
+            let error = vm.parts().take(2, Some(1), Fault::None).unwrap_err();
+            assert!(vm.ram.space().check().is_err());
+            assert_right(&snapshot, &vm);
+            let forked = matches!(error, TakeError::Memory(_));
+            if forked && vm.ended.lock().unwrap().is_empty() {
+                assert_stopped(&vm);
+                return true;
+            }
+            false
+        });
+        assert!(is_stopped);
+    });
+}
+
+#[test]
+fn a_guest_that_was_rewound_in_part_does_not_run_on() {
+    if no_kvm() {
+        return;
+    }
+    within(PATIENCE, || {
+        let (vm, fails) = boot_to_fail();
+        let snapshot = vm.parts().take(1, None, Fault::None).unwrap().0;
+        wait_for_operations(&vm, &operations(&snapshot), 1000);
+        let restored = vm.parts().restore(&snapshot, || {
+            fails.store(true, Ordering::SeqCst);
+            let last = Gfn(MEMORY / PAGE_SIZE - 1);
+            vm.ram.space().discard(last, 1).unwrap_err();
+        });
+        let error = restored.unwrap_err();
+        let is_half_way = matches!(error, RestoreError::Memory(_) | RestoreError::Devices(_));
+        assert!(is_half_way, "{error:?}");
+        assert_stopped(&vm);
+        assert_right(&snapshot, &vm);
+    });
+}
+
 /// In ring 0, behind a `jmp $` for ring 3: sets MSR_KVM_SYSTEM_TIME_NEW to [`CLOCK`], then reads that clock for ever and counts how
 /// often it says that the guest had been stopped.
 const CLOCK_READER: &[u8] = &[
@@ -346,7 +458,7 @@ fn a_paravirtual_clock_is_written_where_the_guest_reads_it() {
         return;
     }
     within(PATIENCE, || {
-        let vm = Vm::boot_image(program(CLOCK_READER));
+        let vm = Vm::boot_with(program(CLOCK_READER), |window| Box::new(window));
         let word = |gpa| {
             let mut word = [0; 8];
             vm.ram.read(gpa, &mut word).unwrap();

@@ -698,6 +698,11 @@ impl Paused<'_> {
             .do_all(|vcpu| Job::Restore(Box::new(states[vcpu].clone()), clock))
     }
 
+    /// Stops all vCPUs for good: none of them enters the guest again.
+    pub fn stop(self) {
+        self.machine.stop();
+    }
+
     /// Lets all vCPUs run on. Returns the time when the last of them was about to enter the guest.
     pub fn resume(self) -> Instant {
         self.machine.run_all()
@@ -706,7 +711,7 @@ impl Paused<'_> {
 
 impl Drop for Paused<'_> {
     fn drop(&mut self) {
-        // After `resume` this finds all vCPUs running.
+        // After `resume` this finds all vCPUs running, and after `stop` those that are stopped stay so.
         self.machine.run_all();
     }
 }

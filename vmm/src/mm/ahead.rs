@@ -16,7 +16,7 @@ use super::addr::Gfn;
 use super::fault::Intent;
 use super::policy::CowPolicy;
 use super::space::{AddressSpace, Counters};
-use super::sync::{lock, read};
+use super::sync::lock;
 
 /// A page, or a region that a huge entry maps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -81,11 +81,13 @@ impl<P: CowPolicy> AddressSpace<P> {
             // Pages would count as written that were not.
             return false;
         }
-        let _no_fork = read(&self.fork_lock);
+        let Ok(_no_fork) = self.mapped.enter() else {
+            return false;
+        };
         let Some(Piece { first, is_huge }) = lock(&self.written).next.pop_front() else {
             return false;
         };
-        let mut region = self.table.lock_of(first);
+        let mut region = self.mapped.table.lock_of(first);
         let entry = region.get(first);
         if entry.is_writable() || !entry.is_present() || entry.is_huge() != is_huge {
             return true;

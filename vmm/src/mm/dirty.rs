@@ -19,13 +19,13 @@
 //! Answers are by page. What was written before anybody asked is told by region where a huge entry maps it: all of it counts as
 //! written. From the first answer on regions that are written are split, and stay so.
 
+use std::slice;
 use std::sync::atomic::Ordering;
 
-use super::addr::{Gfn, Protection};
+use super::addr::Gfn;
 use super::mmu::MmuError;
 use super::policy::CowPolicy;
 use super::space::AddressSpace;
-use super::sync::read;
 use super::table::{Entry, RegionGuard};
 
 /// A set of pages: one bit each.
@@ -84,18 +84,18 @@ impl<P: CowPolicy> AddressSpace<P> {
     /// # Errors
     /// If the MMU refuses. What would have been answered is in the next answer.
     pub fn take_dirty(&self) -> Result<PageSet, MmuError> {
-        let _no_fork = read(&self.fork_lock);
+        let _no_fork = self.mapped.enter()?;
         self.tracks_dirty.store(true, Ordering::Relaxed);
-        let mut dirty = PageSet::new(self.table.pages());
-        for index in 0..self.table.regions() {
-            let mut region = self.table.lock(index);
+        let mut dirty = PageSet::new(self.mapped.table.pages());
+        for index in 0..self.mapped.table.regions() {
+            let mut region = self.mapped.table.lock(index);
             if region.is_untouched() {
                 continue;
             }
             if region.huge().is_some_and(Entry::is_dirty) {
                 self.split(&mut region);
             }
-            if let Err(error) = self.write_protect_region(&region) {
+            if let Err(error) = self.write_protect_region(&mut region) {
                 drop(region);
                 self.mark_dirty(&dirty);
                 return Err(error);
@@ -111,15 +111,15 @@ impl<P: CowPolicy> AddressSpace<P> {
     }
 
     /// From the first writable page to the last, in one call: pages between them are read-only already, or untouched and stay so.
-    fn write_protect_region(&self, region: &RegionGuard<'_>) -> Result<(), MmuError> {
+    fn write_protect_region(&self, region: &mut RegionGuard<'_>) -> Result<(), MmuError> {
         let is_writable = |gfn: &Gfn| region.get(*gfn).is_writable();
         let mut writable = region.pages().filter(is_writable);
         let Some(first) = writable.next() else {
             return Ok(());
         };
         let last = writable.last().unwrap_or(first);
-        self.mmu
-            .protect(first, last.0 - first.0 + 1, Protection::ReadOnly)
+        let region = slice::from_mut(region);
+        self.mapped.write_protect(region, first..=last, |_, _| ())
     }
 
     fn clean(&self, region: &mut RegionGuard<'_>, gfn: Gfn) {
@@ -127,17 +127,17 @@ impl<P: CowPolicy> AddressSpace<P> {
         if !entry.is_dirty() {
             return;
         }
-        region.set(gfn, entry.cleaned());
+        region.unmark(gfn);
         // A pin taken without a lock either is counted here or finds the entry changed. A hold for writing was
         // taken under the region's lock, and is counted if it is still there.
         if entry.is_present() && !self.pool.frames().settled::<P>(entry.pfn()).is_idle() {
-            region.set(gfn, entry.cleaned().dirtied());
+            region.mark(gfn);
         }
     }
 
     fn mark_dirty(&self, pages: &PageSet) {
         for gfn in pages.iter() {
-            self.mark_dirty_page(&mut self.table.lock_of(gfn), gfn);
+            self.mark_dirty_page(&mut self.mapped.table.lock_of(gfn), gfn);
         }
     }
 
@@ -146,8 +146,7 @@ impl<P: CowPolicy> AddressSpace<P> {
         if !region.get(gfn).is_dirty() {
             // Of this page alone.
             self.split(region);
-            let entry = region.get(gfn);
-            region.set(gfn, entry.dirtied());
+            region.mark(gfn);
         }
     }
 }

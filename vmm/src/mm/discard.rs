@@ -1,12 +1,10 @@
 //! Discard: memory the guest has no use for goes back to the host (a balloon; `MADV_DONTNEED`; PROTOCOL.md T25).
 
-use super::addr::{Gfn, Pfn, Protection};
+use super::addr::Gfn;
 use super::policy::CowPolicy;
 use super::pool::Isolated;
 use super::rearrange::RearrangeError;
 use super::space::{AddressSpace, in_range};
-use super::sync::read;
-use super::table::Entry;
 
 impl<P: CowPolicy> AddressSpace<P> {
     /// Gives `count` pages from `first` on back: they read as zeros from now on, and cost nothing until they are
@@ -22,11 +20,12 @@ impl<P: CowPolicy> AddressSpace<P> {
             return Ok(0);
         };
         let last = Gfn(first.0.saturating_add(last));
-        in_range(&self.table, last)?;
-        let _no_fork = read(&self.fork_lock);
+        in_range(&self.mapped.table, last)?;
+        let _no_fork = self.mapped.enter()?;
         // In order, as `merge` takes its two. Everybody else has one at a time.
-        let mut regions: Vec<_> = (self.table.region_of(first)..=self.table.region_of(last))
-            .map(|index| self.table.lock(index))
+        let mut regions: Vec<_> = (self.mapped.table.region_of(first)
+            ..=self.mapped.table.region_of(last))
+            .map(|index| self.mapped.table.lock(index))
             .collect();
 
         for region in &mut regions {
@@ -49,16 +48,9 @@ impl<P: CowPolicy> AddressSpace<P> {
                 }
             }
         }
-        if let Err(error) = self.mmu.map(first, Pfn::ZERO, count, Protection::ReadOnly) {
+        if let Err(error) = self.mapped.discard(&mut regions, first, count) {
             isolated.into_iter().for_each(Isolated::put_back);
             return Err(error.into());
-        }
-        for region in &mut regions {
-            for gfn in region.pages().filter(|g| (first..=last).contains(g)) {
-                if region.get(gfn).is_present() {
-                    region.set(gfn, Entry::DISCARDED);
-                }
-            }
         }
         let discarded = isolated.len() as u64;
         self.pool.give_to_host::<P>(isolated);

@@ -18,12 +18,12 @@
 use std::sync::Weak;
 use std::sync::atomic::Ordering;
 
-use super::addr::{Gfn, Pfn, Protection};
+use super::addr::{Gfn, Pfn};
+use super::mapped::Counted;
 use super::policy::{CowPolicy, without};
 use super::pool::Fresh;
 use super::safeguard::Safeguard;
 use super::space::{AddressSpace, Counters, FaultError, in_range};
-use super::sync::read;
 use super::table::{Entry, RegionGuard};
 
 /// How a write fault was resolved.
@@ -62,13 +62,6 @@ pub(super) enum Intent {
 }
 
 impl Intent {
-    fn protection(self) -> Protection {
-        match self {
-            Self::Write => Protection::ReadWrite,
-            Self::Unshare => Protection::ReadOnly,
-        }
-    }
-
     /// The page of `before` in its new frame. To unshare is not to write: it leaves the page as clean or dirty as it was.
     fn entry(self, before: Entry, pfn: Pfn) -> Entry {
         match self {
@@ -97,19 +90,23 @@ impl<P: CowPolicy> AddressSpace<P> {
     /// # Errors
     /// As [`AddressSpace::write_fault`].
     pub fn resolve_write(&self, gfn: Gfn) -> Result<Fault, FaultError> {
-        in_range(&self.table, gfn)?;
-        let _no_fork = (!without::<P>(Safeguard::FaultWaitsForFork)).then(|| read(&self.fork_lock));
-        let stale = without::<P>(Safeguard::FaultLooksUnderLock).then(|| self.table.peek(gfn));
-        let mut region = self.table.lock_of(gfn);
+        in_range(&self.mapped.table, gfn)?;
+        let _no_fork = (!without::<P>(Safeguard::FaultWaitsForFork))
+            .then(|| self.mapped.enter())
+            .transpose()?;
+        let stale =
+            without::<P>(Safeguard::FaultLooksUnderLock).then(|| self.mapped.table.peek(gfn));
+        let mut region = self.mapped.table.lock_of(gfn);
         let entry = stale.unwrap_or_else(|| region.get(gfn));
         let resolution = self.resolve_entry(&mut region, gfn, entry, Intent::Write)?;
         self.count(Intent::Write, resolution);
         let mut is_whole = region.huge().is_some();
         if resolution != Resolution::AlreadyWritable && !is_whole {
-            let is_crowded = self.mmu.is_crowded();
+            let is_crowded = self.mapped.is_crowded();
             is_whole = is_crowded || self.wants_whole(&region);
             if is_whole {
                 self.resolve_rest(&mut region, is_crowded);
+                self.mapped.check()?;
             }
         }
         Ok(Fault {
@@ -134,9 +131,9 @@ impl<P: CowPolicy> AddressSpace<P> {
     /// # Errors
     /// As [`AddressSpace::write_fault`].
     pub fn unshare(&self, gfn: Gfn) -> Result<(), FaultError> {
-        in_range(&self.table, gfn)?;
-        let _no_fork = read(&self.fork_lock);
-        let mut region = self.table.lock_of(gfn);
+        in_range(&self.mapped.table, gfn)?;
+        let _no_fork = self.mapped.enter()?;
+        let mut region = self.mapped.table.lock_of(gfn);
         let resolution = self.resolve(&mut region, gfn, Intent::Unshare)?;
         self.count(Intent::Unshare, resolution);
         Ok(())
@@ -157,7 +154,7 @@ impl<P: CowPolicy> AddressSpace<P> {
     /// Resolves one page of `region`. The caller holds `fork_lock`.
     ///
     /// Each step leaves a legal state, so that a failure needs no undoing: first the frame becomes
-    /// exclusive (exclusive and read-only is normal), then the MMU maps it, then the entry says so.
+    /// exclusive (exclusive and read-only is normal), then MMU and entry change as one.
     pub(super) fn resolve(
         &self,
         region: &mut RegionGuard<'_>,
@@ -195,20 +192,19 @@ impl<P: CowPolicy> AddressSpace<P> {
             self.keep_chunks(region, gfn);
             return resolution;
         }
-        let (resolution, entry) = if self.pool.frames().try_reuse(pfn, &self.policy).is_ok() {
-            (Resolution::Reused, entry)
+        let resolution = if self.pool.frames().try_reuse(pfn, &self.policy).is_ok() {
+            Resolution::Reused
         } else {
             region.state.breaks.count_small();
             if self.move_sharers(region, gfn, pfn)? {
-                (Resolution::SharersMoved, entry)
+                Resolution::SharersMoved
             } else {
                 self.move_writer(region, gfn, entry, intent)?;
                 return Ok(Resolution::WriterMoved);
             }
         };
         if intent == Intent::Write {
-            self.mmu.protect(gfn, 1, Protection::ReadWrite)?;
-            region.set(gfn, Entry::writable(entry.pfn()));
+            self.mapped.allow_writes(region, gfn..=gfn)?;
         }
         Ok(resolution)
     }
@@ -232,7 +228,7 @@ impl<P: CowPolicy> AddressSpace<P> {
         let resolution = if frames.try_reuse_huge(huge.pfn(), &self.policy).is_ok() {
             Resolution::Reused
         } else if intent == Intent::Write
-            && (is_whole || self.mmu.is_crowded() || self.wants_whole(region))
+            && (is_whole || self.mapped.is_crowded() || self.wants_whole(region))
         {
             if self.move_all_sharers(region)?
                 && frames.try_reuse_huge(huge.pfn(), &self.policy).is_ok()
@@ -251,9 +247,9 @@ impl<P: CowPolicy> AddressSpace<P> {
             Counters::add(&self.counters.whole);
         }
         if intent == Intent::Write && resolution != Resolution::WriterMoved {
-            self.mmu
-                .protect(region.first(), region.len(), Protection::ReadWrite)?;
-            region.set_huge(Entry::huge_writable(huge.pfn()));
+            let last = Gfn(region.first().0 + region.len() - 1);
+            let pages = region.first()..=last;
+            self.mapped.allow_writes(region, pages)?;
         }
         Ok(Some(resolution))
     }
@@ -269,9 +265,8 @@ impl<P: CowPolicy> AddressSpace<P> {
             return Ok(false);
         };
         self.copy_run(huge.pfn(), fresh.head(), count);
-        self.mmu
-            .map(first, fresh.head(), count, Protection::ReadWrite)?;
-        region.set_huge(Entry::huge_writable(fresh.into_mapped()));
+        let to = Entry::huge_writable(fresh.head());
+        self.mapped.map(region, first, count, to, fresh)?;
         self.pool.unmap_huge(huge.pfn());
         Ok(true)
     }
@@ -352,15 +347,13 @@ impl<P: CowPolicy> AddressSpace<P> {
                 run.push(next);
             }
             let count = run.len() as u64;
-            self.mmu
-                .map(first, run[0].pfn(), count, Protection::ReadWrite)?;
-            for (n, fresh) in (first.0..).zip(run) {
-                let before = region.get(Gfn(n));
-                region.set(Gfn(n), Entry::writable(fresh.into_mapped()));
-                if before.is_present() {
-                    self.pool.unmap(before.pfn());
-                }
-            }
+            let before: Vec<Entry> = (first.0..first.0 + count)
+                .map(|n| region.get(Gfn(n)))
+                .collect();
+            let to = Entry::writable(run[0].pfn());
+            self.mapped.map(region, first, count, to, run)?;
+            let left = before.into_iter().filter(|entry| entry.is_present());
+            left.for_each(|entry| self.pool.unmap(entry.pfn()));
         }
         Ok(())
     }
@@ -369,14 +362,10 @@ impl<P: CowPolicy> AddressSpace<P> {
     fn allow_writes(&self, region: &mut RegionGuard<'_>, pages: &[Gfn]) -> Result<(), FaultError> {
         // Between two of them are pages that are writable already, or must not be.
         let one_run = |a: &Gfn, b: &Gfn| (a.0 + 1..b.0).all(|n| region.get(Gfn(n)).is_writable());
-        for run in pages.chunk_by(one_run) {
+        let runs: Vec<_> = pages.chunk_by(one_run).collect();
+        for run in runs {
             let (first, last) = (run[0], run[run.len() - 1]);
-            self.mmu
-                .protect(first, last.0 - first.0 + 1, Protection::ReadWrite)?;
-        }
-        for &gfn in pages {
-            let entry = region.get(gfn);
-            region.set(gfn, Entry::writable(entry.pfn()));
+            self.mapped.allow_writes(region, first..=last)?;
         }
         Ok(())
     }
@@ -405,14 +394,11 @@ impl<P: CowPolicy> AddressSpace<P> {
     /// by itself does not join it again, and would have the guest fault 512 times where one would do.
     fn form_huge(&self, region: &mut RegionGuard<'_>, head: Pfn) -> Result<(), FaultError> {
         let (first, count) = (region.first(), region.len());
-        self.mmu.map(first, head, count, Protection::ReadWrite)?;
+        self.mapped
+            .map(region, first, count, Entry::writable(head), Counted)?;
         if self.pool.frames().try_form_huge(head).is_ok() {
-            region.set_huge(Entry::huge_writable(head));
+            region.set_joined(head);
             Counters::add(&self.counters.formed);
-        } else {
-            for (gfn, pfn) in region.pages().zip(head.run(count)) {
-                region.set(gfn, Entry::writable(pfn));
-            }
         }
         Ok(())
     }
@@ -432,18 +418,16 @@ impl<P: CowPolicy> AddressSpace<P> {
         {
             let (first, count) = (region.first(), region.len());
             fresh.zero();
-            self.mmu
-                .map(first, fresh.head(), count, intent.protection())?;
-            let head = fresh.into_mapped();
-            region.set_huge(match intent {
-                Intent::Write => Entry::huge_writable(head),
-                Intent::Unshare => Entry::huge_read_only(head),
-            });
+            let to = match intent {
+                Intent::Write => Entry::huge_writable(fresh.head()),
+                Intent::Unshare => Entry::huge_read_only(fresh.head()),
+            };
+            self.mapped.map(region, first, count, to, fresh)?;
             return Ok(Resolution::ZeroFilled);
         }
         let fresh = self.pool.allocate_zeroed(&self.home, gfn.0)?;
-        self.mmu.map(gfn, fresh.pfn(), 1, intent.protection())?;
-        region.set(gfn, intent.entry(entry, fresh.into_mapped()));
+        let to = intent.entry(entry, fresh.pfn());
+        self.mapped.map(region, gfn, 1, to, fresh)?;
         Ok(Resolution::ZeroFilled)
     }
 
@@ -583,8 +567,8 @@ impl<P: CowPolicy> AddressSpace<P> {
             return self.move_writer_in_wrong_order(region, gfn, entry, intent, fresh);
         }
         self.copy(pfn, fresh.pfn());
-        self.mmu.map(gfn, fresh.pfn(), 1, intent.protection())?;
-        region.set(gfn, intent.entry(entry, fresh.into_mapped()));
+        let to = intent.entry(entry, fresh.pfn());
+        self.mapped.map(region, gfn, 1, to, fresh)?;
         self.pool.unmap(pfn);
         Ok(())
     }
@@ -600,8 +584,9 @@ impl<P: CowPolicy> AddressSpace<P> {
     ) -> Result<(), FaultError> {
         let (pfn, copy) = (entry.pfn(), fresh.into_mapped());
         let fill = || self.pool.memory().copy(pfn, copy);
-        let switch = || self.mmu.map(gfn, copy, 1, intent.protection());
-        let mut publish = || region.set(gfn, intent.entry(entry, copy));
+        let to = intent.entry(entry, copy);
+        let switch = || self.mapped.switch_alone(gfn, to);
+        let mut publish = || self.mapped.publish_alone(region, gfn, to);
         if without::<P>(Safeguard::MmuBeforeUnmap) {
             fill();
             publish();

@@ -4,7 +4,6 @@ use super::addr::{Gfn, PAGE_SIZE};
 use super::fault::Intent;
 use super::policy::CowPolicy;
 use super::space::{AddressSpace, FaultError, in_range};
-use super::sync::read;
 
 impl<P: CowPolicy> AddressSpace<P> {
     /// Writes `bytes` into page `gfn`, from byte `offset` on, as a debugger does to set a breakpoint: COW is broken, but the page
@@ -24,9 +23,9 @@ impl<P: CowPolicy> AddressSpace<P> {
             "{} bytes at offset {offset} are not in a page",
             bytes.len()
         );
-        in_range(&self.table, gfn)?;
-        let _no_fork = read(&self.fork_lock);
-        let mut region = self.table.lock_of(gfn);
+        in_range(&self.mapped.table, gfn)?;
+        let _no_fork = self.mapped.enter()?;
+        let mut region = self.mapped.table.lock_of(gfn);
         let resolution = self.resolve(&mut region, gfn, Intent::Unshare)?;
         self.count(Intent::Unshare, resolution);
         let pfn = region.get(gfn).pfn();

@@ -18,15 +18,16 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use super::addr::{Gfn, Pfn, Protection};
+use super::addr::{Gfn, Pfn};
 use super::ahead::Piece;
 use super::frozen::{Frozen, FrozenChunk, FrozenChunks, FrozenFrames, FrozenRegion};
+use super::mapped::Counted;
 use super::mmu::{Mmu, MmuError};
 use super::policy::{CowPolicy, without};
 use super::pool::AllocError;
 use super::safeguard::Safeguard;
 use super::space::{AddressSpace, Counters};
-use super::sync::{lock, read, write};
+use super::sync::lock;
 use super::table::{Entry, RegionGuard};
 
 /// Huge entries and chunks that [`AddressSpace::prepare_fork`] forks at once, or a few more, while faults in their regions wait.
@@ -74,11 +75,11 @@ impl<P: CowPolicy> AddressSpace<P> {
     /// # Errors
     /// If there is no memory for the copy of a pinned page, or the MMU refuses.
     pub fn fork(&self) -> Result<Arc<Frozen>, ForkError> {
-        let _alone = write(&self.fork_lock);
+        let _alone = self.mapped.enter_alone().map_err(ForkError::WriteProtect)?;
         let mut changed = lock(&self.lineage).changed.clone();
         // So that neighbours are protected with one call.
         changed.sort_unstable();
-        let mut regions: Vec<_> = changed.iter().map(|&i| self.table.lock(i)).collect();
+        let mut regions: Vec<_> = changed.iter().map(|&i| self.mapped.table.lock(i)).collect();
         let mut written = Vec::new();
         // If it fails, they are changed still, and what was shared so far goes back.
         let shared = self.share_regions(&mut regions, &mut written)?;
@@ -112,7 +113,7 @@ impl<P: CowPolicy> AddressSpace<P> {
         Ok(Arc::new(Frozen {
             pool: Arc::clone(&self.pool),
             table,
-            pages: self.table.pages(),
+            pages: self.mapped.table.pages(),
         }))
     }
 
@@ -134,7 +135,7 @@ impl<P: CowPolicy> AddressSpace<P> {
                 (lineage.changed.clone(), lineage.forks + 1)
             };
             changed.sort_unstable();
-            let regions = changed.iter().map(|&index| self.table.lock(index));
+            let regions = changed.iter().map(|&index| self.mapped.table.lock(index));
             let mut left = regions
                 .filter(|region| !region.state.habit.is_rare(fork))
                 .map(|region| region.open_chunks().count())
@@ -155,13 +156,15 @@ impl<P: CowPolicy> AddressSpace<P> {
     /// Looks at the first of `regions`, in order, and forks those for which it pays, for nobody. Says how many it has looked at and how many
     /// it has forked. Faults in them wait meanwhile. `left` are the chunks of regions that change before every fork and are left to it.
     fn prepare_some(&self, regions: &[usize], left: &mut usize) -> (usize, usize) {
-        let _no_fork = read(&self.fork_lock);
+        let Ok(_no_fork) = self.mapped.enter() else {
+            return (regions.len(), 0);
+        };
         let fork = lock(&self.lineage).forks + 1;
         let enough = self.left_to_fork.load(Ordering::Relaxed) as usize;
         let (mut looked_at, mut pieces) = (0, 0);
         let mut chosen = Vec::new();
         for &index in regions {
-            let region = self.table.lock(index);
+            let region = self.mapped.table.lock(index);
             looked_at += 1;
             let chunks = region.open_chunks().count();
             let is_rare = region.huge().is_some() || region.state.habit.is_rare(fork);
@@ -407,29 +410,11 @@ impl<P: CowPolicy> AddressSpace<P> {
                 written.push(Piece { first, is_huge });
             }
         };
-        let count = last.0 - first.0 + 1;
-        self.mmu
-            .protect(first, count, Protection::ReadOnly)
-            .map_err(ForkError::WriteProtect)?;
-        for region in regions {
-            // A huge entry is in the run with all of its pages.
-            if let Some(huge) = region.huge() {
-                if huge.is_writable() && (first..=last).contains(&region.first()) {
-                    note(region.first(), true);
-                    region.set_huge(huge.write_protected());
-                }
-                continue;
-            }
-            let is_in_run =
-                |gfn: &Gfn| (first..=last).contains(gfn) && region.get(*gfn).is_writable();
-            let writable: Vec<Gfn> = region.open_pages().filter(is_in_run).collect();
-            for gfn in writable {
-                note(gfn, false);
-                let entry = region.get(gfn);
-                region.set(gfn, entry.write_protected());
-            }
-        }
-        Ok(())
+        self.mapped
+            .write_protect(regions, first..=last, |gfn, entry| {
+                note(gfn, entry.is_huge());
+            })
+            .map_err(ForkError::WriteProtect)
     }
 
     /// A running clone of a snapshot: a live address space that shares the snapshot's frames. `mmu` shows zeros, read-only,
@@ -443,7 +428,7 @@ impl<P: CowPolicy> AddressSpace<P> {
         let mut different = Vec::new();
         for (index, from) in frozen.table.iter() {
             let theirs = from.lock();
-            let mut to = clone.table.lock(index);
+            let mut to = clone.mapped.table.lock(index);
             if let Some(head) = theirs.huge() {
                 if clone.adopt_huge(&mut to, head)? == Adopted::InPart {
                     different.push(index);
@@ -473,7 +458,7 @@ impl<P: CowPolicy> AddressSpace<P> {
         // Until it changes something, its own forks are what the snapshot is: where all of it is shared.
         lock(&clone.lineage).unchanged = frozen.table.clone();
         for index in different {
-            clone.open_all(&mut clone.table.lock(index));
+            clone.open_all(&mut clone.mapped.table.lock(index));
         }
         Ok(clone)
     }
@@ -489,11 +474,11 @@ impl<P: CowPolicy> AddressSpace<P> {
             });
         }
         let (first, count) = (region.first(), region.len());
-        if let Err(error) = self.mmu.map(first, head, count, Protection::ReadOnly) {
+        let to = Entry::huge_read_only(head);
+        if let Err(error) = self.mapped.map(region, first, count, to, Counted) {
             self.pool.unmap_huge(head);
             return Err(ForkError::Map(error));
         }
-        region.set_huge(Entry::huge_read_only(head));
         Ok(Adopted::Shared)
     }
 
@@ -508,11 +493,11 @@ impl<P: CowPolicy> AddressSpace<P> {
         let mut copies = Copies::new();
         let ours = self.share_or_copy(gfn, pfn, &mut copies)?;
         self.pool.memory().copy_all(&copies);
-        if let Err(error) = self.mmu.map(gfn, ours, 1, Protection::ReadOnly) {
+        let to = Entry::read_only(ours);
+        if let Err(error) = self.mapped.map(region, gfn, 1, to, Counted) {
             self.pool.unmap(ours);
             return Err(ForkError::Map(error));
         }
-        region.set(gfn, Entry::read_only(ours));
         Ok(if ours == pfn {
             Adopted::Shared
         } else {

@@ -16,7 +16,6 @@ use super::policy::{CowPolicy, Exclusive, without};
 use super::pool::{FramePool, Get};
 use super::safeguard::Safeguard;
 use super::space::{AddressSpace, FaultError, OutOfRange, in_range};
-use super::sync::read;
 use super::table::{Entry, Table};
 
 impl<P: CowPolicy> AddressSpace<P> {
@@ -27,15 +26,15 @@ impl<P: CowPolicy> AddressSpace<P> {
     /// For reading, only if there is no such page; for writing as [`AddressSpace::write_fault`].
     pub fn get(&self, gfn: Gfn, access: Access) -> Result<Get, FaultError> {
         match self.policy.lookup(access) {
-            Access::Read => Ok(get::<P>(&self.pool, &self.table, gfn)?),
+            Access::Read => Ok(get::<P>(&self.pool, &self.mapped.table, gfn)?),
             Access::Write => self.get_to_write(gfn),
         }
     }
 
     fn get_to_write(&self, gfn: Gfn) -> Result<Get, FaultError> {
-        in_range(&self.table, gfn)?;
-        let _no_fork = read(&self.fork_lock);
-        let mut region = self.table.lock_of(gfn);
+        in_range(&self.mapped.table, gfn)?;
+        let _no_fork = self.mapped.enter()?;
+        let mut region = self.mapped.table.lock_of(gfn);
         let resolution = self.resolve(&mut region, gfn, Intent::Write)?;
         self.count(Intent::Write, resolution);
         Ok(get_locked(&self.pool, region.get(gfn)))

@@ -11,12 +11,12 @@
 use std::ptr;
 use std::sync::Arc;
 
-use super::addr::{Gfn, Protection};
+use super::addr::Gfn;
+use super::mapped::Counted;
 use super::policy::{CowPolicy, without};
 use super::rearrange::RearrangeError;
 use super::safeguard::Safeguard;
 use super::space::{AddressSpace, in_range};
-use super::sync::read;
 use super::table::RegionGuard;
 
 impl<P: CowPolicy> AddressSpace<P> {
@@ -27,28 +27,32 @@ impl<P: CowPolicy> AddressSpace<P> {
     /// If the pages differ; [`RearrangeError::Busy`] if a device or a reader holds either frame; if a page was never
     /// touched; or the MMU refuses. Nothing has changed then.
     pub fn merge(&self, gfn: Gfn, other: &Self, other_gfn: Gfn) -> Result<(), RearrangeError> {
-        in_range(&self.table, gfn)?;
-        in_range(&other.table, other_gfn)?;
+        in_range(&self.mapped.table, gfn)?;
+        in_range(&other.mapped.table, other_gfn)?;
         if !Arc::ptr_eq(&self.pool, &other.pool) {
             return Err(RearrangeError::OtherPool);
         }
         // Both kinds of locks in the order of their addresses, whoever asks for the merge.
         let one_space = ptr::eq(self, other);
-        let ((low, low_gfn), (high, high_gfn)) = if (ptr::from_ref(self), self.table.region_of(gfn))
-            <= (ptr::from_ref(other), other.table.region_of(other_gfn))
-            || without::<P>(Safeguard::MergeLocksInOrder)
-        {
-            ((self, gfn), (other, other_gfn))
-        } else {
-            ((other, other_gfn), (self, gfn))
-        };
-        let _no_fork = read(&low.fork_lock);
-        let _no_other_fork = (!one_space).then(|| read(&high.fork_lock));
-        let mut first = low.table.lock_of(low_gfn);
-        if one_space && first.index() == high.table.region_of(high_gfn) {
+        let ((low, low_gfn), (high, high_gfn)) =
+            if (ptr::from_ref(self), self.mapped.table.region_of(gfn))
+                <= (
+                    ptr::from_ref(other),
+                    other.mapped.table.region_of(other_gfn),
+                )
+                || without::<P>(Safeguard::MergeLocksInOrder)
+            {
+                ((self, gfn), (other, other_gfn))
+            } else {
+                ((other, other_gfn), (self, gfn))
+            };
+        let _no_fork = low.mapped.enter()?;
+        let _no_other_fork = (!one_space).then(|| high.mapped.enter()).transpose()?;
+        let mut first = low.mapped.table.lock_of(low_gfn);
+        if one_space && first.index() == high.mapped.table.region_of(high_gfn) {
             return self.merge_locked(gfn, other, other_gfn, Guards::One(&mut first));
         }
-        let mut second = high.table.lock_of(high_gfn);
+        let mut second = high.mapped.table.lock_of(high_gfn);
         let guards = if ptr::eq(low, self) && low_gfn == gfn {
             Guards::Two(&mut first, &mut second)
         } else {
@@ -89,14 +93,12 @@ impl<P: CowPolicy> AddressSpace<P> {
         other.open(guards.other(), other_gfn);
         other.split(guards.other());
         let (entry, other_entry) = (guards.one().get(gfn), guards.other().get(other_gfn));
-        self.stop_writers(gfn, entry)?;
-        if let Err(error) = other.stop_writers(other_gfn, other_entry) {
+        // A pin for writing taken without a lock finds the entry changed, or is counted below.
+        self.stop_writers(guards.one(), gfn, entry)?;
+        if let Err(error) = other.stop_writers(guards.other(), other_gfn, other_entry) {
             self.let_writers(guards.one(), gfn, entry);
             return Err(error.into());
         }
-        // A pin for writing taken without a lock finds the entry changed, or is counted below.
-        guards.one().set(gfn, entry.write_protected());
-        guards.other().set(other_gfn, other_entry.write_protected());
 
         let merged = frames
             .try_share_idle(kept)
@@ -121,9 +123,10 @@ impl<P: CowPolicy> AddressSpace<P> {
                     memory.equal(kept, freed)
                 };
                 let mapped = if equal {
+                    let to = other_entry.write_protected().in_frame(kept);
                     other
-                        .mmu
-                        .map(other_gfn, kept, 1, Protection::ReadOnly)
+                        .mapped
+                        .map(guards.other(), other_gfn, 1, to, Counted)
                         .map_err(RearrangeError::from)
                 } else {
                     Err(different())
@@ -138,8 +141,6 @@ impl<P: CowPolicy> AddressSpace<P> {
             });
         match merged {
             Ok(isolated) => {
-                let shared = other_entry.write_protected().in_frame(kept);
-                guards.other().set(other_gfn, shared);
                 drop(isolated);
                 Ok(())
             }

@@ -12,7 +12,6 @@ use super::policy::{CowPolicy, without};
 use super::rearrange::RearrangeError;
 use super::safeguard::Safeguard;
 use super::space::{AddressSpace, in_range};
-use super::sync::read;
 
 impl<P: CowPolicy> AddressSpace<P> {
     /// Moves page `gfn` to another frame and says which: its home if that is free, so that the page and its neighbours
@@ -22,9 +21,9 @@ impl<P: CowPolicy> AddressSpace<P> {
     /// [`RearrangeError::Busy`] if anybody but this page's entry holds the frame, a device, a reader or a
     /// snapshot; or if there is no frame, or the MMU refuses. Nothing has changed then.
     pub fn migrate(&self, gfn: Gfn) -> Result<Pfn, RearrangeError> {
-        in_range(&self.table, gfn)?;
-        let _no_fork = read(&self.fork_lock);
-        let mut region = self.table.lock_of(gfn);
+        in_range(&self.mapped.table, gfn)?;
+        let _no_fork = self.mapped.enter()?;
+        let mut region = self.mapped.table.lock_of(gfn);
         if !region.get(gfn).is_present() {
             return Ok(Pfn::ZERO);
         }
@@ -39,7 +38,7 @@ impl<P: CowPolicy> AddressSpace<P> {
         }
         let fresh = self.pool.allocate_near(&self.home, gfn.0)?;
         if !without::<P>(Safeguard::WritersStoppedBeforeCopy) {
-            self.stop_writers(gfn, entry)?;
+            self.stop_writers(&mut region, gfn, entry)?;
         }
         let isolated = if without::<P>(Safeguard::IsolatedBeforeCopy) {
             None
@@ -52,17 +51,17 @@ impl<P: CowPolicy> AddressSpace<P> {
                 }
             }
         };
-        self.pool.memory().copy(pfn, fresh.pfn());
-        if let Err(error) = self.mmu.map(gfn, fresh.pfn(), 1, entry.protection()) {
+        let moved = fresh.pfn();
+        self.pool.memory().copy(pfn, moved);
+        // The only holder: exclusive from here on, if it was not before (T4).
+        let to = entry.in_frame(moved);
+        if let Err(error) = self.mapped.map(&mut region, gfn, 1, to, fresh) {
             if let Some(isolated) = isolated {
                 isolated.put_back();
             }
             self.let_writers(&mut region, gfn, entry);
             return Err(error.into());
         }
-        // The only holder: exclusive from here on, if it was not before (T4).
-        let moved = fresh.into_mapped();
-        region.set(gfn, entry.in_frame(moved));
         match isolated {
             Some(isolated) => drop(isolated),
             None => self.pool.unmap(pfn),

@@ -1,12 +1,20 @@
 //! What `mm` asks of the outside: an MMU for each address space, and bytes for the frames.
 
 use std::io;
+use std::sync::Arc;
 
 use super::addr::{Gfn, Pfn, Protection};
 
 /// What vCPUs go through to reach frames: the window of a running VM, or a software model of one.
 ///
-/// When a call returns, every vCPU sees its effect: flushing is implied. A call that fails has changed nothing.
+/// When a call returns, every vCPU sees its effect: flushing is implied.
+///
+/// **A call that fails has changed nothing, or says [`MmuError::Torn`].** Then each page of its range shows what it did, or what it was to
+/// show, or cannot be reached at all; nobody knows which. A host that changes mappings one after the other does so when the last one is
+/// too many. What becomes of it is the caller's to decide (`mapped`): the same call may be tried again, and so may one that undoes it.
+///
+/// To show pages with less right than asked is safe for everybody but the vCPU, which faults and faults; to show more is safe for nobody. So an
+/// implementation that is not sure says `Torn`.
 pub trait Mmu: Send + Sync {
     /// Maps `count` pages from `first` on to the frames from `frame` on, one after the other. With
     /// [`Pfn::ZERO`] all of them read as zeros; `protection` is read-only then.
@@ -31,7 +39,7 @@ pub trait Mmu: Send + Sync {
 /// Why an [`Mmu`] could not do what it was asked.
 #[derive(Debug, thiserror::Error)]
 pub enum MmuError {
-    /// The host allows a process only so many mappings.
+    /// The host allows a process only so many mappings. Nothing has changed.
     #[error(
         "the window needs more than {limit} memory mappings: raise vm.max_map_count (sysctl -w vm.max_map_count=262144)"
     )]
@@ -39,7 +47,7 @@ pub enum MmuError {
         /// How many this process may use for windows.
         limit: u64,
     },
-    /// The host refused.
+    /// The host refused. Nothing has changed.
     #[error("cannot {what} {count} pages of the window from {first:?} on")]
     Host {
         /// What was tried.
@@ -51,6 +59,34 @@ pub enum MmuError {
         /// The host's reason.
         source: io::Error,
     },
+    /// The host refused when it had changed some of the pages, or may have.
+    #[error(
+        "cannot {what} all of {count} pages of the window from {first:?} on, and some are changed"
+    )]
+    Torn {
+        /// What was tried.
+        what: &'static str,
+        /// First page.
+        first: Gfn,
+        /// How many.
+        count: u64,
+        /// The host's reason.
+        source: io::Error,
+    },
+    /// A change could be neither finished nor undone, now or before: the guest may not see what it should, and must not run on.
+    #[error("the window cannot be put right: this virtual machine must not run on")]
+    Broken {
+        /// The change.
+        #[source]
+        cause: Arc<MmuError>,
+    },
+}
+
+impl MmuError {
+    /// Whether some of the range may have changed.
+    pub fn is_torn(&self) -> bool {
+        matches!(self, Self::Torn { .. })
+    }
 }
 
 /// The bytes behind the frames.

@@ -16,7 +16,8 @@
 //! | `frame` | the packed word of a frame, its states, the atomic transitions |
 //! | `folio` | frames that are mapped, shared and written as one; holds on their pages |
 //! | `policy` | the rules: may share, may write in place, may pin |
-//! | `table` | the shadow page table and its region locks |
+//! | `mapped` | the shadow page table and the MMU, changed as one; what becomes of a change that is refused |
+//! | `mapped/table` | the entries and their region locks |
 //! | `pool` | which frames are free; the handles by which they are held |
 //! | `space` | live address spaces; lock order |
 //! | `frozen` | snapshots, and what they share with each other |
@@ -53,6 +54,7 @@ mod frame;
 mod frozen;
 mod get;
 mod lineage;
+mod mapped;
 mod merge;
 mod migrate;
 mod mmu;
@@ -66,7 +68,8 @@ pub mod soft;
 mod space;
 mod stripe;
 mod sync;
-mod table;
+
+use mapped::table;
 
 #[cfg(all(test, not(any(loom, shuttle))))]
 mod model;

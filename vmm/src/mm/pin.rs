@@ -25,7 +25,6 @@ use super::policy::{CowPolicy, without};
 use super::pool::{Pin, PinnedRun};
 use super::safeguard::Safeguard;
 use super::space::{AddressSpace, Counters, FaultError, in_range};
-use super::sync::read;
 use super::table::Entry;
 
 /// Why a page could not be pinned. Nothing is held.
@@ -48,7 +47,7 @@ impl<P: CowPolicy> AddressSpace<P> {
     /// # Errors
     /// As [`AddressSpace::write_fault`], or if the frame has 2^20 - 1 pins.
     pub fn pin(&self, gfn: Gfn, access: Access) -> Result<Pin, PinError> {
-        in_range(&self.table, gfn).map_err(FaultError::from)?;
+        in_range(&self.mapped.table, gfn).map_err(FaultError::from)?;
         let access = self.policy.lookup(access);
         let run = match self.pin_fast(gfn, 1, access) {
             Some(run) => run,
@@ -71,12 +70,12 @@ impl<P: CowPolicy> AddressSpace<P> {
             return Ok(Vec::new());
         };
         let last = Gfn(first.0.saturating_add(rest));
-        in_range(&self.table, last).map_err(FaultError::from)?;
+        in_range(&self.mapped.table, last).map_err(FaultError::from)?;
         let access = self.policy.lookup(access);
         let mut runs: Vec<PinnedRun> = Vec::new();
         let mut at = first;
         while at <= last {
-            let most = self.table.rest_of_region(at).min(last.0 - at.0 + 1);
+            let most = self.mapped.table.rest_of_region(at).min(last.0 - at.0 + 1);
             let run = match self.pin_fast(at, most, access) {
                 Some(run) => run,
                 None => self.pin_slow(at, access)?,
@@ -94,8 +93,8 @@ impl<P: CowPolicy> AddressSpace<P> {
     /// Pins a run of at most `most` pages from `gfn` on, all in its region. `None` if `gfn` itself can't be pinned so.
     #[inline]
     fn pin_fast(&self, gfn: Gfn, most: u64, access: Access) -> Option<PinnedRun> {
-        let huge = self.table.peek_huge(gfn);
-        let entry = huge.unwrap_or_else(|| self.table.peek_small(gfn));
+        let huge = self.mapped.table.peek_huge(gfn);
+        let entry = huge.unwrap_or_else(|| self.mapped.table.peek_small(gfn));
         if !entry.is_present() || (access == Access::Write && !entry.is_writable()) {
             return None;
         }
@@ -104,7 +103,7 @@ impl<P: CowPolicy> AddressSpace<P> {
         let mut run = pinned.ok()?;
         if huge.is_none() {
             for n in 1..most {
-                let next = self.table.peek_small(Gfn(gfn.0 + n));
+                let next = self.mapped.table.peek_small(Gfn(gfn.0 + n));
                 if next != entry.page(n) || !run.try_push(next, access, &self.policy) {
                     break;
                 }
@@ -124,11 +123,12 @@ impl<P: CowPolicy> AddressSpace<P> {
     /// How many of `count` pages from `gfn` on, the first of which had `entry`, are mapped as they were.
     #[inline]
     fn still_so(&self, gfn: Gfn, entry: Entry, count: u64) -> u64 {
-        match self.table.peek_huge(gfn) {
+        match self.mapped.table.peek_huge(gfn) {
             Some(huge) if huge == entry => count,
             Some(_) => 0,
             None => {
-                let is_same = |&n: &u64| self.table.peek_small(Gfn(gfn.0 + n)) == entry.page(n);
+                let is_same =
+                    |&n: &u64| self.mapped.table.peek_small(Gfn(gfn.0 + n)) == entry.page(n);
                 (0..count).take_while(is_same).count() as u64
             }
         }
@@ -139,8 +139,8 @@ impl<P: CowPolicy> AddressSpace<P> {
             Access::Read => Intent::Unshare,
             Access::Write => Intent::Write,
         };
-        let _no_fork = read(&self.fork_lock);
-        let mut region = self.table.lock_of(gfn);
+        let _no_fork = self.mapped.enter().map_err(FaultError::from)?;
+        let mut region = self.mapped.table.lock_of(gfn);
         let mut entry = region.get(gfn);
         let ready = access == Access::Read || entry.is_writable();
         if !ready || !self.policy.may_pin(self.pool.state(entry.pfn()), access) {

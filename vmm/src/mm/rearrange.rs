@@ -6,7 +6,9 @@
 //! operation is refused with everything as it was (I10). It is what the kernel does with a cleared entry and a frozen
 //! reference count (PROTOCOL.md 5.2, 4.11).
 
-use super::addr::{Gfn, Protection};
+use std::slice;
+
+use super::addr::Gfn;
 use super::frame::FrameState;
 use super::mmu::MmuError;
 use super::policy::CowPolicy;
@@ -54,25 +56,24 @@ pub enum RearrangeError {
 }
 
 impl<P: CowPolicy> AddressSpace<P> {
-    /// Keeps vCPUs from writing a page, for a moment: its entry stays as it is.
-    pub(super) fn stop_writers(&self, gfn: Gfn, entry: Entry) -> Result<(), MmuError> {
-        if entry.is_writable() {
-            self.mmu.protect(gfn, 1, Protection::ReadOnly)?;
+    /// Keeps vCPUs from writing a page, for a moment, if they may: `entry` is what it has.
+    pub(super) fn stop_writers(
+        &self,
+        region: &mut RegionGuard<'_>,
+        gfn: Gfn,
+        entry: Entry,
+    ) -> Result<(), MmuError> {
+        if !entry.is_writable() {
+            return Ok(());
         }
-        Ok(())
+        let region = slice::from_mut(region);
+        self.mapped.write_protect(region, gfn..=gfn, |_, _| ())
     }
 
     /// Undoes [`AddressSpace::stop_writers`]. Should the MMU refuse, the page stays read-only, which costs a fault.
     pub(super) fn let_writers(&self, region: &mut RegionGuard<'_>, gfn: Gfn, entry: Entry) {
-        let allowed =
-            !entry.is_writable() || self.mmu.protect(gfn, 1, Protection::ReadWrite).is_ok();
-        region.set(
-            gfn,
-            if allowed {
-                entry
-            } else {
-                entry.write_protected()
-            },
-        );
+        if entry.is_writable() {
+            let _ = self.mapped.allow_writes(region, gfn..=gfn);
+        }
     }
 }

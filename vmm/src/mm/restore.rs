@@ -17,7 +17,7 @@ use super::fault::Intent;
 use super::frozen::{Frozen, FrozenRegion};
 use super::policy::CowPolicy;
 use super::space::{AddressSpace, FaultError};
-use super::sync::{lock, write};
+use super::sync::lock;
 use super::table::RegionGuard;
 
 /// Why a restore failed. The address space is part old, part new: it must not run on.
@@ -44,16 +44,16 @@ impl<P: CowPolicy> AddressSpace<P> {
     /// # Errors
     /// If the sizes differ (nothing has changed then), or there is no memory, or the MMU refuses.
     pub fn restore(&self, snapshot: &Frozen) -> Result<(), RestoreError> {
-        let (there, here) = (snapshot.pages, self.table.pages());
+        let (there, here) = (snapshot.pages, self.mapped.table.pages());
         if there != here {
             return Err(RestoreError::Size {
                 snapshot: there,
                 space: here,
             });
         }
-        let _alone = write(&self.fork_lock);
-        for index in 0..self.table.regions() {
-            let mut region = self.table.lock(index);
+        let _alone = self.mapped.enter_alone().map_err(FaultError::from)?;
+        for index in 0..self.mapped.table.regions() {
+            let mut region = self.mapped.table.lock(index);
             let theirs = snapshot.table.get(index);
             if !self.shows(&region, theirs) {
                 self.restore_region(&mut region, theirs)?;

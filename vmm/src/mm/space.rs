@@ -8,11 +8,12 @@ use super::addr::Gfn;
 use super::ahead::Written;
 use super::frozen::FrozenTable;
 use super::lineage::Lineage;
+use super::mapped::Mapped;
 use super::mmu::{Mmu, MmuError};
 use super::policy::CowPolicy;
 use super::pool::{AllocError, FramePool, Home};
 use super::stripe::StripedCounter;
-use super::sync::{Mutex, RwLock, lock};
+use super::sync::{Mutex, lock};
 use super::table::{Entry, RegionGuard, Table};
 
 /// Small breaks that cost as much as that of a whole region, until somebody has measured it.
@@ -24,7 +25,7 @@ const LEFT_TO_FORK: u32 = 256;
 ///
 /// # Locks
 /// In this order, each optional (a clone that is being made is nobody else's yet: its locks come last):
-/// 1. `fork_lock`: shared by faults and slow pins, alone by fork and restore (the kernel's `mmap_lock`).
+/// 1. [`Mapped::enter`]: shared by faults and slow pins, alone by fork and restore (the kernel's `mmap_lock`).
 /// 2. the lock of one region of this space (the kernel's page-table lock).
 /// 3. `lineage`, what the next fork takes over; and `written`. Never both.
 /// 4. the lock of the same region of one snapshot at a time.
@@ -34,10 +35,8 @@ const LEFT_TO_FORK: u32 = 256;
 pub struct AddressSpace<P> {
     pub(super) pool: Arc<FramePool>,
     pub(super) policy: P,
-    pub(super) table: Table,
-    pub(super) mmu: Box<dyn Mmu>,
+    pub(super) mapped: Mapped,
     pub(super) home: Home,
-    pub(super) fork_lock: RwLock<()>,
     pub(super) lineage: Mutex<Lineage>,
     pub(super) written: Mutex<Written>,
     pub(super) counters: Counters,
@@ -97,9 +96,7 @@ impl<P: CowPolicy> AddressSpace<P> {
             written: Mutex::default(),
             pool,
             policy,
-            table,
-            mmu,
-            fork_lock: RwLock::new(()),
+            mapped: Mapped::new(table, mmu),
             counters: Counters::default(),
             uses_huge: true,
             whole_price: AtomicU32::new(WHOLE_PRICE),
@@ -130,7 +127,7 @@ impl<P: CowPolicy> AddressSpace<P> {
 
     /// Number of pages.
     pub fn pages(&self) -> u64 {
-        self.table.pages()
+        self.mapped.table.pages()
     }
 
     /// The pool its frames are from.
@@ -140,13 +137,13 @@ impl<P: CowPolicy> AddressSpace<P> {
 
     /// The entry of a page just now.
     pub fn entry(&self, gfn: Gfn) -> Result<Entry, OutOfRange> {
-        in_range(&self.table, gfn).map(|()| self.table.peek(gfn))
+        in_range(&self.mapped.table, gfn).map(|()| self.mapped.table.peek(gfn))
     }
 
     /// What the next fork would take over from the last of a page (the holder of its mapping), and the frame it has for it.
     #[cfg(all(test, not(loom)))]
     pub(super) fn kept(&self, gfn: Gfn) -> Option<(usize, super::addr::Pfn)> {
-        let region = self.table.lock_of(gfn);
+        let region = self.mapped.table.lock_of(gfn);
         if let Some(chunk) = region.state.kept.get(region.chunk_of(gfn)) {
             let chunk = chunk.as_ref()?;
             return Some((Arc::as_ptr(chunk).addr(), chunk.frame(gfn)));
@@ -154,6 +151,14 @@ impl<P: CowPolicy> AddressSpace<P> {
         let lineage = lock(&self.lineage);
         let frozen = lineage.unchanged.get(region.index())?.lock();
         Some((frozen.holder(gfn), frozen.get(gfn).pfn()))
+    }
+
+    /// Whether the MMU shows what it should. If it does not, nothing can be done with the space any more, and the guest must not run on.
+    ///
+    /// # Errors
+    /// [`MmuError::Broken`], with the change that was the last.
+    pub fn check(&self) -> Result<(), MmuError> {
+        self.mapped.check()
     }
 
     /// What was done so far.
@@ -189,21 +194,11 @@ impl<P> Drop for AddressSpace<P> {
     /// Frames that are still pinned live on as orphans until their pins are dropped. The caller has stopped the
     /// vCPUs: the MMU is not changed.
     fn drop(&mut self) {
-        for index in 0..self.table.regions() {
-            let mut region = self.table.lock(index);
-            if let Some(huge) = region.huge() {
-                region.clear_huge();
-                self.pool.unmap_huge(huge.pfn());
-            } else if !region.is_untouched() {
-                for gfn in region.pages() {
-                    let entry = region.get(gfn);
-                    if entry.is_present() {
-                        region.set(gfn, Entry::UNTOUCHED);
-                        self.pool.unmap(entry.pfn());
-                    }
-                }
-            }
-        }
+        let pool = &self.pool;
+        self.mapped.dismantle(|entry| match entry.is_huge() {
+            true => pool.unmap_huge(entry.pfn()),
+            false => pool.unmap(entry.pfn()),
+        });
         lock(&self.lineage).unchanged = FrozenTable::default();
     }
 }
@@ -211,7 +206,7 @@ impl<P> Drop for AddressSpace<P> {
 impl<P> fmt::Debug for AddressSpace<P> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("AddressSpace")
-            .field("pages", &self.table.pages())
+            .field("pages", &self.mapped.table.pages())
             .field("stats", &self.counters.read())
             .finish()
     }

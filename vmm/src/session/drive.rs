@@ -192,6 +192,9 @@ impl<'a, P: CowPolicy> Drive<'a, P> {
             if let Some(error) = self.vm.devices.take_error() {
                 return End::error(&error);
             }
+            if let Err(error) = self.vm.ram.space().check() {
+                return End::error(&error);
+            }
             if self.worker.is_dead() {
                 return End {
                     by: EndedBy::Error,
@@ -326,12 +329,13 @@ impl<'a, P: CowPolicy> Drive<'a, P> {
                 tracing::warn!(%error, "cannot inject a stale page");
             }
         });
-        match restored {
-            Ok(_) => {}
-            Err(crate::snapshot::RestoreError::Vcpus(error)) => {
-                return Err(self.why_vcpus_ended(error));
-            }
-            Err(error) => return Err(End::error(&error)),
+        if let Err(error) = restored {
+            // Nothing runs on that could be watched.
+            self.life = LifeWatch::default();
+            return Err(match error {
+                crate::snapshot::RestoreError::Vcpus(error) => self.why_vcpus_ended(error),
+                error => End::error(&error),
+            });
         }
         self.restored += 1;
         let ops: Vec<u64> = snapshot.vcpus().iter().map(|v| v.mm7()).collect();

@@ -28,8 +28,8 @@ use std::time::{Duration, Instant};
 
 use crate::device::{self, DeviceSet, DeviceState};
 use crate::host::Ahead;
-use crate::kvm::{Capture, Clock, KvmError, Machine, VcpuState};
-use crate::mm::{AddressSpace, CowPolicy, ForkError, Frozen};
+use crate::kvm::{Capture, Clock, KvmError, Machine, Paused, VcpuState};
+use crate::mm::{AddressSpace, CowPolicy, FaultError, ForkError, Frozen};
 
 /// How long devices may take to reach a descriptor boundary for a snapshot. A request is a few microseconds' work; the
 /// rest is the host's scheduling.
@@ -111,7 +111,7 @@ impl Timing {
     }
 }
 
-/// Why a snapshot could not be taken. The VM runs on, unless its vCPUs have ended.
+/// Why a snapshot could not be taken. The VM runs on, unless its vCPUs have ended or its memory is broken.
 #[derive(Debug, thiserror::Error)]
 pub enum TakeError {
     /// vCPUs could not be stopped or captured.
@@ -122,7 +122,7 @@ pub enum TakeError {
     Memory(#[from] ForkError),
 }
 
-/// Why a VM could not be rewound. It must not run on.
+/// Why a VM could not be rewound. If anything of it was, it is stopped for good.
 #[derive(Debug, thiserror::Error)]
 pub enum RestoreError {
     /// vCPUs could not be stopped or restored.
@@ -156,7 +156,8 @@ impl<P: CowPolicy> Parts<'_, P> {
     /// Takes snapshot `number` of the running VM, which last ran on from `parent`.
     ///
     /// # Errors
-    /// If a vCPU has ended, or there is no memory for the copy of a pinned page. The VM is as it was.
+    /// If a vCPU has ended, or there is no memory for the copy of a pinned page. The VM is as it was, and runs on; but if
+    /// its memory is broken ([`AddressSpace::check`]) it is stopped for good.
     pub fn take(
         &self,
         number: u64,
@@ -192,7 +193,16 @@ impl<P: CowPolicy> Parts<'_, P> {
             .is_none()
             .then(|| self.devices.stop(kicked + BOUNDARY_WAIT));
         let devices = at_large.unwrap_or_else(|| self.devices.capture());
-        let memory = self.space.fork()?;
+        let memory = match self.space.fork() {
+            Ok(memory) => memory,
+            Err(error) => {
+                // A fork that fails leaves the guest as it was, unless its memory is not what it sees any more.
+                if self.space.check().is_err() {
+                    paused.stop();
+                }
+                return Err(error.into());
+            }
+        };
         after_memory();
         let (vcpus, running) = if fault == Fault::LateRegisters {
             drop(stopped);
@@ -218,7 +228,8 @@ impl<P: CowPolicy> Parts<'_, P> {
     /// `after_memory` is called when memory is back and nothing runs yet.
     ///
     /// # Errors
-    /// If a part of the VM cannot be rewound; the VM is part old, part new then.
+    /// If the vCPUs cannot be stopped: the VM is as it was. If any part of it cannot be rewound: it is part old, part new then, and its vCPUs
+    /// are stopped for good.
     pub fn restore(
         &self,
         snapshot: &Snapshot,
@@ -228,14 +239,32 @@ impl<P: CowPolicy> Parts<'_, P> {
         let paused = self.machine.pause(Capture::Nothing)?;
         let kicked = paused.kicked();
         let stopped = self.devices.stop(kicked + RESTORE_WAIT);
+        if let Err(error) = self.rewind(&paused, snapshot, after_memory) {
+            // Before the devices go on, which may complete what no vCPU is to see.
+            paused.stop();
+            return Err(error);
+        }
+        drop(stopped);
+        let running = paused.resume();
+        Ok(Timing { kicked, running })
+    }
+
+    /// Makes everything that stands still what it was.
+    fn rewind(
+        &self,
+        paused: &Paused<'_>,
+        snapshot: &Snapshot,
+        after_memory: impl FnOnce(),
+    ) -> Result<(), RestoreError> {
         self.devices.release_streaming()?;
         let tables = paused.page_tables()?;
         self.space.restore(&snapshot.memory)?;
         after_memory();
         self.devices.restore(&snapshot.devices)?;
         paused.restore(&snapshot.vcpus, Clock::Keep, &tables)?;
-        drop(stopped);
-        let running = paused.resume();
-        Ok(Timing { kicked, running })
+        // To pin what devices had in flight may have broken it.
+        let is_whole = self.space.check().map_err(FaultError::from);
+        is_whole.map_err(crate::mm::RestoreError::from)?;
+        Ok(())
     }
 }

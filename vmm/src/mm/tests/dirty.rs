@@ -257,7 +257,7 @@ fn a_set_of_pages_knows_its_pages() {
 #[test]
 fn a_region_is_untouched_again_once_it_was_said_that_its_pages_are() {
     let w = world_of(2 * REGION_PAGES, 4 * REGION_PAGES);
-    let untouched = || [0, 1].map(|index| w.vm.space.table.lock(index).is_untouched());
+    let untouched = || [0, 1].map(|index| w.vm.space.mapped.table.lock(index).is_untouched());
     assert_eq!(untouched(), [true, true]);
     let far = Gfn(REGION_PAGES + 1);
     for gfn in [P, Q, far] {

@@ -142,8 +142,8 @@ fn a_reading_hold_waits_for_no_lock() {
     let w = world();
     w.vm.cpu_write(P, 5).unwrap();
     let locks = (
-        super::super::sync::write(&w.vm.space.fork_lock),
-        w.vm.space.table.lock_of(P),
+        w.vm.space.mapped.enter_alone().unwrap(),
+        w.vm.space.mapped.table.lock_of(P),
     );
     let hold = beside(locks, || w.vm.space.get(P, Access::Read).unwrap());
     assert_eq!(w.state(P).gets(), 1);

@@ -365,12 +365,12 @@ fn a_merge_takes_the_lower_of_two_regions_first() {
         }
         let space = &w.vm.space;
         std::thread::scope(|scope| {
-            let lower = space.table.lock_of(P);
+            let lower = space.mapped.table.lock_of(P);
             let merge = scope.spawn(move || space.merge(gfn, space, other));
             std::thread::sleep(WHILE);
             let (locked, answer) = mpsc::channel();
             scope.spawn(move || {
-                drop(space.table.lock_of(far));
+                drop(space.mapped.table.lock_of(far));
                 locked.send(())
             });
             let answer = answer.recv_timeout(PATIENCE);
@@ -389,7 +389,7 @@ fn a_merge_waits_for_a_fork_of_either_space() {
             pair.write(at, 5);
         }
         std::thread::scope(|scope| {
-            let fork = super::super::sync::write(&pair.worlds[forked].vm.space.fork_lock);
+            let fork = pair.worlds[forked].vm.space.mapped.enter_alone().unwrap();
             let merge = scope.spawn(|| pair.merge());
             std::thread::sleep(WHILE);
             assert!(!merge.is_finished());

@@ -10,6 +10,7 @@
 //! | `prepare` | forks that are prepared: how much at once, and how often again |
 //! | `values` | addresses, entries and frame states |
 //! | `soft` | the software MMU |
+//! | `refused` | every operation, with each call it makes of the MMU refused, before, in or after it |
 //! | `refusing` | an MMU and memory that fail on demand |
 //!
 //! An operation that fails must leave everything as it was (I10): a [`Picture`] is taken before and after.
@@ -25,7 +26,8 @@ mod migrate;
 mod policies;
 mod pool;
 mod prepare;
-mod refusing;
+mod refused;
+pub(super) mod refusing;
 mod soft;
 mod transitions;
 mod values;

@@ -7,13 +7,42 @@ use std::sync::{Arc, Mutex};
 use super::super::soft::{SoftMemory, SoftMmu};
 use super::super::*;
 
+/// How much of what it was asked an MMU does before it refuses.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(in super::super) enum Manner {
+    /// Nothing, and it says so.
+    #[default]
+    Clean,
+    /// Nothing of it, which nobody knows.
+    Nothing,
+    /// The first pages: all but so many.
+    AllBut(u64),
+    /// The last pages: all but so many.
+    AllButFirst(u64),
+    /// All of it.
+    All,
+}
+
+impl Manner {
+    /// The pages of `count` that are changed: which is the first, and how many.
+    fn part(self, count: u64) -> (u64, u64) {
+        match self {
+            Self::Clean | Self::Nothing => (0, 0),
+            Self::AllBut(n) => (0, count.saturating_sub(n)),
+            Self::AllButFirst(n) => (n.min(count), count.saturating_sub(n)),
+            Self::All => (0, count),
+        }
+    }
+}
+
 /// When to refuse, and how often somebody asked.
 #[derive(Debug, Default)]
-pub(super) struct Refusals {
+pub(in super::super) struct Refusals {
     calls: AtomicU64,
     from: AtomicU64,
     until: AtomicU64,
-    pub(super) crowded: AtomicU64,
+    manner: Mutex<Manner>,
+    pub(in super::super) crowded: AtomicU64,
 }
 
 impl Refusals {
@@ -28,8 +57,14 @@ impl Refusals {
     }
 
     /// Refuses nothing.
-    pub(super) fn never(&self) {
+    pub(in super::super) fn never(&self) {
         self.between(0, 0);
+    }
+
+    /// Has an MMU refuse in this manner from now on, and `count` calls from the `nth` on.
+    pub(in super::super) fn refuse(&self, manner: Manner, nth: u64, count: u64) {
+        *self.manner.lock().unwrap() = manner;
+        self.between(nth, nth.saturating_add(count));
     }
 
     fn between(&self, from: u64, until: u64) {
@@ -39,7 +74,7 @@ impl Refusals {
     }
 
     /// Calls since it was last told what to do.
-    pub(super) fn calls(&self) -> u64 {
+    pub(in super::super) fn calls(&self) -> u64 {
         self.calls.load(Ordering::Relaxed)
     }
 
@@ -53,18 +88,41 @@ impl Refusals {
     }
 }
 
-pub(super) struct RefusingMmu {
-    pub(super) inner: Arc<SoftMmu>,
-    pub(super) refusals: Arc<Refusals>,
+pub(in super::super) struct RefusingMmu {
+    pub(in super::super) inner: Arc<SoftMmu>,
+    pub(in super::super) refusals: Arc<Refusals>,
 }
 
 impl RefusingMmu {
-    fn ask(&self, what: &'static str, first: Gfn, count: u64) -> Result<(), MmuError> {
-        self.refusals.ask().map_err(|source| MmuError::Host {
-            what,
-            first,
-            count,
-            source,
+    /// Asks for a change of `count` pages from `first` on; `change` makes some of it, given the first page and how many.
+    fn ask(
+        &self,
+        what: &'static str,
+        first: Gfn,
+        count: u64,
+        change: impl Fn(u64, u64) -> Result<(), MmuError>,
+    ) -> Result<(), MmuError> {
+        let Err(source) = self.refusals.ask() else {
+            return change(0, count);
+        };
+        let manner = *self.refusals.manner.lock().unwrap();
+        let (skipped, part) = manner.part(count);
+        if part > 0 {
+            change(skipped, part)?;
+        }
+        Err(match manner {
+            Manner::Clean => MmuError::Host {
+                what,
+                first,
+                count,
+                source,
+            },
+            _ => MmuError::Torn {
+                what,
+                first,
+                count,
+                source,
+            },
         })
     }
 }
@@ -77,12 +135,19 @@ impl Mmu for RefusingMmu {
         count: u64,
         protection: Protection,
     ) -> Result<(), MmuError> {
-        self.ask("map", first, count)?;
-        self.inner.map(first, frame, count, protection)
+        self.ask("map", first, count, |skipped, part| {
+            let frame = match frame {
+                Pfn::ZERO => Pfn::ZERO,
+                Pfn(n) => Pfn(n + skipped),
+            };
+            self.inner
+                .map(Gfn(first.0 + skipped), frame, part, protection)
+        })
     }
     fn protect(&self, first: Gfn, count: u64, protection: Protection) -> Result<(), MmuError> {
-        self.ask("protect", first, count)?;
-        self.inner.protect(first, count, protection)
+        self.ask("protect", first, count, |skipped, part| {
+            self.inner.protect(Gfn(first.0 + skipped), part, protection)
+        })
     }
     fn is_crowded(&self) -> bool {
         self.refusals.crowded.load(Ordering::Relaxed) > 0

@@ -572,7 +572,7 @@ fn snapshots_that_are_gone_are_forgotten() {
         drop(w.vm.space.fork().unwrap());
     }
     let last = w.vm.space.fork().unwrap();
-    let remembered = w.vm.space.table.lock_of(P).state.sharers.len();
+    let remembered = w.vm.space.mapped.table.lock_of(P).state.sharers.len();
     assert_eq!(remembered, 2);
     drop((kept, last));
 }
@@ -602,7 +602,7 @@ fn whatever_changes_a_page_waits_for_a_fork() {
         // Of its own, and read-only.
         w.vm.space.unshare(Q).unwrap();
         std::thread::scope(|scope| {
-            let fork = super::super::sync::write(&w.vm.space.fork_lock);
+            let fork = w.vm.space.mapped.enter_alone().unwrap();
             let operation = scope.spawn(|| operation(&w));
             std::thread::sleep(Duration::from_millis(20));
             assert!(!operation.is_finished(), "{name} does not wait");
@@ -617,8 +617,8 @@ fn a_pin_of_an_exclusive_page_waits_for_no_lock() {
     let w = world();
     w.vm.cpu_write(P, 5).unwrap();
     let locks = (
-        super::super::sync::write(&w.vm.space.fork_lock),
-        w.vm.space.table.lock_of(P),
+        w.vm.space.mapped.enter_alone().unwrap(),
+        w.vm.space.mapped.table.lock_of(P),
     );
     let pins = beside(locks, || {
         [Access::Read, Access::Write].map(|access| w.vm.space.pin(P, access).unwrap())

@@ -5,12 +5,13 @@
 //! without one (the fast path of a pin does).
 
 use std::fmt;
+use std::ops::{Range, RangeInclusive};
 use std::sync::Weak;
 
-use super::adapt::{Breaks, Habit};
-use super::addr::{Gfn, Order, Pfn, Protection};
-use super::frozen::{FrozenChunks, FrozenRegion};
-use super::sync::{AtomicU64, Mutex, MutexGuard, Ordering, lock, zeroed};
+use super::super::adapt::{Breaks, Habit};
+use super::super::addr::{Gfn, Order, Pfn, Protection};
+use super::super::frozen::{FrozenChunks, FrozenRegion};
+use super::super::sync::{AtomicU64, Mutex, MutexGuard, Ordering, lock, zeroed};
 
 /// One entry, laid out as an x86 page-table entry is: bit 0 present, bit 1 writable, bit 6 dirty, bit 7 part of a huge entry, the
 /// frame number from bit 12 on.
@@ -29,30 +30,30 @@ impl Entry {
     pub const UNTOUCHED: Self = Self(0);
 
     /// Memory that was given back: untouched again, and reading differently than before.
-    pub(super) const DISCARDED: Self = Self(DIRTY);
+    pub(in super::super) const DISCARDED: Self = Self(DIRTY);
 
-    pub(super) const fn read_only(pfn: Pfn) -> Self {
+    pub(in super::super) const fn read_only(pfn: Pfn) -> Self {
         Self(pfn.0 << FRAME_SHIFT | PRESENT)
     }
     /// What may be written counts as written: a write leaves no other trace.
-    pub(super) const fn writable(pfn: Pfn) -> Self {
+    pub(in super::super) const fn writable(pfn: Pfn) -> Self {
         Self(pfn.0 << FRAME_SHIFT | PRESENT | WRITABLE | DIRTY)
     }
     /// As [`Entry::read_only`], of a whole region; the folio begins at `head`.
-    pub(super) const fn huge_read_only(head: Pfn) -> Self {
+    pub(in super::super) const fn huge_read_only(head: Pfn) -> Self {
         Self(Self::read_only(head).0 | HUGE)
     }
     /// As [`Entry::writable`], of a whole region; the folio begins at `head`.
-    pub(super) const fn huge_writable(head: Pfn) -> Self {
+    pub(in super::super) const fn huge_writable(head: Pfn) -> Self {
         Self(Self::writable(head).0 | HUGE)
     }
     /// What a huge entry says of the page `index` pages further on; what a small one of that page would say, if it were alike and in the
     /// frame as many further on.
-    pub(super) const fn page(self, index: u64) -> Self {
+    pub(in super::super) const fn page(self, index: u64) -> Self {
         Self(self.0 + (index << FRAME_SHIFT))
     }
     /// The same, as a small entry.
-    pub(super) const fn small(self) -> Self {
+    pub(in super::super) const fn small(self) -> Self {
         Self(self.0 & !HUGE)
     }
     /// Whether a huge entry maps the page, and the pages beside it.
@@ -60,17 +61,25 @@ impl Entry {
         self.0 & HUGE != 0
     }
     /// The same page in another frame, mapped and present as this one is or may be.
-    pub(super) const fn in_frame(self, pfn: Pfn) -> Self {
+    pub(in super::super) const fn in_frame(self, pfn: Pfn) -> Self {
         Self(pfn.0 << FRAME_SHIFT | PRESENT | self.0 & (WRITABLE | DIRTY))
     }
-    pub(super) const fn write_protected(self) -> Self {
+    /// The same page, as vCPUs may write it or not.
+    pub(super) const fn protected(self, to: Protection) -> Self {
+        match to {
+            Protection::ReadOnly => self.write_protected(),
+            // What may be written counts as written.
+            Protection::ReadWrite => Self(self.0 | WRITABLE | DIRTY),
+        }
+    }
+    pub(in super::super) const fn write_protected(self) -> Self {
         Self(self.0 & !WRITABLE)
     }
     /// Write-protected, with nothing to report of the past.
-    pub(super) const fn cleaned(self) -> Self {
+    pub(in super::super) const fn cleaned(self) -> Self {
         Self(self.0 & !(WRITABLE | DIRTY))
     }
-    pub(super) const fn dirtied(self) -> Self {
+    pub(in super::super) const fn dirtied(self) -> Self {
         Self(self.0 | DIRTY)
     }
     /// Whether the page has a frame of its own or shares one with other address spaces.
@@ -81,12 +90,12 @@ impl Entry {
     pub const fn is_writable(self) -> bool {
         self.0 & WRITABLE != 0
     }
-    /// Whether the page may have been written since [`AddressSpace::take_dirty`](super::AddressSpace::take_dirty)
+    /// Whether the page may have been written since [`AddressSpace::take_dirty`](crate::mm::AddressSpace::take_dirty)
     /// last looked. A writable page always may have been.
     pub const fn is_dirty(self) -> bool {
         self.0 & DIRTY != 0
     }
-    pub(super) const fn protection(self) -> Protection {
+    pub(in super::super) const fn protection(self) -> Protection {
         if self.is_writable() {
             Protection::ReadWrite
         } else {
@@ -112,7 +121,7 @@ impl fmt::Debug for Entry {
 }
 
 /// The entries of one address space.
-pub(super) struct Table {
+pub(in super::super) struct Table {
     /// Small entries. Those of a region with a huge entry mean nothing, and those of a region that always had one were never touched: they
     /// are as long as a page of the host, and cost no memory (`sync::zeroed`).
     entries: Box<[AtomicU64]>,
@@ -129,21 +138,21 @@ struct Region {
 
 /// What is kept of a region under its lock, beside its entries.
 #[derive(Default)]
-pub(super) struct RegionState {
+pub(in super::super) struct RegionState {
     /// Small entries that are not [`Entry::UNTOUCHED`].
     touched: usize,
     /// Whether anything has changed since the last fork (`lineage.rs`).
-    pub(super) is_changed: bool,
+    pub(in super::super) is_changed: bool,
     /// Of a region that has changed: the chunks of the last snapshot that show what it still shows. Empty if there are none.
-    pub(super) kept: FrozenChunks,
+    pub(in super::super) kept: FrozenChunks,
     /// The snapshots' regions that may share frames with this one.
-    pub(super) sharers: Vec<Weak<FrozenRegion>>,
-    pub(super) breaks: Breaks,
-    pub(super) habit: Habit,
+    pub(in super::super) sharers: Vec<Weak<FrozenRegion>>,
+    pub(in super::super) breaks: Breaks,
+    pub(in super::super) habit: Habit,
 }
 
 impl Table {
-    pub(super) fn new(pages: u64, order: Order) -> Self {
+    pub(in super::super) fn new(pages: u64, order: Order) -> Self {
         let region = |_| Region {
             huge: AtomicU64::new(0),
             state: Mutex::new(RegionState::default()),
@@ -155,16 +164,16 @@ impl Table {
         }
     }
 
-    pub(super) fn pages(&self) -> u64 {
+    pub(in super::super) fn pages(&self) -> u64 {
         self.entries.len() as u64
     }
 
-    pub(super) fn regions(&self) -> usize {
+    pub(in super::super) fn regions(&self) -> usize {
         self.regions.len()
     }
 
     /// Which region a page lies in.
-    pub(super) fn region_of(&self, gfn: Gfn) -> usize {
+    pub(in super::super) fn region_of(&self, gfn: Gfn) -> usize {
         self.order.index(gfn.0)
     }
 
@@ -173,7 +182,7 @@ impl Table {
     /// Acquire pairs with the release in [`RegionGuard::set`]: who sees an entry sees its frame initialised
     /// and mapped. While a region changes from huge to small entries or back, an old small entry may be read: its frame's word
     /// says that it means nothing.
-    pub(super) fn peek(&self, gfn: Gfn) -> Entry {
+    pub(in super::super) fn peek(&self, gfn: Gfn) -> Entry {
         match self.peek_huge(gfn) {
             Some(entry) => entry,
             None => self.peek_small(gfn),
@@ -182,7 +191,7 @@ impl Table {
 
     /// What [`Table::peek`] looks at first: the huge entry, if there is one, and what it says of the page.
     #[inline]
-    pub(super) fn peek_huge(&self, gfn: Gfn) -> Option<Entry> {
+    pub(in super::super) fn peek_huge(&self, gfn: Gfn) -> Option<Entry> {
         // The last region may be too short for a huge entry.
         if gfn.0 >= self.order.floor(self.pages()) {
             return None;
@@ -195,17 +204,17 @@ impl Table {
 
     /// What [`Table::peek`] looks at then. Time may pass between the two, so one look at the huge entry does for many pages.
     #[inline]
-    pub(super) fn peek_small(&self, gfn: Gfn) -> Entry {
+    pub(in super::super) fn peek_small(&self, gfn: Gfn) -> Entry {
         Entry(self.entries[gfn.0 as usize].load(Ordering::Acquire))
     }
 
     /// How many pages there are from `gfn` on to the end of its region.
-    pub(super) fn rest_of_region(&self, gfn: Gfn) -> u64 {
+    pub(in super::super) fn rest_of_region(&self, gfn: Gfn) -> u64 {
         let end = self.order.floor(gfn.0) + self.order.pages();
         end.min(self.pages()) - gfn.0
     }
 
-    pub(super) fn lock(&self, index: usize) -> RegionGuard<'_> {
+    pub(in super::super) fn lock(&self, index: usize) -> RegionGuard<'_> {
         let first = index * self.order.pages() as usize;
         let last = self.entries.len().min(first + self.order.pages() as usize);
         RegionGuard {
@@ -219,14 +228,14 @@ impl Table {
     }
 
     /// Locks the region that `gfn` lies in.
-    pub(super) fn lock_of(&self, gfn: Gfn) -> RegionGuard<'_> {
+    pub(in super::super) fn lock_of(&self, gfn: Gfn) -> RegionGuard<'_> {
         self.lock(self.region_of(gfn))
     }
 }
 
 /// The right to change the entries of one region.
-pub(super) struct RegionGuard<'a> {
-    pub(super) state: MutexGuard<'a, RegionState>,
+pub(in super::super) struct RegionGuard<'a> {
+    pub(in super::super) state: MutexGuard<'a, RegionState>,
     huge: &'a AtomicU64,
     entries: &'a [AtomicU64],
     first: Gfn,
@@ -235,56 +244,71 @@ pub(super) struct RegionGuard<'a> {
 }
 
 impl RegionGuard<'_> {
-    pub(super) fn index(&self) -> usize {
+    pub(in super::super) fn index(&self) -> usize {
         self.index
     }
 
     /// Whether no page of the region was ever touched.
-    pub(super) fn is_untouched(&self) -> bool {
+    pub(in super::super) fn is_untouched(&self) -> bool {
         self.state.touched == 0
     }
 
-    pub(super) fn first(&self) -> Gfn {
+    pub(in super::super) fn first(&self) -> Gfn {
         self.first
     }
 
     /// How many pages it has.
-    pub(super) fn len(&self) -> u64 {
+    pub(in super::super) fn len(&self) -> u64 {
         self.entries.len() as u64
     }
 
     /// Whether a huge entry could map it: the last one may be too short.
-    pub(super) fn is_full(&self) -> bool {
+    pub(in super::super) fn is_full(&self) -> bool {
         self.len() == self.order.pages()
     }
 
     /// The pages of the region, in order.
-    pub(super) fn pages(&self) -> impl Iterator<Item = Gfn> + use<> {
+    pub(in super::super) fn pages(&self) -> impl Iterator<Item = Gfn> + use<> {
         let first = self.first.0;
         (first..first + self.entries.len() as u64).map(Gfn)
     }
 
     /// How many chunks it has.
-    pub(super) fn chunks(&self) -> usize {
+    pub(in super::super) fn chunks(&self) -> usize {
         self.len().div_ceil(self.order.chunk().pages()) as usize
     }
 
     /// Which of them a page is in.
-    pub(super) fn chunk_of(&self, gfn: Gfn) -> usize {
+    pub(in super::super) fn chunk_of(&self, gfn: Gfn) -> usize {
         self.order.chunk().index(gfn.0 - self.first.0)
     }
 
     /// The pages of a chunk, in order.
-    pub(super) fn pages_of(&self, chunk: usize) -> impl Iterator<Item = Gfn> + use<> {
+    pub(in super::super) fn pages_of(&self, chunk: usize) -> impl Iterator<Item = Gfn> + use<> {
         let each = self.order.chunk().pages();
         let first = self.first.0 + chunk as u64 * each;
         let end = self.first.0 + self.len();
         (first..end.min(first + each)).map(Gfn)
     }
 
+    /// The chunks that have pages of a range which is not empty. None if the region has no page of it.
+    pub(super) fn chunks_within(&self, pages: &RangeInclusive<Gfn>) -> Range<usize> {
+        let first = self.first.max(*pages.start());
+        let last = Gfn(self.first.0 + self.len() - 1).min(*pages.end());
+        if first > last {
+            return 0..0;
+        }
+        self.chunk_of(first)..self.chunk_of(last) + 1
+    }
+
+    /// Whether a chunk may have changed since the last fork.
+    pub(super) fn is_open(&self, chunk: usize) -> bool {
+        !matches!(self.state.kept.get(chunk), Some(Some(_)))
+    }
+
     /// The chunks of a region that has changed, but for those that have not. None of a region that a huge entry maps.
-    pub(super) fn open_chunks(&self) -> impl Iterator<Item = usize> + use<'_> {
-        let is_open = |&chunk: &usize| !matches!(self.state.kept.get(chunk), Some(Some(_)));
+    pub(in super::super) fn open_chunks(&self) -> impl Iterator<Item = usize> + use<'_> {
+        let is_open = |&chunk: &usize| self.is_open(chunk);
         let chunks = if self.huge().is_some() {
             0
         } else {
@@ -294,12 +318,12 @@ impl RegionGuard<'_> {
     }
 
     /// Their pages, in order.
-    pub(super) fn open_pages(&self) -> impl Iterator<Item = Gfn> + use<'_> {
+    pub(in super::super) fn open_pages(&self) -> impl Iterator<Item = Gfn> + use<'_> {
         self.open_chunks().flat_map(|chunk| self.pages_of(chunk))
     }
 
     /// The entry of a page; of a huge entry, what it says of the page.
-    pub(super) fn get(&self, gfn: Gfn) -> Entry {
+    pub(in super::super) fn get(&self, gfn: Gfn) -> Entry {
         match self.huge() {
             Some(huge) => huge.page(gfn.0 - self.first.0),
             // Not read: that would put memory behind it, which most regions never need.
@@ -310,7 +334,7 @@ impl RegionGuard<'_> {
     }
 
     /// The huge entry, if there is one: its frame is the first of the folio.
-    pub(super) fn huge(&self) -> Option<Entry> {
+    pub(in super::super) fn huge(&self) -> Option<Entry> {
         if !self.is_full() {
             return None;
         }
@@ -318,7 +342,7 @@ impl RegionGuard<'_> {
         huge.is_present().then_some(huge)
     }
 
-    /// Publishes a small entry.
+    /// Publishes a small entry. Only [`Mapped`](super::Mapped) may: it has the MMU show the same.
     ///
     /// Release pairs with the acquire in [`Table::peek`]. It is also the store that a pin's re-read looks for:
     /// it comes before the old frame's mapping is given back (`FrameTable::update`, second partner).
@@ -338,7 +362,7 @@ impl RegionGuard<'_> {
     }
 
     /// Publishes small entries that say what the huge entry says, in its place.
-    pub(super) fn set_small(&mut self) {
+    pub(in super::super) fn set_small(&mut self) {
         let Some(huge) = self.huge() else { return };
         for (index, slot) in (0..).zip(self.entries) {
             slot.store(huge.page(index).small().0, Ordering::Release);
@@ -347,13 +371,42 @@ impl RegionGuard<'_> {
         self.huge.store(Entry::UNTOUCHED.0, Ordering::Release);
     }
 
-    /// Takes the huge entry away; the region is untouched then.
-    pub(super) fn clear_huge(&mut self) {
-        for slot in self.entries {
-            slot.store(Entry::UNTOUCHED.0, Ordering::Release);
+    /// Publishes the huge entry that says what the small ones say, in their place: all are writable, and in the folio at `head`.
+    pub(in super::super) fn set_joined(&mut self, head: Pfn) {
+        debug_assert!(
+            self.pages()
+                .zip(head.0..)
+                .all(|(gfn, pfn)| self.get(gfn) == Entry::writable(Pfn(pfn)))
+        );
+        self.set_huge(Entry::huge_writable(head));
+    }
+
+    /// Notes that a page has changed.
+    pub(in super::super) fn mark(&mut self, gfn: Gfn) {
+        self.set(gfn, self.get(gfn).dirtied());
+    }
+
+    /// Forgets that a page has changed, which vCPUs may not write.
+    pub(in super::super) fn unmark(&mut self, gfn: Gfn) {
+        debug_assert!(!self.get(gfn).is_writable());
+        self.set(gfn, self.get(gfn).cleaned());
+    }
+
+    /// Takes all entries away, and says which there were: the huge one, or small ones.
+    pub(super) fn clear(&mut self) -> Vec<Entry> {
+        let entries = match self.huge() {
+            Some(huge) => vec![huge],
+            None if self.is_untouched() => Vec::new(),
+            None => self.pages().map(|gfn| self.get(gfn)).collect(),
+        };
+        if !entries.is_empty() {
+            for slot in self.entries {
+                slot.store(Entry::UNTOUCHED.0, Ordering::Release);
+            }
+            self.huge.store(Entry::UNTOUCHED.0, Ordering::Release);
+            self.state.touched = 0;
         }
-        self.huge.store(Entry::UNTOUCHED.0, Ordering::Release);
-        self.state.touched = 0;
+        entries
     }
 
     fn slot(&self, gfn: Gfn) -> &AtomicU64 {
