@@ -19,8 +19,8 @@ use std::sync::Weak;
 use std::sync::atomic::Ordering;
 
 use super::addr::{Gfn, Pfn, Protection};
+use super::fresh::Fresh;
 use super::policy::{CowPolicy, without};
-use super::pool::Fresh;
 use super::safeguard::Safeguard;
 use super::space::{AddressSpace, Counters, FaultError, in_range};
 use super::sync::read;

@@ -17,7 +17,12 @@
 //! | `folio` | frames that are mapped, shared and written as one; holds on their pages |
 //! | `policy` | the rules: may share, may write in place, may pin |
 //! | `table` | the shadow page table and its region locks |
-//! | `pool` | which frames are free; the handles by which they are held |
+//! | `pool` | all frames of a process, and the limit of their memory |
+//! | `allocator` | who has which frame, and which frames have memory |
+//! | `commit` | asking the host for memory and giving it back, with no lock held |
+//! | `home` | the frames each address space has for its own |
+//! | `fresh`, `hold` | the handles: frames between two owners; what devices and readers have of frames |
+//! | `bits` | sets of small numbers |
 //! | `space` | live address spaces; lock order |
 //! | `frozen` | snapshots, and what they share with each other |
 //! | `lineage` | what the next fork takes over from the last one |
@@ -43,6 +48,9 @@
 mod adapt;
 mod addr;
 mod ahead;
+mod allocator;
+mod bits;
+mod commit;
 mod dirty;
 mod discard;
 mod fault;
@@ -50,8 +58,11 @@ mod folio;
 mod force;
 mod fork;
 mod frame;
+mod fresh;
 mod frozen;
 mod get;
+mod hold;
+mod home;
 mod lineage;
 mod merge;
 mod migrate;
@@ -79,12 +90,13 @@ pub use fault::{Fault, Resolution};
 pub use fork::ForkError;
 pub use frame::FrameState;
 pub use frozen::Frozen;
+pub use hold::{Get, Pin, PinnedRun};
 pub use mmu::{FrameMemory, Mmu, MmuError};
 pub use pin::PinError;
 pub use policy::{
     Biased, CowPolicy, Exclusive, Mapcount, MapcountForcedBreak, Refcount, Seed, SeedRecompute,
 };
-pub use pool::{AllocError, FramePool, Get, Pin, PinnedRun, PoolUsage};
+pub use pool::{AllocError, FramePool, PoolUsage};
 pub use rearrange::RearrangeError;
 pub use restore::RestoreError;
 pub use safeguard::Safeguard;
