@@ -12,6 +12,7 @@ use super::lineage::Lineage;
 use super::mmu::{Mmu, MmuError};
 use super::policy::CowPolicy;
 use super::pool::{AllocError, FramePool};
+use super::safeguard::leave_out;
 use super::stripe::StripedCounter;
 use super::sync::{Mutex, RwLock, lock};
 use super::table::{Entry, RegionGuard, Table};
@@ -90,6 +91,7 @@ impl<P: CowPolicy> AddressSpace<P> {
         mmu: Box<dyn Mmu>,
         pages: u64,
     ) -> Result<Self, AllocError> {
+        leave_out::<P>();
         let order = pool.huge();
         let table = Table::new(pages, order);
         Ok(Self {
