@@ -91,4 +91,7 @@ hold! {
     holds_within_three:
 
     pins_of_a_folio_against_fork
+    reader_of_a_folio_against_its_next_lives
+    two_forks_that_need_the_last_memory
+    two_forks_that_need_what_a_home_does_not_use
 }

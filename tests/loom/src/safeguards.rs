@@ -63,6 +63,7 @@ safeguards! {
     folio_barrier: FolioBarrier, pin_of_a_folios_page_against_fork, "isolation";
     folio_barrier_for_a_run: FolioBarrier, pins_of_a_folio_against_fork, "isolation";
     folio_looked_at_again: FolioLookedAtAgain, pin_of_a_folios_page_against_fork, "isolation";
+    dissolved_in_the_word: DissolvedInTheWord, reader_of_a_folio_against_its_next_lives, "count below zero";
     folio_looked_at_again_for_a_run: FolioLookedAtAgain, pins_of_a_folio_against_fork, "isolation";
 }
 

@@ -9,7 +9,7 @@
 use loom::sync::atomic;
 
 pub use loom::sync::atomic::{Ordering, fence};
-pub use loom::sync::{Mutex, MutexGuard, RwLock, RwLockReadGuard, RwLockWriteGuard};
+pub use loom::sync::{Condvar, Mutex, MutexGuard, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 #[derive(Debug)]
 pub struct AtomicU64 {

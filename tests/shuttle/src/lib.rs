@@ -15,7 +15,9 @@ pub mod mm;
 #[allow(unreachable_pub)]
 mod sync {
     pub use shuttle::sync::atomic::{AtomicU64, Ordering, fence};
-    pub use shuttle::sync::{Mutex, MutexGuard, RwLock, RwLockReadGuard, RwLockWriteGuard};
+    pub use shuttle::sync::{
+        Condvar, Mutex, MutexGuard, RwLock, RwLockReadGuard, RwLockWriteGuard,
+    };
 }
 
 #[cfg(test)]

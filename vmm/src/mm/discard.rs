@@ -1,8 +1,8 @@
 //! Discard: memory the guest has no use for goes back to the host (a balloon; `MADV_DONTNEED`; PROTOCOL.md T25).
 
 use super::addr::Gfn;
+use super::fresh::Isolated;
 use super::policy::CowPolicy;
-use super::pool::Isolated;
 use super::rearrange::RearrangeError;
 use super::space::{AddressSpace, in_range};
 

@@ -19,9 +19,9 @@ use std::sync::Weak;
 use std::sync::atomic::Ordering;
 
 use super::addr::{Gfn, Pfn};
+use super::fresh::Fresh;
 use super::mapped::Counted;
 use super::policy::{CowPolicy, without};
-use super::pool::Fresh;
 use super::safeguard::Safeguard;
 use super::space::{AddressSpace, Counters, FaultError, in_range};
 use super::table::{Entry, RegionGuard};

@@ -24,7 +24,11 @@
 //! Holds on several pages of a folio do step 2 for each page and the others once. The pair is the same for each of the pages: its count
 //! comes before the one barrier, and the look at the folio after.
 //!
-//! "By page" says that a frame's count may be other than zero: a folio without it is not looked through.
+//! "By page" says that a hold on a page may have been granted: a folio without it is not looked through.
+//!
+//! A folio may end between steps 1 and 2, and its frames may be another folio by step 2: the hold is counted there, and step 4 finds no
+//! mark and takes it back. So a page's count may be other than zero for a moment whatever the folio's word says, and the word of a frame that is part
+//! of a folio is only ever changed by compare-and-swap. A frame that is not part of one, and that nothing maps, nobody can count on.
 //!
 //! # One table maps it by a huge entry, another page by page
 //! Splitting a mapping is the business of one table: its 512 small entries are counted in the frames' words, and there is one
@@ -35,7 +39,7 @@
 use super::addr::{Access, Pfn};
 use super::frame::{Field, FrameState, FrameTable, GETS, MAPS, PINS, Released};
 use super::policy::{CowPolicy, without};
-use super::safeguard::Safeguard;
+use super::safeguard::{Safeguard, is_left_out};
 use super::sync::{Ordering, fence};
 
 const HUGE_MAPS: Field = MAPS;
@@ -143,6 +147,7 @@ impl FrameTable {
                 FrameState::FREE,
                 "{pfn:?} is not fresh"
             );
+            // Nobody counts a hold on a frame that nothing maps, so nothing is lost by a plain store.
             self.set_own(pfn, FrameState::FOLIO_PART);
         }
         let result = self.update_folio(head, |f| f.plus_map().map(FolioState::exclusive));
@@ -334,12 +339,13 @@ impl FrameTable {
         before: FolioState,
         is_exclusive: impl Fn(FrameState) -> bool,
     ) -> Dissolved {
-        if !before.is_by_page() {
-            // Nobody was ever told of a single page.
+        if is_left_out(Safeguard::DissolvedInTheWord) && !before.is_by_page() {
             self.pages_of(head)
                 .for_each(|pfn| self.set_own(pfn, FrameState::FREE));
             return Dissolved::Free;
         }
+        // Also of a folio that was never marked "by page": who marked the one that was here before may count its hold only now, to take
+        // it back when it has looked again.
         let free: Vec<Pfn> = self
             .pages_of(head)
             .filter(|&pfn| {

@@ -18,7 +18,12 @@
 //! | `policy` | the rules: may share, may write in place, may pin |
 //! | `mapped` | the shadow page table and the MMU, changed as one; what becomes of a change that is refused |
 //! | `mapped/table` | the entries and their region locks |
-//! | `pool` | which frames are free; the handles by which they are held |
+//! | `pool` | all frames of a process, and the limit of their memory |
+//! | `allocator` | who has which frame, and which frames have memory |
+//! | `commit` | asking the host for memory and giving it back, with no lock held |
+//! | `home` | the frames each address space has for its own |
+//! | `fresh`, `hold` | the handles: frames between two owners; what devices and readers have of frames |
+//! | `bits` | sets of small numbers |
 //! | `space` | live address spaces; lock order |
 //! | `frozen` | snapshots, and what they share with each other |
 //! | `lineage` | what the next fork takes over from the last one |
@@ -44,6 +49,9 @@
 mod adapt;
 mod addr;
 mod ahead;
+mod allocator;
+mod bits;
+mod commit;
 mod dirty;
 mod discard;
 mod fault;
@@ -51,8 +59,11 @@ mod folio;
 mod force;
 mod fork;
 mod frame;
+mod fresh;
 mod frozen;
 mod get;
+mod hold;
+mod home;
 mod lineage;
 mod mapped;
 mod merge;
@@ -82,12 +93,13 @@ pub use fault::{Fault, Resolution};
 pub use fork::ForkError;
 pub use frame::FrameState;
 pub use frozen::Frozen;
+pub use hold::{Get, Pin, PinnedRun};
 pub use mmu::{FrameMemory, Mmu, MmuError};
 pub use pin::PinError;
 pub use policy::{
     Biased, CowPolicy, Exclusive, Mapcount, MapcountForcedBreak, Refcount, Seed, SeedRecompute,
 };
-pub use pool::{AllocError, FramePool, Get, Pin, PinnedRun, PoolUsage};
+pub use pool::{AllocError, FramePool, PoolUsage};
 pub use rearrange::RearrangeError;
 pub use restore::RestoreError;
 pub use safeguard::Safeguard;

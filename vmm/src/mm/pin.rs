@@ -21,8 +21,8 @@
 
 use super::addr::{Access, Gfn};
 use super::fault::Intent;
+use super::hold::{Pin, PinnedRun};
 use super::policy::{CowPolicy, without};
-use super::pool::{Pin, PinnedRun};
 use super::safeguard::Safeguard;
 use super::space::{AddressSpace, Counters, FaultError, in_range};
 use super::table::Entry;

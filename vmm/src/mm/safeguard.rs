@@ -4,6 +4,8 @@
 //! `tests/loom` leaves out one after the other: each time loom must find a race that ends badly. `docs/protocol.md` has the
 //! table of which race that is.
 
+use super::policy::CowPolicy;
+
 /// Something that must be done, or be done in this order, for a race to end well.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
@@ -82,11 +84,14 @@ pub enum Safeguard {
     /// `folio.rs`: a hold on a page of a folio looks at the folio's word again after it was counted. Partner: fork, which cleared the
     /// bit before it looked at the pages.
     FolioLookedAtAgain,
+    /// `folio.rs`: a folio's end takes the part mark off each frame's word by compare-and-swap. Partner: a hold that was begun on
+    /// the folio that was in the same frames before, and is counted now and taken back.
+    DissolvedInTheWord,
 }
 
 impl Safeguard {
     /// All of them, each at its own number.
-    pub const ALL: [Self; 29] = [
+    pub const ALL: [Self; 30] = [
         Self::PinRereadsEntry,
         Self::PinAcquires,
         Self::PinTestsInTheWord,
@@ -116,6 +121,7 @@ impl Safeguard {
         Self::FolioPagesLookedAt,
         Self::FolioBarrier,
         Self::FolioLookedAtAgain,
+        Self::DissolvedInTheWord,
     ];
 }
 
@@ -126,3 +132,26 @@ const _: () = {
         n += 1;
     }
 };
+
+#[cfg(any(loom, shuttle))]
+static LEFT_OUT: std::sync::atomic::AtomicU8 = std::sync::atomic::AtomicU8::new(u8::MAX);
+
+/// Has code that knows no policy, such as the drop of a snapshot, leave out what `P` does. It counts for the whole process: a model
+/// checker tries one thing in each.
+pub(super) fn leave_out<P: CowPolicy>() {
+    #[cfg(any(loom, shuttle))]
+    if let Some(safeguard) = P::WITHOUT {
+        LEFT_OUT.store(safeguard as u8, std::sync::atomic::Ordering::Relaxed);
+    }
+}
+
+/// As [`without`](super::policy::without), for code that knows no policy.
+pub(super) fn is_left_out(safeguard: Safeguard) -> bool {
+    #[cfg(any(loom, shuttle))]
+    return LEFT_OUT.load(std::sync::atomic::Ordering::Relaxed) == safeguard as u8;
+    #[cfg(not(any(loom, shuttle)))]
+    {
+        let _ = safeguard;
+        false
+    }
+}

@@ -9,9 +9,10 @@ use std::sync::Arc;
 
 use super::addr::{Gfn, Order, Pfn, Protection};
 use super::frozen::Frozen;
+use super::hold::{Get, Pin};
 use super::mmu::{FrameMemory, Mmu, MmuError};
 use super::policy::CowPolicy;
-use super::pool::{AllocError, FramePool, Get, Pin};
+use super::pool::{AllocError, FramePool};
 use super::space::{AddressSpace, FaultError};
 use super::sync::{AtomicU64, Ordering, RwLock, read, write, zeroed};
 

@@ -7,11 +7,13 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64 as Counter, Ordering};
 use super::addr::Gfn;
 use super::ahead::Written;
 use super::frozen::FrozenTable;
+use super::home::Home;
 use super::lineage::Lineage;
 use super::mapped::Mapped;
 use super::mmu::{Mmu, MmuError};
 use super::policy::CowPolicy;
-use super::pool::{AllocError, FramePool, Home};
+use super::pool::{AllocError, FramePool};
+use super::safeguard::leave_out;
 use super::stripe::StripedCounter;
 use super::sync::{Mutex, lock};
 use super::table::{Entry, RegionGuard, Table};
@@ -88,6 +90,7 @@ impl<P: CowPolicy> AddressSpace<P> {
         mmu: Box<dyn Mmu>,
         pages: u64,
     ) -> Result<Self, AllocError> {
+        leave_out::<P>();
         let order = pool.huge();
         let table = Table::new(pages, order);
         Ok(Self {

@@ -3,11 +3,12 @@
 
 #[cfg(any(loom, shuttle))]
 pub(super) use crate::sync::{
-    AtomicU64, Mutex, MutexGuard, Ordering, RwLock, RwLockReadGuard, RwLockWriteGuard, fence,
+    AtomicU64, Condvar, Mutex, MutexGuard, Ordering, RwLock, RwLockReadGuard, RwLockWriteGuard,
+    fence,
 };
 #[cfg(not(any(loom, shuttle)))]
 pub(super) use std::sync::{
-    Mutex, MutexGuard, RwLock, RwLockReadGuard, RwLockWriteGuard,
+    Condvar, Mutex, MutexGuard, RwLock, RwLockReadGuard, RwLockWriteGuard,
     atomic::{AtomicU64, Ordering, fence},
 };
 
@@ -17,6 +18,13 @@ use std::sync::PoisonError;
 /// a legal state at each step.
 pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Waits for `condition`, without the lock meanwhile; poisoning as in [`lock`].
+pub(super) fn wait<'a, T>(condition: &Condvar, guard: MutexGuard<'a, T>) -> MutexGuard<'a, T> {
+    condition
+        .wait(guard)
+        .unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Locks `lock` shared; poisoning as in [`lock`].

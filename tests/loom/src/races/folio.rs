@@ -169,6 +169,42 @@ pub(crate) fn whole_break_of_a_folio_against_a_reader_of_the_snapshot<C: Policy>
     w.settle();
 }
 
+/// A reader marks a folio, which ends; its frames become another folio, the copy for a snapshot, and the reader counts its hold there;
+/// that snapshot goes, and the reader finds that there is nothing to hold.
+pub(crate) fn reader_of_a_folio_against_its_next_lives<C: Policy>() {
+    let (pool, memory) = soft_pool_of(Order::new(1), 20).unwrap();
+    let new = |vm: SoftVm<C>| {
+        vm.space.set_whole_price(0);
+        vm
+    };
+    let parent = new(SoftVm::new(&pool, &memory, C::default(), 2).unwrap());
+    for page in [P, Q] {
+        parent.cpu_write(page, OLD).unwrap();
+    }
+    let frozen = parent.space.fork().unwrap();
+    parent.cpu_write(P, NEW).unwrap();
+    let clones = [(); 2].map(|()| new(SoftVm::clone_of(&frozen, &memory, C::default()).unwrap()));
+    drop(frozen);
+    let next = parent.space.fork().unwrap();
+    let [clone, other] = clones;
+    let clone = Arc::new(clone);
+    let theirs = Arc::clone(&clone);
+    let rest = thread::spawn(move || {
+        theirs.cpu_write(P, CLONES).unwrap();
+        drop((theirs, other));
+        parent.cpu_write(P, DMA).unwrap();
+        assert_eq!(parent.read_frozen(&next, P), NEW, "isolation");
+        drop((next, parent));
+    });
+    let held = clone.space.get(P, Access::Read).unwrap();
+    let seen = clone.read_held(&held);
+    assert!([OLD, CLONES].contains(&seen), "isolation");
+    rest.join().unwrap();
+    drop((held, clone));
+    assert_eq!(pool.leftovers(9), []);
+    assert_eq!(pool.usage().in_use, 0, "once");
+}
+
 /// The last mapping of a folio goes while a hold on one of its pages is on its way, or is given back.
 pub(crate) fn end_of_a_folio_against_its_last_holder<C: Policy>() {
     let w = huge_world::<C>();

@@ -16,6 +16,7 @@ mod fault;
 mod folio;
 mod fork;
 mod get;
+mod memory;
 mod pin;
 mod rearrange;
 
@@ -24,6 +25,7 @@ pub(crate) use fault::*;
 pub(crate) use folio::*;
 pub(crate) use fork::*;
 pub(crate) use get::*;
+pub(crate) use memory::*;
 pub(crate) use pin::*;
 pub(crate) use rearrange::*;
 

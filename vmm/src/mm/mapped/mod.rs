@@ -28,8 +28,8 @@ use std::slice;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use super::addr::{Gfn, Pfn, Protection};
+use super::fresh::{Fresh, FreshFolio};
 use super::mmu::{Mmu, MmuError};
-use super::pool::{Fresh, FreshFolio};
 use super::sync::{RwLock, RwLockReadGuard, RwLockWriteGuard, read, write};
 use table::{Entry, RegionGuard, Table};
 

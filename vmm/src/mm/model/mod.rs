@@ -11,6 +11,11 @@
 //!
 //! At the end everything is dropped, in random order, and every frame is free.
 //!
+//! All of this holds as well where there is **not memory for everything** (`shortage.rs`), from just enough down to none, with a host that
+//! refuses some of it: an operation that says so has changed no page. A space whose restore fails is dropped, as it must not run on.
+//!
+//! How many runs there are in all the tests together is what `PALIMPSEST_CASES` says, else [`CASES`].
+//!
 //! Beyond that each policy makes its own promises (`promises.rs`):
 //!
 //! | policy | a pin, or a host writer's hold until the next fork, has the page the guest sees (coherence, I8) | pins and holds see and change their own page only (isolation, I9) |
@@ -26,20 +31,25 @@
 
 mod ops;
 mod promises;
+mod shortage;
 
 use std::collections::{BTreeSet, HashMap};
+use std::env;
 use std::marker::PhantomData;
 use std::sync::Arc;
 
-use proptest::strategy::{Strategy, ValueTree};
+use proptest::strategy::{Just, Strategy, ValueTree};
 use proptest::test_runner::{Config, TestCaseError, TestRunner};
 
 use self::ops::{Op, Shape, run};
 use self::promises::{Broken, Promises};
-use super::soft::{SoftMemory, SoftVm, soft_pool_of};
+use self::shortage::{Shortage, shortage};
+use super::soft::{SoftMemory, SoftVm};
 use super::*;
 
 const FRAMES: u64 = 400;
+/// Random runs of operations in all tests together, unless `PALIMPSEST_CASES` says otherwise.
+const CASES: u32 = 10_000;
 /// A value that many pages have.
 const COMMON: u64 = 1;
 
@@ -121,6 +131,7 @@ impl Holders {
 /// Address spaces under the policy `P`, held to the promises `R`.
 struct Model<P, R> {
     shape: Shape,
+    shortage: Shortage,
     pool: Arc<FramePool>,
     memory: Arc<SoftMemory>,
     spaces: Vec<Space<P>>,
@@ -132,11 +143,11 @@ struct Model<P, R> {
 }
 
 impl<P: CowPolicy + Default, R: Promises> Model<P, R> {
-    fn new(shape: Shape) -> Self {
-        let (pool, memory) = soft_pool_of(shape.huge, FRAMES).unwrap();
-        let vm = SoftVm::new(&pool, &memory, P::default(), shape.pages).unwrap();
+    fn new(shape: Shape, shortage: Shortage) -> Self {
+        let (pool, memory) = shortage.pool(shape.huge);
         let mut model = Self {
             shape,
+            shortage,
             pool,
             memory,
             spaces: vec![],
@@ -146,8 +157,14 @@ impl<P: CowPolicy + Default, R: Promises> Model<P, R> {
             next: COMMON,
             promises: PhantomData,
         };
-        model.add_space(vm, vec![0; shape.pages as usize]);
+        model.add_untouched_space();
         model
+    }
+
+    fn add_untouched_space(&mut self) {
+        let pages = self.shape.pages;
+        let vm = SoftVm::new(&self.pool, &self.memory, P::default(), pages).unwrap();
+        self.add_space(vm, vec![0; pages as usize]);
     }
 
     fn fresh_value(&mut self) -> u64 {
@@ -273,22 +290,34 @@ impl<P: CowPolicy + Default, R: Promises> Model<P, R> {
                 let value = self.fresh_value();
                 let space = &mut self.spaces[s % spaces];
                 let bytes = value.to_le_bytes();
-                space.vm.space.force_write(Gfn(p), 0, &bytes).unwrap();
+                let written = space.vm.space.force_write(Gfn(p), 0, &bytes);
+                if self.shortage.result(written).is_none() {
+                    return space.note_marks();
+                }
                 space.dirty.insert(p);
                 let id = space.id;
                 self.set(id, Gfn(p), value);
             }
-            Op::Unshare(s, p) => self.spaces[s % spaces].vm.space.unshare(Gfn(p)).unwrap(),
+            Op::Unshare(s, p) => {
+                let unshared = self.spaces[s % spaces].vm.space.unshare(Gfn(p));
+                self.shortage.result(unshared);
+            }
             Op::Pin(s, p, access) => {
                 let space = &mut self.spaces[s % spaces];
-                let pin = space.vm.space.pin(Gfn(p), access).unwrap();
+                let pin = space.vm.space.pin(Gfn(p), access);
+                let Some(pin) = self.shortage.result(pin) else {
+                    return space.note_marks();
+                };
                 let held = space.held(pin, Gfn(p), access);
                 self.pins.push(held);
             }
             Op::PinRange(s, p, most, access) => {
                 let space = &mut self.spaces[s % spaces];
                 let count = most.min(self.shape.pages - p);
-                let runs = space.vm.space.pin_range(Gfn(p), count, access).unwrap();
+                let runs = space.vm.space.pin_range(Gfn(p), count, access);
+                let Some(runs) = self.shortage.result(runs) else {
+                    return space.note_marks();
+                };
                 let pins: Vec<_> = runs.into_iter().flat_map(PinnedRun::into_pins).collect();
                 assert_eq!(pins.len() as u64, count);
                 for (gfn, pin) in (p..).map(Gfn).zip(pins) {
@@ -306,7 +335,10 @@ impl<P: CowPolicy + Default, R: Promises> Model<P, R> {
             }
             Op::Get(s, p, access) => {
                 let space = &mut self.spaces[s % spaces];
-                let get = space.vm.space.get(Gfn(p), access).unwrap();
+                let get = space.vm.space.get(Gfn(p), access);
+                let Some(get) = self.shortage.result(get) else {
+                    return space.note_marks();
+                };
                 let held = space.held(get, Gfn(p), access);
                 self.gets.push(held);
             }
@@ -331,10 +363,12 @@ impl<P: CowPolicy + Default, R: Promises> Model<P, R> {
             Op::Put(n) => drop(pick(n, self.gets.len()).map(|n| self.gets.swap_remove(n))),
             Op::Fork(s) if snapshots < 6 => {
                 let space = &self.spaces[s % spaces];
-                self.snapshots.push(Snapshot {
-                    frozen: space.vm.space.fork().unwrap(),
-                    pages: space.pages.clone(),
-                });
+                if let Some(frozen) = self.shortage.result(space.vm.space.fork()) {
+                    self.snapshots.push(Snapshot {
+                        frozen,
+                        pages: space.pages.clone(),
+                    });
+                }
                 let id = space.id;
                 self.end_host_writes(|through| through.space == id);
             }
@@ -348,9 +382,11 @@ impl<P: CowPolicy + Default, R: Promises> Model<P, R> {
                 space.dirty.extend(pages);
             }
             Op::Clone(f) if spaces < 4 => {
-                if let Some(snapshot) = pick(f, snapshots).map(|f| &self.snapshots[f]) {
-                    let vm =
-                        SoftVm::clone_of(&snapshot.frozen, &self.memory, P::default()).unwrap();
+                let Some(snapshot) = pick(f, snapshots).map(|f| &self.snapshots[f]) else {
+                    return;
+                };
+                let clone = SoftVm::clone_of(&snapshot.frozen, &self.memory, P::default());
+                if let Some(vm) = self.shortage.result(clone) {
                     let pages = snapshot.pages.clone();
                     self.add_space(vm, pages);
                 }
@@ -373,7 +409,13 @@ impl<P: CowPolicy + Default, R: Promises> Model<P, R> {
 
     fn write(&mut self, s: usize, gfn: Gfn, value: u64) {
         let space = &mut self.spaces[s];
-        space.vm.cpu_write(gfn, value).unwrap();
+        if self
+            .shortage
+            .result(space.vm.cpu_write(gfn, value))
+            .is_none()
+        {
+            return space.note_marks();
+        }
         space.dirty.insert(gfn.0);
         let id = space.id;
         self.set(id, gfn, value);
@@ -389,10 +431,18 @@ impl<P: CowPolicy + Default, R: Promises> Model<P, R> {
                 space.dirty.insert(gfn.0);
             }
         }
-        space.vm.space.restore(&snapshot.frozen).unwrap();
+        let restored = space.vm.space.restore(&snapshot.frozen);
+        let is_whole = self.shortage.result(restored).is_some();
         let (id, pages) = (space.id, snapshot.pages.clone());
         for (page, value) in pages.into_iter().enumerate() {
             self.set(id, Gfn(page as u64), value);
+        }
+        if !is_whole {
+            // Part old, part new: whoever holds a page of it may see either.
+            self.spaces.swap_remove(s);
+            if self.spaces.is_empty() {
+                self.add_untouched_space();
+            }
         }
     }
 
@@ -505,7 +555,10 @@ impl<P: CowPolicy + Default, R: Promises> Model<P, R> {
                 self.in_the_way(state, there);
                 assert_ne!(there, alone);
             }
-            Err(error) => panic!("{error}"),
+            Err(error) => {
+                assert_eq!(after, before);
+                self.shortage.result(Err::<(), _>(error));
+            }
         }
     }
 
@@ -710,6 +763,13 @@ impl<P: CowPolicy + Default> Space<P> {
         self.vm.space.entry(gfn).unwrap().small()
     }
 
+    /// After an operation that failed: which pages it had marked by then, nobody knows better.
+    fn note_marks(&mut self) {
+        let is_marked = |&page: &u64| self.entry(Gfn(page)).is_dirty();
+        let marked: Vec<_> = (0..self.shape.pages).filter(is_marked).collect();
+        self.dirty.extend(marked);
+    }
+
     /// A hold that was just taken through page `gfn`. To be looked up for writing is to be marked.
     fn held<H: Handle>(&mut self, handle: H, gfn: Gfn, access: Access) -> Held<H> {
         if P::default().lookup(access) == Access::Write {
@@ -736,7 +796,17 @@ fn follow<P: CowPolicy + Default, R: Promises>(
     ops: &[Op],
     order: &[u8],
 ) -> Result<(), Broken> {
-    let mut model = Model::<P, R>::new(shape);
+    follow_in::<P, R>(shape, Shortage::NONE, ops, order)
+}
+
+/// The same with less memory.
+fn follow_in<P: CowPolicy + Default, R: Promises>(
+    shape: Shape,
+    shortage: Shortage,
+    ops: &[Op],
+    order: &[u8],
+) -> Result<(), Broken> {
+    let mut model = Model::<P, R>::new(shape, shortage);
     for op in ops {
         model.apply(op)?;
         model.check()?;
@@ -745,50 +815,78 @@ fn follow<P: CowPolicy + Default, R: Promises>(
     Ok(())
 }
 
-fn random_operations<P: CowPolicy + Default, R: Promises>(cases: u32) {
-    random_operations_on::<P, R>(Shape::BASE, cases);
-    random_operations_on::<P, R>(Shape::HUGE, cases);
+/// So many of each ten thousand random runs that there are to be.
+pub(super) fn cases(of_ten_thousand: u32) -> u32 {
+    let all = env::var("PALIMPSEST_CASES").map_or(CASES, |cases| {
+        cases.parse().expect("PALIMPSEST_CASES is a number")
+    });
+    (u64::from(all) * u64::from(of_ten_thousand)).div_ceil(10_000) as u32
 }
 
-fn random_operations_on<P: CowPolicy + Default, R: Promises>(shape: Shape, cases: u32) {
-    let mut runner = TestRunner::new(Config {
-        cases,
-        failure_persistence: None,
-        ..Config::default()
-    });
-    let result = runner.run(&run(shape), |(ops, order)| {
-        follow::<P, R>(shape, &ops, &order)
-            .map_err(|broken| TestCaseError::fail(broken.to_string()))
-    });
-    if let Err(error) = result {
-        panic!("{}, {shape:?}: {error}", P::NAME);
+/// Half of the runs on each shape.
+fn random_operations<P: CowPolicy + Default, R: Promises>(of_ten_thousand: u32) {
+    random_operations_in::<P, R, _>(of_ten_thousand, |_| Just(Shortage::NONE));
+}
+
+fn random_operations_in<P: CowPolicy + Default, R: Promises, S>(
+    of_ten_thousand: u32,
+    shortage: impl Fn(u64) -> S,
+) where
+    S: Strategy<Value = Shortage>,
+{
+    for shape in [Shape::BASE, Shape::HUGE] {
+        let mut runner = TestRunner::new(Config {
+            cases: cases(of_ten_thousand / 2),
+            failure_persistence: None,
+            ..Config::default()
+        });
+        let runs = (shortage(shape.pages), run(shape));
+        let result = runner.run(&runs, |(shortage, (ops, order))| {
+            follow_in::<P, R>(shape, shortage, &ops, &order)
+                .map_err(|broken| TestCaseError::fail(broken.to_string()))
+        });
+        if let Err(error) = result {
+            panic!("{}, {shape:?}: {error}", P::NAME);
+        }
     }
 }
 
 #[test]
 fn random_operations_under_exclusive() {
-    random_operations::<Exclusive, Exclusive>(1000);
+    random_operations::<Exclusive, Exclusive>(2000);
 }
 
 #[test]
 fn random_operations_under_a_biased_count() {
-    random_operations::<Biased<Exclusive>, Exclusive>(100);
+    random_operations::<Biased<Exclusive>, Exclusive>(200);
 }
 
 #[test]
 fn random_operations_under_seed() {
-    random_operations::<Seed, Seed>(300);
+    random_operations::<Seed, Seed>(600);
 }
 
 #[test]
 fn random_operations_under_refcount() {
-    random_operations::<Refcount, Refcount>(300);
+    random_operations::<Refcount, Refcount>(600);
 }
 
 #[test]
 fn random_operations_under_mapcount() {
-    random_operations::<Mapcount, Mapcount>(300);
-    random_operations::<MapcountForcedBreak, MapcountForcedBreak>(300);
+    random_operations::<Mapcount, Mapcount>(600);
+    random_operations::<MapcountForcedBreak, MapcountForcedBreak>(600);
+}
+
+#[test]
+fn random_operations_where_memory_is_short() {
+    random_operations_in::<Exclusive, Exclusive, _>(5000, shortage);
+}
+
+#[test]
+fn random_operations_under_other_policies_where_memory_is_short() {
+    random_operations_in::<Seed, Seed, _>(200, shortage);
+    random_operations_in::<Refcount, Refcount, _>(100, shortage);
+    random_operations_in::<Mapcount, Mapcount, _>(100, shortage);
 }
 
 /// Which of the promises of `Exclusive` random operations break: isolation, coherence.

@@ -6,6 +6,7 @@
 //! | `folio` | huge folios: sharing, splitting, breaking whole regions |
 //! | `get`, `dirty`, `discard`, `migrate`, `merge`, `force` | each operation: its contract, each of its errors |
 //! | `policies` | the rules as tables; which scenario goes wrong under which policy |
+//! | `allocator` | who has which frame, against a plain list
 //! | `pool` | where frames come from, and what happens at the limit |
 //! | `prepare` | forks that are prepared: how much at once, and how often again |
 //! | `values` | addresses, entries and frame states |
@@ -16,6 +17,7 @@
 //! An operation that fails must leave everything as it was (I10): a [`Picture`] is taken before and after.
 
 mod ahead;
+mod allocator;
 mod dirty;
 mod discard;
 mod folio;

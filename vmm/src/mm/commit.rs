@@ -1,0 +1,174 @@
+//! Memory for frames: what the allocator has to ask the host for, and what goes back.
+//!
+//! To give memory to 2 MiB takes the host a millisecond, and to take it back nearly as long. It is **never asked with the allocator's
+//! lock held**: frames are claimed, the lock is let go, the host is asked, and then the frames are their owner's, or free again.
+//! Whoever needs other frames goes on meanwhile; who needs just these, or the last there are, waits until that is decided.
+//!
+//! # At the limit
+//! Memory that is free outside homes is used first. If there is none, what homes have and nobody uses goes back to the host, to make
+//! room: an allocation fails only if every frame for which there may be memory is in use, or the host refuses.
+//!
+//! # What nobody uses goes back
+//! [`Supply::give_back_surplus`], which is called before each snapshot and after each that is dropped, gives back the runs that
+//! were free all the time since the last call, but for as many as are made ready at a time. So memory that each snapshot uses for a
+//! while stays, and what one of them has needed once goes.
+
+use std::sync::Arc;
+
+use super::addr::Pfn;
+use super::allocator::{Allocator, Claim, Surplus, Unavailable};
+use super::mmu::FrameMemory;
+use super::pool::AllocError;
+use super::sync::{Condvar, Mutex, MutexGuard, lock, wait};
+
+/// The allocator, and the host's memory.
+pub(super) struct Supply {
+    allocator: Mutex<Allocator>,
+    /// Something that was in transit no longer is.
+    settled: Condvar,
+    memory: Arc<dyn FrameMemory>,
+}
+
+/// Frames that somebody has now.
+pub(super) struct Taken {
+    pub(super) first: Pfn,
+    /// Whether they are known to be all zeros: their memory is new.
+    pub(super) is_blank: bool,
+}
+
+impl Supply {
+    pub(super) fn new(allocator: Allocator, memory: Arc<dyn FrameMemory>) -> Self {
+        Self {
+            allocator: Mutex::new(allocator),
+            settled: Condvar::new(),
+            memory,
+        }
+    }
+
+    pub(super) fn lock(&self) -> MutexGuard<'_, Allocator> {
+        lock(&self.allocator)
+    }
+
+    pub(super) fn memory(&self) -> &dyn FrameMemory {
+        &*self.memory
+    }
+
+    /// Frames that `claim` finds, with memory. Makes room for them if it must.
+    pub(super) fn take(
+        &self,
+        claim: impl Fn(&mut Allocator) -> Result<Claim, Unavailable>,
+    ) -> Result<Taken, AllocError> {
+        loop {
+            if let Some(taken) = self.try_take(&claim)? {
+                return Ok(taken);
+            }
+            let mut allocator = self.lock();
+            let Some(unused) = allocator.take_unused_of_homes() else {
+                let limit = allocator.usage().limit;
+                return Err(AllocError::Limit { limit });
+            };
+            drop(allocator);
+            self.return_to_host(unused)?;
+        }
+    }
+
+    /// As [`Supply::take`], but makes no room: `None` if somebody has one of the frames, or there is no memory for all of them.
+    pub(super) fn try_take(
+        &self,
+        claim: impl Fn(&mut Allocator) -> Result<Claim, Unavailable>,
+    ) -> Result<Option<Taken>, AllocError> {
+        let mut allocator = self.lock();
+        let claim = loop {
+            match claim(&mut allocator) {
+                Ok(claim) => break claim,
+                Err(Unavailable::InTransit) => allocator = wait(&self.settled, allocator),
+                Err(Unavailable::Taken | Unavailable::Limit) => return Ok(None),
+            }
+        };
+        let taken = Taken {
+            first: claim.first(),
+            is_blank: claim.is_blank(),
+        };
+        if claim.needs_memory() {
+            drop(allocator);
+            self.commit(claim)?;
+        } else {
+            allocator.finish(&claim);
+        }
+        Ok(Some(taken))
+    }
+
+    /// Has memory ready for whoever needs a frame or a folio next, and may be in a hurry. What there is no memory for is left to them.
+    pub(super) fn provide(&self) {
+        for prepare in [Allocator::prepare_single, Allocator::prepare_folios] {
+            let claim = prepare(&mut self.lock());
+            if let Some(claim) = claim.filter(Claim::needs_memory) {
+                let _ = self.commit(claim);
+            }
+        }
+    }
+
+    /// Asks the host for what a claim needs: if it refuses, for what the caller needs of it.
+    fn commit(&self, mut claim: Claim) -> Result<(), AllocError> {
+        loop {
+            let (first, count) = (claim.first(), claim.total());
+            // Copies for snapshots: their sizes are a matter of the shadow page table alone.
+            let committed = if claim.is_home() {
+                self.memory.commit(first, count)
+            } else {
+                self.memory.commit_base_pages(first, count)
+            };
+            let mut allocator = self.lock();
+            let result = match committed {
+                Ok(()) => {
+                    allocator.finish(&claim);
+                    Ok(())
+                }
+                Err(_) if claim.has_ahead() => {
+                    claim = allocator.without_ahead(claim);
+                    continue;
+                }
+                Err(source) => {
+                    allocator.refuse(claim);
+                    Err(AllocError::Host { count, source })
+                }
+            };
+            drop(allocator);
+            self.settled.notify_all();
+            return result;
+        }
+    }
+
+    /// Gives memory that nobody has used for a while back to the host.
+    pub(super) fn give_back_surplus(&self) {
+        let surplus = self.lock().take_surplus();
+        for surplus in surplus {
+            // What the host will not have is used when there is a use for it.
+            let _ = self.return_to_host(surplus);
+        }
+    }
+
+    fn return_to_host(&self, surplus: Surplus) -> Result<(), AllocError> {
+        let Surplus { first, count } = surplus;
+        let returned = self.memory.uncommit(first, count);
+        let mut allocator = self.lock();
+        match returned {
+            Ok(()) => allocator.give_back(surplus),
+            Err(_) => allocator.keep(surplus),
+        }
+        drop(allocator);
+        self.settled.notify_all();
+        returned.map_err(|source| AllocError::Host { count, source })
+    }
+
+    /// Takes the memory of allocated frames away, if the host will have it.
+    pub(super) fn uncommit(&self, first: Pfn, count: u64) {
+        if self.memory.uncommit(first, count).is_ok() {
+            self.lock().uncommitted(first, count);
+        }
+    }
+
+    pub(super) fn free(&self, pfn: Pfn) {
+        self.lock().release(pfn, 1);
+    }
+}

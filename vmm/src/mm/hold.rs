@@ -1,0 +1,230 @@
+//! Holds: what devices and readers have of frames.
+//!
+//! A hold outlives the address space it was taken through, and keeps what it needs of the pool.
+
+use std::fmt;
+use std::sync::Arc;
+
+use super::addr::{Access, Pfn};
+use super::commit::Supply;
+use super::folio::{Hold, may_pin};
+use super::frame::{FrameState, FrameTable, Released};
+use super::policy::CowPolicy;
+use super::pool::FramePool;
+use super::stripe::{Apart, Striped};
+use super::table::Entry;
+
+/// What a hold needs of its pool, and keeps for as long as it lasts, pool or no pool.
+///
+/// Every hold counts itself in and out of the lease that it has. Were that one count for all, it would be the one cache line that two
+/// devices on different pages fight for: so there is a lease for each stripe of threads, and who drops a hold on another thread than took
+/// it gives back the one it was taken with.
+pub(super) struct Lease {
+    frames: Arc<FrameTable>,
+    supply: Arc<Supply>,
+}
+
+/// The leases of a pool.
+pub(super) type Leases = Striped<Arc<Apart<Lease>>>;
+
+impl Lease {
+    pub(super) fn for_all(frames: &Arc<FrameTable>, supply: &Arc<Supply>) -> Leases {
+        Striped::new(|| {
+            Arc::new(Apart(Self {
+                frames: Arc::clone(frames),
+                supply: Arc::clone(supply),
+            }))
+        })
+    }
+
+    fn free(&self, pfn: Pfn) {
+        self.supply.free(pfn);
+    }
+}
+
+impl fmt::Debug for Lease {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Lease").finish_non_exhaustive()
+    }
+}
+
+/// A device's hold on a frame (`FOLL_PIN`): the frame stays this page of its address space, whatever forks and
+/// faults do, until the handle is dropped.
+#[derive(Debug)]
+pub struct Pin(PinnedRun);
+
+impl Pin {
+    /// Of the one page of `run`.
+    pub(super) fn new(run: PinnedRun) -> Self {
+        debug_assert_eq!(run.count, 1);
+        Self(run)
+    }
+
+    /// The pinned frame.
+    pub fn pfn(&self) -> Pfn {
+        self.0.first
+    }
+}
+
+/// As [`Pin`], of neighbouring pages that are in neighbouring frames: one handle for all of them.
+#[derive(Debug)]
+pub struct PinnedRun {
+    lease: Arc<Apart<Lease>>,
+    first: Pfn,
+    count: u64,
+}
+
+impl PinnedRun {
+    /// The pinned frames, in the order of their pages.
+    pub fn pfns(&self) -> impl Iterator<Item = Pfn> + use<> {
+        self.first.run(self.count)
+    }
+
+    /// How many.
+    pub(super) fn count(&self) -> u64 {
+        self.count
+    }
+
+    /// Pins the page of a small entry as well, if `policy` grants that; its frame is the next.
+    pub(super) fn try_push<P: CowPolicy>(
+        &mut self,
+        entry: Entry,
+        access: Access,
+        policy: &P,
+    ) -> bool {
+        let next = Pfn(self.first.0 + self.count);
+        debug_assert!(entry.pfn() == next && !entry.is_huge());
+        let granted = self.lease.0.frames.try_pin(next, access, policy).is_ok();
+        self.count += u64::from(granted);
+        granted
+    }
+
+    /// A handle for each page: for a model, which lets go of them one by one.
+    #[cfg(all(test, not(any(loom, shuttle))))]
+    pub(super) fn into_pins(mut self) -> Vec<Pin> {
+        let of_one = |first| {
+            Pin(Self {
+                lease: Arc::clone(&self.lease),
+                first,
+                count: 1,
+            })
+        };
+        let pins = self.pfns().map(of_one).collect();
+        self.count = 0;
+        pins
+    }
+
+    /// Takes over the pins of `next`, if its frames are the next; gives it back if not.
+    pub(super) fn try_append(&mut self, mut next: Self) -> Result<(), Self> {
+        if next.first.0 != self.first.0 + self.count || self.first == Pfn::ZERO {
+            return Err(next);
+        }
+        self.count += std::mem::take(&mut next.count);
+        Ok(())
+    }
+
+    /// Lets go of all pages but the first `count`.
+    #[inline]
+    pub(super) fn truncate(&mut self, count: u64) {
+        let Lease { frames, .. } = &self.lease.0;
+        for pfn in self.pfns().skip(count as usize) {
+            if pfn != Pfn::ZERO && frames.unpin(pfn) == Released::Last {
+                self.lease.0.free(pfn);
+            }
+        }
+        self.count = self.count.min(count);
+    }
+}
+
+impl Drop for PinnedRun {
+    #[inline]
+    fn drop(&mut self) {
+        self.truncate(0);
+    }
+}
+
+/// A transient reader's hold on a frame (`FOLL_GET`): the bytes stay those of the address space it was
+/// taken through *or older*, never another's. It does not keep the frame in its place.
+#[derive(Debug)]
+pub struct Get {
+    lease: Arc<Apart<Lease>>,
+    pfn: Pfn,
+}
+
+impl Get {
+    /// Of a frame on which a hold was counted.
+    pub(super) fn new(pool: &FramePool, pfn: Pfn) -> Self {
+        Self {
+            lease: pool.lease(),
+            pfn,
+        }
+    }
+
+    /// The held frame.
+    pub fn pfn(&self) -> Pfn {
+        self.pfn
+    }
+}
+
+impl Drop for Get {
+    fn drop(&mut self) {
+        let lease = &self.lease.0;
+        if self.pfn != Pfn::ZERO && lease.frames.put(self.pfn) == Released::Last {
+            lease.free(self.pfn);
+        }
+    }
+}
+
+impl FramePool {
+    /// Takes pins, if `policy` grants them, on the page of `entry`, and of a huge entry on pages that follow in its folio: on `count` in
+    /// all, or on none. The zero frame's pins are not counted (PROTOCOL.md 4.15).
+    pub(super) fn try_pin<P: CowPolicy>(
+        &self,
+        entry: Entry,
+        count: u64,
+        access: Access,
+        policy: &P,
+    ) -> Result<PinnedRun, FrameState> {
+        let pfn = entry.pfn();
+        let may = may_pin(policy, access);
+        // Dropping it is the undo.
+        let mut run = PinnedRun {
+            lease: self.lease(),
+            first: pfn,
+            count: 0,
+        };
+        if entry.is_huge() {
+            run.count = self.frames().hold_pages(pfn, count, Hold::Pin, &may);
+            if run.count < count || !self.frames().are_pages_held::<P>(pfn, may) {
+                return Err(self.frames().state(pfn));
+            }
+            return Ok(run);
+        }
+        debug_assert_eq!(count, 1);
+        if pfn != Pfn::ZERO {
+            self.frames().try_pin(pfn, access, policy)?;
+        } else if !may(self.frames().state(pfn)) {
+            return Err(self.frames().state(pfn));
+        }
+        run.count = 1;
+        Ok(run)
+    }
+
+    /// Takes a transient hold on the page of `entry`. The zero frame is held by nobody and always there.
+    pub(super) fn try_get<P: CowPolicy>(&self, entry: Entry) -> Result<Get, FrameState> {
+        let pfn = entry.pfn();
+        let any = |_| true;
+        if entry.is_huge() {
+            if self.frames().hold_pages(pfn, 1, Hold::Get, any) == 0 {
+                return Err(self.frames().state(pfn));
+            }
+        } else if pfn != Pfn::ZERO {
+            self.frames().try_get::<P>(pfn)?;
+        }
+        let get = Get::new(self, pfn);
+        if entry.is_huge() && !self.frames().are_pages_held::<P>(pfn, any) {
+            return Err(self.frames().state(pfn));
+        }
+        Ok(get)
+    }
+}

@@ -1,0 +1,424 @@
+//! The allocator alone, against a plain list of what each frame is.
+//!
+//! After every step, whatever claims are on their way:
+//! * a claim is of frames that were free, of homes or not as was asked;
+//! * what was asked for is refused only where there is none, or no room for its memory, and "wait" is said only while something is in transit;
+//! * what is said to be blank has never been used since it got its memory;
+//! * the counts are what the list says, and memory never exceeds the limit.
+
+use proptest::prelude::*;
+
+use super::super::addr::{Order, Pfn};
+use super::super::allocator::{Allocator, Claim, Surplus, Unavailable};
+use super::super::model::cases;
+
+const FOLIO: Order = Order::new(2);
+
+#[derive(Clone, Debug)]
+enum Step {
+    Single,
+    Folio,
+    /// Of which home, from which page on, how many, and how many more for the host's sake.
+    Home(usize, u64, u64, u64),
+    PrepareSingle,
+    PrepareFolios,
+    /// What comes of a claim on its way.
+    Finish(usize),
+    Refuse(usize),
+    WithoutAhead(usize),
+    Release(usize),
+    MakeHome(u64),
+    EndHome(usize),
+    TakeSurplus,
+    TakeUnused,
+    GiveBack(usize),
+    Keep(usize),
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    let which = || 0..8usize;
+    prop_oneof![
+        6 => Just(Step::Single),
+        3 => Just(Step::Folio),
+        4 => (which(), 0..16u64, 1..5u64, 0..12u64).prop_map(|(h, i, n, m)| Step::Home(h, i, n, m)),
+        1 => Just(Step::PrepareSingle),
+        1 => Just(Step::PrepareFolios),
+        6 => which().prop_map(Step::Finish),
+        2 => which().prop_map(Step::Refuse),
+        1 => which().prop_map(Step::WithoutAhead),
+        6 => which().prop_map(Step::Release),
+        2 => (1..14u64).prop_map(Step::MakeHome),
+        1 => which().prop_map(Step::EndHome),
+        1 => Just(Step::TakeSurplus),
+        1 => Just(Step::TakeUnused),
+        2 => which().prop_map(Step::GiveBack),
+        1 => which().prop_map(Step::Keep),
+    ]
+}
+
+/// What a frame is.
+#[derive(Clone, Copy, Debug, Default)]
+struct Frame {
+    is_taken: bool,
+    is_in_transit: bool,
+    /// Or is about to be, and counts as such.
+    is_committed: bool,
+    was_used: bool,
+    is_home: bool,
+}
+
+struct Model {
+    allocator: Allocator,
+    limit: u64,
+    frames: Vec<Frame>,
+    /// On their way, and which of their frames had memory before.
+    claims: Vec<(Claim, u64, Vec<bool>)>,
+    surplus: Vec<Surplus>,
+    held: Vec<(u64, u64)>,
+    homes: Vec<(u64, u64)>,
+}
+
+impl Model {
+    fn new(frames: u64, limit: u64) -> Self {
+        let mut all = vec![Frame::default(); frames as usize];
+        all[0].is_taken = true;
+        Self {
+            allocator: Allocator::new(frames, FOLIO, limit),
+            limit,
+            frames: all,
+            claims: vec![],
+            surplus: vec![],
+            held: vec![],
+            homes: vec![],
+        }
+    }
+
+    fn of(&mut self, first: u64, count: u64) -> &mut [Frame] {
+        &mut self.frames[first as usize..(first + count) as usize]
+    }
+
+    fn committed(&self) -> u64 {
+        self.frames.iter().filter(|f| f.is_committed).count() as u64
+    }
+
+    fn room(&self) -> u64 {
+        self.limit - self.committed()
+    }
+
+    fn waits(&self) -> bool {
+        self.frames.iter().any(|f| f.is_in_transit)
+    }
+
+    /// What may be said of something that cannot be had.
+    fn no_more(&self) -> Unavailable {
+        if self.waits() {
+            Unavailable::InTransit
+        } else {
+            Unavailable::Limit
+        }
+    }
+
+    /// Notes a claim of `count` frames for somebody.
+    fn claimed(&mut self, claim: Claim, count: u64, is_home: bool) {
+        let (first, total) = (claim.first().0, claim.total());
+        assert!(total >= count && claim.is_home() == is_home);
+        let frames = self.of(first, total);
+        let had = frames.iter().map(|f| f.is_committed).collect::<Vec<_>>();
+        assert!(
+            frames.iter().all(|f| !f.is_taken && f.is_home == is_home),
+            "{claim:?}"
+        );
+        let is_new = |f: &Frame| !f.is_committed || !f.was_used;
+        assert!(
+            !claim.is_blank() || frames[..count as usize].iter().all(is_new),
+            "{claim:?}"
+        );
+        assert!(
+            !had[count as usize..].contains(&true),
+            "ahead of what has memory"
+        );
+        assert_eq!(claim.needs_memory(), had.contains(&false));
+        let waits = claim.needs_memory();
+        for frame in frames.iter_mut() {
+            frame.was_used &= frame.is_committed;
+            (frame.is_taken, frame.is_committed, frame.is_in_transit) = (true, true, waits);
+        }
+        for frame in &mut frames[..count as usize] {
+            frame.was_used = true;
+        }
+        if waits {
+            self.claims.push((claim, count, had));
+        } else {
+            self.allocator.finish(&claim);
+            self.held.push((first, count));
+        }
+    }
+
+    /// The frames of a claim or a surplus that are free again.
+    fn free(&mut self, first: u64, count: u64) {
+        for frame in self.of(first, count) {
+            (frame.is_taken, frame.is_in_transit) = (false, false);
+        }
+    }
+
+    fn run(&mut self, step: Step) {
+        let pick = |n: usize, len: usize| (len > 0).then(|| n % len);
+        match step {
+            Step::Single => match self.allocator.claim_single() {
+                Ok(claim) => self.claimed(claim, 1, false),
+                Err(why) => {
+                    let is_free = |f: &&Frame| !f.is_taken && !f.is_home;
+                    let free = || self.frames.iter().filter(is_free);
+                    assert!(!free().any(|f| f.is_committed));
+                    assert!(self.room() == 0 || free().count() == 0);
+                    assert_eq!(why, self.no_more());
+                }
+            },
+            Step::Folio => match self.allocator.claim_folio() {
+                Ok(claim) => {
+                    assert_eq!((claim.first().0 % 4, claim.total()), (0, 4));
+                    self.claimed(claim, 4, false);
+                }
+                Err(why) => {
+                    let room = self.room();
+                    let could = |run: &[Frame]| {
+                        run.iter().all(|f| !f.is_taken && !f.is_home)
+                            && run.iter().filter(|f| !f.is_committed).count() as u64 <= room
+                    };
+                    assert!(!self.frames.chunks_exact(4).any(could));
+                    assert_eq!(why, self.no_more());
+                }
+            },
+            Step::Home(home, index, count, more) => {
+                let Some(home) = pick(home, self.homes.len()).map(|n| self.homes[n]) else {
+                    return;
+                };
+                let index = index % home.1;
+                let count = count.min(home.1 - index);
+                let most = (count + more).min(home.1 - index);
+                let first = home.0 + index;
+                let result = self.allocator.claim_home(Pfn(first), count, most);
+                let room = self.room();
+                let no_more = self.no_more();
+                let frames = self.of(first, count);
+                let missing = frames.iter().filter(|f| !f.is_committed).count() as u64;
+                let expected = if frames.iter().any(|f| f.is_in_transit) {
+                    Err(Unavailable::InTransit)
+                } else if frames.iter().any(|f| f.is_taken) {
+                    Err(Unavailable::Taken)
+                } else if missing > room {
+                    Err(no_more)
+                } else {
+                    Ok(Pfn(first))
+                };
+                assert_eq!(
+                    result.as_ref().map(Claim::first),
+                    expected.as_ref().copied()
+                );
+                if let Ok(claim) = result {
+                    assert!(claim.total() <= most);
+                    self.claimed(claim, count, true);
+                }
+            }
+            Step::PrepareSingle => {
+                if let Some(claim) = self.allocator.prepare_single() {
+                    self.prepared(claim);
+                }
+            }
+            Step::PrepareFolios => {
+                if let Some(claim) = self.allocator.prepare_folios() {
+                    self.prepared(claim);
+                }
+            }
+            Step::Finish(n) => {
+                if let Some(n) = pick(n, self.claims.len()) {
+                    let (claim, count, _) = self.claims.swap_remove(n);
+                    self.allocator.finish(&claim);
+                    let (first, total) = (claim.first().0, claim.total());
+                    self.free(first, total);
+                    self.of(first, count)
+                        .iter_mut()
+                        .for_each(|f| f.is_taken = true);
+                    if count > 0 {
+                        self.held.push((first, count));
+                    }
+                }
+            }
+            Step::Refuse(n) => {
+                if let Some(n) = pick(n, self.claims.len()) {
+                    let (claim, _, had) = self.claims.swap_remove(n);
+                    let (first, total) = (claim.first().0, claim.total());
+                    self.allocator.refuse(claim);
+                    self.free(first, total);
+                    for (frame, had) in self.of(first, total).iter_mut().zip(had) {
+                        frame.is_committed = had;
+                    }
+                }
+            }
+            Step::WithoutAhead(n) => {
+                let has_ahead = |n: &usize| self.claims[*n].0.has_ahead();
+                if let Some(n) = pick(n, self.claims.len()).filter(has_ahead) {
+                    let (claim, count, had) = self.claims.swap_remove(n);
+                    let (first, total) = (claim.first().0, claim.total());
+                    let claim = self.allocator.without_ahead(claim);
+                    assert_eq!((claim.total(), claim.has_ahead()), (count, false));
+                    self.free(first + count, total - count);
+                    for frame in self.of(first + count, total - count) {
+                        frame.is_committed = false;
+                    }
+                    self.claims.push((claim, count, had));
+                }
+            }
+            Step::Release(n) => {
+                if let Some((first, count)) =
+                    pick(n, self.held.len()).map(|n| self.held.swap_remove(n))
+                {
+                    self.allocator.release(Pfn(first), count);
+                    self.free(first, count);
+                }
+            }
+            Step::MakeHome(pages) => {
+                let is_free = |f: &Frame| !f.is_taken && !f.is_home;
+                match self.allocator.make_home(pages) {
+                    Some(first) => {
+                        assert!(pages < 4 || first.0 % 4 == 0);
+                        let frames = self.of(first.0, pages);
+                        assert!(frames.iter().all(is_free));
+                        frames.iter_mut().for_each(|f| f.is_home = true);
+                        self.homes.push((first.0, pages));
+                    }
+                    None => {
+                        let step = if pages < 4 { 1 } else { 4 };
+                        let windows = self.frames.windows(pages as usize).step_by(step);
+                        assert!(!windows.into_iter().any(|w| w.iter().all(is_free)));
+                    }
+                }
+            }
+            Step::EndHome(n) => {
+                // Who asks for a frame of a home has the home.
+                let is_asked_for = |(first, pages): (u64, u64)| {
+                    let mut frames = self.frames[first as usize..(first + pages) as usize].iter();
+                    frames.any(|f| f.is_in_transit)
+                };
+                if let Some(n) = pick(n, self.homes.len())
+                    && !is_asked_for(self.homes[n])
+                {
+                    let (first, pages) = self.homes.swap_remove(n);
+                    self.allocator.end_home(Pfn(first), pages);
+                    self.of(first, pages)
+                        .iter_mut()
+                        .for_each(|f| f.is_home = false);
+                }
+            }
+            Step::TakeSurplus => {
+                for surplus in self.allocator.take_surplus() {
+                    assert_eq!((surplus.first.0 % 4, surplus.count % 4), (0, 0));
+                    self.taken_back(surplus, false);
+                }
+            }
+            Step::TakeUnused => match self.allocator.take_unused_of_homes() {
+                Some(surplus) => self.taken_back(surplus, true),
+                None => {
+                    let is_unused = |f: &Frame| f.is_home && f.is_committed && !f.is_taken;
+                    assert!(!self.frames.iter().any(is_unused));
+                }
+            },
+            Step::GiveBack(n) => {
+                if let Some(n) = pick(n, self.surplus.len()) {
+                    let surplus = self.surplus.swap_remove(n);
+                    let (first, count) = (surplus.first.0, surplus.count);
+                    self.allocator.give_back(surplus);
+                    self.free(first, count);
+                    for frame in self.of(first, count) {
+                        frame.is_committed = false;
+                    }
+                }
+            }
+            Step::Keep(n) => {
+                if let Some(n) = pick(n, self.surplus.len()) {
+                    let surplus = self.surplus.swap_remove(n);
+                    let (first, count) = (surplus.first.0, surplus.count);
+                    self.allocator.keep(surplus);
+                    self.free(first, count);
+                }
+            }
+        }
+    }
+
+    /// Memory for nobody.
+    fn prepared(&mut self, claim: Claim) {
+        if claim.needs_memory() {
+            self.claimed(claim, 0, false);
+        } else {
+            assert_eq!(claim.total(), 0);
+            self.allocator.finish(&claim);
+        }
+    }
+
+    fn taken_back(&mut self, surplus: Surplus, is_home: bool) {
+        let frames = self.of(surplus.first.0, surplus.count);
+        assert!(frames.iter().any(|f| f.is_committed));
+        assert!(frames.iter().all(|f| !f.is_taken && f.is_home == is_home));
+        for frame in frames {
+            (frame.is_taken, frame.is_in_transit) = (true, true);
+        }
+        self.surplus.push(surplus);
+    }
+
+    fn check(&self) {
+        let usage = self.allocator.usage();
+        let held = self.held.iter().map(|&(_, count)| count).sum::<u64>();
+        let on_their_way = self.claims.iter().map(|&(_, count, _)| count).sum::<u64>();
+        assert_eq!(usage.in_use, held + on_their_way);
+        assert_eq!(usage.committed, self.committed());
+        assert!(usage.committed <= self.limit && usage.peak >= held);
+        for (n, frame) in (1..).zip(&self.frames[1..]) {
+            assert_eq!(self.allocator.is_allocated(Pfn(n)), frame.is_taken, "{n}");
+        }
+    }
+
+    /// When everything has come to its end, all that there may be can be had again.
+    fn end(mut self) {
+        while !self.claims.is_empty() {
+            self.run(Step::Finish(0));
+        }
+        while !self.surplus.is_empty() {
+            self.run(Step::GiveBack(0));
+        }
+        while !self.held.is_empty() {
+            self.run(Step::Release(0));
+        }
+        while !self.homes.is_empty() {
+            self.run(Step::EndHome(0));
+        }
+        self.check();
+        let most = self.limit.min(self.frames.len() as u64 - 1);
+        for _ in 0..most {
+            let claim = self.allocator.claim_single().unwrap();
+            self.allocator.finish(&claim);
+        }
+        assert_eq!(
+            self.allocator.claim_single().err(),
+            Some(Unavailable::Limit)
+        );
+        assert_eq!(self.allocator.usage().in_use, most);
+    }
+}
+
+#[test]
+fn every_frame_has_one_owner() {
+    let config = ProptestConfig {
+        cases: cases(2000),
+        failure_persistence: None,
+        ..ProptestConfig::default()
+    };
+    let steps = prop::collection::vec(step(), 1..150);
+    proptest!(config, |(frames in 1..70u64, limit in 0..80u64, steps in steps)| {
+        let mut model = Model::new(frames, limit);
+        for step in steps {
+            model.run(step);
+            model.check();
+        }
+        model.end();
+    });
+}
