@@ -150,7 +150,8 @@ pub struct Layout {
     pub devices: u64,
     /// Registered buffers of each device.
     pub registered: u64,
-    /// Gpa of the first vCPU's [`VcpuPage`]; they lie [`VCPU_STRIDE`] apart.
+    /// Gpa of the first vCPU's [`VcpuPage`]; they lie [`VCPU_STRIDE`] apart. They have a region of their own, in which nothing
+    /// is pinned.
     pub vcpu_base: u64,
     /// Gpa of the first device area; they lie [`DEVICE_STRIDE`] apart.
     pub device_base: u64,
@@ -180,7 +181,7 @@ impl Layout {
             return None;
         }
         let vcpu_base = image_end.next_multiple_of(REGION_SIZE);
-        let device_base = (vcpu_base + vcpus * VCPU_STRIDE).next_multiple_of(PAGE_SIZE);
+        let device_base = (vcpu_base + vcpus * VCPU_STRIDE).next_multiple_of(REGION_SIZE);
         let hammer_base = (device_base + devices * DEVICE_STRIDE).next_multiple_of(REGION_SIZE);
         if hammer_base + vcpus * REGION_SIZE > memory {
             return None;
@@ -377,6 +378,7 @@ pub const BUFFER_LEN: u64 = 3 * PAGE_SIZE;
 
 const _: () = assert!(AREA_BUFFERS + SLOTS * BUFFER_STRIDE <= DEVICE_STRIDE);
 const _: () = assert!(core::mem::size_of::<VcpuPage>() as u64 <= VCPU_STRIDE);
+const _: () = assert!(MAX_VCPUS * VCPU_STRIDE <= REGION_SIZE);
 const _: () = assert!(core::mem::size_of::<DriverPage>() as u64 <= PAGE_SIZE);
 const _: () = assert!(PAGE_TABLES_GPA + (2 + (MAX_MEMORY >> 30)) * PAGE_SIZE <= STACKS_GPA);
 const _: () = assert!(STACKS_GPA + MAX_VCPUS * STACK_SIZE <= IMAGE_GPA);
@@ -625,7 +627,12 @@ mod tests {
     fn parts_of_a_layout_do_not_overlap() {
         let layout = Layout::new(64 << 20, IMAGE_GPA + 12_345, 3, 2, 0).unwrap();
         assert!(layout.vcpu_base >= IMAGE_GPA + 12_345);
+        assert!(layout.vcpu_base.is_multiple_of(REGION_SIZE));
         assert!(layout.vcpu_page(3) <= layout.device_area(0));
+        assert_ne!(
+            layout.vcpu_page(2) / REGION_SIZE,
+            layout.device_area(0) / REGION_SIZE
+        );
         assert!(layout.device_area(2) <= layout.hammer_base);
         assert!(layout.hammer_base.is_multiple_of(REGION_SIZE));
     }

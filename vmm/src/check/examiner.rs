@@ -95,16 +95,18 @@ impl Examiner {
         let ops = self.operations(snapshot, view);
         if let Some(ops) = &ops {
             let mut report = Findings::reporter(&mut findings.violations);
-            self.check_counters(view, ops, &mut report);
+            let now = At { view, ops };
+            self.check_counters(now, &mut report);
             let parent = parent.as_ref().and_then(|(view, known)| {
                 Some(At {
                     view: *view,
                     ops: known.ops.as_ref()?,
                 })
             });
-            findings.pages += self
-                .hammered
-                .first_look(At { view, ops }, parent, &mut report);
+            if let Some(parent) = parent {
+                self.check_counters_differ(parent, now, &mut report);
+            }
+            findings.pages += self.hammered.first_look(now, parent, &mut report);
             for (device, state) in (0..).zip(snapshot.devices()) {
                 findings.pages +=
                     rings::check(view, &self.layout, self.seed, device, state, &mut report);
@@ -202,7 +204,7 @@ impl Examiner {
     }
 
     /// The counter in memory is that of the registers, or one behind: it is written last.
-    fn check_counters(&self, view: View<'_>, ops: &[u64], report: &mut dyn FnMut(Violation)) {
+    fn check_counters(&self, At { view, ops }: At<'_>, report: &mut dyn FnMut(Violation)) {
         for (vcpu, &done) in (0..).zip(ops) {
             let gpa = self.layout.vcpu_page(vcpu) + offset_of!(VcpuPage, ops) as u64;
             let counted = view.u64(gpa);
@@ -216,6 +218,38 @@ impl Examiner {
                 v.expected = format!("{done} operations (by the registers)");
                 v.found = format!("{counted} operations (in memory)");
                 v.frame = view.describe_frame(gpa / PAGE_SIZE);
+                report(v);
+            }
+        }
+    }
+
+    /// Each operation changes the page that it is counted in: two snapshots with an operation in between cannot share it.
+    fn check_counters_differ(
+        &self,
+        parent: At<'_>,
+        now: At<'_>,
+        report: &mut dyn FnMut(Violation),
+    ) {
+        for (vcpu, (&before, &done)) in (0..).zip(parent.ops.iter().zip(now.ops)) {
+            let gpa = self.layout.vcpu_page(vcpu) + offset_of!(VcpuPage, ops) as u64;
+            let gfn = gpa / PAGE_SIZE;
+            // One operation may have been counted in the registers alone, and in memory after.
+            let is_counted = before.saturating_add(2) <= done;
+            if is_counted && parent.view.frame(gfn) == now.view.frame(gfn) {
+                let mut v = Violation::new(
+                    Oracle::Isolation,
+                    "a page was written after the snapshot was taken",
+                );
+                v.snapshot = Some(parent.view.number);
+                v.gpa = Some(gpa);
+                v.expected = format!("{before} operations, or one less");
+                v.found = format!(
+                    "{} operations, in a frame that snapshot {} shares, with {done}",
+                    parent.view.u64(gpa),
+                    now.view.number
+                );
+                v.last_writer = format!("vcpu {vcpu}");
+                v.frame = parent.view.describe_frame(gfn);
                 report(v);
             }
         }

@@ -2,6 +2,8 @@
 //!
 //! The protocol has no switch for doing wrong. A fault is a policy, or an MMU, that lies to it.
 
+use std::ops::Range;
+
 use crate::mm::{Access, CowPolicy, Exclusive, FrameState, Gfn, Mmu, MmuError, Pfn, Protection};
 
 /// What a [`Faulty`] policy decides wrongly.
@@ -33,9 +35,23 @@ impl CowPolicy for Faulty {
     }
 }
 
-/// An MMU that leaves one page writable each time pages are to be write-protected: the first of them.
+/// An MMU that never write-protects some pages: the guest writes to them whatever the protocol says.
+///
+/// For the fault to show, they are pages that nobody else makes writable by chance, since their copies would be made with that: all
+/// those of a region, in which the guest then never faults, and no device holds anything. From the first fork on the
+/// protocol takes them for pages that are not written any more, and so does who copies ahead.
 #[derive(Debug)]
-pub struct LeakyMmu<M>(pub M);
+pub struct LeakyMmu<M> {
+    mmu: M,
+    writable: Range<u64>,
+}
+
+impl<M> LeakyMmu<M> {
+    /// `mmu`, but for the pages `writable`.
+    pub fn new(mmu: M, writable: Range<u64>) -> Self {
+        Self { mmu, writable }
+    }
+}
 
 impl<M: Mmu> Mmu for LeakyMmu<M> {
     fn map(
@@ -45,18 +61,74 @@ impl<M: Mmu> Mmu for LeakyMmu<M> {
         count: u64,
         protection: Protection,
     ) -> Result<(), MmuError> {
-        self.0.map(first, frame, count, protection)
+        self.mmu.map(first, frame, count, protection)
     }
 
     fn protect(&self, first: Gfn, count: u64, protection: Protection) -> Result<(), MmuError> {
-        match (protection, count) {
-            (Protection::ReadOnly, 1) => Ok(()),
-            (Protection::ReadOnly, _) => self.0.protect(Gfn(first.0 + 1), count - 1, protection),
-            (Protection::ReadWrite, _) => self.0.protect(first, count, protection),
-        }
+        let (first, end) = (first.0, first.0 + count);
+        let parts = match protection {
+            Protection::ReadWrite => [first..end, end..end],
+            Protection::ReadOnly => [
+                first..end.min(self.writable.start),
+                first.max(self.writable.end)..end,
+            ],
+        };
+        parts
+            .into_iter()
+            .filter(|part| !part.is_empty())
+            .try_for_each(|part| {
+                let count = part.end - part.start;
+                self.mmu.protect(Gfn(part.start), count, protection)
+            })
     }
 
     fn is_crowded(&self) -> bool {
-        self.0.is_crowded()
+        self.mmu.is_crowded()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use super::*;
+
+    /// Notes what it is told to protect.
+    #[derive(Default)]
+    struct Notes(Mutex<Vec<(u64, u64)>>);
+
+    impl Mmu for Notes {
+        fn map(&self, _: Gfn, _: Pfn, _: u64, _: Protection) -> Result<(), MmuError> {
+            Ok(())
+        }
+
+        fn protect(&self, first: Gfn, count: u64, _: Protection) -> Result<(), MmuError> {
+            self.0.lock().unwrap().push((first.0, count));
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_leaky_mmu_protects_all_but_its_pages() {
+        let leaky = LeakyMmu::new(Notes::default(), 10..20);
+        let protected = |first, count, protection| {
+            leaky.protect(Gfn(first), count, protection).unwrap();
+            std::mem::take(&mut *leaky.mmu.0.lock().unwrap())
+        };
+        for (first, count, expected) in [
+            (0, 10, vec![(0, 10)]),
+            (0, 11, vec![(0, 10)]),
+            (10, 10, vec![]),
+            (12, 3, vec![]),
+            (19, 2, vec![(20, 1)]),
+            (20, 5, vec![(20, 5)]),
+            (5, 20, vec![(5, 5), (20, 5)]),
+        ] {
+            assert_eq!(protected(first, count, Protection::ReadOnly), expected);
+            assert_eq!(
+                protected(first, count, Protection::ReadWrite),
+                [(first, count)]
+            );
+        }
     }
 }

@@ -45,12 +45,11 @@ impl Told {
         answer.iter().for_each(|gfn| self.insert(gfn));
     }
 
-    /// Adds all of an answer but its last page: an injected fault.
-    pub fn add_all_but_one(&mut self, answer: &PageSet) {
-        let all_but_one = answer.len().saturating_sub(1) as usize;
+    /// Adds all of an answer but page `forgotten`, if that is in it: an injected fault.
+    pub fn add_all_but(&mut self, answer: &PageSet, forgotten: Gfn) {
         answer
             .iter()
-            .take(all_but_one)
+            .filter(|&gfn| gfn != forgotten)
             .for_each(|gfn| self.insert(gfn));
     }
 

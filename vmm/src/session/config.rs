@@ -126,19 +126,19 @@ pub enum RunLength {
 pub enum Injection {
     /// A fork shares frames that devices have pinned, instead of copying them at once [caught by: coherence, isolation]
     SharePinned,
-    /// One page of every snapshot stays writable for the running guest [caught by: isolation]
+    /// The pages that vCPUs count their operations in stay writable after a snapshot [caught by: isolation]
     SkipWriteProtect,
-    /// Devices are not stopped for a snapshot [caught by: cut]
+    /// Devices are not stopped for a snapshot, and complete requests in the middle of it [caught by: cut]
     RunDevices,
     /// A write to a shared frame takes the frame over without a copy [caught by: isolation]
     ReuseShared,
     /// One pin is never released [caught by: accounting]
     LeakPin,
-    /// A restore leaves one page as it was [caught by: life]
+    /// A restore leaves one page as it was, which the guest will look at soon [caught by: life]
     StalePage,
     /// vCPU registers are captured only after the vCPUs ran on [caught by: cut]
     LateRegisters,
-    /// One page of every answer of dirty tracking is kept back [caught by: tracking]
+    /// One page that is written all the time is kept back from the answers of dirty tracking [caught by: tracking]
     ForgetDirty,
 }
 

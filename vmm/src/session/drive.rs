@@ -1,5 +1,6 @@
 //! The loop of a run.
 
+use std::cell::Cell;
 use std::collections::VecDeque;
 use std::mem::offset_of;
 use std::sync::Arc;
@@ -13,6 +14,7 @@ use hdrhistogram::Histogram;
 use super::RunError;
 use super::config::{Config, Injection, RunLength};
 use super::life::LifeWatch;
+use super::occasion::{Counters, Occasion, overdue, wait_until};
 use super::ports::{Event, Inbox};
 use super::progress::{Observer, Progress};
 use super::report::{
@@ -59,6 +61,10 @@ pub(super) struct Drive<'a, P: CowPolicy> {
     last_pause: Option<Duration>,
     stall: StallMeter,
     life: LifeWatch,
+    /// Of the injected fault, if there is one.
+    occasion: Occasion,
+    /// The snapshot taken last is one after which the guest is to be rewound, and has not been.
+    restore_is_due: bool,
     tracker: Option<Tracker>,
     /// Operations that restores have undone.
     ops_undone: u64,
@@ -128,7 +134,7 @@ impl<'a, P: CowPolicy> Drive<'a, P> {
         let worker = Worker::start(examiner).map_err(RunError::Checker)?;
         let stall = StallMeter::new(vm.layout, vm.machine.tsc_khz());
         vm.start().map_err(RunError::Start)?;
-        let tracker = Tracker::new(config, vm.ram.space().pages());
+        let tracker = Tracker::new(config, &vm.layout);
         let now = Instant::now();
         Ok(Self {
             config,
@@ -148,6 +154,8 @@ impl<'a, P: CowPolicy> Drive<'a, P> {
             last_pause: None,
             stall,
             life: LifeWatch::default(),
+            occasion: Occasion::new(config.inject, config.vcpus),
+            restore_is_due: false,
             tracker,
             ops_undone: 0,
             recent_ops: (now, 0, 0.0),
@@ -176,15 +184,27 @@ impl<'a, P: CowPolicy> Drive<'a, P> {
                 return End::fine(EndedBy::CtrlC);
             }
             let now = Instant::now();
-            match self.config.length {
-                RunLength::Duration(length) if now >= self.started + length => {
-                    return End::fine(EndedBy::Duration);
+            let is_over = match self.config.length {
+                RunLength::Duration(length) => {
+                    (now >= self.started + length).then_some(EndedBy::Duration)
                 }
-                RunLength::Snapshots(count) if self.taken >= count => {
-                    return End::fine(EndedBy::Snapshots);
-                }
-                _ => {}
+                RunLength::Snapshots(count) => (self.taken >= count).then_some(EndedBy::Snapshots),
+            };
+            let ops = self.counters().ops();
+            if let Some(by) = is_over
+                && self
+                    .occasion
+                    .is_over(&ops, &self.requests_by_device(), &self.vm.layout)
+            {
+                return End::fine(by);
             }
+            if let Some(error) = self.occasion.overdue() {
+                return End {
+                    by: EndedBy::Error,
+                    error: Some(error),
+                };
+            }
+            let is_ripe = self.occasion.is_ripe(&ops);
             if now >= self.next_tick {
                 self.next_tick = now + TICK;
                 self.tick();
@@ -207,8 +227,20 @@ impl<'a, P: CowPolicy> Drive<'a, P> {
             {
                 return End::error(&error);
             }
+            if self.restore_is_due && is_ripe {
+                if let Err(end) = self.restore() {
+                    return end;
+                }
+                continue;
+            }
             let due = now >= self.next_snapshot;
-            if due && self.worker.backlog() <= MOST_BACKLOG {
+            let is_wanted = is_over.is_none() || !self.occasion.has_steps();
+            if due
+                && is_ripe
+                && is_wanted
+                && !self.restore_is_due
+                && self.worker.backlog() <= MOST_BACKLOG
+            {
                 // The next one is due a whole interval from now: a late one is not made up for by a burst.
                 self.next_snapshot = now + self.config.snapshot_every;
                 if let Err(end) = self.snapshot() {
@@ -246,9 +278,20 @@ impl<'a, P: CowPolicy> Drive<'a, P> {
     /// Takes a snapshot, hands it to the checker, retires an old one, and maybe rewinds.
     fn snapshot(&mut self) -> Result<(), End> {
         self.stall.before_snapshot(&self.vm.ram);
+        let (counters, devices) = (Counters::of(&self.vm), &self.vm.devices);
+        let waited_in_vain = Cell::new(false);
+        let run_on = || waited_in_vain.set(!counters.wait_for_ops(self.stop));
+        let go_on = || {
+            let before = devices.capture();
+            let has_gone_on = || {
+                let mut pairs = before.iter().zip(devices.capture());
+                pairs.any(|(before, now)| before.queue.next_used != now.queue.next_used)
+            };
+            waited_in_vain.set(!wait_until(self.stop, has_gone_on));
+        };
         let fault = match self.config.inject {
-            Some(Injection::RunDevices) => Fault::RunDevices,
-            Some(Injection::LateRegisters) => Fault::LateRegisters,
+            Some(Injection::RunDevices) => Fault::RunDevices(&go_on),
+            Some(Injection::LateRegisters) => Fault::LateRegisters(&run_on),
             _ => Fault::None,
         };
         let number = self.taken + 1;
@@ -263,6 +306,12 @@ impl<'a, P: CowPolicy> Drive<'a, P> {
             Err(TakeError::Vcpus(error)) => return Err(self.why_vcpus_ended(error)),
             Err(error) => return Err(End::error(&error)),
         };
+        if let (true, Some(fault)) = (waited_in_vain.get(), self.config.inject) {
+            return Err(End {
+                by: EndedBy::Error,
+                error: Some(overdue(fault)),
+            });
+        }
         tracked.map_err(|error| End::error(&error))?;
         if let Some(error) = self.vm.devices.take_error() {
             // A request was lost to it, so the snapshot would not pass: this is the better reason.
@@ -283,11 +332,15 @@ impl<'a, P: CowPolicy> Drive<'a, P> {
             self.leaked = true;
             self.vm.devices.leak_one_pin().map_err(|e| End::error(&e))?;
         }
-        match self.config.restore_every {
-            0 => Ok(()),
-            every if number.is_multiple_of(every) => self.restore(),
-            _ => Ok(()),
+        self.occasion
+            .snapshot(self.counters().ops(), self.requests_by_device());
+        let every = self.config.restore_every;
+        self.restore_is_due = every > 0 && number.is_multiple_of(every);
+        // With a fault in the run, the guest does something first.
+        if self.restore_is_due && self.config.inject.is_none() {
+            return self.restore();
         }
+        Ok(())
     }
 
     fn note_pause(&mut self, timing: Timing) {
@@ -308,18 +361,23 @@ impl<'a, P: CowPolicy> Drive<'a, P> {
     }
 
     fn restore(&mut self) -> Result<(), End> {
-        let chosen = self.random.below(self.kept.len());
+        self.restore_is_due = false;
+        let chosen = match self.config.inject {
+            // The one that the guest has run on from.
+            Some(Injection::StalePage) => self.kept.len() - 1,
+            _ => self.random.below(self.kept.len()),
+        };
         let Some(snapshot) = self.kept.get(chosen).map(Arc::clone) else {
             return Ok(());
         };
         self.stall.before_restore(&self.vm.ram);
-        let ops_before = self.ops_by_vcpu();
+        let ops_before = self.counters().ops();
         let before: u64 = ops_before.iter().sum();
         if let Some(violation) = self.life.look(&ops_before) {
             self.violation(&violation);
         }
         let stale = (self.config.inject == Some(Injection::StalePage))
-            .then(|| self.last_written_page())
+            .then(|| self.page_to_come(&snapshot))
             .flatten();
         let ram = self.vm.ram.clone();
         let restored = self.vm.parts().restore(&snapshot, || {
@@ -340,6 +398,8 @@ impl<'a, P: CowPolicy> Drive<'a, P> {
         self.restored += 1;
         let ops: Vec<u64> = snapshot.vcpus().iter().map(|v| v.mm7()).collect();
         self.ops_undone += before.saturating_sub(ops.iter().sum());
+        // Not by the registers: memory may be an operation behind them.
+        self.occasion.restore(self.counters().ops());
         if self.follows_formula() {
             self.life.rewound(snapshot.number(), ops);
         } else {
@@ -365,9 +425,10 @@ impl<'a, P: CowPolicy> Drive<'a, P> {
         End::error(&error)
     }
 
-    /// The page that vCPU 0 wrote last, and what is in it.
-    fn last_written_page(&self) -> Option<(u64, Vec<u8>)> {
-        let op = self.ops_by_vcpu().first()?.checked_sub(1)?;
+    /// The page that vCPU 0 wrote with the second operation after `snapshot`, and what is in it now: when the guest is rewound, it looks at that
+    /// page before anything else that it does anew.
+    fn page_to_come(&self, snapshot: &Snapshot) -> Option<(u64, Vec<u8>)> {
+        let op = snapshot.vcpus().first()?.mm7() + 1;
         let (pattern, layout) = (self.config.pattern, &self.vm.layout);
         let schedule = Schedule::new(pattern, layout.slots(pattern, 0), self.config.seed, 0);
         let gpa = layout.slot_gpa(pattern, 0, schedule.slot_of(op));
@@ -376,26 +437,22 @@ impl<'a, P: CowPolicy> Drive<'a, P> {
         Some((gpa, page))
     }
 
-    /// What the guest says of itself, word `offset` of each [`VcpuPage`]. Zeros where it can't be read.
-    fn vcpu_words(&self, offset: usize) -> Vec<u64> {
-        (0..self.vm.layout.vcpus)
-            .map(|vcpu| {
-                let mut word = [0; 8];
-                let gpa = self.vm.layout.vcpu_page(vcpu) + offset as u64;
-                self.vm
-                    .ram
-                    .read(gpa, &mut word)
-                    .map_or(0, |()| u64::from_le_bytes(word))
-            })
+    fn counters(&self) -> Counters<'_, P> {
+        Counters::of(&self.vm)
+    }
+
+    /// Requests that each device has done.
+    fn requests_by_device(&self) -> Vec<u64> {
+        let devices = self.vm.devices.devices().iter();
+        devices
+            .map(|device| device.stats())
+            .map(|stats| stats.to_guest + stats.from_guest)
             .collect()
     }
 
-    fn ops_by_vcpu(&self) -> Vec<u64> {
-        self.vcpu_words(offset_of!(VcpuPage, ops))
-    }
-
     fn follows_formula(&self) -> bool {
-        self.vcpu_words(offset_of!(VcpuPage, formula))
+        self.counters()
+            .words(offset_of!(VcpuPage, formula))
             .iter()
             .all(|&word| word == FOLLOWS_FORMULA)
     }
@@ -474,7 +531,7 @@ impl<'a, P: CowPolicy> Drive<'a, P> {
         for violation in self.worker.take_violations() {
             self.violation(&violation);
         }
-        let ops = self.ops_by_vcpu();
+        let ops = self.counters().ops();
         if let Some(violation) = self.life.look(&ops) {
             self.violation(&violation);
         }
@@ -540,7 +597,7 @@ impl<'a, P: CowPolicy> Drive<'a, P> {
         platform: &kvm::Platform,
     ) -> Report {
         self.stall.finish(&self.vm.ram);
-        let ops = self.ops_by_vcpu();
+        let ops = self.counters().ops();
         if let Some(violation) = self.life.last_look(&ops) {
             self.violation(&violation);
         }

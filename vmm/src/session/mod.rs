@@ -13,6 +13,7 @@
 //! | `ports` | what the guest writes to its ports |
 //! | `drive` | the loop |
 //! | `life` | does a rewound guest run on? |
+//! | `occasion` | what an injected fault needs to be seen |
 //! | `stall` | what the guest felt |
 //! | `tracker` | which pages were written |
 
@@ -20,6 +21,7 @@ pub mod compare;
 pub mod config;
 mod drive;
 mod life;
+mod occasion;
 mod ports;
 pub mod progress;
 pub mod report;

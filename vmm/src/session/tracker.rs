@@ -7,10 +7,12 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use guest::abi::{Layout, PAGE_SIZE};
+
 use super::config::{Config, Injection};
 use super::report::DirtyCounts;
 use crate::check::{Told, Tracked};
-use crate::mm::{AddressSpace, CowPolicy, MmuError};
+use crate::mm::{AddressSpace, CowPolicy, Gfn, MmuError};
 use crate::snapshot::Snapshot;
 
 /// Asks which pages were written.
@@ -18,7 +20,8 @@ use crate::snapshot::Snapshot;
 pub(super) struct Tracker {
     every: Duration,
     next: Instant,
-    forgetful: bool,
+    /// A page that is kept back from every answer: an injected fault.
+    forgotten: Option<Gfn>,
     pages: u64,
     /// Since the last snapshot.
     told: Told,
@@ -27,13 +30,16 @@ pub(super) struct Tracker {
 }
 
 impl Tracker {
-    /// A tracker for a guest of `pages` pages that has just been started, if it is to be tracked.
-    pub(super) fn new(config: &Config, pages: u64) -> Option<Self> {
+    /// A tracker for a guest of this layout that has just been started, if it is to be tracked.
+    pub(super) fn new(config: &Config, layout: &Layout) -> Option<Self> {
         let every = config.track_dirty?;
+        let pages = layout.memory / PAGE_SIZE;
+        // A page that changes with each operation: whatever else is in an answer, this one differs from snapshot to snapshot.
+        let counter = Gfn::of_gpa(layout.vcpu_page(0));
         Some(Self {
             every,
             next: Instant::now() + every,
-            forgetful: config.inject == Some(Injection::ForgetDirty),
+            forgotten: (config.inject == Some(Injection::ForgetDirty)).then_some(counter),
             pages,
             told: Told::nothing(pages),
             last: None,
@@ -51,10 +57,9 @@ impl Tracker {
         let answer = space.take_dirty()?;
         self.counts.rounds += 1;
         self.counts.pages += answer.len();
-        if self.forgetful {
-            self.told.add_all_but_one(&answer);
-        } else {
-            self.told.add(&answer);
+        match self.forgotten {
+            Some(page) => self.told.add_all_but(&answer, page),
+            None => self.told.add(&answer),
         }
         // A round that took long is not made up for by a burst.
         self.next = Instant::now() + self.every;

@@ -18,7 +18,9 @@ use crate::kvm::{
     self, BootError, GuestRam, Image, Kvm, KvmError, Machine, MemoryError, write_boot_info,
     write_page_tables,
 };
-use crate::mm::{Access, AddressSpace, AllocError, CowPolicy, FramePool, Gfn, Mmu, Resolution};
+use crate::mm::{
+    Access, AddressSpace, AllocError, CowPolicy, FramePool, Gfn, Mmu, REGION_PAGES, Resolution,
+};
 use crate::snapshot::Parts;
 
 /// Why a VM could not be put together.
@@ -136,7 +138,11 @@ impl<P: CowPolicy> Vm<P> {
         // (order of fields), and nothing but guest memory is ever mapped there. No reference points into it.
         let slot = unsafe { kvm::Window::new(host, window.len()) };
         let mmu: Box<dyn Mmu> = match config.inject {
-            Some(Injection::SkipWriteProtect) => Box::new(LeakyMmu(window)),
+            Some(Injection::SkipWriteProtect) => {
+                // Each operation of the guest writes there.
+                let first = layout.vcpu_base / PAGE_SIZE;
+                Box::new(LeakyMmu::new(window, first..first + REGION_PAGES))
+            }
             _ => Box::new(window),
         };
         let mut space = AddressSpace::new(Arc::clone(&pool), policy, mmu, pages)?;

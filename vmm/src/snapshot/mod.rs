@@ -84,15 +84,17 @@ pub struct Parts<'a, P: CowPolicy> {
 }
 
 /// Steps to leave out or to do wrong, so that an oracle can be seen to notice.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
-pub enum Fault {
+///
+/// What is done too early or too late is so by what happens meanwhile, not by a time: each has a call that returns when it has.
+#[derive(Clone, Copy, Default)]
+pub enum Fault<'a> {
     /// None: do it right.
     #[default]
     None,
-    /// Do not stop the devices.
-    RunDevices,
-    /// Capture registers after the vCPUs ran on.
-    LateRegisters,
+    /// Do not stop the devices, whose states are captured before the call, in which one of them goes on.
+    RunDevices(&'a dyn Fn()),
+    /// Capture registers after the vCPUs ran on, as they do in the call.
+    LateRegisters(&'a dyn Fn()),
 }
 
 /// When things happened.
@@ -162,7 +164,7 @@ impl<P: CowPolicy> Parts<'_, P> {
         &self,
         number: u64,
         parent: Option<u64>,
-        fault: Fault,
+        fault: Fault<'_>,
     ) -> Result<(Snapshot, Timing), TakeError> {
         self.take_with(number, parent, fault, || ())
     }
@@ -176,15 +178,22 @@ impl<P: CowPolicy> Parts<'_, P> {
         &self,
         number: u64,
         parent: Option<u64>,
-        fault: Fault,
+        fault: Fault<'_>,
         after_memory: impl FnOnce(),
     ) -> Result<(Snapshot, Timing), TakeError> {
         let capture = match fault {
-            Fault::LateRegisters => Capture::Nothing,
-            Fault::None | Fault::RunDevices => Capture::Registers,
+            Fault::LateRegisters(_) => Capture::Nothing,
+            Fault::None | Fault::RunDevices(_) => Capture::Registers,
         };
         // Nothing holds devices to the instant then: they are as they were some time before.
-        let at_large = (fault == Fault::RunDevices).then(|| self.devices.capture());
+        let at_large = match fault {
+            Fault::RunDevices(go_on) => {
+                let states = self.devices.capture();
+                go_on();
+                Some(states)
+            }
+            _ => None,
+        };
         let _ahead = Resting::of(self.ahead);
         self.space.prepare_fork();
         let paused = self.machine.pause(capture)?;
@@ -204,9 +213,10 @@ impl<P: CowPolicy> Parts<'_, P> {
             }
         };
         after_memory();
-        let (vcpus, running) = if fault == Fault::LateRegisters {
+        let (vcpus, running) = if let Fault::LateRegisters(run_on) = fault {
             drop(stopped);
             let running = paused.resume();
+            run_on();
             (self.machine.pause(Capture::Registers)?.states()?, running)
         } else {
             let vcpus = paused.states()?;

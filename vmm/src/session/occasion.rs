@@ -1,0 +1,251 @@
+//! The occasion of an injected fault: what guest and devices must have done for its oracle to be able to see it.
+//!
+//! A fault shows only if somebody does something at the right moment: writes to the page that was left writable, completes a request
+//! before the devices are stopped. How long that takes is the host's business: emulated ones run a guest at a dozen operations a second. So
+//! a run with a fault in it goes by what was done, not by the clock: the next step (a snapshot, a restore, the end) waits until the
+//! guest has gone on since the last, and the run is not over before the fault has had its occasion. Without a fault nothing waits.
+//!
+//! Not covered: a guest that does not count its operations as the payload does. The run ends with an error then, since the fault
+//! cannot show.
+
+use std::mem::offset_of;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use guest::abi::{Layout, STREAM_SLOTS, VcpuPage};
+
+use super::config::Injection;
+use super::vm::Vm;
+use crate::host::Ram;
+use crate::mm::CowPolicy;
+
+/// Operations of each vCPU from one step to the next: with fewer, all of them may have been under way at either.
+const OPS: u64 = 3;
+/// Requests of each device, by the number of its slots: each slot has had one that was posted after the first snapshot, and checked.
+const ROUNDS: u64 = 4;
+/// How long guest or devices may take for that. It is for hosts that emulate a CPU.
+pub(super) const PATIENCE: Duration = Duration::from_secs(120);
+
+/// What the guest says of how far it is.
+#[derive(Debug)]
+pub(super) struct Counters<'a, P> {
+    ram: &'a Ram<P>,
+    layout: &'a Layout,
+}
+
+impl<'a, P: CowPolicy> Counters<'a, P> {
+    /// Those of the guest in `vm`.
+    pub(super) fn of(vm: &'a Vm<P>) -> Self {
+        Self {
+            ram: &vm.ram,
+            layout: &vm.layout,
+        }
+    }
+
+    /// Word `offset` of the [`VcpuPage`] of each vCPU. Zeros where it can't be read.
+    pub(super) fn words(&self, offset: usize) -> Vec<u64> {
+        (0..self.layout.vcpus)
+            .map(|vcpu| {
+                let mut word = [0; 8];
+                let gpa = self.layout.vcpu_page(vcpu) + offset as u64;
+                self.ram
+                    .read(gpa, &mut word)
+                    .map_or(0, |()| u64::from_le_bytes(word))
+            })
+            .collect()
+    }
+
+    /// Operations that each vCPU has done.
+    pub(super) fn ops(&self) -> Vec<u64> {
+        self.words(offset_of!(VcpuPage, ops))
+    }
+
+    /// Waits until each vCPU has gone on from where it is now, as [`wait_until`] does.
+    pub(super) fn wait_for_ops(&self, stop: &AtomicBool) -> bool {
+        let since = self.ops();
+        wait_until(stop, || have_gone_on(&since, &self.ops()))
+    }
+}
+
+/// Waits for `event` as long as there is patience. Says whether it has come, or nobody wants to know any more.
+pub(super) fn wait_until(stop: &AtomicBool, mut event: impl FnMut() -> bool) -> bool {
+    let deadline = Instant::now() + PATIENCE;
+    while !event() && !stop.load(Ordering::Relaxed) {
+        if Instant::now() > deadline {
+            return false;
+        }
+        thread::sleep(Duration::from_micros(200));
+    }
+    true
+}
+
+fn have_gone_on(since: &[u64], now: &[u64]) -> bool {
+    since.iter().zip(now).all(|(&since, &now)| {
+        // Less than it was: the guest has been rewound, and has written since.
+        now.checked_sub(since).is_none_or(|done| done >= OPS)
+    })
+}
+
+/// What a fault needs before its oracle can see it.
+#[derive(Debug)]
+pub(super) struct Occasion {
+    fault: Option<Injection>,
+    /// The last step.
+    last: Step,
+    /// Requests each device had done at the first snapshot.
+    first: Option<Vec<u64>>,
+    snapshots: u64,
+    restores: u64,
+}
+
+/// When it was, and what each vCPU had done by then.
+#[derive(Debug)]
+struct Step {
+    at: Instant,
+    ops: Vec<u64>,
+}
+
+impl Occasion {
+    /// The occasion of `fault` in a guest of `vcpus` vCPUs that has done nothing yet.
+    pub(super) fn new(fault: Option<Injection>, vcpus: u64) -> Self {
+        Self {
+            // A pin that is never released is there to the end.
+            fault: fault.filter(|&fault| fault != Injection::LeakPin),
+            last: Step {
+                at: Instant::now(),
+                ops: vec![0; vcpus as usize],
+            },
+            first: None,
+            snapshots: 0,
+            restores: 0,
+        }
+    }
+
+    /// A snapshot was taken: vCPUs have done `ops` operations, and devices `requests` requests.
+    pub(super) fn snapshot(&mut self, ops: Vec<u64>, requests: Vec<u64>) {
+        self.first.get_or_insert(requests);
+        self.snapshots += 1;
+        self.step(ops);
+    }
+
+    /// The guest was rewound to where its vCPUs had done `ops` operations.
+    pub(super) fn restore(&mut self, ops: Vec<u64>) {
+        self.restores += 1;
+        self.step(ops);
+    }
+
+    fn step(&mut self, ops: Vec<u64>) {
+        let at = Instant::now();
+        self.last = Step { at, ops };
+    }
+
+    /// Whether the next step may be done.
+    pub(super) fn is_ripe(&self, ops: &[u64]) -> bool {
+        self.fault.is_none() || have_gone_on(&self.last.ops, ops)
+    }
+
+    /// Whether there were steps enough for the fault to show.
+    pub(super) fn has_steps(&self) -> bool {
+        let (snapshots, restores) = match self.fault {
+            None => (0, 0),
+            // Two snapshots are compared.
+            Some(Injection::SkipWriteProtect | Injection::ReuseShared | Injection::ForgetDirty) => {
+                (2, 0)
+            }
+            Some(Injection::StalePage) => (1, 1),
+            Some(_) => (1, 0),
+        };
+        self.snapshots >= snapshots && self.restores >= restores
+    }
+
+    /// Whether the run may end. Devices have done `requests` requests, each of which has `slots` slots for them.
+    pub(super) fn is_over(&self, ops: &[u64], requests: &[u64], layout: &Layout) -> bool {
+        let slots = STREAM_SLOTS + layout.registered;
+        let have_gone_round = |first: &Vec<u64>| {
+            let done = |(now, first): (&u64, &u64)| now - first >= ROUNDS * slots;
+            requests.iter().zip(first).all(done)
+        };
+        self.has_steps()
+            && self.is_ripe(ops)
+            && (self.fault != Some(Injection::SharePinned)
+                || self.first.as_ref().is_some_and(have_gone_round))
+    }
+
+    /// Why the run cannot go on like this, if guest or devices have not done for long what the fault needs.
+    pub(super) fn overdue(&self) -> Option<String> {
+        let fault = self.fault?;
+        (self.last.at.elapsed() > PATIENCE).then(|| overdue(fault))
+    }
+}
+
+/// Says that guest or devices have not done in time what `fault` needs.
+pub(super) fn overdue(fault: Injection) -> String {
+    format!(
+        "the injected fault {fault} cannot show: guest and devices have not done for {} s what it takes",
+        PATIENCE.as_secs()
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use guest::abi::IMAGE_GPA;
+
+    use super::*;
+
+    fn layout() -> Layout {
+        Layout::new(64 << 20, IMAGE_GPA, 2, 1, 2).unwrap()
+    }
+
+    #[test]
+    fn a_run_without_a_fault_waits_for_nothing() {
+        let occasion = Occasion::new(None, 2);
+        assert!(occasion.is_ripe(&[0, 0]));
+        assert!(occasion.is_over(&[0, 0], &[0], &layout()));
+        assert_eq!(occasion.overdue(), None);
+    }
+
+    #[test]
+    fn a_step_waits_for_every_vcpu() {
+        let mut occasion = Occasion::new(Some(Injection::ReuseShared), 2);
+        assert!(!occasion.is_ripe(&[2, 100]));
+        assert!(occasion.is_ripe(&[3, 3]));
+        occasion.snapshot(vec![3, 3], vec![0]);
+        assert!(!occasion.is_ripe(&[5, 6]));
+        assert!(occasion.is_ripe(&[6, 6]));
+        occasion.restore(vec![1, 1]);
+        assert!(!occasion.is_ripe(&[4, 3]));
+        assert!(occasion.is_ripe(&[4, 4]));
+        occasion.last.at -= PATIENCE * 2;
+        assert!(occasion.overdue().unwrap().contains("reuse-shared"));
+    }
+
+    #[test]
+    fn a_run_is_over_when_its_fault_has_had_its_occasion() {
+        let over = |occasion: &Occasion| occasion.is_over(&[9, 9], &[1_000], &layout());
+        for (fault, snapshots, restores) in [
+            (Injection::SkipWriteProtect, 2, 0),
+            (Injection::RunDevices, 1, 0),
+            (Injection::StalePage, 1, 1),
+        ] {
+            let mut occasion = Occasion::new(Some(fault), 2);
+            for _ in 0..snapshots {
+                assert!(!over(&occasion), "{fault}");
+                occasion.snapshot(vec![0, 0], vec![0]);
+            }
+            for _ in 0..restores {
+                assert!(!over(&occasion), "{fault}");
+                occasion.restore(vec![0, 0]);
+            }
+            assert!(over(&occasion), "{fault}");
+        }
+    }
+
+    #[test]
+    fn buffers_that_were_shared_must_have_been_used() {
+        let mut occasion = Occasion::new(Some(Injection::SharePinned), 2);
+        occasion.snapshot(vec![0, 0], vec![100]);
+        assert!(!occasion.is_over(&[9, 9], &[139], &layout()));
+        assert!(occasion.is_over(&[9, 9], &[140], &layout()));
+    }
+}
