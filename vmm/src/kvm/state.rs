@@ -493,6 +493,18 @@ mod tests {
     }
 
     #[test]
+    fn what_init_leaves_is_recognised() {
+        let mut reset = state();
+        reset.regs.rip = 0xfff0;
+        reset.sregs.cs.base = 0xffff_0000;
+        assert!(reset.is_as_after_init());
+        // A guest may have code there.
+        reset.sregs.cr0 = 1;
+        assert!(!reset.is_as_after_init());
+        assert!(!state().is_as_after_init());
+    }
+
+    #[test]
     fn display_has_every_register() {
         let text = state().to_string();
         for name in ["rip", "rsp", "r15", "cr3", "mm7"] {

@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 use guest::abi::{IMAGE_GPA, PAGE_SIZE, PAGE_TABLES_GPA, STACKS_GPA};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use rustix::mm::{MapFlags, MprotectFlags, ProtFlags, mmap, mprotect, munmap};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::*;
@@ -933,6 +934,24 @@ fn accessed_and_dirty_bits_are_set_in_read_only_tables() {
     guest.start();
     assert_eq!(guest.exit_status(), 42);
     assert_eq!(guest.ram.word(slot), clear | 0b110_0000);
+}
+
+/// A signal that is queued would be refused here, as it would be once anybody of the same user has filled the queue.
+#[test]
+fn kicks_arrive_where_no_signal_can_be_queued() {
+    let kvm = need_kvm!();
+    let guest = Guest::new(kvm, 2, &[SPIN]);
+    guest.start();
+    let before = getrlimit(Resource::Sigpending);
+    let none = Rlimit {
+        current: Some(0),
+        ..before
+    };
+    setrlimit(Resource::Sigpending, none).unwrap();
+    let pauses = (0..20).map(|_| guest.machine.pause(Capture::Nothing).map(drop));
+    let pauses: Result<(), _> = pauses.collect();
+    setrlimit(Resource::Sigpending, before).unwrap();
+    pauses.unwrap();
 }
 
 #[test]
