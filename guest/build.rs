@@ -12,11 +12,12 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
 /// Root source files in `payload/`, and so the names of the guests.
-const GUESTS: [(&str, &str); 4] = [
+const GUESTS: [(&str, &str); 5] = [
     ("payload", "main.rs"),
     ("misbehave", "misbehave.rs"),
     ("puppet", "puppet.rs"),
     ("sweep", "sweep.rs"),
+    ("drill", "drill.rs"),
 ];
 
 const FLAGS: [&str; 18] = [
@@ -44,7 +45,7 @@ const FLAGS: [&str; 18] = [
 fn main() -> ExitCode {
     println!("cargo::rerun-if-changed=build.rs");
     println!("cargo::rerun-if-changed=payload");
-    for shared in ["abi", "formula", "misbehaviour", "sweep"] {
+    for shared in ["abi", "drill", "formula", "misbehaviour", "sweep"] {
         println!("cargo::rerun-if-changed=src/{shared}.rs");
     }
 

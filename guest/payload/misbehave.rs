@@ -12,6 +12,7 @@ mod misbehaviour;
 #[allow(dead_code)] // The payload uses more of it.
 mod area;
 mod console;
+mod effect;
 mod garbage;
 mod port;
 mod rt;

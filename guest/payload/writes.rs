@@ -4,9 +4,8 @@
 //! instruction writes to a page that nothing has written before it, in the open, through an implied operand,
 //! or across the boundary to the next page, and is then checked for having had its effect exactly once.
 
-use core::arch::asm;
-
 use crate::abi::{Layout, PAGE_SIZE};
+use crate::effect::{changes, execute, puts};
 use crate::{console, rt};
 
 /// An instruction under test.
@@ -28,8 +27,6 @@ enum Place {
 
 /// Where in a page a test that stays inside has its address.
 const INSIDE: u64 = 2048;
-/// Bytes before and behind its address that a test may write, and that are checked.
-const WINDOW: usize = 128;
 
 /// Walks once through the hammered memory, a test a page, until the memory is used up. Every test is done
 /// at least once if there are as many pages as tests, which one region has room for.
@@ -57,41 +54,6 @@ pub fn write_with_everything(layout: &Layout) {
         "misbehave: {} kinds of write on {pages} pages",
         WRITES.len()
     ));
-}
-
-/// Executes instructions; the operands come after a semicolon.
-macro_rules! execute {
-    ($($code:literal),+; $($operands:tt)*) => {
-        // SAFETY: writes within the window around the test's address, which is hammered memory and no Rust
-        // object; leaves the direction flag clear and the stack pointer as it was.
-        unsafe { asm!($($code,)+ $($operands)*) }
-    };
-}
-
-/// Whether `write` makes `new` of the old value at `at`, and changes nothing else near it.
-fn changes<T: Copy>(at: *mut u8, new: impl FnOnce(T) -> T, write: impl FnOnce(*mut u8)) -> bool {
-    let mut expected = window(at);
-    let value = expected[WINDOW..][..size_of::<T>()]
-        .as_mut_ptr()
-        .cast::<T>();
-    // SAFETY: the slice has the size of a `T`, and `T` is an integer or an array of them: any bytes are one.
-    unsafe { value.write_unaligned(new(value.read_unaligned())) };
-    write(at);
-    window(at) == expected
-}
-
-/// The bytes around `at`. Out of line, so that the compiler does not unroll it into every test.
-#[inline(never)]
-fn window(at: *mut u8) -> [u8; 2 * WINDOW] {
-    let window = at.wrapping_sub(WINDOW).cast::<[u8; 2 * WINDOW]>();
-    // SAFETY: tests are given addresses that have the window around them inside the hammered memory. No
-    // device writes there, and what the tests execute clobbers memory.
-    unsafe { window.read() }
-}
-
-/// Whether `write` puts `value` at `at`, and changes nothing else near it.
-fn puts<T: Copy>(at: *mut u8, value: T, write: impl FnOnce(*mut u8)) -> bool {
-    changes(at, |_| value, write)
 }
 
 const fn inside(name: &'static str, test: fn(*mut u8) -> bool) -> Write {

@@ -1,6 +1,6 @@
 //! Guest programs for Palimpsest, and the contract they share with the VMM.
 //!
-//! A guest here is a static ELF that runs in ring 3 with no kernel under it. There are four:
+//! A guest here is a static ELF that runs in ring 3 with no kernel under it. There are five:
 //!
 //! - [`PAYLOAD`] fills its memory by a formula and checks it by the same formula, while it drives DMA
 //!   devices. What its memory must hold at any instant follows from a few numbers, so a snapshot of it can be
@@ -8,6 +8,7 @@
 //! - [`MISBEHAVE`] does one of the wrong things a guest can do, to test how the VMM takes it.
 //! - [`PUPPET`] does one access to memory after another, as the VMM tells it, for scenarios.
 //! - [`SWEEP`] writes its memory in a pattern and times itself, for measurements: see [`sweep`].
+//! - [`DRILL`] does one thing over and over which is hard on a VMM, and checks itself: see [`Drill`].
 //!
 //! [`abi`] is how a guest is entered, where its things are and how it speaks to the VMM; [`formula`] is
 //! what it writes. Both are compiled into the guests from the same source as into this crate. The build
@@ -15,10 +16,12 @@
 //! profile the rest is built with.
 
 pub mod abi;
+mod drill;
 pub mod formula;
 mod misbehaviour;
 pub mod sweep;
 
+pub use drill::Drill;
 pub use misbehaviour::Misbehaviour;
 
 /// Gives `bytes` the alignment that an ELF's headers have.
@@ -59,16 +62,25 @@ pub const SWEEP: &[u8] = {
     &FILE.bytes
 };
 
+/// The ELF of the guest that does one [`Drill`].
+pub const DRILL: &[u8] = {
+    const FILE: &Aligned<[u8]> = &Aligned {
+        bytes: *include_bytes!(concat!(env!("OUT_DIR"), "/drill")),
+    };
+    &FILE.bytes
+};
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use abi::{IMAGE_GPA, PAGE_SIZE};
 
-    const GUESTS: [(&str, &[u8]); 4] = [
+    const GUESTS: [(&str, &[u8]); 5] = [
         ("payload", PAYLOAD),
         ("misbehave", MISBEHAVE),
         ("puppet", PUPPET),
         ("sweep", SWEEP),
+        ("drill", DRILL),
     ];
 
     const PT_LOAD: u64 = 1;
@@ -147,6 +159,15 @@ mod tests {
             }
             assert!(has_entry, "{name}");
         }
+    }
+
+    #[test]
+    fn drills_have_their_numbers() {
+        for drill in Drill::ALL {
+            assert_eq!(Drill::from_raw(drill as u64), Some(drill));
+        }
+        let known = (0..100).filter_map(Drill::from_raw).count();
+        assert_eq!(known, Drill::ALL.len());
     }
 
     #[test]
