@@ -213,7 +213,14 @@ fn watched(
     })
 }
 
-/// What `work` returns, if it does within `time`.
+/// How much longer everything may take here than on a machine of its own: what the environment says (`TEST_SLOWNESS`), on a
+/// host that is emulated.
+fn slowness() -> u32 {
+    let said = std::env::var("TEST_SLOWNESS").ok();
+    said.and_then(|said| said.parse().ok()).unwrap_or(1)
+}
+
+/// What `work` returns, if it does within `time`, or as much longer as this host may take.
 ///
 /// # Panics
 /// If it does not, or panics.
@@ -227,6 +234,7 @@ pub(crate) fn within<R: Send + 'static>(
         // Nobody listens any more if this took too long.
         let _ = sender.send(work());
     });
+    let time = time * slowness();
     match receiver.recv_timeout(time) {
         Ok(result) => {
             thread.join().unwrap();

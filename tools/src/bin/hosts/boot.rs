@@ -41,6 +41,8 @@ pub(crate) enum BootError {
     Emulator(#[from] EmulatorError),
     #[error("cannot make a folder for the host's files")]
     Folder(#[source] io::Error),
+    #[error("interrupted")]
+    Interrupted,
     #[error("{trouble}; its files are in {}{}", folder.display(), listed(last))]
     Watch {
         trouble: WatchError,
@@ -219,18 +221,18 @@ impl Prepared {
         };
         let results = self.machine.results();
         let watched = watch::watch(&mut self.command, &results, &self.limits, stop, tell);
-        watched.map_err(|trouble| {
-            let mut last = watch::last_lines(&self.machine.complaints(), 5);
-            last.extend(watch::last_lines(&self.machine.console(), 20));
+        watched.map_err(|trouble| match trouble {
             // Nobody needs to look at what somebody has ended.
-            let folder = match trouble {
-                WatchError::Interrupted => self.folder.path().to_owned(),
-                _ => self.folder.keep(),
-            };
-            BootError::Watch {
-                trouble,
-                folder,
-                last,
+            WatchError::Interrupted => BootError::Interrupted,
+            trouble => {
+                let mut last = watch::last_lines(&self.machine.complaints(), 5);
+                last.extend(watch::last_lines(&self.machine.console(), 20));
+                let folder = self.folder.keep();
+                BootError::Watch {
+                    trouble,
+                    folder,
+                    last,
+                }
             }
         })
     }

@@ -30,7 +30,7 @@ pub(crate) enum WatchError {
     Start(#[source] io::Error),
     #[error("cannot read what the host says")]
     Read(#[source] io::Error),
-    #[error("it was interrupted")]
+    #[error("interrupted")]
     Interrupted,
     #[error("the host has no /dev/kvm")]
     NoKvm,

@@ -3,6 +3,8 @@
 # Kernel and init talk on the first serial port; results have the second one for themselves.
 /bin/busybox --install -s /bin
 export PATH=/bin HOME=/root TERM=dumb LC_ALL=C CI=true
+# For tests, whose patience is for a machine of their own.
+export TEST_SLOWNESS=10
 mount -t proc proc /proc
 mount -t sysfs sys /sys
 mount -t devtmpfs dev /dev
