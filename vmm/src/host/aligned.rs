@@ -7,9 +7,10 @@
 use std::io;
 use std::ptr;
 
-use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous, munmap};
+use rustix::mm::{MapFlags, ProtFlags, munmap};
 
 use super::physmap::HUGE_PAGE;
+use super::syscalls::mmap_anonymous;
 
 /// Reserves addresses that show zeros, aligned to 2 MiB.
 pub(super) fn reserve(len: u64) -> io::Result<usize> {

@@ -4,6 +4,10 @@
 //! |---|---|
 //! | `physmap` | all frames, mapped once, one after the other: `pfn -> host address`, never remapped |
 //! | `window` | the host addresses a memslot points at; page `gfn` shows the frame the shadow page table says |
+//! | `budget` | how many mappings the windows of this process may use |
+//! | `maps` | what the kernel says is mapped where |
+//! | `syscalls` | the system calls that change memory |
+//! | `refusals` | has them refused, in builds with debug assertions |
 //! | `prices` | what faults cost on this machine, by running averages |
 //! | `ahead` | a thread that breaks ahead of the guest's writes |
 //! | `stream` | copies of whole folios, past the caches |
@@ -15,10 +19,14 @@
 mod ahead;
 mod aligned;
 mod budget;
+mod maps;
 mod physmap;
 mod prices;
 mod ram;
+#[cfg(debug_assertions)]
+mod refusals;
 mod stream;
+mod syscalls;
 mod window;
 
 #[cfg(test)]

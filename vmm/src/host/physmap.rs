@@ -14,12 +14,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
-use rustix::fs::{FallocateFlags, MemfdFlags, fallocate, ftruncate, memfd_create};
+use rustix::fs::{FallocateFlags, MemfdFlags, ftruncate, memfd_create};
 use rustix::io::retry_on_intr;
-use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
+use rustix::mm::{MapFlags, ProtFlags, munmap};
 
 use super::aligned::reserve;
 use super::stream;
+use super::syscalls::{collapse, fallocate, mmap};
 use vm_memory::VolatileSlice;
 use vm_memory::bitmap::BitmapSlice;
 
@@ -65,7 +66,7 @@ impl PhysMap {
                 len as usize,
                 ProtFlags::READ | ProtFlags::WRITE,
                 MapFlags::SHARED | MapFlags::NORESERVE | MapFlags::FIXED,
-                &file,
+                file.as_fd(),
                 0,
             )
         }?;
@@ -124,7 +125,7 @@ impl PhysMap {
     /// Gives the file memory for `len` bytes from `offset` on.
     fn allocate(&self, offset: u64, len: u64) -> io::Result<()> {
         // A kick of the vCPU whose fault this is may interrupt it.
-        let allocate = || fallocate(&self.file, FallocateFlags::empty(), offset, len);
+        let allocate = || fallocate(self.file(), FallocateFlags::empty(), offset, len);
         Ok(retry_on_intr(allocate)?)
     }
 
@@ -134,16 +135,8 @@ impl PhysMap {
         for offset in (offset..offset + len).step_by(HUGE_PAGE as usize) {
             self.allocate(offset, PAGE_SIZE)?;
         }
-        // SAFETY: a range of our own mapping; what is in it stays what it is.
-        let result = unsafe {
-            let at = self.base.as_ptr().add(offset as usize);
-            libc::madvise(at.cast(), len as usize, libc::MADV_COLLAPSE)
-        };
-        if result == 0 {
-            Ok(())
-        } else {
-            Err(io::Error::last_os_error())
-        }
+        // SAFETY: a range of our own mapping.
+        unsafe { collapse(self.base.as_ptr().add(offset as usize), len as usize) }
     }
 
     fn frame(&self, pfn: Pfn) -> *mut u8 {
@@ -245,7 +238,7 @@ impl FrameMemory for PhysMap {
     fn uncommit(&self, first: Pfn, count: u64) -> io::Result<()> {
         Ok(retry_on_intr(|| {
             fallocate(
-                &self.file,
+                self.file(),
                 FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE,
                 first.offset(),
                 count * PAGE_SIZE,

@@ -1,5 +1,7 @@
 //! The window against what the kernel says of it, and guest memory as host code sees it.
 
+mod refused;
+
 use std::fs;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;

@@ -4,6 +4,10 @@
 //! changed by `mmap(MAP_FIXED)` and `mprotect`: KVM's MMU notifier makes every vCPU see the change before
 //! the call returns. Memory nobody ever wrote is a private anonymous mapping without write permission: the
 //! host's own zero page, which costs one mapping for any number of pages.
+//!
+//! What the host refuses it may have done in part: `mprotect` changes one mapping after the other, and says that there is no room
+//! for more when it comes to the one that must be split (seen on Linux 6.18 with `vm.max_map_count` reached). So after a refusal the window asks
+//! the kernel what is there: it has changed nothing, or says [`MmuError::Torn`].
 #![expect(unsafe_code, reason = "maps frames over a range of addresses it owns")]
 
 use std::ffi::c_void;
@@ -14,11 +18,13 @@ use std::ptr;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use rustix::io::Errno;
-use rustix::mm::{MapFlags, MprotectFlags, ProtFlags, mmap, mmap_anonymous, mprotect, munmap};
+use rustix::mm::{MapFlags, MprotectFlags, ProtFlags, munmap};
 
 use super::aligned::reserve;
 use super::budget::MappingBudget;
+use super::maps;
 use super::physmap::PhysMap;
+use super::syscalls::{mmap, mmap_anonymous, mprotect};
 use crate::mm::{Gfn, Mmu, MmuError, PAGE_SIZE, Pfn, Protection, REGION_PAGES};
 
 /// A window of guest memory.
@@ -68,10 +74,15 @@ impl Region {
 
     /// What the runs show that pages `range` are in.
     fn within(&self, range: Range<u64>) -> impl Iterator<Item = Shown> {
+        self.runs_within(range).map(|(_, shown)| shown)
+    }
+
+    /// The same, with the pages of `range` that show it.
+    fn runs_within(&self, range: Range<u64>) -> impl Iterator<Item = (Range<u64>, Shown)> {
         self.runs()
-            .skip_while(move |(run, _)| run.end <= range.start)
-            .take_while(move |(run, _)| run.start < range.end)
-            .map(|(_, shown)| shown)
+            .map(move |(run, shown)| (run.start.max(range.start)..run.end.min(range.end), shown))
+            .skip_while(|(run, _)| run.is_empty())
+            .take_while(|(run, _)| !run.is_empty())
     }
 
     /// Has the pages `range` show something else.
@@ -223,23 +234,108 @@ impl Window {
             .map_err(|limit| MmuError::MappingLimit { limit })?;
         if let Err(error) = apply() {
             let _ = self.budget.change(after, before);
-            return Err(match error {
-                // Ours is not the only use of mappings: the host may be at its limit before we are.
-                Errno::NOMEM => MmuError::MappingLimit {
-                    limit: self.budget.limit(),
-                },
-                error => MmuError::Host {
+            let noted = by_region(range.clone()).flat_map(|(region, pages)| {
+                let first = region as u64 * REGION_PAGES;
+                let runs = shown[region].runs_within(pages);
+                runs.map(move |(run, shown)| (first + run.start..first + run.end, shown))
+            });
+            return Err(if !self.is_mapped_as(range.clone(), noted) {
+                MmuError::Torn {
                     what,
                     first,
                     count,
                     source: error.into(),
-                },
+                }
+            } else if error == Errno::NOMEM {
+                // Ours is not the only use of mappings: the host may be at its limit before we are.
+                MmuError::MappingLimit {
+                    limit: self.budget.limit(),
+                }
+            } else {
+                MmuError::Host {
+                    what,
+                    first,
+                    count,
+                    source: error.into(),
+                }
             });
         }
         for (region, pages) in by_region(range) {
             shown[region].change(pages, &shows);
         }
         Ok(())
+    }
+}
+
+impl Window {
+    /// Whether pages `range` show what is `noted` of them, by the kernel's word. If it does not say, they may not.
+    fn is_mapped_as(
+        &self,
+        range: Range<u64>,
+        noted: impl Iterator<Item = (Range<u64>, Shown)>,
+    ) -> bool {
+        let Ok(shown) = self.shown_by_kernel(range) else {
+            return false;
+        };
+        // Neighbours that are alike may be one run for one of the two and several for the other.
+        let pages = |runs: Vec<(Range<u64>, Shown)>| {
+            let mut whole: Vec<(Range<u64>, Shown)> = Vec::new();
+            for (run, shown) in runs {
+                match whole.last_mut() {
+                    Some((last, same)) if last.end == run.start && *same == shown => {
+                        last.end = run.end;
+                    }
+                    _ => whole.push((run, shown)),
+                }
+            }
+            whole
+        };
+        pages(shown) == pages(noted.collect())
+    }
+
+    /// What pages `range` show, run by run. What nothing is mapped at is in no run.
+    fn shown_by_kernel(&self, range: Range<u64>) -> io::Result<Vec<(Range<u64>, Shown)>> {
+        let address = |page: u64| self.base as u64 + page * PAGE_SIZE;
+        let page = |address: u64| (address - self.base as u64) / PAGE_SIZE;
+        let parts = maps::within(address(range.start)..address(range.end))?;
+        let run = |part: maps::Part| {
+            let pages = page(part.addresses.start)..page(part.addresses.end);
+            let shown = if part.is_shared {
+                let distance = (part.offset / PAGE_SIZE) as i64 - pages.start as i64;
+                let protection = if part.is_writable {
+                    Protection::ReadWrite
+                } else {
+                    Protection::ReadOnly
+                };
+                Shown::frames(distance, protection)
+            } else {
+                Shown::ZEROS
+            };
+            (pages, shown)
+        };
+        Ok(parts.into_iter().map(run).collect())
+    }
+
+    /// What each page shows by the kernel's word: its frame, with the protection it has. Nothing where nothing is mapped.
+    #[cfg(test)]
+    pub(super) fn pages_by_kernel(&self) -> Vec<Option<(Pfn, Protection)>> {
+        let mut pages = vec![None; self.pages as usize];
+        for (run, shown) in self.shown_by_kernel(0..self.pages).unwrap() {
+            for page in run {
+                pages[page as usize] = Some(match shown {
+                    Shown::ZEROS => (Pfn::ZERO, Protection::ReadOnly),
+                    Shown(bits) => (
+                        Pfn((page as i64 + (bits >> 2)) as u64),
+                        if bits & Shown::WRITABLE != 0 {
+                            Protection::ReadWrite
+                        } else {
+                            Protection::ReadOnly
+                        },
+                    ),
+                });
+            }
+        }
+        pages
     }
 }
 

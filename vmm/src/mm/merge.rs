@@ -9,15 +9,17 @@
 //! Whoever writes first breaks COW, as after a fork.
 
 use std::ptr;
+use std::slice;
 use std::sync::Arc;
 
 use super::addr::Gfn;
 use super::mapped::Counted;
+use super::mmu::MmuError;
 use super::policy::{CowPolicy, without};
 use super::rearrange::RearrangeError;
 use super::safeguard::Safeguard;
 use super::space::{AddressSpace, in_range};
-use super::table::RegionGuard;
+use super::table::{Entry, RegionGuard};
 
 impl<P: CowPolicy> AddressSpace<P> {
     /// Lets page `other_gfn` of `other` share the frame of page `gfn` of this space, if they hold the same bytes.
@@ -149,6 +151,27 @@ impl<P: CowPolicy> AddressSpace<P> {
                 self.let_writers(guards.one(), gfn, entry);
                 Err(error)
             }
+        }
+    }
+
+    /// Makes a page read-only, if it is not.
+    fn stop_writers(
+        &self,
+        region: &mut RegionGuard<'_>,
+        gfn: Gfn,
+        entry: Entry,
+    ) -> Result<(), MmuError> {
+        if !entry.is_writable() {
+            return Ok(());
+        }
+        let region = slice::from_mut(region);
+        self.mapped.write_protect(region, gfn..=gfn, |_, _| ())
+    }
+
+    /// Makes it writable again, if it was. Should the MMU refuse, it stays read-only, which costs a fault.
+    fn let_writers(&self, region: &mut RegionGuard<'_>, gfn: Gfn, entry: Entry) {
+        if entry.is_writable() {
+            let _ = self.mapped.allow_writes(region, gfn..=gfn);
         }
     }
 }

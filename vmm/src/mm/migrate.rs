@@ -37,16 +37,23 @@ impl<P: CowPolicy> AddressSpace<P> {
             return Err(busy(state));
         }
         let fresh = self.pool.allocate_near(&self.home, gfn.0)?;
-        if !without::<P>(Safeguard::WritersStoppedBeforeCopy) {
-            self.stop_writers(&mut region, gfn, entry)?;
+        let stops_writers =
+            entry.is_writable() && !without::<P>(Safeguard::WritersStoppedBeforeCopy);
+        if stops_writers {
+            self.mapped.suspend_writes(&mut region, gfn)?;
         }
+        let go_on = |region: &mut _| {
+            if entry.is_writable() {
+                self.mapped.resume_writes(region, gfn);
+            }
+        };
         let isolated = if without::<P>(Safeguard::IsolatedBeforeCopy) {
             None
         } else {
             match self.pool.isolate::<P>(pfn, |s| s.refs() == 1) {
                 Ok(isolated) => Some(isolated),
                 Err(state) => {
-                    self.let_writers(&mut region, gfn, entry);
+                    go_on(&mut region);
                     return Err(busy(state));
                 }
             }
@@ -59,7 +66,7 @@ impl<P: CowPolicy> AddressSpace<P> {
             if let Some(isolated) = isolated {
                 isolated.put_back();
             }
-            self.let_writers(&mut region, gfn, entry);
+            go_on(&mut region);
             return Err(error.into());
         }
         match isolated {

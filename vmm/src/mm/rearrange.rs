@@ -6,15 +6,11 @@
 //! operation is refused with everything as it was (I10). It is what the kernel does with a cleared entry and a frozen
 //! reference count (PROTOCOL.md 5.2, 4.11).
 
-use std::slice;
-
 use super::addr::Gfn;
 use super::frame::FrameState;
 use super::mmu::MmuError;
-use super::policy::CowPolicy;
 use super::pool::AllocError;
-use super::space::{AddressSpace, OutOfRange};
-use super::table::{Entry, RegionGuard};
+use super::space::OutOfRange;
 
 /// Why pages were left where they are. Nothing has changed.
 #[derive(Debug, thiserror::Error)]
@@ -53,27 +49,4 @@ pub enum RearrangeError {
     /// The MMU could not be changed.
     #[error(transparent)]
     Mmu(#[from] MmuError),
-}
-
-impl<P: CowPolicy> AddressSpace<P> {
-    /// Keeps vCPUs from writing a page, for a moment, if they may: `entry` is what it has.
-    pub(super) fn stop_writers(
-        &self,
-        region: &mut RegionGuard<'_>,
-        gfn: Gfn,
-        entry: Entry,
-    ) -> Result<(), MmuError> {
-        if !entry.is_writable() {
-            return Ok(());
-        }
-        let region = slice::from_mut(region);
-        self.mapped.write_protect(region, gfn..=gfn, |_, _| ())
-    }
-
-    /// Undoes [`AddressSpace::stop_writers`]. Should the MMU refuse, the page stays read-only, which costs a fault.
-    pub(super) fn let_writers(&self, region: &mut RegionGuard<'_>, gfn: Gfn, entry: Entry) {
-        if entry.is_writable() {
-            let _ = self.mapped.allow_writes(region, gfn..=gfn);
-        }
-    }
 }

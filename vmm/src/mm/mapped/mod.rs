@@ -178,6 +178,39 @@ impl Mapped {
         self.protect(regions, pages, Protection::ReadOnly, was_writable)
     }
 
+    /// Has the MMU keep vCPUs from writing a page that is writable, for a moment: its entry stays as it is until the page is mapped anew,
+    /// or [`Mapped::resume_writes`] is called. The caller keeps the region locked.
+    pub(super) fn suspend_writes(
+        &self,
+        region: &mut RegionGuard<'_>,
+        gfn: Gfn,
+    ) -> Result<(), MmuError> {
+        self.check()?;
+        let to = Protection::ReadOnly;
+        self.mmu
+            .protect(gfn, 1, to)
+            .map_err(|error| match error.is_torn() {
+                true => self.settle(slice::from_mut(region), &(gfn..=gfn), to, error),
+                false => error,
+            })
+    }
+
+    /// Undoes [`Mapped::suspend_writes`]. Should the MMU refuse, the page stays read-only, which costs a fault.
+    pub(super) fn resume_writes(&self, region: &mut RegionGuard<'_>, gfn: Gfn) {
+        if self.check().is_err() {
+            return;
+        }
+        let (pages, to) = (gfn..=gfn, Protection::ReadOnly);
+        match self.mmu.protect(gfn, 1, Protection::ReadWrite) {
+            Ok(()) => {}
+            // Read-only or writable, whichever can be had.
+            Err(error) if error.is_torn() => {
+                self.settle(slice::from_mut(region), &pages, to, error);
+            }
+            Err(_) => publish(region, &pages, to, &mut |_, _| ()),
+        }
+    }
+
     fn protect(
         &self,
         regions: &mut [RegionGuard<'_>],

@@ -26,11 +26,14 @@
 //! | `MapcountForcedBreak` | until the page is written while a snapshot or a clone shares it | no |
 //! | `Mapcount` | as that; on untouched memory, until it is touched | no |
 //!
+//! `refusing.rs` has the same operations with an MMU that refuses at random.
+//!
 //! That a policy does *not* keep what `Exclusive` promises is shown as well: the same operations, held to the promises of
 //! `Exclusive`, must fail for every other.
 
 mod ops;
 mod promises;
+mod refusing;
 mod shortage;
 
 use std::collections::{BTreeSet, HashMap};

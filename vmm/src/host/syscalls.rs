@@ -1,0 +1,111 @@
+//! The system calls that change memory, in one place: where tests, and a build with debug assertions that is told to, have them
+//! refused (`refusals`). Otherwise they are the calls themselves.
+#![expect(unsafe_code, reason = "passes system calls on, with their conditions")]
+
+use std::ffi::c_void;
+use std::io;
+use std::os::fd::BorrowedFd;
+
+use rustix::fs::FallocateFlags;
+use rustix::io::Result;
+use rustix::mm::{MapFlags, MprotectFlags, ProtFlags};
+
+#[cfg(debug_assertions)]
+use super::refusals::refusable;
+
+/// Which call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Call {
+    Map,
+    Protect,
+    Allocate,
+    PunchHole,
+    Collapse,
+}
+
+/// What `call` says of `len` bytes.
+#[cfg(not(debug_assertions))]
+#[inline]
+fn refusable<T>(_: Call, len: usize, call: impl Fn(usize) -> Result<T>) -> Result<T> {
+    call(len)
+}
+
+/// [`rustix::mm::mmap`].
+///
+/// # Safety
+/// As there.
+pub(super) unsafe fn mmap(
+    at: *mut c_void,
+    len: usize,
+    prot: ProtFlags,
+    flags: MapFlags,
+    file: BorrowedFd<'_>,
+    offset: u64,
+) -> Result<*mut c_void> {
+    refusable(Call::Map, len, |len| {
+        // SAFETY: the caller's; less than was asked for is a part of it.
+        unsafe { rustix::mm::mmap(at, len, prot, flags, file, offset) }
+    })
+}
+
+/// [`rustix::mm::mmap_anonymous`].
+///
+/// # Safety
+/// As there.
+pub(super) unsafe fn mmap_anonymous(
+    at: *mut c_void,
+    len: usize,
+    prot: ProtFlags,
+    flags: MapFlags,
+) -> Result<*mut c_void> {
+    refusable(Call::Map, len, |len| {
+        // SAFETY: as above.
+        unsafe { rustix::mm::mmap_anonymous(at, len, prot, flags) }
+    })
+}
+
+/// [`rustix::mm::mprotect`].
+///
+/// # Safety
+/// As there.
+pub(super) unsafe fn mprotect(at: *mut c_void, len: usize, flags: MprotectFlags) -> Result<()> {
+    refusable(Call::Protect, len, |len| {
+        // SAFETY: as above.
+        unsafe { rustix::mm::mprotect(at, len, flags) }
+    })
+}
+
+/// [`rustix::fs::fallocate`].
+pub(super) fn fallocate(
+    file: BorrowedFd<'_>,
+    mode: FallocateFlags,
+    offset: u64,
+    len: u64,
+) -> Result<()> {
+    let call = if mode.contains(FallocateFlags::PUNCH_HOLE) {
+        Call::PunchHole
+    } else {
+        Call::Allocate
+    };
+    refusable(call, len as usize, |len| {
+        rustix::fs::fallocate(file, mode, offset, len as u64)
+    })
+}
+
+/// `madvise(MADV_COLLAPSE)`.
+///
+/// # Safety
+/// The range is a mapping of the caller's.
+pub(super) unsafe fn collapse(at: *mut u8, len: usize) -> io::Result<()> {
+    let collapse = |len| {
+        // SAFETY: the caller's. What is in the range stays what it is.
+        match unsafe { libc::madvise(at.cast(), len, libc::MADV_COLLAPSE) } {
+            0 => Ok(()),
+            _ => Err(
+                rustix::io::Errno::from_io_error(&io::Error::last_os_error())
+                    .unwrap_or(rustix::io::Errno::INVAL),
+            ),
+        }
+    };
+    Ok(refusable(Call::Collapse, len, collapse)?)
+}
