@@ -4,7 +4,9 @@
 //! |---|---|
 //! | `physmap` | all frames, mapped once, one after the other: `pfn -> host address`, never remapped |
 //! | `window` | the host addresses a memslot points at; page `gfn` shows the frame the shadow page table says |
+//! | `private` | keeps both from child processes and core dumps |
 //! | `prices` | what faults cost on this machine, by running averages |
+//! | `limits` | how much this process may take of the host, and who says so |
 //! | `ahead` | a thread that breaks ahead of the guest's writes |
 //! | `stream` | copies of whole folios, past the caches |
 //! | `ram` | guest memory by guest-physical address, for host code: every access holds what it touches |
@@ -15,8 +17,10 @@
 mod ahead;
 mod aligned;
 mod budget;
+mod limits;
 mod physmap;
 mod prices;
+mod private;
 mod ram;
 mod stream;
 mod window;
@@ -26,7 +30,9 @@ mod tests;
 
 pub use ahead::Ahead;
 pub use budget::MappingBudget;
+pub use limits::{Limiter, Limits, Room};
 pub use physmap::PhysMap;
 pub use prices::Prices;
+pub use private::Dumps;
 pub use ram::{Held, PinnedBuffer, Ram, RamError};
 pub use window::Window;
