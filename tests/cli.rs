@@ -14,10 +14,12 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use guest::Misbehaviour;
-use palimpsest::session::config::{HostLimits, Injection};
-use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
+use palimpsest::host::Limits;
+use palimpsest::session::config::Injection;
+use rustix::fs::{CWD, Mode, OFlags, fcntl_getfl, fcntl_setfl, mkfifoat};
 use rustix::process::{Pid, Signal, getuid, kill_process};
 use serde_json::Value;
+use support::program::{program, talker};
 use support::{PATIENCE, no_kvm, say, within};
 
 /// Far below the length of the run that is asked for: a program that takes longer has started it.
@@ -161,7 +163,7 @@ fn help_says_what_there_is() {
     }
     for line in [
         "0  every snapshot taken was right",
-        "1  the run could not start or finish, or the guest crashed",
+        "1  the run could not start or finish, the guest crashed, or nothing was checked",
         "2  the command line makes no sense",
         "3  an oracle found a violation",
     ] {
@@ -268,15 +270,16 @@ fn nonsense_is_refused_with_the_limit_named() {
 
 #[test]
 fn more_memory_than_the_host_has_is_refused() {
-    let available = HostLimits::detect().unwrap().memory_available;
+    let available = Limits::detect().unwrap().memory().left;
     let asked = (available >> 30) + 8;
     if asked > 128 {
         return say("skipped: this host has more memory than a guest can");
     }
     let said = run_refused(&["--memory", &format!("{asked}G")]);
     said.assert_code(2);
-    let expected = format!("--memory {asked} GiB: this host has ");
+    let expected = format!("--memory {asked} GiB: this run needs ");
     assert!(said.stderr.contains(&expected), "{said:?}");
+    assert!(said.stderr.contains("(guest "), "{said:?}");
     assert!(said.stderr.contains("hint: "), "{said:?}");
 }
 
@@ -287,8 +290,8 @@ fn a_guest_that_cannot_be_read_is_an_error_that_names_it() {
     let missing = format!("{path}/missing.elf");
     for (guest, why) in [
         (missing.as_str(), "No such file or directory"),
-        (path, "not a file"),
-        ("/dev/zero", "not a file"),
+        (path, "is a directory"),
+        ("/dev/zero", "is a device, not a file"),
     ] {
         let said = run_refused(&["--guest", guest]);
         said.assert_code(1);
@@ -316,7 +319,7 @@ fn a_file_that_is_no_guest_is_an_error_that_says_why() {
         fs::write(&path, bytes).unwrap();
         let said = run_refused(&["--guest", path.to_str().unwrap()]);
         said.assert_code(1);
-        let expected = format!("error: cannot load the guest program: {why}");
+        let expected = format!("error: --guest {}: cannot load it: {why}", path.display());
         assert!(said.stderr.contains(&expected), "{said:?}");
     }
 }
@@ -475,6 +478,7 @@ fn the_json_report_has_these_keys_and_types() {
         ("checked_pages", "count"),
         ("config.copy_ahead", "bool"),
         ("config.dma_devices", "count"),
+        ("config.dump_guest_memory", "bool"),
         ("config.guest", "text"),
         ("config.inject", "null"),
         ("config.keep", "count"),
@@ -508,6 +512,7 @@ fn the_json_report_has_these_keys_and_types() {
         ("faults.zero_filled", "count"),
         ("guest.ops", "count"),
         ("guest.ops_per_s", "number"),
+        ("lines_lost", "count"),
         ("memory.bytes_peak", "count"),
         ("memory.frames_peak", "count"),
         ("memory.vmas_limit", "count"),
@@ -521,13 +526,16 @@ fn the_json_report_has_these_keys_and_types() {
         ("platform.cpus", "count"),
         ("platform.kernel", "text"),
         ("platform.kvm", "text"),
+        ("platform.paging", "text"),
         ("policy", "text"),
         ("snapshots.checked", "count"),
+        ("snapshots.dropped", "count"),
         ("snapshots.restored", "count"),
         ("snapshots.taken", "count"),
         ("stall_us.max", "number"),
         ("stall_us.p50", "number"),
         ("stall_us.p99", "number"),
+        ("unchecked", "array"),
         ("verdict", "text"),
         ("version", "text"),
         ("violations.accounting", "count"),
@@ -592,11 +600,17 @@ struct Started {
 impl Started {
     fn new(args: &[&str], stdout: Stdio) -> Self {
         let mut command = vmm();
+        command.stdout(stdout);
+        Self::of(command, args)
+    }
+
+    /// By way of `command`.
+    fn of(mut command: Command, args: &[&str]) -> Self {
         command
             .args(args)
             .args(["--memory", "32M"])
             .args(FOR_EVER)
-            .stdout(stdout);
+            .stderr(Stdio::piped());
         let mut child = command.spawn().unwrap();
         let lines = BufReader::new(child.stderr.take().unwrap()).lines();
         let (sender, stderr) = mpsc::channel();
@@ -664,7 +678,7 @@ fn one_signal_ends_the_run_early_with_its_report() {
     if no_kvm() {
         return;
     }
-    for signal in [Signal::INT, Signal::TERM] {
+    for signal in [Signal::INT, Signal::TERM, Signal::HUP] {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("report.json");
         let mut started = Started::new(&["--report", path.to_str().unwrap()], Stdio::piped());
@@ -719,7 +733,7 @@ fn a_second_signal_kills() {
     if no_kvm() {
         return;
     }
-    // It cannot print its report, and so would never end after the first.
+    // It cannot print its report, and so would not end soon after the first.
     let (_reader, writer) = full_pipe();
     let mut started = Started::new(&[], writer.into());
     started.wait_for("guest: payload: ");
@@ -812,7 +826,7 @@ fn four_gibibytes_run() {
     if no_kvm() {
         return;
     }
-    let available = HostLimits::detect().unwrap().memory_available;
+    let available = Limits::detect().unwrap().memory().left;
     if available < 5 << 30 {
         return say("skipped: this host has less than 5 GiB available");
     }
@@ -859,33 +873,444 @@ fn without_permission_for_kvm_the_program_says_what_to_do() {
     assert_eq!(said.stdout, "");
 }
 
+/// `vmm` in a mount namespace of its own, in which `script` was run before: what it mounts nobody else sees, and it is gone with it.
+fn in_a_namespace(script: &str) -> Command {
+    let mut unshare = Command::new("unshare");
+    let script = format!("{script} && exec \"$0\" \"$@\"");
+    unshare.args(["--mount", "--propagation", "private", "sh", "-c", &script]);
+    unshare.arg(env!("CARGO_BIN_EXE_vmm"));
+    unshare
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
+    unshare
+}
+
+/// Whether the test must be skipped for want of such namespaces, which is said then.
+fn no_namespaces() -> bool {
+    let mut command = in_a_namespace("mount -t tmpfs none /mnt");
+    let can = command
+        .arg("--version")
+        .status()
+        .is_ok_and(|status| status.success());
+    if !can {
+        say("skipped: cannot mount in a namespace");
+    }
+    !can
+}
+
+/// Runs `command`, which must refuse at once.
+#[track_caller]
+fn said_refused(mut command: Command, args: &[&str]) -> Said {
+    command.args(args);
+    let said = said_within(AT_ONCE, command);
+    said.assert_code(1);
+    said
+}
+
 #[test]
 fn without_kvm_the_program_says_what_to_do() {
-    let hidden = |command: &str| {
-        let mut unshare = Command::new("unshare");
-        // Seen by nobody but the command, and gone with it.
-        let script = format!("mount -t tmpfs none /dev && {command}");
-        unshare.args(["--mount", "--propagation", "private", "sh", "-c", &script]);
-        unshare.arg(env!("CARGO_BIN_EXE_vmm")).args(FOR_EVER);
-        unshare
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped());
-        unshare
-    };
-    if Path::new("/dev/kvm").exists() {
-        let can_hide = hidden("exit 0")
-            .status()
-            .is_ok_and(|status| status.success());
-        if !can_hide {
-            return say("skipped: cannot hide /dev/kvm in a mount namespace");
-        }
+    if no_namespaces() {
+        return;
     }
-    let said = said_within(AT_ONCE, hidden(r#"exec "$0" "$@""#));
-    said.assert_code(1);
+    let hidden = || in_a_namespace("mount -t tmpfs none /dev");
+    let said = said_refused(hidden(), &FOR_EVER);
     assert!(
         said.stderr.contains("no /dev/kvm: load the kvm module"),
         "{said:?}"
     );
+    assert!(said.stderr.contains("hint: `vmm doctor` says"), "{said:?}");
     assert_eq!(said.stdout, "");
+    let said = said_refused(hidden(), &["doctor"]);
+    assert!(
+        said.stdout.contains("\nno     kvm        no /dev/kvm\n"),
+        "{said:?}"
+    );
+    assert!(said.stdout.contains("-> load the kvm module"), "{said:?}");
+}
+
+#[test]
+fn what_is_not_kvm_is_said_to_be_that() {
+    if no_namespaces() {
+        return;
+    }
+    for (made, what) in [
+        ("touch /dev/kvm", "a regular file"),
+        ("mkdir /dev/kvm", "a directory"),
+        ("mknod /dev/kvm c 1 3", "another device"),
+    ] {
+        let other = || in_a_namespace(&format!("mount -t tmpfs none /dev && {made}"));
+        let said = said_refused(other(), &FOR_EVER);
+        let expected = format!("error: /dev/kvm is {what}, and not the device of KVM");
+        assert!(said.stderr.contains(&expected), "{said:?}");
+        let said = said_refused(other(), &["doctor"]);
+        assert!(
+            said.stdout.contains(&format!("/dev/kvm is {what}")),
+            "{said:?}"
+        );
+        assert!(
+            said.stdout
+                .ends_with("`vmm` cannot run here: see each `no` above.\n")
+        );
+    }
+}
+
+#[test]
+fn the_doctor_says_that_a_run_can_go_where_one_does() {
+    if no_kvm() {
+        return;
+    }
+    let said = run(&["doctor"]);
+    said.assert_code(0);
+    assert!(said.stdout.ends_with("\n`vmm` can run here.\n"), "{said:?}");
+    assert!(!said.stdout.contains('\x1b'), "{said:?}");
+    let said = run(&["doctor", "--json"]);
+    said.assert_code(0);
+    let json: Value = serde_json::from_str(&said.stdout).unwrap();
+    assert_eq!(json["can_run"], true);
+    let names = Vec::from_iter(
+        json["findings"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|f| &f["name"]),
+    );
+    for name in [
+        "kvm",
+        "registers",
+        "cpus",
+        "memory",
+        "huge pages",
+        "mappings",
+        "signals",
+    ] {
+        assert!(names.contains(&&Value::from(name)), "{name}: {names:?}");
+    }
+    for finding in json["findings"].as_array().unwrap() {
+        assert!(
+            ["ok", "worse"].contains(&finding["grade"].as_str().unwrap()),
+            "{finding}"
+        );
+    }
+}
+
+/// `vmm` on a host that says that it has `mib` MiB of memory to give.
+fn on_a_host_of(mib: u64, directory: &Path) -> Command {
+    let meminfo = directory.join("meminfo");
+    fs::write(&meminfo, format!("MemAvailable: {} kB\n", mib << 10)).unwrap();
+    in_a_namespace(&format!("mount --bind {} /proc/meminfo", meminfo.display()))
+}
+
+#[test]
+fn a_host_with_too_little_memory_refuses_with_the_numbers() {
+    if no_namespaces() {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let mut command = on_a_host_of(100, directory.path());
+    command.args(["--memory", "64M"]).args(FOR_EVER);
+    let said = said_within(AT_ONCE, command);
+    said.assert_code(2);
+    for part in [
+        "error: --memory 64 MiB: this run needs ",
+        "(guest 64 MiB, copies for one snapshot 68 MiB, tables ",
+        "and this host leaves it 90 MiB",
+        "hint: `vmm doctor` says",
+    ] {
+        assert!(said.stderr.contains(part), "{part}: {said:?}");
+    }
+    let mut command = on_a_host_of(100, directory.path());
+    command.arg("doctor");
+    let said = said_within(AT_ONCE, command);
+    said.assert_code(1);
+    assert!(said.stdout.contains("-> run with --memory "), "{said:?}");
+}
+
+#[test]
+fn a_host_with_little_memory_drops_snapshots_and_goes_on() {
+    if no_kvm() || no_namespaces() {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let report = directory.path().join("report.json");
+    let mut command = on_a_host_of(190, directory.path());
+    command
+        .args(["--memory", "64M", "--snapshots", "60", "--report"])
+        .arg(&report);
+    let said = said_within(PATIENCE, command);
+    said.assert_code(0);
+    let report = json(&report);
+    assert_eq!(report["snapshots"]["checked"], 60);
+    assert!(
+        report["snapshots"]["dropped"].as_u64() > Some(0),
+        "{report}"
+    );
+    assert!(
+        said.stdout
+            .contains(" early, to make room for the guest's writes\n"),
+        "{said:?}"
+    );
+    assert!(
+        said.stderr.contains("snapshots go early to make room"),
+        "{said:?}"
+    );
+}
+
+#[test]
+fn limits_of_a_shell_are_named_and_not_run_into() {
+    let limited = |limit: &str, args: &[&str]| {
+        let mut command = Command::new("sh");
+        let script = format!("ulimit {limit} && exec \"$0\" \"$@\"");
+        command
+            .args(["-c", &script, env!("CARGO_BIN_EXE_vmm")])
+            .args(args);
+        command
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        said_within(AT_ONCE, command)
+    };
+    for (limit, name) in [
+        ("-f 2000", "RLIMIT_FSIZE (ulimit -f)"),
+        ("-v 400000", "RLIMIT_AS (ulimit -v)"),
+        ("-d 10000", "RLIMIT_DATA (ulimit -d)"),
+    ] {
+        let said = limited(limit, &FOR_EVER);
+        said.assert_code(2);
+        assert!(said.stderr.contains(name), "{said:?}");
+        assert!(said.stderr.contains("needs "), "{said:?}");
+    }
+    if no_kvm() {
+        return;
+    }
+    let said = limited("-n 8", &["compare", "--scenario", "A1"]);
+    said.assert_code(1);
+    assert!(said.stderr.contains("Too many open files"), "{said:?}");
+}
+
+#[test]
+fn no_number_of_snapshots_to_keep_is_too_large() {
+    if no_kvm() {
+        return;
+    }
+    let most = usize::MAX.to_string();
+    run(&[&SHORT[..], &["--keep", &most]].concat()).assert_code(0);
+}
+
+#[test]
+fn a_run_that_checked_nothing_is_not_ok() {
+    if no_kvm() {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let report = directory.path().join("report.json");
+    let said = run(&[
+        "--duration",
+        "10ms",
+        "--snapshot-every",
+        "1h",
+        "--memory",
+        "32M",
+        "--report",
+        report.to_str().unwrap(),
+    ]);
+    said.assert_code(1);
+    assert!(
+        said.stdout
+            .starts_with("nothing checked: no snapshot was taken: run for longer (--duration)"),
+        "{said:?}"
+    );
+    let report = json(&report);
+    assert_eq!(report["verdict"], "nothing-checked");
+    assert_eq!(report["unchecked"].as_array().unwrap().len(), 1);
+    assert_eq!(report["error"], Value::Null);
+}
+
+#[test]
+fn a_fault_that_no_foreign_guest_shows_is_refused() {
+    let directory = tempfile::tempdir().unwrap();
+    let guest = misbehaving_guest(directory.path());
+    let said = run_refused(&["--guest", &guest, "--inject", "late-registers"]);
+    said.assert_code(2);
+    assert!(
+        said.stderr
+            .contains("only --guest payload can show this fault"),
+        "{said:?}"
+    );
+}
+
+#[test]
+fn a_guest_is_read_from_a_file_and_nothing_else() {
+    let directory = tempfile::tempdir().unwrap();
+    let pipe = directory.path().join("pipe");
+    mkfifoat(CWD, &pipe, Mode::from_raw_mode(0o600)).unwrap();
+    let pipe = pipe.to_str().unwrap();
+    let mut guests = vec![(pipe, "cannot read: is a pipe, not a file")];
+    if !no_kvm() {
+        // As root it could be read, and that would wait for the kernel to say something.
+        guests.push(("/proc/kmsg", "cannot load it: not an ELF file"));
+    }
+    for (guest, why) in guests {
+        let said = run_refused(&["--guest", guest]);
+        said.assert_code(1);
+        let expected = format!("error: --guest {guest}: {why}");
+        assert!(said.stderr.contains(&expected), "{said:?}");
+    }
+}
+
+/// A guest that talks without end, to somebody who does not read.
+#[test]
+fn a_run_ends_on_time_though_nobody_reads_what_it_says() {
+    if no_kvm() {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let (guest, report) = (
+        directory.path().join("talker"),
+        directory.path().join("report.json"),
+    );
+    fs::write(&guest, talker()).unwrap();
+    let (_reader, writer) = full_pipe();
+    let mut command = vmm();
+    command
+        .arg("--guest")
+        .arg(&guest)
+        .args([
+            "--duration",
+            "2s",
+            "--snapshot-every",
+            "5ms",
+            "--memory",
+            "32M",
+        ])
+        .stderr(writer);
+    command.arg("--report").arg(&report);
+    let said = said_within(PATIENCE, command);
+    said.assert_code(0);
+    let lost = json(&report)["lines_lost"].as_u64().unwrap();
+    assert!(lost > 0, "{said:?}");
+    assert!(said.stdout.contains("\noutput      "), "{said:?}");
+}
+
+/// As `nohup` starts programs, and a shell those in the background.
+#[test]
+fn a_signal_that_was_ignored_stays_ignored() {
+    if no_kvm() {
+        return;
+    }
+    let mut shell = Command::new("sh");
+    let script = "trap '' HUP TERM; exec \"$0\" \"$@\"";
+    shell.args(["-c", script, env!("CARGO_BIN_EXE_vmm")]);
+    shell.stdin(Stdio::null()).stdout(Stdio::piped());
+    let mut started = Started::of(shell, &[]);
+    started.wait_for(" snapshots, ");
+    started.signal(Signal::HUP);
+    started.signal(Signal::TERM);
+    // Twice: had they been heard, the second of these lines would not come.
+    started.wait_for(" snapshots, ");
+    started.wait_for(" snapshots, ");
+    assert!(!started.heard.contains("stopping"), "{}", started.heard);
+    started.signal(Signal::INT);
+    assert_eq!(started.end().code(), Some(0), "{}", started.heard);
+}
+
+#[test]
+fn a_report_goes_to_what_a_descriptor_is_open_on() {
+    if no_kvm() {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("out");
+    let mut command = vmm();
+    let out = fs::File::create(&path).unwrap();
+    command
+        .args(SHORT)
+        .args(["--report", "/dev/stdout"])
+        .stdout(out);
+    said_within(PATIENCE, command).assert_code(0);
+    // Both are there, one after the other.
+    let text = fs::read_to_string(&path).unwrap();
+    let (screen, report) = text.split_at(text.find("\n{").unwrap());
+    assert!(screen.starts_with("ok: 10 snapshots taken"), "{text}");
+    let report: Value = serde_json::from_str(report).unwrap();
+    assert_eq!(report["verdict"], "ok");
+    assert_eq!(names(directory.path()), ["out"]);
+
+    let said = run(&[&SHORT[..], &["--report", "/dev/stderr"]].concat());
+    said.assert_code(0);
+    assert!(said.stderr.contains("\n  \"verdict\": \"ok\","), "{said:?}");
+}
+
+/// The flags that `/proc/PID/smaps` gives the mappings of guest memory.
+fn flags_of_guest_memory(pid: u32) -> Vec<String> {
+    let maps = fs::read_to_string(format!("/proc/{pid}/smaps")).unwrap();
+    let mut is_guests = false;
+    let mut flags = Vec::new();
+    for line in maps.lines() {
+        if let Some(found) = line.strip_prefix("VmFlags: ") {
+            if is_guests {
+                flags.push(found.to_owned());
+            }
+        } else if !line.contains("kB") {
+            is_guests = line.contains("palimpsest-frames");
+        }
+    }
+    flags
+}
+
+#[test]
+fn guest_memory_is_kept_from_children_and_core_dumps() {
+    if no_kvm() {
+        return;
+    }
+    for (args, dumped) in [(&[][..], false), (&["--dump-guest-memory"], true)] {
+        let mut started = Started::new(args, Stdio::piped());
+        started.wait_for(" snapshots, ");
+        let pid = started.child.id();
+        let mappings = flags_of_guest_memory(pid);
+        // The physmap, and more than one of the window.
+        assert!(mappings.len() > 2, "{mappings:?}");
+        for flags in mappings {
+            let has = |flag| flags.split(' ').any(|word| word == flag);
+            assert!(has("dc"), "inherited by a child: {flags}");
+            assert_eq!(has("dd"), !dumped, "in a core dump: {flags}");
+        }
+        for file in fs::read_dir(format!("/proc/{pid}/fdinfo")).unwrap() {
+            let file = file.unwrap();
+            let number: u32 = file.file_name().to_str().unwrap().parse().unwrap();
+            // It may have been closed by now.
+            let info = fs::read_to_string(file.path()).unwrap_or_default();
+            let flags = info.lines().find_map(|line| line.strip_prefix("flags:"));
+            let Some(flags) = flags else { continue };
+            let flags = u32::from_str_radix(flags.trim(), 8).unwrap();
+            let closes = flags & OFlags::CLOEXEC.bits() != 0;
+            assert!(
+                number < 3 || closes,
+                "descriptor {number} is left to children: {info}"
+            );
+        }
+        started.signal(Signal::INT);
+        assert_eq!(started.end().code(), Some(0), "{}", started.heard);
+    }
+}
+
+#[test]
+fn a_program_whose_notes_are_nonsense_runs() {
+    if no_kvm() {
+        return;
+    }
+    // jmp $
+    let mut file = program(b"\xeb\xfe");
+    // A program header more: a note that is all beyond the end of the file.
+    let segment = file[64..120].to_vec();
+    file[56] = 2;
+    let end = file.len() as u64;
+    file[32..40].copy_from_slice(&end.to_le_bytes());
+    file.extend(segment);
+    file.extend([4, 0, 0, 0]);
+    file.extend([0xff; 52]);
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("notes");
+    fs::write(&path, file).unwrap();
+    run(&[&SHORT[..], &["--guest", path.to_str().unwrap()]].concat()).assert_code(0);
 }

@@ -6,12 +6,12 @@ mod support;
 use std::time::Duration;
 
 use guest::Misbehaviour;
-use guest::abi::{IMAGE_GPA, PORT_CONSOLE, PORT_DOORBELL_EXIT};
+use guest::abi::PORT_DOORBELL_EXIT;
 use palimpsest::cli::chain;
 use palimpsest::session::RunError;
 use palimpsest::session::config::{Config, PageSize, RunLength};
 use palimpsest::session::report::{EndedBy, Verdict};
-use support::program::{EHDR, program, put};
+use support::program::{EHDR, program, put, talker};
 use support::{Run, config, no_kvm, run_guest, run_guest_until};
 
 /// Time for a guest that ends by itself to do so. The run ends with the guest, long before.
@@ -76,7 +76,13 @@ fn loses_registers(run: &Run) -> bool {
 /// Fails the test unless the guest ended its run of its own will and all was well.
 #[track_caller]
 fn assert_exited(run: &Run) {
-    run.assert_clean();
+    // One that is gone before the first snapshot leaves nothing to check.
+    if run.report.snapshots.taken == 0 {
+        assert_eq!(run.report.verdict, Verdict::NothingChecked, "{run:?}");
+        assert_eq!(run.report.violations.total(), 0, "{run:?}");
+    } else {
+        run.assert_clean();
+    }
     assert_eq!(run.report.ended_by, EndedBy::GuestExit);
 }
 
@@ -380,17 +386,7 @@ fn a_guest_that_never_stops_talking_is_snapshotted_all_the_same() {
     if no_kvm() {
         return;
     }
-    // mov edx, port; mov eax, gpa of the text; out dx, eax; jmp to the out
-    let mut code = vec![0xba];
-    code.extend(u32::from(PORT_CONSOLE).to_le_bytes());
-    code.push(0xb8);
-    code.extend((IMAGE_GPA as u32 + 32).to_le_bytes());
-    code.extend(b"\xef\xeb\xfd");
-    code.resize(32, 0);
-    // A text: where, and how long. It is this program, and no UTF-8.
-    code.extend(IMAGE_GPA.to_le_bytes());
-    code.extend(48u64.to_le_bytes());
-    let run = run_guest_until(config(), program(&code), |seen| {
+    let run = run_guest_until(config(), talker(), |seen| {
         seen.now().snapshots >= 40 && !seen.console.is_empty()
     });
     run.assert_clean();
@@ -481,9 +477,9 @@ fn a_file_that_is_no_guest_is_refused_by_name_of_what_is_wrong() {
         (refusal_with(EHDR + 40, [0xff; 8]), "out of range"),
     ];
     for (refusal, expected) in refusals {
-        let all = format!("cannot load the guest program: {expected}");
+        let all = format!("--guest payload: cannot load it: {expected}");
         assert!(
-            refusal.starts_with("cannot load the guest program: "),
+            refusal.starts_with("--guest payload: cannot load it: "),
             "{refusal}"
         );
         assert!(refusal.contains(expected), "{refusal:?} is not {all:?}");

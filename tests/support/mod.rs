@@ -63,6 +63,7 @@ pub(crate) fn config() -> Config {
         policy: Policy::Exclusive,
         page_size: PageSize::Huge,
         copy_ahead: true,
+        dump_guest_memory: false,
         inject: None,
     }
 }

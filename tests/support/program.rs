@@ -1,6 +1,6 @@
 //! Guest programs of a few instructions, as ELF files.
 
-use guest::abi::IMAGE_GPA;
+use guest::abi::{IMAGE_GPA, PORT_CONSOLE};
 
 /// Bytes of an ELF header, and of the one program header behind it.
 pub(crate) const EHDR: usize = 64;
@@ -32,4 +32,19 @@ pub(crate) fn program(code: &[u8]) -> Vec<u8> {
 /// Writes bytes into a file.
 pub(crate) fn put<const N: usize>(file: &mut [u8], offset: usize, value: [u8; N]) {
     file[offset..offset + N].copy_from_slice(&value);
+}
+
+/// A program that never stops talking.
+pub(crate) fn talker() -> Vec<u8> {
+    // mov edx, port; mov eax, gpa of the text; out dx, eax; jmp to the out
+    let mut code = vec![0xba];
+    code.extend(u32::from(PORT_CONSOLE).to_le_bytes());
+    code.push(0xb8);
+    code.extend((IMAGE_GPA as u32 + 32).to_le_bytes());
+    code.extend(b"\xef\xeb\xfd");
+    code.resize(32, 0);
+    // A text: where, and how long. It is this program, and no UTF-8.
+    code.extend(IMAGE_GPA.to_le_bytes());
+    code.extend(48u64.to_le_bytes());
+    program(&code)
 }

@@ -18,6 +18,7 @@
 //! | [`snapshot`] | taking and restoring snapshots of all of it at one instant |
 //! | [`check`] | the oracles: is every snapshot right? |
 //! | [`session`] | a whole run |
+//! | [`doctor`] | what this machine can and cannot do for a run |
 //! | [`cli`] | the `vmm` program |
 //!
 //! As a library: make a [`mm::FramePool`] over a [`host::PhysMap`], an [`mm::AddressSpace`] over a [`host::Window`], and
@@ -28,6 +29,7 @@ mod causes;
 pub mod check;
 pub mod cli;
 pub mod device;
+pub mod doctor;
 pub mod host;
 pub mod kvm;
 pub mod mm;

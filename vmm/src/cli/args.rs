@@ -28,12 +28,13 @@ Examples:
   vmm --inject share-pinned                   see an oracle catch a wrong fork (exit code 3)
   vmm compare                                 three generations of Linux's rules, side by side
   vmm compare --scenario B1 --policy mapcount one historical bug, step by step
+  vmm doctor                                  what this machine can and cannot do
 
-Ctrl-C ends a run early, with its report. A second one kills it.
+Ctrl-C ends a run early, with its report, as do SIGTERM and SIGHUP. A second one kills it.
 
 Exit codes:
   0  every snapshot taken was right
-  1  the run could not start or finish, or the guest crashed
+  1  the run could not start or finish, the guest crashed, or nothing was checked
   2  the command line makes no sense
   3  an oracle found a violation";
 
@@ -147,6 +148,10 @@ pub(crate) struct Args {
     #[arg(long, value_name = "FILE", help_heading = "Output")]
     pub(crate) report: Option<PathBuf>,
 
+    /// Have the guest's memory in core dumps of this program; they are without it otherwise
+    #[arg(long, help_heading = "Output")]
+    dump_guest_memory: bool,
+
     /// Log more to standard error: -v what happens, -vv every step, -vvv everything
     #[arg(short, long, action = ArgAction::Count, help_heading = "Output", global = true)]
     pub(crate) verbose: u8,
@@ -156,6 +161,17 @@ pub(crate) struct Args {
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
     Compare(CompareArgs),
+    Doctor(DoctorArgs),
+}
+
+/// Find out what this machine can and cannot do for a run, and what to do about it
+///
+/// Tries each thing a run needs: KVM, memory and who limits it, huge pages, mappings, threads, files, signals. Exits with 0 if `vmm` without flags can run here, and with 1 if not.
+#[derive(Debug, clap::Args)]
+pub(crate) struct DoctorArgs {
+    /// Print JSON instead of the screen
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 /// Race the copy-on-write policies of three generations of Linux, and act their historical bugs out
@@ -256,6 +272,7 @@ impl Args {
             policy: self.policy,
             page_size: self.page_size,
             copy_ahead: self.copy_ahead,
+            dump_guest_memory: self.dump_guest_memory,
             inject: self.inject,
         }
     }
@@ -345,6 +362,7 @@ mod tests {
             "--policy=refcount",
             "--page-size=4K",
             "--copy-ahead=off",
+            "--dump-guest-memory",
             "--inject=leak-pin",
         ]);
         assert_eq!(
@@ -365,6 +383,7 @@ mod tests {
                 policy: Policy::Refcount,
                 page_size: PageSize::Base,
                 copy_ahead: false,
+                dump_guest_memory: true,
                 inject: Some(Injection::LeakPin),
             }
         );

@@ -11,6 +11,7 @@ use super::scenario_text;
 use super::status::Screen;
 use super::units::exact_time;
 use super::{Failure, interrupt, print, race_text};
+use crate::host::Limits;
 use crate::kvm::Kvm;
 use crate::policy::Policy;
 use crate::scenario::engine::{Moment, Outcome};
@@ -48,7 +49,7 @@ pub(super) fn run(args: &CompareArgs, screen: &Screen) -> Result<Verdict, Failur
 fn compare(args: &CompareArgs, screen: &Screen) -> Result<Verdict, Failure> {
     let race = args.race();
     // Any policy's configuration is as good as another's.
-    let limits = crate::session::config::HostLimits::detect().map_err(Failure::HostLimits)?;
+    let limits = Limits::detect().map_err(Failure::Limits)?;
     race.config(Policy::Exclusive).validate(&limits)?;
     let stop = interrupt::stop_flag().map_err(Failure::Signals)?;
     let mut races = Vec::new();
@@ -71,11 +72,12 @@ fn compare(args: &CompareArgs, screen: &Screen) -> Result<Verdict, Failure> {
         ));
     }
     let scenarios = Survey::take::<RealStage>(&mut |_| !stop.load(Ordering::Relaxed));
-    finish(args, race, races, scenarios, &stop)
+    finish(args, screen, race, races, scenarios, &stop)
 }
 
 fn finish(
     args: &CompareArgs,
+    screen: &Screen,
     race: Race,
     races: Vec<Raced>,
     scenarios: Survey,
@@ -102,17 +104,46 @@ fn finish(
             "\nnot finished: interrupted\n"
         } else if comparison.as_expected {
             "\nok: every policy behaved as its table says\n"
-        } else {
+        } else if comparison.misbehaved() {
             "\nNOT ok: something is not as the table says (marked !)\n"
+        } else {
+            "\nnot finished: something could not be played (marked !)\n"
         };
         text
     };
+    // Both may go to the same terminal.
+    screen.finish();
     print(&text).map_err(Failure::Print)?;
-    Ok(match (interrupted, comparison.as_expected) {
-        (true, _) => Verdict::Error,
-        (false, true) => Verdict::Ok,
-        (false, false) => Verdict::Violated,
-    })
+    if interrupted {
+        return Ok(Verdict::Error);
+    }
+    match (comparison.as_expected, comparison.misbehaved()) {
+        (true, _) => Ok(Verdict::Ok),
+        (false, true) => Ok(Verdict::Violated),
+        (false, false) => Err(Failure::NotPlayed {
+            why: comparison.why_not_played(),
+        }),
+    }
+}
+
+impl Comparison {
+    /// Whether something came to what the table does not say. What could not be played has come to nothing.
+    fn misbehaved(&self) -> bool {
+        self.races.iter().any(Raced::misbehaved) || self.scenarios.misbehaved()
+    }
+
+    /// Why something could not be played, one reason of perhaps many.
+    fn why_not_played(&self) -> String {
+        let races = self.races.iter().filter(|raced| !raced.is_as_expected());
+        let race = races.filter_map(|raced| {
+            let report = &raced.report;
+            let why = report.error.as_ref().or(report.unchecked.first())?;
+            let first = why.lines().next().unwrap_or_default();
+            Some(format!("the race under {}: {first}", raced.policy))
+        });
+        let scenarios = self.scenarios.failures();
+        race.chain(scenarios).next().unwrap_or_default()
+    }
 }
 
 /// Tells one scenario step by step, and what it comes to elsewhere.
@@ -161,11 +192,17 @@ fn narrate(scenario: &Scenario, args: &CompareArgs) -> Result<Verdict, Failure> 
     } else {
         print(&text).map_err(Failure::Print)?;
     }
-    Ok(if as_expected && row.is_as_expected() {
-        Verdict::Ok
-    } else {
-        Verdict::Violated
-    })
+    if as_expected && row.is_as_expected() {
+        return Ok(Verdict::Ok);
+    }
+    match outcome {
+        Outcome::Failed(why) if !row.misbehaved() => Err(Failure::NotPlayed { why }),
+        Outcome::Played { .. } | Outcome::CannotAsk(_) if as_expected && !row.misbehaved() => {
+            let why = row.failure().unwrap_or_default();
+            Err(Failure::NotPlayed { why })
+        }
+        _ => Ok(Verdict::Violated),
+    }
 }
 
 /// Nobody wants to read every violation of a policy that is there to be violated: the report counts them.

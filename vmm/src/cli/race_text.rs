@@ -89,7 +89,14 @@ fn verdict(raced: &Raced) -> String {
     match (raced.is_as_expected(), expected.is_empty()) {
         (true, true) => "right, as it must be".to_owned(),
         (true, false) => format!("wrong, as expected ({})", expected.join(", ")),
-        (false, true) if raced.report.verdict == Verdict::Error => "! did not finish".to_owned(),
+        (false, _)
+            if matches!(
+                raced.report.verdict,
+                Verdict::Error | Verdict::NothingChecked
+            ) =>
+        {
+            "! did not finish".to_owned()
+        }
         (false, true) => "! VIOLATED".to_owned(),
         (false, false) => format!("! not caught ({})", expected.join(", ")),
     }

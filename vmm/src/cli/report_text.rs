@@ -36,7 +36,6 @@ fn verdict(report: &Report) -> String {
     match report.verdict {
         Verdict::Ok => {
             let checked = match (snapshots.taken, snapshots.checked) {
-                (0, _) => "no snapshot taken, so none checked".to_owned(),
                 (taken, checked) if taken == checked => {
                     format!(
                         "{} taken, every one checked bit for bit",
@@ -56,6 +55,7 @@ fn verdict(report: &Report) -> String {
                 }
             }
         }
+        Verdict::NothingChecked => format!("nothing checked: {}", report.unchecked.join("; ")),
         Verdict::Violated => format!(
             "VIOLATED: {} in {}",
             plural(report.violations.total(), "violation"),
@@ -178,6 +178,20 @@ fn rows(report: &Report) -> Vec<(&'static str, String)> {
         let at = rows.iter().position(|(name, _)| *name == "regions");
         rows.insert(at.unwrap_or(rows.len()), ("found by", found));
     }
+    if snapshots.dropped > 0 {
+        let dropped = format!(
+            "{} early, to make room for the guest's writes",
+            plural(snapshots.dropped, "snapshot")
+        );
+        rows.insert(4, ("dropped", dropped));
+    }
+    if report.lines_lost > 0 {
+        let lost = format!(
+            "{} lost: nobody read them in time",
+            plural(report.lines_lost, "line")
+        );
+        rows.push(("output", lost));
+    }
     if let Some(every) = config.track_dirty {
         let dirty = &report.dirty;
         let told = format!(
@@ -205,7 +219,7 @@ fn rows(report: &Report) -> Vec<(&'static str, String)> {
         "platform",
         format!(
             "{}, Linux {}, {}",
-            kvm_in_words(&platform.kvm),
+            kvm_in_words(&platform.kvm, &platform.paging),
             platform.kernel,
             plural(platform.cpus, "CPU")
         ),
@@ -236,9 +250,14 @@ fn ended(report: &Report) -> String {
         (EndedBy::Duration, _) => format!("{ran}, as asked"),
         (EndedBy::Snapshots, _) => format!("{ran}, until the snapshots asked for were taken"),
         (EndedBy::CtrlC, RunLength::Duration(asked)) => {
-            format!("{ran} of {}, ended early by Ctrl-C", exact_time(asked))
+            format!(
+                "{ran} of {}, ended early by Ctrl-C or a signal",
+                exact_time(asked)
+            )
         }
-        (EndedBy::CtrlC, RunLength::Snapshots(_)) => format!("{ran}, ended early by Ctrl-C"),
+        (EndedBy::CtrlC, RunLength::Snapshots(_)) => {
+            format!("{ran}, ended early by Ctrl-C or a signal")
+        }
         (EndedBy::GuestExit, _) => format!("{ran}, until the guest exited"),
         (EndedBy::GuestCrash, _) => format!("{ran}, until the guest crashed"),
         (EndedBy::Error, _) => format!("{ran}, until an error"),
@@ -267,13 +286,24 @@ fn quantiles(quantiles: &Quantiles, meaning: &str) -> String {
     )
 }
 
-fn kvm_in_words(kvm: &str) -> &str {
-    match kvm {
-        "pvm" => "PVM (KVM without VMX or SVM)",
-        "vmx" => "KVM on VMX",
-        "svm" => "KVM on SVM",
+/// The KVM of a report, in words.
+pub(super) fn kvm_in_words(kvm: &str, paging: &str) -> String {
+    let kvm = match kvm {
+        // It has no other way.
+        "pvm" => return "PVM (KVM without VMX or SVM)".to_owned(),
+        "vmx" => "VMX",
+        "svm" => "SVM",
         other => other,
-    }
+    };
+    let paging = match paging {
+        "npt" => "with NPT",
+        "ept-ad" => "with EPT (accessed and dirty bits)",
+        "ept" => "with EPT (no accessed and dirty bits)",
+        "shadow" if kvm == "VMX" => "without EPT",
+        "shadow" if kvm == "SVM" => "without NPT",
+        _ => return format!("KVM on {kvm}"),
+    };
+    format!("KVM on {kvm} {paging}")
 }
 
 fn plural(number: u64, noun: &str) -> String {
@@ -358,9 +388,11 @@ seed        7 (repeat with --seed 7)
         assert!(text.starts_with("ok: 2,941 snapshots taken, 2,940 checked bit for bit, no"));
         report.snapshots.taken = 0;
         report.snapshots.checked = 0;
+        report.unchecked = vec!["no snapshot was taken".to_owned()];
+        report.verdict = Verdict::NothingChecked;
         report.pause_us = Quantiles::default();
         let text = render(&report);
-        assert!(text.starts_with("ok: no snapshot taken, so none checked, no violation\n"));
+        assert!(text.starts_with("nothing checked: no snapshot was taken\n"));
         assert!(text.contains("\npause                -          -          -   kick"));
     }
 
@@ -386,11 +418,50 @@ seed        7 (repeat with --seed 7)
     }
 
     #[test]
+    fn what_was_dropped_and_lost_is_told() {
+        let mut report = example();
+        report.snapshots.dropped = 12;
+        report.lines_lost = 1;
+        let text = render(&report);
+        let row =
+            " 294 restored\ndropped     12 snapshots early, to make room for the guest's writes\n";
+        assert!(text.contains(row), "{text}");
+        assert!(
+            text.contains("\noutput      1 line lost: nobody read them in time\n"),
+            "{text}"
+        );
+    }
+
+    #[test]
+    fn every_kvm_has_words() {
+        for (kvm, paging, words) in [
+            ("pvm", "shadow", "PVM (KVM without VMX or SVM)"),
+            ("svm", "npt", "KVM on SVM with NPT"),
+            ("svm", "shadow", "KVM on SVM without NPT"),
+            (
+                "vmx",
+                "ept-ad",
+                "KVM on VMX with EPT (accessed and dirty bits)",
+            ),
+            (
+                "vmx",
+                "ept",
+                "KVM on VMX with EPT (no accessed and dirty bits)",
+            ),
+            ("vmx", "shadow", "KVM on VMX without EPT"),
+            ("vmx", "unknown", "KVM on VMX"),
+            ("unknown", "unknown", "KVM on unknown"),
+        ] {
+            assert_eq!(kvm_in_words(kvm, paging), words);
+        }
+    }
+
+    #[test]
     fn an_interrupted_run_says_how_far_it_came() {
         let mut report = example();
         report.ended_by = EndedBy::CtrlC;
         report.duration_s = 4.2;
         let text = render(&report);
-        assert!(text.contains("4.20 s of 10 s, ended early by Ctrl-C\n"));
+        assert!(text.contains("4.20 s of 10 s, ended early by Ctrl-C or a signal\n"));
     }
 }

@@ -15,7 +15,11 @@ use std::{
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
-use super::units::{bytes, count, exact_time, time};
+use super::{
+    outlet::Outlet,
+    terminal::Terminal,
+    units::{bytes, count, exact_time, time},
+};
 use crate::session::{
     config::RunLength,
     progress::{Observer, Progress},
@@ -28,6 +32,8 @@ const REDRAWS: u8 = 5;
 const LINE_EVERY: Duration = Duration::from_secs(2);
 /// When the first of them is written.
 const FIRST_LINE: Duration = Duration::from_secs(1);
+/// How long a reader of standard error may take nothing at the end.
+const LAST_WORDS: Duration = Duration::from_secs(2);
 /// Violations of each oracle that are shown; the others are only counted.
 const SHOWN: u64 = 5;
 /// Steps of the bar.
@@ -35,9 +41,35 @@ const STEPS: u64 = 1000;
 /// A line of the guest's that is longer is cut in two.
 const LONGEST_LINE: usize = 4096;
 
-/// Standard error, shared by the status block and whoever else writes lines.
+/// Whether text may be in colours.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Colours {
+    On,
+    Off,
+}
+
+impl Colours {
+    /// On a terminal that has them, unless `NO_COLOR` says otherwise.
+    pub(crate) fn on(stream: &impl IsTerminal) -> Self {
+        let unwanted = env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
+        if is_screen(stream) && !unwanted {
+            Self::On
+        } else {
+            Self::Off
+        }
+    }
+}
+
+/// Whether `stream` is a terminal that moves its cursor.
+fn is_screen(stream: &impl IsTerminal) -> bool {
+    stream.is_terminal() && env::var_os("TERM").is_some_and(|term| term != "dumb")
+}
+
+/// Standard error, shared by the status block and whoever else writes lines. Nobody who writes waits for somebody to read.
 #[derive(Clone, Debug)]
 pub(crate) struct Screen {
+    /// `None` if there is no thread for it.
+    outlet: Option<Outlet>,
     /// `None` off a terminal.
     bar: Option<ProgressBar>,
     /// The block is on the screen: lines must go above it.
@@ -47,30 +79,44 @@ pub(crate) struct Screen {
 impl Screen {
     /// Finds out what standard error is.
     pub(crate) fn new() -> Self {
-        let terminal =
-            io::stderr().is_terminal() && env::var_os("TERM").is_some_and(|term| term != "dumb");
+        let outlet = Outlet::to(&io::stderr()).ok();
+        let terminal = outlet.clone().filter(|_| is_screen(&io::stderr()));
         Self {
-            bar: terminal.then(|| {
-                ProgressBar::with_draw_target(
-                    Some(STEPS),
-                    ProgressDrawTarget::stderr_with_hz(REDRAWS),
-                )
+            outlet,
+            bar: terminal.map(|outlet| {
+                let terminal = Box::new(Terminal::new(outlet));
+                let target = ProgressDrawTarget::term_like_with_hz(terminal, REDRAWS);
+                ProgressBar::with_draw_target(Some(STEPS), target)
             }),
             live: Arc::new(AtomicBool::new(false)),
         }
     }
 
     /// Whether colours may be used.
-    pub(crate) fn colours(&self) -> bool {
-        self.bar.is_some() && env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
+    pub(crate) fn colours(&self) -> Colours {
+        Colours::on(&io::stderr())
     }
 
     /// Writes `text`, which may be several lines, above the block.
     pub(crate) fn line(&self, text: &str) {
-        match &self.bar {
-            Some(bar) if self.live.load(Ordering::Relaxed) => bar.println(text),
+        match (&self.bar, &self.outlet) {
+            (Some(bar), _) if self.live.load(Ordering::Relaxed) => bar.println(text),
+            (_, Some(outlet)) => outlet.send(format!("{text}\n")),
             // Whoever closed standard error does not want to know.
-            _ => drop(writeln!(io::stderr(), "{text}")),
+            (_, None) => drop(writeln!(io::stderr(), "{text}")),
+        }
+    }
+
+    /// Texts that nobody read in time.
+    pub(crate) fn lost(&self) -> u64 {
+        self.outlet.as_ref().map_or(0, Outlet::lost)
+    }
+
+    /// Waits for what was written last, if somebody reads it.
+    pub(crate) fn finish(&self) {
+        if let Some(outlet) = &self.outlet {
+            // There is nobody to be told.
+            let _ = outlet.finish(LAST_WORDS);
         }
     }
 }
@@ -131,6 +177,8 @@ impl Status {
         if let Some(bar) = &self.screen.bar {
             bar.finish_and_clear();
         }
+        // What is printed next may go to the same terminal.
+        self.screen.finish();
     }
 
     fn console_line(&self, line: &str) {

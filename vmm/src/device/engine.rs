@@ -139,7 +139,7 @@ impl<P: CowPolicy> Device<P> {
             index,
             seed,
             ram: ram.clone(),
-            wake: EventFd::new(0).map_err(StartError::EventFd)?,
+            wake: EventFd::new(libc::EFD_CLOEXEC).map_err(StartError::EventFd)?,
             state: Mutex::new(State {
                 ring,
                 registered: Registered::default(),

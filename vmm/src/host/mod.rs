@@ -8,7 +8,9 @@
 //! | `maps` | what the kernel says is mapped where |
 //! | `syscalls` | the system calls that change memory |
 //! | `refusals` | has them refused, in builds with debug assertions |
+//! | `private` | keeps both from child processes and core dumps |
 //! | `prices` | what faults cost on this machine, by running averages |
+//! | `limits` | how much this process may take of the host, and who says so |
 //! | `ahead` | a thread that breaks ahead of the guest's writes |
 //! | `stream` | copies of whole folios, past the caches |
 //! | `ram` | guest memory by guest-physical address, for host code: every access holds what it touches |
@@ -19,9 +21,11 @@
 mod ahead;
 mod aligned;
 mod budget;
+mod limits;
 mod maps;
 mod physmap;
 mod prices;
+mod private;
 mod ram;
 #[cfg(debug_assertions)]
 mod refusals;
@@ -34,7 +38,9 @@ mod tests;
 
 pub use ahead::Ahead;
 pub use budget::MappingBudget;
+pub use limits::{Limiter, Limits, Room};
 pub use physmap::PhysMap;
 pub use prices::Prices;
+pub use private::Dumps;
 pub use ram::{Held, PinnedBuffer, Ram, RamError};
 pub use window::Window;

@@ -15,10 +15,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
 use rustix::fs::{FallocateFlags, MemfdFlags, ftruncate, memfd_create};
-use rustix::io::retry_on_intr;
+use rustix::io::{Errno, retry_on_intr};
 use rustix::mm::{MapFlags, ProtFlags, munmap};
+use rustix::process::{Resource, getrlimit};
 
 use super::aligned::reserve;
+use super::private::{Dumps, keep_private};
 use super::stream;
 use super::syscalls::{collapse, fallocate, mmap};
 use vm_memory::VolatileSlice;
@@ -41,6 +43,7 @@ pub struct PhysMap {
     base: NonNull<u8>,
     len: u64,
     huge: AtomicBool,
+    dumps: Dumps,
 }
 
 // SAFETY: the mapping belongs to the process, not to a thread; `base` and `len` never change, and all access is
@@ -50,12 +53,27 @@ unsafe impl Send for PhysMap {}
 unsafe impl Sync for PhysMap {}
 
 impl PhysMap {
-    /// A physmap with room for `frames` frames, none of which has memory yet.
+    /// A physmap with room for `frames` frames, none of which has memory yet. Core dumps are without it.
     ///
     /// # Errors
-    /// The host's, if it has no memory or address space for the mapping.
+    /// The host's, if it has no memory or address space for the mapping, or lets no file have that length.
     pub fn new(frames: u64) -> io::Result<Arc<Self>> {
+        Self::with_dumps(frames, Dumps::WithoutGuest)
+    }
+
+    /// The same, and whether core dumps have it, and windows on to it.
+    ///
+    /// # Errors
+    /// As [`PhysMap::new`].
+    pub fn with_dumps(frames: u64, dumps: Dumps) -> io::Result<Arc<Self>> {
         let len = frames * PAGE_SIZE;
+        // The call that makes the file longer than this ends the process with a signal, if that is not ignored.
+        if getrlimit(Resource::Fsize)
+            .current
+            .is_some_and(|most| most < len)
+        {
+            return Err(Errno::FBIG.into());
+        }
         let file = memfd_create("palimpsest-frames", MemfdFlags::CLOEXEC)?;
         ftruncate(&file, len)?;
         let reserved = ptr::with_exposed_provenance_mut(reserve(len)?);
@@ -70,13 +88,24 @@ impl PhysMap {
                 0,
             )
         }?;
+        // SAFETY: the mapping made just now.
+        unsafe { keep_private(base, len as usize, dumps) }?;
         let base = NonNull::new(base.cast()).ok_or(io::ErrorKind::OutOfMemory)?;
         Ok(Arc::new(Self {
             file,
             base,
             len,
             huge: AtomicBool::new(true),
+            dumps,
         }))
+    }
+
+    /// Asks the host for one huge page, and gives it back.
+    ///
+    /// # Errors
+    /// The host's, if it gives none.
+    pub fn try_huge() -> io::Result<()> {
+        Self::new(REGION_PAGES)?.allocate_huge(0, HUGE_PAGE)
     }
 
     /// Whether memory was given in huge pages so far wherever that could be.
@@ -87,6 +116,11 @@ impl PhysMap {
     /// Does without huge pages from now on.
     pub fn use_base_pages(&self) {
         self.huge.store(false, Ordering::Relaxed);
+    }
+
+    /// Whether core dumps have it.
+    pub(super) fn dumps(&self) -> Dumps {
+        self.dumps
     }
 
     /// The file, for windows to map.

@@ -24,6 +24,7 @@ use super::aligned::reserve;
 use super::budget::MappingBudget;
 use super::maps;
 use super::physmap::PhysMap;
+use super::private::keep_private;
 use super::syscalls::{mmap, mmap_anonymous, mprotect};
 use crate::mm::{Gfn, Mmu, MmuError, PAGE_SIZE, Pfn, Protection, REGION_PAGES};
 
@@ -157,7 +158,7 @@ impl Window {
         let base = reserve(pages * PAGE_SIZE).inspect_err(|_| {
             let _ = budget.change(1, 0);
         })?;
-        Ok(Self {
+        let window = Self {
             base,
             pages,
             physmap,
@@ -166,7 +167,9 @@ impl Window {
                 Region::Alike(Shown::ZEROS);
                 pages.div_ceil(REGION_PAGES) as usize
             ]),
-        })
+        };
+        window.keep_private(Gfn(0), pages);
+        Ok(window)
     }
 
     /// First host address: what a memslot for gpa 0 points at.
@@ -196,6 +199,18 @@ impl Window {
 
     fn address(&self, gfn: Gfn) -> *mut c_void {
         ptr::with_exposed_provenance_mut(self.base + gfn.gpa() as usize)
+    }
+
+    /// Keeps mappings that were just made for `count` pages from `first` on to this process. Until then they are not, so that a child that is
+    /// made meanwhile has them; it is not worth a lock.
+    fn keep_private(&self, first: Gfn, count: u64) {
+        let len = (count * PAGE_SIZE) as usize;
+        // SAFETY: the callers have mapped them, in the window's own range.
+        let kept = unsafe { keep_private(self.address(first), len, self.physmap.dumps()) };
+        if let Err(error) = kept {
+            // What the guest sees is right all the same.
+            tracing::debug!(%error, "a mapping is not kept from child processes");
+        }
     }
 
     /// Changes what pages `first..first + count` show: books the mappings, lets `apply` do it, and notes it, or
@@ -365,7 +380,7 @@ impl Mmu for Window {
                             MapFlags::PRIVATE | fixed,
                         )
                     }
-                    .map(drop)
+                    .map(|_| self.keep_private(first, count))
                 },
             );
         }
@@ -387,7 +402,7 @@ impl Mmu for Window {
                     frame.offset(),
                 )
             }
-            .map(drop)
+            .map(|_| self.keep_private(first, count))
         })
     }
 

@@ -1,19 +1,11 @@
 //! Puts a guest program into guest memory.
 //!
-//! A program that is not what [`guest::abi`] asks for is refused with the reason, before anything is loaded: the checks
-//! do not rely on the loader's. Loading itself is `linux-loader`'s, into memory of its own, from where the loaded bytes are
-//! copied: guest memory is reached through [`GuestRam`] only, and a failed load leaves it as it was.
+//! A program that is not what [`guest::abi`] asks for is refused with the reason, before anything is loaded. Of a program only the ELF
+//! header and what is loaded matter: notes, sections and debug information may be anything.
 
-use std::io::Cursor;
-use std::ops::Range;
-
-use guest::abi::{
-    BOOT_INFO_GPA, BootInfo, IMAGE_GPA, Layout, MAX_MEMORY, PAGE_SIZE, PAGE_TABLES_GPA,
-};
+use guest::abi::{BOOT_INFO_GPA, BootInfo, IMAGE_GPA, Layout, MAX_MEMORY, PAGE_TABLES_GPA};
 use linux_loader::elf;
-use linux_loader::loader::KernelLoader;
-use linux_loader::loader::elf::Elf;
-use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::ByteValued;
 
 use super::memory::{GuestRam, MemoryError};
 
@@ -113,29 +105,6 @@ pub enum BootError {
         /// Bytes of guest memory.
         memory: u64,
     },
-    /// No memory to load the program into first.
-    #[error("cannot allocate {len} bytes to load the program")]
-    Staging {
-        /// Bytes wanted.
-        len: u64,
-        /// What went wrong.
-        #[source]
-        source: vm_memory::mmap::FromRangesError,
-    },
-    /// The loader refused what passed all checks here.
-    #[error("cannot load the ELF file")]
-    Load {
-        /// What it said.
-        #[source]
-        source: linux_loader::loader::Error,
-    },
-    /// What was loaded could not be read back.
-    #[error("cannot copy the loaded program")]
-    Copy {
-        /// What went wrong.
-        #[source]
-        source: vm_memory::GuestMemoryError,
-    },
     /// Guest memory could not be written.
     #[error("cannot write guest memory at {gpa:#x}")]
     Memory {
@@ -153,8 +122,18 @@ pub struct Image {
     file: Vec<u8>,
     entry: u64,
     end: u64,
-    /// Where bytes of the file go. The rest of the image is zero.
-    loaded: Vec<Range<u64>>,
+    /// Bytes of the file that go into memory. The rest of the image is zero.
+    loaded: Vec<Loaded>,
+}
+
+/// A part of the file that goes into memory.
+#[derive(Clone, Copy, Debug)]
+struct Loaded {
+    /// Where it begins in the file. All of it is in the file.
+    offset: u64,
+    /// Where it goes.
+    gpa: u64,
+    len: u64,
 }
 
 impl Image {
@@ -168,12 +147,6 @@ impl Image {
         let mut loaded = Vec::new();
         let mut entry_found = false;
         for (segment, phdr) in segments.iter().enumerate() {
-            let (offset, filesz) = (phdr.p_offset, phdr.p_filesz);
-            if filesz != 0 {
-                within(&file, offset, filesz, || {
-                    format!("program header {segment}")
-                })?;
-            }
             match phdr.p_type {
                 elf::PT_LOAD => {}
                 elf::PT_DYNAMIC | elf::PT_INTERP => {
@@ -181,8 +154,14 @@ impl Image {
                 }
                 _ => continue,
             }
+            let (offset, filesz) = (phdr.p_offset, phdr.p_filesz);
             let start = phdr.p_vaddr;
             let memory = phdr.p_memsz;
+            if filesz != 0 {
+                within(&file, offset, filesz, || {
+                    format!("program header {segment}")
+                })?;
+            }
             if memory == 0 && filesz == 0 {
                 continue;
             }
@@ -208,7 +187,11 @@ impl Image {
             end = end.max(segment_end);
             entry_found |= (start..segment_end).contains(&header.e_entry);
             if filesz != 0 {
-                loaded.push(start..start + filesz);
+                loaded.push(Loaded {
+                    offset,
+                    gpa: start,
+                    len: filesz,
+                });
             }
         }
         if end == 0 {
@@ -245,27 +228,13 @@ impl Image {
                 memory: ram.len(),
             });
         }
-        // Anonymous and never reserved: only what is loaded costs memory.
-        let len = (self.end - IMAGE_GPA).next_multiple_of(PAGE_SIZE);
-        let staging =
-            GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(IMAGE_GPA), len as usize)])
-                .map_err(|source| BootError::Staging { len, source })?;
-        Elf::load(&staging, None, &mut Cursor::new(self.file.as_slice()), None)
-            .map_err(|source| BootError::Load { source })?;
-
-        let mut page = [0; PAGE_SIZE as usize];
-        for range in &self.loaded {
-            let mut gpa = range.start;
-            while gpa < range.end {
-                let count = (range.end - gpa).min(PAGE_SIZE - gpa % PAGE_SIZE);
-                let bytes = &mut page[..count as usize];
-                staging
-                    .read_slice(bytes, GuestAddress(gpa))
-                    .map_err(|source| BootError::Copy { source })?;
-                ram.write(gpa, bytes)
-                    .map_err(|source| BootError::Memory { gpa, source })?;
-                gpa += count;
-            }
+        for part in &self.loaded {
+            let bytes = within(&self.file, part.offset, part.len, || "a segment".into())?;
+            ram.write(part.gpa, bytes)
+                .map_err(|source| BootError::Memory {
+                    gpa: part.gpa,
+                    source,
+                })?;
         }
         Ok(())
     }
@@ -456,6 +425,26 @@ mod tests {
         ram.read(IMAGE_GPA, &mut bytes).unwrap();
         assert_eq!(bytes[..16], (1..=16).collect::<Vec<u8>>());
         assert_eq!(bytes[16..], [0, 0]);
+    }
+
+    #[test]
+    fn bad_notes_do_not_matter() {
+        let note = PHDR + 56;
+        let mut file = file();
+        file.splice(note..note, [0; 56]);
+        put(&mut file, 56, 2, 2); // e_phnum
+        put(&mut file, PHDR + 8, note as u64 + 56, 8); // p_offset
+        put(&mut file, note, 4, 4); // p_type: PT_NOTE
+        // Beyond the end of the file; and in it, but nonsense.
+        for (offset, len) in [(1 << 40, 999), (0, 64), (u64::MAX, u64::MAX)] {
+            put(&mut file, note + 8, offset, 8); // p_offset
+            put(&mut file, note + 32, len, 8); // p_filesz
+            let ram = Ram::new(4 << 20);
+            Image::parse(file.clone()).unwrap().load(&ram).unwrap();
+            let mut bytes = [0; 16];
+            ram.read(IMAGE_GPA, &mut bytes).unwrap();
+            assert_eq!(bytes[..], (1..=16).collect::<Vec<u8>>());
+        }
     }
 
     #[test]

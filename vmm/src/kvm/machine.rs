@@ -717,7 +717,7 @@ impl Drop for Paused<'_> {
 }
 
 /// Creates the VM. The call allocates much, and gives up with `EINTR` when a signal comes in between.
-fn create_vm(kvm: &Kvm) -> Result<VmFd, KvmError> {
+pub(super) fn create_vm(kvm: &Kvm) -> Result<VmFd, KvmError> {
     loop {
         match kvm.fd.create_vm() {
             Ok(vm) => return Ok(vm),
@@ -727,7 +727,11 @@ fn create_vm(kvm: &Kvm) -> Result<VmFd, KvmError> {
     }
 }
 
-fn create_vcpu(vm: &VmFd, vcpu: usize, cpuid: &kvm_bindings::CpuId) -> Result<VcpuFd, KvmError> {
+pub(super) fn create_vcpu(
+    vm: &VmFd,
+    vcpu: usize,
+    cpuid: &kvm_bindings::CpuId,
+) -> Result<VcpuFd, KvmError> {
     let error = |source| KvmError::CreateVcpu { vcpu, source };
     let fd = vm.create_vcpu(vcpu as u64).map_err(error)?;
     fd.set_cpuid2(cpuid).map_err(error)?;
@@ -735,7 +739,7 @@ fn create_vcpu(vm: &VmFd, vcpu: usize, cpuid: &kvm_bindings::CpuId) -> Result<Vc
 }
 
 /// The MSRs to save, probed with the first vCPU of this KVM.
-fn msr_set(kvm: &Kvm, fd: &VcpuFd, vcpu: usize) -> Result<MsrSet, KvmError> {
+pub(super) fn msr_set(kvm: &Kvm, fd: &VcpuFd, vcpu: usize) -> Result<MsrSet, KvmError> {
     if let Some(msrs) = kvm.msrs.get() {
         return Ok(msrs.clone());
     }

@@ -43,7 +43,7 @@ pub use fault::{FaultError, Rung, RungCounts};
 pub use machine::{Capture, KvmError, Machine, MachineStats, OnStop, Paused, Window};
 pub use memory::{GuestRam, MemoryError};
 pub use outcome::{CrashReason, Outcome, Report, RunError};
-pub use platform::{Kvm, Platform, PlatformError};
+pub use platform::{Kvm, Paging, Platform, PlatformError};
 pub use port::{PortAction, PortHandler, StopReason};
 pub use state::{Clock, StateError, VcpuState};
 pub use tables::PageTables;

@@ -3,38 +3,69 @@
 //! Everything that can be known before there is a VM is checked here, so that a machine that cannot run guests says
 //! so in a sentence with something to do in it.
 
-use std::fmt;
+use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 use std::sync::OnceLock;
+use std::{fmt, fs};
 
 use kvm_bindings::{CpuId, KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES};
 use kvm_ioctls::Cap;
 use serde::Serialize;
 use vmm_sys_util::errno;
 
+use super::machine::{KvmError, create_vcpu, create_vm, msr_set};
 use super::msr::MsrSet;
+use super::registers::vcpu_cpuid;
 
 /// Where this ran, for the head of every report.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Platform {
     /// `"pvm"`, `"vmx"`, `"svm"` or `"unknown"`.
     pub kvm: &'static str,
+    /// How a guest's memory is translated.
+    pub paging: Paging,
     /// Release of the host's kernel.
     pub kernel: String,
     /// CPUs that this process may use.
     pub cpus: usize,
 }
 
+/// How guest-physical addresses become the host's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Paging {
+    /// AMD's nested page tables.
+    Npt,
+    /// Intel's extended page tables, with accessed and dirty bits: a walk of the guest's tables counts as a write to them.
+    EptAd,
+    /// The same without these bits.
+    Ept,
+    /// By page tables that KVM makes of the guest's, in software.
+    Shadow,
+    /// The kernel does not say.
+    Unknown,
+}
+
+impl Paging {
+    /// Its name in a report.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Npt => "npt",
+            Self::EptAd => "ept-ad",
+            Self::Ept => "ept",
+            Self::Shadow => "shadow",
+            Self::Unknown => "unknown",
+        }
+    }
+}
+
 impl Platform {
     /// Looks at the machine this runs on. Works without KVM.
     pub fn detect() -> Self {
-        // kvm_pvm first: it may be loaded beside a vendor module, and then it is the one that owns /dev/kvm.
-        let kvm = [("kvm_pvm", "pvm"), ("kvm_intel", "vmx"), ("kvm_amd", "svm")]
-            .into_iter()
-            .find(|(module, _)| Path::new("/sys/module").join(module).exists())
-            .map_or("unknown", |(_, kind)| kind);
+        let (kvm, paging) = kvm_of(Path::new("/sys/module"));
         Self {
             kvm,
+            paging,
             kernel: rustix::system::uname()
                 .release()
                 .to_string_lossy()
@@ -44,10 +75,55 @@ impl Platform {
     }
 }
 
+/// The kind of KVM, and how it translates, by the kernel modules in `modules` and their parameters.
+fn kvm_of(modules: &Path) -> (&'static str, Paging) {
+    // Booleans are Y or N, and were numbers once.
+    let is_on = |parameter: &str| {
+        let text = fs::read_to_string(modules.join(parameter)).ok()?;
+        match text.trim() {
+            "Y" | "1" => Some(true),
+            "N" | "0" => Some(false),
+            _ => None,
+        }
+    };
+    let is_there = |module: &str| modules.join(module).exists();
+    // kvm_pvm first: it may be loaded beside a vendor module, and then it is the one that owns /dev/kvm.
+    if is_there("kvm_pvm") {
+        return ("pvm", Paging::Shadow);
+    }
+    if is_there("kvm_intel") {
+        let paging = match (
+            is_on("kvm_intel/parameters/ept"),
+            is_on("kvm_intel/parameters/eptad"),
+        ) {
+            (Some(true), Some(true)) => Paging::EptAd,
+            (Some(true), _) => Paging::Ept,
+            (Some(false), _) => Paging::Shadow,
+            (None, _) => Paging::Unknown,
+        };
+        return ("vmx", paging);
+    }
+    if is_there("kvm_amd") {
+        let paging = match is_on("kvm_amd/parameters/npt") {
+            Some(true) => Paging::Npt,
+            Some(false) => Paging::Shadow,
+            None => Paging::Unknown,
+        };
+        return ("svm", paging);
+    }
+    ("unknown", Paging::Unknown)
+}
+
 impl fmt::Display for Platform {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { kvm, kernel, cpus } = self;
-        write!(f, "kvm {kvm}, linux {kernel}, {cpus} cpus")
+        let Self {
+            kvm,
+            paging,
+            kernel,
+            cpus,
+        } = self;
+        let paging = paging.name();
+        write!(f, "kvm {kvm} ({paging}), linux {kernel}, {cpus} cpus")
     }
 }
 
@@ -65,6 +141,15 @@ pub enum PlatformError {
         "no permission to open /dev/kvm: add yourself to the group kvm (`sudo usermod -aG kvm $USER`) and log in again"
     )]
     Permission,
+    /// `/dev/kvm` is a file of another kind, or another device.
+    #[error(
+        "/dev/kvm is {found}, and not the device of KVM: remove it, load the kvm module again, and see that nothing else makes it \
+         (`mknod -m 660 /dev/kvm c 10 232` makes it by hand)"
+    )]
+    NotKvm {
+        /// What it is.
+        found: &'static str,
+    },
     /// Another module (VirtualBox, say) holds the CPU's virtualisation extensions, or the file cannot be opened.
     #[error("cannot open /dev/kvm")]
     Open {
@@ -123,8 +208,17 @@ pub struct Kvm {
 impl Kvm {
     /// Opens `/dev/kvm` and checks that it can do what is needed.
     pub fn open() -> Result<Self, PlatformError> {
-        let fd = kvm_ioctls::Kvm::new().map_err(open_error)?;
+        let device = Path::new("/dev/kvm");
+        let fd = kvm_ioctls::Kvm::new().map_err(|source| match something_else(device) {
+            Some(found) => PlatformError::NotKvm { found },
+            None => open_error(source),
+        })?;
         let found = fd.get_api_version();
+        // Whatever it is, it does not know the question.
+        if found < 0 {
+            let found = something_else(device).unwrap_or("another device");
+            return Err(PlatformError::NotKvm { found });
+        }
         if u32::try_from(found) != Ok(KVM_API_VERSION) {
             return Err(PlatformError::ApiVersion { found });
         }
@@ -147,9 +241,32 @@ impl Kvm {
         })
     }
 
+    /// MSRs that can't be saved or set back here: snapshots are without them. Makes a virtual machine to find out.
+    ///
+    /// # Errors
+    /// If it can't be made.
+    pub fn unsaved_msrs(&self) -> Result<Vec<u32>, KvmError> {
+        let vm = create_vm(self)?;
+        let vcpu = create_vcpu(&vm, 0, &vcpu_cpuid(&self.cpuid, 0))?;
+        Ok(msr_set(self, &vcpu, 0)?.left_out)
+    }
+
     /// Where this runs.
     pub fn platform(&self) -> &Platform {
         &self.platform
+    }
+}
+
+/// What is at `path`, if it is not a character device.
+fn something_else(path: &Path) -> Option<&'static str> {
+    let kind = fs::metadata(path).ok()?.file_type();
+    match kind {
+        _ if kind.is_char_device() => None,
+        _ if kind.is_file() => Some("a regular file"),
+        _ if kind.is_dir() => Some("a directory"),
+        _ if kind.is_fifo() => Some("a pipe"),
+        _ if kind.is_socket() => Some("a socket"),
+        _ => Some("a block device"),
     }
 }
 
@@ -181,6 +298,57 @@ mod tests {
             missing.to_string(),
             "this kernel's KVM lacks KVM_CAP_XSAVE, KVM_CAP_XCRS"
         );
+    }
+
+    #[test]
+    fn what_is_not_kvm_is_said_to_be_that() {
+        let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join("kvm");
+        fs::write(&file, "").unwrap();
+        assert_eq!(something_else(&file), Some("a regular file"));
+        assert_eq!(something_else(directory.path()), Some("a directory"));
+        assert_eq!(something_else(Path::new("/dev/null")), None);
+        assert_eq!(something_else(&directory.path().join("none")), None);
+    }
+
+    #[test]
+    fn modules_and_their_parameters_say_which_kvm_it_is() {
+        let kvm = |files: &[(&str, &str)]| {
+            let modules = tempfile::tempdir().unwrap();
+            for (path, text) in files {
+                let path = modules.path().join(path);
+                fs::create_dir_all(path.parent().unwrap()).unwrap();
+                fs::write(path, text).unwrap();
+            }
+            kvm_of(modules.path())
+        };
+        let [ept, ad] = ["kvm_intel/parameters/ept", "kvm_intel/parameters/eptad"];
+        assert_eq!(kvm(&[(ept, "Y\n"), (ad, "Y\n")]), ("vmx", Paging::EptAd));
+        assert_eq!(kvm(&[(ept, "Y\n"), (ad, "N\n")]), ("vmx", Paging::Ept));
+        assert_eq!(kvm(&[(ept, "N\n"), (ad, "N\n")]), ("vmx", Paging::Shadow));
+        let npt = "kvm_amd/parameters/npt";
+        assert_eq!(kvm(&[(npt, "Y\n")]), ("svm", Paging::Npt));
+        assert_eq!(kvm(&[(npt, "1\n")]), ("svm", Paging::Npt));
+        assert_eq!(kvm(&[(npt, "0\n")]), ("svm", Paging::Shadow));
+        assert_eq!(kvm(&[("kvm_amd/refcnt", "0")]), ("svm", Paging::Unknown));
+        assert_eq!(
+            kvm(&[("kvm_pvm/refcnt", "0"), (npt, "1")]),
+            ("pvm", Paging::Shadow)
+        );
+        assert_eq!(kvm(&[]), ("unknown", Paging::Unknown));
+    }
+
+    #[test]
+    fn a_paging_has_one_name() {
+        for paging in [
+            Paging::Npt,
+            Paging::EptAd,
+            Paging::Ept,
+            Paging::Shadow,
+            Paging::Unknown,
+        ] {
+            assert_eq!(serde_json::to_value(paging).unwrap(), paging.name());
+        }
     }
 
     #[test]

@@ -56,6 +56,11 @@ impl Cell {
     pub fn is_as_expected(&self) -> bool {
         self.outcome.verdict() == Some(self.expected)
     }
+
+    /// Whether it came to something else. What could not be played came to nothing.
+    pub fn misbehaved(&self) -> bool {
+        self.outcome.verdict().is_some() && !self.is_as_expected()
+    }
 }
 
 impl Row {
@@ -99,6 +104,26 @@ impl Row {
     }
 }
 
+impl Row {
+    /// Whether a policy did what its table does not say, or the kernel what it may not.
+    pub fn misbehaved(&self) -> bool {
+        let kernel = self.kernel.verdict().is_some() && self.kernel_agrees == Some(false);
+        kernel || self.policies.iter().any(Cell::misbehaved)
+    }
+
+    /// Why it could not be played somewhere, if it could not.
+    pub fn failure(&self) -> Option<String> {
+        let policies = self.policies.iter();
+        let policies = policies.map(|cell| (cell.policy.name(), &cell.outcome));
+        policies
+            .chain([("the kernel", &self.kernel)])
+            .find_map(|(by, outcome)| match outcome {
+                Outcome::Failed(why) => Some(format!("{} under {by}: {why}", self.id)),
+                _ => None,
+            })
+    }
+}
+
 impl Survey {
     /// Plays every scenario, each on a new stage. `tick` is told which one is next; if it says `false` the survey ends there.
     pub fn take<S: Stage>(tick: &mut dyn FnMut(&Scenario) -> bool) -> Self {
@@ -111,6 +136,16 @@ impl Survey {
                 .map(Row::of::<S>)
                 .collect(),
         }
+    }
+
+    /// Whether something in it came out as it should not.
+    pub fn misbehaved(&self) -> bool {
+        self.rows.iter().any(Row::misbehaved)
+    }
+
+    /// Why rows could not be played, one reason each.
+    pub fn failures(&self) -> impl Iterator<Item = String> {
+        self.rows.iter().filter_map(Row::failure)
     }
 
     /// Whether everything in it came out as it should.

@@ -76,6 +76,7 @@ impl Race {
             page_size: PageSize::Huge,
             // Who copies first is not to be a matter of chance.
             copy_ahead: false,
+            dump_guest_memory: false,
             track_dirty: Some(Duration::from_millis(5)),
             inject: None,
         }
@@ -114,6 +115,15 @@ impl Raced {
             let seen = |oracle: &Oracle| self.report.violations.of(*oracle) > 0;
             self.must_show.iter().all(seen)
         }
+    }
+
+    /// Whether it went otherwise although the host let it run to its end.
+    pub fn misbehaved(&self) -> bool {
+        let finished = match self.report.verdict {
+            Verdict::Ok | Verdict::Violated => true,
+            Verdict::Error | Verdict::NothingChecked => false,
+        };
+        finished && !self.is_as_expected()
     }
 }
 
@@ -159,5 +169,20 @@ mod tests {
             &[Coherence]
         ));
         assert!(!as_expected(Policy::Refcount, Verdict::Ok, &[]));
+    }
+
+    #[test]
+    fn a_race_that_could_not_be_run_is_no_misbehaviour() {
+        let misbehaved =
+            |policy, verdict, seen: &[Oracle]| raced(policy, verdict, seen).misbehaved();
+        assert!(!misbehaved(Policy::Exclusive, Verdict::Ok, &[]));
+        assert!(!misbehaved(Policy::Exclusive, Verdict::Error, &[]));
+        assert!(!misbehaved(Policy::Mapcount, Verdict::NothingChecked, &[]));
+        assert!(misbehaved(Policy::Mapcount, Verdict::Ok, &[]));
+        assert!(misbehaved(
+            Policy::Exclusive,
+            Verdict::Violated,
+            &[Oracle::Life]
+        ));
     }
 }

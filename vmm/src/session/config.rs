@@ -4,12 +4,14 @@
 //! one assumed here leaves less room, and the host's memory may be gone a moment later. Both are found, and
 //! said, when the run starts.
 
-use std::{fmt, fs, io, path::PathBuf, time::Duration};
+use std::{fmt, path::PathBuf, time::Duration};
 
 use guest::abi::{self, Layout, Pattern};
 use serde::{Deserialize, Serialize};
 
+use super::need::{NeedError, Plan};
 use crate::check::Oracle;
+use crate::host::Limits;
 use crate::policy::Policy;
 
 /// End of the guest image that [`Config::validate`] assumes: well above that of the payload.
@@ -62,6 +64,10 @@ pub struct Config {
     // As for the policy.
     #[serde(default)]
     pub copy_ahead: bool,
+    /// Whether core dumps of this process have the guest's memory in them.
+    // As for the policy.
+    #[serde(default)]
+    pub dump_guest_memory: bool,
     /// The fault to inject, if any.
     pub inject: Option<Injection>,
 }
@@ -186,6 +192,15 @@ impl Injection {
         matches!(self, Self::SharePinned | Self::RunDevices | Self::LeakPin)
     }
 
+    /// Whether a guest shows the fault only if its memory, registers and requests are known beforehand. The others show in any guest that
+    /// writes its memory.
+    const fn needs_payload(self) -> bool {
+        !matches!(
+            self,
+            Self::SkipWriteProtect | Self::ReuseShared | Self::LeakPin | Self::ForgetDirty
+        )
+    }
+
     /// Whether the fault is about dirty tracking.
     const fn needs_tracking(self) -> bool {
         matches!(self, Self::ForgetDirty)
@@ -228,36 +243,6 @@ pub fn pattern_named(name: &str) -> Option<Pattern> {
     ]
     .into_iter()
     .find(|pattern| pattern_name(*pattern) == name)
-}
-
-/// What the host can give.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct HostLimits {
-    /// Bytes of memory that can be had without swapping.
-    pub memory_available: u64,
-}
-
-impl HostLimits {
-    /// Asks this host.
-    pub fn detect() -> io::Result<Self> {
-        let meminfo = fs::read_to_string("/proc/meminfo")?;
-        let memory_available = mem_available(&meminfo).ok_or_else(|| {
-            io::Error::new(
-                io::ErrorKind::InvalidData,
-                "no MemAvailable in /proc/meminfo",
-            )
-        })?;
-        Ok(Self { memory_available })
-    }
-}
-
-/// Bytes that the `MemAvailable` line of `meminfo` gives.
-fn mem_available(meminfo: &str) -> Option<u64> {
-    let line = meminfo
-        .lines()
-        .find_map(|line| line.strip_prefix("MemAvailable:"))?;
-    let kib: u64 = line.trim().strip_suffix("kB")?.trim_end().parse().ok()?;
-    kib.checked_mul(1024)
 }
 
 /// Why a [`Config`] is refused. Each names the flag and the limit.
@@ -315,18 +300,9 @@ pub enum ConfigError {
         /// What was asked for, in bytes.
         given: u64,
     },
-    /// More memory than the host has to give.
-    #[error(
-        "--memory {}: this host has {} available",
-        Size(*given),
-        Size(available >> 20 << 20)
-    )]
-    MemoryNotAvailable {
-        /// What was asked for, in bytes.
-        given: u64,
-        /// What the host has, in bytes.
-        available: u64,
-    },
+    /// More than the host has to give.
+    #[error(transparent)]
+    Need(#[from] NeedError),
     /// No snapshot would be kept.
     #[error("--keep 0: at least 1 snapshot must be kept, or there is none to check")]
     KeepNone,
@@ -341,6 +317,14 @@ pub enum ConfigError {
     TooLong {
         /// The flag.
         flag: &'static str,
+    },
+    /// The fault to inject only shows in a guest that is known word for word.
+    #[error(
+        "--inject {fault}: only --guest payload can show this fault, no other guest's memory can be foretold"
+    )]
+    InjectionNeedsPayload {
+        /// The fault.
+        fault: Injection,
     },
     /// The fault to inject is about devices, and there are none.
     #[error("--inject {fault}: this fault needs --dma-devices 1 or more")]
@@ -380,7 +364,7 @@ pub enum ConfigError {
 
 impl Config {
     /// Refuses what makes no sense, and what `host` cannot give.
-    pub fn validate(&self, host: &HostLimits) -> Result<(), ConfigError> {
+    pub fn validate(&self, host: &Limits) -> Result<(), ConfigError> {
         if self.vcpus == 0 || self.vcpus > abi::MAX_VCPUS {
             return Err(ConfigError::Vcpus { given: self.vcpus });
         }
@@ -394,7 +378,7 @@ impl Config {
                 given: self.registered_buffers,
             });
         }
-        self.validate_memory(host)?;
+        self.validate_memory()?;
         if self.keep == 0 {
             return Err(ConfigError::KeepNone);
         }
@@ -411,7 +395,16 @@ impl Config {
             }
             RunLength::Snapshots(_) => {}
         }
+        self.validate_injection()?;
+        Plan::new(self, host)?;
+        Ok(())
+    }
+
+    fn validate_injection(&self) -> Result<(), ConfigError> {
         match self.inject {
+            Some(fault) if fault.needs_payload() && self.guest != GuestSource::Payload => {
+                Err(ConfigError::InjectionNeedsPayload { fault })
+            }
             Some(fault) if fault.needs_devices() && self.dma_devices == 0 => {
                 Err(ConfigError::InjectionNeedsDevices { fault })
             }
@@ -434,23 +427,30 @@ impl Config {
         }
     }
 
-    // Comes after the counts are known to be in range.
-    fn validate_memory(&self, host: &HostLimits) -> Result<(), ConfigError> {
-        let given = self.memory;
-        let layout_in = |memory| {
-            Layout::new(
-                memory,
-                ASSUMED_IMAGE_END,
-                self.vcpus,
-                self.dma_devices,
-                self.registered_buffers,
-            )
-        };
+    fn layout_in(&self, memory: u64) -> Option<Layout> {
+        Layout::new(
+            memory,
+            ASSUMED_IMAGE_END,
+            self.vcpus,
+            self.dma_devices,
+            self.registered_buffers,
+        )
+    }
+
+    /// The least memory that a guest of this shape has room in. Counts are in range.
+    pub(super) fn smallest_guest(&self) -> u64 {
         // Where the hammered memory begins does not depend on how much there is, so the largest guest
         // tells what the smallest one needs.
-        let minimum = layout_in(abi::MAX_MEMORY).map_or(abi::MAX_MEMORY, |layout| {
-            layout.hammer_base + self.vcpus * abi::REGION_SIZE
-        });
+        self.layout_in(abi::MAX_MEMORY)
+            .map_or(abi::MAX_MEMORY, |layout| {
+                layout.hammer_base + self.vcpus * abi::REGION_SIZE
+            })
+    }
+
+    // Comes after the counts are known to be in range.
+    fn validate_memory(&self) -> Result<(), ConfigError> {
+        let given = self.memory;
+        let minimum = self.smallest_guest();
         if given < minimum {
             return Err(ConfigError::MemoryTooSmall {
                 given,
@@ -465,13 +465,7 @@ impl Config {
         if !given.is_multiple_of(abi::PAGE_SIZE) {
             return Err(ConfigError::MemoryNotPages { given });
         }
-        if given > host.memory_available {
-            return Err(ConfigError::MemoryNotAvailable {
-                given,
-                available: host.memory_available,
-            });
-        }
-        debug_assert!(layout_in(given).is_some());
+        debug_assert!(self.layout_in(given).is_some());
         Ok(())
     }
 }
@@ -565,9 +559,9 @@ pub(crate) mod tests {
 
     use super::*;
 
-    const HOST: HostLimits = HostLimits {
-        memory_available: 2 << 30,
-    };
+    fn host() -> Limits {
+        Limits::of_host(2 << 30)
+    }
 
     /// What the command line gives when nothing is asked for.
     pub(crate) fn example() -> Config {
@@ -587,6 +581,7 @@ pub(crate) mod tests {
             policy: Policy::Exclusive,
             page_size: PageSize::Huge,
             copy_ahead: false,
+            dump_guest_memory: false,
             inject: None,
         }
     }
@@ -594,12 +589,12 @@ pub(crate) mod tests {
     fn refusal(change: impl FnOnce(&mut Config)) -> String {
         let mut config = example();
         change(&mut config);
-        config.validate(&HOST).unwrap_err().to_string()
+        config.validate(&host()).unwrap_err().to_string()
     }
 
     #[test]
     fn the_default_is_accepted() {
-        assert_eq!(example().validate(&HOST), Ok(()));
+        assert_eq!(example().validate(&host()), Ok(()));
     }
 
     #[test]
@@ -652,23 +647,25 @@ pub(crate) mod tests {
                     dma_devices,
                     ..example()
                 };
-                let Err(ConfigError::MemoryTooSmall { minimum, .. }) = config.validate(&HOST)
+                let Err(ConfigError::MemoryTooSmall { minimum, .. }) = config.validate(&host())
                 else {
                     panic!("{config:?} has no memory");
                 };
                 config.memory = minimum;
-                assert_eq!(config.validate(&HOST), Ok(()));
+                assert_eq!(config.validate(&host()), Ok(()));
                 config.memory = minimum - abi::PAGE_SIZE;
-                assert!(config.validate(&HOST).is_err());
+                assert!(config.validate(&host()).is_err());
             }
         }
     }
 
     #[test]
     fn memory_is_bounded_by_the_host() {
-        assert_eq!(
-            refusal(|c| c.memory = 4 << 30),
-            "--memory 4 GiB: this host has 2 GiB available"
+        let refused = refusal(|c| c.memory = 4 << 30);
+        assert!(
+            refused.starts_with("--memory 4 GiB: this run needs ")
+                && refused.ends_with("and this host leaves it 1843 MiB"),
+            "{refused}"
         );
     }
 
@@ -745,6 +742,30 @@ pub(crate) mod tests {
     }
 
     #[test]
+    fn a_fault_that_a_foreign_guest_cannot_show_is_refused() {
+        let foreign = GuestSource::File("a.elf".into());
+        for fault in Injection::ALL {
+            let config = Config {
+                guest: foreign.clone(),
+                inject: Some(fault),
+                track_dirty: Some(Duration::from_millis(5)),
+                ..example()
+            };
+            let refused = config.validate(&host()).err();
+            assert_eq!(
+                refused == Some(ConfigError::InjectionNeedsPayload { fault }),
+                fault.needs_payload(),
+                "{fault}: {refused:?}"
+            );
+            let payload = Config {
+                guest: GuestSource::Payload,
+                ..config
+            };
+            assert_eq!(payload.validate(&host()), Ok(()), "{fault}");
+        }
+    }
+
+    #[test]
     fn a_fault_has_one_name_everywhere() {
         assert_eq!(Injection::value_variants(), Injection::ALL);
         for fault in Injection::ALL {
@@ -791,14 +812,6 @@ pub(crate) mod tests {
         use std::{ffi::OsStr, os::unix::ffi::OsStrExt};
         let guest = GuestSource::File(OsStr::from_bytes(b"a\xff.elf").into());
         assert!(serde_json::to_string(&guest).is_ok());
-    }
-
-    #[test]
-    fn available_memory_is_read_from_meminfo() {
-        let meminfo = "MemTotal:       24576000 kB\nMemAvailable:   20480 kB\nBuffers: 1 kB\n";
-        assert_eq!(mem_available(meminfo), Some(20 << 20));
-        assert_eq!(mem_available("MemTotal: 1 kB\n"), None);
-        assert!(HostLimits::detect().unwrap().memory_available > 0);
     }
 
     #[test]

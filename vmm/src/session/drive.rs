@@ -28,8 +28,8 @@ use crate::causes::chain;
 use crate::check::{Examiner, Oracle, Violation, ViolationCounts, Worker, account};
 use crate::device::Mismatch;
 use crate::kvm::{self, KvmError, MachineStats, Outcome, Rung, StopReason};
-use crate::mm::{CowPolicy, MmStats};
-use crate::snapshot::{Fault, Snapshot, TakeError, Timing};
+use crate::mm::{CowPolicy, ForkError, MmStats};
+use crate::snapshot::{Fault, Preparation, Snapshot, TakeError, Timing};
 
 /// Between two calls of the observer.
 const TICK: Duration = Duration::from_millis(100);
@@ -55,6 +55,12 @@ pub(super) struct Drive<'a, P: CowPolicy> {
     parent: Option<Arc<Snapshot>>,
     taken: u64,
     restored: u64,
+    /// Snapshots that were to be kept, and had to make room.
+    dropped: u64,
+    /// What was not checked though it must be.
+    unchecked: Vec<String>,
+    /// Messages of the guest that could not be listened to.
+    unheard: u64,
     next_snapshot: Instant,
     next_tick: Instant,
     pauses: Histogram<u64>,
@@ -148,6 +154,9 @@ impl<'a, P: CowPolicy> Drive<'a, P> {
             parent: None,
             taken: 0,
             restored: 0,
+            dropped: 0,
+            unchecked: Vec::new(),
+            unheard: 0,
             next_snapshot: now + config.snapshot_every,
             next_tick: now + TICK,
             pauses: nanoseconds(),
@@ -240,6 +249,7 @@ impl<'a, P: CowPolicy> Drive<'a, P> {
                 && is_wanted
                 && !self.restore_is_due
                 && self.worker.backlog() <= MOST_BACKLOG
+                && self.has_room()
             {
                 // The next one is due a whole interval from now: a late one is not made up for by a burst.
                 self.next_snapshot = now + self.config.snapshot_every;
@@ -294,16 +304,26 @@ impl<'a, P: CowPolicy> Drive<'a, P> {
             Some(Injection::LateRegisters) => Fault::LateRegisters(&run_on),
             _ => Fault::None,
         };
+        let preparation = match self.room() {
+            2.. => Preparation::Early,
+            _ => Preparation::None,
+        };
         let number = self.taken + 1;
         let parent = self.parent.as_ref().map(|p| p.number());
         let (space, tracker) = (self.vm.ram.space(), &mut self.tracker);
         let mut tracked = Ok(());
-        let taken = self.vm.parts().take_with(number, parent, fault, || {
+        let parts = self.vm.parts();
+        let taken = parts.take_with(number, parent, preparation, fault, || {
             tracked = tracker.as_mut().map_or(Ok(()), |t| t.round(space));
         });
         let (snapshot, timing) = match taken {
             Ok(taken) => taken,
             Err(TakeError::Vcpus(error)) => return Err(self.why_vcpus_ended(error)),
+            // The VM is as it was. Sooner or later there is none left to drop.
+            Err(TakeError::Memory(ForkError::EagerCopy { .. })) if !self.kept.is_empty() => {
+                self.drop_oldest();
+                return Ok(());
+            }
             Err(error) => return Err(End::error(&error)),
         };
         if let (true, Some(fault)) = (waited_in_vain.get(), self.config.inject) {
@@ -347,6 +367,43 @@ impl<'a, P: CowPolicy> Drive<'a, P> {
         let pause = timing.pause();
         self.pauses.saturating_record(pause.as_nanos() as u64);
         self.last_pause = Some(pause);
+    }
+
+    /// How often all of the guest's memory could be copied with what frames there are left.
+    fn room(&self) -> u64 {
+        let usage = self.vm.books.pool.usage();
+        usage.limit.saturating_sub(usage.in_use) / self.vm.ram.space().pages()
+    }
+
+    /// Whether a snapshot may be taken: afterwards the guest may write all of its memory, and each page of it is copied once. If there is
+    /// no room for that, and nothing on its way out that will make room, the oldest snapshot has to go.
+    fn has_room(&mut self) -> bool {
+        if self.room() > 0 {
+            return true;
+        }
+        if self.worker.backlog() > 0 {
+            return false;
+        }
+        if !self.kept.is_empty() {
+            self.drop_oldest();
+            return false;
+        }
+        // These two hold the last one for what can be compared with it.
+        self.parent = None;
+        self.tracker.iter_mut().for_each(Tracker::forget);
+        true
+    }
+
+    fn drop_oldest(&mut self) {
+        self.retire_oldest();
+        self.dropped += 1;
+        if self.dropped == 1 {
+            let limit = self.vm.books.pool.usage().limit * PAGE_SIZE;
+            self.observer.note(&format!(
+                "snapshots go early to make room: this run may take {} MiB",
+                limit >> 20
+            ));
+        }
     }
 
     fn retire_oldest(&mut self) {
@@ -538,6 +595,7 @@ impl<'a, P: CowPolicy> Drive<'a, P> {
         self.stall.look(&self.vm.ram);
         self.collect_mismatches();
         let lost = self.inbox.take_lost();
+        self.unheard += lost as u64;
         if lost > 0 {
             self.observer.note(&format!(
                 "the guest says more than can be listened to: {lost} messages lost"
@@ -626,6 +684,12 @@ impl<'a, P: CowPolicy> Drive<'a, P> {
             end = late;
         }
         let checks = self.worker.progress();
+        if checks.checked == 0 {
+            self.unchecked.push(
+                "no snapshot was taken: run for longer (--duration), or take them more often (--snapshot-every)"
+                    .to_owned(),
+            );
+        }
         // What vCPUs said last.
         while let Some(event) = self.inbox.wait(Duration::ZERO) {
             if !matches!(event, Event::Ended(..)) {
@@ -640,6 +704,9 @@ impl<'a, P: CowPolicy> Drive<'a, P> {
             mut violations,
             taken,
             restored,
+            dropped,
+            unchecked,
+            unheard,
             pauses,
             stall,
             ..
@@ -657,8 +724,9 @@ impl<'a, P: CowPolicy> Drive<'a, P> {
             platform: platform.into(),
             config: config.clone(),
             policy: policy.to_owned(),
-            verdict: Verdict::of(&violations, end.error.as_deref()),
+            verdict: Verdict::of(&violations, end.error.as_deref(), &unchecked),
             error: end.error,
+            unchecked,
             ended_by: end.by,
             duration_s: duration.as_secs_f64(),
             guest: GuestCounts::over(ops, duration),
@@ -667,6 +735,7 @@ impl<'a, P: CowPolicy> Drive<'a, P> {
                 taken,
                 checked: checks.checked,
                 restored,
+                dropped,
             },
             pause_us: Quantiles::of(&pauses),
             faults,
@@ -685,6 +754,7 @@ impl<'a, P: CowPolicy> Drive<'a, P> {
                 vmas_peak: books.budget.peak(),
                 vmas_limit: books.budget.limit(),
             },
+            lines_lost: unheard,
         }
     }
 }

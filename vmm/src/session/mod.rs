@@ -6,6 +6,7 @@
 //! | file | concept |
 //! |---|---|
 //! | [`config`] | what a run is asked to do |
+//! | [`need`] | what a run needs of the host's memory, and what it may take |
 //! | [`compare`] | the same race under every policy |
 //! | [`report`] | what it found |
 //! | [`progress`] | how it is watched |
@@ -21,6 +22,7 @@ pub mod compare;
 pub mod config;
 mod drive;
 mod life;
+pub mod need;
 mod occasion;
 mod ports;
 pub mod progress;
@@ -31,11 +33,13 @@ mod vm;
 
 use std::sync::atomic::AtomicBool;
 
-use self::config::{Config, HostLimits, Injection};
+use self::config::{Config, Injection};
+use self::need::{NeedError, Plan};
 use self::progress::Observer;
 use self::report::Report;
 pub use self::vm::BuildError;
 use crate::check::inject::{Faulty, PolicyFault};
+use crate::host::Limits;
 use crate::kvm::{Kvm, KvmError, PlatformError};
 use crate::mm::CowPolicy;
 use crate::policy::UnderPolicy;
@@ -48,7 +52,10 @@ pub enum RunError {
     Platform(#[from] PlatformError),
     /// How much memory there is could not be found out.
     #[error("cannot tell how much memory this host has")]
-    HostLimits(#[source] std::io::Error),
+    Limits(#[source] std::io::Error),
+    /// There is not enough memory.
+    #[error(transparent)]
+    Need(#[from] NeedError),
     /// The VM could not be put together.
     #[error(transparent)]
     Build(#[from] BuildError),
@@ -96,11 +103,10 @@ impl UnderPolicy for Run<'_> {
 
     fn under<P: CowPolicy>(self, make: fn() -> P) -> Self::Output {
         let kvm = Kvm::open()?;
-        let available = HostLimits::detect()
-            .map_err(RunError::HostLimits)?
-            .memory_available;
+        let limits = Limits::detect().map_err(RunError::Limits)?;
+        let plan = Plan::new(self.config, &limits)?;
         let (events, inbox) = ports::events();
-        let vm = vm::Vm::build(&kvm, self.config, self.image, make(), available, events)?;
+        let vm = vm::Vm::build(&kvm, self.config, self.image, make(), plan, events)?;
         drive::Drive::start(vm, self.config, inbox, self.stop, self.observer)?
             .run(P::NAME, kvm.platform())
     }

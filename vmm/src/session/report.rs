@@ -3,13 +3,7 @@
 //! [`Report`] is also the format of `--report`: field names are the JSON's, and a field is never renamed or
 //! removed, only added. Times in it name their unit.
 
-use std::{
-    fs,
-    io::{self, Write},
-    os::unix::fs::PermissionsExt,
-    path::{Path, PathBuf},
-    time::Duration,
-};
+use std::time::Duration;
 
 use hdrhistogram::Histogram;
 use serde::{Deserialize, Serialize};
@@ -28,15 +22,25 @@ pub enum Verdict {
     Violated,
     /// The run could not finish.
     Error,
+    /// There was nothing that an oracle could have seen a violation in, or not enough.
+    #[serde(rename = "nothing-checked")]
+    NothingChecked,
 }
 
 impl Verdict {
-    /// The verdict on a run. A violation outweighs an error: memory gone wrong is what makes a guest crash.
-    pub const fn of(violations: &ViolationCounts, error: Option<&str>) -> Self {
+    /// The verdict on a run. A violation outweighs an error: memory gone wrong is what makes a guest crash. `unchecked` says what was not
+    /// looked at though it must be.
+    pub const fn of(
+        violations: &ViolationCounts,
+        error: Option<&str>,
+        unchecked: &[String],
+    ) -> Self {
         if violations.total() > 0 {
             Self::Violated
         } else if error.is_some() {
             Self::Error
+        } else if !unchecked.is_empty() {
+            Self::NothingChecked
         } else {
             Self::Ok
         }
@@ -48,6 +52,7 @@ impl Verdict {
             Self::Ok => "ok",
             Self::Violated => "violated",
             Self::Error => "error",
+            Self::NothingChecked => "nothing-checked",
         }
     }
 }
@@ -80,16 +85,25 @@ pub enum EndedBy {
 pub struct Platform {
     /// The kind of KVM: `pvm`, `vmx`, `svm`, or `unknown`.
     pub kvm: String,
+    /// How it translates a guest's addresses: `npt`, `ept-ad` (with accessed and dirty bits), `ept`, `shadow`, or `unknown`.
+    // Reports of before it was asked for have none.
+    #[serde(default = "unknown")]
+    pub paging: String,
     /// Release of the host kernel.
     pub kernel: String,
     /// Host CPUs this process may run on.
     pub cpus: u64,
 }
 
+fn unknown() -> String {
+    kvm::Paging::Unknown.name().to_owned()
+}
+
 impl From<&kvm::Platform> for Platform {
     fn from(platform: &kvm::Platform) -> Self {
         Self {
             kvm: platform.kvm.to_owned(),
+            paging: platform.paging.name().to_owned(),
             kernel: platform.kernel.clone(),
             cpus: platform.cpus as u64,
         }
@@ -161,6 +175,9 @@ pub struct SnapshotCounts {
     pub checked: u64,
     /// Restored.
     pub restored: u64,
+    /// No longer kept though they should have been: the guest needed the memory.
+    #[serde(default)]
+    pub dropped: u64,
 }
 
 /// Page faults, by how they were resolved.
@@ -284,6 +301,9 @@ pub struct Report {
     pub verdict: Verdict,
     /// Why the run could not finish. The first line is a sentence; more may follow, such as a crashed guest's registers.
     pub error: Option<String>,
+    /// What was not checked though it must be, and what to do about it. A run without violations is not ok then.
+    #[serde(default)]
+    pub unchecked: Vec<String>,
     /// What ended the run.
     pub ended_by: EndedBy,
     /// How long the guest ran.
@@ -311,132 +331,9 @@ pub struct Report {
     pub violations: ViolationCounts,
     /// What it cost the host.
     pub memory: MemoryPeaks,
-}
-
-/// Where a [`Report`] goes, found to be writable before the run.
-#[derive(Clone, Debug)]
-pub struct ReportFile {
-    path: PathBuf,
-    kind: FileKind,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum FileKind {
-    /// Is, or will be, a plain file: replaced in one step.
-    Plain,
-    /// A terminal, a pipe, `/dev/null`: must be written to, never replaced.
-    Stream,
-}
-
-/// Why a report file cannot be written.
-#[derive(Debug, thiserror::Error)]
-pub enum ReportFileError {
-    /// The path is that of a directory.
-    #[error("--report {}: is a directory", path.display())]
-    Directory {
-        /// The path.
-        path: PathBuf,
-    },
-    /// The path's directory does not exist.
-    #[error("--report {}: there is no directory {}", path.display(), directory.display())]
-    NoDirectory {
-        /// The path.
-        path: PathBuf,
-        /// Its directory.
-        directory: PathBuf,
-    },
-    /// The file, or its directory, does not let itself be written.
-    #[error("--report {}: cannot write", path.display())]
-    Write {
-        /// The path.
-        path: PathBuf,
-        /// Why.
-        #[source]
-        source: io::Error,
-    },
-}
-
-impl ReportFile {
-    /// Checks that a report can be written to `path`. Leaves nothing behind, and an existing file as it is.
-    pub fn prepare(path: &Path) -> Result<Self, ReportFileError> {
-        // Through a symbolic link it is the file that is replaced, not the link.
-        let path = path.canonicalize().unwrap_or_else(|_| path.to_owned());
-        let kind = match fs::metadata(&path) {
-            Ok(meta) if meta.is_dir() => return Err(ReportFileError::Directory { path }),
-            Ok(meta) if !meta.is_file() => FileKind::Stream,
-            _ => FileKind::Plain,
-        };
-        let file = Self { path, kind };
-        if !file.directory().is_dir() {
-            return Err(ReportFileError::NoDirectory {
-                directory: file.directory().to_owned(),
-                path: file.path,
-            });
-        }
-        let tried = match kind {
-            FileKind::Plain => file.temporary().map(drop),
-            FileKind::Stream => fs::OpenOptions::new()
-                .write(true)
-                .open(&file.path)
-                .map(drop),
-        };
-        tried.map_err(|source| file.error(source))?;
-        Ok(file)
-    }
-
-    /// Writes `report`. Whoever reads the path at any moment sees the old file or the whole new one.
-    pub fn write(&self, report: &Report) -> Result<(), ReportFileError> {
-        self.try_write(report).map_err(|source| self.error(source))
-    }
-
-    /// Where the report goes.
-    pub fn path(&self) -> &Path {
-        &self.path
-    }
-
-    fn try_write(&self, report: &Report) -> io::Result<()> {
-        let mut json = serde_json::to_vec_pretty(report)?;
-        json.push(b'\n');
-        match self.kind {
-            FileKind::Plain => {
-                let mut temporary = self.temporary()?;
-                temporary.write_all(&json)?;
-                temporary.as_file().sync_all()?;
-                temporary.persist(&self.path).map_err(|e| e.error)?;
-                Ok(())
-            }
-            FileKind::Stream => fs::OpenOptions::new()
-                .write(true)
-                .open(&self.path)?
-                .write_all(&json),
-        }
-    }
-
-    /// A new file beside the path: on the same file system, so that it can be renamed over it.
-    fn temporary(&self) -> io::Result<tempfile::NamedTempFile> {
-        tempfile::Builder::new()
-            .prefix(".report-")
-            .suffix(".tmp")
-            // What any new file gets; the umask takes its part. Temporary files are private otherwise.
-            .permissions(fs::Permissions::from_mode(0o666))
-            .tempfile_in(self.directory())
-            // The error names a file that nobody asked for.
-            .map_err(|error| error.kind().into())
-    }
-
-    fn directory(&self) -> &Path {
-        match self.path.parent() {
-            Some(parent) if !parent.as_os_str().is_empty() => parent,
-            _ => Path::new("."),
-        }
-    }
-
-    fn error(&self, source: io::Error) -> ReportFileError {
-        ReportFileError::Write {
-            path: self.path.clone(),
-            source,
-        }
-    }
+    /// Lines that nobody read in time, of the guest's and of ours.
+    #[serde(default)]
+    pub lines_lost: u64,
 }
 
 #[cfg(test)]
@@ -453,6 +350,7 @@ pub(crate) mod tests {
             version: "0.1.0".to_owned(),
             platform: Platform {
                 kvm: "pvm".to_owned(),
+                paging: "shadow".to_owned(),
                 kernel: "6.18.0".to_owned(),
                 cpus: 2,
             },
@@ -460,6 +358,7 @@ pub(crate) mod tests {
             policy: "exclusive".to_owned(),
             verdict: Verdict::Ok,
             error: None,
+            unchecked: Vec::new(),
             ended_by: EndedBy::Duration,
             duration_s: 60.012,
             guest: GuestCounts {
@@ -475,6 +374,7 @@ pub(crate) mod tests {
                 taken: 2_941,
                 checked: 2_941,
                 restored: 294,
+                dropped: 0,
             },
             pause_us: Quantiles {
                 p50: Some(812.3),
@@ -514,6 +414,7 @@ pub(crate) mod tests {
                 vmas_peak: 31_004,
                 vmas_limit: 65_530,
             },
+            lines_lost: 0,
         }
     }
 
@@ -536,6 +437,7 @@ pub(crate) mod tests {
                 &[
                     "copy_ahead",
                     "dma_devices",
+                    "dump_guest_memory",
                     "guest",
                     "inject",
                     "keep",
@@ -579,16 +481,18 @@ pub(crate) mod tests {
                 ],
             ),
             ("guest", &["ops", "ops_per_s"]),
+            ("lines_lost", &[]),
             (
                 "memory",
                 &["bytes_peak", "frames_peak", "vmas_limit", "vmas_peak"],
             ),
             ("pause_us", &["max", "p50", "p99"]),
             ("pins", &["fast", "registered", "slow"]),
-            ("platform", &["cpus", "kernel", "kvm"]),
+            ("platform", &["cpus", "kernel", "kvm", "paging"]),
             ("policy", &[]),
-            ("snapshots", &["checked", "restored", "taken"]),
+            ("snapshots", &["checked", "dropped", "restored", "taken"]),
             ("stall_us", &["max", "p50", "p99"]),
+            ("unchecked", &[]),
             ("verdict", &[]),
             ("version", &[]),
             (
@@ -640,7 +544,12 @@ pub(crate) mod tests {
 
     #[test]
     fn names_match_the_json() {
-        for verdict in [Verdict::Ok, Verdict::Violated, Verdict::Error] {
+        for verdict in [
+            Verdict::Ok,
+            Verdict::Violated,
+            Verdict::Error,
+            Verdict::NothingChecked,
+        ] {
             assert_eq!(serde_json::to_value(verdict).unwrap(), verdict.name());
         }
         for oracle in Oracle::ALL {
@@ -661,10 +570,23 @@ pub(crate) mod tests {
         let clean = ViolationCounts::default();
         let mut seen = clean;
         seen.add(Oracle::Life);
-        assert_eq!(Verdict::of(&clean, None), Verdict::Ok);
-        assert_eq!(Verdict::of(&clean, Some("crash")), Verdict::Error);
-        assert_eq!(Verdict::of(&seen, None), Verdict::Violated);
-        assert_eq!(Verdict::of(&seen, Some("crash")), Verdict::Violated);
+        let unchecked = ["no snapshot was taken".to_owned()];
+        assert_eq!(Verdict::of(&clean, None, &[]), Verdict::Ok);
+        assert_eq!(Verdict::of(&clean, Some("crash"), &[]), Verdict::Error);
+        assert_eq!(Verdict::of(&seen, None, &[]), Verdict::Violated);
+        assert_eq!(
+            Verdict::of(&seen, Some("crash"), &unchecked),
+            Verdict::Violated
+        );
+        // What was not checked is news only if all else went well.
+        assert_eq!(
+            Verdict::of(&clean, Some("crash"), &unchecked),
+            Verdict::Error
+        );
+        assert_eq!(
+            Verdict::of(&clean, None, &unchecked),
+            Verdict::NothingChecked
+        );
     }
 
     #[test]
@@ -713,59 +635,5 @@ pub(crate) mod tests {
              \x20 last writer  vCPU 1, operation 99\n\
              \x20 frame        pfn 7, shared"
         );
-    }
-
-    #[test]
-    fn a_report_file_is_replaced_whole() {
-        let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("report.json");
-        fs::write(&path, "old").unwrap();
-        let file = ReportFile::prepare(&path).unwrap();
-        assert_eq!(fs::read_to_string(&path).unwrap(), "old");
-        file.write(&example()).unwrap();
-        let written: Report = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
-        assert_eq!(written, example());
-        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 1);
-        let mode = fs::metadata(&path).unwrap().permissions().mode();
-        assert_eq!(mode & 0o600, 0o600);
-        assert_eq!(mode & 0o111, 0);
-    }
-
-    #[test]
-    fn a_link_to_a_report_file_stays_a_link() {
-        let directory = tempfile::tempdir().unwrap();
-        let (path, link) = (directory.path().join("a"), directory.path().join("b"));
-        fs::write(&path, "old").unwrap();
-        std::os::unix::fs::symlink(&path, &link).unwrap();
-        ReportFile::prepare(&link)
-            .unwrap()
-            .write(&example())
-            .unwrap();
-        assert!(fs::symlink_metadata(&link).unwrap().is_symlink());
-        assert_ne!(fs::read_to_string(&path).unwrap(), "old");
-    }
-
-    #[test]
-    fn a_device_is_written_to_and_not_replaced() {
-        let file = ReportFile::prepare(Path::new("/dev/null")).unwrap();
-        assert_eq!(file.kind, FileKind::Stream);
-        file.write(&example()).unwrap();
-        assert!(!fs::metadata("/dev/null").unwrap().is_file());
-    }
-
-    #[test]
-    fn a_place_that_cannot_be_written_is_found_at_once() {
-        let directory = tempfile::tempdir().unwrap();
-        let error = ReportFile::prepare(directory.path()).unwrap_err();
-        assert!(matches!(error, ReportFileError::Directory { .. }));
-        let error = ReportFile::prepare(&directory.path().join("no/such/file")).unwrap_err();
-        assert!(error.to_string().ends_with("/no/such"), "{error}");
-        let error = ReportFile::prepare(Path::new("/proc/report.json")).unwrap_err();
-        assert_eq!(
-            error.to_string(),
-            "--report /proc/report.json: cannot write"
-        );
-        let cause = std::error::Error::source(&error).unwrap().to_string();
-        assert!(!cause.contains(".report-"), "{cause}");
     }
 }

@@ -73,6 +73,11 @@ impl Tracker {
         Some(Tracked { since, told })
     }
 
+    /// Lets go of the snapshot that it holds. What is told until the next one is not checked.
+    pub(super) fn forget(&mut self) {
+        self.last = None;
+    }
+
     pub(super) fn counts(&self) -> DirtyCounts {
         self.counts
     }

@@ -10,10 +10,11 @@ use std::time::Duration;
 use guest::abi::{BOOT_MAGIC, BootInfo, Layout, PAGE_SIZE, PORT_DOORBELL_EVENT};
 
 use super::config::{Config, Injection, PageSize, Size};
+use super::need::Plan;
 use super::ports::{Event, Events, Ports};
 use crate::check::inject::LeakyMmu;
 use crate::device::{self, DeviceSet};
-use crate::host::{Ahead, MappingBudget, PhysMap, Ram, Window};
+use crate::host::{Ahead, Dumps, MappingBudget, PhysMap, Ram, Window};
 use crate::kvm::{
     self, BootError, GuestRam, Image, Kvm, KvmError, Machine, MemoryError, write_boot_info,
     write_page_tables,
@@ -27,8 +28,16 @@ use crate::snapshot::Parts;
 #[derive(Debug, thiserror::Error)]
 pub enum BuildError {
     /// The guest program is no good.
-    #[error("cannot load the guest program")]
-    Image(#[from] BootError),
+    #[error("--guest {guest}: cannot load it")]
+    Image {
+        /// Which.
+        guest: String,
+        /// Why.
+        source: BootError,
+    },
+    /// What the guest finds in its memory at first could not be written.
+    #[error("cannot write the guest's first memory")]
+    Boot(#[from] BootError),
     /// Memory is too small for program, vCPUs and devices.
     #[error(
         "--memory {} is too small: the guest program ends at {image_end:#x}, and {vcpus} vcpus and {devices} devices must fit above it",
@@ -89,16 +98,20 @@ pub(super) struct Books {
 }
 
 impl<P: CowPolicy> Vm<P> {
-    /// Puts a VM together, with its program loaded; it does not run yet. `memory_available` is what the host can give, in bytes.
+    /// Puts a VM together, with its program loaded; it does not run yet. It takes no more memory than `plan` says.
     pub(super) fn build(
         kvm: &Kvm,
         config: &Config,
         image: Vec<u8>,
         policy: P,
-        memory_available: u64,
+        plan: Plan,
         events: Events,
     ) -> Result<Self, BuildError> {
-        let image = Image::parse(image)?;
+        let no_good = |source| BuildError::Image {
+            guest: config.guest.to_string(),
+            source,
+        };
+        let image = Image::parse(image).map_err(no_good)?;
         let layout = Layout::new(
             config.memory,
             image.end(),
@@ -114,9 +127,7 @@ impl<P: CowPolicy> Vm<P> {
         })?;
 
         let pages = config.memory / PAGE_SIZE;
-        let limit = frame_limit(config, memory_available);
-        // The guest's home is reserved whole, and has memory only where it was touched.
-        let frames = (pages + limit).next_multiple_of(512) + 1024;
+        let frames = plan.physmap;
         let bytes = frames * PAGE_SIZE;
         let reserve = |what, bytes| {
             move |source| BuildError::Reserve {
@@ -125,9 +136,14 @@ impl<P: CowPolicy> Vm<P> {
                 source,
             }
         };
-        let physmap = PhysMap::new(frames).map_err(reserve("frames", bytes))?;
+        let dumps = if config.dump_guest_memory {
+            Dumps::WithGuest
+        } else {
+            Dumps::WithoutGuest
+        };
+        let physmap = PhysMap::with_dumps(frames, dumps).map_err(reserve("frames", bytes))?;
         let budget = Arc::new(MappingBudget::of_this_process());
-        let pool = FramePool::new(Arc::clone(&physmap) as _, frames, limit)?;
+        let pool = FramePool::new(Arc::clone(&physmap) as _, frames, plan.frames)?;
         let window = Window::new(Arc::clone(&physmap), Arc::clone(&budget), pages)
             .map_err(reserve("the guest's window", config.memory))?;
         let host = NonNull::new(std::ptr::with_exposed_provenance_mut(
@@ -152,7 +168,7 @@ impl<P: CowPolicy> Vm<P> {
         }
         let ram = Ram::new(Arc::new(space), Arc::clone(&physmap));
 
-        image.load(&ram)?;
+        image.load(&ram).map_err(no_good)?;
         write_page_tables(&ram, config.memory)?;
         write_boot_info(
             &ram,
@@ -222,13 +238,6 @@ impl<P: CowPolicy> Vm<P> {
             ahead: self.ahead.as_ref(),
         }
     }
-}
-
-/// The most frames that may have memory: what the guest and its snapshots could need, within what the host has.
-fn frame_limit(config: &Config, available: u64) -> u64 {
-    let copies = config.keep as u64 + 4;
-    let wanted = config.memory.saturating_mul(copies) + (64 << 20);
-    wanted.min(available / 10 * 9).max(config.memory) / PAGE_SIZE
 }
 
 impl<P: CowPolicy> GuestRam for Ram<P> {

@@ -97,6 +97,17 @@ pub enum Fault<'a> {
     LateRegisters(&'a dyn Fn()),
 }
 
+/// What is done before a snapshot's pause.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum Preparation {
+    /// Most of memory is forked while the guest runs, so that the pause is short. A page that the guest writes meanwhile is copied once more than
+    /// without.
+    #[default]
+    Early,
+    /// Nothing: for who has no memory for that.
+    None,
+}
+
 /// When things happened.
 #[derive(Clone, Copy, Debug)]
 pub struct Timing {
@@ -166,7 +177,7 @@ impl<P: CowPolicy> Parts<'_, P> {
         parent: Option<u64>,
         fault: Fault<'_>,
     ) -> Result<(Snapshot, Timing), TakeError> {
-        self.take_with(number, parent, fault, || ())
+        self.take_with(number, parent, Preparation::Early, fault, || ())
     }
 
     /// [`Parts::take`], with something else to be done at the same instant: `after_memory` is called when memory
@@ -178,6 +189,7 @@ impl<P: CowPolicy> Parts<'_, P> {
         &self,
         number: u64,
         parent: Option<u64>,
+        preparation: Preparation,
         fault: Fault<'_>,
         after_memory: impl FnOnce(),
     ) -> Result<(Snapshot, Timing), TakeError> {
@@ -195,7 +207,9 @@ impl<P: CowPolicy> Parts<'_, P> {
             _ => None,
         };
         let _ahead = Resting::of(self.ahead);
-        self.space.prepare_fork();
+        if preparation == Preparation::Early {
+            self.space.prepare_fork();
+        }
         let paused = self.machine.pause(capture)?;
         let kicked = paused.kicked();
         let stopped = at_large

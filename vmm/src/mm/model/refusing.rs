@@ -336,5 +336,8 @@ fn random_operations_under_refusals() {
             panic!("{shape:?}: {error}");
         }
     }
-    assert!(broken.get() > 0 || cases < 1000, "no space was ever broken");
+    assert!(
+        broken.get() > 0 || cases(5_000) < 500,
+        "no space was ever broken"
+    );
 }

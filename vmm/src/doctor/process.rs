@@ -1,0 +1,217 @@
+//! CPUs, mappings, threads, files and signals: what limits this process apart from memory.
+
+use std::sync::mpsc;
+use std::{fs, io, thread};
+
+use guest::abi::PAGE_SIZE;
+use rustix::process::{Resource, getrlimit};
+
+use super::Finding;
+use crate::host::MappingBudget;
+use crate::kvm::Platform;
+use crate::session::config::{Config, Size};
+
+/// Threads of a run besides those of vCPUs and devices.
+const OTHER_THREADS: u64 = 4;
+/// Files of a run besides those of vCPUs and devices: standard streams, KVM, the VM, the physmap, a report, and what libraries open.
+const OTHER_FILES: u64 = 16;
+/// Files of a vCPU, or of a device.
+const FILES_EACH: u64 = 3;
+/// Mappings that windows may use where `vm.max_map_count` is what Linux makes it.
+const USUAL_MAPPINGS: u64 = 60_000;
+/// The least that a small guest gets along with.
+const FEW_MAPPINGS: u64 = 1_000;
+/// Signals that may wait at once: each kick of a vCPU is one until it arrives.
+const FEW_SIGNALS: u64 = 64;
+
+pub(super) fn cpus(platform: &Platform, config: &Config) -> Finding {
+    let found = format!(
+        "{} for {} vCPUs, devices and the checker",
+        platform.cpus, config.vcpus
+    );
+    if platform.cpus as u64 >= config.vcpus.min(2) && platform.cpus > 1 {
+        Finding::ok("cpus", found)
+    } else {
+        Finding::worse(
+            "cpus",
+            found,
+            "they take turns: pauses are longer, and fewer snapshots are checked in a second; `--vcpus 1` helps",
+        )
+    }
+}
+
+pub(super) fn examine(config: &Config) -> Vec<Finding> {
+    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let threads = config.vcpus + config.dma_devices + OTHER_THREADS;
+    let files = OTHER_FILES + FILES_EACH * (config.vcpus + config.dma_devices);
+    vec![
+        mappings(&MappingBudget::of_this_process()),
+        self::threads(threads, start_threads(threads)),
+        self::files(files, getrlimit(Resource::Nofile).current),
+        signals(&status),
+    ]
+}
+
+fn mappings(budget: &MappingBudget) -> Finding {
+    let limit = budget.limit();
+    let found = format!(
+        "{limit} within vm.max_map_count, enough for {} of guest memory however it is written; snapshots take none",
+        Size((limit * PAGE_SIZE) >> 20 << 20)
+    );
+    let advice = "beyond that pages are copied together to save mappings: `sysctl -w vm.max_map_count=262144` has room for 1 GiB";
+    match limit {
+        0..FEW_MAPPINGS => Finding::no("mappings", found, advice),
+        FEW_MAPPINGS..USUAL_MAPPINGS => Finding::worse("mappings", found, advice),
+        _ => Finding::ok("mappings", found),
+    }
+}
+
+/// Starts `count` threads that are there at once, and ends them.
+fn start_threads(count: u64) -> io::Result<()> {
+    let mut started = Vec::new();
+    for _ in 0..count {
+        // Each ends when its sender is gone.
+        let (end, wait) = mpsc::channel::<()>();
+        let thread = thread::Builder::new().spawn(move || wait.recv().is_ok())?;
+        started.push((end, thread));
+    }
+    for (end, thread) in started {
+        drop(end);
+        // It does nothing that panics.
+        let _ = thread.join();
+    }
+    Ok(())
+}
+
+fn threads(count: u64, started: io::Result<()>) -> Finding {
+    match started {
+        Ok(()) => Finding::ok(
+            "threads",
+            format!("{count} could be started, as many as a run has"),
+        ),
+        Err(error) => Finding::no(
+            "threads",
+            format!("cannot start the {count} that a run has: {error}"),
+            "raise `ulimit -u`, or pids.max of the control group",
+        ),
+    }
+}
+
+fn files(needed: u64, limit: Option<u64>) -> Finding {
+    match limit {
+        Some(limit) if limit < needed => Finding::no(
+            "files",
+            format!("{limit} may be open, and a run has up to {needed}"),
+            format!(
+                "raise it: `ulimit -n {}`",
+                needed.next_power_of_two().max(1024)
+            ),
+        ),
+        Some(limit) => Finding::ok(
+            "files",
+            format!("{limit} may be open, and a run has up to {needed}"),
+        ),
+        None => Finding::ok("files", "any number may be open"),
+    }
+}
+
+/// What `/proc/self/status` says of signals.
+fn signals(status: &str) -> Finding {
+    let field = |name| {
+        status
+            .lines()
+            .find_map(|line| line.strip_prefix(name))
+            .map(str::trim)
+    };
+    // SigQ: queued/limit, of all processes of the user.
+    let queue = field("SigQ:").and_then(|text| {
+        let (queued, limit) = text.split_once('/')?;
+        Some((queued.parse::<u64>().ok()?, limit.parse::<u64>().ok()?))
+    });
+    if let Some((queued, limit)) = queue
+        && limit.saturating_sub(queued) < FEW_SIGNALS
+    {
+        return Finding::worse(
+            "signals",
+            format!(
+                "{queued} of {limit} are queued for this user, and vCPUs are stopped by signals"
+            ),
+            format!(
+                "raise it: `ulimit -i {}`; see who queues so many",
+                limit.max(1024) * 2
+            ),
+        );
+    }
+    let ignored = field("SigIgn:").and_then(|mask| u64::from_str_radix(mask, 16).ok());
+    let is_ignored =
+        |signal: &(i32, &str)| ignored.is_some_and(|mask| mask >> (signal.0 - 1) & 1 == 1);
+    let ignored: Vec<&str> = [
+        (libc::SIGINT, "SIGINT (Ctrl-C)"),
+        (libc::SIGTERM, "SIGTERM"),
+        (libc::SIGHUP, "SIGHUP"),
+    ]
+    .iter()
+    .filter(|signal| is_ignored(signal))
+    .map(|signal| signal.1)
+    .collect();
+    match ignored[..] {
+        [] => Finding::ok(
+            "signals",
+            "SIGINT, SIGTERM and SIGHUP end a run with its report",
+        ),
+        // As `nohup` does it, so it is meant.
+        _ => Finding::ok(
+            "signals",
+            format!(
+                "ignored, as whoever started this asked for: {}",
+                ignored.join(", ")
+            ),
+        ),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Grade;
+    use super::*;
+
+    #[test]
+    fn few_mappings_are_worse_and_hardly_any_are_no() {
+        let graded = |limit| mappings(&MappingBudget::with_limit(limit));
+        let usual = graded(63_530);
+        assert_eq!(usual.grade, Grade::Ok);
+        assert!(usual.found.contains("248 MiB"), "{usual:?}");
+        assert_eq!(graded(6_000).grade, Grade::Worse);
+        assert_eq!(graded(500).grade, Grade::No);
+    }
+
+    #[test]
+    fn threads_are_really_started() {
+        start_threads(6).unwrap();
+        assert_eq!(threads(6, Ok(())).grade, Grade::Ok);
+        let refused = threads(6, Err(io::Error::from_raw_os_error(libc::EAGAIN)));
+        assert_eq!(refused.grade, Grade::No);
+    }
+
+    #[test]
+    fn files_are_counted() {
+        assert_eq!(files(28, Some(8)).grade, Grade::No);
+        assert_eq!(files(28, Some(1024)).grade, Grade::Ok);
+        assert_eq!(files(28, None).grade, Grade::Ok);
+    }
+
+    #[test]
+    fn signals_that_cannot_come_are_told() {
+        let status = |queue, ignored| format!("SigQ:\t{queue}\nSigIgn:\t{ignored}\n");
+        let fine = signals(&status("0/96364", "0000000000001000"));
+        assert_eq!(fine.grade, Grade::Ok);
+        assert_eq!(signals(&status("0/0", "0")).grade, Grade::Worse);
+        assert_eq!(signals(&status("96360/96364", "0")).grade, Grade::Worse);
+        let nohup = signals(&status("0/96364", "0000000000000003"));
+        assert!(
+            nohup.found.ends_with("SIGINT (Ctrl-C), SIGHUP"),
+            "{nohup:?}"
+        );
+        assert_eq!(signals("").grade, Grade::Ok);
+    }
+}

@@ -1,0 +1,393 @@
+//! What a run needs of the host's memory, and what it may take.
+//!
+//! The guest has its own memory once, in time. Between two snapshots it may write all of it, and each page it writes is copied for the
+//! snapshot: that is as much again. With less than both a run would stop somewhere in the middle, so it is refused at the start. With
+//! more, snapshots are kept for as long as there is room for the guest to write all of its memory once more (`drive`).
+
+use std::fmt;
+
+use guest::abi::{PAGE_SIZE, REGION_SIZE};
+
+use super::config::{Config, Size};
+use crate::host::{Limiter, Limits, MappingBudget, Room};
+
+/// The program itself, its threads and what libraries take.
+const PROGRAM: u64 = 16 << 20;
+/// Addresses of a thread's stack, and private memory by the kernel's count though hardly any of it is touched.
+const STACK: u64 = 2 << 20;
+/// Addresses that the C library takes for what a thread allocates, whether it does or not.
+const ARENA: u64 = 64 << 20;
+/// Threads besides those of vCPUs and devices: the main one, the checker, the one that copies ahead, and those that write output.
+const OTHER_THREADS: u64 = 6;
+/// Frames of the pool beyond those of guest and snapshots: the zero frame, and folios that are used in part.
+const SPARE: u64 = 4 << 20;
+/// Bytes of a frame's words, in tables of all frames.
+const FRAME_WORDS: u64 = 16;
+/// Bytes of a guest page's entries: in the shadow page table, in those of snapshots that differ in it, and in the kernel's for window,
+/// physmap and guest.
+const PAGE_ENTRIES: u64 = 48;
+/// Bytes that the kernel takes for a mapping.
+const MAPPING: u64 = 256;
+/// Bytes that the checker knows of a page, of the snapshots that it looks at.
+const CHECKED_PAGE: u64 = 16;
+/// Snapshots beyond those kept that may have copies of their own: taken, but not checked yet, or no longer kept, but not dropped yet.
+const ON_THE_WAY: u64 = 4;
+/// What the frame pool has beyond that.
+const EXTRA: u64 = 64 << 20;
+
+/// Bytes that a run cannot do without, by what they are for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Need {
+    /// The guest's memory.
+    pub guest: u64,
+    /// Copies of one snapshot of it.
+    pub copies: u64,
+    /// Tables: of frames, entries, mappings.
+    pub tables: u64,
+    /// What the checker knows.
+    pub checker: u64,
+    /// The program.
+    pub program: u64,
+}
+
+impl Need {
+    /// The least that `config` runs with.
+    pub fn of(config: &Config) -> Self {
+        let pages = config.memory / PAGE_SIZE;
+        let mappings = pages.min(MappingBudget::of_this_process().limit());
+        let copies = config.memory.saturating_add(SPARE);
+        Self {
+            guest: config.memory,
+            copies,
+            tables: pages * PAGE_ENTRIES
+                + mappings * MAPPING
+                + tables_of_frames(config.memory.saturating_add(copies)),
+            checker: pages * CHECKED_PAGE,
+            program: PROGRAM,
+        }
+    }
+
+    /// All of it.
+    pub fn total(&self) -> u64 {
+        self.frames().saturating_add(self.besides())
+    }
+
+    /// What frames are for.
+    fn frames(&self) -> u64 {
+        self.guest.saturating_add(self.copies)
+    }
+
+    /// What is not in frames.
+    fn besides(&self) -> u64 {
+        self.tables + self.checker + self.program
+    }
+}
+
+impl fmt::Display for Need {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self {
+            guest,
+            copies,
+            tables,
+            checker,
+            program,
+        } = *self;
+        let [guest, copies, tables, checker, program] =
+            [guest, copies, tables, checker, program].map(mib);
+        write!(
+            f,
+            "guest {guest}, copies for one snapshot {copies}, tables {tables}, checker {checker}, program {program}"
+        )
+    }
+}
+
+/// `bytes` in whole MiB, rounded up.
+fn mib(bytes: u64) -> Size {
+    Size(bytes.div_ceil(1 << 20) << 20)
+}
+
+/// `bytes` in whole MiB, rounded down; in KiB if it is less than one.
+fn whole_mib(bytes: u64) -> Size {
+    let shift = if bytes < 1 << 20 { 10 } else { 20 };
+    Size(bytes >> shift << shift)
+}
+
+/// Why a run has not enough of the host.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum NeedError {
+    /// Less memory than the least.
+    #[error(
+        "--memory {}: this run needs {} at least ({need}), and {by} leaves it {}",
+        Size(need.guest),
+        mib(need.total()),
+        whole_mib(*usable)
+    )]
+    Memory {
+        /// What is needed.
+        need: Need,
+        /// Who limits it.
+        by: Limiter,
+        /// Bytes it may take.
+        usable: u64,
+    },
+    /// Less of something else than the least.
+    #[error(
+        "--memory {}: this run needs {what} of {} at least, and {by} leaves it {}",
+        Size(*memory),
+        mib(*least),
+        whole_mib(*left)
+    )]
+    Resource {
+        /// Bytes of guest memory.
+        memory: u64,
+        /// Of what.
+        what: &'static str,
+        /// Bytes needed.
+        least: u64,
+        /// Who limits it.
+        by: Limiter,
+        /// Bytes left.
+        left: u64,
+    },
+}
+
+/// What a run takes of the host's memory at most.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Plan {
+    /// Frames that may have memory at a time.
+    pub frames: u64,
+    /// Frames of the physmap: those, and the guest's home, which has addresses whether it has memory or not.
+    pub physmap: u64,
+}
+
+impl Plan {
+    /// What `config` may take within `limits`.
+    ///
+    /// # Errors
+    /// If that is less than the run cannot do without.
+    pub fn new(config: &Config, limits: &Limits) -> Result<Self, NeedError> {
+        let need = Need::of(config);
+        let room = limits.memory();
+        let usable = usable(room);
+        if usable < need.total() {
+            return Err(NeedError::Memory {
+                need,
+                by: room.by.clone(),
+                usable,
+            });
+        }
+        // Frames beyond the least need tables, too.
+        let beyond = usable - need.total();
+        let most = need.frames() + (beyond - tables_of_frames(beyond));
+
+        let mut most = most.min(wanted(config));
+        let threads = config.vcpus + config.dma_devices + OTHER_THREADS;
+        let private =
+            need.checker + need.tables + tables_of_frames(most) + PROGRAM / 2 + threads * STACK;
+        let refused = |what, least, room: &Room| NeedError::Resource {
+            memory: config.memory,
+            what,
+            least,
+            by: room.by.clone(),
+            left: room.left,
+        };
+        for (by, what, besides) in [
+            (Limiter::FileSize, "a file", 0),
+            // The window, and twice what is cut off to align it and the physmap.
+            (
+                Limiter::AddressSpace,
+                "addresses",
+                config.memory + 2 * REGION_SIZE + private + PROGRAM + threads * ARENA,
+            ),
+        ] {
+            let Some(room) = limits.resource(&by) else {
+                continue;
+            };
+            let besides = besides + physmap_bytes(config.memory, 0);
+            let least = besides.saturating_add(need.frames());
+            if room.left < least {
+                return Err(refused(what, least, room));
+            }
+            most = most.min(room.left - besides);
+        }
+        if let Some(room) = limits.resource(&Limiter::Data)
+            && room.left < private
+        {
+            return Err(refused("private memory", private, room));
+        }
+        Ok(Self {
+            frames: most / PAGE_SIZE,
+            physmap: physmap_bytes(config.memory, most) / PAGE_SIZE,
+        })
+    }
+}
+
+impl Plan {
+    /// Whether it is less than `config` has a use for: snapshots may have to go early.
+    pub fn is_short(&self, config: &Config) -> bool {
+        self.frames < wanted(config) / PAGE_SIZE
+    }
+}
+
+/// The largest guest, in whole regions, that runs within `limits` if all else is as `config` says, which asks for more; `None` if none does.
+pub fn largest_guest(config: &Config, limits: &Limits) -> Option<Size> {
+    let runs = |regions: u64| {
+        let memory = regions * REGION_SIZE;
+        let config = Config {
+            memory,
+            ..config.clone()
+        };
+        Plan::new(&config, limits).is_ok()
+    };
+    let smallest = config.smallest_guest().div_ceil(REGION_SIZE);
+    let mut largest = smallest..(config.memory / REGION_SIZE).max(smallest) + 1;
+    if !runs(largest.start) {
+        return None;
+    }
+    while largest.end - largest.start > 1 {
+        let middle = largest.start.midpoint(largest.end);
+        if runs(middle) {
+            largest.start = middle;
+        } else {
+            largest.end = middle;
+        }
+    }
+    Some(Size(largest.start * REGION_SIZE))
+}
+
+/// What may be taken of `room`: others take of it, too.
+fn usable(room: &Room) -> u64 {
+    room.left / 10 * 9
+}
+
+/// Bytes of frames that guest and snapshots could need.
+fn wanted(config: &Config) -> u64 {
+    (config.keep as u64)
+        .saturating_add(ON_THE_WAY)
+        .saturating_mul(config.memory)
+        .saturating_add(EXTRA)
+}
+
+fn tables_of_frames(bytes: u64) -> u64 {
+    bytes / PAGE_SIZE * FRAME_WORDS
+}
+
+/// Bytes of a physmap that has `frames` bytes of frames and the home of `memory` bytes.
+fn physmap_bytes(memory: u64, frames: u64) -> u64 {
+    (memory + frames).next_multiple_of(REGION_SIZE) + 2 * REGION_SIZE
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::config::tests::example;
+    use super::*;
+
+    fn guest_of(mib: u64) -> Config {
+        Config {
+            memory: mib << 20,
+            ..example()
+        }
+    }
+
+    fn bound(by: Limiter, left: u64) -> Limits {
+        Limits::of_host(64 << 30).and(Room { by, left })
+    }
+
+    #[test]
+    fn a_large_host_gives_what_is_wanted() {
+        let plan = Plan::new(&guest_of(256), &Limits::of_host(64 << 30)).unwrap();
+        assert_eq!(plan.frames * PAGE_SIZE, 8 * (256 << 20) + EXTRA);
+        assert!(plan.physmap * PAGE_SIZE >= plan.frames * PAGE_SIZE + (256 << 20));
+    }
+
+    #[test]
+    fn too_little_memory_is_refused_with_the_numbers() {
+        let group = Limiter::ControlGroup("/g/memory.max".into());
+        let error = Plan::new(&guest_of(256), &bound(group, 120 << 20)).unwrap_err();
+        let text = error.to_string();
+        assert!(
+            text.starts_with("--memory 256 MiB: this run needs ")
+                && text.contains("(guest 256 MiB, copies for one snapshot 260 MiB, tables ")
+                && text.ends_with("and the control group's /g/memory.max leaves it 108 MiB"),
+            "{text}"
+        );
+    }
+
+    #[test]
+    fn the_least_is_enough_and_a_page_less_is_not() {
+        for mib in [16, 64, 256, 4096] {
+            let config = guest_of(mib);
+            let need = Need::of(&config);
+            let least = (need.total().div_ceil(9) + 1) * 10;
+            let plan = Plan::new(&config, &Limits::of_host(least)).unwrap();
+            assert!(plan.frames * PAGE_SIZE >= need.guest + need.copies);
+            let less = Limits::of_host(least - 2 * PAGE_SIZE);
+            assert!(Plan::new(&config, &less).is_err());
+        }
+    }
+
+    #[test]
+    fn tables_of_more_frames_are_paid_for() {
+        let config = Config {
+            keep: 1000,
+            ..guest_of(64)
+        };
+        let room = 4 << 30;
+        let plan = Plan::new(&config, &Limits::of_host(room)).unwrap();
+        let taken = plan.frames * (PAGE_SIZE + FRAME_WORDS) + PROGRAM;
+        assert!(taken < room / 10 * 9, "{taken}");
+        assert!(taken > room / 10 * 8, "{taken}");
+    }
+
+    #[test]
+    fn no_number_of_snapshots_wraps() {
+        let config = Config {
+            keep: usize::MAX,
+            ..guest_of(256)
+        };
+        let plan = Plan::new(&config, &Limits::of_host(2 << 30)).unwrap();
+        assert!((512 << 20..2 << 30).contains(&(plan.frames * PAGE_SIZE)));
+    }
+
+    #[test]
+    fn resource_limits_take_part() {
+        for (by, what) in [
+            (
+                Limiter::FileSize,
+                "needs a file of 776 MiB at least, and RLIMIT_FSIZE (ulimit -f)",
+            ),
+            (
+                Limiter::AddressSpace,
+                "RLIMIT_AS (ulimit -v) leaves it 100 MiB",
+            ),
+            (Limiter::Data, "needs private memory of "),
+        ] {
+            let small = bound(
+                by.clone(),
+                if by == Limiter::Data {
+                    1 << 20
+                } else {
+                    100 << 20
+                },
+            );
+            let error = Plan::new(&guest_of(256), &small).unwrap_err().to_string();
+            assert!(error.contains(what), "{error}");
+            // Enough for the least, not for all that is wanted.
+            let plan = Plan::new(&guest_of(256), &bound(by.clone(), 2 << 30)).unwrap();
+            let all = Plan::new(&guest_of(256), &Limits::of_host(64 << 30)).unwrap();
+            assert_eq!(plan.frames < all.frames, by != Limiter::Data);
+            assert!(by == Limiter::Data || plan.physmap * PAGE_SIZE <= 2 << 30);
+        }
+    }
+
+    #[test]
+    fn the_largest_guest_is_named() {
+        let config = guest_of(256);
+        let limits = Limits::of_host(200 << 20);
+        let largest = largest_guest(&config, &limits).unwrap().0;
+        assert!(largest < 100 << 20, "{largest}");
+        assert!(Plan::new(&guest_of(largest >> 20), &limits).is_ok());
+        assert!(Plan::new(&guest_of((largest >> 20) + 2), &limits).is_err());
+        assert_eq!(largest_guest(&config, &Limits::of_host(1 << 20)), None);
+    }
+}
