@@ -302,7 +302,7 @@ impl Machine {
             watch: None,
             ram: Arc::clone(&ram),
             region,
-            mmu: Mmu::detect(),
+            mmu: Mmu::of(kvm.platform()),
             started: Mutex::new(false),
             tsc_khz: 0,
             left_out: Vec::new(),

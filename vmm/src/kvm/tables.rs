@@ -10,15 +10,14 @@
 
 use std::any::Any;
 use std::collections::HashSet;
-use std::fs;
 use std::hash::{DefaultHasher, Hasher};
-use std::path::Path;
 
 use guest::abi::PAGE_SIZE;
 use kvm_bindings::kvm_sregs;
 
 use super::memory::{GuestRam, MemoryError};
 use super::paging::Walker;
+use super::platform::{Paging, Platform};
 
 /// The most table pages that are looked at. A guest with more is taken for changed.
 const MOST: usize = 4096;
@@ -76,21 +75,12 @@ pub(super) enum Mmu {
 }
 
 impl Mmu {
-    /// Looks at the modules that are loaded.
-    pub(super) fn detect() -> Self {
-        let is_on = |path: &str| {
-            let text = fs::read_to_string(Path::new("/sys/module").join(path));
-            text.is_ok_and(|text| matches!(text.trim(), "Y" | "1"))
-        };
-        let is_loaded = |module: &str| Path::new("/sys/module").join(module).exists();
-        if is_loaded("kvm_pvm") {
-            Self::Shadow
-        } else if is_on("kvm_amd/parameters/npt") || is_on("kvm_intel/parameters/ept") {
-            Self::Nested
-        } else if is_loaded("kvm_amd") {
-            Self::ShadowOnSvm
-        } else {
-            Self::Shadow
+    /// That of `platform`. Where the kernel does not say, what costs more and is right in any case.
+    pub(super) fn of(platform: &Platform) -> Self {
+        match platform.paging {
+            Paging::Npt | Paging::EptAd | Paging::Ept => Self::Nested,
+            Paging::Shadow | Paging::Unknown if platform.kvm == "svm" => Self::ShadowOnSvm,
+            Paging::Shadow | Paging::Unknown => Self::Shadow,
         }
     }
 }
