@@ -330,6 +330,7 @@ impl Machine {
                 paravirt: Targets::default(),
                 mmu: machine.mmu,
                 table_pins: Vec::new(),
+                lost_races: None,
                 kicked_at: None,
             };
             let on_stop = Arc::clone(&on_stop);

@@ -78,6 +78,9 @@ pub(super) struct Vcpu {
     pub(super) mmu: Mmu,
     /// Page tables that must stay writable, since nothing would be left of a vCPU that met one that is not.
     pub(super) table_pins: Vec<Box<dyn Any + Send>>,
+    /// Registers at the last failure that may have been about a page that somebody else made writable
+    /// meanwhile, and how often in a row it was the same.
+    pub(super) lost_races: Option<(kvm_regs, u32)>,
     /// Registers when the vCPU was last kicked out of the guest.
     pub(super) kicked_at: Option<kvm_regs>,
 }
@@ -184,6 +187,9 @@ impl Vcpu {
             if !matches!(exit, Exit::WriteFault(_)) {
                 self.ladder.step_down();
             }
+            if !matches!(exit, Exit::Crash(_)) {
+                self.lost_races = None;
+            }
             match exit {
                 Exit::Interrupted => match self.has_stalled() {
                     Ok(has) => stalled = has,
@@ -213,6 +219,13 @@ impl Vcpu {
                         return Some(self.failed(error));
                     }
                     self.ram.was_handled(exited.elapsed());
+                }
+                Exit::Crash(reason @ CrashReason::InternalError { suberror: 1 }) => {
+                    match self.emulate_again() {
+                        Ok(true) => {}
+                        Ok(false) => return Some(self.crashed(reason)),
+                        Err(error) => return Some(self.failed(error)),
+                    }
                 }
                 Exit::Crash(CrashReason::Shutdown) => match self.recover() {
                     Ok(true) => {}
@@ -393,6 +406,33 @@ impl Vcpu {
         Ok(())
     }
 
+    /// After an instruction that KVM could not emulate: whether it may now, since what it writes was
+    /// read-only and is no more. Only plain stores come out as MMIO; a locked one fails
+    /// (`emulator_cmpxchg_emulated` in `arch/x86/kvm/x86.c`).
+    fn emulate_again(&mut self) -> Result<bool, RunError> {
+        let (regs, sregs) = self.exit_registers()?;
+        let (gfns, _) = self.stalled_on(&regs, &sregs)?;
+        if fault::resolve(&gfns, &*self.ram)? {
+            self.lost_races = None;
+            self.counters.write_faults.fetch_add(1, Ordering::Relaxed);
+            self.counters.rungs.count(fault::Rung::Operand);
+            return Ok(true);
+        }
+        Ok(self.may_have_lost_a_race(&regs))
+    }
+
+    /// Nothing was left to do about a failure at `regs`: whether somebody else may have done it between the
+    /// failure and the look.
+    fn may_have_lost_a_race(&mut self, regs: &kvm_regs) -> bool {
+        const MOST: u32 = 10;
+        let before = match self.lost_races {
+            Some((at, times)) if at == *regs => times,
+            _ => 0,
+        };
+        self.lost_races = Some((*regs, before + 1));
+        before < MOST
+    }
+
     /// After a triple fault: whether it was because a shadow MMU could not set accessed or dirty bits in tables that were read-only,
     /// and are no more. The vCPU then runs on as if nothing had been.
     ///
@@ -413,11 +453,13 @@ impl Vcpu {
         };
         let gfns = fault::tables_to_update(&fault, &*self.ram);
         let gfns = gfns.map_err(|source| RunError::Fault { source })?;
-        if !fault::resolve(&gfns, &*self.ram)? {
+        if fault::resolve(&gfns, &*self.ram)? {
+            self.lost_races = None;
+            self.counters.write_faults.fetch_add(1, Ordering::Relaxed);
+            self.counters.rungs.count(fault::Rung::Walk);
+        } else if !self.may_have_lost_a_race(&regs) {
             return Ok(false);
         }
-        self.counters.write_faults.fetch_add(1, Ordering::Relaxed);
-        self.counters.rungs.count(fault::Rung::Walk);
         let error = |what| move |source| RunError::Registers { what, source };
         let mut events = self.fd.get_vcpu_events().map_err(error("events"))?;
         events.exception = Default::default();
