@@ -2,10 +2,10 @@
 
 /// What [`DRILL`](crate::DRILL) does; [`BootInfo::seed`](crate::abi::BootInfo::seed) has it as a number.
 ///
-/// A drill does the same over and over until the run is stopped, checks itself every time, and counts the rounds as
-/// operations. When something is not as it must be, it prints a line that says what and where, and exits with status 1.
-/// Where the CPU has no such instructions, it says so and exits with status 0. Where nothing else is said, each vCPU works on pages
-/// of its own.
+/// A drill does the same over and over until the run is stopped, checks itself every time, and counts the
+/// rounds as operations. When something is not as it must be, it prints a line that says what and where, and
+/// exits with status 1. Where the CPU has no such instructions, it says so and exits with status 0. Where
+/// nothing else is said, each vCPU works on pages of its own.
 #[repr(u64)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Drill {
@@ -21,7 +21,8 @@ pub enum Drill {
     Sgdt = 5,
     /// The same with `sidt`.
     Sidt = 6,
-    /// Registers that live nowhere in memory: vectors with their upper lanes, masks, MMX, MXCSR, the x87 control word, flags.
+    /// Registers that live nowhere in memory: vectors with their upper lanes, masks, MMX, MXCSR, the x87
+    /// control word, flags.
     Registers = 7,
     /// The bases of FS and GS.
     Bases = 8,
@@ -43,19 +44,22 @@ pub enum Drill {
     MaskedStores = 16,
     /// AVX-512 scatters to eight pages and sixteen, gathers, stores under a mask.
     Scatter = 17,
-    /// One request at a time to device 0, and one doorbell each, never a second: what is on its way in a snapshot must be done after a
-    /// restore although nobody rings again. vCPU 0 alone; needs a device.
+    /// One request at a time to device 0, and one doorbell each, never a second: what is on its way in a
+    /// snapshot must be done after a restore although nobody rings again. vCPU 0 alone; needs a device.
     OneRequest = 18,
-    /// Prints for ever, at length, with control characters and lines that look like the VMM's own. vCPU 0 alone.
+    /// Prints for ever, at length, with control characters and lines that look like the VMM's own. vCPU 0
+    /// alone.
     Talk = 19,
     /// Code that lies in unused entries of the page tables, and beside them, and stores there. vCPU 0 alone.
     CodeInTables = 20,
-    /// Page tables of the guest's own, in which the CPU must set accessed and dirty bits for accesses of many kinds.
+    /// Page tables of the guest's own, in which the CPU must set accessed and dirty bits for accesses of many
+    /// kinds.
     AccessedBits = 21,
-    /// Clears accessed and dirty bits of the page tables that the VMM built, and waits for the CPU to set all of them again.
+    /// Clears accessed and dirty bits of the page tables that the VMM built, and waits for the CPU to set all
+    /// of them again.
     ClearedBits = 22,
-    /// Maps fresh addresses to frames chosen by chance, and reads by old mappings: after a restore these must be those of the tables
-    /// that were restored.
+    /// Maps fresh addresses to frames chosen by chance, and reads by old mappings: after a restore these must
+    /// be those of the tables that were restored.
     Remapped = 23,
     /// Locked instructions on the page tables, as kernels change them. vCPU 0 alone.
     LockedTables = 24,

@@ -85,15 +85,16 @@ fn saves_the_same(at: *mut u8, salt: u64, format: Format) -> bool {
     // SAFETY: the area lies on pages of this vCPU's own, and `execute` has clobbered memory.
     let here = |byte: usize| unsafe { at.add(byte).read_volatile() };
     let same = |from: usize, len: usize| (from..from + len).all(|byte| there.0[byte] == here(byte));
-    // Control, status and tags; MXCSR; ten bytes of each x87 register; XMM. What lies between need not be written.
+    // Control, status and tags; MXCSR; ten bytes of each x87 register; XMM. What lies between need not be
+    // written.
     let legacy =
         same(0, 5) && same(24, 8) && (0..8).all(|i| same(32 + 16 * i, 10)) && same(160, 256);
     let seen = there.0[160 + 16 * 7..][..8] == salt.to_le_bytes();
     if format == Format::Legacy {
         return legacy && seen;
     }
-    // What is not in the compact format is zero: XSTATE_BV says what is. A CPU may find out between two looks that a component
-    // is zero.
+    // What is not in the compact format is zero: XSTATE_BV says what is. A CPU may find out between two looks
+    // that a component is zero.
     let is_saved =
         |component: u32, bit: u8| format == Format::Standard || bit >> component & 1 != 0;
     let mut next = 576usize;

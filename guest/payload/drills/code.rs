@@ -1,7 +1,8 @@
 //! Code that lies in page tables: in entries that map nothing, and on the page behind them.
 //!
-//! A fork write-protects the tables with the rest. So the page that an instruction is fetched from, the tables walked to fetch it and
-//! the page that it writes may be the same, and a host that shadows the tables watches all writes to them.
+//! A fork write-protects the tables with the rest. So the page that an instruction is fetched from, the
+//! tables walked to fetch it and the page that it writes may be the same, and a host that shadows the tables
+//! watches all writes to them.
 
 use core::arch::asm;
 

@@ -1,4 +1,5 @@
-//! Stores that ring 3 may not execute itself where the host has UMIP. KVM emulates them there, and finds a page that it may not write.
+//! Stores that ring 3 may not execute itself where the host has UMIP. KVM emulates them there, and finds a
+//! page that it may not write.
 
 use super::store::{Store, across, inside};
 use crate::effect::{execute, puts};
@@ -63,7 +64,8 @@ fn sidt(at: *mut [u8; 10]) {
     execute!("sidt [{at}]"; at = in(reg) at)
 }
 
-/// Whether `store` puts at `at` what it puts elsewhere. Every second time an ordinary store makes the page writable before.
+/// Whether `store` puts at `at` what it puts elsewhere. Every second time an ordinary store makes the page
+/// writable before.
 fn shows<const LEN: usize>(at: *mut u8, salt: u64, store: fn(*mut [u8; LEN])) -> bool {
     let mut shown = [0; LEN];
     store(&raw mut shown);

@@ -1,7 +1,8 @@
 //! Page tables of the guest's own whose accessed and dirty bits the CPU has to set.
 //!
-//! 512 addresses are mapped at once and touched one after the other, so that a snapshot comes while most are untouched: it write-protects
-//! the tables, and the CPU, or a host that shadows the tables, has to write to them all the same.
+//! 512 addresses are mapped at once and touched one after the other, so that a snapshot comes while most are
+//! untouched: it write-protects the tables, and the CPU, or a host that shadows the tables, has to write to
+//! them all the same.
 
 use super::tables::{ACCESSED, ANY_USE, Batch, DIRTY, ENTRIES, WINDOW_PAGES, Window};
 use super::{Vcpu, read, write};
@@ -30,7 +31,8 @@ struct Touch {
     sets: fn(u64) -> u64,
     /// What a CPU must have.
     needs: Option<Feature>,
-    /// Touches pages that lie at the first address, and are mapped to the second; there is a number to write. Whether it did what it should.
+    /// Touches pages that lie at the first address, and are mapped to the second; there is a number to write.
+    /// Whether it did what it should.
     touch: fn(u64, u64, u64) -> bool,
 }
 

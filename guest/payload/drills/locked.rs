@@ -1,15 +1,17 @@
 //! Locked instructions on page tables, as kernels change theirs.
 //!
-//! A host that shadows the tables does not let the guest write them: it emulates the instruction, and finds a page that it may not
-//! write either once that was forked. A locked instruction goes another way there than a plain store.
+//! A host that shadows the tables does not let the guest write them: it emulates the instruction, and finds a
+//! page that it may not write either once that was forked. A locked instruction goes another way there than a
+//! plain store.
 
 use core::arch::asm;
 
 use super::tables::{PRESENT, TABLES, unused_entry};
 use super::{Vcpu, read};
 
-/// A locked instruction, given the address of an entry and what is there, and a number to combine it with: executes it and says what must
-/// be there then, or `None` if the instruction says that it was something else.
+/// A locked instruction, given the address of an entry and what is there, and a number to combine it with:
+/// executes it and says what must be there then, or `None` if the instruction says that it was something
+/// else.
 type Locked = fn(u64, u64, u64) -> Option<u64>;
 
 /// Executes an instruction on an entry that maps nothing; the operands come after a semicolon.

@@ -117,7 +117,8 @@ impl Vcpu<'_> {
     /// Says how many rounds are done, where the VMM looks for operations.
     fn say_rounds(&self) {
         let page = self.layout().vcpu_page(self.index) as *mut VcpuPage;
-        // SAFETY: no compiled code uses the MMX registers, and the page is this vCPU's alone. Volatile: the VMM reads it meanwhile.
+        // SAFETY: no compiled code uses the MMX registers, and the page is this vCPU's alone. Volatile: the
+        // VMM reads it meanwhile.
         unsafe {
             asm!("movq mm7, {}", in(reg) self.rounds, out("mm7") _, options(nostack, preserves_flags));
             (&raw mut (*page).ops).write_volatile(self.rounds);
@@ -163,7 +164,8 @@ impl Vcpu<'_> {
     }
 }
 
-/// Pieces of hammered memory that one vCPU has to itself. The vCPUs' pieces take turns, so that they meet in the same 2 MiB.
+/// Pieces of hammered memory that one vCPU has to itself. The vCPUs' pieces take turns, so that they meet in
+/// the same 2 MiB.
 #[derive(Clone, Copy)]
 pub struct Ground {
     base: u64,
@@ -180,7 +182,8 @@ impl Ground {
 
 /// The word at `gva`.
 fn read(gva: u64) -> u64 {
-    // SAFETY: drills read mapped memory that holds no Rust object, aligned. Volatile: it changes by other addresses, too.
+    // SAFETY: drills read mapped memory that holds no Rust object, aligned. Volatile: it changes by other
+    // addresses, too.
     unsafe { (gva as *const u64).read_volatile() }
 }
 

@@ -1,7 +1,7 @@
 //! Code that another vCPU changes while it is executed, as kernels do all the time.
 //!
-//! Between a fault and the VMM's look at the instruction that faulted, another one may have taken its place, which writes
-//! elsewhere or nothing.
+//! Between a fault and the VMM's look at the instruction that faulted, another one may have taken its place,
+//! which writes elsewhere or nothing.
 
 use core::arch::asm;
 use core::hint::spin_loop;
@@ -9,7 +9,8 @@ use core::hint::spin_loop;
 use super::{Vcpu, read, spin};
 use crate::abi::PAGE_SIZE;
 
-/// `mov [rdi], rax; ret`, `mov [rsi], rax; ret`, `nop [rax]; ret`: of equal length, so that one aligned store changes one to another.
+/// `mov [rdi], rax; ret`, `mov [rsi], rax; ret`, `nop [rax]; ret`: of equal length, so that one aligned store
+/// changes one to another.
 const INSTRUCTIONS: [u32; 3] = [0xc307_8948, 0xc306_8948, 0xc300_1f0f];
 
 /// vCPU 0 executes, vCPU 1 patches.

@@ -1,7 +1,7 @@
 //! State of a vCPU that lives nowhere in memory, and that a snapshot must have all the same.
 //!
-//! All of it is made of the number of the round, and is compared with it a round later. What is to stay in registers in between must be
-//! kept from the compiler: the loop is one piece of assembly.
+//! All of it is made of the number of the round, and is compared with it a round later. What is to stay in
+//! registers in between must be kept from the compiler: the loop is one piece of assembly.
 
 use core::arch::asm;
 
@@ -43,8 +43,8 @@ pub fn run(vcpu: Vcpu<'_>) -> ! {
     let ops = page as u64 + core::mem::offset_of!(VcpuPage, ops) as u64;
     let mut memory = [0u64; 3];
     let (expected, found, what): (u64, u64, u64);
-    // SAFETY: writes `memory`, the pages of this vCPU's own, and its count of operations. The direction flag is clear at the end; what else
-    // is not as it was does not matter, since the program ends then.
+    // SAFETY: writes `memory`, the pages of this vCPU's own, and its count of operations. The direction flag
+    // is clear at the end; what else is not as it was does not matter, since the program ends then.
     unsafe {
         asm!(
             "jmp 8f",
@@ -153,7 +153,8 @@ pub fn run(vcpu: Vcpu<'_>) -> ! {
             "and qword ptr [rsp], -0x200401",
             "or [rsp], rax",
             "popfq",
-            // Every 256 rounds vectors are as after a reset for a moment: the CPU saves them in another way then.
+            // Every 256 rounds vectors are as after a reset for a moment: the CPU saves them in another way
+            // then.
             "test r12b, r12b",
             "jnz 3f",
             "test r8b, 1",

@@ -1,7 +1,8 @@
 //! Page tables that change all the time, under a guest that is rewound.
 //!
-//! What is mapped where is chosen by the clock, so that a guest that is rewound chooses otherwise the second time: a translation
-//! that a CPU, or a shadow of the tables, has kept from before the restore then leads to the wrong page.
+//! What is mapped where is chosen by the clock, so that a guest that is rewound chooses otherwise the second
+//! time: a translation that a CPU, or a shadow of the tables, has kept from before the restore then leads to
+//! the wrong page.
 
 use core::arch::x86_64::_rdtsc;
 

@@ -1,6 +1,7 @@
 //! One request to a device at a time, and one doorbell for each.
 //!
-//! Nobody rings again, so a request that is on its way in a snapshot is done after a restore only if the device comes back with it.
+//! Nobody rings again, so a request that is on its way in a snapshot is done after a restore only if the
+//! device comes back with it.
 
 use core::arch::x86_64::_rdtsc;
 use core::hint::spin_loop;
@@ -32,7 +33,8 @@ pub fn run(mut vcpu: Vcpu<'_>) -> ! {
     let layout = vcpu.layout();
     assert!(layout.devices > 0, "this drill needs a device");
     let (area_gpa, data_gpa) = (layout.device_area(0), layout.hammer_base);
-    // SAFETY: device 0's area is driven by this vCPU alone, and the data are hammered memory; no Rust object lies in either.
+    // SAFETY: device 0's area is driven by this vCPU alone, and the data are hammered memory; no Rust object
+    // lies in either.
     let (area, data) = unsafe {
         (
             Area::<DEVICE_STRIDE>::new(area_gpa),

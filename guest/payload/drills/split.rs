@@ -1,5 +1,5 @@
-//! Counters that lie across two pages, and that all vCPUs add to. A snapshot that took one page from before and one from after an
-//! addition would have a count that never was.
+//! Counters that lie across two pages, and that all vCPUs add to. A snapshot that took one page from before
+//! and one from after an addition would have a count that never was.
 
 use core::arch::asm;
 
@@ -9,7 +9,8 @@ use crate::abi::{PAGE_SIZE, REGION_SIZE};
 /// Adds one to each counter every round, and compares it with what the vCPUs say that they have added.
 pub fn run(mut vcpu: Vcpu<'_>) -> ! {
     let base = vcpu.layout().hammer_base;
-    // Across pages of one region, and across regions. Carries cross the boundary every 256 additions, or 65,536.
+    // Across pages of one region, and across regions. Carries cross the boundary every 256 additions, or
+    // 65,536.
     let counters = [base + 5 * PAGE_SIZE - 1, base + REGION_SIZE - 2];
     // Additions of one vCPU to one counter.
     let added = |vcpu: u64, counter: usize| base + (8 + vcpu) * PAGE_SIZE + counter as u64 * 8;
@@ -23,7 +24,8 @@ pub fn run(mut vcpu: Vcpu<'_>) -> ! {
                 compare_and_add(counter);
             }
             write(added(vcpu.index, number), vcpu.rounds + 1);
-            // What others have not said yet is one each at most. Each is read before the counter, and behind it.
+            // What others have not said yet is one each at most. Each is read before the counter, and behind
+            // it.
             let sum = || {
                 (0..vcpus)
                     .map(|vcpu| read(added(vcpu, number)))

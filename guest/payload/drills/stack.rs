@@ -1,4 +1,5 @@
-//! Work on a stack whose pages are shared with snapshots: every push may fault, and `enter` looks farther than it writes.
+//! Work on a stack whose pages are shared with snapshots: every push may fault, and `enter` looks farther
+//! than it writes.
 
 use super::store::{Store, across, inside};
 use crate::abi::PAGE_SIZE;
@@ -88,8 +89,8 @@ pub const STORES: &[Store] = &[
     }),
 ];
 
-/// Calls itself `depth` deep on a stack that begins at `top`, and adds up on the way back what it pushed on the way there. Whether the
-/// sum is right.
+/// Calls itself `depth` deep on a stack that begins at `top`, and adds up on the way back what it pushed on
+/// the way there. Whether the sum is right.
 fn recurse(top: *mut u8, depth: u64) -> bool {
     let sum: u64;
     execute!(

@@ -1,5 +1,5 @@
-//! Instructions that store, one after the other on page after page, for ever: sooner or later each meets a page that a snapshot has
-//! just write-protected.
+//! Instructions that store, one after the other on page after page, for ever: sooner or later each meets a
+//! page that a snapshot has just write-protected.
 
 use super::Vcpu;
 use crate::abi::PAGE_SIZE;
@@ -8,7 +8,8 @@ use crate::abi::PAGE_SIZE;
 pub struct Store {
     name: &'static str,
     place: Place,
-    /// Executes it for the given address, and says whether it did what it should. The number differs from time to time.
+    /// Executes it for the given address, and says whether it did what it should. The number differs from
+    /// time to time.
     test: fn(*mut u8, u64) -> bool,
 }
 

@@ -1,4 +1,5 @@
-//! Long string instructions. Each is interrupted many times in its middle, by faults and by kicks, and must go on from there.
+//! Long string instructions. Each is interrupted many times in its middle, by faults and by kicks, and must
+//! go on from there.
 
 use core::arch::asm;
 

@@ -18,7 +18,8 @@ pub const ENTRIES: u64 = 512;
 /// The first entry that maps nothing in all of the VMM's tables, for guests of no more than [`MOST_MEMORY`].
 const FIRST_UNUSED: u64 = ENTRIES / 2;
 const MOST_MEMORY: u64 = FIRST_UNUSED << REGION_SHIFT;
-/// Pages in which to look for unused entries: the root, its child, the directory, and the one behind, which is no table.
+/// Pages in which to look for unused entries: the root, its child, the directory, and the one behind, which
+/// is no table.
 pub const TABLES: u64 = 4;
 /// Entries that map nothing, in each.
 pub const UNUSED: u64 = ENTRIES - FIRST_UNUSED;
@@ -38,14 +39,15 @@ const ROOT_SHIFT: u32 = 39;
 const GIB_SHIFT: u32 = 30;
 const REGION_SHIFT: u32 = 21;
 const PAGE_SHIFT: u32 = 12;
-/// Of the tables below a window's root entry, those for small pages come first, those for large ones are behind.
+/// Of the tables below a window's root entry, those for small pages come first, those for large ones are
+/// behind.
 const FIRST_LARGE: u64 = ENTRIES / 2;
 
 /// Pages that a [`Window`] needs for its tables.
 pub const WINDOW_PAGES: u64 = 4;
 
-/// Addresses of the guest's own, 512 at a time, that have never been in use: no CPU can have a stale translation of them, so none needs
-/// to be flushed, which ring 3 could not do.
+/// Addresses of the guest's own, 512 at a time, that have never been in use: no CPU can have a stale
+/// translation of them, so none needs to be flushed, which ring 3 could not do.
 pub struct Window {
     /// The lowest address.
     base: u64,
@@ -81,8 +83,9 @@ impl Window {
         }
     }
 
-    /// Begins the next batch of 4 KiB pages: page `slot` gets `entries(slot)`. The batch before is no more. `accessed` is [`ACCESSED`] or 0, and
-    /// goes into the tables on the way. `None` when all addresses were in use.
+    /// Begins the next batch of 4 KiB pages: page `slot` gets `entries(slot)`. The batch before is no more.
+    /// `accessed` is [`ACCESSED`] or 0, and goes into the tables on the way. `None` when all addresses were
+    /// in use.
     pub fn next_pages(&mut self, accessed: u64, entries: impl Fn(u64) -> u64) -> Option<Batch> {
         let batch = self.batches;
         let (gib, region) = (batch / ENTRIES, batch % ENTRIES);

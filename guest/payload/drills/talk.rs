@@ -3,7 +3,8 @@
 use super::Vcpu;
 use crate::console;
 
-/// Prints what looks like the VMM's own lines, with control characters that would clear a screen and set a title.
+/// Prints what looks like the VMM's own lines, with control characters that would clear a screen and set a
+/// title.
 pub fn run(mut vcpu: Vcpu<'_>) -> ! {
     loop {
         console::print(format_args!(

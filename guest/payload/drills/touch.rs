@@ -1,7 +1,8 @@
-//! Clears the accessed and dirty bits of the page tables that the guest stands on, and waits for the CPU to set them again.
+//! Clears the accessed and dirty bits of the page tables that the guest stands on, and waits for the CPU to
+//! set them again.
 //!
-//! Ring 3 cannot flush a translation that the CPU has. It is gone with the next snapshot at the latest, for then the host takes away the
-//! right to write: so every bit comes back sooner or later.
+//! Ring 3 cannot flush a translation that the CPU has. It is gone with the next snapshot at the latest, for
+//! then the host takes away the right to write: so every bit comes back sooner or later.
 
 use core::mem::offset_of;
 use core::sync::atomic::AtomicU64;
@@ -23,8 +24,8 @@ const MOST: usize = 64;
 pub fn run(mut vcpu: Vcpu<'_>) -> ! {
     let (layout, index) = (vcpu.layout(), vcpu.index);
     let ground = vcpu.ground(1);
-    // One word in each region that is this vCPU's alone: the far end of its stack, its own here, one of its page, and then one
-    // in each region of hammered memory.
+    // One word in each region that is this vCPU's alone: the far end of its stack, its own here, one of its
+    // page, and then one in each region of hammered memory.
     let below = [
         STACKS_GPA + index * STACK_SIZE,
         IN_IMAGE[index as usize].as_ptr().addr() as u64,

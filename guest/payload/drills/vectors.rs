@@ -1,6 +1,7 @@
 //! Stores of vector registers of which each element may be on another page, or none.
 //!
-//! The registers are named: the compiler, which knows of neither AVX nor AVX-512 here, knows them by their lowest lanes.
+//! The registers are named: the compiler, which knows of neither AVX nor AVX-512 here, knows them by their
+//! lowest lanes.
 
 use super::store::{Store, across, inside};
 use crate::abi::PAGE_SIZE;
@@ -166,7 +167,8 @@ fn places<const N: usize>(at: *mut u8, salt: u64) -> [*mut u8; N] {
     })
 }
 
-/// Whether `scatter` puts `value` at `places`, where the mask says so, leaves what is there else, and leaves nothing of the mask.
+/// Whether `scatter` puts `value` at `places`, where the mask says so, leaves what is there else, and leaves
+/// nothing of the mask.
 fn scatters<T: Copy + PartialEq, const N: usize>(
     places: &[*mut u8; N],
     value: &[T; N],
