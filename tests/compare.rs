@@ -123,6 +123,26 @@ fn a_policy_that_is_not_caught_ends_with_exit_code_3() {
 }
 
 #[test]
+fn the_race_can_be_left_out() {
+    if support::no_kvm() {
+        return;
+    }
+    let output = vmm(&["--no-race"]);
+    let screen = stdout(&output);
+    assert_eq!(output.status.code(), Some(0), "{screen}{}", stderr(&output));
+    assert!(screen.starts_with("scenarios, on a real vCPU"), "{screen}");
+    assert!(
+        screen.ends_with("\nok: every policy behaved as its table says\n"),
+        "{screen}"
+    );
+    assert!(!stderr(&output).contains("racing"), "{}", stderr(&output));
+
+    // What the race would be is of no interest then.
+    let output = vmm(&["--no-race", "--duration", "1s"]);
+    assert_eq!(output.status.code(), Some(2), "{}", stderr(&output));
+}
+
+#[test]
 fn ctrl_c_ends_it_with_what_there_is() {
     if support::no_kvm() {
         return;

@@ -203,6 +203,10 @@ pub(crate) struct CompareArgs {
     #[arg(long, conflicts_with_all = ["scenario", "json"])]
     pub(crate) list: bool,
 
+    /// Leave the race out, whose outcome is also a matter of how fast the guest is
+    #[arg(long, conflicts_with_all = ["scenario", "list", "duration", "memory", "vcpus", "seed"])]
+    pub(crate) no_race: bool,
+
     /// Play this scenario alone, and tell it step by step
     #[arg(long, value_name = "ID")]
     pub(crate) scenario: Option<String>,

@@ -48,26 +48,26 @@ pub(super) fn run(args: &CompareArgs, screen: &Screen) -> Result<Verdict, Failur
 
 fn compare(args: &CompareArgs, screen: &Screen) -> Result<Verdict, Failure> {
     let race = args.race();
+    let racing = if args.no_race { &[][..] } else { &Policy::ALL };
     // Any policy's configuration is as good as another's.
     let limits = Limits::detect().map_err(Failure::Limits)?;
     race.config(Policy::Exclusive).validate(&limits)?;
     let stop = interrupt::stop_flag().map_err(Failure::Signals)?;
+    let steps = racing.len() + 1;
     let mut races = Vec::new();
-    for (policy, number) in Policy::ALL.into_iter().zip(1..) {
+    for (&policy, number) in racing.iter().zip(1..) {
         if stop.load(Ordering::Relaxed) {
             break;
         }
         screen.line(&format!(
-            "{number}/{}: racing under {policy} for {}",
-            Policy::ALL.len() + 1,
+            "{number}/{steps}: racing under {policy} for {}",
             exact_time(race.duration)
         ));
         races.push(race.run(policy, &stop, &mut Quiet { screen })?);
     }
     if !stop.load(Ordering::Relaxed) {
         screen.line(&format!(
-            "{0}/{0}: {1} scenarios under each, and on the living kernel",
-            Policy::ALL.len() + 1,
+            "{steps}/{steps}: {} scenarios under each, and on the living kernel",
             table::SCENARIOS.len()
         ));
     }
@@ -97,8 +97,11 @@ fn finish(
             .map_err(|e| Failure::Print(io::Error::other(e)))?
             + "\n"
     } else {
-        let mut text = race_text::render(&race, &comparison.races);
-        text += "\n";
+        let mut text = String::new();
+        if !args.no_race {
+            text += &race_text::render(&race, &comparison.races);
+            text += "\n";
+        }
         text += &scenario_text::table(&comparison.scenarios);
         text += if interrupted {
             "\nnot finished: interrupted\n"

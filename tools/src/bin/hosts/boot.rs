@@ -77,9 +77,11 @@ pub(crate) struct Done {
     pub(crate) output: Vec<String>,
 }
 
-/// What a host has done.
-#[derive(Debug, Default)]
+/// What a host was to do, and has done.
+#[derive(Debug)]
 pub(crate) struct Outcome {
+    pub(crate) host: &'static Host,
+    pub(crate) tasks: Vec<Task>,
     /// Its kernel and processor, as it says itself.
     pub(crate) about: String,
     /// The tasks that came to an end.
@@ -98,27 +100,48 @@ pub(crate) trait Listener {
     fn done(&mut self, task: &Task, done: &Done);
 }
 
+impl Outcome {
+    /// That of a host that has done nothing yet.
+    pub(crate) fn new(host: &'static Host, tasks: Vec<Task>) -> Self {
+        Self {
+            host,
+            tasks,
+            about: String::new(),
+            done: Vec::new(),
+            took: Duration::ZERO,
+            trouble: None,
+        }
+    }
+
+    /// The task that `done` is about.
+    pub(crate) fn task(&self, done: &Done) -> &Task {
+        &self.tasks[done.task]
+    }
+
+    /// The tasks that came to the end that is right.
+    pub(crate) fn right(&self) -> impl Iterator<Item = &Done> {
+        let is_right = |done: &&Done| done.code == self.task(done).expected;
+        self.done.iter().filter(is_right)
+    }
+
+    /// Whether every task came to the end that is right, and so did the host.
+    pub(crate) fn is_right(&self) -> bool {
+        self.trouble.is_none() && self.right().count() == self.tasks.len()
+    }
+}
+
 impl Visit<'_> {
     /// Boots the host, runs the tasks there, and waits for its end.
-    pub(crate) fn run(&self, stop: &AtomicBool, listener: &mut dyn Listener) -> Outcome {
-        let mut outcome = Outcome::default();
+    pub(crate) fn run(self, stop: &AtomicBool, listener: &mut dyn Listener) -> Outcome {
         let started = Instant::now();
-        outcome.trouble = match self.prepare() {
-            Ok(prepared) => prepared
-                .run(&self.tasks, stop, listener, &mut outcome)
-                .err(),
+        let prepared = self.prepare();
+        let mut outcome = Outcome::new(self.host, self.tasks);
+        outcome.trouble = match prepared {
+            Ok(prepared) => prepared.run(&mut outcome, stop, listener).err(),
             Err(error) => Some(error),
         };
         outcome.took = started.elapsed();
         outcome
-    }
-
-    /// Whether every task came to the end that is right.
-    pub(crate) fn is_right(&self, outcome: &Outcome) -> bool {
-        let right = |done: &Done| done.code == self.tasks[done.task].expected;
-        outcome.trouble.is_none()
-            && outcome.done.len() == self.tasks.len()
-            && outcome.done.iter().all(right)
     }
 
     fn prepare(&self) -> Result<Prepared, BootError> {
@@ -187,10 +210,9 @@ struct Prepared {
 impl Prepared {
     fn run(
         mut self,
-        tasks: &[Task],
+        outcome: &mut Outcome,
         stop: &AtomicBool,
         listener: &mut dyn Listener,
-        outcome: &mut Outcome,
     ) -> Result<(), BootError> {
         let complaints = File::create(self.machine.complaints()).map_err(BootError::Folder)?;
         let same = complaints.try_clone().map_err(BootError::Folder)?;
@@ -212,7 +234,7 @@ impl Prepared {
                     took: at.saturating_sub(begun),
                     output: std::mem::take(&mut output),
                 };
-                if let Some(task) = tasks.get(*number) {
+                if let Some(task) = outcome.tasks.get(*number) {
                     listener.done(task, &done);
                     outcome.done.push(done);
                 }
@@ -235,5 +257,35 @@ impl Prepared {
                 }
             }
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::host;
+
+    #[test]
+    fn a_host_is_right_if_all_that_it_was_to_do_is_done_and_right() {
+        let done = |task, code| Done {
+            task,
+            code,
+            took: Duration::ZERO,
+            output: Vec::new(),
+        };
+        let tasks = || {
+            let task = Task::given(&["vmm".to_owned()]);
+            vec![task.clone(), task.expecting(3)]
+        };
+        let outcome = |done: &[Done]| Outcome {
+            done: done.to_vec(),
+            ..Outcome::new(&host::ALL[0], tasks())
+        };
+        assert!(outcome(&[done(0, 0), done(1, 3)]).is_right());
+        assert!(!outcome(&[done(0, 0), done(1, 0)]).is_right());
+        assert!(!outcome(&[done(0, 0)]).is_right(), "one is missing");
+        let mut ended = outcome(&[done(0, 0), done(1, 3)]);
+        ended.trouble = Some(BootError::Interrupted);
+        assert!(!ended.is_right());
     }
 }

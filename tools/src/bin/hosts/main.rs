@@ -36,7 +36,7 @@ use palimpsest::cli::units::parse_time;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::flag;
 
-use boot::{Extra, Listener, Visit};
+use boot::{Extra, Listener, Outcome, Visit};
 use host::Host;
 use packages::{PackageError, Store};
 use plan::Plan;
@@ -147,8 +147,7 @@ fn run(args: &Args) -> Result<Verdict, Failure> {
     let store = Store::open()?;
     let plans = args.plans();
     let programs = programs::build(args.wanted(&plans))?;
-    let mut verdict = Verdict::Right;
-    let mut visits = Vec::new();
+    let mut outcomes = Vec::new();
     for plan in &plans {
         let visit = Visit {
             host: plan.host,
@@ -159,28 +158,29 @@ fn run(args: &Args) -> Result<Verdict, Failure> {
         };
         say(&format!("{}: {}", plan.host.name, plan.host.about));
         let outcome = visit.run(&stop, args.listener().as_mut());
-        if !visit.is_right(&outcome) {
-            verdict = Verdict::Wrong;
-        }
         if let Some(trouble) = &outcome.trouble {
             say(&format!("error: {}: {}", plan.host.name, chain(trouble)));
         }
         if args.command.is_empty() {
-            screen::print(&screen::conclusion(&visit, &outcome));
+            screen::print(&screen::conclusion(&outcome));
         }
-        visits.push((visit, outcome));
+        outcomes.push(outcome);
         if stop.load(Ordering::Relaxed) {
             return Ok(Verdict::Wrong);
         }
     }
-    if args.command.is_empty() && visits.len() > 1 {
-        screen::print(&format!("\n{}", record::table(&visits)));
+    if args.command.is_empty() && outcomes.len() > 1 {
+        screen::print(&format!("\n{}", record::table(&outcomes)));
     }
     if args.all {
-        let path = record::keep(&visits)?;
+        let path = record::keep(&outcomes)?;
         say(&format!("kept in {}", path.display()));
     }
-    Ok(verdict)
+    if outcomes.iter().all(Outcome::is_right) {
+        Ok(Verdict::Right)
+    } else {
+        Ok(Verdict::Wrong)
+    }
 }
 
 impl Args {

@@ -117,7 +117,7 @@ pub(crate) enum PackageError {
 /// What a person can do on a machine that has no apt.
 fn without_apt(set: &Set, folder: &Path) -> String {
     let folder = folder.display();
-    let packages = set.packages().join(", ");
+    let packages = set.described();
     let unpack = format!("unpack Debian 12's {packages} in {folder} (ar x, tar xf data.tar.xz)");
     match &set.content {
         Content::Programs { programs, .. } if !programs.is_empty() => {
@@ -132,11 +132,11 @@ fn without_apt(set: &Set, folder: &Path) -> String {
 }
 
 impl Set {
-    /// What it is made of, as far as that is known before asking apt.
-    fn packages(&self) -> Vec<&'static str> {
+    /// Its packages, for people, as far as they are known before apt is asked.
+    fn described(&self) -> String {
         match &self.content {
-            Content::Programs { packages, .. } => packages.to_vec(),
-            Content::Kernel { .. } => vec![NEWEST_KERNEL],
+            Content::Programs { packages, .. } => packages.join(", "),
+            Content::Kernel { version, .. } => format!("linux-image-{version}.*-amd64"),
         }
     }
 }
@@ -186,7 +186,10 @@ impl Store {
         };
         fs::create_dir_all(&self.folder).map_err(failed)?;
         let lock = File::create(self.folder.join("lock")).map_err(failed)?;
-        flock(&lock, FlockOperation::LockExclusive).map_err(|error| failed(error.into()))?;
+        if flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err() {
+            say("waiting for another fetch to end");
+            flock(&lock, FlockOperation::LockExclusive).map_err(|error| failed(error.into()))?;
+        }
         // Somebody else may have fetched it while this waited.
         if !place.is_dir() {
             fill(&place, |part| fetch(apt, set, part, &place), failed)?;
@@ -230,7 +233,7 @@ fn fetch(apt: &Apt, set: &'static Set, root: &Path, place: &Path) -> Result<(), 
     say(&format!(
         "fetching {}: Debian's {}, by apt-get download. It is unpacked in {}, not installed",
         set.name,
-        set.packages().join(", "),
+        set.described(),
         place.display()
     ));
     apt.update(origin).map_err(failed)?;
@@ -409,7 +412,7 @@ mod tests {
         };
         let refusal = store.get(&LINUX_6_12).unwrap_err().to_string();
         assert!(refusal.contains("no apt-get"), "{refusal}");
-        assert!(refusal.contains(NEWEST_KERNEL), "{refusal}");
+        assert!(refusal.contains("linux-image-6.12."), "{refusal}");
         assert!(refusal.contains("/cache/hosts/linux-6.12"), "{refusal}");
         let refusal = without_apt(&QEMU, Path::new("/cache/hosts/qemu"));
         assert!(

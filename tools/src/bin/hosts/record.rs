@@ -7,7 +7,7 @@ use std::process::{Command, Stdio};
 
 use tempfile::NamedTempFile;
 
-use super::boot::{Done, Outcome, Visit};
+use super::boot::Outcome;
 use super::programs::workspace;
 use super::task::Part;
 
@@ -26,7 +26,7 @@ pub(crate) enum RecordError {
 }
 
 /// A table of what hosts have done: a line for each, a column for each part.
-pub(crate) fn table(visits: &[(Visit<'_>, Outcome)]) -> String {
+pub(crate) fn table(outcomes: &[Outcome]) -> String {
     let mut rows = vec![vec![
         "host".to_owned(),
         "main job".to_owned(),
@@ -36,9 +36,9 @@ pub(crate) fn table(visits: &[(Visit<'_>, Outcome)]) -> String {
         "time".to_owned(),
         "kernel and processor".to_owned(),
     ]];
-    for (visit, outcome) in visits {
-        let mut row = vec![visit.host.name.to_owned()];
-        row.extend(Part::ALL.map(|part| tally(visit, outcome, part)));
+    for outcome in outcomes {
+        let mut row = vec![outcome.host.name.to_owned()];
+        row.extend(Part::ALL.map(|part| tally(outcome, part)));
         row.push(format!("{:.0} s", outcome.took.as_secs_f64()));
         row.push(outcome.about.clone());
         rows.push(row);
@@ -47,15 +47,14 @@ pub(crate) fn table(visits: &[(Visit<'_>, Outcome)]) -> String {
 }
 
 /// How many tasks of `part` went as they must, of how many.
-fn tally(visit: &Visit<'_>, outcome: &Outcome, part: Part) -> String {
-    let of_part = visit.tasks.iter().filter(|task| task.part == Some(part));
-    let right = |done: &&Done| {
-        let task = &visit.tasks[done.task];
-        task.part == Some(part) && done.code == task.expected
-    };
-    match of_part.count() {
+fn tally(outcome: &Outcome, part: Part) -> String {
+    let all = outcome.tasks.iter().filter(|task| task.part == Some(part));
+    let right = outcome
+        .right()
+        .filter(|done| outcome.task(done).part == Some(part));
+    match all.count() {
         0 => "-".to_owned(),
-        all => format!("{} of {all}", outcome.done.iter().filter(right).count()),
+        all => format!("{} of {all}", right.count()),
     }
 }
 
@@ -82,12 +81,12 @@ fn aligned(rows: &[Vec<String>]) -> String {
 }
 
 /// What went wrong, a line each, as Markdown. Nothing if nothing did.
-fn wrongs(visits: &[(Visit<'_>, Outcome)]) -> String {
+fn wrongs(outcomes: &[Outcome]) -> String {
     let mut text = String::new();
-    for (visit, outcome) in visits {
-        let name = visit.host.name;
+    for outcome in outcomes {
+        let name = outcome.host.name;
         for done in &outcome.done {
-            let task = &visit.tasks[done.task];
+            let task = outcome.task(done);
             if done.code != task.expected {
                 let (title, code, expected) = (task.title(), done.code, task.expected);
                 text.push_str(&format!(
@@ -105,13 +104,13 @@ fn wrongs(visits: &[(Visit<'_>, Outcome)]) -> String {
 }
 
 /// Puts what hosts have done in the document, in place of what was there from the last time.
-pub(crate) fn keep(visits: &[(Visit<'_>, Outcome)]) -> Result<PathBuf, RecordError> {
+pub(crate) fn keep(outcomes: &[Outcome]) -> Result<PathBuf, RecordError> {
     let path = workspace().join("docs/platforms.md");
-    let wrongs = match wrongs(visits).as_str() {
+    let wrongs = match wrongs(outcomes).as_str() {
         "" => "Everything went as it must.\n".to_owned(),
         wrongs => format!("What did not:\n{wrongs}"),
     };
-    let found = format!("{}\n{}\n{wrongs}", stamp(), table(visits));
+    let found = format!("{}\n{}\n{wrongs}", stamp(), table(outcomes));
     let text = fs::read_to_string(&path).map_err(|source| RecordError::Read {
         path: path.clone(),
         source,
@@ -161,7 +160,12 @@ fn write_whole(path: &Path, text: &str) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
+    use crate::boot::{BootError, Done};
+    use crate::host;
+    use crate::task::{self, Extent};
 
     #[test]
     fn new_results_take_the_place_of_old_ones_and_of_nothing_else() {
@@ -176,6 +180,28 @@ mod tests {
     fn the_document_has_a_place_for_results() {
         let text = fs::read_to_string(workspace().join("docs/platforms.md")).unwrap();
         assert!(replaced(&text, "").is_some());
+    }
+
+    #[test]
+    fn a_host_that_stopped_half_way_shows_in_table_and_list() {
+        let tasks = task::tasks(Part::Faults, Extent::Full, &[]);
+        let (count, expected) = (tasks.len(), tasks[0].expected);
+        let done = |task, code| Done {
+            task,
+            code,
+            took: Duration::ZERO,
+            output: Vec::new(),
+        };
+        let outcome = Outcome {
+            done: vec![done(0, expected), done(1, 0)],
+            trouble: Some(BootError::Interrupted),
+            ..Outcome::new(&host::ALL[0], tasks)
+        };
+        let outcomes = [outcome];
+        assert!(table(&outcomes).contains(&format!("| -        | 1 of {count} |")));
+        let wrongs = wrongs(&outcomes);
+        assert!(wrongs.contains("exit code 0, not 3"), "{wrongs}");
+        assert!(wrongs.ends_with("- amd: interrupted\n"), "{wrongs}");
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use std::io::{self, Write};
 
-use super::boot::{Done, Listener, Outcome, Visit};
+use super::boot::{Done, Listener, Outcome};
 use super::say;
 use super::task::{KILLED, Part, Task};
 
@@ -75,20 +75,16 @@ fn ended(task: &Task, done: &Done) -> String {
 }
 
 /// A line on a host that has ended.
-pub(crate) fn conclusion(visit: &Visit<'_>, outcome: &Outcome) -> String {
-    let right = outcome
-        .done
-        .iter()
-        .filter(|done| done.code == visit.tasks[done.task].expected);
+pub(crate) fn conclusion(outcome: &Outcome) -> String {
     let about = match outcome.about.as_str() {
-        "" => "",
-        about => &format!("; {about}"),
+        "" => String::new(),
+        about => format!("; {about}"),
     };
     format!(
         "{}: {} of {} as they must be, in {:.0} s{about}",
-        visit.host.name,
-        right.count(),
-        visit.tasks.len(),
+        outcome.host.name,
+        outcome.right().count(),
+        outcome.tasks.len(),
         outcome.took.as_secs_f64()
     )
 }

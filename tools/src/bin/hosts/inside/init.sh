@@ -20,7 +20,12 @@ uptime() { cut -d' ' -f1 /proc/uptime; }
 frame() { echo "@$*" >&3; }
 
 # For an emulator that writes down what it has of the port only by the block.
-flush() { [ "$FLUSH" = 0 ] || head -c "$FLUSH" /dev/zero | tr '\0' '#' >&3; [ "$FLUSH" = 0 ] || echo >&3; }
+flush() {
+    if [ "$FLUSH" != 0 ]; then
+        head -c "$FLUSH" /dev/zero | tr '\0' '#' >&3
+        echo >&3
+    fi
+}
 
 # run NUMBER LIMIT COMMAND...: one task.
 run() {
@@ -35,7 +40,8 @@ run() {
 
 . /settings.sh
 for module in $MODULES; do
-    if [ "$module" = "$LAST" ]; then insmod /modules/$module.ko $PARAMETER; else insmod /modules/$module.ko; fi || echo "cannot load $module"
+    [ "$module" = "$LAST" ] && parameter=$PARAMETER || parameter=
+    insmod "/modules/$module.ko" $parameter || echo "cannot load $module"
 done
 frame host "$(uname -r), $(sed -n 's/^model name[^:]*: //p' /proc/cpuinfo | head -n 1), $(grep -c ^processor /proc/cpuinfo) CPUs"
 if [ -e /dev/kvm ]; then
