@@ -254,25 +254,31 @@ impl Window {
                 let runs = shown[region].runs_within(pages);
                 runs.map(move |(run, shown)| (first + run.start..first + run.end, shown))
             });
-            return Err(if !self.is_mapped_as(range.clone(), noted) {
-                MmuError::Torn {
+            let is_torn = !self.is_mapped_as(range.clone(), noted);
+            // Ours is not the only use of mappings: the host may be at its limit before we are.
+            let no_room = MmuError::MappingLimit {
+                limit: self.budget.limit(),
+            };
+            return Err(match error {
+                Errno::NOMEM if is_torn => MmuError::Torn {
+                    what,
+                    first,
+                    count,
+                    source: io::Error::other(no_room),
+                },
+                Errno::NOMEM => no_room,
+                error if is_torn => MmuError::Torn {
                     what,
                     first,
                     count,
                     source: error.into(),
-                }
-            } else if error == Errno::NOMEM {
-                // Ours is not the only use of mappings: the host may be at its limit before we are.
-                MmuError::MappingLimit {
-                    limit: self.budget.limit(),
-                }
-            } else {
-                MmuError::Host {
+                },
+                error => MmuError::Host {
                     what,
                     first,
                     count,
                     source: error.into(),
-                }
+                },
             });
         }
         for (region, pages) in by_region(range) {
