@@ -514,6 +514,7 @@ fn the_json_report_has_these_keys_and_types() {
         ("guest.ops_per_s", "number"),
         ("lines_lost", "count"),
         ("memory.bytes_peak", "count"),
+        ("memory.committed_peak", "count"),
         ("memory.frames_peak", "count"),
         ("memory.vmas_limit", "count"),
         ("memory.vmas_peak", "count"),

@@ -161,8 +161,9 @@ fn rows(report: &Report) -> Vec<(&'static str, String)> {
         (
             "memory",
             format!(
-                "{} at most, {} of {} mappings",
+                "{} of {} committed at most, {} of {} mappings",
                 bytes(memory.bytes_peak),
+                bytes(memory.committed_peak),
                 count(memory.vmas_peak),
                 count(memory.vmas_limit)
             ),
@@ -339,7 +340,7 @@ regions     2 copied whole (7 pages), 1 split; 3 copied ahead
 pins        480,211 fast, 9,004 slow, 24 registered
 forks       94,113 pinned pages copied at once
 DMA         80,120 requests to the guest, 80,118 from it, 1.68 GiB
-memory      1.19 GiB at most, 31,004 of 65,530 mappings
+memory      1.19 GiB of 1.25 GiB committed at most, 31,004 of 65,530 mappings
 violations  cut 0, isolation 0, coherence 0, life 0, tracking 0, accounting 0
 policy      exclusive
 platform    PVM (KVM without VMX or SVM), Linux 6.18.0, 2 CPUs

@@ -341,8 +341,9 @@ fn block(length: RunLength, p: &Progress) -> String {
         (
             "memory",
             format!(
-                "{} in use, {} mappings",
+                "{} in use of {} committed, {} mappings",
                 bytes(p.frames_in_use * guest::abi::PAGE_SIZE),
+                bytes(p.frames_committed * guest::abi::PAGE_SIZE),
                 count(p.vmas)
             ),
         ),
@@ -436,6 +437,7 @@ mod tests {
             dma_bytes: 38_000_000,
             violations: ViolationCounts::default(),
             frames_in_use: 98_304,
+            frames_committed: 131_072,
             vmas: 31_004,
         }
     }
@@ -453,7 +455,7 @@ mod tests {
              pins        20,002 fast, 311 slow, 24 registered\n\
              forks       4,032 pinned pages copied at once\n\
              DMA         3,401 requests, 36.2 MiB\n\
-             memory      384 MiB in use, 31,004 mappings"
+             memory      384 MiB in use of 512 MiB committed, 31,004 mappings"
         );
         assert!(block.lines().all(|line| line.chars().count() < 80));
     }

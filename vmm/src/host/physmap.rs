@@ -11,7 +11,7 @@ use std::num::NonZero;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::ptr::{self, NonNull};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 
 use rustix::fs::{FallocateFlags, MemfdFlags, ftruncate, memfd_create};
@@ -36,7 +36,7 @@ pub(super) const HUGE_PAGE: u64 = REGION_PAGES * PAGE_SIZE;
 
 /// The bytes of all frames: an unnamed file in memory, mapped once, readable and writable, for as long as
 /// this lives. Frames get memory by `fallocate` before their first use, so that a host without memory
-/// answers with an error and not with a `SIGBUS`.
+/// answers with an error and not with a `SIGBUS`. It is known which have it: a frame that has none cannot be reached from here.
 #[derive(Debug)]
 pub struct PhysMap {
     file: OwnedFd,
@@ -44,6 +44,7 @@ pub struct PhysMap {
     len: u64,
     huge: AtomicBool,
     dumps: Dumps,
+    backed: Backed,
 }
 
 // SAFETY: the mapping belongs to the process, not to a thread; `base` and `len` never change, and all access is
@@ -97,6 +98,7 @@ impl PhysMap {
             len,
             huge: AtomicBool::new(true),
             dumps,
+            backed: Backed::none(frames),
         }))
     }
 
@@ -131,7 +133,7 @@ impl PhysMap {
     /// `len` bytes of frame `pfn`, from byte `offset` on.
     ///
     /// # Panics
-    /// If they are not all in the frame, or the frame is beyond the end.
+    /// If they are not all in the frame, or the frame has no memory or is beyond the end.
     pub fn slice(&self, pfn: Pfn, offset: u64, len: u64) -> VolatileSlice<'_> {
         self.slice_held(pfn, offset, len, ())
     }
@@ -145,15 +147,13 @@ impl PhysMap {
         held: B,
     ) -> VolatileSlice<'_, B> {
         assert!(
-            offset <= PAGE_SIZE && len <= PAGE_SIZE - offset && pfn.offset() < self.len,
+            offset <= PAGE_SIZE && len <= PAGE_SIZE - offset,
             "{len} bytes at offset {offset} are not in {pfn:?}"
         );
-        // SAFETY: the range was just checked to lie in the mapping, which lives as long as `self` is
-        // borrowed. The frame has memory: frame numbers come from the pool, which commits before it hands out.
-        unsafe {
-            let at = self.base.as_ptr().add((pfn.offset() + offset) as usize);
-            VolatileSlice::with_bitmap(at, len as usize, held, None)
-        }
+        let frame = self.run(pfn, 1);
+        // SAFETY: the range lies in the frame, which lies in the mapping and has memory: both just checked. The mapping lives as
+        // long as `self` is borrowed.
+        unsafe { VolatileSlice::with_bitmap(frame.add(offset as usize), len as usize, held, None) }
     }
 
     /// Gives the file memory for `len` bytes from `offset` on.
@@ -174,15 +174,22 @@ impl PhysMap {
     }
 
     fn frame(&self, pfn: Pfn) -> *mut u8 {
-        assert!(pfn.offset() < self.len, "{pfn:?} is beyond the physmap");
-        // SAFETY: just checked to be inside the mapping.
-        unsafe { self.base.as_ptr().add(pfn.offset() as usize) }
+        self.run(pfn, 1)
     }
-}
 
-impl FrameMemory for PhysMap {
-    fn commit(&self, first: Pfn, count: u64) -> io::Result<()> {
-        let (start, len) = (first.offset(), count * PAGE_SIZE);
+    /// The bytes of `count` frames from `first` on, all of which have memory.
+    fn run(&self, first: Pfn, count: u64) -> *mut u8 {
+        let is_backed = self.backed.are_all(first, count);
+        assert!(
+            is_backed,
+            "{count} frames from {first:?} on have not all got memory"
+        );
+        // SAFETY: what has memory is inside the mapping.
+        unsafe { self.base.as_ptr().add(first.offset() as usize) }
+    }
+
+    /// Gives memory to `len` bytes from `start` on, in huge pages where that can be and is wanted.
+    fn give(&self, start: u64, len: u64) -> io::Result<()> {
         let whole = start.next_multiple_of(HUGE_PAGE)..(start + len) / HUGE_PAGE * HUGE_PAGE;
         if whole.start >= whole.end || !self.is_huge() {
             return self.allocate(start, len);
@@ -207,14 +214,79 @@ impl FrameMemory for PhysMap {
         }
         Ok(())
     }
+}
+
+/// Which frames have memory, a bit each.
+///
+/// Nothing is ordered by them: whoever has a frame has it from who gave it memory, by the pool's lock.
+#[derive(Debug)]
+struct Backed {
+    words: Box<[AtomicU64]>,
+    frames: u64,
+}
+
+impl Backed {
+    fn none(frames: u64) -> Self {
+        Self {
+            words: (0..frames.div_ceil(64))
+                .map(|_| AtomicU64::new(0))
+                .collect(),
+            frames,
+        }
+    }
+
+    /// The words that the bits of a run lie in, and which of their bits those are. Of what is beyond the end, nothing.
+    fn words(&self, first: Pfn, count: u64) -> impl Iterator<Item = (&AtomicU64, u64)> {
+        let end = first.0.saturating_add(count).min(self.frames);
+        let mut at = first.0;
+        std::iter::from_fn(move || {
+            (at < end).then(|| {
+                let (word, bit) = (at / 64, at % 64);
+                let bits = (64 - bit).min(end - at);
+                at += bits;
+                (&self.words[word as usize], u64::MAX >> (64 - bits) << bit)
+            })
+        })
+    }
+
+    fn set(&self, first: Pfn, count: u64) {
+        for (word, mask) in self.words(first, count) {
+            word.fetch_or(mask, Ordering::Relaxed);
+        }
+    }
+
+    fn clear(&self, first: Pfn, count: u64) {
+        for (word, mask) in self.words(first, count) {
+            word.fetch_and(!mask, Ordering::Relaxed);
+        }
+    }
+
+    fn are_all(&self, first: Pfn, count: u64) -> bool {
+        let is_inside = first
+            .0
+            .checked_add(count)
+            .is_some_and(|end| end <= self.frames);
+        let mut words = self.words(first, count);
+        is_inside && words.all(|(word, mask)| word.load(Ordering::Relaxed) & mask == mask)
+    }
+}
+
+impl FrameMemory for PhysMap {
+    fn commit(&self, first: Pfn, count: u64) -> io::Result<()> {
+        self.give(first.offset(), count * PAGE_SIZE)?;
+        self.backed.set(first, count);
+        Ok(())
+    }
 
     fn commit_base_pages(&self, first: Pfn, count: u64) -> io::Result<()> {
-        self.allocate(first.offset(), count * PAGE_SIZE)
+        self.allocate(first.offset(), count * PAGE_SIZE)?;
+        self.backed.set(first, count);
+        Ok(())
     }
 
     fn copy(&self, from: Pfn, to: Pfn) {
         assert_ne!(from, to, "a frame is not copied to itself");
-        // SAFETY: both are whole frames inside the mapping and differ, so they do not overlap. A device that writes to `from`
+        // SAFETY: both are whole frames inside the mapping, with memory, and differ, so they do not overlap. A device that writes to `from`
         // meanwhile (it was not stopped) makes the copy a mixture, as the trait says; no
         // reference to either exists.
         unsafe { ptr::copy_nonoverlapping(self.frame(from), self.frame(to), PAGE_SIZE as usize) }
@@ -225,15 +297,13 @@ impl FrameMemory for PhysMap {
         if count == 1 {
             return self.copy(from, to);
         }
-        let len = count * PAGE_SIZE;
-        let apart = from.offset().abs_diff(to.offset());
-        let end = from.offset().max(to.offset()) + len;
         assert!(
-            apart >= len && end <= self.len,
+            from.0.abs_diff(to.0) >= count,
             "{count} frames from {from:?} to {to:?}"
         );
-        // SAFETY: both runs lie inside the mapping and do not overlap: just checked. Otherwise as `copy`.
-        unsafe { stream::copy(self.frame(from), self.frame(to), len as usize) }
+        let (from, to) = (self.run(from, count), self.run(to, count));
+        // SAFETY: both runs lie inside the mapping and have memory, and they do not overlap: just checked. Otherwise as `copy`.
+        unsafe { stream::copy(from, to, (count * PAGE_SIZE) as usize) }
     }
 
     fn copy_all(&self, pairs: &[(Pfn, Pfn)]) {
@@ -270,14 +340,13 @@ impl FrameMemory for PhysMap {
     }
 
     fn uncommit(&self, first: Pfn, count: u64) -> io::Result<()> {
-        Ok(retry_on_intr(|| {
-            fallocate(
-                self.file(),
-                FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE,
-                first.offset(),
-                count * PAGE_SIZE,
-            )
-        })?)
+        // Before it goes, so that nobody comes to it while it does.
+        self.backed.clear(first, count);
+        let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        let (start, len) = (first.offset(), count * PAGE_SIZE);
+        retry_on_intr(|| fallocate(self.file(), punch, start, len))
+            .inspect_err(|_| self.backed.set(first, count))?;
+        Ok(())
     }
 
     fn zero(&self, frame: Pfn) {

@@ -11,8 +11,8 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
 use crate::mm::{
-    Access, AddressSpace, Exclusive, FramePool, Gfn, Mmu, MmuError, PAGE_SIZE, Pfn, Protection,
-    REGION_PAGES,
+    Access, AddressSpace, Exclusive, FrameMemory, FramePool, Gfn, Mmu, MmuError, PAGE_SIZE, Pfn,
+    Protection, REGION_PAGES,
 };
 
 const PAGES: u64 = 64;
@@ -271,4 +271,26 @@ fn a_slice_of_a_shared_page_is_of_its_own_copy() {
         (old, ram.read_obj::<u64>(GuestAddress(64)).unwrap()),
         (7, 8)
     );
+}
+
+/// No byte of a frame that has no memory can be had: to touch it could be a SIGBUS.
+#[test]
+fn a_frame_without_memory_cannot_be_reached() {
+    let physmap = physmap(200);
+    fn is_refused<T>(use_it: impl FnOnce() -> T) -> bool {
+        std::panic::catch_unwind(std::panic::AssertUnwindSafe(use_it)).is_err()
+    }
+    let reach = |pfn| is_refused(|| physmap.slice(pfn, 0, 8));
+    physmap.commit(Pfn(60), 70).unwrap();
+    assert!(reach(Pfn(59)) && reach(Pfn(130)) && reach(Pfn(200)) && reach(Pfn(u64::MAX)));
+    assert!(!reach(Pfn(60)) && !reach(Pfn(64)) && !reach(Pfn(129)));
+    physmap.uncommit(Pfn(100), 3).unwrap();
+    assert!(reach(Pfn(100)) && reach(Pfn(102)) && !reach(Pfn(99)) && !reach(Pfn(103)));
+    assert!(is_refused(|| physmap.copy(Pfn(100), Pfn(60))));
+    assert!(is_refused(|| physmap.copy_run(Pfn(60), Pfn(98), 3)));
+    assert!(is_refused(|| physmap.zero(Pfn(101))));
+    assert!(is_refused(|| physmap.write(Pfn(101), 0, &[1])));
+    assert!(is_refused(|| physmap.equal(Pfn(60), Pfn(101))));
+    physmap.commit_base_pages(Pfn(100), 1).unwrap();
+    assert!(!reach(Pfn(100)) && reach(Pfn(101)));
 }

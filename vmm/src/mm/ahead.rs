@@ -73,7 +73,7 @@ impl<P: CowPolicy> AddressSpace<P> {
     }
 
     /// Makes a piece of what was written before each of the last two forks writable again, at the cost of a copy: 4 KiB or 2 MiB. Says
-    /// whether there may be more. A fork waits for it.
+    /// whether there may be more. A fork waits for it, and a fault in the same region does: not for a thread at a low priority to call.
     ///
     /// Never needed: what cannot be broken here is left to the fault.
     pub fn break_ahead(&self) -> bool {

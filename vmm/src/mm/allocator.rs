@@ -254,6 +254,7 @@ impl Allocator {
             self.look_at_runs_of(ahead, claim.ahead);
         }
         self.usage.peak = self.usage.peak.max(self.usage.in_use);
+        self.usage.committed_peak = self.usage.committed_peak.max(self.usage.committed);
     }
 
     /// The host has refused it.

@@ -9,9 +9,9 @@
 //! room: an allocation fails only if every frame for which there may be memory is in use, or the host refuses.
 //!
 //! # What nobody uses goes back
-//! [`Supply::give_back_surplus`], which is called before each snapshot and after each that is dropped, gives back the runs that
-//! were free all the time since the last call, but for as many as are made ready at a time. So memory that each snapshot uses for a
-//! while stays, and what one of them has needed once goes.
+//! [`Supply::give_back_surplus`], which is called before each snapshot, gives back the runs that were free all the time since the last
+//! call, but for as many as are made ready at a time. So memory that each snapshot uses for a while stays, and what one of them has
+//! needed once goes.
 
 use std::sync::Arc;
 

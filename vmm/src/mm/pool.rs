@@ -65,6 +65,8 @@ pub struct PoolUsage {
     pub peak: u64,
     /// With memory behind them, or about to get it.
     pub committed: u64,
+    /// The same at the worst moment.
+    pub committed_peak: u64,
     /// The most that may have memory behind them.
     pub limit: u64,
 }

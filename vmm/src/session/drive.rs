@@ -614,6 +614,7 @@ impl<'a, P: CowPolicy> Drive<'a, P> {
             self.recent_ops = (now, ops, ops.saturating_sub(before) as f64 / elapsed);
         }
         let (mm, dma) = (self.vm.ram.space().stats(), self.vm.devices.stats());
+        let usage = self.vm.books.pool.usage();
         Progress {
             elapsed: now - self.started,
             total: match self.config.length {
@@ -635,7 +636,8 @@ impl<'a, P: CowPolicy> Drive<'a, P> {
             dma_requests: dma.to_guest + dma.from_guest,
             dma_bytes: dma.bytes,
             violations: self.violations,
-            frames_in_use: self.vm.books.pool.usage().in_use,
+            frames_in_use: usage.in_use,
+            frames_committed: usage.committed,
             vmas: self.vm.books.budget.used(),
         }
     }
@@ -751,6 +753,7 @@ impl<'a, P: CowPolicy> Drive<'a, P> {
             memory: MemoryPeaks {
                 frames_peak: usage.peak,
                 bytes_peak: usage.peak * PAGE_SIZE,
+                committed_peak: usage.committed_peak * PAGE_SIZE,
                 vmas_peak: books.budget.peak(),
                 vmas_limit: books.budget.limit(),
             },

@@ -39,6 +39,8 @@ pub struct Progress {
     pub violations: ViolationCounts,
     /// Frames in use now.
     pub frames_in_use: u64,
+    /// Frames that have memory now, in use or not.
+    pub frames_committed: u64,
     /// Mappings of this process now.
     pub vmas: u64,
 }

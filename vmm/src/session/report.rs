@@ -280,6 +280,8 @@ pub struct MemoryPeaks {
     pub frames_peak: u64,
     /// The same in bytes.
     pub bytes_peak: u64,
+    /// Bytes of host memory that frames had at once, in use or not.
+    pub committed_peak: u64,
     /// Mappings of this process at once.
     pub vmas_peak: u64,
     /// The most the kernel allows: `vm.max_map_count`.
@@ -411,6 +413,7 @@ pub(crate) mod tests {
             memory: MemoryPeaks {
                 frames_peak: 312_004,
                 bytes_peak: 1_277_968_384,
+                committed_peak: 1_346_371_584,
                 vmas_peak: 31_004,
                 vmas_limit: 65_530,
             },
@@ -484,7 +487,13 @@ pub(crate) mod tests {
             ("lines_lost", &[]),
             (
                 "memory",
-                &["bytes_peak", "frames_peak", "vmas_limit", "vmas_peak"],
+                &[
+                    "bytes_peak",
+                    "committed_peak",
+                    "frames_peak",
+                    "vmas_limit",
+                    "vmas_peak",
+                ],
             ),
             ("pause_us", &["max", "p50", "p99"]),
             ("pins", &["fast", "registered", "slow"]),

@@ -7,6 +7,7 @@
 //! | `get`, `dirty`, `discard`, `migrate`, `merge`, `force` | each operation: its contract, each of its errors |
 //! | `policies` | the rules as tables; which scenario goes wrong under which policy |
 //! | `allocator` | who has which frame, against a plain list
+//! | `commit` | who waits for the host, and what goes back to it
 //! | `pool` | where frames come from, and what happens at the limit |
 //! | `prepare` | forks that are prepared: how much at once, and how often again |
 //! | `values` | addresses, entries and frame states |
@@ -18,6 +19,7 @@
 
 mod ahead;
 mod allocator;
+mod commit;
 mod dirty;
 mod discard;
 mod folio;

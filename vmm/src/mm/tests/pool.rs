@@ -373,6 +373,7 @@ fn the_pool_says_how_full_it_is() {
         in_use: 1,
         peak: 1,
         committed: 63,
+        committed_peak: 63,
         limit: 64,
     };
     assert_eq!(pool.usage(), usage);

@@ -208,10 +208,13 @@ impl Mailbox {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::mm::FrameMemory;
 
     /// A line and its other end, with nobody there yet. No KVM is needed.
     fn line() -> (Line, Ports, OnStop) {
-        connect(Mailbox::new(PhysMap::new(1).unwrap(), Pfn(0)))
+        let physmap = PhysMap::new(1).unwrap();
+        physmap.commit(Pfn(0), 1).unwrap();
+        connect(Mailbox::new(physmap, Pfn(0)))
     }
 
     fn ask(line: &mut Line) -> Result<u64, CpuError> {

@@ -1,0 +1,215 @@
+//! Who waits while the host is asked for memory, and what goes back to it.
+
+use std::sync::Mutex;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::thread;
+
+use super::super::allocator::COMMIT_FOLIOS;
+use super::super::fresh::FreshFolio;
+use super::refusing::RefusingMemory;
+use super::*;
+
+/// Frames whose memory comes, or goes, when somebody lets it: at each call it says so, and waits for the answer.
+struct SlowHost {
+    inner: Arc<SoftMemory>,
+    asked: Mutex<Sender<(Pfn, u64)>>,
+    answers: Mutex<Receiver<bool>>,
+}
+
+impl SlowHost {
+    fn ask(&self, first: Pfn, count: u64) -> std::io::Result<()> {
+        self.asked.lock().unwrap().send((first, count)).unwrap();
+        match self.answers.lock().unwrap().recv() {
+            Ok(true) => Ok(()),
+            _ => Err(std::io::ErrorKind::OutOfMemory.into()),
+        }
+    }
+}
+
+impl FrameMemory for SlowHost {
+    fn commit(&self, first: Pfn, count: u64) -> std::io::Result<()> {
+        self.ask(first, count)
+    }
+    fn copy(&self, from: Pfn, to: Pfn) {
+        self.inner.copy(from, to);
+    }
+    fn zero(&self, frame: Pfn) {
+        self.inner.zero(frame);
+    }
+    fn equal(&self, one: Pfn, other: Pfn) -> bool {
+        self.inner.equal(one, other)
+    }
+    fn write(&self, frame: Pfn, offset: u64, bytes: &[u8]) {
+        self.inner.write(frame, offset, bytes);
+    }
+    fn uncommit(&self, first: Pfn, count: u64) -> std::io::Result<()> {
+        self.ask(first, count)?;
+        self.inner.uncommit(first, count)
+    }
+}
+
+/// A pool of folios of four, and the host's end of it: what it is asked, and what it answers.
+fn slow_pool(limit: u64) -> (Arc<FramePool>, Receiver<(Pfn, u64)>, Sender<bool>) {
+    let ((asked, asks), (answer, answers)) = (channel(), channel());
+    let host = Arc::new(SlowHost {
+        inner: SoftMemory::new(64),
+        asked: Mutex::new(asked),
+        answers: Mutex::new(answers),
+    });
+    answer.send(true).unwrap();
+    let pool = FramePool::with_folios_of(Order::new(2), host, 64, limit).unwrap();
+    assert_eq!(asks.recv(), Ok((Pfn::ZERO, 1)));
+    (pool, asks, answer)
+}
+
+/// The lock is not held meanwhile.
+#[test]
+fn nobody_waits_for_memory_that_others_get() {
+    let (pool, asks, answer) = slow_pool(60);
+    answer.send(true).unwrap();
+    let ready = pool.allocate().unwrap();
+    assert_eq!(asks.recv(), Ok((Pfn(1), 3)));
+    let home = pool.reserve(8).unwrap();
+    thread::scope(|scope| {
+        let folio = scope.spawn(|| pool.allocate_huge(&home, 0).unwrap().unwrap().head());
+        let (first, count) = asks.recv().unwrap();
+        assert_eq!((first, count), (home.frame(0), 8));
+        // The host has been asked, and answers when all of this is done.
+        beside(Answer(answer), || {
+            let other = pool.allocate().unwrap();
+            assert_eq!(other.pfn(), Pfn(2));
+            drop(ready);
+            let usage = pool.usage();
+            assert_eq!((usage.in_use, usage.committed), (5, 11));
+            assert_eq!(pool.leftovers(99).len(), 9, "in transit is in use");
+            drop(pool.reserve(4).unwrap());
+        });
+        assert_eq!(folio.join().unwrap(), home.frame(0));
+    });
+    assert_eq!(pool.usage().in_use, 0);
+}
+
+/// The host gives what it was asked for when this is dropped.
+struct Answer(Sender<bool>);
+
+impl Drop for Answer {
+    fn drop(&mut self) {
+        self.0.send(true).unwrap();
+    }
+}
+
+/// Who needs the very frames that the host is asked about gets them where they belong, and does not go elsewhere.
+#[test]
+fn a_page_waits_for_its_home() {
+    let (pool, asks, answer) = slow_pool(60);
+    let home = pool.reserve(8).unwrap();
+    thread::scope(|scope| {
+        let folio = scope.spawn(|| pool.allocate_huge(&home, 0).unwrap().unwrap());
+        asks.recv().unwrap();
+        let second = scope.spawn(|| pool.allocate_huge(&home, 4).unwrap().unwrap());
+        let page = scope.spawn(|| pool.allocate_near(&home, 0).unwrap());
+        answer.send(true).unwrap();
+        let (folio, second) = (folio.join().unwrap(), second.join().unwrap());
+        assert_eq!(
+            (folio.head(), second.head()),
+            (home.frame(0), home.frame(4))
+        );
+        // The page came second: its home is taken, and it goes elsewhere after all.
+        asks.recv().unwrap();
+        answer.send(true).unwrap();
+        assert!(page.join().unwrap().pfn() < home.frame(0));
+    });
+}
+
+/// What the host refuses is nobody's and not counted, and who waited for it hears that there is none, or gets what there is.
+#[test]
+fn who_waits_for_the_last_memory_gets_it_or_an_error() {
+    let (pool, asks, answer) = slow_pool(3);
+    thread::scope(|scope| {
+        let first = scope.spawn(|| pool.allocate().map(|fresh| fresh.into_held()));
+        assert_eq!(asks.recv(), Ok((Pfn(1), 3)), "all that there may be");
+        let second = scope.spawn(|| pool.allocate().map(|fresh| fresh.into_held()));
+        answer.send(false).unwrap();
+        // Without what would have been by the way: one for the first. The second may ask for the rest now.
+        let mut asked = vec![asks.recv().unwrap()];
+        answer.send(true).unwrap();
+        asked.push(asks.recv().unwrap());
+        answer.send(true).unwrap();
+        let (first, second) = (first.join().unwrap(), second.join().unwrap());
+        let mut pfns = [first.unwrap().pfn(), second.unwrap().pfn()];
+        pfns.sort_unstable();
+        assert!(pfns[0] < pfns[1], "{asked:?}");
+    });
+    assert_eq!(pool.usage().in_use, 0);
+}
+
+/// A space that comes after others have gone finds room where they were.
+#[test]
+fn homes_are_recycled() {
+    let (pool, memory) = soft_pool(4 * 512).unwrap();
+    let mut kept = Vec::new();
+    for round in 0..100 {
+        let vm = SoftVm::new(&pool, &memory, Exclusive, 2 * 512).unwrap();
+        assert!(
+            SoftVm::new(&pool, &memory, Exclusive, 2 * 512).is_err(),
+            "there is room for one"
+        );
+        vm.cpu_write(Gfn(700), round).unwrap();
+        assert_eq!((vm.cpu_read(Gfn(700)), vm.cpu_read(Gfn(701))), (round, 0));
+        kept = vec![vm.space.fork().unwrap()];
+        if round < 99 {
+            kept.clear();
+        }
+    }
+    // What a snapshot still has is in the way, until it goes.
+    let another = || SoftVm::new(&pool, &memory, Exclusive, 2 * 512);
+    assert!(another().is_err());
+    kept.clear();
+    assert!(another().is_ok());
+    assert_eq!((pool.leftovers(9), pool.usage().in_use), (vec![], 0));
+}
+
+fn folios(pool: &Arc<FramePool>, count: u64) -> Vec<FreshFolio> {
+    let folio = |_| pool.allocate_folio().unwrap().unwrap();
+    (0..count).map(folio).collect()
+}
+
+/// What was free from one call to the next goes back, but for a few; what was used in between stays.
+#[test]
+fn memory_that_nobody_has_used_for_a_while_goes_back_to_the_host() {
+    let memory = RefusingMemory::new(1024);
+    let bytes = Arc::clone(&memory) as Arc<dyn FrameMemory>;
+    let pool = FramePool::with_folios_of(Order::new(2), bytes, 1024, 1000).unwrap();
+    let most = COMMIT_FOLIOS + 10;
+    drop(folios(&pool, most));
+    let give_back = || pool.supply().give_back_surplus();
+    let committed = || pool.usage().committed / 4;
+    give_back();
+    assert_eq!(committed(), most, "it was in use just now");
+    drop(folios(&pool, most - 4));
+    give_back();
+    assert_eq!(committed(), most, "four were idle, which is not too much");
+    drop(folios(&pool, 3));
+    give_back();
+    assert_eq!(committed(), most - 7, "all but three were idle");
+    let runs = memory.uncommitted.lock().unwrap().clone();
+    assert_eq!(runs, [(4 * (most - 6), 4 * 7)], "the last, in one piece");
+    give_back();
+    assert_eq!(committed(), COMMIT_FOLIOS);
+    give_back();
+    assert_eq!(committed(), COMMIT_FOLIOS);
+    // What the host will not have back is there still, and is offered again when it was idle for another while.
+    drop(folios(&pool, most));
+    give_back();
+    memory.refusals.from(0);
+    give_back();
+    assert_eq!(committed(), most);
+    memory.refusals.never();
+    give_back();
+    give_back();
+    assert_eq!(committed(), COMMIT_FOLIOS);
+    let all = folios(&pool, most);
+    assert_eq!((pool.usage().in_use, committed()), (4 * most, most));
+    drop(all);
+    assert_eq!(pool.leftovers(9), []);
+}
