@@ -310,7 +310,7 @@ fn a_file_that_is_no_guest_is_an_error_that_says_why() {
         return;
     }
     let directory = tempfile::tempdir().unwrap();
-    let path = directory.path().join("guest");
+    let path = directory.path().join("program");
     for (bytes, why) in [
         (b"".as_slice(), "not an ELF file"),
         (b"garbage", "not an ELF file"),
@@ -502,8 +502,15 @@ fn the_json_report_has_these_keys_and_types() {
         ("ended_by", "text"),
         ("error", "null"),
         ("faults.ahead", "count"),
+        ("faults.by_all", "count"),
+        ("faults.by_event", "count"),
+        ("faults.by_kvm", "count"),
+        ("faults.by_operand", "count"),
+        ("faults.by_region", "count"),
+        ("faults.by_walk", "count"),
         ("faults.copied", "count"),
         ("faults.eager_copied", "count"),
+        ("faults.emulated", "count"),
         ("faults.neighbours", "count"),
         ("faults.reused", "count"),
         ("faults.split", "count"),
@@ -1252,7 +1259,12 @@ fn flags_of_guest_memory(pid: u32) -> Vec<String> {
             if is_guests {
                 flags.push(found.to_owned());
             }
-        } else if !line.contains("kB") {
+        } else if line
+            .split(' ')
+            .next()
+            .is_some_and(|word| !word.ends_with(':'))
+        {
+            // The addresses of the next mapping, and its name.
             is_guests = line.contains("palimpsest-frames");
         }
     }

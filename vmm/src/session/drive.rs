@@ -28,7 +28,7 @@ use crate::causes::chain;
 use crate::check::{Examiner, Oracle, Violation, ViolationCounts, Worker, account};
 use crate::device::Mismatch;
 use crate::kvm::{self, KvmError, MachineStats, Outcome, Rung, StopReason};
-use crate::mm::{CowPolicy, ForkError, MmStats};
+use crate::mm::{CowPolicy, ForkError, MmStats, PoolUsage};
 use crate::snapshot::{Fault, Preparation, Snapshot, TakeError, Timing};
 
 /// Between two calls of the observer.
@@ -313,12 +313,20 @@ impl<'a, P: CowPolicy> Drive<'a, P> {
         let (space, tracker) = (self.vm.ram.space(), &mut self.tracker);
         let mut tracked = Ok(());
         let parts = self.vm.parts();
-        let taken = parts.take_with(number, parent, preparation, fault, || {
+        // The guest has run on since there was room, and written.
+        let nothing_to_drop = self.kept.is_empty() && self.parent.is_none();
+        let (pool, pages) = (&self.vm.books.pool, space.pages());
+        let has_room = || nothing_to_drop || room_for(pool.usage(), pages) > 0;
+        let taken = parts.take_with(number, parent, preparation, fault, &has_room, || {
             tracked = tracker.as_mut().map_or(Ok(()), |t| t.round(space));
         });
         let (snapshot, timing) = match taken {
             Ok(taken) => taken,
             Err(TakeError::Vcpus(error)) => return Err(self.why_vcpus_ended(error)),
+            Err(TakeError::CalledOff) => {
+                self.next_snapshot = Instant::now();
+                return Ok(());
+            }
             // The VM is as it was. Sooner or later there is none left to drop.
             Err(TakeError::Memory(ForkError::EagerCopy { .. })) if !self.kept.is_empty() => {
                 self.drop_oldest();
@@ -371,8 +379,7 @@ impl<'a, P: CowPolicy> Drive<'a, P> {
 
     /// How often all of the guest's memory could be copied with what frames there are left.
     fn room(&self) -> u64 {
-        let usage = self.vm.books.pool.usage();
-        usage.limit.saturating_sub(usage.in_use) / self.vm.ram.space().pages()
+        room_for(self.vm.books.pool.usage(), self.vm.ram.space().pages())
     }
 
     /// Whether a snapshot may be taken: afterwards the guest may write all of its memory, and each page of it is copied once. If there is
@@ -760,6 +767,11 @@ impl<'a, P: CowPolicy> Drive<'a, P> {
             lines_lost: unheard,
         }
     }
+}
+
+/// How often `pages` pages could be copied with what frames are left.
+fn room_for(usage: PoolUsage, pages: u64) -> u64 {
+    usage.limit.saturating_sub(usage.in_use) / pages
 }
 
 fn fault_counts(mm: &MmStats, machine: &MachineStats) -> FaultCounts {

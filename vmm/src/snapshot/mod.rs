@@ -133,6 +133,9 @@ pub enum TakeError {
     /// Memory could not be forked.
     #[error("cannot fork guest memory")]
     Memory(#[from] ForkError),
+    /// Whoever wanted the snapshot does not want it any more.
+    #[error("the snapshot was called off")]
+    CalledOff,
 }
 
 /// Why a VM could not be rewound. If anything of it was, it is stopped for good.
@@ -177,11 +180,12 @@ impl<P: CowPolicy> Parts<'_, P> {
         parent: Option<u64>,
         fault: Fault<'_>,
     ) -> Result<(Snapshot, Timing), TakeError> {
-        self.take_with(number, parent, Preparation::Early, fault, || ())
+        let early = Preparation::Early;
+        self.take_with(number, parent, early, fault, &|| true, || ())
     }
 
-    /// [`Parts::take`], with something else to be done at the same instant: `after_memory` is called when memory
-    /// was forked and nothing runs yet.
+    /// [`Parts::take`], with two things to be done at the same instant: `may_fork` is asked when nothing runs any more, and can call it
+    /// off; `after_memory` is called when memory was forked and nothing runs yet.
     ///
     /// # Errors
     /// As [`Parts::take`].
@@ -191,6 +195,7 @@ impl<P: CowPolicy> Parts<'_, P> {
         parent: Option<u64>,
         preparation: Preparation,
         fault: Fault<'_>,
+        may_fork: &dyn Fn() -> bool,
         after_memory: impl FnOnce(),
     ) -> Result<(Snapshot, Timing), TakeError> {
         let capture = match fault {
@@ -211,6 +216,9 @@ impl<P: CowPolicy> Parts<'_, P> {
             self.space.prepare_fork();
         }
         let paused = self.machine.pause(capture)?;
+        if !may_fork() {
+            return Err(TakeError::CalledOff);
+        }
         let kicked = paused.kicked();
         let stopped = at_large
             .is_none()
