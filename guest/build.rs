@@ -45,7 +45,14 @@ const FLAGS: [&str; 18] = [
 fn main() -> ExitCode {
     println!("cargo::rerun-if-changed=build.rs");
     println!("cargo::rerun-if-changed=payload");
-    for shared in ["abi", "drill", "formula", "misbehaviour", "sweep"] {
+    for shared in [
+        "abi",
+        "drill",
+        "formula",
+        "misbehaviour",
+        "registers",
+        "sweep",
+    ] {
         println!("cargo::rerun-if-changed=src/{shared}.rs");
     }
 

@@ -186,9 +186,9 @@ fn nonsense_is_refused_with_the_limit_named() {
         (&["--vcpus", "two"], "invalid digit"),
         (
             &["--memory", "3K"],
-            "--memory 3 KiB: a guest of this shape needs at least 10 MiB",
+            "--memory 3 KiB: a guest of this shape needs at least 12 MiB",
         ),
-        (&["--memory", "0"], "needs at least 10 MiB"),
+        (&["--memory", "0"], "needs at least 12 MiB"),
         (
             &["--memory", "33554433"],
             "--memory 33554433 B: must be a multiple of 4 KiB",

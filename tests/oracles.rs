@@ -152,6 +152,29 @@ fn registers_captured_late_break_the_cut() {
 }
 
 #[test]
+fn registers_of_an_earlier_instant_break_the_cut() {
+    if no_kvm() {
+        return;
+    }
+    for violation in violations(Injection::StaleRegisters) {
+        assert!(violation.detail.starts_with("vcpu 0: "), "{violation}");
+        assert!(violation.snapshot.is_some(), "{violation}");
+    }
+}
+
+/// Everything that is compared with that vCPU's registers alone agrees with them: only the marks that others have tell.
+#[test]
+fn a_vcpu_of_an_earlier_instant_breaks_the_cut() {
+    if no_kvm() {
+        return;
+    }
+    for violation in violations(Injection::SkewVcpus) {
+        assert!(violation.detail.contains("mark"), "{violation}");
+        assert_tells_where(&violation, config().memory);
+    }
+}
+
+#[test]
 fn a_page_that_a_restore_forgets_breaks_life() {
     if no_kvm() {
         return;

@@ -2,7 +2,8 @@
 
 use crate::abi::{BootInfo, FailureKind, Layout, PAGE_SIZE, Pattern};
 use crate::area::Area;
-use crate::formula::{PAGE_WORDS, Schedule, page_key, page_word_from_key};
+use crate::formula::{PAGE_WORDS, Schedule, page_key};
+use crate::hold::{self, Rewritten, Words};
 use crate::vcpu::{Finding, Vcpu};
 
 /// The operations of one vCPU.
@@ -39,39 +40,38 @@ impl Hammer {
         // SAFETY: a slot of this vCPU, which `new`'s caller promised to us alone.
         let page: Area<PAGE_SIZE> = unsafe { Area::new(gpa) };
 
-        let wrong = match self.schedule.last_writer(slot, op) {
-            Some(writer) => {
-                let key = page_key(self.seed, self.vcpu, writer);
-                first_wrong_word(page, |word| page_word_from_key(key, word))
-            }
-            None => first_wrong_word(page, |_| 0),
+        let old = match self.schedule.last_writer(slot, op) {
+            Some(writer) => Words::of_key(page_key(self.seed, self.vcpu, writer)),
+            None => Words::ZEROS,
         };
-        if let Some((word, expected, found)) = wrong {
-            vcpu.report(Finding {
-                kind: FailureKind::Page,
-                gpa: page.gpa(8 * word),
-                expected,
-                found,
-                device: 0,
-                seq: 0,
-            });
-        }
-
-        let key = page_key(self.seed, self.vcpu, op);
-        for word in 0..PAGE_WORDS {
-            page.write(8 * word, page_word_from_key(key, word));
+        let new = Words::of_key(page_key(self.seed, self.vcpu, op));
+        match hold::rewrite(page, old, new, vcpu.held()) {
+            Rewritten::Rightly => {}
+            Rewritten::LostRegister => vcpu.report(Finding::of_registers(1, 0)),
+            Rewritten::Not => {
+                if let Some((word, expected, found)) = first_wrong_word(page, old) {
+                    vcpu.report(Finding {
+                        kind: FailureKind::Page,
+                        gpa: page.gpa(8 * word),
+                        expected,
+                        found,
+                        device: 0,
+                        seq: 0,
+                    });
+                }
+                for word in 0..PAGE_WORDS {
+                    page.write(8 * word, new.word(word));
+                }
+            }
         }
         vcpu.complete_op();
     }
 }
 
-/// The first word of `page` that is not what `expected` says, with both.
-fn first_wrong_word(
-    page: Area<PAGE_SIZE>,
-    expected: impl Fn(u64) -> u64,
-) -> Option<(u64, u64, u64)> {
+/// The first word of `page` that is not one of `words`, with both.
+fn first_wrong_word(page: Area<PAGE_SIZE>, words: Words) -> Option<(u64, u64, u64)> {
     (0..PAGE_WORDS).find_map(|word| {
-        let (expected, found) = (expected(word), page.read::<u64>(8 * word));
+        let (expected, found) = (words.word(word), page.read::<u64>(8 * word));
         (expected != found).then_some((word, expected, found))
     })
 }

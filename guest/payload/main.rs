@@ -5,7 +5,7 @@
 //! snapshot taken at any instant can be checked bit for bit.
 //!
 //! Runs in ring 3 without a kernel under it; see `abi` for the state it starts in. vCPUs share no memory
-//! that any of them writes, and there are no mutable statics.
+//! that any of them writes but for the marks they leave each other, and there are no mutable statics.
 
 #![no_std]
 #![no_main]
@@ -17,10 +17,15 @@ mod abi;
 #[path = "../src/formula.rs"]
 mod formula;
 
+#[allow(dead_code)] // As for the formulas.
+#[path = "../src/registers.rs"]
+mod registers;
+
 mod area;
 mod console;
 mod driver;
 mod hammer;
+mod hold;
 mod port;
 mod rt;
 mod vcpu;
@@ -50,7 +55,7 @@ fn run(boot: &BootInfo, index: u64) -> ! {
     }
 
     // SAFETY: the VMM laid this page out for this vCPU alone.
-    let mut vcpu = unsafe { Vcpu::new(layout, index) };
+    let mut vcpu = unsafe { Vcpu::new(boot, index) };
     let mut drivers: [Option<Driver>; MAX_DEVICES as usize] = [const { None }; _];
     for (device, driver) in (0..layout.devices).zip(&mut drivers) {
         if device % layout.vcpus == index {

@@ -5,18 +5,26 @@ use core::arch::x86_64::_rdtsc;
 use core::mem::offset_of;
 
 use crate::abi::{
-    FOLLOWS_FORMULA, Failure, FailureKind, GAP_BUCKETS, GAP_SHIFT, Gap, Layout, PORT_FAILURE,
-    VCPU_STRIDE, VcpuPage,
+    BootInfo, FOLLOWS_FORMULA, Failure, FailureKind, GAP_BUCKETS, GAP_SHIFT, Gap, Layout, Mark,
+    PORT_FAILURE, VCPU_STRIDE, VcpuPage,
 };
 use crate::area::Area;
-use crate::port;
+use crate::formula::mark_target;
+use crate::registers::Held;
+use crate::{hold, port};
 
 /// A vCPU, seen from the inside.
 pub struct Vcpu {
     index: u64,
+    layout: Layout,
     page: Area<VCPU_STRIDE>,
     op: u64,
     last_tsc: Option<u64>,
+    seed: u64,
+    /// What the registers hold now.
+    held: Held,
+    /// Which of them.
+    families: u64,
 }
 
 /// A check that did not hold, but for what the vCPU adds to it.
@@ -35,19 +43,43 @@ pub struct Finding {
     pub seq: u64,
 }
 
+impl Finding {
+    /// A register is not what it should be. It is no place in memory.
+    pub fn of_registers(expected: u64, found: u64) -> Self {
+        Self {
+            kind: FailureKind::Register,
+            gpa: 0,
+            expected,
+            found,
+            device: 0,
+            seq: 0,
+        }
+    }
+}
+
 impl Vcpu {
     /// vCPU `index`, before its first operation.
     ///
     /// # Safety
-    /// Only on vCPU `index`, once: its page is written through this alone.
-    pub unsafe fn new(layout: &Layout, index: u64) -> Self {
-        let vcpu = Self {
+    /// Only on vCPU `index`, once: its page is written through this alone, and the marks.
+    pub unsafe fn new(boot: &BootInfo, index: u64) -> Self {
+        let mut vcpu = Self {
             index,
+            layout: boot.layout,
             // SAFETY: the caller's promise.
-            page: unsafe { Area::new(layout.vcpu_page(index)) },
+            page: unsafe { Area::new(boot.layout.vcpu_page(index)) },
             op: 0,
             last_tsc: None,
+            seed: boot.seed,
+            held: Held::new(boot.seed, index, 0),
+            families: hold::families(),
         };
+        let at = |word: usize| (offset_of!(VcpuPage, holds) + 8 * word) as u64;
+        for (word, gpa) in hold::addresses().into_iter().enumerate() {
+            vcpu.page.write(at(word), gpa);
+        }
+        vcpu.page
+            .write(offset_of!(VcpuPage, held) as u64, vcpu.families);
         vcpu.count(0);
         vcpu
     }
@@ -63,11 +95,25 @@ impl Vcpu {
         self.op
     }
 
+    /// What the registers hold in this operation.
+    pub fn held(&self) -> &Held {
+        &self.held
+    }
+
     /// Ends the operation that was being done: all its stores are before this, all later ones behind.
     pub fn complete_op(&mut self) {
+        if let Some((expected, found)) = hold::first_lost(&self.held, self.families) {
+            self.report(Finding::of_registers(expected, found));
+        }
         self.op += 1;
         self.count(self.op);
         self.page.write(offset_of!(VcpuPage, ops) as u64, self.op);
+        if let Some(other) = mark_target(self.layout.vcpus, self.index, self.op) {
+            // SAFETY: the page of another vCPU, in which this mark is ours alone.
+            let page: Area<VCPU_STRIDE> = unsafe { Area::new(self.layout.vcpu_page(other)) };
+            let marks = offset_of!(VcpuPage, marks) as u64;
+            page.write(marks + self.index * size_of::<Mark>() as u64, self.op);
+        }
         // SAFETY: rdtsc is there, and allowed in ring 3.
         let now = unsafe { _rdtsc() };
         if let Some(last) = self.last_tsc {
@@ -96,14 +142,16 @@ impl Vcpu {
         port::out_pointer(PORT_FAILURE, &failure);
     }
 
-    /// Puts `op` where the VMM looks for it in the registers.
-    fn count(&self, op: u64) {
+    /// Puts `op` where the VMM looks for it in the registers, and then what they hold in that operation.
+    fn count(&mut self, op: u64) {
+        self.held = Held::new(self.seed, self.index, op);
         // SAFETY: no compiled code uses the MMX registers, or the x87 ones they are part of. Memory is
         // clobbered by default, so that the compiler moves no store across; x86 moves none past another, and
         // a vCPU is stopped between two instructions.
         unsafe {
             asm!("movq mm7, {}", in(reg) op, out("mm7") _, options(nostack, preserves_flags));
         }
+        hold::set(&self.held, self.families);
     }
 
     fn note_gap(&self, now: u64, ticks: u64) {

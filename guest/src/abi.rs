@@ -255,11 +255,26 @@ pub struct VcpuPage {
     /// [`FOLLOWS_FORMULA`] once this vCPU's hammered pages and devices follow `guest::formula`: the VMM then checks
     /// them in every snapshot. Else it only checks that snapshots do not change.
     pub formula: u64,
-    /// Unused.
-    pub reserved: [u64; 4],
+    /// Which registers this vCPU holds by formula: the bits that `guest::registers` has. 0 is none.
+    pub held: u64,
+    /// Gpas of the code that holds them over a page: where the check of the page begins, where writing it begins, and where that ends.
+    pub holds: [u64; 3],
+    /// What the others have left here, by vCPU.
+    pub marks: [Mark; MAX_VCPUS as usize],
+    /// Unused by the payload.
+    pub reserved: [u64; 8],
     /// The longest gap between two operations, by the time it ended.
     /// Bucket `tag % GAP_BUCKETS`; a bucket whose tag differs is stale.
     pub gaps: [Gap; GAP_BUCKETS],
+}
+
+/// A mark that one vCPU leaves in another's page, so that it can be told whether both were captured at one instant: at no instant
+/// is there a mark of an operation that its vCPU has not done yet (Lamport, 1978). A cache line each, so that nobody waits.
+#[repr(C, align(64))]
+#[derive(Clone, Copy, Debug)]
+pub struct Mark {
+    /// Operations that the vCPU had done: `formula::last_mark` of what it has done now, or of one less.
+    pub ops: u64,
 }
 
 /// One bucket of [`VcpuPage::gaps`].
@@ -321,6 +336,8 @@ pub enum FailureKind {
     Margin = 4,
     /// A completion that makes no sense: unknown descriptor, wrong sequence number or status.
     Ring = 5,
+    /// A register does not hold what the vCPU put there. There is no gpa.
+    Register = 6,
 }
 
 impl FailureKind {
@@ -332,6 +349,7 @@ impl FailureKind {
             3 => Self::DmaFromGuest,
             4 => Self::Margin,
             5 => Self::Ring,
+            6 => Self::Register,
             _ => return None,
         })
     }
@@ -581,7 +599,7 @@ mod tests {
             }
         }
         assert_eq!((0..100).filter_map(Pattern::from_raw).count(), 4);
-        assert_eq!((0..100).filter_map(FailureKind::from_raw).count(), 5);
+        assert_eq!((0..100).filter_map(FailureKind::from_raw).count(), 6);
         assert_eq!((0..100).filter_map(RequestKind::from_raw).count(), 7);
     }
 

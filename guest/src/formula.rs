@@ -50,6 +50,7 @@ const DMA: u64 = u64::from_le_bytes(*b"dma data");
 const POISON: u64 = u64::from_le_bytes(*b"poisoned");
 const MARGIN: u64 = u64::from_le_bytes(*b"a margin");
 const ORDER: u64 = u64::from_le_bytes(*b"an order");
+const REGISTERS: u64 = u64::from_le_bytes(*b"register");
 
 /// splitmix64: a bijection in which every bit of the input changes about half of the output.
 const fn mix(x: u64) -> u64 {
@@ -122,6 +123,38 @@ pub const fn buffer_word_from_key(key: u64, word: u64) -> u64 {
 /// Word `word` of the data of request `seq` of device `device`; words count from the start of the data.
 pub const fn dma_word(seed: u64, device: u64, seq: u64, word: u64) -> u64 {
     buffer_word_from_key(dma_key(seed, device, seq), word)
+}
+
+/// Key of the registers of operation `op` of vCPU `vcpu`.
+pub const fn register_key(seed: u64, vcpu: u64, op: u64) -> u64 {
+    buffer_key(REGISTERS, seed, vcpu, op)
+}
+
+/// Word `word` of what registers hold under a [`register_key`].
+pub const fn register_word(key: u64, word: u64) -> u64 {
+    key.wrapping_add(word.wrapping_mul(BUFFER_STEP))
+}
+
+/// The vCPU in whose page vCPU `from` leaves its mark when it has done `ops` operations. `None` if it is alone.
+///
+/// All others in turn, so that every two know of each other after as many operations as there are vCPUs.
+pub const fn mark_target(vcpus: u64, from: u64, ops: u64) -> Option<u64> {
+    match vcpus {
+        0 | 1 => None,
+        _ => Some((from + 1 + ops % (vcpus - 1)) % vcpus),
+    }
+}
+
+/// The mark of vCPU `from`, which has done `ops` operations, in the page of vCPU `to`: how many it had done when it left one there. 0
+/// if it has not.
+pub const fn last_mark(vcpus: u64, from: u64, to: u64, ops: u64) -> u64 {
+    if vcpus < 2 || from == to {
+        return 0;
+    }
+    let others = vcpus - 1;
+    let place = (to + vcpus - from - 1) % vcpus;
+    let since = (ops + others - place) % others;
+    ops.saturating_sub(since)
 }
 
 /// What the guest puts in the place of [`dma_word`] before a device writes there.
@@ -464,6 +497,26 @@ mod tests {
                     let first = page_word(seed, vcpu, op, 0);
                     assert_eq!(first, page_key(seed, vcpu, op));
                     assert_eq!(identify(seed, first), (vcpu, op));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn marks_agree_with_replay() {
+        for vcpus in 1..=5 {
+            for from in 0..vcpus {
+                let mut left = vec![0; vcpus as usize];
+                for ops in 0..30 {
+                    if let Some(to) = mark_target(vcpus, from, ops)
+                        && ops > 0
+                    {
+                        assert_ne!(to, from);
+                        left[to as usize] = ops;
+                    }
+                    for (to, &mark) in (0..).zip(&left) {
+                        assert_eq!(last_mark(vcpus, from, to, ops), mark, "{vcpus} {from} {to}");
+                    }
                 }
             }
         }

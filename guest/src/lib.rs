@@ -19,6 +19,7 @@ pub mod abi;
 mod drill;
 pub mod formula;
 mod misbehaviour;
+pub mod registers;
 pub mod sweep;
 
 pub use drill::Drill;

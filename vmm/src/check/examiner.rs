@@ -8,14 +8,18 @@ use std::collections::HashMap;
 use std::mem::offset_of;
 use std::sync::Arc;
 
-use guest::abi::{FOLLOWS_FORMULA, Layout, PAGE_SIZE, Pattern, VcpuPage};
+use guest::abi::{FOLLOWS_FORMULA, Layout, Mark, PAGE_SIZE, Pattern, VcpuPage};
+use guest::formula::last_mark;
 
+use super::boot::Boot;
 use super::hammer::{At, Hammered};
 use super::hashes::{self, Hashes};
+use super::registers::Registers;
 use super::rings;
 use super::tracking::{Tracked, Untold};
 use super::view::View;
 use super::violation::{Oracle, Violation};
+use super::worker::Look;
 use crate::host::PhysMap;
 use crate::mm::FramePool;
 use crate::snapshot::Snapshot;
@@ -80,23 +84,21 @@ impl Examiner {
         }
     }
 
-    /// Is it the state at one instant? `parent` is the snapshot the VM ran on from, if it lives and was looked at.
-    ///
-    /// And was everything that differs from the snapshot in `tracked` told of?
-    pub fn first_look(
-        &mut self,
-        snapshot: &Snapshot,
-        parent: Option<&Snapshot>,
-        tracked: Option<&Tracked>,
-    ) -> Findings {
+    /// Is it the state at one instant? And was everything that differs from the snapshot before told of?
+    pub fn first_look(&mut self, snapshot: &Snapshot, look: &Look) -> Findings {
         let view = self.view(snapshot);
+        let boot = look.boot.as_deref();
+        let parent = look.parent.as_deref();
         let parent = parent.and_then(|p| Some((self.view(p), self.known.get(&p.number())?)));
         let mut findings = Findings::default();
-        let ops = self.operations(snapshot, view);
+        // By the registers.
+        let ops: Option<Vec<u64>> =
+            boot.map(|_| snapshot.vcpus().iter().map(|v| v.mm7()).collect());
         if let Some(ops) = &ops {
             let mut report = Findings::reporter(&mut findings.violations);
             let now = At { view, ops };
             self.check_counters(now, &mut report);
+            self.check_marks(now, &mut report);
             let parent = parent.as_ref().and_then(|(view, known)| {
                 Some(At {
                     view: *view,
@@ -119,8 +121,13 @@ impl Examiner {
         let parent_hashes = parent.map(|(view, known)| (view, &known.hashes));
         let (hashes, pages) = hashes::first_look(view, 0..end / PAGE_SIZE, parent_hashes);
         findings.pages += pages;
+        if let Some(boot) = boot {
+            let mut report = Findings::reporter(&mut findings.violations);
+            boot.pages.check(snapshot.number(), &hashes, &mut report);
+            self.check_registers(snapshot, boot, &mut report);
+        }
         let now = Known { ops, hashes };
-        if let Some(tracked) = tracked {
+        if let Some(tracked) = &look.tracked {
             let mut report = Findings::reporter(&mut findings.violations);
             self.check_tracking(snapshot.number(), &now, tracked, &mut report);
         }
@@ -192,21 +199,75 @@ impl Examiner {
         )
     }
 
-    /// How many operations each vCPU has done, by its registers. `None` if the guest does not follow the formula, or not yet.
-    fn operations(&self, snapshot: &Snapshot, view: View<'_>) -> Option<Vec<u64>> {
-        (0..self.layout.vcpus)
-            .zip(snapshot.vcpus())
-            .map(|(vcpu, state)| {
-                let formula = self.layout.vcpu_page(vcpu) + offset_of!(VcpuPage, formula) as u64;
-                (view.u64(formula) == FOLLOWS_FORMULA).then(|| state.mm7())
-            })
-            .collect()
+    fn check_registers(&self, snapshot: &Snapshot, boot: &Boot, report: &mut dyn FnMut(Violation)) {
+        let vcpus = boot.registers.iter().zip(&boot.vcpus);
+        for ((vcpu, state), (boot, &declared)) in (0..).zip(snapshot.vcpus()).zip(vcpus) {
+            Registers {
+                snapshot: snapshot.number(),
+                seed: self.seed,
+                vcpu,
+                state,
+                boot,
+                declared,
+            }
+            .check(report);
+        }
     }
 
-    /// The counter in memory is that of the registers, or one behind: it is written last.
+    /// vCPUs leave marks in each other's pages: all of them were captured at one instant if no mark is of an operation that its
+    /// vCPU has not done yet, and none is missing.
+    fn check_marks(&self, At { view, ops }: At<'_>, report: &mut dyn FnMut(Violation)) {
+        let vcpus = self.layout.vcpus;
+        for (from, &done) in (0..).zip(ops) {
+            for to in (0..vcpus).filter(|&to| to != from) {
+                let at = offset_of!(VcpuPage, marks) as u64 + from * size_of::<Mark>() as u64;
+                let gpa = self.layout.vcpu_page(to) + at;
+                let found = view.u64(gpa);
+                let mark = |ops| last_mark(vcpus, from, to, ops);
+                // It is left after the operation is counted in the registers.
+                if found == mark(done) || found == mark(done.saturating_sub(1)) {
+                    continue;
+                }
+                let mut v = Violation::new(
+                    Oracle::Cut,
+                    match found > done {
+                        true => format!(
+                            "vcpu {to} has a mark that vcpu {from} is to leave only later: they are not of the same instant"
+                        ),
+                        false => format!(
+                            "vcpu {to} misses a mark that vcpu {from} has left: they are not of the same instant"
+                        ),
+                    },
+                );
+                v.snapshot = Some(view.number);
+                v.gpa = Some(gpa);
+                v.expected = format!("{} (vcpu {from} has done {done} operations)", mark(done));
+                v.found = found.to_string();
+                v.last_writer = format!("vcpu {from}");
+                v.frame = view.describe_frame(gpa / PAGE_SIZE);
+                report(v);
+            }
+        }
+    }
+
+    /// The counter in memory is that of the registers, or one behind: it is written last. And the page says still that the guest follows
+    /// the formula.
     fn check_counters(&self, At { view, ops }: At<'_>, report: &mut dyn FnMut(Violation)) {
         for (vcpu, &done) in (0..).zip(ops) {
             let gpa = self.layout.vcpu_page(vcpu) + offset_of!(VcpuPage, ops) as u64;
+            let declared = self.layout.vcpu_page(vcpu) + offset_of!(VcpuPage, formula) as u64;
+            if view.u64(declared) != FOLLOWS_FORMULA {
+                let mut v = Violation::new(
+                    Oracle::Cut,
+                    format!("the page of vcpu {vcpu} has lost what it has said of itself"),
+                );
+                v.snapshot = Some(view.number);
+                v.gpa = Some(declared);
+                v.expected = format!("{FOLLOWS_FORMULA:#018x} (since boot)");
+                v.found = format!("{:#018x}", view.u64(declared));
+                v.frame = view.describe_frame(declared / PAGE_SIZE);
+                report(v);
+            }
             let counted = view.u64(gpa);
             if counted != done && counted.wrapping_add(1) != done {
                 let mut v = Violation::new(

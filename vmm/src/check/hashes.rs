@@ -79,7 +79,7 @@ fn hash(view: View<'_>, gfn: u64) -> u64 {
     of(&page)
 }
 
-fn of(page: &Page) -> u64 {
+pub(super) fn of(page: &Page) -> u64 {
     let mut hasher = DefaultHasher::new();
     page.hash(&mut hasher);
     hasher.finish()

@@ -5,7 +5,7 @@
 //! | cut | a snapshot is the state at one instant: registers, hammered pages, rings, DMA data and devices agree | [`Examiner::first_look`] |
 //! | isolation | nothing written after a snapshot ever shows in it | both looks of [`Examiner`] |
 //! | coherence | what a device writes through a pin the guest sees, and the other way round | the guest itself, see `guest::abi::Failure` |
-//! | life | a rewound guest runs on and its own checks hold | the guest, and [`crate::session`] |
+//! | life | a rewound guest runs on and its own checks hold | the guest, [`restored`], and [`crate::session`] |
 //! | tracking | dirty tracking tells of every page that changes | [`Examiner::first_look`] |
 //! | accounting | at the end every frame is free, no reference or pin is left | [`account`] |
 //!
@@ -17,10 +17,13 @@
 //! it: [`inject`] has those of memory, [`crate::snapshot::Fault`] those of the steps, `device` that of a pin.
 
 mod account;
+mod boot;
 mod examiner;
 mod hammer;
 mod hashes;
 pub mod inject;
+mod registers;
+mod restored;
 mod rings;
 #[cfg(test)]
 mod tests;
@@ -30,7 +33,9 @@ pub mod violation;
 mod worker;
 
 pub use account::account;
+pub use boot::{Boot, Reference};
 pub use examiner::{Examiner, Findings};
+pub use restored::restored;
 pub use tracking::{Told, Tracked};
 pub use violation::{Oracle, Violation, ViolationCounts};
-pub use worker::{Progress, Unfinished, Worker};
+pub use worker::{Look, Progress, Unfinished, Worker};

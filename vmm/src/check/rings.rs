@@ -4,8 +4,8 @@ use std::mem::offset_of;
 
 use guest::abi::{
     AREA_AVAIL, AREA_DRIVER, AREA_STATUS, AREA_USED, BUFFER_LEN, DATA_LEN, DATA_OFFSET, DriverPage,
-    DriverSlot, Layout, QUEUE_SIZE, RequestKind, SLOT_POSTED, SLOT_STRIDE, SLOTS, STATUS_OK,
-    STATUS_PENDING, STREAM_SLOTS, Status, buffer_offset, slot_head,
+    DriverSlot, Layout, QUEUE_SIZE, RequestKind, SLOT_IDLE, SLOT_POSTED, SLOT_STRIDE, SLOTS,
+    STATUS_OK, STATUS_PENDING, STREAM_SLOTS, Status, buffer_offset, slot_head,
 };
 use guest::formula::{buffer_word_from_key, dma_key, margin_key, poison_key};
 
@@ -30,8 +30,9 @@ pub(super) fn check(
         state,
     };
     area.check_counts(report);
-    let slots = STREAM_SLOTS + layout.registered;
-    let posted = (0..slots.min(SLOTS))
+    let slots = (STREAM_SLOTS + layout.registered).min(SLOTS);
+    area.check_notes(slots, report);
+    let posted = (0..slots)
         .filter(|&slot| area.check_slot(slot, report))
         .count() as u64;
     // The rings, the driver's notes, the statuses.
@@ -113,21 +114,78 @@ impl Area<'_> {
         }
     }
 
-    /// Says whether there was anything to check.
-    fn check_slot(&self, slot: u64, report: &mut dyn FnMut(Violation)) -> bool {
-        let notes = self.base
+    /// The driver's notes against the rings: whoever loses them would have nothing checked.
+    fn check_notes(&self, slots: u64, report: &mut dyn FnMut(Violation)) {
+        let notes = self.base + AREA_DRIVER;
+        let note = |offset: usize| (notes + offset as u64, self.view.u64(notes + offset as u64));
+        let posted = self.ring_index(AREA_AVAIL);
+        let last_used = note(offset_of!(DriverPage, last_used)).1 as u16;
+        let is_posted = |&slot: &u64| self.view.u32(self.slot_state(slot)) == SLOT_POSTED;
+        let on_their_way = (0..slots).filter(is_posted).count() as u16;
+        // Of each pair one is written before the other, and a vCPU may have been stopped in between.
+        let pairs = [
+            (
+                "requests posted",
+                note(offset_of!(DriverPage, next_seq)),
+                posted,
+                [0, 1, 0],
+            ),
+            (
+                "requests completed",
+                note(offset_of!(DriverPage, completed)),
+                last_used,
+                [0, u16::MAX, 0],
+            ),
+            (
+                "requests on their way",
+                (self.slot_state(0), on_their_way.into()),
+                posted.wrapping_sub(last_used),
+                [0, 1, u16::MAX],
+            ),
+        ];
+        for (what, (gpa, found), expected, apart) in pairs {
+            if !apart.contains(&(found as u16).wrapping_sub(expected)) {
+                report(self.violation(
+                    format!("the driver's notes and the rings disagree on {what}"),
+                    gpa,
+                    format!("{expected}, by the rings"),
+                    format!("{found}"),
+                ));
+            }
+        }
+    }
+
+    fn slot_notes(&self, slot: u64) -> u64 {
+        self.base
             + AREA_DRIVER
             + offset_of!(DriverPage, slots) as u64
-            + slot * size_of::<DriverSlot>() as u64;
+            + slot * size_of::<DriverSlot>() as u64
+    }
+
+    fn slot_state(&self, slot: u64) -> u64 {
+        self.slot_notes(slot) + offset_of!(DriverSlot, state) as u64
+    }
+
+    /// Says whether its data was checked.
+    fn check_slot(&self, slot: u64, report: &mut dyn FnMut(Violation)) -> bool {
+        let notes = self.slot_notes(slot);
         let seq = self.view.u64(notes + offset_of!(DriverSlot, seq) as u64);
         let kind = self.view.u32(notes + offset_of!(DriverSlot, kind) as u64);
         let state = self.view.u32(notes + offset_of!(DriverSlot, state) as u64);
         let margin = self.view.u64(notes + offset_of!(DriverSlot, margin) as u64);
-        if state != SLOT_POSTED {
-            return false;
-        }
-        let Some(kind) = RequestKind::from_raw(kind) else {
-            return false;
+        self.check_margins(slot, margin, report);
+        let kind = match (state, RequestKind::from_raw(kind)) {
+            (SLOT_IDLE, _) => return false,
+            (SLOT_POSTED, Some(kind)) => kind,
+            _ => {
+                report(self.violation(
+                    format!("what slot {slot} is doing makes no sense"),
+                    self.slot_state(slot),
+                    format!("state {SLOT_IDLE} or {SLOT_POSTED}, and a kind of request"),
+                    format!("state {state}, kind {kind}"),
+                ));
+                return false;
+            }
         };
         if !kind.is_transfer() {
             return false;
@@ -135,7 +193,6 @@ impl Area<'_> {
         let progress = self.progress(slot);
         self.check_status(slot, seq, progress, report);
         self.check_data(slot, seq, kind, progress, report);
-        self.check_margins(slot, margin, report);
         true
     }
 

@@ -1,16 +1,29 @@
 //! The looks at hammered pages, with memory that is right but for one page: each wrong page must be found, and by the right oracle.
 
+use std::mem::offset_of;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use guest::abi::{IMAGE_GPA, Layout, PAGE_SIZE, Pattern, REGION_SIZE};
-use guest::formula::{PAGE_WORDS, Schedule, page_word};
+use guest::abi::{
+    AREA_AVAIL, AREA_DRIVER, AREA_USED, BUFFER_LEN, DATA_LEN, DATA_OFFSET, DriverPage, DriverSlot,
+    FOLLOWS_FORMULA, IMAGE_GPA, Layout, PAGE_SIZE, Pattern, REGION_SIZE, STREAM_SLOTS, VcpuPage,
+    buffer_offset,
+};
+use guest::formula::{PAGE_WORDS, Schedule, margin_word, page_word};
+use kvm_bindings::{kvm_regs, kvm_sregs};
+use virtio_queue::QueueState;
 
+use super::boot::{Boot, Declared, Reference};
+use super::examiner::Examiner;
 use super::hammer::{At, Hammered};
 use super::view::View;
 use super::violation::{Oracle, Violation};
+use super::worker::Look;
+use crate::device::DeviceState;
 use crate::host::{MappingBudget, PhysMap, Ram, Window};
+use crate::kvm::VcpuState;
 use crate::mm::{Access, AddressSpace, CowPolicy, Exclusive, FramePool, FrameState, Frozen};
+use crate::snapshot::Snapshot;
 
 const SEED: u64 = 11;
 const PATTERNS: [Pattern; 4] = [
@@ -56,7 +69,13 @@ struct Taken {
 
 impl Guest {
     fn new(pattern: Pattern) -> Self {
-        let layout = Layout::new(IMAGE_GPA + 8 * REGION_SIZE, IMAGE_GPA, 1, 0, 0).unwrap();
+        Self::with_devices(pattern, 0)
+    }
+
+    fn with_devices(pattern: Pattern, devices: u64) -> Self {
+        let regions = 8 + 2 * devices;
+        let memory = IMAGE_GPA + regions * REGION_SIZE;
+        let layout = Layout::new(memory, IMAGE_GPA, 1, devices, 0).unwrap();
         let pages = layout.memory / PAGE_SIZE;
         let frames = 6 * pages + 1024;
         let physmap = PhysMap::new(frames).unwrap();
@@ -258,4 +277,158 @@ fn a_page_between_sparse_slots_must_stay_zero() {
     let found = guest.first_look(&taken, None).1;
     assert_eq!((found.len(), found[0].gpa), (1, Some(stray)));
     assert_eq!(guest.last_look(&taken, None).len(), 1);
+}
+
+impl Guest {
+    fn put(&self, gpa: u64, word: u64) {
+        self.ram.write(gpa, &word.to_le_bytes()).unwrap();
+    }
+
+    /// What the payload says of itself: that it follows the formula, and how far it is.
+    fn declare(&self) {
+        let page = self.layout.vcpu_page(0);
+        self.put(page + offset_of!(VcpuPage, formula) as u64, FOLLOWS_FORMULA);
+        self.put(page + offset_of!(VcpuPage, ops) as u64, self.ops);
+    }
+
+    /// Registers of a vCPU that has done as many operations.
+    fn state(&self) -> VcpuState {
+        let mut area = vec![0; 1024];
+        // MM7, and that there is x87 state.
+        area[(32 + 7 * 16) / 4] = self.ops as u32;
+        area[128] = 1;
+        VcpuState::of(kvm_regs::default(), kvm_sregs::default(), area)
+    }
+
+    fn examiner(&self) -> Examiner {
+        let (physmap, pool) = (Arc::clone(self.ram.physmap()), Arc::clone(&self.pool));
+        Examiner::new(SEED, self.pattern, self.layout, physmap, pool)
+    }
+
+    fn taken(&self, number: u64) -> Snapshot {
+        Snapshot::of(number, self.ram.space().fork().unwrap(), vec![self.state()])
+    }
+}
+
+#[test]
+fn a_guest_that_has_once_followed_the_formula_follows_it() {
+    let mut guest = Guest::new(Pattern::Uniform);
+    let reference = Reference::new(&guest.ram, &guest.layout, &[]);
+    let latch = |guest: &Guest| {
+        let registers = || Ok::<_, ()>(vec![guest.state()]);
+        Boot::latch(&guest.ram, &guest.layout, &reference, registers).unwrap()
+    };
+    assert!(latch(&guest).is_none(), "it has said nothing yet");
+    guest.run(10);
+    guest.declare();
+    let look = Look {
+        boot: latch(&guest).map(Arc::new),
+        ..Look::default()
+    };
+    assert_eq!(look.boot.as_ref().unwrap().vcpus, [Declared::default()]);
+    let found = guest.examiner().first_look(&guest.taken(1), &look);
+    assert_eq!(found.violations, []);
+    // The page is lost, and with it the word that says so.
+    let page = guest.layout.vcpu_page(0);
+    guest.ram.write(page, &[0; PAGE_SIZE as usize]).unwrap();
+    let found = guest.examiner().first_look(&guest.taken(2), &look);
+    let has_lost = |v: &Violation| v.detail.contains("has lost what it has said");
+    assert!(found.violations.iter().any(has_lost), "{found:?}");
+}
+
+#[test]
+fn a_page_that_nobody_writes_must_be_what_it_was() {
+    let mut guest = Guest::new(Pattern::Uniform);
+    let code = 0x3000;
+    guest.put(code, 0x90);
+    let reference = Reference::new(&guest.ram, &guest.layout, &[]);
+    guest.run(10);
+    guest.declare();
+    let registers = || Ok::<_, ()>(vec![guest.state()]);
+    let boot = Boot::latch(&guest.ram, &guest.layout, &reference, registers).unwrap();
+    let look = Look {
+        boot: boot.map(Arc::new),
+        ..Look::default()
+    };
+    for (gpa, before) in [(code, 0x90), (0x5000, 0)] {
+        guest.put(gpa, 1);
+        let found = guest
+            .examiner()
+            .first_look(&guest.taken(1), &look)
+            .violations;
+        assert_eq!((found.len(), found[0].gpa), (1, Some(gpa)), "{found:?}");
+        assert_eq!(found[0].oracle, Oracle::Cut);
+        guest.put(gpa, before);
+    }
+    let found = guest.examiner().first_look(&guest.taken(2), &look);
+    assert_eq!(found.violations, []);
+}
+
+#[test]
+fn a_page_that_a_restore_has_not_set_back_is_found() {
+    let guest = Guest::new(Pattern::Uniform);
+    guest.put(0x10_0008, 5);
+    let taken = guest.taken(4);
+    guest.put(0x10_0008, 6);
+    let look = || super::restored(&guest.ram, &taken, &guest.layout, &guest.pool);
+    let found = look().unwrap();
+    assert_eq!((found.oracle, found.gpa), (Oracle::Life, Some(0x10_0008)));
+    guest.ram.space().restore(taken.memory()).unwrap();
+    assert_eq!(look(), None);
+}
+
+#[test]
+fn a_driver_that_has_lost_its_notes_is_found() {
+    const DONE: u16 = 3;
+    let guest = Guest::with_devices(Pattern::Uniform, 1);
+    let area = guest.layout.device_area(0);
+    let notes = area + AREA_DRIVER;
+    for ring in [AREA_AVAIL, AREA_USED] {
+        guest
+            .ram
+            .write(area + ring + 2, &DONE.to_le_bytes())
+            .unwrap();
+    }
+    for offset in [
+        offset_of!(DriverPage, next_seq),
+        offset_of!(DriverPage, last_used),
+        offset_of!(DriverPage, completed),
+    ] {
+        guest.put(notes + offset as u64, DONE.into());
+    }
+    let margins = (0..DATA_OFFSET / 8).chain((DATA_OFFSET + DATA_LEN) / 8..BUFFER_LEN / 8);
+    for (slot, word) in (0..STREAM_SLOTS).flat_map(|s| margins.clone().map(move |w| (s, w))) {
+        let at = area + buffer_offset(slot) + 8 * word;
+        guest.put(at, margin_word(SEED, 0, slot, 0, word));
+    }
+    let state = DeviceState {
+        queue: QueueState {
+            next_avail: DONE,
+            next_used: DONE,
+            ..QueueState::default()
+        },
+        pending: Vec::new(),
+        in_flight: None,
+        registered: Vec::new(),
+    };
+    let look = || {
+        let memory = guest.ram.space().fork().unwrap();
+        let view = View::new(1, &memory, guest.ram.physmap(), &guest.pool);
+        let mut found = Vec::new();
+        super::rings::check(view, &guest.layout, SEED, 0, &state, &mut |v| found.push(v));
+        found
+    };
+    assert_eq!(look(), []);
+    let slot = notes + (offset_of!(DriverPage, slots) + offset_of!(DriverSlot, state)) as u64;
+    guest.ram.write(slot, &7u32.to_le_bytes()).unwrap();
+    let found = look();
+    assert!(found[0].detail.contains("makes no sense"), "{found:?}");
+    guest.ram.write(slot, &0u32.to_le_bytes()).unwrap();
+    let margin = area + buffer_offset(2);
+    guest.put(margin, 1);
+    assert_eq!(look()[0].gpa, Some(margin), "of an idle slot, too");
+    guest.put(margin, margin_word(SEED, 0, 2, 0, 0));
+    guest.ram.write(notes, &[0; PAGE_SIZE as usize]).unwrap();
+    let found = look();
+    assert!(found[0].detail.contains("requests posted"), "{found:?}");
 }

@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::thread::{self, JoinHandle};
 
+use super::boot::Boot;
 use super::examiner::{Examiner, Findings};
 use super::tracking::Tracked;
 use super::violation::Violation;
@@ -23,8 +24,19 @@ pub struct Worker {
 
 #[derive(Debug)]
 enum Task {
-    First(Arc<Snapshot>, Option<Arc<Snapshot>>, Option<Tracked>),
+    First(Arc<Snapshot>, Look),
     Last(Arc<Snapshot>, Option<Arc<Snapshot>>),
+}
+
+/// What a new snapshot is compared with.
+#[derive(Debug, Default)]
+pub struct Look {
+    /// What is known of the guest since it booted, if it follows the formula.
+    pub boot: Option<Arc<Boot>>,
+    /// The snapshot the VM ran on from, if it lives.
+    pub parent: Option<Arc<Snapshot>>,
+    /// What dirty tracking has told of, if it was asked.
+    pub tracked: Option<Tracked>,
 }
 
 /// Statistics, and how far the thread is: nothing else is ordered by them.
@@ -69,9 +81,8 @@ impl Worker {
             .spawn(move || {
                 for task in todo {
                     let Findings { pages, violations } = match &task {
-                        Task::First(snapshot, parent, tracked) => {
-                            let parent = parent.as_deref();
-                            let findings = examiner.first_look(snapshot, parent, tracked.as_ref());
+                        Task::First(snapshot, look) => {
+                            let findings = examiner.first_look(snapshot, look);
                             count.checked.fetch_add(1, Ordering::Relaxed);
                             findings
                         }
@@ -96,15 +107,9 @@ impl Worker {
         })
     }
 
-    /// Hands over a new snapshot. `parent` is the one the VM ran on from, if it lives; `tracked` what dirty tracking has told of, if it was asked.
-    pub fn first_look(
-        &mut self,
-        snapshot: &Arc<Snapshot>,
-        parent: Option<&Arc<Snapshot>>,
-        tracked: Option<Tracked>,
-    ) {
-        let snapshot = Arc::clone(snapshot);
-        self.hand_over(Task::First(snapshot, parent.cloned(), tracked));
+    /// Hands over a new snapshot.
+    pub fn first_look(&mut self, snapshot: &Arc<Snapshot>, look: Look) {
+        self.hand_over(Task::First(Arc::clone(snapshot), look));
     }
 
     /// Hands over a snapshot that nobody needs any more: it is looked at once more and dropped. `heir` is one that lives

@@ -104,6 +104,13 @@ fn rows(report: &Report) -> Vec<(&'static str, String)> {
                 count(snapshots.restored)
             ),
         ),
+        (
+            "in flight",
+            format!(
+                "{} with a device in the middle of a request",
+                plural(snapshots.in_flight, "snapshot")
+            ),
+        ),
         ("", format!("{:>10} {:>10} {:>10}", "p50", "p99", "max")),
         (
             "pause",
@@ -331,6 +338,7 @@ run         60.0 s, as asked
 asked for   payload, 2 vCPUs, 256 MiB by 2M, uniform, a snapshot every 20 ms
 guest       1,234,567 operations, 20,576 a second
 snapshots   2,941 taken, 2,941 checked (178,231,004 pages), 294 restored
+in flight   3 snapshots with a device in the middle of a request
                    p50        p99        max
 pause           812 µs    2.20 ms    5.18 ms   kick to last vCPU running again
 stall          1.48 ms    9.12 ms    41.0 ms   longest gap the guest saw

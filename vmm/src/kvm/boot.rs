@@ -3,6 +3,8 @@
 //! A program that is not what [`guest::abi`] asks for is refused with the reason, before anything is loaded. Of a program only the ELF
 //! header and what is loaded matter: notes, sections and debug information may be anything.
 
+use std::ops::Range;
+
 use guest::abi::{BOOT_INFO_GPA, BootInfo, IMAGE_GPA, Layout, MAX_MEMORY, PAGE_TABLES_GPA};
 use linux_loader::elf;
 use vm_memory::ByteValued;
@@ -124,6 +126,8 @@ pub struct Image {
     end: u64,
     /// Bytes of the file that go into memory. The rest of the image is zero.
     loaded: Vec<Loaded>,
+    /// What of it the program may write.
+    writable: Vec<Range<u64>>,
 }
 
 /// A part of the file that goes into memory.
@@ -144,7 +148,7 @@ impl Image {
         let segments = program_headers(&file, &header)?;
 
         let mut end = 0;
-        let mut loaded = Vec::new();
+        let (mut loaded, mut writable) = (Vec::new(), Vec::new());
         let mut entry_found = false;
         for (segment, phdr) in segments.iter().enumerate() {
             match phdr.p_type {
@@ -193,6 +197,9 @@ impl Image {
                     len: filesz,
                 });
             }
+            if phdr.p_flags & elf::PF_W != 0 {
+                writable.push(start..segment_end);
+            }
         }
         if end == 0 {
             return Err(BootError::Empty);
@@ -207,7 +214,13 @@ impl Image {
             entry: header.e_entry,
             end,
             loaded,
+            writable,
         })
+    }
+
+    /// Addresses of the program that it may write, by its segments.
+    pub fn writable(&self) -> &[Range<u64>] {
+        &self.writable
     }
 
     /// Address of the first instruction.

@@ -20,6 +20,7 @@
 
 pub mod boot;
 mod control;
+mod extended;
 pub mod fault;
 mod kick;
 pub mod machine;
@@ -39,6 +40,7 @@ mod vcpu;
 mod watch;
 
 pub use boot::{BootError, Image, write_boot_info, write_page_tables};
+pub use extended::Extended;
 pub use fault::{FaultError, Rung, RungCounts};
 pub use machine::{Capture, KvmError, Machine, MachineStats, OnStop, Paused, Window};
 pub use memory::{GuestRam, MemoryError};

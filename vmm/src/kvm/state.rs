@@ -8,13 +8,14 @@
 use std::fmt;
 
 use kvm_bindings::{
-    kvm_debugregs, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_sync_regs,
+    kvm_debugregs, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_segment, kvm_sregs, kvm_sync_regs,
     kvm_vcpu_events, kvm_xcrs, kvm_xsave,
 };
 use kvm_ioctls::VcpuFd;
 use serde::{Deserialize, Serialize};
 use vmm_sys_util::errno;
 
+use super::extended::Extended;
 use super::memory::MemoryError;
 use super::msr::{self, MsrSet};
 use super::tables::Confined;
@@ -217,24 +218,93 @@ impl VcpuState {
             && !self.msrs.iter().any(sysenter)
     }
 
+    /// One with these registers, and all others zero, for tests.
+    #[cfg(test)]
+    pub(crate) fn of(regs: kvm_regs, sregs: kvm_sregs, mut xsave: Vec<u32>) -> Self {
+        xsave.resize(XSAVE_WORDS, 0);
+        Self {
+            regs,
+            sregs,
+            xsave,
+            xcrs: kvm_xcrs::default(),
+            msrs: Vec::new(),
+            left_out: Vec::new(),
+            events: kvm_vcpu_events::default(),
+            debug: kvm_debugregs::default(),
+            mp_state: kvm_mp_state::default(),
+        }
+    }
+
+    /// Extended registers.
+    pub fn extended(&self) -> Extended {
+        Extended::of(&self.xsave)
+    }
+
     /// The low 64 bits of MM7, where a hammering guest keeps its operation counter.
     ///
-    /// 0 if the x87 state is in its initial configuration: then MM7 is 0 by definition, and the area holds anything.
+    /// 0 if the x87 state is in its initial configuration.
     pub fn mm7(&self) -> u64 {
-        /// First word of XSTATE_BV, whose bit 0 says that the x87 state is in the area.
-        const XSTATE_BV: usize = 512 / 4;
-        /// Where ST(0) is; they lie 16 bytes apart.
-        const ST0: usize = 32 / 4;
+        self.extended().mmx[7]
+    }
 
-        let word = |index: usize| self.xsave.get(index).copied().unwrap_or(0);
-        if word(XSTATE_BV) & 1 == 0 {
-            return 0;
+    /// Registers that ring 3 cannot set, and that differ from those of `boot`: what they are called, what they are, what they were.
+    pub fn set_by_boot(&self, boot: &Self) -> Vec<(String, String, String)> {
+        let (now, then) = (self.set_once(), boot.set_once());
+        let mut differ: Vec<_> = now
+            .into_iter()
+            .zip(then)
+            .filter(|(now, then)| now != then)
+            .map(|((name, now), (_, then))| (name.to_owned(), now, then))
+            .collect();
+        let was = |index| boot.msrs.iter().find(|msr| msr.index == index);
+        let hex = |msr: &kvm_msr_entry| format!("{:#x}", msr.data);
+        differ.extend(
+            self.msrs
+                .iter()
+                .filter(|msr| !msr::is_clock(msr.index))
+                .filter(|msr| was(msr.index).is_none_or(|was| was.data != msr.data))
+                .map(|msr| {
+                    let name = format!("msr {:#x}", msr.index);
+                    (
+                        name,
+                        hex(msr),
+                        was(msr.index).map_or("none".to_owned(), hex),
+                    )
+                }),
+        );
+        differ
+    }
+
+    fn set_once(&self) -> [(&'static str, String); 11] {
+        let s = &self.sregs;
+        let segment =
+            |s: &kvm_segment| format!("{:#x} of level {}, limit {:#x}", s.selector, s.dpl, s.limit);
+        [
+            ("cr0", format!("{:#x}", s.cr0)),
+            ("cr3", format!("{:#x}", s.cr3)),
+            ("cr4", format!("{:#x}", s.cr4)),
+            ("efer", format!("{:#x}", s.efer)),
+            ("cs", segment(&s.cs)),
+            ("ss", segment(&s.ss)),
+            ("tr", format!("{} at {:#x}", segment(&s.tr), s.tr.base)),
+            ("gdt", format!("{:#x} at {:#x}", s.gdt.limit, s.gdt.base)),
+            ("idt", format!("{:#x} at {:#x}", s.idt.limit, s.idt.base)),
+            ("xcr0", format!("{:#x}", self.xcrs.xcrs[0].value)),
+            ("debug registers", format!("{:x?}", self.debug)),
+        ]
+    }
+
+    /// The same with the extended registers of `older`, but for the counter: an injected fault.
+    #[must_use]
+    pub(crate) fn with_extended_of(mut self, older: &Self) -> Self {
+        /// 32-bit words of ST(7), which is MM7 as long as the top of the stack is 0.
+        const ST7: std::ops::Range<usize> = (32 + 7 * 16) / 4..(32 + 7 * 16) / 4 + 4;
+        let counter = self.xsave.get(ST7).map(<[u32]>::to_vec);
+        self.xsave.clone_from(&older.xsave);
+        if let (Some(to), Some(counter)) = (self.xsave.get_mut(ST7), counter) {
+            to.copy_from_slice(&counter);
         }
-        // The area has the registers in stack order: ST(i), not MMi. They are the same while the top of the
-        // stack is 0, as every MMX instruction leaves it; a guest that does x87 arithmetic moves it.
-        let top = (word(0) >> (16 + 11)) as usize % 8;
-        let slot = ST0 + (8 + 7 - top) % 8 * 4;
-        u64::from(word(slot)) | u64::from(word(slot + 1)) << 32
+        self
     }
 }
 

@@ -144,13 +144,17 @@ pub enum Injection {
     StalePage,
     /// vCPU registers are captured only after the vCPUs ran on [caught by: cut]
     LateRegisters,
+    /// The extended registers of a vCPU are captured from an earlier instant [caught by: cut]
+    StaleRegisters,
+    /// One vCPU's registers and pages are captured from an earlier instant than the others' [caught by: cut]
+    SkewVcpus,
     /// One page that is written all the time is kept back from the answers of dirty tracking [caught by: tracking]
     ForgetDirty,
 }
 
 impl Injection {
     /// Every fault there is.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 10] = [
         Self::SharePinned,
         Self::SkipWriteProtect,
         Self::RunDevices,
@@ -158,6 +162,8 @@ impl Injection {
         Self::LeakPin,
         Self::StalePage,
         Self::LateRegisters,
+        Self::StaleRegisters,
+        Self::SkewVcpus,
         Self::ForgetDirty,
     ];
 
@@ -171,6 +177,8 @@ impl Injection {
             Self::LeakPin => "leak-pin",
             Self::StalePage => "stale-page",
             Self::LateRegisters => "late-registers",
+            Self::StaleRegisters => "stale-registers",
+            Self::SkewVcpus => "skew-vcpus",
             Self::ForgetDirty => "forget-dirty",
         }
     }
@@ -180,7 +188,9 @@ impl Injection {
         match self {
             Self::SharePinned => Oracle::Coherence,
             Self::SkipWriteProtect | Self::ReuseShared => Oracle::Isolation,
-            Self::RunDevices | Self::LateRegisters => Oracle::Cut,
+            Self::RunDevices | Self::LateRegisters | Self::StaleRegisters | Self::SkewVcpus => {
+                Oracle::Cut
+            }
             Self::LeakPin => Oracle::Accounting,
             Self::StalePage => Oracle::Life,
             Self::ForgetDirty => Oracle::Tracking,
@@ -354,6 +364,12 @@ pub enum ConfigError {
         /// The policy.
         policy: Policy,
     },
+    /// The fault to inject is about two vCPUs, and there is one.
+    #[error("--inject {fault}: this fault needs --vcpus 2 or more")]
+    InjectionNeedsVcpus {
+        /// The fault.
+        fault: Injection,
+    },
     /// The fault to inject is about restores, and there are none.
     #[error("--inject {fault}: this fault needs --restore-every 1 or more")]
     InjectionNeedsRestores {
@@ -410,6 +426,9 @@ impl Config {
             }
             Some(fault @ Injection::SharePinned) if self.registered_buffers == 0 => {
                 Err(ConfigError::InjectionNeedsBuffers { fault })
+            }
+            Some(fault @ Injection::SkewVcpus) if self.vcpus < 2 => {
+                Err(ConfigError::InjectionNeedsVcpus { fault })
             }
             Some(fault) if fault.needs_restores() && self.restore_every == 0 => {
                 Err(ConfigError::InjectionNeedsRestores { fault })
@@ -625,7 +644,7 @@ pub(crate) mod tests {
     fn memory_is_bounded_by_the_layout() {
         assert_eq!(
             refusal(|c| c.memory = 3 << 10),
-            "--memory 3 KiB: a guest of this shape needs at least 10 MiB (--vcpus 2, --dma-devices 2)"
+            "--memory 3 KiB: a guest of this shape needs at least 12 MiB (--vcpus 2, --dma-devices 2)"
         );
         assert_eq!(
             refusal(|c| c.memory = 129 << 30),

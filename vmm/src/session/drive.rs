@@ -1,33 +1,35 @@
 //! The loop of a run.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
-use std::mem::offset_of;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use guest::abi::{FOLLOWS_FORMULA, Failure, FailureKind, PAGE_SIZE, VcpuPage};
+use guest::abi::{Failure, FailureKind, PAGE_SIZE};
 use guest::formula::Schedule;
 use hdrhistogram::Histogram;
 
 use super::RunError;
-use super::config::{Config, Injection, RunLength};
-use super::life::LifeWatch;
-use super::occasion::{Counters, Occasion, overdue, wait_until};
+use super::config::{Config, GuestSource, Injection, RunLength};
+use super::life::{DeviceWatch, LifeWatch};
+use super::occasion::{Counters, Occasion, PATIENCE, overdue, wait_until};
 use super::ports::{Event, Inbox};
 use super::progress::{Observer, Progress};
 use super::report::{
     DirtyCounts, DmaCounts, EndedBy, FaultCounts, GuestCounts, MemoryPeaks, PinCounts, Quantiles,
     Report, SnapshotCounts, Verdict, nanoseconds,
 };
+use super::skew::SetBack;
 use super::stall::StallMeter;
 use super::tracker::Tracker;
 use super::vm::Vm;
 use crate::causes::chain;
-use crate::check::{Examiner, Oracle, Violation, ViolationCounts, Worker, account};
-use crate::device::Mismatch;
-use crate::kvm::{self, KvmError, MachineStats, Outcome, Rung, StopReason};
+use crate::check::{
+    self, Boot, Examiner, Look, Oracle, Violation, ViolationCounts, Worker, account,
+};
+use crate::device::{DeviceState, Mismatch};
+use crate::kvm::{self, Capture, KvmError, MachineStats, Outcome, Rung, StopReason, VcpuState};
 use crate::mm::{CowPolicy, ForkError, MmStats, PoolUsage};
 use crate::snapshot::{Fault, Preparation, Snapshot, TakeError, Timing};
 
@@ -61,12 +63,18 @@ pub(super) struct Drive<'a, P: CowPolicy> {
     unchecked: Vec<String>,
     /// Messages of the guest that could not be listened to.
     unheard: u64,
+    in_flight: u64,
     next_snapshot: Instant,
     next_tick: Instant,
     pauses: Histogram<u64>,
     last_pause: Option<Duration>,
     stall: StallMeter,
     life: LifeWatch,
+    device_life: DeviceWatch,
+    /// What is known of the guest since it booted, once it follows the formula.
+    boot: Option<Arc<Boot>>,
+    /// The first snapshot that was taken since.
+    first_of_boot: u64,
     /// Of the injected fault, if there is one.
     occasion: Occasion,
     /// The snapshot taken last is one after which the guest is to be rewound, and has not been.
@@ -157,12 +165,16 @@ impl<'a, P: CowPolicy> Drive<'a, P> {
             dropped: 0,
             unchecked: Vec::new(),
             unheard: 0,
+            in_flight: 0,
             next_snapshot: now + config.snapshot_every,
             next_tick: now + TICK,
             pauses: nanoseconds(),
             last_pause: None,
             stall,
             life: LifeWatch::default(),
+            device_life: DeviceWatch::default(),
+            boot: None,
+            first_of_boot: 0,
             occasion: Occasion::new(config.inject, config.vcpus),
             restore_is_due: false,
             tracker,
@@ -214,6 +226,9 @@ impl<'a, P: CowPolicy> Drive<'a, P> {
                 };
             }
             let is_ripe = self.occasion.is_ripe(&ops);
+            if let Err(end) = self.latch() {
+                return end;
+            }
             if now >= self.next_tick {
                 self.next_tick = now + TICK;
                 self.tick();
@@ -247,6 +262,7 @@ impl<'a, P: CowPolicy> Drive<'a, P> {
             if due
                 && is_ripe
                 && is_wanted
+                && self.may_be_checked()
                 && !self.restore_is_due
                 && self.worker.backlog() <= MOST_BACKLOG
                 && self.has_room()
@@ -285,6 +301,43 @@ impl<'a, P: CowPolicy> Drive<'a, P> {
         None
     }
 
+    /// Has the guest say, while it runs, whether it follows the formula: what it has said once holds, whatever a snapshot says.
+    fn latch(&mut self) -> Result<(), End> {
+        if self.boot.is_some() {
+            return Ok(());
+        }
+        let (ram, machine) = (&self.vm.ram, &self.vm.machine);
+        let registers = || {
+            let paused = machine.pause(Capture::Registers)?;
+            let states = paused.states()?;
+            paused.resume();
+            Ok(states)
+        };
+        match Boot::latch(ram, &self.vm.layout, &self.vm.reference, registers) {
+            Ok(boot) => {
+                self.boot = boot.map(Arc::new);
+                self.first_of_boot = self.taken + 1;
+            }
+            Err(error) => return Err(self.why_vcpus_ended(error)),
+        }
+        let is_late = self.started.elapsed() > PATIENCE;
+        if !self.may_be_checked() && is_late {
+            return Err(End {
+                by: EndedBy::Error,
+                error: Some(format!(
+                    "the guest has not begun to write memory after {} s",
+                    PATIENCE.as_secs()
+                )),
+            });
+        }
+        Ok(())
+    }
+
+    /// Whether it is known what a snapshot must hold, or never will be: the payload follows the formula, others may.
+    fn may_be_checked(&self) -> bool {
+        self.boot.is_some() || self.config.guest != GuestSource::Payload
+    }
+
     /// Takes a snapshot, hands it to the checker, retires an old one, and maybe rewinds.
     fn snapshot(&mut self) -> Result<(), End> {
         self.stall.before_snapshot(&self.vm.ram);
@@ -299,9 +352,17 @@ impl<'a, P: CowPolicy> Drive<'a, P> {
             };
             waited_in_vain.set(!wait_until(self.stop, has_gone_on));
         };
+        let (ram, layout, config) = (&self.vm.ram, &self.vm.layout, self.config);
+        let skewed = RefCell::new(SetBack::default());
+        let set_back = |older: &VcpuState| {
+            let done = counters.ops().first().copied().unwrap_or(0);
+            skewed.replace(SetBack::new(ram, layout, config, older, done));
+        };
         let fault = match self.config.inject {
             Some(Injection::RunDevices) => Fault::RunDevices(&go_on),
             Some(Injection::LateRegisters) => Fault::LateRegisters(&run_on),
+            Some(Injection::StaleRegisters) => Fault::StaleRegisters(&run_on),
+            Some(Injection::SkewVcpus) => Fault::SkewVcpus(&run_on, &set_back),
             _ => Fault::None,
         };
         let preparation = match self.room() {
@@ -318,6 +379,7 @@ impl<'a, P: CowPolicy> Drive<'a, P> {
         let (pool, pages) = (&self.vm.books.pool, space.pages());
         let has_room = || nothing_to_drop || room_for(pool.usage(), pages) > 0;
         let taken = parts.take_with(number, parent, preparation, fault, &has_room, || {
+            skewed.take().undo(ram);
             tracked = tracker.as_mut().map_or(Ok(()), |t| t.round(space));
         });
         let (snapshot, timing) = match taken {
@@ -349,8 +411,14 @@ impl<'a, P: CowPolicy> Drive<'a, P> {
         self.note_pause(timing);
         let snapshot = Arc::new(snapshot);
         let tracked = self.tracker.as_mut().and_then(|t| t.at(&snapshot));
-        self.worker
-            .first_look(&snapshot, self.parent.as_ref(), tracked);
+        let is_in_flight = |state: &DeviceState| state.in_flight.is_some();
+        self.in_flight += u64::from(snapshot.devices().iter().any(is_in_flight));
+        let look = Look {
+            boot: self.boot.clone(),
+            parent: self.parent.clone(),
+            tracked,
+        };
+        self.worker.first_look(&snapshot, look);
         self.parent = Some(Arc::clone(&snapshot));
         self.kept.push_back(snapshot);
         while self.kept.len() > self.config.keep {
@@ -443,8 +511,11 @@ impl<'a, P: CowPolicy> Drive<'a, P> {
         let stale = (self.config.inject == Some(Injection::StalePage))
             .then(|| self.page_to_come(&snapshot))
             .flatten();
-        let ram = self.vm.ram.clone();
+        let (ram, layout) = (self.vm.ram.clone(), self.vm.layout);
+        let pool = Arc::clone(&self.vm.books.pool);
+        let mut wrong = None;
         let restored = self.vm.parts().restore(&snapshot, || {
+            wrong = check::restored(&ram, &snapshot, &layout, &pool);
             if let Some((gpa, page)) = stale
                 && let Err(error) = ram.write(gpa, &page)
             {
@@ -453,21 +524,30 @@ impl<'a, P: CowPolicy> Drive<'a, P> {
         });
         if let Err(error) = restored {
             // Nothing runs on that could be watched.
-            self.life = LifeWatch::default();
+            (self.life, self.device_life) = (LifeWatch::default(), DeviceWatch::default());
             return Err(match error {
                 crate::snapshot::RestoreError::Vcpus(error) => self.why_vcpus_ended(error),
                 error => End::error(&error),
             });
         }
+        if let Some(violation) = wrong {
+            self.violation(&violation);
+        }
         self.restored += 1;
+        if snapshot.number() < self.first_of_boot {
+            self.boot = None;
+        }
         let ops: Vec<u64> = snapshot.vcpus().iter().map(|v| v.mm7()).collect();
         self.ops_undone += before.saturating_sub(ops.iter().sum());
         // Not by the registers: memory may be an operation behind them.
         self.occasion.restore(self.counters().ops());
-        if self.follows_formula() {
-            self.life.rewound(snapshot.number(), ops);
+        if self.boot.is_some() {
+            self.life.rewound(snapshot.number(), ops.clone());
+            let requests = self.requests_by_device();
+            self.device_life
+                .rewound(snapshot.number(), &ops_before, ops, requests);
         } else {
-            self.life = LifeWatch::default();
+            (self.life, self.device_life) = (LifeWatch::default(), DeviceWatch::default());
         }
         self.parent = Some(snapshot);
         Ok(())
@@ -514,13 +594,6 @@ impl<'a, P: CowPolicy> Drive<'a, P> {
             .collect()
     }
 
-    fn follows_formula(&self) -> bool {
-        self.counters()
-            .words(offset_of!(VcpuPage, formula))
-            .iter()
-            .all(|&word| word == FOLLOWS_FORMULA)
-    }
-
     fn failure(&mut self, failure: &Failure) -> Violation {
         let kind = FailureKind::from_raw(failure.kind);
         let (oracle, what) = match kind {
@@ -541,18 +614,24 @@ impl<'a, P: CowPolicy> Drive<'a, P> {
                 Oracle::Coherence,
                 "a completion makes no sense to the guest",
             ),
+            Some(FailureKind::Register) => {
+                (Oracle::Life, "a register is not what the vcpu left there")
+            }
             None => (Oracle::Life, "the guest reports a failure of unknown kind"),
         };
         let mut v = Violation::new(
             oracle,
             format!("{what} (vcpu {}, operation {})", failure.vcpu, failure.op),
         );
-        v.gpa = Some(failure.gpa);
         v.expected = format!("{:#018x}", failure.expected);
         v.found = match kind {
             Some(FailureKind::DmaFromGuest) => self.seen_by_device(failure),
             _ => format!("{:#018x}", failure.found),
         };
+        if kind == Some(FailureKind::Register) {
+            return v;
+        }
+        v.gpa = Some(failure.gpa);
         if failure.seq != 0 || failure.device != 0 {
             v.last_writer = format!("device {}, request {}", failure.device, failure.seq);
         }
@@ -597,6 +676,10 @@ impl<'a, P: CowPolicy> Drive<'a, P> {
         }
         let ops = self.counters().ops();
         if let Some(violation) = self.life.look(&ops) {
+            self.violation(&violation);
+        }
+        let requests = self.requests_by_device();
+        if let Some(violation) = self.device_life.look(&ops, &requests) {
             self.violation(&violation);
         }
         self.stall.look(&self.vm.ram);
@@ -716,6 +799,7 @@ impl<'a, P: CowPolicy> Drive<'a, P> {
             dropped,
             unchecked,
             unheard,
+            in_flight,
             pauses,
             stall,
             ..
@@ -745,6 +829,7 @@ impl<'a, P: CowPolicy> Drive<'a, P> {
                 checked: checks.checked,
                 restored,
                 dropped,
+                in_flight,
             },
             pause_us: Quantiles::of(&pauses),
             faults,

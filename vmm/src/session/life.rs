@@ -70,6 +70,97 @@ impl LifeWatch {
     }
 }
 
+/// Operations after which a device that is driven by a vCPU must have done a request: the driver polls it many times in so many.
+const ENOUGH_OPS: u64 = 1024;
+
+/// Watches the devices of a guest that was rewound. How long one may take goes by what the vCPU has done that drives it, too: a slow guest
+/// asks for little.
+#[derive(Debug, Default)]
+pub(super) struct DeviceWatch {
+    waiting: Vec<Option<WaitingDevice>>,
+    /// Operations the vCPUs had done at the last restore, in the course of events since.
+    ops: Vec<u64>,
+}
+
+/// A device that has done no request since a restore.
+#[derive(Clone, Copy, Debug)]
+struct WaitingDevice {
+    snapshot: u64,
+    since: Instant,
+    requests: u64,
+    /// Operations of its vCPU between the restores since.
+    ops: u64,
+}
+
+impl DeviceWatch {
+    /// The guest, whose vCPUs had done `before` operations, was rewound to `snapshot`, where they had done `ops`. Devices have done `requests`
+    /// requests. As with vCPUs, one that has done nothing since the restore before keeps waiting.
+    pub(super) fn rewound(
+        &mut self,
+        snapshot: u64,
+        before: &[u64],
+        ops: Vec<u64>,
+        requests: Vec<u64>,
+    ) {
+        self.take_those_that_live(&requests);
+        let done = |device: usize| done(device, &self.ops, before);
+        self.waiting.resize(requests.len(), None);
+        for (device, (waiting, requests)) in self.waiting.iter_mut().zip(requests).enumerate() {
+            let (since, ops) = match waiting {
+                Some(before) => (before.since, before.ops + done(device)),
+                None => (Instant::now(), 0),
+            };
+            *waiting = Some(WaitingDevice {
+                snapshot,
+                since,
+                requests,
+                ops,
+            });
+        }
+        self.ops = ops;
+    }
+
+    /// The vCPUs have done `ops` operations now, and the devices `requests` requests.
+    pub(super) fn look(&mut self, ops: &[u64], requests: &[u64]) -> Option<Violation> {
+        self.take_those_that_live(requests);
+        let base = &self.ops;
+        let (device, stuck) =
+            self.waiting
+                .iter_mut()
+                .enumerate()
+                .find_map(|(device, waiting)| {
+                    let is_stuck = |w: &mut WaitingDevice| {
+                        w.since.elapsed() >= PATIENCE
+                            && w.ops + done(device, base, ops) >= ENOUGH_OPS
+                    };
+                    waiting.take_if(is_stuck).map(|w| (device, w))
+                })?;
+        let mut v = Violation::new(
+            Oracle::Life,
+            format!("device {device} does nothing any more after the restore"),
+        );
+        v.snapshot = Some(stuck.snapshot);
+        v.expected = format!("more than {} requests", stuck.requests);
+        v.found = format!("no more after {:.0?}", stuck.since.elapsed());
+        Some(v)
+    }
+
+    fn take_those_that_live(&mut self, requests: &[u64]) {
+        for (waiting, &requests) in self.waiting.iter_mut().zip(requests) {
+            waiting.take_if(|w| requests != w.requests);
+        }
+    }
+}
+
+/// Operations between two times of the vCPU that drives device `device`.
+fn done(device: usize, from: &[u64], to: &[u64]) -> u64 {
+    let vcpu = device % from.len().max(1);
+    match (from.get(vcpu), to.get(vcpu)) {
+        (Some(from), Some(to)) => to.saturating_sub(*from),
+        _ => 0,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -125,5 +216,34 @@ mod tests {
         let_pass(&mut watch, PATIENCE);
         assert_eq!(watch.look(&[11, 21]), None);
         assert_eq!(watch.look(&[10, 20]), None);
+    }
+
+    fn let_pass_for_devices(watch: &mut DeviceWatch, time: Duration) {
+        for waiting in watch.waiting.iter_mut().flatten() {
+            waiting.since -= time;
+        }
+    }
+
+    #[test]
+    fn a_device_that_does_nothing_any_more_is_seen() {
+        let mut watch = DeviceWatch::default();
+        watch.rewound(3, &[500, 500], vec![10, 20], vec![7, 8]);
+        let_pass_for_devices(&mut watch, PATIENCE);
+        let ops = [10 + ENOUGH_OPS, 20 + ENOUGH_OPS];
+        assert_eq!(watch.look(&[11, 21], &[7, 8]), None, "a slow guest");
+        let violation = watch.look(&ops, &[9, 8]).unwrap();
+        assert!(violation.detail.contains("device 1"), "{violation}");
+        assert_eq!(watch.look(&ops, &[9, 8]), None, "said once");
+    }
+
+    #[test]
+    fn frequent_restores_do_not_hide_a_device() {
+        let mut watch = DeviceWatch::default();
+        let found = (0..100).find_map(|snapshot| {
+            watch.rewound(snapshot, &[200], vec![100], vec![5]);
+            let_pass_for_devices(&mut watch, PATIENCE / 5);
+            watch.look(&[150], &[5])
+        });
+        assert!(found.is_some());
     }
 }

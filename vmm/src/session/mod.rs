@@ -15,6 +15,7 @@
 //! | `drive` | the loop |
 //! | `life` | does a rewound guest run on? |
 //! | `occasion` | what an injected fault needs to be seen |
+//! | `skew` | one vCPU's memory set back, as a fault |
 //! | `stall` | what the guest felt |
 //! | `tracker` | which pages were written |
 
@@ -27,6 +28,7 @@ mod occasion;
 mod ports;
 pub mod progress;
 pub mod report;
+mod skew;
 mod stall;
 mod tracker;
 mod vm;

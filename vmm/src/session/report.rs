@@ -178,6 +178,9 @@ pub struct SnapshotCounts {
     /// No longer kept though they should have been: the guest needed the memory.
     #[serde(default)]
     pub dropped: u64,
+    /// Those of them in which a device was in the middle of a request: it did not reach the end of it in time.
+    #[serde(default)]
+    pub in_flight: u64,
 }
 
 /// Page faults, by how they were resolved.
@@ -377,6 +380,7 @@ pub(crate) mod tests {
                 checked: 2_941,
                 restored: 294,
                 dropped: 0,
+                in_flight: 3,
             },
             pause_us: Quantiles {
                 p50: Some(812.3),
@@ -499,7 +503,10 @@ pub(crate) mod tests {
             ("pins", &["fast", "registered", "slow"]),
             ("platform", &["cpus", "kernel", "kvm", "paging"]),
             ("policy", &[]),
-            ("snapshots", &["checked", "dropped", "restored", "taken"]),
+            (
+                "snapshots",
+                &["checked", "dropped", "in_flight", "restored", "taken"],
+            ),
             ("stall_us", &["max", "p50", "p99"]),
             ("unchecked", &[]),
             ("verdict", &[]),

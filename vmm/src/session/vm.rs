@@ -12,6 +12,7 @@ use guest::abi::{BOOT_MAGIC, BootInfo, Layout, PAGE_SIZE, PORT_DOORBELL_EVENT};
 use super::config::{Config, Injection, PageSize, Size};
 use super::need::Plan;
 use super::ports::{Event, Events, Ports};
+use crate::check::Reference;
 use crate::check::inject::LeakyMmu;
 use crate::device::{self, DeviceSet};
 use crate::host::{Ahead, Dumps, MappingBudget, PhysMap, Ram, Window};
@@ -86,6 +87,8 @@ pub(super) struct Vm<P: CowPolicy> {
     pub(super) ram: Ram<P>,
     pub(super) layout: Layout,
     pub(super) books: Books,
+    /// Memory before the guest has run.
+    pub(super) reference: Reference,
     entry: u64,
 }
 
@@ -180,6 +183,7 @@ impl<P: CowPolicy> Vm<P> {
             },
         )?;
 
+        let reference = Reference::new(&ram, &layout, image.writable());
         let devices = Arc::new(DeviceSet::start(&ram, &layout, config.seed)?);
         let ports = Ports {
             ram: ram.clone(),
@@ -214,6 +218,7 @@ impl<P: CowPolicy> Vm<P> {
                 physmap,
                 budget,
             },
+            reference,
             entry: image.entry(),
         })
     }

@@ -48,6 +48,18 @@ pub struct Snapshot {
 }
 
 impl Snapshot {
+    /// A snapshot that was put together by a test.
+    #[cfg(test)]
+    pub(crate) fn of(number: u64, memory: Arc<Frozen>, vcpus: Vec<VcpuState>) -> Self {
+        Self {
+            number,
+            parent: None,
+            memory,
+            vcpus,
+            devices: Vec::new(),
+        }
+    }
+
     /// Its number in the run, from 1.
     pub fn number(&self) -> u64 {
         self.number
@@ -95,6 +107,25 @@ pub enum Fault<'a> {
     RunDevices(&'a dyn Fn()),
     /// Capture registers after the vCPUs ran on, as they do in the call.
     LateRegisters(&'a dyn Fn()),
+    /// Take the extended registers of vCPU 0, but for its counter, from before the vCPUs ran on, as they do in the call.
+    StaleRegisters(&'a dyn Fn()),
+    /// Take the registers of vCPU 0 from before the vCPUs ran on, as they do in the first call. The second, with those registers, sets its pages
+    /// back for the snapshot.
+    SkewVcpus(&'a dyn Fn(), &'a dyn Fn(&VcpuState)),
+}
+
+impl Fault<'_> {
+    /// Registers of vCPU 0 that are too old, if the fault is to have such.
+    fn older_registers(self, machine: &Machine) -> Result<Option<VcpuState>, KvmError> {
+        let (Self::StaleRegisters(run_on) | Self::SkewVcpus(run_on, _)) = self else {
+            return Ok(None);
+        };
+        let paused = machine.pause(Capture::Registers)?;
+        let older = paused.states()?.into_iter().next();
+        paused.resume();
+        run_on();
+        Ok(older)
+    }
 }
 
 /// What is done before a snapshot's pause.
@@ -200,8 +231,9 @@ impl<P: CowPolicy> Parts<'_, P> {
     ) -> Result<(Snapshot, Timing), TakeError> {
         let capture = match fault {
             Fault::LateRegisters(_) => Capture::Nothing,
-            Fault::None | Fault::RunDevices(_) => Capture::Registers,
+            _ => Capture::Registers,
         };
+        let older = fault.older_registers(self.machine)?;
         // Nothing holds devices to the instant then: they are as they were some time before.
         let at_large = match fault {
             Fault::RunDevices(go_on) => {
@@ -224,6 +256,9 @@ impl<P: CowPolicy> Parts<'_, P> {
             .is_none()
             .then(|| self.devices.stop(kicked + BOUNDARY_WAIT));
         let devices = at_large.unwrap_or_else(|| self.devices.capture());
+        if let (Fault::SkewVcpus(_, set_back), Some(older)) = (fault, &older) {
+            set_back(older);
+        }
         let memory = match self.space.fork() {
             Ok(memory) => memory,
             Err(error) => {
@@ -241,8 +276,14 @@ impl<P: CowPolicy> Parts<'_, P> {
             run_on();
             (self.machine.pause(Capture::Registers)?.states()?, running)
         } else {
-            let vcpus = paused.states()?;
+            let mut vcpus = paused.states()?;
             drop(stopped);
+            if let (Some(older), Some(vcpu)) = (older, vcpus.first_mut()) {
+                *vcpu = match fault {
+                    Fault::StaleRegisters(_) => vcpu.clone().with_extended_of(&older),
+                    _ => older,
+                };
+            }
             (vcpus, paused.resume())
         };
         let snapshot = Snapshot {

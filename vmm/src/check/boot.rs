@@ -1,0 +1,120 @@
+//! What is known of a guest since it booted: by this, and not by the snapshot under test, it is decided what the snapshot must hold.
+
+use std::collections::HashMap;
+use std::mem::offset_of;
+use std::ops::Range;
+
+use guest::abi::{FOLLOWS_FORMULA, Layout, PAGE_SIZE, STACK_SIZE, STACKS_GPA, VcpuPage};
+
+use super::hashes::{self, Hashes};
+use super::view::WORDS;
+use super::violation::{Oracle, Violation};
+use crate::host::Ram;
+use crate::kvm::VcpuState;
+use crate::mm::CowPolicy;
+
+/// What a vCPU has said of itself once its memory followed the formula.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Declared {
+    /// [`VcpuPage::held`].
+    pub(super) held: u64,
+    /// [`VcpuPage::holds`].
+    pub(super) holds: [u64; 3],
+}
+
+/// A guest that follows the formula.
+#[derive(Debug)]
+pub struct Boot {
+    pub(super) vcpus: Vec<Declared>,
+    /// Registers that only booting sets are as they are here.
+    pub(super) registers: Vec<VcpuState>,
+    pub(super) pages: Reference,
+}
+
+impl Boot {
+    /// What the running guest in `ram` says of itself. `None` if it does not follow the formula, or not yet.
+    ///
+    /// `registers` is asked for those of its vCPUs.
+    ///
+    /// # Errors
+    /// Those of `registers`.
+    pub fn latch<P: CowPolicy, E>(
+        ram: &Ram<P>,
+        layout: &Layout,
+        pages: &Reference,
+        registers: impl FnOnce() -> Result<Vec<VcpuState>, E>,
+    ) -> Result<Option<Self>, E> {
+        let word = |vcpu, offset: usize| {
+            let mut bytes = [0; 8];
+            let gpa = layout.vcpu_page(vcpu) + offset as u64;
+            ram.read(gpa, &mut bytes)
+                .map_or(0, |()| u64::from_le_bytes(bytes))
+        };
+        let follows = |vcpu| word(vcpu, offset_of!(VcpuPage, formula)) == FOLLOWS_FORMULA;
+        if !(0..layout.vcpus).all(follows) {
+            return Ok(None);
+        }
+        let holds = |vcpu, n: usize| word(vcpu, offset_of!(VcpuPage, holds) + 8 * n);
+        let vcpus = (0..layout.vcpus).map(|vcpu| Declared {
+            held: word(vcpu, offset_of!(VcpuPage, held)),
+            holds: [holds(vcpu, 0), holds(vcpu, 1), holds(vcpu, 2)],
+        });
+        Ok(Some(Self {
+            vcpus: vcpus.collect(),
+            registers: registers()?,
+            pages: pages.clone(),
+        }))
+    }
+}
+
+/// Pages that nobody writes once the guest runs: its code and constant data, page tables, descriptors, and what is left free.
+#[derive(Clone, Debug, Default)]
+pub struct Reference {
+    hashes: Hashes,
+}
+
+impl Reference {
+    /// What is in `ram`, before the guest runs. `writable` are the addresses of its program that it may write.
+    pub fn new<P: CowPolicy>(ram: &Ram<P>, layout: &Layout, writable: &[Range<u64>]) -> Self {
+        let stacks = STACKS_GPA..STACKS_GPA + layout.vcpus * STACK_SIZE;
+        let changing: Vec<_> = std::iter::once(stacks)
+            .chain(writable.iter().cloned())
+            .map(|gpas| gpas.start / PAGE_SIZE..gpas.end.div_ceil(PAGE_SIZE))
+            .collect();
+        let mut hashes = HashMap::new();
+        let mut bytes = vec![0; PAGE_SIZE as usize];
+        // Of the guest's own areas, which come next, only what follows a formula is known, and that is checked by it.
+        for gfn in 0..layout.vcpu_base / PAGE_SIZE {
+            if changing.iter().any(|pages| pages.contains(&gfn))
+                || ram.read(gfn * PAGE_SIZE, &mut bytes).is_err()
+            {
+                continue;
+            }
+            let mut page = [0; WORDS];
+            for (word, bytes) in page.iter_mut().zip(bytes.as_chunks().0) {
+                *word = u64::from_le_bytes(*bytes);
+            }
+            hashes.insert(gfn, hashes::of(&page));
+        }
+        Self { hashes }
+    }
+
+    /// Compares the pages of snapshot `number`, which has `found`, with what they were.
+    pub(super) fn check(&self, number: u64, found: &Hashes, report: &mut dyn FnMut(Violation)) {
+        let zeros = hashes::of_zeros();
+        for (&gfn, &expected) in &self.hashes {
+            let found = found.get(&gfn).copied().unwrap_or(zeros);
+            if found != expected {
+                let mut v = Violation::new(
+                    Oracle::Cut,
+                    "a page that nobody writes is not what it was before the guest ran",
+                );
+                v.snapshot = Some(number);
+                v.gpa = Some(gfn * PAGE_SIZE);
+                v.expected = format!("hash {expected:#018x}");
+                v.found = format!("hash {found:#018x}");
+                report(v);
+            }
+        }
+    }
+}

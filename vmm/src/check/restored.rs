@@ -1,0 +1,44 @@
+//! Is memory what the snapshot says right after a restore?
+//!
+//! Of hammered pages the guest's own checks and the next snapshot tell. This is for all others: code, data, stacks, page tables,
+//! rings and buffers, which the guest would not notice, or not survive to tell.
+
+use guest::abi::{Layout, PAGE_SIZE};
+
+use super::view::{View, WORDS};
+use super::violation::{Oracle, Violation};
+use crate::host::Ram;
+use crate::mm::{CowPolicy, FramePool};
+use crate::snapshot::Snapshot;
+
+/// Compares what `ram` holds below the hammered memory with `snapshot`, to which it was just set back. Nobody runs. Says
+/// which page differs first.
+pub fn restored<P: CowPolicy>(
+    ram: &Ram<P>,
+    snapshot: &Snapshot,
+    layout: &Layout,
+    pool: &FramePool,
+) -> Option<Violation> {
+    let view = View::new(snapshot.number(), snapshot.memory(), ram.physmap(), pool);
+    let mut bytes = vec![0; PAGE_SIZE as usize];
+    let mut page = [0; WORDS];
+    for gfn in 0..layout.hammer_base / PAGE_SIZE {
+        ram.read(gfn * PAGE_SIZE, &mut bytes).ok()?;
+        view.page(gfn, &mut page);
+        let mut words = page.iter().zip(bytes.as_chunks().0).enumerate();
+        let wrong = words.find_map(|(word, (&expected, found))| {
+            let found = u64::from_le_bytes(*found);
+            (expected != found).then_some((word, expected, found))
+        });
+        if let Some((word, expected, found)) = wrong {
+            let mut v = Violation::new(Oracle::Life, "a restore did not set a page back");
+            v.snapshot = Some(snapshot.number());
+            v.gpa = Some(gfn * PAGE_SIZE + 8 * word as u64);
+            v.expected = format!("{expected:#018x} (by the snapshot)");
+            v.found = format!("{found:#018x}");
+            v.frame = view.describe_frame(gfn);
+            return Some(v);
+        }
+    }
+    None
+}

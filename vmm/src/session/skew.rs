@@ -1,0 +1,65 @@
+//! One vCPU's memory, set back to an earlier instant: an injected fault.
+//!
+//! All that is compared with that vCPU's registers alone agrees with them then. That it is not the others' instant, only the marks tell
+//! that vCPUs leave in each other's pages.
+
+use std::mem::offset_of;
+
+use guest::abi::{Layout, VcpuPage};
+use guest::formula::{PAGE_WORDS, Schedule, page_word};
+
+use super::config::Config;
+use crate::host::Ram;
+use crate::kvm::VcpuState;
+use crate::mm::CowPolicy;
+
+/// What was in memory before it was set back.
+#[derive(Debug, Default)]
+pub(super) struct SetBack(Vec<(u64, Vec<u8>)>);
+
+impl SetBack {
+    /// Sets the pages that vCPU 0 writes back to what they were when it had the registers `older`, by the formula. It has done `done` operations
+    /// since it was booted, or one or two more.
+    pub(super) fn new<P: CowPolicy>(
+        ram: &Ram<P>,
+        layout: &Layout,
+        config: &Config,
+        older: &VcpuState,
+        done: u64,
+    ) -> Self {
+        let (pattern, seed) = (config.pattern, config.seed);
+        let schedule = Schedule::new(pattern, layout.slots(pattern, 0), seed, 0);
+        let then = older.mm7();
+        let mut was = Self::default();
+        for op in then..done + 2 {
+            let slot = schedule.slot_of(op);
+            let writer = schedule.last_writer(slot, then);
+            let word = |n| writer.map_or(0, |writer| page_word(seed, 0, writer, n));
+            let words = (0..PAGE_WORDS).flat_map(|n| word(n).to_le_bytes());
+            was.put(ram, layout.slot_gpa(pattern, 0, slot), words.collect());
+        }
+        let counter = layout.vcpu_page(0) + offset_of!(VcpuPage, ops) as u64;
+        was.put(ram, counter, then.to_le_bytes().to_vec());
+        was
+    }
+
+    fn put<P: CowPolicy>(&mut self, ram: &Ram<P>, gpa: u64, bytes: Vec<u8>) {
+        let mut before = vec![0; bytes.len()];
+        match ram
+            .read(gpa, &mut before)
+            .and_then(|()| ram.write(gpa, &bytes))
+        {
+            Ok(()) => self.0.push((gpa, before)),
+            Err(error) => tracing::warn!(%error, "cannot set a vcpu's page back"),
+        }
+    }
+
+    /// Undoes it.
+    pub(super) fn undo<P: CowPolicy>(self, ram: &Ram<P>) {
+        for (gpa, bytes) in self.0.into_iter().rev() {
+            if let Err(error) = ram.write(gpa, &bytes) {
+                tracing::warn!(%error, "cannot put a vcpu's page right again");
+            }
+        }
+    }
+}
