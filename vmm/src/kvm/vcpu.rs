@@ -453,13 +453,11 @@ impl Vcpu {
         };
         let gfns = fault::tables_to_update(&fault, &*self.ram);
         let gfns = gfns.map_err(|source| RunError::Fault { source })?;
-        if fault::resolve(&gfns, &*self.ram)? {
-            self.lost_races = None;
-            self.counters.write_faults.fetch_add(1, Ordering::Relaxed);
-            self.counters.rungs.count(fault::Rung::Walk);
-        } else if !self.may_have_lost_a_race(&regs) {
+        if !fault::resolve(&gfns, &*self.ram)? {
             return Ok(false);
         }
+        self.counters.write_faults.fetch_add(1, Ordering::Relaxed);
+        self.counters.rungs.count(fault::Rung::Walk);
         let error = |what| move |source| RunError::Registers { what, source };
         let mut events = self.fd.get_vcpu_events().map_err(error("events"))?;
         events.exception = Default::default();
