@@ -164,7 +164,8 @@ impl Visit<'_> {
 
         let mut files = Initramfs::new(&busybox)?;
         let modules = modules::load_order(&kernel, &busybox, host.processor.module())?;
-        files.modules(modules, host.parameter, host.processor.flush_bytes());
+        files.settings(&modules, host);
+        files.modules(modules);
         files.file(&self.programs.vmm, "/bin/vmm")?;
         // Tests have its path built in.
         files.link(&self.programs.vmm.to_string_lossy(), "/bin/vmm");

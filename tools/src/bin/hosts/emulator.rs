@@ -35,12 +35,9 @@ pub(crate) enum EmulatorError {
 }
 
 impl Processor {
-    /// How much is written to the second serial port after what must be read at once: Bochs keeps the last block of it to itself.
-    pub(crate) const fn flush_bytes(self) -> usize {
-        match self {
-            Self::Amd => 0,
-            Self::Intel => 4096,
-        }
+    /// Whether results are to be padded: Bochs keeps the last block of a port's output to itself.
+    pub(crate) const fn is_padded(self) -> bool {
+        matches!(self, Self::Intel)
     }
 
     /// Nothing that is right takes longer to boot, on a machine that is busy with other things.

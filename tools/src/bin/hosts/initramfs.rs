@@ -8,6 +8,7 @@ use std::process::{Command, Stdio};
 use tempfile::NamedTempFile;
 
 use super::cpio::Archive;
+use super::host::Host;
 use super::libraries;
 use super::modules::Module;
 use super::task::Task;
@@ -57,17 +58,22 @@ impl Initramfs {
         self.archive.link(link, target);
     }
 
-    /// Adds `modules`, the last of which is told `parameter`.
-    pub(crate) fn modules(&mut self, modules: Vec<Module>, parameter: &str, flush: usize) {
+    /// Adds what `init.sh` must know of `host`: the modules to load, and what the last of them is told.
+    pub(crate) fn settings(&mut self, modules: &[Module], host: &Host) {
         let names = Vec::from_iter(modules.iter().map(|module| module.name.as_str()));
         let last = names.last().copied().unwrap_or_default();
         let settings = format!(
-            "MODULES={}\nLAST={}\nPARAMETER={}\nFLUSH={flush}\n",
+            "MODULES={}\nLAST={}\nPARAMETER={}\nPADDED={}\n",
             quoted(&names.join(" ")),
             quoted(last),
-            quoted(parameter)
+            quoted(host.parameter),
+            u8::from(host.processor.is_padded())
         );
         self.archive.program("/settings.sh", settings);
+    }
+
+    /// Adds `modules`.
+    pub(crate) fn modules(&mut self, modules: Vec<Module>) {
         for module in modules {
             let path = format!("/modules/{}.ko", module.name);
             self.archive.program(&path, module.code);

@@ -42,14 +42,14 @@ impl Part {
 pub(crate) enum Extent {
     /// All there is.
     Full,
-    /// What does not depend on how fast the guest is: every scenario, and no race.
+    /// Every scenario, and no race, which depends on how fast the guest is; and tests that do not take long.
     Short,
     /// A scenario of each kind.
     Sample,
 }
 
-/// The tests that race the policies against each other, as often as it takes.
-const RACES: &str = "compare";
+/// The tests that a slow host is done with soon.
+const SOON: [&str; 2] = [LIBRARY, "leftovers"];
 
 /// The exit code of what was killed for taking too long.
 pub(crate) const KILLED: i32 = 128 + 9;
@@ -101,7 +101,7 @@ pub(crate) fn tasks(part: Part, extent: Extent, tests: &[String]) -> Vec<Task> {
         Part::Compare => compare(extent),
         Part::Tests => tests
             .iter()
-            .filter(|name| extent == Extent::Full || name.as_str() != RACES)
+            .filter(|name| extent == Extent::Full || SOON.contains(&name.as_str()))
             .map(|name| test(name))
             .collect(),
     }
@@ -172,6 +172,19 @@ mod tests {
                 assert_eq!(found.count(), 1, "{flags}");
             }
         }
+    }
+
+    #[test]
+    fn there_is_time_for_some_tests_with_every_change_and_for_all_by_hand() {
+        let names = ["cli", "leftovers", LIBRARY].map(str::to_owned);
+        assert_eq!(tasks(Part::Tests, Extent::Full, &names).len(), 3);
+        let soon = tasks(Part::Tests, Extent::Short, &names);
+        let titles = Vec::from_iter(soon.iter().map(Task::title));
+        assert_eq!(titles.len(), 2);
+        assert!(
+            titles[1].ends_with("--test-threads=1 kvm:: host::"),
+            "{titles:?}"
+        );
     }
 
     #[test]

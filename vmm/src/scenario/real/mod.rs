@@ -430,7 +430,8 @@ impl<P: CowPolicy> GuestRam for GuestMemory<P> {
     fn write_fault(&self, gfn: u64) -> Result<bool, MemoryError> {
         match self.plan.page_of(gfn) {
             Some(page) => Ok(self.ram.space().write_fault(page)? != Resolution::AlreadyWritable),
-            // There nothing becomes writable.
+            // Nothing becomes writable there.
+            None if self.program.is_writable(Gfn(gfn)) => Ok(false),
             None => {
                 let (gfn, pages) = (Gfn(gfn), self.plan.pages);
                 Err(format!("{gfn:?} is beside the address space, which has {pages} pages").into())

@@ -1,6 +1,7 @@
 //! What every guest of a stage has beside its address space: page tables and the puppet, in frames of the stage's own.
 //!
-//! All guests see the same frames, read-only: the puppet writes nothing but its mailbox and what it is told to.
+//! All guests see the same frames. The puppet writes nothing but its mailbox and what it is told to, so its code is read-only. Its
+//! page tables are not: with nested paging a walk of them counts as a write. All bits that a walk sets are set from the start.
 
 use std::sync::Arc;
 
@@ -29,6 +30,13 @@ struct Part {
     first: Gfn,
     frame: Pfn,
     pages: u64,
+    protection: Protection,
+}
+
+impl Part {
+    fn has(&self, gfn: Gfn) -> bool {
+        (self.first.0..self.first.0 + self.pages).contains(&gfn.0)
+    }
 }
 
 impl Program {
@@ -57,11 +65,13 @@ impl Program {
                     first: Gfn::of_gpa(PAGE_TABLES_GPA),
                     frame: first,
                     pages: TABLES,
+                    protection: Protection::ReadWrite,
                 },
                 Part {
                     first: Gfn::of_gpa(IMAGE_GPA),
                     frame: Pfn(first.0 + TABLES),
                     pages: image_pages(image),
+                    protection: Protection::ReadOnly,
                 },
             ],
             entry: image.entry(),
@@ -79,9 +89,15 @@ impl Program {
 
     /// Makes `window` show it.
     pub(super) fn show(&self, window: &Window) -> Result<(), MmuError> {
-        self.parts.iter().try_for_each(|part| {
-            window.map(part.first, part.frame, part.pages, Protection::ReadOnly)
-        })
+        self.parts
+            .iter()
+            .try_for_each(|part| window.map(part.first, part.frame, part.pages, part.protection))
+    }
+
+    /// Whether `gfn` is of it and can be written.
+    pub(super) fn is_writable(&self, gfn: Gfn) -> bool {
+        let writable = |part: &Part| part.protection == Protection::ReadWrite && part.has(gfn);
+        self.parts.iter().any(writable)
     }
 
     /// Where the `len` bytes at `gpa`, which lie in one page, are in the physmap.

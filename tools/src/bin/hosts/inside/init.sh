@@ -19,13 +19,8 @@ uptime() { cut -d' ' -f1 /proc/uptime; }
 # A line of our own. What tasks print has a dot before each line, so that nothing they say looks like one.
 frame() { echo "@$*" >&3; }
 
-# For an emulator that writes down what it has of the port only by the block.
-flush() {
-    if [ "$FLUSH" != 0 ]; then
-        head -c "$FLUSH" /dev/zero | tr '\0' '#' >&3
-        echo >&3
-    fi
-}
+# For an emulator that writes down what it has of the port by blocks of 4 KiB: fills one, by lines that are nothing.
+flush() { [ ! -e /run/padding ] || cat /run/padding >&3; }
 
 # run NUMBER LIMIT COMMAND...: one task.
 run() {
@@ -39,6 +34,11 @@ run() {
 }
 
 . /settings.sh
+if [ "$PADDED" = 1 ]; then
+    yes "$(printf '%63s' | tr ' ' '#')" | head -n 64 >/run/padding
+    # What a task prints is to be seen while it runs.
+    while sleep 10; do flush; done &
+fi
 for module in $MODULES; do
     [ "$module" = "$LAST" ] && parameter=$PARAMETER || parameter=
     insmod "/modules/$module.ko" $parameter || echo "cannot load $module"
@@ -50,6 +50,7 @@ if [ -e /dev/kvm ]; then
     . /tasks.sh
 else
     frame nokvm
+    flush
 fi
 frame done "$(uptime)"
 flush
