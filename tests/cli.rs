@@ -1336,3 +1336,40 @@ fn a_program_whose_notes_are_nonsense_runs() {
     fs::write(&path, file).unwrap();
     run(&[&SHORT[..], &["--guest", path.to_str().unwrap()]].concat()).assert_code(0);
 }
+
+/// By builds with debug assertions, which this one is unless it is measured.
+#[test]
+fn a_run_whose_system_calls_are_refused_ends_well_or_says_why() {
+    if no_kvm() || !cfg!(debug_assertions) {
+        return;
+    }
+    let (mut failed, mut snapshots) = (0, 0);
+    for refused in ["40:1", "200:2", "1000:4", "5000:6"] {
+        let mut command = vmm();
+        command
+            .env("PALIMPSEST_REFUSE", refused)
+            .args([
+                "--memory",
+                "32M",
+                "--snapshots",
+                "20",
+                "--restore-every",
+                "2",
+            ])
+            .args(["--snapshot-every", "10ms", "--keep", "2"]);
+        let said = said_within(PATIENCE, command);
+        if said.status.code() == Some(0) {
+            snapshots += 1;
+            continue;
+        }
+        said.assert_code(1);
+        let all = said.stdout.clone() + &said.stderr;
+        let why = ["memory mappings", "Cannot allocate memory", "No space left"];
+        assert!(why.iter().any(|why| all.contains(why)), "{said:?}");
+        failed += 1;
+    }
+    assert!(
+        failed > 0,
+        "nothing was refused: {snapshots} runs ended well"
+    );
+}

@@ -1,8 +1,9 @@
 //! How many memory mappings the windows of this process may use.
 //!
 //! Linux gives a **process** `vm.max_map_count` of them (65,530 by default), and a window uses one for each
-//! stretch of pages that are alike. All windows draw on one account, whoever's they are, and stop before the host does: at its limit a change may be refused
-//! half-way, and everything else in the process fails as well.
+//! stretch of pages that are alike. All windows draw on one account, whoever's they are, and stop before the
+//! host does: at its limit a change may be refused half-way, and everything else in the process fails as
+//! well.
 
 use std::fs;
 use std::sync::atomic::{AtomicU64, Ordering};

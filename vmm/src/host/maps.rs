@@ -15,7 +15,8 @@ pub(super) struct Part {
     pub(super) offset: u64,
 }
 
-/// What is mapped within `range`, in order, cut off at its ends. Neighbours that are alike may be one part or two.
+/// What is mapped within `range`, in order, cut off at its ends. Neighbours that are alike may be one part or
+/// two.
 ///
 /// It takes little memory: who asks is at the end of what it may map.
 pub(super) fn within(range: Range<u64>) -> io::Result<Vec<Part>> {

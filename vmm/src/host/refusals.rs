@@ -1,7 +1,9 @@
 //! System calls that are refused: when tests say so, or at random in a whole run.
 //!
-//! `PALIMPSEST_REFUSE=N` has a program built with debug assertions refuse one call in `N`, some of them when half of it is done;
-//! `PALIMPSEST_REFUSE=N:SEED` repeats the choices, as far as threads let it. A release build knows nothing of it.
+//! `PALIMPSEST_REFUSE=N` has a program built with debug assertions refuse one call in `N`, some of them when
+//! half of it is done;
+//! `PALIMPSEST_REFUSE=N:SEED` repeats the choices, as far as threads let it. A release build knows nothing of
+//! it.
 
 use std::cell::RefCell;
 use std::env;

@@ -1,5 +1,5 @@
-//! The system calls that change memory, in one place: where tests, and a build with debug assertions that is told to, have them
-//! refused (`refusals`). Otherwise they are the calls themselves.
+//! The system calls that change memory, in one place: where tests, and a build with debug assertions that is
+//! told to, have them refused (`refusals`). Otherwise they are the calls themselves.
 #![expect(unsafe_code, reason = "passes system calls on, with their conditions")]
 
 use std::ffi::c_void;

@@ -5,9 +5,10 @@
 //! the call returns. Memory nobody ever wrote is a private anonymous mapping without write permission: the
 //! host's own zero page, which costs one mapping for any number of pages.
 //!
-//! What the host refuses it may have done in part: `mprotect` changes one mapping after the other, and says that there is no room
-//! for more when it comes to the one that must be split (seen on Linux 6.18 with `vm.max_map_count` reached). So after a refusal the window asks
-//! the kernel what is there: it has changed nothing, or says [`MmuError::Torn`].
+//! What the host refuses it may have done in part: `mprotect` changes one mapping after the other, and says
+//! that there is no room for more when it comes to the one that must be split (seen on Linux 6.18 with
+//! `vm.max_map_count` reached). So after a refusal the window asks the kernel what is there: it has changed
+//! nothing, or says [`MmuError::Torn`].
 #![expect(unsafe_code, reason = "maps frames over a range of addresses it owns")]
 
 use std::ffi::c_void;
@@ -201,8 +202,8 @@ impl Window {
         ptr::with_exposed_provenance_mut(self.base + gfn.gpa() as usize)
     }
 
-    /// Keeps mappings that were just made for `count` pages from `first` on to this process. Until then they are not, so that a child that is
-    /// made meanwhile has them; it is not worth a lock.
+    /// Keeps mappings that were just made for `count` pages from `first` on to this process. Until then they
+    /// are not, so that a child that is made meanwhile has them; it is not worth a lock.
     fn keep_private(&self, first: Gfn, count: u64) {
         let len = (count * PAGE_SIZE) as usize;
         // SAFETY: the callers have mapped them, in the window's own range.
@@ -289,7 +290,8 @@ impl Window {
 }
 
 impl Window {
-    /// Whether pages `range` show what is `noted` of them, by the kernel's word. If it does not say, they may not.
+    /// Whether pages `range` show what is `noted` of them, by the kernel's word. If it does not say, they may
+    /// not.
     fn is_mapped_as(
         &self,
         range: Range<u64>,
@@ -337,7 +339,8 @@ impl Window {
         Ok(parts.into_iter().map(run).collect())
     }
 
-    /// What each page shows by the kernel's word: its frame, with the protection it has. Nothing where nothing is mapped.
+    /// What each page shows by the kernel's word: its frame, with the protection it has. Nothing where
+    /// nothing is mapped.
     #[cfg(test)]
     pub(super) fn pages_by_kernel(&self) -> Vec<Option<(Pfn, Protection)>> {
         let mut pages = vec![None; self.pages as usize];

@@ -9,12 +9,13 @@ use super::addr::{Gfn, Pfn, Protection};
 ///
 /// When a call returns, every vCPU sees its effect: flushing is implied.
 ///
-/// **A call that fails has changed nothing, or says [`MmuError::Torn`].** Then each page of its range shows what it did, or what it was to
-/// show, or cannot be reached at all; nobody knows which. A host that changes mappings one after the other does so when the last one is
-/// too many. What becomes of it is the caller's to decide (`mapped`): the same call may be tried again, and so may one that undoes it.
+/// **A call that fails has changed nothing, or says [`MmuError::Torn`].** Then each page of its range shows
+/// what it did, or what it was to show, or cannot be reached at all; nobody knows which. A host that changes
+/// mappings one after the other does so when the last one is too many. What becomes of it is the caller's to
+/// decide (`mapped`): the same call may be tried again, and so may one that undoes it.
 ///
-/// To show pages with less right than asked is safe for everybody but the vCPU, which faults and faults; to show more is safe for nobody. So an
-/// implementation that is not sure says `Torn`.
+/// To show pages with less right than asked is safe for everybody but the vCPU, which faults and faults; to
+/// show more is safe for nobody. So an implementation that is not sure says `Torn`.
 pub trait Mmu: Send + Sync {
     /// Maps `count` pages from `first` on to the frames from `frame` on, one after the other. With
     /// [`Pfn::ZERO`] all of them read as zeros; `protection` is read-only then.
@@ -73,7 +74,8 @@ pub enum MmuError {
         /// The host's reason.
         source: io::Error,
     },
-    /// A change could be neither finished nor undone, now or before: the guest may not see what it should, and must not run on.
+    /// A change could be neither finished nor undone, now or before: the guest may not see what it should,
+    /// and must not run on.
     #[error("the window cannot be put right: this virtual machine must not run on")]
     Broken {
         /// The change.

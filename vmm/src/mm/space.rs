@@ -27,7 +27,8 @@ const LEFT_TO_FORK: u32 = 256;
 ///
 /// # Locks
 /// In this order, each optional (a clone that is being made is nobody else's yet: its locks come last):
-/// 1. [`Mapped::enter`]: shared by faults and slow pins, alone by fork and restore (the kernel's `mmap_lock`).
+/// 1. [`Mapped::enter`]: shared by faults and slow pins, alone by fork and restore (the
+///    kernel's `mmap_lock`).
 /// 2. the lock of one region of this space (the kernel's page-table lock).
 /// 3. `lineage`, what the next fork takes over; and `written`. Never both.
 /// 4. the lock of the same region of one snapshot at a time.
@@ -156,7 +157,8 @@ impl<P: CowPolicy> AddressSpace<P> {
         Some((frozen.holder(gfn), frozen.get(gfn).pfn()))
     }
 
-    /// Whether the MMU shows what it should. If it does not, nothing can be done with the space any more, and the guest must not run on.
+    /// Whether the MMU shows what it should. If it does not, nothing can be done with the space any more, and
+    /// the guest must not run on.
     ///
     /// # Errors
     /// [`MmuError::Broken`], with the change that was the last.

@@ -97,7 +97,8 @@ pub struct Parts<'a, P: CowPolicy> {
 
 /// Steps to leave out or to do wrong, so that an oracle can be seen to notice.
 ///
-/// What is done too early or too late is so by what happens meanwhile, not by a time: each has a call that returns when it has.
+/// What is done too early or too late is so by what happens meanwhile, not by a time: each has a call that
+/// returns when it has.
 #[derive(Clone, Copy, Default)]
 pub enum Fault<'a> {
     /// None: do it right.
@@ -131,8 +132,8 @@ impl Fault<'_> {
 /// What is done before a snapshot's pause.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub enum Preparation {
-    /// Most of memory is forked while the guest runs, so that the pause is short. A page that the guest writes meanwhile is copied once more than
-    /// without.
+    /// Most of memory is forked while the guest runs, so that the pause is short. A page that the guest
+    /// writes meanwhile is copied once more than without.
     #[default]
     Early,
     /// Nothing: for who has no memory for that.
@@ -203,8 +204,8 @@ impl<P: CowPolicy> Parts<'_, P> {
     /// Takes snapshot `number` of the running VM, which last ran on from `parent`.
     ///
     /// # Errors
-    /// If a vCPU has ended, or there is no memory for the copy of a pinned page. The VM is as it was, and runs on; but if
-    /// its memory is broken ([`AddressSpace::check`]) it is stopped for good.
+    /// If a vCPU has ended, or there is no memory for the copy of a pinned page. The VM is as it was, and
+    /// runs on; but if its memory is broken ([`AddressSpace::check`]) it is stopped for good.
     pub fn take(
         &self,
         number: u64,
@@ -262,7 +263,8 @@ impl<P: CowPolicy> Parts<'_, P> {
         let memory = match self.space.fork() {
             Ok(memory) => memory,
             Err(error) => {
-                // A fork that fails leaves the guest as it was, unless its memory is not what it sees any more.
+                // A fork that fails leaves the guest as it was, unless its memory is not what it sees any
+                // more.
                 if self.space.check().is_err() {
                     paused.stop();
                 }
@@ -301,8 +303,8 @@ impl<P: CowPolicy> Parts<'_, P> {
     /// `after_memory` is called when memory is back and nothing runs yet.
     ///
     /// # Errors
-    /// If the vCPUs cannot be stopped: the VM is as it was. If any part of it cannot be rewound: it is part old, part new then, and its vCPUs
-    /// are stopped for good.
+    /// If the vCPUs cannot be stopped: the VM is as it was. If any part of it cannot be rewound: it is part
+    /// old, part new then, and its vCPUs are stopped for good.
     pub fn restore(
         &self,
         snapshot: &Snapshot,

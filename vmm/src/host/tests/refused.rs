@@ -1,7 +1,9 @@
-//! A window whose host refuses: each system call in turn, at random, and for want of mappings that are really used up.
+//! A window whose host refuses: each system call in turn, at random, and for want of mappings that are really
+//! used up.
 //!
-//! After whatever was refused, **the kernel maps each page as its entry says**, its bytes and those of every snapshot are what they were
-//! or were to be, and everything can be done again; or the space is broken and says so.
+//! After whatever was refused, **the kernel maps each page as its entry says**, its bytes and those of every
+//! snapshot are what they were or were to be, and everything can be done again; or the space is broken and
+//! says so.
 #![expect(unsafe_code, reason = "uses up the mappings of a process")]
 
 use std::env;
@@ -435,7 +437,8 @@ impl Crowd {
     }
 }
 
-/// `mprotect` changes two mappings, and has no room to split the third, whose last page is pinned and to stay writable.
+/// `mprotect` changes two mappings, and has no room to split the third, whose last page is pinned and to stay
+/// writable.
 fn a_fork_that_the_host_refuses_half_way(crowd: &mut Crowd) {
     let mut scene = Scene::new();
     for op in [Op::Write(0), Op::Migrate(50), Op::Pin(100)] {

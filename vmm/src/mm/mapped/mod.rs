@@ -1,9 +1,11 @@
 //! A shadow page table and the MMU that mirrors it: two sides of one thing, changed as one.
 //!
-//! **Guarantee.** Whoever gets past [`Mapped::enter`] or [`Mapped::enter_alone`] and has a region's lock finds that the MMU
-//! shows just what the region's entries say. Nobody else can change either side: the entries' setters and the MMU are this module's own.
+//! **Guarantee.** Whoever gets past [`Mapped::enter`] or [`Mapped::enter_alone`] and has a region's lock
+//! finds that the MMU shows just what the region's entries say. Nobody else can change either side: the
+//! entries' setters and the MMU are this module's own.
 //!
-//! A change asks the MMU first and then publishes the entries, all under the locks of the regions it is in. What if the MMU refuses?
+//! A change asks the MMU first and then publishes the entries, all under the locks of the regions it is in.
+//! What if the MMU refuses?
 //! ```text
 //!   the MMU says           it has changed       what is done                                     the caller gets
 //!   --------------------   ------------------   ----------------------------------------------   ---------------
@@ -12,14 +14,19 @@
 //!   refused half-way       some of it,          undone, or finished: of rights, piece by piece   the error, or Ok
 //!   (`MmuError::Torn`)     nobody knows which   neither: the space is **broken**                 MmuError::Broken
 //! ```
-//! - **Rights** can go either way for any page: the frame stays, it is this space's alone if the page is or was to be writable, and read-only
-//!   and exclusive is a normal state. A page whose right to write was taken back after all is marked: a vCPU may have used it.
-//! - **A writable page in a new frame** is only ever finished. A vCPU may have written to that frame already, and to go back would lose what it wrote.
+//! - **Rights** can go either way for any page: the frame stays, it is this space's alone if the page is or
+//!   was to be writable, and read-only and exclusive is a normal state. A page whose right to write was taken
+//!   back after all is marked: a vCPU may have used it.
+//! - **A writable page in a new frame** is only ever finished. A vCPU may have written to that frame already,
+//!   and to go back would lose what it wrote.
 //! - Everything else is undone, or else finished.
 //!
-//! **Broken** is for good: nothing is changed any more and every operation answers the cause, so no vCPU has another fault resolved, and who drives them is to
-//! stop them ([`AddressSpace::check`](super::AddressSpace::check)). Until it does, nothing gets worse. What vCPUs may write through the MMU is
-//! exclusive, nothing shares it any more, and frames that the MMU may show live as long as the MMU.
+//! **Broken** is for good: nothing is changed any more and every operation answers the cause, so no vCPU has
+//! another fault resolved (only what takes no lock goes on: a pin of a page that it may pin as it is), and who
+//! drives them is to stop them
+//! ([`AddressSpace::check`](super::AddressSpace::check)). Until it does, nothing gets worse. What vCPUs may
+//! write through the MMU is exclusive, nothing shares it any more, and frames that the MMU may show live as
+//! long as the MMU.
 
 pub(super) mod table;
 
@@ -165,8 +172,8 @@ impl Mapped {
         self.protect(regions, pages, Protection::ReadWrite, |_, _| ())
     }
 
-    /// Makes pages read-only. `regions` are in order, and have all pages of the range that are writable; `was_writable` is told of
-    /// those, with the entry each had: of a huge entry of the first page alone.
+    /// Makes pages read-only. `regions` are in order, and have all pages of the range that are writable;
+    /// `was_writable` is told of those, with the entry each had: of a huge entry of the first page alone.
     ///
     /// Fails for all pages or for some: see the entries.
     pub(super) fn write_protect(
@@ -178,8 +185,9 @@ impl Mapped {
         self.protect(regions, pages, Protection::ReadOnly, was_writable)
     }
 
-    /// Has the MMU keep vCPUs from writing a page that is writable, for a moment: its entry stays as it is until the page is mapped anew,
-    /// or [`Mapped::resume_writes`] is called. The caller keeps the region locked.
+    /// Has the MMU keep vCPUs from writing a page that is writable, for a moment: its entry stays as it is
+    /// until the page is mapped anew, or [`Mapped::resume_writes`] is called. The caller keeps the region
+    /// locked.
     pub(super) fn suspend_writes(
         &self,
         region: &mut RegionGuard<'_>,
@@ -195,7 +203,8 @@ impl Mapped {
             })
     }
 
-    /// Undoes [`Mapped::suspend_writes`]. Should the MMU refuse, the page stays read-only, which costs a fault.
+    /// Undoes [`Mapped::suspend_writes`]. Should the MMU refuse, the page stays read-only, which costs a
+    /// fault.
     pub(super) fn resume_writes(&self, region: &mut RegionGuard<'_>, gfn: Gfn) {
         if self.check().is_err() {
             return;
@@ -232,7 +241,8 @@ impl Mapped {
         }
     }
 
-    /// Some of `pages` may have got the protection `to`. Takes it back from, or else gives it to, each piece of them that was to get it.
+    /// Some of `pages` may have got the protection `to`. Takes it back from, or else gives it to, each piece
+    /// of them that was to get it.
     fn settle(
         &self,
         regions: &mut [RegionGuard<'_>],
@@ -266,8 +276,8 @@ impl Mapped {
         cause
     }
 
-    /// Maps `count` pages from `first` on as `to` says, whose frame is that of the first page: all of the region if it is a huge entry.
-    /// The frames are `frames`.
+    /// Maps `count` pages from `first` on as `to` says, whose frame is that of the first page: all of the
+    /// region if it is a huge entry. The frames are `frames`.
     pub(super) fn map(
         &self,
         region: &mut RegionGuard<'_>,
@@ -299,7 +309,8 @@ impl Mapped {
         Ok(())
     }
 
-    /// Has `count` pages from `first` on show zeros again, in small entries. `regions` are all those that they are in.
+    /// Has `count` pages from `first` on show zeros again, in small entries. `regions` are all those that
+    /// they are in.
     pub(super) fn discard(
         &self,
         regions: &mut [RegionGuard<'_>],
@@ -309,7 +320,8 @@ impl Mapped {
         self.check()?;
         let map = || self.mmu.map(first, Pfn::ZERO, count, Protection::ReadOnly);
         if let Err(error) = map() {
-            // A vCPU may have read zeros and reads its bytes again: it has given them up, and could not write.
+            // A vCPU may have read zeros and reads its bytes again: it has given them up, and could not
+            // write.
             self.finish(error, map, || self.map_back(regions, first, count))?;
         }
         let pages = first..=Gfn(first.0 + count - 1);
@@ -323,7 +335,8 @@ impl Mapped {
         Ok(())
     }
 
-    /// What becomes of a change that failed with `error`: undone if that may be (then it is the answer), else done by trying it again.
+    /// What becomes of a change that failed with `error`: undone if that may be (then it is the answer), else
+    /// done by trying it again.
     fn finish(
         &self,
         error: MmuError,
@@ -367,7 +380,8 @@ impl Mapped {
         }
     }
 
-    /// Takes all entries away, and hands them over to have their frames given back. Nobody looks through the MMU any more: it is not changed.
+    /// Takes all entries away, and hands them over to have their frames given back. Nobody looks through the
+    /// MMU any more: it is not changed.
     pub(super) fn dismantle(&mut self, mut give_back: impl FnMut(Entry)) {
         for index in 0..self.table.regions() {
             let entries = self.table.lock(index).clear();
@@ -406,7 +420,7 @@ fn publish(
         if !region.is_open(chunk) {
             continue;
         }
-        for gfn in region.pages_of(chunk).filter(|gfn| pages.contains(gfn)) {
+        for gfn in region.pages_of_within(chunk, pages) {
             let entry = region.get(gfn);
             if entry.is_present() && entry.protection() != to {
                 changed(gfn, entry);

@@ -90,8 +90,9 @@ impl Entry {
     pub const fn is_writable(self) -> bool {
         self.0 & WRITABLE != 0
     }
-    /// Whether the page may have been written since [`AddressSpace::take_dirty`](crate::mm::AddressSpace::take_dirty)
-    /// last looked. A writable page always may have been.
+    /// Whether the page may have been written since
+    /// [`AddressSpace::take_dirty`](crate::mm::AddressSpace::take_dirty) last looked. A writable page always
+    /// may have been.
     pub const fn is_dirty(self) -> bool {
         self.0 & DIRTY != 0
     }
@@ -301,6 +302,18 @@ impl RegionGuard<'_> {
         self.chunk_of(first)..self.chunk_of(last) + 1
     }
 
+    /// The pages of a chunk that are in a range, in order.
+    pub(super) fn pages_of_within(
+        &self,
+        chunk: usize,
+        pages: &RangeInclusive<Gfn>,
+    ) -> impl Iterator<Item = Gfn> + use<> {
+        let each = self.order.chunk().pages();
+        let first = self.first.0 + chunk as u64 * each;
+        let end = (self.first.0 + self.len()).min(first + each);
+        (first.max(pages.start().0)..end.min(pages.end().0 + 1)).map(Gfn)
+    }
+
     /// Whether a chunk may have changed since the last fork.
     pub(super) fn is_open(&self, chunk: usize) -> bool {
         !matches!(self.state.kept.get(chunk), Some(Some(_)))
@@ -371,7 +384,8 @@ impl RegionGuard<'_> {
         self.huge.store(Entry::UNTOUCHED.0, Ordering::Release);
     }
 
-    /// Publishes the huge entry that says what the small ones say, in their place: all are writable, and in the folio at `head`.
+    /// Publishes the huge entry that says what the small ones say, in their place: all are writable, and in
+    /// the folio at `head`.
     pub(in super::super) fn set_joined(&mut self, head: Pfn) {
         debug_assert!(
             self.pages()

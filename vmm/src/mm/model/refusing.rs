@@ -1,12 +1,16 @@
-//! Random operations with an MMU that refuses some of what it is asked, before it has done anything, half-way, or when all is done.
+//! Random operations with an MMU that refuses some of what it is asked, before it has done anything,
+//! half-way, or when all is done.
 //!
 //! After every operation, whatever was refused:
 //! * the MMU of a space that is whole shows what its entries say, and what may be written is exclusive;
-//! * each page of it reads as it did, or as the operation was to leave it, and so does each page of each snapshot, for ever;
+//! * each page of it reads as it did, or as the operation was to leave it, and so does each page of each
+//!   snapshot, for ever;
 //! * a pinned page is the page that its space sees;
-//! * a space that is broken says so whatever it is asked. It is dropped then, as a VM is that must not run on: nobody else notices.
+//! * a space that is broken says so whatever it is asked. It is dropped then, as a VM is that must not run
+//!   on: nobody else notices.
 //!
-//! In the end each page of each space can be written, which no snapshot notices; and when all is dropped, nothing is left.
+//! In the end each page of each space can be written, which no snapshot notices; and when all is dropped,
+//! nothing is left.
 
 use std::sync::Arc;
 

@@ -1,14 +1,15 @@
-//! Every operation, with each call it makes of the MMU refused in turn: before anything is done, half-way, or when all is done; and
-//! whatever it does about that refused as well, once or more.
+//! Every operation, with each call it makes of the MMU refused in turn: before anything is done, half-way, or
+//! when all is done; and whatever it does about that refused as well, once or more.
 //!
 //! Afterwards
 //! * the MMU shows what the entries say, and what may be written is exclusive;
 //! * every page reads as it did, or as the operation was to leave it, and so does every snapshot;
-//! * every page can be written, which no snapshot notices, neither those there are nor one taken now: nobody is stuck;
+//! * every page can be written, which no snapshot notices, neither those there are nor one taken now: nobody
+//!   is stuck;
 //! * nothing is left when all is dropped.
 //!
-//! Or the space is broken. Then every operation says so, vCPUs can write to nothing that is not this space's alone, and no
-//! frame that they reach is anybody else's.
+//! Or the space is broken. Then every operation says so, vCPUs can write to nothing that is not this space's
+//! alone, and no frame that they reach is anybody else's.
 
 use std::collections::HashMap;
 use std::sync::atomic::Ordering;
@@ -491,7 +492,8 @@ fn whatever_the_mmu_refuses_the_space_is_whole_or_broken() {
     assert!(broken > 0);
 }
 
-/// A region is made writable in several runs, of which the MMU refuses one. The next fork must know which were.
+/// A region is made writable in several runs, of which the MMU refuses one. The next fork must know which
+/// were.
 #[test]
 fn pages_that_were_made_writable_before_a_refusal_are_protected_by_the_next_fork() {
     for nth in 0..6 {
@@ -525,7 +527,8 @@ fn pages_that_were_made_writable_before_a_refusal_are_protected_by_the_next_fork
     }
 }
 
-/// Room is short all the while: the fault that asks for a whole region, and gets half of it, must say when that broke the space.
+/// Room is short all the while: the fault that asks for a whole region, and gets half of it, must say when
+/// that broke the space.
 #[test]
 fn a_fault_does_not_answer_for_a_space_that_it_has_broken() {
     let setup: Setup = || {

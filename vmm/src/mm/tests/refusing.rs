@@ -94,7 +94,8 @@ pub(in super::super) struct RefusingMmu {
 }
 
 impl RefusingMmu {
-    /// Asks for a change of `count` pages from `first` on; `change` makes some of it, given the first page and how many.
+    /// Asks for a change of `count` pages from `first` on; `change` makes some of it, given the first page
+    /// and how many.
     fn ask(
         &self,
         what: &'static str,
