@@ -269,7 +269,6 @@ fn code_in_page_tables_runs() {
 }
 
 #[test]
-#[ignore = "PVM: a triple fault when another thread makes the table writable between the fault and the look"]
 fn accessed_and_dirty_bits_of_fresh_pages_are_set() {
     if no_kvm() {
         return;
@@ -278,7 +277,6 @@ fn accessed_and_dirty_bits_of_fresh_pages_are_set() {
 }
 
 #[test]
-#[ignore = "PVM: a triple fault when another thread makes the table writable between the fault and the look"]
 fn accessed_and_dirty_bits_that_a_guest_clears_come_back() {
     if no_kvm() {
         return;

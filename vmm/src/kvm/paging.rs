@@ -85,6 +85,8 @@ pub(super) enum Touch {
 pub(super) struct Step {
     /// The entry's gpa.
     pub(super) slot: u64,
+    /// The entry.
+    entry: u64,
     /// Whether the access has to set its accessed or dirty bit.
     pub(super) sets_bit: bool,
 }
@@ -159,6 +161,7 @@ impl<'a> Walker<'a> {
             let unset_dirty = leaf && touch == Touch::Write && entry & DIRTY == 0;
             on_step(Step {
                 slot,
+                entry,
                 sets_bit: present && (entry & ACCESSED == 0 || unset_dirty),
             });
             if !present {
@@ -171,6 +174,17 @@ impl<'a> Walker<'a> {
             base = entry & ADDRESS;
         }
         Ok(None)
+    }
+
+    /// Whether the tables let ring 3 access `gva`.
+    pub(super) fn allows(&self, gva: u64, touch: Touch) -> Result<bool, MemoryError> {
+        let wanted = match touch {
+            Touch::Read => USER,
+            Touch::Write => USER | WRITABLE,
+        };
+        let mut rights = wanted;
+        let gpa = self.translate(gva, touch, |step| rights &= step.entry)?;
+        Ok(gpa.is_some() && rights == wanted)
     }
 
     /// Calls `on_table` with every page of the tables, by its gpa, once for each level that it is used at. `false` if there are more than
@@ -384,6 +398,28 @@ pub(super) mod tests {
         // Up to the entry that is not there.
         assert_eq!(steps(0x40_0000), (None, vec![pml4, pdpt, pd + 16]));
         assert_eq!(steps(1 << 40), (None, vec![pml4 + 16]));
+    }
+
+    #[test]
+    fn every_level_must_allow_an_access() {
+        let ram = Bytes::new(4 << 20);
+        write_page_tables(&ram, 4 << 20).unwrap();
+        let allows = |gva, touch| {
+            let walker = Walker::new(&ram, &long_mode(PAGE_TABLES_GPA));
+            walker.allows(gva, touch).unwrap()
+        };
+        assert!(allows(0x20_0000, Touch::Read) && allows(0x20_0000, Touch::Write));
+        assert!(!allows(0x40_0000, Touch::Read));
+        for slot in [0, 0x1000, 0x2008].map(|slot| PAGE_TABLES_GPA + slot) {
+            let mut entry = [0; 8];
+            ram.read(slot, &mut entry).unwrap();
+            let entry = u64::from_le_bytes(entry);
+            ram.put(slot, entry & !WRITABLE);
+            assert!(allows(0x20_0000, Touch::Read) && !allows(0x20_0000, Touch::Write));
+            ram.put(slot, entry & !USER);
+            assert!(!allows(0x20_0000, Touch::Read));
+            ram.put(slot, entry);
+        }
     }
 
     #[test]

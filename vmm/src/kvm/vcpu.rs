@@ -442,7 +442,7 @@ impl Vcpu {
         if self.mmu != Mmu::Shadow {
             return Ok(false);
         }
-        let (mut regs, sregs) = self.exit_registers()?;
+        let (mut regs, mut sregs) = self.exit_registers()?;
         let xsave = || self.fd.get_xsave().ok();
         let fault = Fault {
             regs: &regs,
@@ -454,7 +454,13 @@ impl Vcpu {
         let gfns = fault::tables_to_update(&fault, &*self.ram);
         let gfns = gfns.map_err(|source| RunError::Fault { source })?;
         if !fault::resolve(&gfns, &*self.ram)? {
-            return Ok(false);
+            // Another thread may have made the table writable since, or another vCPU have set the bits. Then there was a page fault just now,
+            // which CR2 tells, since it is 0 before; and the tables know no reason for it.
+            let is_over = fault::page_fault_is_over(&fault, &*self.ram);
+            let is_over = is_over.map_err(|source| RunError::Fault { source })?;
+            if sregs.cr2 == 0 || !is_over || !self.may_have_lost_a_race(&regs) {
+                return Ok(false);
+            }
         }
         self.counters.write_faults.fetch_add(1, Ordering::Relaxed);
         self.counters.rungs.count(fault::Rung::Walk);
@@ -464,7 +470,11 @@ impl Vcpu {
         // What it has set as it began to deliver the exception.
         const RESUME_FLAG: u64 = 1 << 16;
         regs.rflags &= !RESUME_FLAG;
+        sregs.cr2 = 0;
         self.about_to_set();
+        self.fd
+            .set_sregs(&sregs)
+            .map_err(error("system registers"))?;
         self.fd.set_regs(&regs).map_err(error("registers"))?;
         self.fd.set_vcpu_events(&events).map_err(error("events"))?;
         Ok(true)

@@ -390,6 +390,25 @@ pub(super) fn tables_to_update(
     Ok(pages.into_gfns())
 }
 
+/// Whether the page fault at CR2 is one of the instruction at RIP that the page tables have no reason for: whatever was missing when it
+/// was raised is there now.
+pub(super) fn page_fault_is_over(
+    fault: &Fault<'_>,
+    ram: &dyn GuestRam,
+) -> Result<bool, FaultError> {
+    let (rip, at) = (fault.regs.rip, fault.sregs.cr2);
+    let memory = |source| FaultError::Memory { rip, source };
+    let look = Look::new(fault, ram).map_err(memory)?;
+    let walker = super::paging::Walker::new(ram, fault.sregs);
+    for access in &look.decoded.accesses {
+        let touched = at.wrapping_sub(access.gva) < access.len;
+        if touched && walker.allows(at, access.touch).map_err(memory)? {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
 /// Up to `len` bytes of code at RIP, for crash reports. Empty if there are none.
 pub(super) fn code_at(
     regs: &kvm_regs,

@@ -632,3 +632,32 @@ fn a_stalled_vcpu_is_given_what_it_writes() {
         assert_eq!(stalled(code), (region.clone(), StoredBy::Kvm));
     }
 }
+
+#[test]
+fn a_page_fault_without_a_reason_is_over() {
+    let regs = kvm_regs {
+        rdi: 0x30_0ffc,
+        ..entry_regs(CODE, 0)
+    };
+    let is_over = |code: &[u8], cr2| {
+        let sregs = kvm_sregs { cr2, ..sregs() };
+        let fault = Fault {
+            regs: &regs,
+            sregs: &sregs,
+            gpas: None,
+            cpuid: &no_cpuid(),
+            xsave: &|| None,
+        };
+        page_fault_is_over(&fault, &guest(code)).unwrap()
+    };
+    // Of the operand, on both of its pages, and of the code.
+    for cr2 in [0x30_0ffc, 0x30_1003, CODE + 2] {
+        assert!(is_over(STORE, cr2), "{cr2:#x}");
+    }
+    // Elsewhere it is of another time.
+    for cr2 in [0x30_0ffb, 0x30_1004, CODE + 3, MEMORY, 0] {
+        assert!(!is_over(STORE, cr2), "{cr2:#x}");
+    }
+    // What is no instruction has its code, which is there.
+    assert!(is_over(&[0x06], CODE));
+}
