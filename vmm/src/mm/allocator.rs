@@ -156,6 +156,11 @@ impl Allocator {
         self.usage
     }
 
+    /// Whether the host is being asked about any frame: some that are not free now may be in a moment.
+    pub(super) fn is_asking(&self) -> bool {
+        self.transits > 0
+    }
+
     /// Whether somebody has a frame. Nobody has the zero frame.
     pub(super) fn is_allocated(&self, pfn: Pfn) -> bool {
         pfn != Pfn::ZERO && self.allocated.get(pfn.0)

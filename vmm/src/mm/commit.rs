@@ -98,6 +98,18 @@ impl Supply {
         Ok(Some(taken))
     }
 
+    /// Makes a home of `pages` frames, if need be when the host has answered about those that are in the way.
+    pub(super) fn make_home(&self, pages: u64) -> Option<Pfn> {
+        let mut allocator = self.lock();
+        loop {
+            let home = allocator.make_home(pages);
+            if home.is_some() || !allocator.is_asking() {
+                return home;
+            }
+            allocator = wait(&self.settled, allocator);
+        }
+    }
+
     /// Has memory ready for whoever needs a frame or a folio next, and may be in a hurry. What there is no memory for is left to them.
     pub(super) fn provide(&self) {
         for prepare in [Allocator::prepare_single, Allocator::prepare_folios] {

@@ -22,7 +22,7 @@ pub(super) struct Home {
 impl Home {
     /// Reserves `pages` frames of `pool`.
     pub(super) fn reserve(pool: &Arc<FramePool>, pages: u64) -> Result<Self, AllocError> {
-        let first = pool.supply().lock().make_home(pages);
+        let first = pool.supply().make_home(pages);
         Ok(Self {
             pool: Arc::clone(pool),
             first: first.ok_or(AllocError::Home { pages })?,
