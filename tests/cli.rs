@@ -542,6 +542,7 @@ fn the_json_report_has_these_keys_and_types() {
         ("policy", "text"),
         ("snapshots.checked", "count"),
         ("snapshots.dropped", "count"),
+        ("snapshots.in_flight", "count"),
         ("snapshots.restored", "count"),
         ("snapshots.taken", "count"),
         ("stall_us.max", "number"),

@@ -81,14 +81,14 @@ macro_rules! safeguards {
 // The mix is no proof, and need not find every safeguard's absence: those that are not here need weak memory, or a window
 // that is hit too seldom. `tests/loom` has them all.
 safeguards! {
-    pin_rereads_entry: PinRereadsEntry, "tracking";
+    pin_rereads_entry: PinRereadsEntry, "isolation";
     pin_tests_in_the_word: PinTestsInTheWord, "coherence";
     share_tests_in_the_word: ShareTestsInTheWord, "coherence";
     get_only_of_mapped: GetOnlyOfMapped, "freed twice";
-    fault_looks_under_lock: FaultLooksUnderLock, "freed twice";
+    fault_looks_under_lock: FaultLooksUnderLock, "below zero";
     mmu_before_unmap: MmuBeforeUnmap, "coherence";
     copy_is_held: CopyIsHeld, "is not held";
-    reuse_proved_again: ReuseProvedAgain, "TooMany";
+    reuse_proved_again: ReuseProvedAgain, "isolation";
     clone_under_lock: CloneUnderLock, "isolation";
     isolated_before_copy: IsolatedBeforeCopy, "coherence";
     writers_stopped_before_copy: WritersStoppedBeforeCopy, "lost";
