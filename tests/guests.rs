@@ -477,11 +477,9 @@ fn a_file_that_is_no_guest_is_refused_by_name_of_what_is_wrong() {
         (refusal_with(EHDR + 40, [0xff; 8]), "out of range"),
     ];
     for (refusal, expected) in refusals {
-        let all = format!("--guest payload: cannot load it: {expected}");
-        assert!(
-            refusal.starts_with("--guest payload: cannot load it: "),
-            "{refusal}"
-        );
+        let start = "--guest guest-of-this-test: cannot load it: ";
+        let all = format!("{start}{expected}");
+        assert!(refusal.starts_with(start), "{refusal}");
         assert!(refusal.contains(expected), "{refusal:?} is not {all:?}");
     }
 
