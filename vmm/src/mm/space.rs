@@ -27,7 +27,7 @@ const LEFT_TO_FORK: u32 = 256;
 ///
 /// # Locks
 /// In this order, each optional (a clone that is being made is nobody else's yet: its locks come last):
-/// 1. [`Mapped::enter`]: shared by faults and slow pins, alone by fork and restore (the
+/// 1. `Mapped::enter`: shared by faults and slow pins, alone by fork and restore (the
 ///    kernel's `mmap_lock`).
 /// 2. the lock of one region of this space (the kernel's page-table lock).
 /// 3. `lineage`, what the next fork takes over; and `written`. Never both.
