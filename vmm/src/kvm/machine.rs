@@ -486,6 +486,21 @@ impl Machine {
         self.kick_all();
     }
 
+    /// Waits until all vCPUs have stopped for good.
+    ///
+    /// # Errors
+    /// If one does not: it goes on to hold what it uses, memory too.
+    pub fn wait_until_stopped(&self) -> Result<(), KvmError> {
+        let (slots, in_time) = self.control.wait(self.control.lock(), PATIENCE, |slots| {
+            slots.iter().all(|slot| slot.phase == Phase::Ended)
+        });
+        let stuck = slots.iter().position(|slot| slot.phase != Phase::Ended);
+        match (in_time, stuck) {
+            (Err(_), Some(vcpu)) => Err(KvmError::Stuck { vcpu }),
+            _ => Ok(()),
+        }
+    }
+
     /// Sends every vCPU the signal. What is refused is tried again: by the watch, or when the machine is dropped.
     fn kick_all(&self) {
         for (vcpu, thread) in self.threads.iter().enumerate() {

@@ -806,10 +806,18 @@ impl<'a, P: CowPolicy> Drive<'a, P> {
         } = self;
         let books = vm.books.clone();
         let usage = books.pool.usage();
+        let stopped = vm.machine.wait_until_stopped();
         drop(vm);
-        for violation in account(&books.pool, &books.budget) {
-            violations.add(violation.oracle);
-            observer.violation(&violation);
+        match stopped {
+            Ok(()) => {
+                for violation in account(&books.pool, &books.budget) {
+                    violations.add(violation.oracle);
+                    observer.violation(&violation);
+                }
+            }
+            // What a vCPU that is stuck holds is not lost: there is nothing to account for before it lets go.
+            Err(stuck) if end.error.is_none() => end = End::error(&stuck),
+            Err(_) => {}
         }
 
         Report {
