@@ -1,7 +1,7 @@
 //! Registers that hold what a formula says (`registers`), so that a snapshot or a restore that loses one is seen.
 
+use core::arch::x86_64::{__cpuid, __cpuid_count};
 use core::arch::{asm, global_asm};
-use core::arch::x86_64::{__cpuid_count, __cpuid};
 use core::mem::offset_of;
 
 use crate::abi::PAGE_SIZE;
@@ -295,5 +295,7 @@ pub fn first_lost(held: &Held, families: u64) -> Option<(u64, u64)> {
         return None;
     }
     let pairs = words(held).into_iter().zip(words(&found));
-    pairs.into_iter().find(|(expected, found)| expected != found)
+    pairs
+        .into_iter()
+        .find(|(expected, found)| expected != found)
 }
