@@ -22,6 +22,7 @@ mod ahead;
 mod aligned;
 mod budget;
 mod limits;
+mod mapping;
 mod maps;
 mod physmap;
 mod prices;

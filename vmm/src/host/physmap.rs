@@ -9,24 +9,24 @@ use std::ffi::c_void;
 use std::io;
 use std::num::NonZero;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::ptr::{self, NonNull};
+use std::ptr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 
 use rustix::fs::{FallocateFlags, MemfdFlags, ftruncate, memfd_create};
 use rustix::io::{Errno, retry_on_intr};
-use rustix::mm::{MapFlags, ProtFlags, munmap};
+use rustix::mm::ProtFlags;
 use rustix::process::{Resource, getrlimit};
 
-use super::aligned::reserve;
-use super::private::{Dumps, keep_private};
+use super::mapping::Mapping;
+use super::private::Dumps;
 use super::stream;
-use super::syscalls::{collapse, fallocate, mmap};
+use super::syscalls::{collapse, fallocate, map_again};
 use vm_memory::VolatileSlice;
 use vm_memory::bitmap::BitmapSlice;
 
-use crate::mm::{FrameMemory, PAGE_SIZE, Pfn, REGION_PAGES};
+use crate::mm::{FrameMemory, PAGE_SIZE, Pfn, Protection, REGION_PAGES};
 
 /// Frames that are worth a thread of their own: it takes some 50 us to start one, and 0.6 us to copy a frame.
 const COPIES_OF_A_THREAD: usize = 256;
@@ -34,24 +34,19 @@ const COPIES_OF_A_THREAD: usize = 256;
 /// Bytes of a huge page of the host.
 pub(super) const HUGE_PAGE: u64 = REGION_PAGES * PAGE_SIZE;
 
-/// The bytes of all frames: an unnamed file in memory, mapped once, readable and writable, for as long as
-/// this lives. Frames get memory by `fallocate` before their first use, so that a host without memory
+/// The bytes of all frames: an unnamed file in memory, mapped for as long as this lives. Frames get memory by `fallocate` before their first use, so that a host without memory
 /// answers with an error and not with a `SIGBUS`. It is known which have it: a frame that has none cannot be reached from here.
 #[derive(Debug)]
 pub struct PhysMap {
     file: OwnedFd,
-    base: NonNull<u8>,
-    len: u64,
+    /// All frames, which the VMM reads and writes here.
+    writable: Mapping,
+    /// All of them once more, read-only, for [`PhysMap::show`].
+    read_only: Mapping,
     huge: AtomicBool,
     dumps: Dumps,
     backed: Backed,
 }
-
-// SAFETY: the mapping belongs to the process, not to a thread; `base` and `len` never change, and all access is
-// through raw pointers or volatile slices, which promise nothing about other writers.
-unsafe impl Send for PhysMap {}
-// SAFETY: as above.
-unsafe impl Sync for PhysMap {}
 
 impl PhysMap {
     /// A physmap with room for `frames` frames, none of which has memory yet. Core dumps are without it.
@@ -77,25 +72,15 @@ impl PhysMap {
         }
         let file = memfd_create("palimpsest-frames", MemfdFlags::CLOEXEC)?;
         ftruncate(&file, len)?;
-        let reserved = ptr::with_exposed_provenance_mut(reserve(len)?);
-        // SAFETY: it replaces addresses that were reserved for it just now.
-        let base = unsafe {
-            mmap(
-                reserved,
-                len as usize,
-                ProtFlags::READ | ProtFlags::WRITE,
-                MapFlags::SHARED | MapFlags::NORESERVE | MapFlags::FIXED,
-                file.as_fd(),
-                0,
-            )
-        }?;
-        // SAFETY: the mapping made just now.
-        unsafe { keep_private(base, len as usize, dumps) }?;
-        let base = NonNull::new(base.cast()).ok_or(io::ErrorKind::OutOfMemory)?;
+        let map = |protection| Mapping::new(file.as_fd(), len, protection, dumps);
+        let (writable, read_only) = (
+            map(ProtFlags::READ | ProtFlags::WRITE)?,
+            map(ProtFlags::READ)?,
+        );
         Ok(Arc::new(Self {
             file,
-            base,
-            len,
+            writable,
+            read_only,
             huge: AtomicBool::new(true),
             dumps,
             backed: Backed::none(frames),
@@ -125,9 +110,40 @@ impl PhysMap {
         self.dumps
     }
 
-    /// The file, for windows to map.
-    pub(super) fn file(&self) -> BorrowedFd<'_> {
+    fn file(&self) -> BorrowedFd<'_> {
         self.file.as_fd()
+    }
+
+    /// Shows the frames from `first` on in the `len` bytes at `at`, in place of what is there.
+    ///
+    /// It is another mapping of what is mapped here, and so is kept from children and core dumps as this is.
+    ///
+    /// # Panics
+    /// If there are not as many frames.
+    ///
+    /// # Safety
+    /// Whatever is mapped at `at` is the caller's own, and may go.
+    pub(super) unsafe fn show(
+        &self,
+        first: Pfn,
+        protection: Protection,
+        at: *mut c_void,
+        len: usize,
+    ) -> rustix::io::Result<()> {
+        let all = match protection {
+            Protection::ReadOnly => &self.read_only,
+            Protection::ReadWrite => &self.writable,
+        };
+        let end = first.offset().checked_add(len as u64);
+        assert!(
+            end.is_some_and(|end| end <= self.backed.frames * PAGE_SIZE),
+            "{len} bytes from {first:?} on are not all frames"
+        );
+        // SAFETY: just checked: the file is mapped as a whole.
+        let from = unsafe { all.base().add(first.offset() as usize) };
+        // SAFETY: the caller's.
+        unsafe { map_again(from.cast(), at, len) }?;
+        Ok(())
     }
 
     /// `len` bytes of frame `pfn`, from byte `offset` on.
@@ -170,7 +186,7 @@ impl PhysMap {
             self.allocate(offset, PAGE_SIZE)?;
         }
         // SAFETY: a range of our own mapping.
-        unsafe { collapse(self.base.as_ptr().add(offset as usize), len as usize) }
+        unsafe { collapse(self.writable.base().add(offset as usize), len as usize) }
     }
 
     fn frame(&self, pfn: Pfn) -> *mut u8 {
@@ -185,7 +201,7 @@ impl PhysMap {
             "{count} frames from {first:?} on have not all got memory"
         );
         // SAFETY: what has memory is inside the mapping.
-        unsafe { self.base.as_ptr().add(first.offset() as usize) }
+        unsafe { self.writable.base().add(first.offset() as usize) }
     }
 
     /// Gives memory to `len` bytes from `start` on, in huge pages where that can be and is wanted.
@@ -352,15 +368,5 @@ impl FrameMemory for PhysMap {
     fn zero(&self, frame: Pfn) {
         // SAFETY: a whole frame inside the mapping; no reference to it exists.
         unsafe { ptr::write_bytes(self.frame(frame), 0, PAGE_SIZE as usize) }
-    }
-}
-
-impl Drop for PhysMap {
-    fn drop(&mut self) {
-        // SAFETY: nobody borrows from `self` any more, and windows have mappings of their own.
-        let unmapped = unsafe { munmap(self.base.as_ptr().cast::<c_void>(), self.len as usize) };
-        if let Err(error) = unmapped {
-            tracing::warn!(%error, "cannot unmap the physmap");
-        }
     }
 }

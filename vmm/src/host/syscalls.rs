@@ -8,7 +8,7 @@ use std::os::fd::BorrowedFd;
 
 use rustix::fs::FallocateFlags;
 use rustix::io::Result;
-use rustix::mm::{MapFlags, MprotectFlags, ProtFlags};
+use rustix::mm::{MapFlags, MprotectFlags, MremapFlags, ProtFlags};
 
 #[cfg(debug_assertions)]
 use super::refusals::refusable;
@@ -61,6 +61,23 @@ pub(super) unsafe fn mmap_anonymous(
     refusable(Call::Map, len, |len| {
         // SAFETY: as above.
         unsafe { rustix::mm::mmap_anonymous(at, len, prot, flags) }
+    })
+}
+
+/// Maps at `at` what the shared mapping at `from` shows, with everything that was ever said of that one: its protection, and whether
+/// children and core dumps have it. That is what [`rustix::mm::mremap_fixed`] does with nothing (mremap(2): "if the value of
+/// `old_size` is zero").
+///
+/// # Safety
+/// As for [`rustix::mm::mmap`] of `len` bytes at `at`; and there are as many mapped at `from`.
+pub(super) unsafe fn map_again(
+    from: *mut c_void,
+    at: *mut c_void,
+    len: usize,
+) -> Result<*mut c_void> {
+    refusable(Call::Map, len, |len| {
+        // SAFETY: the caller's; less than was asked for is a part of it. Nothing goes away at `from`.
+        unsafe { rustix::mm::mremap_fixed(from, 0, len, MremapFlags::MAYMOVE, at) }
     })
 }
 

@@ -1,7 +1,7 @@
 //! The window: the host addresses behind a KVM memslot.
 //!
 //! Page `gfn` of the window shows the frame that the shadow page table says, with the protection it says. It is
-//! changed by `mmap(MAP_FIXED)` and `mprotect`: KVM's MMU notifier makes every vCPU see the change before
+//! changed by `mremap` of what the physmap has mapped, and by `mprotect`: KVM's MMU notifier makes every vCPU see the change before
 //! the call returns. Memory nobody ever wrote is a private anonymous mapping without write permission: the
 //! host's own zero page, which costs one mapping for any number of pages.
 //!
@@ -26,7 +26,7 @@ use super::budget::MappingBudget;
 use super::maps;
 use super::physmap::PhysMap;
 use super::private::keep_private;
-use super::syscalls::{mmap, mmap_anonymous, mprotect};
+use super::syscalls::{mmap_anonymous, mprotect};
 use crate::mm::{Gfn, Mmu, MmuError, PAGE_SIZE, Pfn, Protection, REGION_PAGES};
 
 /// A window of guest memory.
@@ -372,7 +372,6 @@ impl Mmu for Window {
         protection: Protection,
     ) -> Result<(), MmuError> {
         let len = (count * PAGE_SIZE) as usize;
-        let fixed = MapFlags::FIXED | MapFlags::NORESERVE;
         if frame == Pfn::ZERO {
             return self.change(
                 first,
@@ -386,7 +385,7 @@ impl Mmu for Window {
                             self.address(first),
                             len,
                             ProtFlags::READ,
-                            MapFlags::PRIVATE | fixed,
+                            MapFlags::PRIVATE | MapFlags::FIXED | MapFlags::NORESERVE,
                         )
                     }
                     .map(|_| self.keep_private(first, count))
@@ -394,24 +393,13 @@ impl Mmu for Window {
             );
         }
         let distance = frame.0 as i64 - first.0 as i64;
-        let prot = match protection {
-            Protection::ReadOnly => ProtFlags::READ,
-            Protection::ReadWrite => ProtFlags::READ | ProtFlags::WRITE,
-        };
         let shows = |_| Shown::frames(distance, protection);
         self.change(first, count, "map", shows, || {
             // SAFETY: as above.
             unsafe {
-                mmap(
-                    self.address(first),
-                    len,
-                    prot,
-                    MapFlags::SHARED | fixed,
-                    self.physmap.file(),
-                    frame.offset(),
-                )
+                self.physmap
+                    .show(frame, protection, self.address(first), len)
             }
-            .map(|_| self.keep_private(first, count))
         })
     }
 

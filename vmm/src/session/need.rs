@@ -191,24 +191,25 @@ impl Plan {
             by: room.by.clone(),
             left: room.left,
         };
-        for (by, what, besides) in [
-            (Limiter::FileSize, "a file", 0),
-            // The window, and twice what is cut off to align it and the physmap.
+        for (by, what, times, besides) in [
+            (Limiter::FileSize, "a file", 1, 0),
+            // The physmap is mapped twice. The window, and what is cut off to align the three.
             (
                 Limiter::AddressSpace,
                 "addresses",
-                config.memory + 2 * REGION_SIZE + private + PROGRAM + threads * ARENA,
+                2,
+                config.memory + 3 * REGION_SIZE + private + PROGRAM + threads * ARENA,
             ),
         ] {
             let Some(room) = limits.resource(&by) else {
                 continue;
             };
-            let besides = besides + physmap_bytes(config.memory, 0);
-            let least = besides.saturating_add(need.frames());
+            let besides = besides + times * physmap_bytes(config.memory, 0);
+            let least = besides.saturating_add(times * need.frames());
             if room.left < least {
                 return Err(refused(what, least, room));
             }
-            most = most.min(room.left - besides);
+            most = most.min((room.left - besides) / times);
         }
         if let Some(room) = limits.resource(&Limiter::Data)
             && room.left < private
@@ -373,7 +374,9 @@ mod tests {
             let error = Plan::new(&guest_of(256), &small).unwrap_err().to_string();
             assert!(error.contains(what), "{error}");
             // Enough for the least, not for all that is wanted.
-            let plan = Plan::new(&guest_of(256), &bound(by.clone(), 2 << 30)).unwrap();
+            let mapped = if by == Limiter::AddressSpace { 2 } else { 1 };
+            let enough = bound(by.clone(), mapped << 31);
+            let plan = Plan::new(&guest_of(256), &enough).unwrap();
             let all = Plan::new(&guest_of(256), &Limits::of_host(64 << 30)).unwrap();
             assert_eq!(plan.frames < all.frames, by != Limiter::Data);
             assert!(by == Limiter::Data || plan.physmap * PAGE_SIZE <= 2 << 30);
