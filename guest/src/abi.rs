@@ -12,10 +12,10 @@
 //! | `rdi` | gpa of [`BootInfo`] ([`BOOT_INFO_GPA`]) |
 //! | `rsi` | index of this vCPU, from 0 |
 //! | `rsp` | top of this vCPU's stack ([`stack_top`]), 16-byte aligned, with nothing on it |
-//! | `rflags` | IOPL 3, interrupts off |
+//! | `rflags` | IOPL 3, interrupts on |
 //! | others | 0 |
 //!
-//! SSE is on. `syscall` and `int` are not available, there is no IDT: any exception is a triple fault
+//! SSE is on. No interrupt ever comes. `syscall` and `int` are not available, there is no IDT: any exception is a triple fault
 //! and ends the run as a guest crash. A guest ends by writing to [`PORT_EXIT`], never by `hlt`.
 //!
 //! # Memory map

@@ -331,6 +331,7 @@ impl Machine {
                 mmu: machine.mmu,
                 table_pins: Vec::new(),
                 lost_races: None,
+                kicked: false,
                 kicked_at: None,
             };
             let on_stop = Arc::clone(&on_stop);

@@ -12,6 +12,9 @@ use kvm_bindings::{
 
 /// RFLAGS: the bit that is always set.
 const RFLAGS_FIXED: u64 = 1 << 1;
+/// RFLAGS: interrupts on, as they are in ring 3 under any system. There are none to come. The emulator of the Intel host gives its
+/// host no interrupt while a guest has them off, and then nothing ends a guest that spins.
+const RFLAGS_IF: u64 = 1 << 9;
 /// RFLAGS: I/O privilege level 3, so that `out` in ring 3 exits to the VMM instead of faulting. PVM loses it as soon as the
 /// guest has run: see [`TASK_GPA`].
 const RFLAGS_IOPL3: u64 = 3 << 12;
@@ -49,7 +52,7 @@ pub fn entry_regs(entry: u64, vcpu: u64) -> kvm_regs {
         rdi: BOOT_INFO_GPA,
         rsi: vcpu,
         rsp: stack_top(vcpu),
-        rflags: RFLAGS_FIXED | RFLAGS_IOPL3,
+        rflags: RFLAGS_FIXED | RFLAGS_IF | RFLAGS_IOPL3,
         ..Default::default()
     }
 }
@@ -205,7 +208,7 @@ mod tests {
         let sregs = entry_sregs(&kvm_sregs::default(), &cpuid);
         assert_eq!(sregs.cr4 & (CR4_FSGSBASE | CR4_OSXSAVE), CR4_FSGSBASE);
         let regs = entry_regs(0x20_0000, 1);
-        assert_eq!(regs.rflags, 0x3002);
+        assert_eq!(regs.rflags, 0x3202);
         assert_eq!((regs.rdi, regs.rsi), (BOOT_INFO_GPA, 1));
         assert_eq!(regs.rsp % 16, 0);
     }

@@ -385,8 +385,8 @@ fn entry_state_is_what_the_abi_says() {
         assert_eq!(regs.rdi, guest::abi::BOOT_INFO_GPA);
         assert_eq!(regs.rsi, vcpu as u64);
         assert_eq!(regs.rsp, guest::abi::stack_top(vcpu as u64));
-        // Interrupts off. The I/O privilege level is not looked at: PVM does not keep it.
-        assert_eq!(regs.rflags & 0x202, 2, "{:x}", regs.rflags);
+        // Interrupts on. The I/O privilege level is not looked at: PVM does not keep it.
+        assert_eq!(regs.rflags & 0x202, 0x202, "{:x}", regs.rflags);
         let rest = [
             regs.rax, regs.rbx, regs.rcx, regs.rdx, regs.rbp, regs.r8, regs.r15,
         ];

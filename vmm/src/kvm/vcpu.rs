@@ -81,7 +81,9 @@ pub(super) struct Vcpu {
     /// Registers at the last failure that may have been about a page that somebody else made writable
     /// meanwhile, and how often in a row it was the same.
     pub(super) lost_races: Option<(kvm_regs, u32)>,
-    /// Registers when the vCPU was last kicked out of the guest.
+    /// It came out by a kick, and has not been looked at since.
+    pub(super) kicked: bool,
+    /// Registers when it was last looked at after a kick.
     pub(super) kicked_at: Option<kvm_regs>,
 }
 
@@ -149,8 +151,6 @@ impl Vcpu {
         };
         // Whether KVM still has to finish an instruction whose exit was handled: to move RIP behind it.
         let mut half_done = false;
-        // Whether it was kicked out of where KVM may have kept it from getting on.
-        let mut stalled = false;
         loop {
             kick.clear();
             match self.control.order(self.index) {
@@ -166,7 +166,7 @@ impl Vcpu {
                 Order::Stop => return None,
             }
             // Now, and not when it was kicked: a snapshot in between would have protected its page again.
-            if std::mem::take(&mut stalled)
+            if std::mem::take(&mut self.kicked)
                 && let Err(error) = self.help_along()
             {
                 return Some(self.failed(error));
@@ -191,10 +191,7 @@ impl Vcpu {
                 self.lost_races = None;
             }
             match exit {
-                Exit::Interrupted => match self.has_stalled() {
-                    Ok(has) => stalled = has,
-                    Err(error) => return Some(self.failed(error)),
-                },
+                Exit::Interrupted => self.kicked = true,
                 Exit::Loaded => {}
                 Exit::Store { gpa, data, len } => {
                     if let Err(error) = self.store(gpa, &data[..len]) {
@@ -338,19 +335,13 @@ impl Vcpu {
         })
     }
 
-    /// Whether KVM may keep the vCPU from getting on: it was kicked out at an instruction whose store KVM emulates, or twice in
-    /// a row with the same registers.
-    fn has_stalled(&mut self) -> Result<bool, RunError> {
-        let (regs, sregs) = self.exit_registers()?;
-        let same = self.kicked_at.replace(regs) == Some(regs);
-        Ok(same || self.stalled_on(&regs, &sregs)?.1 == StoredBy::Kvm)
-    }
-
-    /// Makes writable what the instruction at RIP writes, as if it had faulted.
+    /// After a kick: makes writable what the instruction at RIP writes, as if it had faulted, if KVM may keep the vCPU from getting on:
+    /// it emulates the instruction's store, or the vCPU was kicked out twice in a row with the same registers.
     fn help_along(&mut self) -> Result<(), RunError> {
         let (regs, sregs) = self.exit_registers()?;
-        let (gfns, _) = self.stalled_on(&regs, &sregs)?;
-        if fault::resolve(&gfns, &*self.ram)? {
+        let same = self.kicked_at.replace(regs) == Some(regs);
+        let (gfns, stored_by) = self.stalled_on(&regs, &sregs)?;
+        if (same || stored_by == StoredBy::Kvm) && fault::resolve(&gfns, &*self.ram)? {
             self.counters.rungs.count(fault::Rung::Operand);
         }
         Ok(())
@@ -533,6 +524,7 @@ impl Vcpu {
     /// Registers are about to change behind the back of what was kept of them.
     fn about_to_set(&mut self) {
         self.capturer.forget();
+        self.kicked = false;
         self.kicked_at = None;
         if self.sync_regs == SyncRegs::Fresh {
             self.sync_regs = SyncRegs::Stale;
