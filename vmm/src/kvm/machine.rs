@@ -22,7 +22,7 @@
 )]
 
 use std::ptr::NonNull;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -242,6 +242,8 @@ pub struct Machine {
     mmu: Mmu,
     /// Whether the machine was started. Locked while somebody drives it: pauses exclude each other.
     started: Mutex<bool>,
+    /// Whether a vCPU did not end when it was told to.
+    is_stuck: AtomicBool,
     tsc_khz: u32,
     left_out: Vec<u32>,
 }
@@ -300,6 +302,7 @@ impl Machine {
             counters,
             threads: Arc::default(),
             watch: None,
+            is_stuck: AtomicBool::new(false),
             ram: Arc::clone(&ram),
             region,
             mmu: Mmu::of(kvm.platform()),
@@ -492,14 +495,26 @@ impl Machine {
     /// # Errors
     /// If one does not: it goes on to hold what it uses, memory too.
     pub fn wait_until_stopped(&self) -> Result<(), KvmError> {
-        let (slots, in_time) = self.control.wait(self.control.lock(), PATIENCE, |slots| {
-            slots.iter().all(|slot| slot.phase == Phase::Ended)
-        });
-        let stuck = slots.iter().position(|slot| slot.phase != Phase::Ended);
-        match (in_time, stuck) {
-            (Err(_), Some(vcpu)) => Err(KvmError::Stuck { vcpu }),
-            _ => Ok(()),
+        match self.wait_for_ends().iter().position(|ended| !ended) {
+            Some(vcpu) => Err(KvmError::Stuck { vcpu }),
+            None => Ok(()),
         }
+    }
+
+    /// Waits until all vCPUs have ended that have a thread, and says which have. Who was waited for in vain is not waited for again.
+    fn wait_for_ends(&self) -> Vec<bool> {
+        let patience = if self.is_stuck.load(Ordering::Relaxed) {
+            Duration::ZERO
+        } else {
+            PATIENCE
+        };
+        let has_ended = |slot: &Slot| slot.phase == Phase::Ended;
+        let threads = self.threads.len();
+        let (slots, in_time) = self.control.wait(self.control.lock(), patience, |slots| {
+            slots[..threads].iter().all(has_ended)
+        });
+        self.is_stuck.store(in_time.is_err(), Ordering::Relaxed);
+        slots[..threads].iter().map(has_ended).collect()
     }
 
     /// Sends every vCPU the signal. What is refused is tried again: by the watch, or when the machine is dropped.
@@ -601,13 +616,7 @@ impl Machine {
 impl Drop for Machine {
     fn drop(&mut self) {
         self.stop();
-        let (slots, _) = self.control.wait(self.control.lock(), PATIENCE, |slots| {
-            slots[..self.threads.len()]
-                .iter()
-                .all(|slot| slot.phase == Phase::Ended)
-        });
-        let ended = Vec::from_iter(slots.iter().map(|slot| slot.phase == Phase::Ended));
-        drop(slots);
+        let ended = self.wait_for_ends();
         drop(self.watch.take());
         let threads = Arc::get_mut(&mut self.threads).map(std::mem::take);
         for (vcpu, thread) in threads.into_iter().flatten().enumerate() {

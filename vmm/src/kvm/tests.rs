@@ -7,7 +7,7 @@
 use std::any::Any;
 use std::ptr::{self, NonNull};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::mpsc::{Receiver, channel};
+use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -1072,24 +1072,59 @@ impl<F: Fn() + Send + Sync> PortHandler for Handler<F> {
     }
 }
 
+/// A handler that says when it is called, and then waits until it is told to go on or nobody is left to tell it.
+fn stuck_handler() -> (Arc<dyn PortHandler>, Receiver<()>, Sender<()>) {
+    let (enter, entered) = channel();
+    let (release, wait) = channel();
+    let wait = Mutex::new(wait);
+    let handler = Handler(move || {
+        let _ = enter.send(());
+        let _ = wait.lock().unwrap().recv();
+    });
+    (Arc::new(handler), entered, release)
+}
+
+#[test]
+fn a_vcpu_that_does_not_end_is_named_and_given_up() {
+    let kvm = need_kvm!();
+    let guest = Guest::new(kvm, 2, &[&[0xef], SPIN]);
+    let (handler, entered, release) = stuck_handler();
+    let (machine, outcomes) = machine(kvm, &guest.ram, 2, handler);
+    machine.start(IMAGE_GPA).unwrap();
+    entered.recv_timeout(SOON).unwrap();
+    machine.stop();
+    for _ in 0..2 {
+        let error = machine.wait_until_stopped().unwrap_err();
+        assert!(matches!(error, KvmError::Stuck { .. }), "{error}");
+    }
+    // It keeps what it uses, and ends as soon as it can.
+    drop(machine);
+    drop(release);
+    wait_until("the end of both", || {
+        matches!(outcomes.try_recv(), Err(TryRecvError::Disconnected))
+    });
+}
+
+#[test]
+fn vcpus_that_end_are_waited_for() {
+    let kvm = need_kvm!();
+    let guest = Guest::new(kvm, 2, &[SPIN]);
+    guest.start();
+    guest.machine.stop();
+    guest.machine.wait_until_stopped().unwrap();
+}
+
 #[test]
 fn a_stuck_handler_is_named_and_the_machine_runs_on() {
     let kvm = need_kvm!();
     let guest = Guest::new(kvm, 1, &[COUNT]);
-    let (release, wait) = channel::<()>();
-    let wait = Mutex::new(wait);
-    let entered = Arc::new(AtomicBool::new(false));
-    let flag = Arc::clone(&entered);
-    let handler = Handler(move || {
-        flag.store(true, Ordering::SeqCst);
-        let _ = wait.lock().unwrap().recv();
-    });
+    let (handler, entered, release) = stuck_handler();
     // Behind the counting code: out dx, eax; jmp to it.
     let code: &[u8] = &[0xef, 0xe9, 0xfa, 0xfe, 0xff, 0xff];
     guest.ram.write(IMAGE_GPA + 0x100, code).unwrap();
-    let (machine, _outcomes) = machine(kvm, &guest.ram, 1, Arc::new(handler));
+    let (machine, _outcomes) = machine(kvm, &guest.ram, 1, handler);
     machine.start(IMAGE_GPA + 0x100).unwrap();
-    wait_until("out", || entered.load(Ordering::SeqCst));
+    entered.recv_timeout(SOON).unwrap();
     assert!(matches!(
         machine.pause(Capture::Registers),
         Err(KvmError::Stuck { vcpu: 0 })

@@ -12,7 +12,7 @@ use hdrhistogram::Histogram;
 
 use super::RunError;
 use super::config::{Config, GuestSource, Injection, RunLength};
-use super::life::{DeviceWatch, LifeWatch};
+use super::life::{self, DeviceWatch, LifeWatch};
 use super::occasion::{Counters, Occasion, PATIENCE, overdue, wait_until};
 use super::ports::{Event, Inbox};
 use super::progress::{Observer, Progress};
@@ -196,7 +196,26 @@ impl<'a, P: CowPolicy> Drive<'a, P> {
         let end = self.drive();
         let duration = self.started.elapsed();
         self.tick();
+        if end.by.leaves_the_guest_running() {
+            self.await_life();
+        }
         Ok(self.finish(end, duration, policy, platform))
+    }
+
+    /// Waits for vCPUs that have done nothing since the guest was rewound, as long as they may take, unless somebody wants to be gone.
+    fn await_life(&mut self) {
+        while self.life.is_waiting() && !self.stop.load(Ordering::Relaxed) {
+            let patience = life::patience(self.stall.longest());
+            let ops = self.counters().ops();
+            if let Some(violation) = self.life.look(&ops, patience) {
+                self.violation(&violation);
+            }
+            if let Some(event) = self.inbox.wait(Duration::from_millis(1))
+                && self.handle(event).is_some()
+            {
+                return;
+            }
+        }
     }
 
     fn drive(&mut self) -> End {
@@ -505,7 +524,8 @@ impl<'a, P: CowPolicy> Drive<'a, P> {
         self.stall.before_restore(&self.vm.ram);
         let ops_before = self.counters().ops();
         let before: u64 = ops_before.iter().sum();
-        if let Some(violation) = self.life.look(&ops_before) {
+        let patience = life::patience(self.stall.longest());
+        if let Some(violation) = self.life.look(&ops_before, patience) {
             self.violation(&violation);
         }
         let stale = (self.config.inject == Some(Injection::StalePage))
@@ -540,9 +560,10 @@ impl<'a, P: CowPolicy> Drive<'a, P> {
         let ops: Vec<u64> = snapshot.vcpus().iter().map(|v| v.mm7()).collect();
         self.ops_undone += before.saturating_sub(ops.iter().sum());
         // Not by the registers: memory may be an operation behind them.
-        self.occasion.restore(self.counters().ops());
+        let now = self.counters().ops();
+        self.occasion.restore(now.clone());
         if self.boot.is_some() {
-            self.life.rewound(snapshot.number(), ops.clone());
+            self.life.rewound(snapshot.number(), now);
             let requests = self.requests_by_device();
             self.device_life
                 .rewound(snapshot.number(), &ops_before, ops, requests);
@@ -675,11 +696,12 @@ impl<'a, P: CowPolicy> Drive<'a, P> {
             self.violation(&violation);
         }
         let ops = self.counters().ops();
-        if let Some(violation) = self.life.look(&ops) {
+        let patience = life::patience(self.stall.longest());
+        if let Some(violation) = self.life.look(&ops, patience) {
             self.violation(&violation);
         }
         let requests = self.requests_by_device();
-        if let Some(violation) = self.device_life.look(&ops, &requests) {
+        if let Some(violation) = self.device_life.look(&ops, &requests, patience) {
             self.violation(&violation);
         }
         self.stall.look(&self.vm.ram);
@@ -748,9 +770,6 @@ impl<'a, P: CowPolicy> Drive<'a, P> {
     ) -> Report {
         self.stall.finish(&self.vm.ram);
         let ops = self.counters().ops();
-        if let Some(violation) = self.life.last_look(&ops) {
-            self.violation(&violation);
-        }
         let ops = ops.iter().sum::<u64>() + self.ops_undone;
         // The guest is stopped first: what is checked from here on is still checked against a machine that was running.
         self.vm.machine.stop();

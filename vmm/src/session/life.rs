@@ -1,14 +1,22 @@
 //! The part of the life oracle that the guest can't see to itself: does it run on after a restore?
+//!
+//! How long it may take goes by the guest's own pace, since a host may be emulated and run it at a dozen operations a second; and the
+//! end of a run waits for who is still being waited for.
 
 use std::time::{Duration, Instant};
 
 use crate::check::{Oracle, Violation};
 
-/// How long each vCPU may take for its first operation after a restore. It takes microseconds; the rest is for a
+/// How long each vCPU may take at least for its first operation after a restore. It takes microseconds; the rest is for a
 /// host that is busy with other things.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// The same at the end of a run, when nobody can wait any longer.
-const LAST_PATIENCE: Duration = Duration::from_secs(2);
+/// And how often as long as it ever stood still before.
+const TIMES_THE_LONGEST: u32 = 10;
+
+/// How long a guest may take whose longest gap between two operations was `longest` so far.
+pub(super) fn patience(longest: Duration) -> Duration {
+    PATIENCE.max(longest.saturating_mul(TIMES_THE_LONGEST))
+}
 
 /// Watches a guest that was rewound.
 #[derive(Debug, Default)]
@@ -39,24 +47,19 @@ impl LifeWatch {
         }
     }
 
-    /// The vCPUs have done `ops` operations now.
-    pub(super) fn look(&mut self, ops: &[u64]) -> Option<Violation> {
-        self.look_at(Instant::now(), ops, PATIENCE)
+    /// Whether there is a vCPU that has done nothing since.
+    pub(super) fn is_waiting(&self) -> bool {
+        self.waiting.iter().any(Option::is_some)
     }
 
-    /// As [`LifeWatch::look`], at the end of a run.
-    pub(super) fn last_look(&mut self, ops: &[u64]) -> Option<Violation> {
-        self.look_at(Instant::now(), ops, LAST_PATIENCE)
-    }
-
-    fn look_at(&mut self, now: Instant, ops: &[u64], patience: Duration) -> Option<Violation> {
+    /// The vCPUs have done `ops` operations now, and may take `patience` for the first.
+    pub(super) fn look(&mut self, ops: &[u64], patience: Duration) -> Option<Violation> {
         for (waiting, &ops) in self.waiting.iter_mut().zip(ops) {
             // More than it had means that it runs, less that it was rewound and not watched.
             waiting.take_if(|w| ops != w.ops);
         }
-        let waited = |since| now.saturating_duration_since(since);
         let (vcpu, stuck) = self.waiting.iter_mut().enumerate().find_map(|(vcpu, w)| {
-            w.take_if(|w| waited(w.since) >= patience)
+            w.take_if(|w| w.since.elapsed() >= patience)
                 .map(|w| (vcpu, w))
         })?;
         let mut v = Violation::new(
@@ -65,7 +68,7 @@ impl LifeWatch {
         );
         v.snapshot = Some(stuck.snapshot);
         v.expected = format!("more than {} operations", stuck.ops);
-        v.found = format!("no more after {:.0?}", waited(stuck.since));
+        v.found = format!("no more after {:.0?}", stuck.since.elapsed());
         Some(v)
     }
 }
@@ -121,7 +124,12 @@ impl DeviceWatch {
     }
 
     /// The vCPUs have done `ops` operations now, and the devices `requests` requests.
-    pub(super) fn look(&mut self, ops: &[u64], requests: &[u64]) -> Option<Violation> {
+    pub(super) fn look(
+        &mut self,
+        ops: &[u64],
+        requests: &[u64],
+        patience: Duration,
+    ) -> Option<Violation> {
         self.take_those_that_live(requests);
         let base = &self.ops;
         let (device, stuck) =
@@ -130,7 +138,7 @@ impl DeviceWatch {
                 .enumerate()
                 .find_map(|(device, waiting)| {
                     let is_stuck = |w: &mut WaitingDevice| {
-                        w.since.elapsed() >= PATIENCE
+                        w.since.elapsed() >= patience
                             && w.ops + done(device, base, ops) >= ENOUGH_OPS
                     };
                     waiting.take_if(is_stuck).map(|w| (device, w))
@@ -174,17 +182,16 @@ mod tests {
     #[test]
     fn a_vcpu_that_stands_still_is_seen_after_a_while() {
         let mut watch = LifeWatch::default();
-        assert_eq!(watch.look(&[1]), None);
-        let before = Instant::now();
+        assert_eq!(watch.look(&[1], PATIENCE), None);
         watch.rewound(3, vec![10, 20]);
-        assert_eq!(watch.look_at(before, &[11, 20], PATIENCE), None, "not yet");
+        assert_eq!(watch.look(&[11, 20], Duration::MAX), None, "not yet");
         let_pass(&mut watch, PATIENCE);
-        let violation = watch.look(&[11, 20]).unwrap();
+        let violation = watch.look(&[11, 20], PATIENCE).unwrap();
         assert_eq!(
             (violation.oracle, violation.snapshot),
             (Oracle::Life, Some(3))
         );
-        assert_eq!(watch.look(&[11, 20]), None, "said once");
+        assert_eq!(watch.look(&[11, 20], PATIENCE), None, "said once");
     }
 
     #[test]
@@ -193,20 +200,28 @@ mod tests {
         let found = (0..100).find_map(|snapshot| {
             watch.rewound(snapshot, vec![10, 20]);
             let_pass(&mut watch, PATIENCE / 5);
-            watch.look(&[15, 20])
+            watch.look(&[15, 20], PATIENCE)
         });
         assert!(found.unwrap().detail.contains("vcpu 1"));
     }
 
     #[test]
-    fn the_end_of_a_run_waits_less() {
+    fn a_guest_that_was_slow_before_may_be_slow_after() {
+        assert_eq!(patience(Duration::ZERO), PATIENCE);
+        assert_eq!(patience(Duration::from_secs(1)), PATIENCE);
+        assert_eq!(patience(Duration::from_secs(4)), Duration::from_secs(40));
+        assert_eq!(patience(Duration::MAX), Duration::MAX);
+    }
+
+    #[test]
+    fn it_waits_for_each_vcpu() {
         let mut watch = LifeWatch::default();
-        let before = Instant::now();
-        watch.rewound(3, vec![10]);
-        assert_eq!(watch.look_at(before, &[10], LAST_PATIENCE), None);
-        let_pass(&mut watch, LAST_PATIENCE);
-        assert_eq!(watch.look_at(before, &[10], PATIENCE), None);
-        assert!(watch.last_look(&[10]).is_some());
+        assert!(!watch.is_waiting());
+        watch.rewound(3, vec![10, 20]);
+        assert_eq!(watch.look(&[11, 20], Duration::MAX), None);
+        assert!(watch.is_waiting());
+        assert_eq!(watch.look(&[11, 21], Duration::MAX), None);
+        assert!(!watch.is_waiting());
     }
 
     #[test]
@@ -214,8 +229,8 @@ mod tests {
         let mut watch = LifeWatch::default();
         watch.rewound(3, vec![10, 20]);
         let_pass(&mut watch, PATIENCE);
-        assert_eq!(watch.look(&[11, 21]), None);
-        assert_eq!(watch.look(&[10, 20]), None);
+        assert_eq!(watch.look(&[11, 21], PATIENCE), None);
+        assert_eq!(watch.look(&[10, 20], PATIENCE), None);
     }
 
     fn let_pass_for_devices(watch: &mut DeviceWatch, time: Duration) {
@@ -230,10 +245,14 @@ mod tests {
         watch.rewound(3, &[500, 500], vec![10, 20], vec![7, 8]);
         let_pass_for_devices(&mut watch, PATIENCE);
         let ops = [10 + ENOUGH_OPS, 20 + ENOUGH_OPS];
-        assert_eq!(watch.look(&[11, 21], &[7, 8]), None, "a slow guest");
-        let violation = watch.look(&ops, &[9, 8]).unwrap();
+        assert_eq!(
+            watch.look(&[11, 21], &[7, 8], PATIENCE),
+            None,
+            "a slow guest"
+        );
+        let violation = watch.look(&ops, &[9, 8], PATIENCE).unwrap();
         assert!(violation.detail.contains("device 1"), "{violation}");
-        assert_eq!(watch.look(&ops, &[9, 8]), None, "said once");
+        assert_eq!(watch.look(&ops, &[9, 8], PATIENCE), None, "said once");
     }
 
     #[test]
@@ -242,7 +261,7 @@ mod tests {
         let found = (0..100).find_map(|snapshot| {
             watch.rewound(snapshot, &[200], vec![100], vec![5]);
             let_pass_for_devices(&mut watch, PATIENCE / 5);
-            watch.look(&[150], &[5])
+            watch.look(&[150], &[5], PATIENCE)
         });
         assert!(found.is_some());
     }

@@ -80,6 +80,13 @@ pub enum EndedBy {
     Error,
 }
 
+impl EndedBy {
+    /// Whether the guest could run on.
+    pub(super) fn leaves_the_guest_running(self) -> bool {
+        matches!(self, Self::Duration | Self::Snapshots | Self::CtrlC)
+    }
+}
+
 /// The machine a run was on.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Platform {

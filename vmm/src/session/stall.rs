@@ -6,6 +6,7 @@
 //! counts for it too.
 
 use std::mem::offset_of;
+use std::time::Duration;
 
 use guest::abi::{GAP_BUCKETS, GAP_SHIFT, Gap, Layout, VcpuPage};
 use hdrhistogram::Histogram;
@@ -87,6 +88,11 @@ impl StallMeter {
                 }
             })
             .collect()
+    }
+
+    /// The longest of all.
+    pub(super) fn longest(&self) -> Duration {
+        Duration::from_nanos(self.stalls.max())
     }
 
     pub(super) fn stalls(&self) -> &Histogram<u64> {

@@ -22,13 +22,29 @@ frame() { echo "@$*" >&3; }
 # For an emulator that writes down what it has of the port by blocks of 4 KiB: fills one, by lines that are nothing.
 flush() { [ ! -e /run/padding ] || cat /run/padding >&3; }
 
+# Where the threads of process $1 are: name, state, CPU time in user and in kernel mode, stack in the kernel.
+places() {
+    echo "killed after $limit s; its threads:"
+    for thread in /proc/$1/task/*; do
+        echo "  $(cat $thread/comm): $(sed 's/.*) //' $thread/stat | cut -d' ' -f1,12,13) $(sed 's/^[^ ]* //' $thread/stack | tr '\n' ' ')"
+    done
+}
+
 # run NUMBER LIMIT COMMAND...: one task.
 run() {
     number=$1 limit=$2
     shift 2
     frame begin "$number" "$(uptime)"
     flush
-    { timeout -s KILL "$limit" "$@"; echo $? >/run/code; } 2>&1 | awk '{ print "." $0; fflush() }' >&3
+    {
+        "$@" &
+        task=$!
+        { sleep "$limit" >/dev/null 2>&1; places $task; kill -KILL $task; } &
+        clock=$!
+        wait $task
+        echo $? >/run/code
+        kill $clock
+    } 2>&1 | awk '{ print "." $0; fflush() }' >&3
     frame end "$number" "$(cat /run/code)" "$(uptime)"
     flush
 }
