@@ -912,6 +912,32 @@ fn no_namespaces() -> bool {
     !can
 }
 
+/// The kernel's limit is where it always is, but the program believes in another.
+#[test]
+fn a_kernel_that_has_no_more_mappings_ends_the_run_with_the_reason() {
+    if no_kvm() || no_namespaces() {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let limit = directory.path().join("limit");
+    fs::write(&limit, "100000000\n").unwrap();
+    let mount = "mount --bind \"$LIMIT\" /proc/sys/vm/max_map_count";
+    let mut command = in_a_namespace(mount);
+    command.env("LIMIT", &limit);
+    // More pages than it has mappings for, each of which takes one.
+    command.args("--memory 1G --page-size 4K --snapshot-every 10ms --duration 100s".split(' '));
+    let said = said_within(PATIENCE, command);
+    said.assert_code(1);
+    let reason = said.stdout.lines().next().unwrap_or_default();
+    assert!(reason.starts_with("could not finish: "), "{said:?}");
+    assert!(
+        reason.contains("mappings: raise vm.max_map_count"),
+        "{reason}"
+    );
+    assert!(!reason.contains("99998000"), "{reason}");
+    assert!(said.stdout.contains("isolation 0, coherence 0"), "{said:?}");
+}
+
 /// Runs `command`, which must refuse at once.
 #[track_caller]
 fn said_refused(mut command: Command, args: &[&str]) -> Said {

@@ -55,6 +55,11 @@ impl MappingBudget {
         }))
     }
 
+    /// Mappings that all windows of the process have.
+    pub fn used_by_all(&self) -> u64 {
+        self.account.used.load(Ordering::Relaxed)
+    }
+
     /// Another machine's part of the same account.
     pub fn beside(&self) -> Self {
         Self::of(Arc::clone(&self.account))

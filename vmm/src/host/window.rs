@@ -256,9 +256,9 @@ impl Window {
                 runs.map(move |(run, shown)| (first + run.start..first + run.end, shown))
             });
             let is_torn = !self.is_mapped_as(range.clone(), noted);
-            // Ours is not the only use of mappings: the host may be at its limit before we are.
+            // Ours is not the only use of mappings, and the limit not all that the host goes by: it may be at its end before we are.
             let no_room = MmuError::MappingLimit {
-                limit: self.budget.limit(),
+                limit: self.budget.limit().min(self.budget.used_by_all()),
             };
             return Err(match error {
                 Errno::NOMEM if is_torn => MmuError::Torn {

@@ -15,7 +15,9 @@
 //!
 //! The vCPU enters again as soon as a page was made writable, or when a look found nothing: what stands at RIP may have been
 //! another instruction a moment ago, which another vCPU has patched, or another vCPU has resolved the page first. Only when the
-//! fault comes back with the same registers is the next rung tried. So a host that needs no rung but the first does not pay for
+//! fault comes back with the same registers is the next rung tried; those that are not about the instruction itself only when it
+//! comes back [a few times](Ladder::TRIES), since a page may be protected again, and resolved by another vCPU, before the
+//! vCPU gets to its write. So a host that needs no rung but the first does not pay for
 //! the others. Making a page writable that was not to be written costs a copy and nothing else.
 //!
 //! A fault that comes back after the last rung is an error of ours ([`FaultError::Stuck`]), not a loop.
@@ -189,6 +191,8 @@ enum Looked {
 impl Ladder {
     /// How often a fault may come back after the last rung.
     const LIMIT: u32 = 100;
+    /// How often a look must find nothing before it goes beyond what the instruction is about.
+    const TRIES: u32 = 3;
 
     pub(super) fn new() -> Self {
         Self {
@@ -223,7 +227,12 @@ impl Ladder {
             None => self.height,
             // It was not what the instruction writes, or not all of it.
             Some(Looked::Resolved) => self.height.max(Rung::Walk),
-            Some(Looked::InVain) => self.height.next(),
+            Some(Looked::InVain)
+                if self.height < Rung::Walk || self.barren.is_multiple_of(Self::TRIES) =>
+            {
+                self.height.next()
+            }
+            Some(Looked::InVain) => self.height,
         };
         let rip = fault.regs.rip;
         let memory = |source| RunError::Fault {
