@@ -146,7 +146,8 @@ impl Run {
         let report = &self.report;
         let violations = Vec::from_iter(self.seen.violations.iter().map(ToString::to_string));
         assert_eq!(violations.join("\n"), "", "{:?}", report.config);
-        assert_eq!(report.verdict, Verdict::Ok, "{report:?}");
+        let told = &self.seen.console;
+        assert_eq!(report.verdict, Verdict::Ok, "{told}{report:?}");
         assert_eq!(report.error, None);
         assert_eq!(report.violations.total(), 0);
         assert_eq!(report.snapshots.checked, report.snapshots.taken);

@@ -23,10 +23,12 @@ mod task;
 mod watch;
 
 use std::io::{self, Write};
+use std::num::NonZero;
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
 use std::time::Duration;
 
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
@@ -73,7 +75,7 @@ struct Args {
     #[arg(long = "host", value_name = "HOST", value_parser = host_parser())]
     hosts: Vec<&'static Host>,
 
-    /// Boot every host, one after the other, and keep the results in docs/platforms.md
+    /// Boot every host, and keep the results in docs/platforms.md
     #[arg(long, conflicts_with_all = ["command", "parts"])]
     all: bool,
 
@@ -147,8 +149,7 @@ fn run(args: &Args) -> Result<Verdict, Failure> {
     let store = Store::open()?;
     let plans = args.plans();
     let programs = programs::build(args.wanted(&plans))?;
-    let mut outcomes = Vec::new();
-    for plan in &plans {
+    let visit = |plan: &Plan| {
         let visit = Visit {
             host: plan.host,
             store: &store,
@@ -157,17 +158,18 @@ fn run(args: &Args) -> Result<Verdict, Failure> {
             tasks: args.tasks(plan, &programs.names()),
         };
         say(&format!("{}: {}", plan.host.name, plan.host.about));
-        let outcome = visit.run(&stop, args.listener().as_mut());
+        let outcome = visit.run(&stop, args.listener(plan).as_mut());
         if let Some(trouble) = &outcome.trouble {
             say(&format!("error: {}: {}", plan.host.name, chain(trouble)));
         }
         if args.command.is_empty() {
             screen::print(&screen::conclusion(&outcome));
         }
-        outcomes.push(outcome);
-        if stop.load(Ordering::Relaxed) {
-            return Ok(Verdict::Wrong);
-        }
+        outcome
+    };
+    let outcomes = side_by_side(&plans, args.at_once(), &stop, visit);
+    if stop.load(Ordering::Relaxed) {
+        return Ok(Verdict::Wrong);
     }
     if args.command.is_empty() && outcomes.len() > 1 {
         screen::print(&format!("\n{}", record::table(&outcomes)));
@@ -183,7 +185,48 @@ fn run(args: &Args) -> Result<Verdict, Failure> {
     }
 }
 
+/// Makes all `visits`, `at_once` at the same time, until there is reason to stop. What came of them, in their order.
+fn side_by_side<V: Sync, O: Send>(
+    visits: &[V],
+    at_once: usize,
+    stop: &AtomicBool,
+    make: impl Fn(&V) -> O + Sync,
+) -> Vec<O> {
+    let next = AtomicUsize::new(0);
+    let outcomes = Mutex::new(Vec::from_iter(visits.iter().map(|_| None)));
+    let make_some = || {
+        while !stop.load(Ordering::Relaxed) {
+            let number = next.fetch_add(1, Ordering::Relaxed);
+            let Some(visit) = visits.get(number) else {
+                break;
+            };
+            let outcome = make(visit);
+            let mut outcomes = outcomes.lock().unwrap_or_else(PoisonError::into_inner);
+            outcomes[number] = Some(outcome);
+        }
+    };
+    thread::scope(|scope| {
+        for _ in 1..at_once.min(visits.len()) {
+            scope.spawn(make_some);
+        }
+        make_some();
+    });
+    let outcomes = outcomes
+        .into_inner()
+        .unwrap_or_else(PoisonError::into_inner);
+    outcomes.into_iter().flatten().collect()
+}
+
 impl Args {
+    /// Hosts that are emulated at the same time: each takes a CPU. What a command of one's own prints is not to be mixed with another's.
+    fn at_once(&self) -> usize {
+        if self.command.is_empty() {
+            thread::available_parallelism().map_or(1, NonZero::get)
+        } else {
+            1
+        }
+    }
+
     fn plans(&self) -> Vec<Plan> {
         if self.ci {
             return plan::for_every_change();
@@ -193,8 +236,11 @@ impl Args {
         } else {
             self.hosts.clone()
         };
-        let plan = |host: &'static Host| plan::by_hand(host, &self.parts);
-        hosts.into_iter().map(plan).collect()
+        if !self.command.is_empty() {
+            return hosts.into_iter().map(plan::for_a_command).collect();
+        }
+        let plans = |host: &'static Host| plan::by_hand(host, &self.parts);
+        hosts.into_iter().flat_map(plans).collect()
     }
 
     fn wanted(&self, plans: &[Plan]) -> Wanted {
@@ -216,9 +262,11 @@ impl Args {
         }
     }
 
-    fn listener(&self) -> Box<dyn Listener> {
+    fn listener(&self, plan: &Plan) -> Box<dyn Listener> {
         if self.command.is_empty() {
-            Box::new(screen::Verdicts)
+            Box::new(screen::Verdicts {
+                host: plan.host.name,
+            })
         } else {
             Box::new(screen::Passage)
         }
@@ -273,6 +321,20 @@ mod tests {
     use clap::CommandFactory;
 
     use super::*;
+
+    #[test]
+    fn all_are_visited_and_told_in_their_order() {
+        let stop = AtomicBool::new(false);
+        for at_once in [1, 2, 9] {
+            let doubled = side_by_side(&[1, 2, 3, 4], at_once, &stop, |number| number * 2);
+            assert_eq!(doubled, [2, 4, 6, 8]);
+        }
+        let only_first = side_by_side(&[1, 2, 3], 1, &stop, |number| {
+            stop.store(true, Ordering::Relaxed);
+            *number
+        });
+        assert_eq!(only_first, [1]);
+    }
 
     fn parse(flags: &[&str]) -> Args {
         Args::try_parse_from(["hosts"].iter().chain(flags)).unwrap()

@@ -8,13 +8,16 @@ use super::task::{KILLED, Part, Task};
 
 /// Prints how tasks end, and the output of those that do not end well.
 #[derive(Debug)]
-pub(crate) struct Verdicts;
+pub(crate) struct Verdicts {
+    /// The host they run on: others may be at work beside it.
+    pub(crate) host: &'static str,
+}
 
 impl Listener for Verdicts {
     fn line(&mut self, _line: &str) {}
 
     fn done(&mut self, task: &Task, done: &Done) {
-        print(&verdict(task, done));
+        print(&verdict(self.host, task, done));
     }
 }
 
@@ -41,11 +44,11 @@ pub(crate) fn print(text: &str) {
 }
 
 /// A line on a task that has ended; more if it has not ended well.
-fn verdict(task: &Task, done: &Done) -> String {
+fn verdict(host: &str, task: &Task, done: &Done) -> String {
     let took = done.took.as_secs_f64();
     let title = task.title();
     if done.code == task.expected {
-        let mut text = format!("  ok     {took:>6.1} s  {title}");
+        let mut text = format!("  ok     {took:>6.1} s  {host}: {title}");
         // What a test has left out is not to look like a test that passed.
         for line in &done.output {
             if task.part == Some(Part::Tests) && line.contains(": skipped: ") {
@@ -55,7 +58,7 @@ fn verdict(task: &Task, done: &Done) -> String {
         return text;
     }
     let mut text = format!(
-        "  WRONG  {took:>6.1} s  {title}: exit code {}",
+        "  WRONG  {took:>6.1} s  {host}: {title}: exit code {}",
         ended(task, done)
     );
     for line in &done.output {
@@ -108,14 +111,14 @@ mod tests {
     #[test]
     fn what_went_well_is_a_line() {
         let task = Task::given(&["vmm".to_owned(), "-v".to_owned()]);
-        let text = verdict(&task, &done(0, 12, &["ok: 20 snapshots taken"]));
-        assert_eq!(text, "  ok       12.0 s  vmm -v");
+        let text = verdict("amd", &task, &done(0, 12, &["ok: 20 snapshots taken"]));
+        assert_eq!(text, "  ok       12.0 s  amd: vmm -v");
     }
 
     #[test]
     fn what_did_not_is_shown_with_its_output() {
         let task = Task::given(&["vmm".to_owned()]);
-        let text = verdict(&task, &done(3, 2, &["a", "b"]));
+        let text = verdict("amd", &task, &done(3, 2, &["a", "b"]));
         assert!(text.contains("WRONG"), "{text}");
         assert!(text.contains("exit code 3, not 0\n"), "{text}");
         assert!(text.ends_with("| a\n         | b"), "{text}");
@@ -125,12 +128,12 @@ mod tests {
     fn a_task_that_hung_is_told_from_one_that_was_killed_otherwise() {
         let task = Task::given(&["vmm".to_owned()]);
         let limit = task.limit.as_secs();
-        let text = verdict(&task, &done(KILLED, limit, &[]));
+        let text = verdict("amd", &task, &done(KILLED, limit, &[]));
         assert!(
             text.contains(&format!("(killed after {limit} s)")),
             "{text}"
         );
-        let text = verdict(&task, &done(KILLED, 1, &[]));
+        let text = verdict("amd", &task, &done(KILLED, 1, &[]));
         assert!(!text.contains("killed"), "{text}");
     }
 
@@ -138,7 +141,7 @@ mod tests {
     fn tests_that_were_skipped_are_named() {
         let tasks = task::tasks(Part::Tests, task::Extent::Full, &["cli".to_owned()]);
         let lines = ["four_gibibytes_run: skipped: too little", "test a ... ok"];
-        let text = verdict(&tasks[0], &done(0, 1, &lines));
+        let text = verdict("amd", &tasks[0], &done(0, 1, &lines));
         assert!(text.contains("skipped: too little"), "{text}");
         assert!(!text.contains("test a"), "{text}");
     }

@@ -21,7 +21,7 @@ pub(crate) struct Task {
 }
 
 /// What is looked at.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
 pub(crate) enum Part {
     /// The main job: one and two vCPUs, every pattern
     Main,
@@ -49,7 +49,21 @@ pub(crate) enum Extent {
 }
 
 /// The tests that a slow host is done with soon.
-const SOON: [&str; 2] = [LIBRARY, "leftovers"];
+const SOON: [&str; 6] = [
+    LIBRARY,
+    "drills",
+    "guests",
+    "leftovers",
+    "restore",
+    "snapshots",
+];
+
+/// Tests of which the emulator of a processor is at fault if they fail, and why.
+const EMULATOR: [(&str, &str); 1] = [(
+    // QEMU 7.2 gives `rcl m64` its carry before the store faults: done again, it is of another carry.
+    "guests",
+    "every_kind_of_write_works_under_snapshots",
+)];
 
 /// The exit code of what was killed for taking too long.
 pub(crate) const KILLED: i32 = 128 + 9;
@@ -155,6 +169,8 @@ fn test(name: &str) -> Task {
     if name == LIBRARY {
         command.extend(["kvm::", "host::"]);
     }
+    let at_fault = EMULATOR.iter().filter(|(program, _)| *program == name);
+    command.extend(at_fault.flat_map(|(_, test)| ["--skip", test]));
     Task::of(Part::Tests, &command).within(5 * LIMIT)
 }
 
