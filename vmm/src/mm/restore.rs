@@ -31,6 +31,9 @@ pub enum RestoreError {
         /// Pages of the address space.
         space: u64,
     },
+    /// The snapshot's frames are not of the address space's pool: their numbers mean other frames there.
+    #[error("the snapshot's frames are of another pool")]
+    Pool,
     /// A page could not be made exclusive: there was no memory for the copy, or no mapping.
     #[error(transparent)]
     Fault(#[from] FaultError),
@@ -42,7 +45,7 @@ impl<P: CowPolicy> AddressSpace<P> {
     /// The caller has parked the vCPUs and stopped the devices: nobody writes to the address space or through a pin.
     ///
     /// # Errors
-    /// If the sizes differ (nothing has changed then), or there is no memory, or the MMU refuses.
+    /// If the sizes or pools differ (nothing has changed then), or there is no memory, or the MMU refuses.
     pub fn restore(&self, snapshot: &Frozen) -> Result<(), RestoreError> {
         let (there, here) = (snapshot.pages, self.mapped.table.pages());
         if there != here {
@@ -50,6 +53,9 @@ impl<P: CowPolicy> AddressSpace<P> {
                 snapshot: there,
                 space: here,
             });
+        }
+        if !Arc::ptr_eq(&snapshot.pool, &self.pool) {
+            return Err(RestoreError::Pool);
         }
         let _alone = self.mapped.enter_alone().map_err(FaultError::from)?;
         for index in 0..self.mapped.table.regions() {

@@ -425,6 +425,17 @@ fn restore_refuses_another_size() {
 }
 
 #[test]
+fn restore_refuses_frames_of_another_pool() {
+    let (w, other) = (world(), world());
+    w.vm.cpu_write(P, 1).unwrap();
+    other.vm.cpu_write(P, 2).unwrap();
+    let frozen = other.vm.space.fork().unwrap();
+    let refused = w.vm.space.restore(&frozen);
+    assert!(matches!(refused, Err(RestoreError::Pool)), "{refused:?}");
+    assert_eq!(w.vm.cpu_read(P), 1);
+}
+
+#[test]
 fn everything_is_free_at_the_end() {
     let World { pool, vm, .. } = world();
     for gfn in [P, Q] {
