@@ -184,6 +184,22 @@ fn a_page_that_a_restore_forgets_breaks_life() {
     }
 }
 
+/// What a fault needs does not come by itself where it was not asked for.
+#[test]
+fn a_run_that_would_not_restore_does_so_for_a_fault_that_needs_it() {
+    if no_kvm() {
+        return;
+    }
+    let run = run(Config {
+        length: RunLength::Snapshots(3),
+        restore_every: u64::MAX,
+        inject: Some(Injection::StalePage),
+        ..config()
+    });
+    assert_eq!(run.report.snapshots.restored, 1);
+    assert!(run.report.violations.life > 0, "{:?}", run.report);
+}
+
 #[test]
 fn a_dirty_page_that_is_kept_back_breaks_tracking() {
     if no_kvm() {

@@ -2,7 +2,7 @@
 # Runs what goes wrong until it has gone wrong in every way: random operations at memory limits and under
 # refusals, and whole runs under both.
 #
-#   tools/stress.sh                 10^6 random runs of operations at memory limits, and 10^6 under refusals; an hour or so on two cores
+#   tools/stress.sh                 10^6 random runs of operations at memory limits, and 10^6 under refusals; a quarter of an hour
 #   tools/stress.sh CASES           as many of each
 #   tools/stress.sh --runs MINUTES  the main job, for that long: runs of a few seconds under random refusals and with little memory
 #
@@ -22,12 +22,13 @@ export CARGO_PROFILE_RELEASE_DEBUG_ASSERTIONS=true
 export CARGO_TARGET_DIR=${STRESS_TARGET_DIR:-target/stress}
 
 random_operations() {
-    local all=$1 each=$((($1 + 99) / 100)) done=0 seed
-    cargo test --release -p vmm --lib --no-run
+    local all=$1 each=$((($1 + 99) / 100)) done=0 seed tests
+    # Once for all parts, which are of one state of the sources then.
+    tests=$(cargo test --release -p vmm --lib --no-run 2>&1 | tee /dev/stderr | sed -n 's/.*Executable.*(\(.*\))$/\1/p')
     while ((done < all)); do
         seed=$((RANDOM << 30 | RANDOM << 15 | RANDOM))
         if ! PROPTEST_RNG_SEED=$seed PALIMPSEST_CASES=$each \
-            cargo test --release --quiet -p vmm --lib mm::model >"$CARGO_TARGET_DIR/part.log" 2>&1; then
+            "$tests" --quiet mm::model >"$CARGO_TARGET_DIR/part.log" 2>&1; then
             cat "$CARGO_TARGET_DIR/part.log"
             echo "failed: PROPTEST_RNG_SEED=$seed PALIMPSEST_CASES=$each"
             return 1

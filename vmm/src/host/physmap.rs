@@ -44,6 +44,8 @@ pub struct PhysMap {
     /// All of them once more, read-only, for [`PhysMap::show`].
     read_only: Mapping,
     huge: AtomicBool,
+    /// Whether the host has given a huge page.
+    has_given_huge: AtomicBool,
     dumps: Dumps,
     backed: Backed,
 }
@@ -82,6 +84,7 @@ impl PhysMap {
             writable,
             read_only,
             huge: AtomicBool::new(true),
+            has_given_huge: AtomicBool::new(false),
             dumps,
             backed: Backed::none(frames),
         }))
@@ -210,8 +213,10 @@ impl PhysMap {
             return self.allocate(start, len);
         }
         if let Err(error) = self.allocate_huge(whole.start, whole.end - whole.start) {
-            // Now and then one is not to be had. Never to be had they are on kernels before 6.1.
+            // Now and then one is not to be had, and EINVAL is said of that, too. Never to be had they are on older kernels: on 6.1
+            // it is said of the first, and on 6.12 of some.
             if error.raw_os_error() == Some(libc::EINVAL)
+                && !self.has_given_huge.load(Ordering::Relaxed)
                 && self.huge.swap(false, Ordering::Relaxed)
             {
                 tracing::warn!(
@@ -221,6 +226,7 @@ impl PhysMap {
             }
             return self.allocate(start, len);
         }
+        self.has_given_huge.store(true, Ordering::Relaxed);
         if start < whole.start {
             self.allocate(start, whole.start - start)?;
         }

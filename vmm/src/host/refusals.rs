@@ -147,7 +147,9 @@ pub(super) fn refusable<T>(
         call(done)?;
     }
     Err(match which {
-        Call::Map | Call::Protect | Call::Collapse => Errno::NOMEM,
+        Call::Map | Call::Protect => Errno::NOMEM,
+        // Said of a dozen reasons (`madvise_collapse_errno` in mm/khugepaged.c).
+        Call::Collapse => Errno::INVAL,
         Call::Allocate | Call::PunchHole => Errno::NOSPC,
     })
 }

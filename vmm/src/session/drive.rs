@@ -244,6 +244,9 @@ impl<'a, P: CowPolicy> Drive<'a, P> {
                     error: Some(error),
                 };
             }
+            if is_over.is_some() && self.occasion.lacks_a_restore() {
+                self.restore_is_due = true;
+            }
             let is_ripe = self.occasion.is_ripe(&ops);
             if let Err(end) = self.latch() {
                 return end;
@@ -515,7 +518,7 @@ impl<'a, P: CowPolicy> Drive<'a, P> {
         self.restore_is_due = false;
         let chosen = match self.config.inject {
             // The one that the guest has run on from.
-            Some(Injection::StalePage) => self.kept.len() - 1,
+            Some(Injection::StalePage) => self.kept.len().saturating_sub(1),
             _ => self.random.below(self.kept.len()),
         };
         let Some(snapshot) = self.kept.get(chosen).map(Arc::clone) else {

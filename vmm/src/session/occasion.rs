@@ -147,7 +147,19 @@ impl Occasion {
 
     /// Whether there were steps enough for the fault to show.
     pub(super) fn has_steps(&self) -> bool {
-        let (snapshots, restores) = match self.fault {
+        let (snapshots, restores) = self.needs();
+        self.snapshots >= snapshots && self.restores >= restores
+    }
+
+    /// Whether it is a restore that it waits for. At the end of a run none comes by itself, however seldom they are.
+    pub(super) fn lacks_a_restore(&self) -> bool {
+        let (snapshots, restores) = self.needs();
+        self.snapshots >= snapshots && self.restores < restores
+    }
+
+    /// Snapshots and restores that there must be for the fault to show.
+    fn needs(&self) -> (u64, u64) {
+        match self.fault {
             None => (0, 0),
             // Two snapshots are compared.
             Some(Injection::SkipWriteProtect | Injection::ReuseShared | Injection::ForgetDirty) => {
@@ -155,8 +167,7 @@ impl Occasion {
             }
             Some(Injection::StalePage) => (1, 1),
             Some(_) => (1, 0),
-        };
-        self.snapshots >= snapshots && self.restores >= restores
+        }
     }
 
     /// Whether the run may end. Devices have done `requests` requests, each of which has `slots` slots for them.
@@ -235,8 +246,10 @@ mod tests {
             }
             for _ in 0..restores {
                 assert!(!over(&occasion), "{fault}");
+                assert!(occasion.lacks_a_restore());
                 occasion.restore(vec![0, 0]);
             }
+            assert!(!occasion.lacks_a_restore());
             assert!(over(&occasion), "{fault}");
         }
     }

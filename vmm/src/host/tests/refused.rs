@@ -372,6 +372,37 @@ proptest! {
     }
 }
 
+/// A huge page that is refused where there are some is one that was not to be had just then; where there is none yet, there are none.
+#[test]
+fn one_huge_page_that_is_refused_is_not_the_last() {
+    if PhysMap::try_huge().is_err() {
+        // A host of base pages: the other half of this is all there is to see.
+        let physmap = physmap(2 * REGION_PAGES);
+        physmap.commit(Pfn(0), REGION_PAGES).unwrap();
+        assert!(!physmap.is_huge());
+        return;
+    }
+    // The first call gives the page that a huge one is made of.
+    let refuse = Plan {
+        after: 1,
+        count: 1,
+        done: Done::Nothing,
+        calls: 0,
+    };
+    for given_before in [true, false] {
+        let physmap = physmap(2 * REGION_PAGES);
+        if given_before {
+            physmap.commit(Pfn(0), REGION_PAGES).unwrap();
+        }
+        let second = Pfn(REGION_PAGES);
+        let (committed, calls) = by_plan(refuse, || physmap.commit(second, REGION_PAGES));
+        committed.unwrap();
+        assert_eq!(calls, 3, "a page, a huge one, and base pages in its place");
+        physmap.zero(Pfn(2 * REGION_PAGES - 1));
+        assert_eq!(physmap.is_huge(), given_before);
+    }
+}
+
 /// Set for the process whose mappings are used up.
 const CHILD: &str = "PALIMPSEST_TEST_NO_MAPPINGS";
 
