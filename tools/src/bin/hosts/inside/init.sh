@@ -10,6 +10,9 @@ mount -t sysfs sys /sys
 mount -t devtmpfs dev /dev
 for folder in /dev/shm /tmp /run; do mkdir -p $folder; mount -t tmpfs none $folder; done
 ln -s /proc/self/fd /dev/fd
+ln -s fd/0 /dev/stdin
+ln -s fd/1 /dev/stdout
+ln -s fd/2 /dev/stderr
 exec </dev/null >/dev/console 2>&1
 stty -F /dev/ttyS1 115200 raw -echo
 exec 3>/dev/ttyS1
@@ -37,11 +40,10 @@ run() {
     frame begin "$number" "$(uptime)"
     flush
     {
-        "$@" &
-        task=$!
-        { sleep "$limit" >/dev/null 2>&1; places $task; kill -KILL $task; } &
+        { sleep "$limit" >/dev/null 2>&1; places $(cat /run/task); kill -KILL $(cat /run/task); } &
         clock=$!
-        wait $task
+        # Not in the background itself: a shell has that ignore SIGINT.
+        sh -c 'echo $$ >/run/task; exec "$@"' sh "$@"
         echo $? >/run/code
         kill $clock
     } 2>&1 | awk '{ print "." $0; fflush() }' >&3
