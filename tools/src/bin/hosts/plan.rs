@@ -25,12 +25,18 @@ pub(crate) fn by_hand(host: &'static Host, parts: &[Part]) -> Vec<Plan> {
     let parts = if parts.is_empty() { possible } else { parts };
     let is_test = |part: &&Part| **part == Part::Tests;
     let (tests, rest): (Vec<_>, Vec<_>) = parts.iter().partition(is_test);
-    let plan = |parts| Plan {
+    // All of them on one host: most are about the program, and the program is the same.
+    let extent_of_tests = if host.name == "amd" {
+        extent
+    } else {
+        Extent::Short
+    };
+    let plans = [(rest, extent), (tests, extent_of_tests)];
+    let plans = plans.map(|(parts, extent)| Plan {
         host,
         parts,
         extent,
-    };
-    let plans = [rest, tests].map(plan);
+    });
     plans
         .into_iter()
         .filter(|plan| !plan.parts.is_empty())
@@ -98,5 +104,8 @@ mod tests {
         let parts = Vec::from_iter(plans.iter().map(|plan| &plan.parts[..]));
         let rest = &Part::ALL[..3];
         assert_eq!(parts, [rest, &[Part::Tests]]);
+        let of_tests = |host| by_hand(host, &[Part::Tests])[0].extent;
+        assert_eq!(of_tests(&host::ALL[0]), Extent::Full);
+        assert_eq!(of_tests(&host::ALL[1]), Extent::Short);
     }
 }
