@@ -6,7 +6,7 @@ mod support;
 use std::time::Duration;
 
 use guest::Misbehaviour;
-use guest::abi::PORT_DOORBELL_EXIT;
+use guest::abi::{PORT_DOORBELL_EXIT, PORT_EXIT, PORT_FAILURE};
 use palimpsest::cli::chain;
 use palimpsest::session::RunError;
 use palimpsest::session::config::{Config, PageSize, RunLength};
@@ -263,6 +263,31 @@ fn what_a_guest_says_is_wrong_is_a_violation() {
     assert_eq!(violation.expected, "0x1111111111111111");
     assert_eq!(violation.found, "0x2222222222222222");
     assert!(violation.gpa.is_some());
+}
+
+/// A check that did not hold is one whatever there is to read of it.
+#[test]
+fn a_failure_that_cannot_be_read_is_a_failure() {
+    if no_kvm() {
+        return;
+    }
+    // mov edx, PORT_FAILURE; mov eax, beyond memory; out dx, eax; mov edx, PORT_EXIT; xor eax, eax; out dx, eax
+    let mut code = vec![0xba];
+    code.extend(u32::from(PORT_FAILURE).to_le_bytes());
+    code.extend(b"\xb8\xf0\xff\xff\xff\xef\xba");
+    code.extend(u32::from(PORT_EXIT).to_le_bytes());
+    code.extend(b"\x31\xc0\xef");
+    let asked = Config {
+        vcpus: 1,
+        length: LONG,
+        ..config()
+    };
+    let run = run_guest(asked, program(&code)).unwrap();
+    run.assert_all_told();
+    assert_eq!(run.report.verdict, Verdict::Violated, "{:?}", run.report);
+    assert_eq!(run.report.violations.life, 1);
+    let told = &run.seen.violations[0].detail;
+    assert!(told.contains("cannot be read, at gpa 0xfffffff0"), "{told}");
 }
 
 /// Instructions of every kind fault on write-protected pages, again and again. The guest checks their effect itself. It

@@ -49,9 +49,11 @@ pub(super) fn run(args: &CompareArgs, screen: &Screen) -> Result<Verdict, Failur
 fn compare(args: &CompareArgs, screen: &Screen) -> Result<Verdict, Failure> {
     let race = args.race();
     let racing = if args.no_race { &[][..] } else { &Policy::ALL };
-    // Any policy's configuration is as good as another's.
-    let limits = Limits::detect().map_err(Failure::Limits)?;
-    race.config(Policy::Exclusive).validate(&limits)?;
+    if !args.no_race {
+        // Any policy's configuration is as good as another's.
+        let limits = Limits::detect().map_err(Failure::Limits)?;
+        race.config(Policy::Exclusive).validate(&limits)?;
+    }
     let stop = interrupt::stop_flag().map_err(Failure::Signals)?;
     let steps = racing.len() + 1;
     let mut races = Vec::new();
@@ -140,8 +142,12 @@ impl Comparison {
         let races = self.races.iter().filter(|raced| !raced.is_as_expected());
         let race = races.filter_map(|raced| {
             let report = &raced.report;
-            let why = report.error.as_ref().or(report.unchecked.first())?;
-            let first = why.lines().next().unwrap_or_default();
+            let first = if raced.was_too_short() {
+                "too few snapshots to tell: run for longer (--duration)"
+            } else {
+                let why = report.error.as_ref().or(report.unchecked.first())?;
+                why.lines().next().unwrap_or_default()
+            };
             Some(format!("the race under {}: {first}", raced.policy))
         });
         let scenarios = self.scenarios.failures();

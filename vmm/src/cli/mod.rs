@@ -111,6 +111,8 @@ enum Failure {
 impl Failure {
     fn exit_code(&self) -> u8 {
         match self {
+            // The same command line is right on a larger machine.
+            Self::Config(ConfigError::Need(_)) => EXIT_ERROR,
             Self::Config(_) | Self::NoScenario { .. } => EXIT_USAGE,
             _ => EXIT_ERROR,
         }

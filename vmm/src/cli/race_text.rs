@@ -98,6 +98,7 @@ fn verdict(raced: &Raced) -> String {
             "! did not finish".to_owned()
         }
         (false, true) => "! VIOLATED".to_owned(),
+        (false, false) if raced.was_too_short() => "! too short to tell".to_owned(),
         (false, false) => format!("! not caught ({})", expected.join(", ")),
     }
 }

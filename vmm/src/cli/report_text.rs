@@ -48,12 +48,7 @@ fn verdict(report: &Report) -> String {
                     count(checked)
                 ),
             };
-            match report.config.inject {
-                None => format!("ok: {checked}, no violation"),
-                Some(fault) => {
-                    format!("ok: {checked}, no violation: the injected {fault} was NOT caught")
-                }
-            }
+            format!("ok: {checked}, no violation")
         }
         Verdict::NothingChecked => format!("nothing checked: {}", report.unchecked.join("; ")),
         Verdict::Violated => format!(
@@ -409,9 +404,11 @@ seed        7 (repeat with --seed 7)
     fn an_injected_fault_that_was_missed_is_told() {
         let mut report = example();
         report.config.inject = Some(Injection::StalePage);
+        report.unchecked = vec!["the injected stale-page was NOT caught by life".to_owned()];
+        report.verdict = Verdict::NothingChecked;
         let text = render(&report);
         let first = text.lines().next().unwrap();
-        assert!(first.ends_with("the injected stale-page was NOT caught"));
+        assert!(first.ends_with("the injected stale-page was NOT caught by life"));
         assert!(text.contains("\ninjected    stale-page: NOT caught by life\n"));
     }
 

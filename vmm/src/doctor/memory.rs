@@ -3,7 +3,7 @@
 use std::io;
 
 use super::Finding;
-use crate::host::{Limits, PhysMap};
+use crate::host::{Limits, PhysMap, Room};
 use crate::session::config::{Config, Size};
 use crate::session::need::{Need, Plan, largest_guest};
 
@@ -39,9 +39,10 @@ fn room(config: &Config, limits: &Limits) -> Finding {
         Need::of(config).total(),
         plan.frames * guest::abi::PAGE_SIZE,
     );
-    let rooms = limits.memory();
-    let left = format!("{} left by {}", rounded(rooms.left), rooms.by);
+    let left_by = |room: &Room| format!("{} left by {}", rounded(room.left), room.by);
+    let left = left_by(limits.memory());
     if plan.is_short(config) {
+        let left = left_by(limits.tightest());
         return Finding::worse(
             "memory",
             format!(
@@ -106,7 +107,7 @@ fn huge(tried: io::Result<()>) -> Finding {
 mod tests {
     use super::super::Grade;
     use super::*;
-    use crate::host::{Limiter, Room};
+    use crate::host::Limiter;
     use crate::session::config::tests::example;
 
     #[test]
@@ -136,6 +137,16 @@ mod tests {
         });
         let found = room(&example(), &limits).found;
         assert!(found.contains("/g/memory.max"), "{found}");
+        let limits = Limits::of_host(64 << 30).and(Room {
+            by: Limiter::AddressSpace,
+            left: 3 << 30,
+        });
+        let finding = room(&example(), &limits);
+        assert_eq!(finding.grade, Grade::Worse);
+        assert!(
+            finding.found.starts_with("3072 MiB left by RLIMIT_AS"),
+            "{finding:?}"
+        );
     }
 
     #[test]

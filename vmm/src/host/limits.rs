@@ -114,6 +114,13 @@ impl Limits {
         least.expect("the host is always asked")
     }
 
+    /// Who leaves the least, be it of memory or of what else it takes.
+    pub fn tightest(&self) -> &Room {
+        let rooms = self.memory.iter().chain(&self.resources);
+        let least = rooms.min_by_key(|room| room.left);
+        least.expect("the host is always asked")
+    }
+
     /// What resource limit `by` leaves, if it is set.
     pub fn resource(&self, by: &Limiter) -> Option<&Room> {
         self.resources.iter().find(|room| room.by == *by)

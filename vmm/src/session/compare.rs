@@ -106,6 +106,9 @@ impl Race {
     }
 }
 
+/// Snapshots in which a wrong policy must have shown. Where the guest is not slow, two or three seconds bring a hundred.
+const ENOUGH_SNAPSHOTS: u64 = 20;
+
 impl Raced {
     /// Whether the policy was caught at what it must be caught at, or at nothing if it is right.
     pub fn is_as_expected(&self) -> bool {
@@ -117,10 +120,17 @@ impl Raced {
         }
     }
 
+    /// Whether there were too few snapshots for the policy to be caught, as it was not.
+    pub fn was_too_short(&self) -> bool {
+        self.report.verdict == Verdict::Ok
+            && !self.is_as_expected()
+            && self.report.snapshots.checked < ENOUGH_SNAPSHOTS
+    }
+
     /// Whether it went otherwise although the host let it run to its end.
     pub fn misbehaved(&self) -> bool {
         let finished = match self.report.verdict {
-            Verdict::Ok | Verdict::Violated => true,
+            Verdict::Ok | Verdict::Violated => !self.was_too_short(),
             Verdict::Error | Verdict::NothingChecked => false,
         };
         finished && !self.is_as_expected()
@@ -178,6 +188,13 @@ mod tests {
         assert!(!misbehaved(Policy::Exclusive, Verdict::Ok, &[]));
         assert!(!misbehaved(Policy::Exclusive, Verdict::Error, &[]));
         assert!(!misbehaved(Policy::Mapcount, Verdict::NothingChecked, &[]));
+        let mut short = raced(Policy::Mapcount, Verdict::Ok, &[]);
+        short.report.snapshots.checked = ENOUGH_SNAPSHOTS - 1;
+        assert!(short.was_too_short() && !short.misbehaved());
+        // A violation is one in whatever snapshot.
+        let mut wrong = raced(Policy::Exclusive, Verdict::Violated, &[Oracle::Life]);
+        wrong.report.snapshots.checked = 1;
+        assert!(wrong.misbehaved());
         assert!(misbehaved(Policy::Mapcount, Verdict::Ok, &[]));
         assert!(misbehaved(
             Policy::Exclusive,

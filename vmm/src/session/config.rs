@@ -202,13 +202,10 @@ impl Injection {
         matches!(self, Self::SharePinned | Self::RunDevices | Self::LeakPin)
     }
 
-    /// Whether a guest shows the fault only if its memory, registers and requests are known beforehand. The others show in any guest that
-    /// writes its memory.
+    /// Whether a guest shows the fault only if its memory, registers and requests are known beforehand, or how many operations it has
+    /// done. A pin that is left shows whatever the guest does.
     const fn needs_payload(self) -> bool {
-        !matches!(
-            self,
-            Self::SkipWriteProtect | Self::ReuseShared | Self::LeakPin | Self::ForgetDirty
-        )
+        !matches!(self, Self::LeakPin)
     }
 
     /// Whether the fault is about dirty tracking.

@@ -244,8 +244,11 @@ impl<'a, P: CowPolicy> Drive<'a, P> {
                     error: Some(error),
                 };
             }
-            if is_over.is_some() && self.occasion.lacks_a_restore() {
-                self.restore_is_due = true;
+            if is_over.is_some() {
+                if let Some(note) = self.occasion.go_on() {
+                    self.observer.note(&note);
+                }
+                self.restore_is_due |= self.occasion.lacks_a_restore();
             }
             let is_ripe = self.occasion.is_ripe(&ops);
             if let Err(end) = self.latch() {
@@ -279,8 +282,9 @@ impl<'a, P: CowPolicy> Drive<'a, P> {
                 }
                 continue;
             }
-            let due = now >= self.next_snapshot;
+            // What is still missing for the fault does not wait for its time.
             let is_wanted = is_over.is_none() || !self.occasion.has_steps();
+            let due = now >= self.next_snapshot || (is_over.is_some() && is_wanted);
             if due
                 && is_ripe
                 && is_wanted
@@ -317,6 +321,10 @@ impl<'a, P: CowPolicy> Drive<'a, P> {
             Event::Failure(failure) => {
                 let violation = self.failure(&failure);
                 self.violation(&violation);
+            }
+            Event::UnreadableFailure(why) => {
+                let what = format!("the guest reports a failure that cannot be read, {why}");
+                self.violation(&Violation::new(Oracle::Life, what));
             }
             Event::Ended(vcpu, outcome) => return Some(End::of_vcpu(vcpu, &outcome)),
         }
@@ -819,7 +827,7 @@ impl<'a, P: CowPolicy> Drive<'a, P> {
             taken,
             restored,
             dropped,
-            unchecked,
+            mut unchecked,
             unheard,
             in_flight,
             pauses,
@@ -842,6 +850,16 @@ impl<'a, P: CowPolicy> Drive<'a, P> {
             Err(_) => {}
         }
 
+        if let Some(fault) = config.inject
+            && violations.total() == 0
+        {
+            let oracle = fault.caught_by();
+            unchecked.push(if end.by == EndedBy::CtrlC {
+                format!("the run was ended before {oracle} could catch the injected {fault}")
+            } else {
+                format!("the injected {fault} was NOT caught by {oracle}")
+            });
+        }
         Report {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             platform: platform.into(),

@@ -97,6 +97,8 @@ pub(super) struct Occasion {
     first: Option<Vec<u64>>,
     snapshots: u64,
     restores: u64,
+    /// The run goes on for the fault's sake, beyond its time.
+    goes_on: bool,
 }
 
 /// When it was, and what each vCPU had done by then.
@@ -119,6 +121,7 @@ impl Occasion {
             first: None,
             snapshots: 0,
             restores: 0,
+            goes_on: false,
         }
     }
 
@@ -183,6 +186,15 @@ impl Occasion {
                 || self.first.as_ref().is_some_and(have_gone_round))
     }
 
+    /// The run goes on although it has been as long as it should. What to say of that, the first time.
+    pub(super) fn go_on(&mut self) -> Option<String> {
+        let fault = self.fault?;
+        let said = std::mem::replace(&mut self.goes_on, true);
+        (!said).then(|| {
+            format!("the run is over, and goes on until the injected {fault} has had its occasion")
+        })
+    }
+
     /// Why the run cannot go on like this, if guest or devices have not done for long what the fault needs.
     pub(super) fn overdue(&self) -> Option<String> {
         let fault = self.fault?;
@@ -214,6 +226,14 @@ mod tests {
         assert!(occasion.is_ripe(&[0, 0]));
         assert!(occasion.is_over(&[0, 0], &[0], &layout()));
         assert_eq!(occasion.overdue(), None);
+    }
+
+    #[test]
+    fn that_a_run_goes_on_is_said_once() {
+        assert_eq!(Occasion::new(None, 2).go_on(), None);
+        let mut occasion = Occasion::new(Some(Injection::StalePage), 2);
+        assert!(occasion.go_on().unwrap().contains("stale-page"));
+        assert_eq!(occasion.go_on(), None);
     }
 
     #[test]

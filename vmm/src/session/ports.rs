@@ -27,6 +27,8 @@ pub(super) enum Event {
     Console(String),
     /// A check of the guest did not hold.
     Failure(Failure),
+    /// The same, of which it cannot be read what it was about, for that reason.
+    UnreadableFailure(String),
     /// A vCPU has ended.
     Ended(usize, Outcome),
 }
@@ -67,7 +69,7 @@ impl Events {
     pub(super) fn send(&self, event: Event) {
         let most = match event {
             Event::Console(_) => MOST_WAITING,
-            Event::Failure(_) => MOST_FAILURES,
+            Event::Failure(_) | Event::UnreadableFailure(_) => MOST_FAILURES,
             Event::Ended(..) => usize::MAX,
         };
         if self.waiting.load(Ordering::Relaxed) >= most {
@@ -112,7 +114,10 @@ impl<P: CowPolicy> PortHandler for Ports<P> {
             }
             PORT_FAILURE => match self.failure(gpa) {
                 Ok(failure) => self.events.send(Event::Failure(failure)),
-                Err(error) => self.complain(&format!("failure report at {gpa:#x}: {error}")),
+                Err(error) => {
+                    let why = format!("at gpa {gpa:#x}: {error}");
+                    self.events.send(Event::UnreadableFailure(why));
+                }
             },
             _ => return self.doorbell(port),
         }
