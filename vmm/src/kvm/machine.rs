@@ -46,6 +46,7 @@ use super::platform::Kvm;
 use super::port::PortHandler;
 use super::registers;
 use super::state::{Capturer, Clock, StateError, VcpuState, XSAVE_BYTES, XsaveFits};
+use super::table_pins::TablePins;
 use super::tables::{Mmu, PageTables};
 use super::vcpu::{Counters, SyncRegs, Vcpu};
 use super::watch::Watch;
@@ -332,7 +333,7 @@ impl Machine {
                 ladder: Ladder::new(),
                 paravirt: Targets::default(),
                 mmu: machine.mmu,
-                table_pins: Vec::new(),
+                table_pins: TablePins::default(),
                 lost_races: None,
                 kicked: false,
                 kicked_at: None,
@@ -456,6 +457,14 @@ impl Machine {
     /// MSRs that this host cannot save or set back, and that states therefore lack.
     pub fn left_out(&self) -> &[u32] {
         &self.left_out
+    }
+
+    /// Whether memory may become read-only while vCPUs run.
+    ///
+    /// Not on SVM without nested paging: nothing is left there of a vCPU whose page tables KVM finds read-only. They are pinned
+    /// when vCPUs have stood still; what a guest has made a page table since is not.
+    pub fn may_lose_write_access(&self) -> bool {
+        self.mmu != Mmu::ShadowOnSvm
     }
 
     /// Number of vCPUs.

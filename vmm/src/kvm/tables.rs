@@ -4,11 +4,7 @@
 //! guest writes them. What the host writes it does not notice: after a restore by the host's hand the copy would be of tables that
 //! are no more. So the tables are looked at before and after, and where they differ KVM is made to forget its copy. With nested
 //! paging there is none; the vCPUs' own TLBs are flushed with their registers.
-//!
-//! Not covered: on SVM without nested paging, tables that the guest has begun to use since its last pause are not pinned yet
-//! ([`pin`]), and are read-only for a moment if the next snapshot is being prepared.
 
-use std::any::Any;
 use std::collections::HashSet;
 use std::hash::{DefaultHasher, Hasher};
 
@@ -20,7 +16,7 @@ use super::paging::Walker;
 use super::platform::{Paging, Platform};
 
 /// The most table pages that are looked at. A guest with more is taken for changed.
-const MOST: usize = 4096;
+pub(super) const MOST: usize = 4096;
 
 /// What a guest's page tables were. By default unknown.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -83,21 +79,6 @@ impl Mmu {
             Paging::Shadow | Paging::Unknown => Self::Shadow,
         }
     }
-}
-
-/// Pins the page tables of a vCPU.
-///
-/// A shadow MMU sets accessed and dirty bits in the guest's tables in the CPU's place, as a device would write there. If the page is
-/// read-only it gives the guest a page fault instead, which nobody there handles.
-pub(super) fn pin(
-    sregs: &kvm_sregs,
-    ram: &dyn GuestRam,
-) -> Result<Vec<Box<dyn Any + Send>>, MemoryError> {
-    let mut gpas = Vec::new();
-    Walker::new(ram, sregs).tables(MOST, &mut HashSet::new(), |gpa, _| gpas.push(gpa))?;
-    gpas.into_iter()
-        .map(|gpa| ram.pin(gpa, PAGE_SIZE))
-        .collect()
 }
 
 /// Bytes of a table.

@@ -2,7 +2,6 @@
 
 #![expect(unsafe_code, reason = "the union of exit data in kvm_run")]
 
-use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -22,7 +21,8 @@ use super::outcome::{CrashReason, Outcome, Report, RunError};
 use super::paravirt::Targets;
 use super::port::{PortAction, PortHandler};
 use super::state::{Capturer, Clock, StateError, VcpuState, XsaveFits};
-use super::tables::{self, Mmu};
+use super::table_pins::TablePins;
+use super::tables::Mmu;
 use super::{msr, registers};
 
 /// Bytes of code in a crash report.
@@ -77,7 +77,7 @@ pub(super) struct Vcpu {
     pub(super) paravirt: Targets,
     pub(super) mmu: Mmu,
     /// Page tables that must stay writable, since nothing would be left of a vCPU that met one that is not.
-    pub(super) table_pins: Vec<Box<dyn Any + Send>>,
+    pub(super) table_pins: TablePins,
     /// Registers at the last failure that may have been about a page that somebody else made writable
     /// meanwhile, and how often in a row it was the same.
     pub(super) lost_races: Option<(kvm_regs, u32)>,
@@ -392,9 +392,8 @@ impl Vcpu {
         }
         let (_, sregs) = self.exit_registers()?;
         let gfn = sregs.cr3 / PAGE_SIZE;
-        let pins = tables::pin(&sregs, &*self.ram);
-        self.table_pins = pins.map_err(|source| RunError::Memory { gfn, source })?;
-        Ok(())
+        let held = self.table_pins.hold(&sregs, &*self.ram);
+        held.map_err(|source| RunError::Memory { gfn, source })
     }
 
     /// After an instruction that KVM could not emulate: whether it may now, since what it writes was

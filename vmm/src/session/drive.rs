@@ -270,11 +270,8 @@ impl<'a, P: CowPolicy> Drive<'a, P> {
                     error: Some("the checker has panicked".to_owned()),
                 };
             }
-            if let Some(tracker) = &mut self.tracker
-                && now >= tracker.next()
-                && let Err(error) = tracker.round(self.vm.ram.space())
-            {
-                return End::error(&error);
+            if let Err(end) = self.track(now) {
+                return end;
             }
             if self.restore_is_due && is_ripe {
                 if let Err(end) = self.restore() {
@@ -312,6 +309,27 @@ impl<'a, P: CowPolicy> Drive<'a, P> {
             {
                 return end;
             }
+        }
+    }
+
+    /// A round of dirty tracking, if one is due. Beside the running guest, if that can be.
+    fn track(&mut self, now: Instant) -> Result<(), End> {
+        let Some(tracker) = &mut self.tracker else {
+            return Ok(());
+        };
+        if now < tracker.next() {
+            return Ok(());
+        }
+        let machine = &self.vm.machine;
+        let still = if machine.may_lose_write_access() {
+            Ok(None)
+        } else {
+            machine.pause(Capture::Nothing).map(Some)
+        };
+        let done = still.map(|_still| tracker.round(self.vm.ram.space()));
+        match done {
+            Ok(done) => done.map_err(|error| End::error(&error)),
+            Err(error) => Err(self.why_vcpus_ended(error)),
         }
     }
 

@@ -245,7 +245,7 @@ impl<P: CowPolicy> Parts<'_, P> {
             _ => None,
         };
         let _ahead = Resting::of(self.ahead);
-        if preparation == Preparation::Early {
+        if preparation == Preparation::Early && self.machine.may_lose_write_access() {
             self.space.prepare_fork();
         }
         let paused = self.machine.pause(capture)?;

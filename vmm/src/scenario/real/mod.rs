@@ -31,6 +31,7 @@ mod program;
 #[cfg(test)]
 mod tests;
 
+use std::any::Any;
 use std::io;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -45,8 +46,8 @@ use super::stage::{Actor, Stage, StageError, Wrap};
 use crate::host::{MappingBudget, PhysMap, Ram, Window};
 use crate::kvm::{self, GuestRam, Image, Kvm, Machine, MemoryError};
 use crate::mm::{
-    AddressSpace, CowPolicy, FrameMemory, FramePool, Frozen, Gfn, Mmu, MmuError, PAGE_SIZE, Pfn,
-    Protection, REGION_PAGES, Resolution,
+    Access, AddressSpace, CowPolicy, FrameMemory, FramePool, Frozen, Gfn, Mmu, MmuError, PAGE_SIZE,
+    Pfn, Protection, REGION_PAGES, Resolution,
 };
 
 pub use self::line::CpuError;
@@ -436,6 +437,15 @@ impl<P: CowPolicy> GuestRam for GuestMemory<P> {
                 let (gfn, pages) = (Gfn(gfn), self.plan.pages);
                 Err(format!("{gfn:?} is beside the address space, which has {pages} pages").into())
             }
+        }
+    }
+
+    fn pin(&self, gpa: u64, len: u64) -> Result<Box<dyn Any + Send>, MemoryError> {
+        match self.in_space(gpa) {
+            Some(at) => Ok(Box::new(self.ram.pin(at, len, Access::Write)?)),
+            // It is never shared, and never moves.
+            None if self.program.is_writable(Gfn::of_gpa(gpa)) => Ok(Box::new(())),
+            None => Err(format!("{len} bytes at {gpa:#x} are not the guest's to write").into()),
         }
     }
 
