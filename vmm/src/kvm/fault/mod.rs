@@ -16,7 +16,7 @@
 //! The vCPU enters again as soon as a page was made writable, or when a look found nothing: what stands at RIP may have been
 //! another instruction a moment ago, which another vCPU has patched, or another vCPU has resolved the page first. Only when the
 //! fault comes back with the same registers is the next rung tried; those that are not about the instruction itself only when it
-//! comes back [a few times](Ladder::TRIES), since a page may be protected again, and resolved by another vCPU, before the
+//! comes back three times, since a page may be protected again, and resolved by another vCPU, before the
 //! vCPU gets to its write. So a host that needs no rung but the first does not pay for
 //! the others. Making a page writable that was not to be written costs a copy and nothing else.
 //!
