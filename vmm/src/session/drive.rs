@@ -825,10 +825,14 @@ impl<'a, P: CowPolicy> Drive<'a, P> {
         }
         let checks = self.worker.progress();
         if checks.checked == 0 {
-            self.unchecked.push(
-                "no snapshot was taken: run for longer (--duration), or take them more often (--snapshot-every)"
-                    .to_owned(),
-            );
+            let why = match end.by {
+                EndedBy::GuestExit => "no snapshot was taken before the guest exited",
+                EndedBy::CtrlC => "no snapshot was taken before the run was ended",
+                _ => {
+                    "no snapshot was taken: run for longer (--duration), or take them more often (--snapshot-every)"
+                }
+            };
+            self.unchecked.push(why.to_owned());
         }
         // What vCPUs said last.
         while let Some(event) = self.inbox.wait(Duration::ZERO) {
