@@ -11,7 +11,6 @@ use std::fs;
 use std::time::Duration;
 
 use guest::Drill;
-use palimpsest::kvm::{Kvm, Paging};
 use palimpsest::session::config::{Config, PageSize};
 use palimpsest::session::report::{EndedBy, FaultCounts};
 use support::{Recorder, Run, config, no_kvm, run_guest_until, say};
@@ -274,13 +273,6 @@ fn code_in_page_tables_runs() {
 fn accessed_and_dirty_bits_of_fresh_pages_are_set() {
     if no_kvm() {
         return;
-    }
-    let kvm = Kvm::open().unwrap();
-    let platform = kvm.platform();
-    if platform.kvm == "svm" && platform.paging == Paging::Shadow {
-        return say(
-            "skipped: SVM without nested paging: a page that becomes a table after a snapshot for the first time ends the guest",
-        );
     }
     drill_on_tables(Drill::AccessedBits);
 }

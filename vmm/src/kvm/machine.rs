@@ -46,7 +46,7 @@ use super::platform::Kvm;
 use super::port::PortHandler;
 use super::registers;
 use super::state::{Capturer, Clock, StateError, VcpuState, XSAVE_BYTES, XsaveFits};
-use super::table_pins::TablePins;
+use super::table_bits;
 use super::tables::{Mmu, PageTables};
 use super::vcpu::{Counters, SyncRegs, Vcpu};
 use super::watch::Watch;
@@ -162,8 +162,8 @@ pub enum KvmError {
         #[source]
         source: io::Error,
     },
-    /// The guest's page tables could not be read.
-    #[error("cannot read the guest's page tables")]
+    /// The guest's page tables could not be read, or kept writable.
+    #[error("cannot get at the guest's page tables")]
     Tables {
         /// Why.
         #[source]
@@ -333,7 +333,6 @@ impl Machine {
                 ladder: Ladder::new(),
                 paravirt: Targets::default(),
                 mmu: machine.mmu,
-                table_pins: TablePins::default(),
                 lost_races: None,
                 kicked: false,
                 kicked_at: None,
@@ -461,8 +460,8 @@ impl Machine {
 
     /// Whether memory may become read-only while vCPUs run.
     ///
-    /// Not on SVM without nested paging: nothing is left there of a vCPU whose page tables KVM finds read-only. They are pinned
-    /// when vCPUs have stood still; what a guest has made a page table since is not.
+    /// Not on SVM without nested paging: nothing is left there of a vCPU in whose page tables KVM has a bit to set and finds them read-only.
+    /// It may while all stand still, if [`Paused::keep_tables_writable`] is called before they run on.
     pub fn may_lose_write_access(&self) -> bool {
         self.mmu != Mmu::ShadowOnSvm
     }
@@ -731,6 +730,19 @@ impl Paused<'_> {
         }
         self.machine
             .do_all(|vcpu| Job::Restore(Box::new(states[vcpu].clone()), clock))
+    }
+
+    /// Of pages that are read-only since the vCPUs stand still, or have changed and are read-only, makes those writable in which KVM may have a
+    /// bit to set, where it must not find them read-only ([`Machine::may_lose_write_access`]).
+    ///
+    /// # Errors
+    /// If one cannot be read or made writable. The guest must not run on.
+    pub fn keep_tables_writable(&self, gfns: impl Iterator<Item = u64>) -> Result<(), KvmError> {
+        if self.machine.may_lose_write_access() {
+            return Ok(());
+        }
+        let kept = table_bits::keep_writable(&*self.machine.ram, gfns);
+        kept.map_err(|source| KvmError::Tables { source })
     }
 
     /// Stops all vCPUs for good: none of them enters the guest again.

@@ -33,7 +33,7 @@ pub mod platform;
 pub mod port;
 pub mod registers;
 pub mod state;
-mod table_pins;
+mod table_bits;
 mod tables;
 #[cfg(test)]
 mod tests;

@@ -71,6 +71,12 @@ fn write_table(
     ram.write(gpa, &page)
 }
 
+/// Whether `entry` would have bits to set if it was one of a page table, of a guest with `memory` bytes.
+pub(super) fn has_bits_to_set(entry: u64, memory: u64) -> bool {
+    const BITS: u64 = ACCESSED | DIRTY;
+    entry & PRESENT != 0 && entry & BITS != BITS && entry & ADDRESS < memory
+}
+
 /// What an access does to the page-table entries on its way.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Touch {
@@ -248,8 +254,8 @@ pub(super) mod tests {
     use std::any::Any;
     use std::sync::{Arc, Mutex};
 
-    /// Guest memory that is only bytes, all of it writable, and a list of what is pinned.
-    pub(crate) struct Bytes(Mutex<Vec<u8>>, Arc<Mutex<Vec<(u64, u64)>>>);
+    /// Guest memory that is only bytes, all of it writable, a list of what is pinned, and one of what was asked to be made writable.
+    pub(crate) struct Bytes(Mutex<Vec<u8>>, Arc<Mutex<Vec<(u64, u64)>>>, Mutex<Vec<u64>>);
 
     /// A pin of [`Bytes`].
     struct BytesPin(u64, Arc<Mutex<Vec<(u64, u64)>>>);
@@ -264,7 +270,15 @@ pub(super) mod tests {
 
     impl Bytes {
         pub(crate) fn new(len: u64) -> Self {
-            Self(Mutex::new(vec![0; len as usize]), Arc::default())
+            Self(
+                Mutex::new(vec![0; len as usize]),
+                Arc::default(),
+                Mutex::default(),
+            )
+        }
+        /// What was asked to be made writable, by page, in order.
+        pub(crate) fn faults(&self) -> Vec<u64> {
+            self.2.lock().unwrap().clone()
         }
         /// What is pinned, by address.
         pub(crate) fn pinned(&self) -> Vec<(u64, u64)> {
@@ -281,7 +295,8 @@ pub(super) mod tests {
         fn len(&self) -> u64 {
             self.0.lock().unwrap().len() as u64
         }
-        fn write_fault(&self, _: u64) -> Result<bool, MemoryError> {
+        fn write_fault(&self, gfn: u64) -> Result<bool, MemoryError> {
+            self.2.lock().unwrap().push(gfn);
             Ok(true)
         }
         fn read(&self, gpa: u64, buf: &mut [u8]) -> Result<(), MemoryError> {
@@ -345,6 +360,29 @@ pub(super) mod tests {
         assert_eq!(walk(&ram, end - 1, Touch::Read).0, Some(end - 1));
         assert_eq!(walk(&ram, end, Touch::Read).0, None);
         assert_eq!(walk(&ram, 1 << 39, Touch::Read).0, None);
+    }
+
+    #[test]
+    fn which_entries_have_bits_to_set() {
+        let memory = 4 << 20;
+        let all = PRESENT | WRITABLE | USER | ACCESSED | DIRTY;
+        let no_execute = 1 << 63;
+        for (entry, has) in [
+            (0x1000 | all, false),
+            (0x1000 | all & !ACCESSED, true),
+            (0x1000 | all & !DIRTY, true),
+            // A supervisor may write there all the same.
+            (0x1000 | PRESENT | USER | ACCESSED, true),
+            (0x1000 | no_execute | PRESENT, true),
+            (0x20_0000 | PRESENT | LARGE, true),
+            (0x1000 | all & !PRESENT & !ACCESSED, false),
+            (0x3f_f000 | PRESENT, true),
+            (0x40_0000 | PRESENT, false),
+            (PRESENT, true),
+            (0, false),
+        ] {
+            assert_eq!(has_bits_to_set(entry, memory), has, "{entry:#x}");
+        }
     }
 
     #[test]

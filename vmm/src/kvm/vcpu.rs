@@ -21,7 +21,6 @@ use super::outcome::{CrashReason, Outcome, Report, RunError};
 use super::paravirt::Targets;
 use super::port::{PortAction, PortHandler};
 use super::state::{Capturer, Clock, StateError, VcpuState, XsaveFits};
-use super::table_pins::TablePins;
 use super::tables::Mmu;
 use super::{msr, registers};
 
@@ -76,8 +75,6 @@ pub(super) struct Vcpu {
     /// What KVM writes to memory for this vCPU.
     pub(super) paravirt: Targets,
     pub(super) mmu: Mmu,
-    /// Page tables that must stay writable, since nothing would be left of a vCPU that met one that is not.
-    pub(super) table_pins: TablePins,
     /// Registers at the last failure that may have been about a page that somebody else made writable
     /// meanwhile, and how often in a row it was the same.
     pub(super) lost_races: Option<(kvm_regs, u32)>,
@@ -158,9 +155,6 @@ impl Vcpu {
                 Order::Pause if half_done => kick.set(),
                 Order::Pause => {
                     self.park();
-                    if let Err(error) = self.hold_tables() {
-                        return Some(self.failed(error));
-                    }
                     continue;
                 }
                 Order::Stop => return None,
@@ -383,17 +377,6 @@ impl Vcpu {
         self.capturer.forget();
         // The exit is KVM_EXIT_X86_WRMSR, so `msr` is the field of the union that KVM reads.
         self.fd.get_kvm_run().__bindgen_anon_1.msr.error = u8::from(!done);
-    }
-
-    /// Pins the page tables, where it is too late once the vCPU meets one that it cannot write.
-    fn hold_tables(&mut self) -> Result<(), RunError> {
-        if self.mmu != Mmu::ShadowOnSvm {
-            return Ok(());
-        }
-        let (_, sregs) = self.exit_registers()?;
-        let gfn = sregs.cr3 / PAGE_SIZE;
-        let held = self.table_pins.hold(&sregs, &*self.ram);
-        held.map_err(|source| RunError::Memory { gfn, source })
     }
 
     /// After an instruction that KVM could not emulate: whether it may now, since what it writes was

@@ -36,16 +36,17 @@ pub struct PageSet {
 }
 
 impl PageSet {
-    fn new(pages: u64) -> Self {
+    /// None of the first `pages` pages.
+    pub(super) fn new(pages: u64) -> Self {
         Self {
             words: vec![0; pages.div_ceil(64) as usize],
             len: 0,
         }
     }
 
-    fn insert(&mut self, gfn: Gfn) {
+    pub(super) fn insert(&mut self, gfn: Gfn) {
+        self.len += u64::from(!self.contains(gfn));
         self.words[(gfn.0 / 64) as usize] |= 1 << (gfn.0 % 64);
-        self.len += 1;
     }
 
     /// How many pages are in it.

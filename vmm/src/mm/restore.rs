@@ -110,6 +110,7 @@ impl<P: CowPolicy> AddressSpace<P> {
                 Pfn::ZERO => self.pool.memory().zero(ours),
                 from => self.pool.memory().copy(from, ours),
             });
+            self.mapped.has_changed(region, gfn);
             self.mark_dirty_page(region, gfn);
         }
         Ok(())

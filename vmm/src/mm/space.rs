@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64 as Counter, Ordering};
 
 use super::addr::Gfn;
 use super::ahead::Written;
+use super::dirty::PageSet;
 use super::frozen::FrozenTable;
 use super::home::Home;
 use super::lineage::Lineage;
@@ -121,6 +122,18 @@ impl<P: CowPolicy> AddressSpace<P> {
     /// the faults. At 0 every break is of a whole region.
     pub fn set_whole_price(&self, small: u32) {
         self.whole_price.store(small, Ordering::Relaxed);
+    }
+
+    /// Has [`AddressSpace::take_protected`] know what becomes read-only from now on.
+    pub fn note_protected(&self) {
+        self.mapped.note_protected();
+    }
+
+    /// The pages that a fork, a restore or dirty tracking has made read-only since this was last called, and those that a restore has changed
+    /// and that are read-only: what was writable or different, and may not be written now. Some may be writable again. None if nobody has
+    /// asked for it to be noted.
+    pub fn take_protected(&self) -> Option<PageSet> {
+        self.mapped.take_protected()
     }
 
     /// Sets how many chunks (16 pages each, of regions that are mapped page by page and change before every fork) may have changed without

@@ -320,14 +320,8 @@ impl<'a, P: CowPolicy> Drive<'a, P> {
         if now < tracker.next() {
             return Ok(());
         }
-        let machine = &self.vm.machine;
-        let still = if machine.may_lose_write_access() {
-            Ok(None)
-        } else {
-            machine.pause(Capture::Nothing).map(Some)
-        };
-        let done = still.map(|_still| tracker.round(self.vm.ram.space()));
-        match done {
+        let parts = self.vm.parts();
+        match parts.while_protecting(|| tracker.round(parts.space)) {
             Ok(done) => done.map_err(|error| End::error(&error)),
             Err(error) => Err(self.why_vcpus_ended(error)),
         }

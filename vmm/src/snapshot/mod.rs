@@ -29,7 +29,7 @@ use std::time::{Duration, Instant};
 use crate::device::{self, DeviceSet, DeviceState};
 use crate::host::Ahead;
 use crate::kvm::{Capture, Clock, KvmError, Machine, Paused, VcpuState};
-use crate::mm::{AddressSpace, CowPolicy, FaultError, ForkError, Frozen};
+use crate::mm::{AddressSpace, CowPolicy, FaultError, ForkError, Frozen, PageSet};
 
 /// How long devices may take to reach a descriptor boundary for a snapshot. A request is a few microseconds' work; the
 /// rest is the host's scheduling.
@@ -235,6 +235,7 @@ impl<P: CowPolicy> Parts<'_, P> {
             _ => Capture::Registers,
         };
         let older = fault.older_registers(self.machine)?;
+        self.note_protected();
         // Nothing holds devices to the instant then: they are as they were some time before.
         let at_large = match fault {
             Fault::RunDevices(go_on) => {
@@ -260,18 +261,20 @@ impl<P: CowPolicy> Parts<'_, P> {
         if let (Fault::SkewVcpus(_, set_back), Some(older)) = (fault, &older) {
             set_back(older);
         }
-        let memory = match self.space.fork() {
+        let forked = self.space.fork().map_err(TakeError::from);
+        let forked = forked.inspect(|_| after_memory());
+        let kept = self.keep_tables_writable(&paused);
+        // A fork that fails leaves the guest as it was, unless its memory is not what it sees any more.
+        let may_run_on = kept.is_ok() && self.space.check().is_ok();
+        let memory = match forked.and_then(|memory| Ok(kept.map(|()| memory)?)) {
             Ok(memory) => memory,
             Err(error) => {
-                // A fork that fails leaves the guest as it was, unless its memory is not what it sees any
-                // more.
-                if self.space.check().is_err() {
+                if !may_run_on {
                     paused.stop();
                 }
-                return Err(error.into());
+                return Err(error);
             }
         };
-        after_memory();
         let (vcpus, running) = if let Fault::LateRegisters(run_on) = fault {
             drop(stopped);
             let running = paused.resume();
@@ -311,6 +314,7 @@ impl<P: CowPolicy> Parts<'_, P> {
         after_memory: impl FnOnce(),
     ) -> Result<Timing, RestoreError> {
         let _ahead = Resting::of(self.ahead);
+        self.note_protected();
         let paused = self.machine.pause(Capture::Nothing)?;
         let kicked = paused.kicked();
         let stopped = self.devices.stop(kicked + RESTORE_WAIT);
@@ -340,6 +344,40 @@ impl<P: CowPolicy> Parts<'_, P> {
         // To pin what devices had in flight may have broken it.
         let is_whole = self.space.check().map_err(FaultError::from);
         is_whole.map_err(crate::mm::RestoreError::from)?;
+        self.keep_tables_writable(paused)?;
         Ok(())
+    }
+
+    /// Has `protect` take write access from pages of the running VM: while its vCPUs stand still, where it must not be taken from
+    /// vCPUs that run.
+    ///
+    /// # Errors
+    /// If the vCPUs cannot be stopped. If they cannot run on, they are stopped for good.
+    pub fn while_protecting<R>(&self, protect: impl FnOnce() -> R) -> Result<R, KvmError> {
+        if self.machine.may_lose_write_access() {
+            return Ok(protect());
+        }
+        self.note_protected();
+        let paused = self.machine.pause(Capture::Nothing)?;
+        let done = protect();
+        if let Err(error) = self.keep_tables_writable(&paused) {
+            paused.stop();
+            return Err(error);
+        }
+        Ok(done)
+    }
+
+    /// Has what becomes read-only noted for [`Parts::keep_tables_writable`], where that needs it.
+    fn note_protected(&self) {
+        if !self.machine.may_lose_write_access() {
+            self.space.note_protected();
+        }
+    }
+
+    /// To be called before the vCPUs run on, when memory has become read-only.
+    fn keep_tables_writable(&self, paused: &Paused<'_>) -> Result<(), KvmError> {
+        let protected = self.space.take_protected();
+        let gfns = protected.iter().flat_map(PageSet::iter);
+        paused.keep_tables_writable(gfns.map(|gfn| gfn.0))
     }
 }

@@ -30,11 +30,13 @@
 
 pub(super) mod table;
 
+use std::mem;
 use std::ops::RangeInclusive;
 use std::slice;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use super::addr::{Gfn, Pfn, Protection};
+use super::dirty::PageSet;
 use super::fresh::{Fresh, FreshFolio};
 use super::mmu::{Mmu, MmuError};
 use super::sync::{RwLock, RwLockReadGuard, RwLockWriteGuard, read, write};
@@ -51,6 +53,8 @@ pub(super) struct Mapped {
     broken: OnceLock<Arc<MmuError>>,
     /// Frames without an entry that a broken MMU may show. Dropped after it.
     stranded: Mutex<Vec<Box<dyn Send>>>,
+    /// Pages that have become read-only, or have changed while they were, if somebody wants to know.
+    protected: OnceLock<Mutex<PageSet>>,
 }
 
 /// Frames that are mapped for the first time, or were mapped before.
@@ -126,7 +130,34 @@ impl Mapped {
             fork_lock: RwLock::new(()),
             broken: OnceLock::new(),
             stranded: Mutex::default(),
+            protected: OnceLock::new(),
         }
+    }
+
+    /// Has pages noted that become read-only from now on.
+    pub(super) fn note_protected(&self) {
+        let none = || Mutex::new(PageSet::new(self.table.pages()));
+        self.protected.get_or_init(none);
+    }
+
+    /// What was noted since this was last called, if anything is.
+    pub(super) fn take_protected(&self) -> Option<PageSet> {
+        let mut noted = self.noted()?;
+        Some(mem::replace(&mut *noted, PageSet::new(self.table.pages())))
+    }
+
+    /// Notes that the bytes of a page are others, without a write by a vCPU.
+    pub(super) fn has_changed(&self, region: &RegionGuard<'_>, gfn: Gfn) {
+        if let Some(mut noted) = self.noted()
+            && !region.get(gfn).is_writable()
+        {
+            noted.insert(gfn);
+        }
+    }
+
+    fn noted(&self) -> Option<MutexGuard<'_, PageSet>> {
+        let noted = self.protected.get()?;
+        Some(noted.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// For an operation on single regions: keeps forks and restores out.
@@ -216,7 +247,7 @@ impl Mapped {
             Err(error) if error.is_torn() => {
                 self.settle(slice::from_mut(region), &pages, to, error);
             }
-            Err(_) => publish(region, &pages, to, &mut |_, _| ()),
+            Err(_) => self.publish(region, &pages, to, &mut |_, _| ()),
         }
     }
 
@@ -232,7 +263,7 @@ impl Mapped {
         match self.mmu.protect(first, count, to) {
             Ok(()) => {
                 for region in regions {
-                    publish(region, &pages, to, &mut changed);
+                    self.publish(region, &pages, to, &mut changed);
                 }
                 Ok(())
             }
@@ -266,7 +297,7 @@ impl Mapped {
                     mark(region, piece);
                 }
             } else if protect(to).is_ok() {
-                publish(region, &piece.pages(), to, &mut |_, _| ());
+                self.publish(region, &piece.pages(), to, &mut |_, _| ());
             } else if let Some(halves) = piece.halves() {
                 unknown.extend(halves);
             } else {
@@ -274,6 +305,45 @@ impl Mapped {
             }
         }
         cause
+    }
+
+    /// Publishes the protection `to` for pages that have a frame, and says which it was news to.
+    fn publish(
+        &self,
+        region: &mut RegionGuard<'_>,
+        pages: &RangeInclusive<Gfn>,
+        to: Protection,
+        changed: &mut impl FnMut(Gfn, Entry),
+    ) {
+        let note = |first: Gfn, count| {
+            if to == Protection::ReadOnly
+                && let Some(mut noted) = self.noted()
+            {
+                (first.0..first.0 + count).for_each(|gfn| noted.insert(Gfn(gfn)));
+            }
+        };
+        if let Some(huge) = region.huge() {
+            // It is in the run with all of its pages.
+            if pages.contains(&region.first()) && huge.protection() != to {
+                changed(region.first(), huge);
+                region.set_huge(huge.protected(to));
+                note(region.first(), region.len());
+            }
+            return;
+        }
+        for chunk in region.chunks_within(pages) {
+            if !region.is_open(chunk) {
+                continue;
+            }
+            for gfn in region.pages_of_within(chunk, pages) {
+                let entry = region.get(gfn);
+                if entry.is_present() && entry.protection() != to {
+                    changed(gfn, entry);
+                    region.set(gfn, entry.protected(to));
+                    note(gfn, 1);
+                }
+            }
+        }
     }
 
     /// Maps `count` pages from `first` on as `to` says, whose frame is that of the first page: all of the
@@ -401,36 +471,7 @@ impl Mapped {
     }
 }
 
-/// Publishes the protection `to` for pages that have a frame, and says which it was news to.
-fn publish(
-    region: &mut RegionGuard<'_>,
-    pages: &RangeInclusive<Gfn>,
-    to: Protection,
-    changed: &mut impl FnMut(Gfn, Entry),
-) {
-    if let Some(huge) = region.huge() {
-        // It is in the run with all of its pages.
-        if pages.contains(&region.first()) && huge.protection() != to {
-            changed(region.first(), huge);
-            region.set_huge(huge.protected(to));
-        }
-        return;
-    }
-    for chunk in region.chunks_within(pages) {
-        if !region.is_open(chunk) {
-            continue;
-        }
-        for gfn in region.pages_of_within(chunk, pages) {
-            let entry = region.get(gfn);
-            if entry.is_present() && entry.protection() != to {
-                changed(gfn, entry);
-                region.set(gfn, entry.protected(to));
-            }
-        }
-    }
-}
-
-/// What [`publish`] would change, in pieces.
+/// What [`Mapped::publish`] would change, in pieces.
 fn pieces(
     index: usize,
     region: &RegionGuard<'_>,

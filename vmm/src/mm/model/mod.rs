@@ -181,6 +181,7 @@ impl<P: CowPolicy + Default, R: Promises> Model<P, R> {
         vm.space.set_whole_price(2);
         vm.space.leave_to_fork(0);
         vm.space.notes_writes();
+        vm.space.note_protected();
         self.spaces.push(Space {
             id,
             shape: self.shape,
@@ -276,7 +277,14 @@ impl<P: CowPolicy + Default, R: Promises> Model<P, R> {
 
     fn apply(&mut self, op: &Op) -> Result<(), Broken> {
         self.look_at_held_pages();
+        let spaces = self.spaces.iter();
+        let before: HashMap<_, _> = spaces.map(|space| (space.id, space.writable())).collect();
         self.run(op);
+        for space in &self.spaces {
+            if let Some(before) = before.get(&space.id) {
+                space.check_protected(before, matches!(op, Op::Restore(..)));
+            }
+        }
         self.find_lost_pages()
     }
 
@@ -764,6 +772,26 @@ impl<P: CowPolicy + Default> Space<P> {
     fn entry(&self, gfn: Gfn) -> Entry {
         debug_assert!(gfn.0 < self.shape.pages);
         self.vm.space.entry(gfn).unwrap().small()
+    }
+
+    /// Its pages: what each reads, and whether vCPUs may write it.
+    fn writable(&self) -> Vec<(u64, bool)> {
+        let pages = (0..self.shape.pages).map(Gfn);
+        pages
+            .map(|gfn| (self.vm.cpu_read(gfn), self.entry(gfn).is_writable()))
+            .collect()
+    }
+
+    /// That what vCPUs may write no more is told, and what a restore has changed.
+    fn check_protected(&self, before: &[(u64, bool)], has_restored: bool) {
+        let told = self.vm.space.take_protected().unwrap();
+        for (gfn, (&(read, was_writable), (reads, is_writable))) in
+            (0..).map(Gfn).zip(before.iter().zip(self.writable()))
+        {
+            let must_be = was_writable || has_restored && read != reads;
+            let may_be_missing = is_writable || !self.entry(gfn).is_present();
+            assert!(!must_be || may_be_missing || told.contains(gfn), "{gfn:?}");
+        }
     }
 
     /// After an operation that failed: which pages it had marked by then, nobody knows better.

@@ -10,6 +10,7 @@
 //! | `commit` | who waits for the host, and what goes back to it
 //! | `pool` | where frames come from, and what happens at the limit |
 //! | `prepare` | forks that are prepared: how much at once, and how often again |
+//! | `protected` | which pages became read-only |
 //! | `values` | addresses, entries and frame states |
 //! | `soft` | the software MMU |
 //! | `refused` | every operation, with each call it makes of the MMU refused, before, in or after it |
@@ -30,6 +31,7 @@ mod migrate;
 mod policies;
 mod pool;
 mod prepare;
+mod protected;
 mod refused;
 pub(super) mod refusing;
 mod soft;
