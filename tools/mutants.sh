@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Changes vmm/src/mm in a thousand small ways and says which of them its unit tests do not notice.
+# Changes vmm/mm in a thousand small ways and says which of them its unit tests do not notice.
 #
 #   tools/mutants.sh                 all of mm; half an hour on two cores, more if they have other work
 #   tools/mutants.sh -f fault.rs     one file; further arguments are those of cargo-mutants
@@ -10,30 +10,28 @@
 #
 # MUTANTS_QUICK=1 leaves out mm/model and compiles for speed: a few seconds a mutant. What that misses is to be tried again without.
 #
-# Needs: cargo install cargo-mutants. It works on a copy: mm alone in a package of its own, which builds in seconds
-# (it needs neither KVM nor the rest of the VMM; tests/loom compiles it alone as well). The package is target/mutants, and
+# Needs: cargo install cargo-mutants. It works on a copy outside of the workspace, with no more than mm needs. The package is target/mutants, and
 # the report target/mutants/mutants.out.
 # docs/mutants.md: the last run, and why some survive.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 package=${MUTANTS_DIR:-target/mutants}
 rm -rf "$package/src"
-mkdir -p "$package/src"
+mkdir -p "$package"
 
 opt_level=1
 tests=()
 if [[ ${MUTANTS_QUICK:-0} == 1 ]]; then
     opt_level=0
-    tests=(-- --lib -- --skip mm::model)
+    tests=(-- --lib -- --skip model::)
 fi
 
 # The versions are the workspace's, and the lock file too.
 version_of() {
     grep "^$1 = " Cargo.toml
 }
-cp -r vmm/src/mm "$package/src/mm"
+cp -r vmm/mm/src "$package"
 cp Cargo.lock "$package"
-printf '#![allow(dead_code)]\npub mod mm;\n' >"$package/src/lib.rs"
 cat >"$package/Cargo.toml" <<END
 [package]
 name = "mm"
@@ -68,6 +66,6 @@ unset CARGO_TARGET_DIR
 
 # Left out: tests; and what is there for model checkers alone, which tests/loom tries (`CowPolicy::WITHOUT`).
 cargo mutants --no-config --dir "$package" --in-place --timeout "${MUTANTS_TIMEOUT:-10}" \
-    --exclude 'src/mm/tests/**' --exclude 'src/mm/model/**' \
+    --exclude 'src/tests/**' --exclude 'src/model/**' \
     --exclude-re 'without|move_writer_in_wrong_order|goes_wrong|unmap_unordered|FrameTable::stale' \
     "$@" "${tests[@]}"

@@ -25,6 +25,8 @@
 //! a [`kvm::Machine`] whose memslot is that window; [`snapshot::Parts`] then takes and restores snapshots.
 //! `session/vm.rs` does just that.
 
+pub use palimpsest_mm as mm;
+
 mod causes;
 pub mod check;
 pub mod cli;
@@ -32,7 +34,6 @@ pub mod device;
 pub mod doctor;
 pub mod host;
 pub mod kvm;
-pub mod mm;
 pub mod policy;
 pub mod scenario;
 pub mod session;

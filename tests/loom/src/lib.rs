@@ -1,6 +1,6 @@
 //! The races of the memory protocol, each explored in every interleaving that loom can tell apart.
 //!
-//! The code under test is `vmm/src/mm` itself, compiled a second time against loom's atomics and locks.
+//! The code under test is `vmm/mm/src` itself, compiled a second time against loom's atomics and locks.
 //!
 //! | module | what is in it |
 //! |---|---|
@@ -15,7 +15,7 @@
 //! reason, and a load that is done after a later store of its own thread (it runs threads in program order).
 
 #[allow(dead_code, unreachable_pub, unused_imports)]
-#[path = "../../../vmm/src/mm/mod.rs"]
+#[path = "../../../vmm/mm/src/lib.rs"]
 pub mod mm;
 #[allow(unreachable_pub)]
 mod sync;

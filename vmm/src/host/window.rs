@@ -420,21 +420,6 @@ impl Mmu for Window {
     }
 }
 
-/// For who wants to look at the window beside the address space that has it.
-impl Mmu for Arc<Window> {
-    fn map(&self, first: Gfn, frame: Pfn, count: u64, to: Protection) -> Result<(), MmuError> {
-        (**self).map(first, frame, count, to)
-    }
-
-    fn protect(&self, first: Gfn, count: u64, to: Protection) -> Result<(), MmuError> {
-        (**self).protect(first, count, to)
-    }
-
-    fn is_crowded(&self) -> bool {
-        (**self).is_crowded()
-    }
-}
-
 impl Drop for Window {
     fn drop(&mut self) {
         let shown = self.shown.get_mut().unwrap_or_else(PoisonError::into_inner);

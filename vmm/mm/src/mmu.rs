@@ -37,6 +37,21 @@ pub trait Mmu: Send + Sync {
     }
 }
 
+/// For who looks at the MMU beside the address space that has it.
+impl<M: Mmu + ?Sized> Mmu for Arc<M> {
+    fn map(&self, first: Gfn, frame: Pfn, count: u64, to: Protection) -> Result<(), MmuError> {
+        (**self).map(first, frame, count, to)
+    }
+
+    fn protect(&self, first: Gfn, count: u64, to: Protection) -> Result<(), MmuError> {
+        (**self).protect(first, count, to)
+    }
+
+    fn is_crowded(&self) -> bool {
+        (**self).is_crowded()
+    }
+}
+
 /// Why an [`Mmu`] could not do what it was asked.
 #[derive(Debug, thiserror::Error)]
 pub enum MmuError {

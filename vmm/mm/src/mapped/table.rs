@@ -91,7 +91,7 @@ impl Entry {
         self.0 & WRITABLE != 0
     }
     /// Whether the page may have been written since
-    /// [`AddressSpace::take_dirty`](crate::mm::AddressSpace::take_dirty) last looked. A writable page always
+    /// [`AddressSpace::take_dirty`](super::super::AddressSpace::take_dirty) last looked. A writable page always
     /// may have been.
     pub const fn is_dirty(self) -> bool {
         self.0 & DIRTY != 0

@@ -1,8 +1,8 @@
 //! Huge folios, with four pages each: PROTOCOL.md groups D and F, and what is ours: holds by page, snapshots that have regions in
 //! common, breaks of whole regions.
 
+use super::super::soft::soft_pool_of;
 use super::*;
-use crate::mm::soft::soft_pool_of;
 
 const REGION: u64 = 4;
 /// The first page of the second region.

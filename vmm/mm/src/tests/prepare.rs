@@ -2,8 +2,8 @@
 
 use std::sync::{Mutex, OnceLock, Weak};
 
+use super::super::soft::soft_pool_of;
 use super::*;
-use crate::mm::soft::soft_pool_of;
 
 const REGION: u64 = 4;
 

@@ -46,6 +46,8 @@
 //! There are no system calls in here, no KVM and no threads: the window of a running VM, a software model and
 //! a model checker are interchangeable under it.
 
+#![forbid(unsafe_code)]
+
 mod adapt;
 mod addr;
 mod ahead;

@@ -14,9 +14,9 @@
 use std::collections::HashMap;
 use std::sync::atomic::Ordering;
 
+use super::super::soft::soft_pool_of;
 use super::refusing::Manner;
 use super::*;
-use crate::mm::soft::soft_pool_of;
 
 /// Three regions of four pages, and one that is too short for a huge entry.
 const PAGES: u64 = 13;

@@ -1,8 +1,8 @@
 //! Breaks ahead of the writes: what is known to be written again, and nothing else.
 
 use super::super::ahead::{Piece, Written};
+use super::super::soft::soft_pool_of;
 use super::*;
-use crate::mm::soft::soft_pool_of;
 
 const REGION: u64 = 4;
 const PAGES: u64 = 3 * REGION;
