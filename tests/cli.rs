@@ -15,12 +15,12 @@ use std::time::{Duration, Instant};
 
 use guest::Misbehaviour;
 use palimpsest::host::Limits;
-use palimpsest::session::config::Injection;
 use rustix::fs::{CWD, Mode, OFlags, fcntl_getfl, fcntl_setfl, mkfifoat};
 use rustix::process::{Pid, Signal, getuid, kill_process};
 use serde_json::Value;
 use support::program::{program, talker};
 use support::{PATIENCE, no_kvm, say, within};
+use vmm::session::config::Injection;
 
 /// Far below the length of the run that is asked for: a program that takes longer has started it.
 const AT_ONCE: Duration = Duration::from_secs(30);

@@ -11,9 +11,9 @@ use std::fs;
 use std::time::Duration;
 
 use guest::Drill;
-use palimpsest::session::config::{Config, PageSize};
-use palimpsest::session::report::{EndedBy, FaultCounts};
 use support::{Recorder, Run, config, no_kvm, run_guest_until, say};
+use vmm::session::config::{Config, PageSize};
+use vmm::session::report::{EndedBy, FaultCounts};
 
 /// Snapshots that a drill is to see at least, and restores if it is rewound.
 const SNAPSHOTS: u64 = 20;

@@ -7,12 +7,12 @@ use std::time::Duration;
 
 use guest::Misbehaviour;
 use guest::abi::{PORT_DOORBELL_EXIT, PORT_EXIT, PORT_FAILURE};
-use palimpsest::cli::chain;
-use palimpsest::session::RunError;
-use palimpsest::session::config::{Config, PageSize, RunLength};
-use palimpsest::session::report::{EndedBy, Verdict};
 use support::program::{EHDR, program, put, talker};
 use support::{Run, config, no_kvm, run_guest, run_guest_until};
+use vmm::cli::chain;
+use vmm::session::RunError;
+use vmm::session::config::{Config, PageSize, RunLength};
+use vmm::session::report::{EndedBy, Verdict};
 
 /// Time for a guest that ends by itself to do so. The run ends with the guest, long before.
 const LONG: RunLength = RunLength::Duration(Duration::from_secs(60));

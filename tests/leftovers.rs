@@ -9,8 +9,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use guest::Misbehaviour;
-use palimpsest::session::config::{Config, RunLength};
 use support::{PATIENCE, config, no_kvm, run, run_guest, run_until};
+use vmm::session::config::{Config, RunLength};
 
 /// What this process holds, once that `is_enough`, or in the end: a thread that was joined, or that only reports a result,
 /// is in `/proc` a moment longer.

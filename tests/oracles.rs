@@ -5,10 +5,10 @@ mod support;
 use std::ops::RangeInclusive;
 use std::time::Duration;
 
-use palimpsest::check::{Oracle, Violation};
-use palimpsest::session::config::{Config, Injection, RunLength};
-use palimpsest::session::report::Verdict;
 use support::{Run, config, no_kvm, run};
+use vmm::check::{Oracle, Violation};
+use vmm::session::config::{Config, Injection, RunLength};
+use vmm::session::report::Verdict;
 
 /// Seeds that every fault is tried with.
 const SEEDS: RangeInclusive<u64> = 1..=20;

@@ -7,8 +7,8 @@ mod support;
 
 use guest::Misbehaviour;
 use guest::abi::{MAX_REGISTERED, Pattern};
-use palimpsest::session::config::{Config, RunLength};
 use support::{config, no_kvm, run, run_guest, run_until};
+use vmm::session::config::{Config, RunLength};
 
 #[test]
 fn a_guest_is_rewound_as_often_as_asked() {

@@ -6,9 +6,9 @@ mod support;
 use std::time::Duration;
 
 use guest::abi::{MAX_DEVICES, MAX_REGISTERED, MAX_VCPUS, PAGE_SIZE, Pattern};
-use palimpsest::session::config::{Config, PageSize, RunLength};
-use palimpsest::session::report::{EndedBy, Verdict};
 use support::{config, no_kvm, run, run_until};
+use vmm::session::config::{Config, PageSize, RunLength};
+use vmm::session::report::{EndedBy, Verdict};
 
 #[test]
 fn every_pattern_runs_clean() {

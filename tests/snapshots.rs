@@ -312,7 +312,7 @@ fn a_guest_that_has_ended_cannot_be_snapshotted() {
         let error = loop {
             // Its vCPUs take a moment to notice.
             match vm.parts().take(1, None, Fault::None) {
-                Err(error) => break palimpsest::cli::chain(&error),
+                Err(error) => break vmm::cli::chain(&error),
                 Ok(_) => assert!(Instant::now() < deadline),
             }
         };

@@ -19,7 +19,7 @@ asan() {
     # With a target named, build scripts are not instrumented; and the guests never are (guest/build.rs).
     LSAN_OPTIONS="suppressions=$sanitize/leaks:print_suppressions=0" \
         RUSTFLAGS=-Zsanitizer=address CARGO_TARGET_DIR=$sanitize \
-        cargo +nightly test --package vmm --lib --target x86_64-unknown-linux-gnu -- "$@"
+        cargo +nightly test --package palimpsest-mm --package palimpsest --package vmm --lib --target x86_64-unknown-linux-gnu -- "$@"
 }
 
 memcheck() {
@@ -37,7 +37,7 @@ END
     CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER="valgrind --quiet --fair-sched=yes --error-exitcode=9
         --leak-check=full --show-leak-kinds=definite,indirect --errors-for-leak-kinds=definite,indirect
         --suppressions=$sanitize/memcheck" \
-        cargo test --package vmm --lib -- --test-threads=1 \
+        cargo test --package palimpsest-mm --package palimpsest --package vmm --lib -- --test-threads=1 \
         --skip random_operations --skip a_leaked_pin_shows_in_the_accounts --skip scenario::living "$@"
 }
 

@@ -6,15 +6,15 @@
 #   tools/stress.sh CASES           as many of each
 #   tools/stress.sh --runs MINUTES  the main job, for that long: runs of a few seconds under random refusals and with little memory
 #
-# The first two are the tests of mm/model, built for speed and with every assertion. Each line is a part of it
+# The first two are the tests of vmm/mm/src/model, built for speed and with every assertion. Each line is a part of it
 # with a seed of its own; a part that fails prints the operations that do it, made as few as possible, and is
-# repeated by PROPTEST_RNG_SEED=<seed> PALIMPSEST_CASES=<cases> cargo test -p vmm --lib mm::model The build is
+# repeated by PROPTEST_RNG_SEED=<seed> PALIMPSEST_CASES=<cases> cargo test -p palimpsest-mm --lib model The build is
 # release with debug assertions, in target/stress.
 #
 # --runs needs /dev/kvm and root (a mount namespace), and has 1.2 times the memory that the program says it
 # needs at least. Each run must end well (0), or with a reason (1). A violation (3), a panic, a hang or
 # anything else is a failure, and is repeated, as far as threads let it, by the command that is printed. What
-# refuses system calls is in builds with debug assertions only (PALIMPSEST_REFUSE, vmm/src/host/refusals.rs).
+# refuses system calls is in builds with debug assertions only (PALIMPSEST_REFUSE, vmm/engine/src/host/refusals.rs).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -24,11 +24,11 @@ export CARGO_TARGET_DIR=${STRESS_TARGET_DIR:-target/stress}
 random_operations() {
     local all=$1 each=$((($1 + 99) / 100)) done=0 seed tests
     # Once for all parts, which are of one state of the sources then.
-    tests=$(cargo test --release -p vmm --lib --no-run 2>&1 | tee /dev/stderr | sed -n 's/.*Executable.*(\(.*\))$/\1/p')
+    tests=$(cargo test --release -p palimpsest-mm --lib --no-run 2>&1 | tee /dev/stderr | sed -n 's/.*Executable.*(\(.*\))$/\1/p')
     while ((done < all)); do
         seed=$((RANDOM << 30 | RANDOM << 15 | RANDOM))
         if ! PROPTEST_RNG_SEED=$seed PALIMPSEST_CASES=$each \
-            "$tests" --quiet mm::model >"$CARGO_TARGET_DIR/part.log" 2>&1; then
+            "$tests" --quiet model:: >"$CARGO_TARGET_DIR/part.log" 2>&1; then
             cat "$CARGO_TARGET_DIR/part.log"
             echo "failed: PROPTEST_RNG_SEED=$seed PALIMPSEST_CASES=$each"
             return 1

@@ -18,11 +18,11 @@ use benches::{targets, text};
 use clap::Parser;
 use guest::abi::Pattern;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use palimpsest::cli::chain;
-use palimpsest::cli::units::{bytes, parse_size, parse_time};
 use palimpsest::kvm::{Kvm, PlatformError};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::flag;
+use vmm::cli::chain;
+use vmm::cli::units::{bytes, parse_size, parse_time};
 
 /// What tables cost is counted.
 #[global_allocator]

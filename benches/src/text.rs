@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use palimpsest::cli::units::{bytes, count, micros};
+use vmm::cli::units::{bytes, count, micros};
 
 use crate::report::{Cell, Rate, Report, Setting};
 use crate::targets::{Bound, Verdict};

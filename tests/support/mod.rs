@@ -12,11 +12,11 @@ use std::time::Duration;
 
 use guest::abi::Pattern;
 use palimpsest::kvm::{Kvm, PlatformError};
-use palimpsest::policy::Policy;
-use palimpsest::session::config::{Config, GuestSource, PageSize, RunLength};
-use palimpsest::session::progress::{Observer, Progress};
-use palimpsest::session::report::{Oracle, Report, Verdict, Violation};
-use palimpsest::session::{self, RunError};
+use vmm::policy::Policy;
+use vmm::session::config::{Config, GuestSource, PageSize, RunLength};
+use vmm::session::progress::{Observer, Progress};
+use vmm::session::report::{Oracle, Report, Verdict, Violation};
+use vmm::session::{self, RunError};
 
 /// Longer than any run here takes on a machine that is busy with other things: what is not over by then hangs.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(120);

@@ -1,7 +1,7 @@
-//! The `vmm` program. What it does is [`palimpsest::cli`].
+//! The `vmm` program. What it does is [`vmm::cli`].
 
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    palimpsest::cli::main()
+    vmm::cli::main()
 }

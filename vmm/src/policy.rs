@@ -1,10 +1,10 @@
-//! The choice of a copy-on-write policy when the program runs. The policies themselves are in [`mm`](crate::mm).
+//! The choice of a copy-on-write policy when the program runs. The policies themselves are in [`mm`](palimpsest::mm).
 
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use crate::mm::{
+use palimpsest::mm::{
     CowPolicy, Exclusive, Mapcount, MapcountForcedBreak, Refcount, Seed, SeedRecompute,
 };
 

@@ -10,7 +10,7 @@ use std::{
 };
 
 use clap::Parser;
-use palimpsest::{
+use vmm::{
     cli::{
         chain,
         units::{bytes, count, micros},

@@ -1,8 +1,8 @@
 //! Accounting: when everybody is gone, is everything given back?
 
 use super::violation::{Oracle, Violation};
-use crate::host::MappingBudget;
-use crate::mm::FramePool;
+use palimpsest::host::MappingBudget;
+use palimpsest::mm::FramePool;
 
 /// The most frames that are reported one by one.
 const MOST: usize = 16;

@@ -9,9 +9,9 @@ use guest::abi::{FOLLOWS_FORMULA, Layout, PAGE_SIZE, STACK_SIZE, STACKS_GPA, Vcp
 use super::hashes::{self, Hashes};
 use super::view::WORDS;
 use super::violation::{Oracle, Violation};
-use crate::host::Ram;
-use crate::kvm::VcpuState;
-use crate::mm::CowPolicy;
+use palimpsest::host::Ram;
+use palimpsest::kvm::VcpuState;
+use palimpsest::mm::CowPolicy;
 
 /// What a vCPU has said of itself once its memory followed the formula.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -7,7 +7,7 @@ use guest::formula::{Schedule, identify, page_key, page_word_from_key};
 
 use super::view::{Page, View, WORDS};
 use super::violation::{Oracle, Violation};
-use crate::mm::Pfn;
+use palimpsest::mm::Pfn;
 
 /// Knows the content of every hammered page at any number of operations.
 #[derive(Debug)]

@@ -6,7 +6,7 @@ use std::ops::Range;
 
 use super::view::{Page, View, WORDS};
 use super::violation::{Oracle, Violation};
-use crate::mm::Pfn;
+use palimpsest::mm::Pfn;
 
 /// What pages hashed to when a snapshot was first looked at. Untouched pages are not in it.
 pub(super) type Hashes = HashMap<u64, u64>;

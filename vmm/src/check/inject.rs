@@ -4,7 +4,9 @@
 
 use std::ops::Range;
 
-use crate::mm::{Access, CowPolicy, Exclusive, FrameState, Gfn, Mmu, MmuError, Pfn, Protection};
+use palimpsest::mm::{
+    Access, CowPolicy, Exclusive, FrameState, Gfn, Mmu, MmuError, Pfn, Protection,
+};
 
 /// What a [`Faulty`] policy decides wrongly.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

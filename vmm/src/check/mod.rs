@@ -14,7 +14,7 @@
 //! nothing of how a snapshot was made.
 //!
 //! The first two run on a thread of their own ([`Worker`]), beside the guest. Every oracle has a fault that trips
-//! it: [`inject`] has those of memory, [`crate::snapshot::Fault`] those of the steps, `device` that of a pin.
+//! it: [`inject`] has those of memory, [`palimpsest::snapshot::Fault`] those of the steps, `device` that of a pin.
 
 mod account;
 mod boot;

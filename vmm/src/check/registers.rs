@@ -8,7 +8,7 @@ use guest::registers::{FLAGS, HOLDS_BASES, HOLDS_REGISTERS, HOLDS_YMM, Held, MMX
 
 use super::boot::Declared;
 use super::violation::{Oracle, Violation};
-use crate::kvm::VcpuState;
+use palimpsest::kvm::VcpuState;
 
 /// The registers of one vCPU in a snapshot.
 #[derive(Clone, Copy)]

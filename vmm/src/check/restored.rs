@@ -7,9 +7,9 @@ use guest::abi::{Layout, PAGE_SIZE};
 
 use super::view::{View, WORDS};
 use super::violation::{Oracle, Violation};
-use crate::host::Ram;
-use crate::mm::{CowPolicy, FramePool};
-use crate::snapshot::Snapshot;
+use palimpsest::host::Ram;
+use palimpsest::mm::{CowPolicy, FramePool};
+use palimpsest::snapshot::Snapshot;
 
 /// Compares what `ram` holds below the hammered memory with `snapshot`, to which it was just set back. Nobody runs. Says
 /// which page differs first.

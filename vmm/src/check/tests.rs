@@ -19,11 +19,11 @@ use super::hammer::{At, Hammered};
 use super::view::View;
 use super::violation::{Oracle, Violation};
 use super::worker::Look;
-use crate::device::DeviceState;
-use crate::host::{MappingBudget, PhysMap, Ram, Window};
-use crate::kvm::VcpuState;
-use crate::mm::{Access, AddressSpace, CowPolicy, Exclusive, FramePool, FrameState, Frozen};
-use crate::snapshot::Snapshot;
+use palimpsest::device::DeviceState;
+use palimpsest::host::{MappingBudget, PhysMap, Ram, Window};
+use palimpsest::kvm::VcpuState;
+use palimpsest::mm::{Access, AddressSpace, CowPolicy, Exclusive, FramePool, FrameState, Frozen};
+use palimpsest::snapshot::Snapshot;
 
 const SEED: u64 = 11;
 const PATTERNS: [Pattern; 4] = [
@@ -229,7 +229,7 @@ fn one_changed_word_is_found_at_either_look() {
     let flip = || {
         taken
             .memory
-            .with_frame(crate::mm::Gfn::of_gpa(at), |pfn| {
+            .with_frame(palimpsest::mm::Gfn::of_gpa(at), |pfn| {
                 let slice = guest.ram.physmap().slice(pfn, at % PAGE_SIZE, 1);
                 let mut byte = [0u8];
                 slice.copy_to(&mut byte[..]);

@@ -1,7 +1,7 @@
 //! Reading a snapshot's memory.
 
-use crate::host::PhysMap;
-use crate::mm::{FramePool, Frozen, Gfn, PAGE_SIZE, Pfn};
+use palimpsest::host::PhysMap;
+use palimpsest::mm::{FramePool, Frozen, Gfn, PAGE_SIZE, Pfn};
 
 /// The 64-bit words of a page.
 pub(super) const WORDS: usize = (PAGE_SIZE / 8) as usize;

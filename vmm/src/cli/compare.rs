@@ -11,8 +11,6 @@ use super::scenario_text;
 use super::status::Screen;
 use super::units::exact_time;
 use super::{Failure, interrupt, print, race_text};
-use crate::host::Limits;
-use crate::kvm::Kvm;
 use crate::policy::Policy;
 use crate::scenario::engine::{Moment, Outcome};
 use crate::scenario::real::RealStage;
@@ -23,6 +21,8 @@ use crate::scenario::{ask_the_kernel, emulate, table};
 use crate::session::compare::{Race, Raced};
 use crate::session::progress::{Observer, Progress};
 use crate::session::report::{Verdict, Violation};
+use palimpsest::host::Limits;
+use palimpsest::kvm::Kvm;
 
 /// Everything that was compared: the format of `--json`.
 #[derive(Debug, Serialize)]

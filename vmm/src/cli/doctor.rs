@@ -96,7 +96,7 @@ fn wrap(text: &str, width: usize) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kvm::Platform;
+    use palimpsest::kvm::Platform;
 
     fn example() -> Examination {
         let finding = |name, grade, found: &str, advice: Option<&str>| Finding {

@@ -32,13 +32,13 @@ use self::{
     report_file::{ReportFile, ReportFileError},
     status::{Colours, Screen, Status},
 };
-pub use crate::causes::chain;
-use crate::host::Limits;
 use crate::session::{
     self,
     config::{ConfigError, GuestSource},
     report::Verdict,
 };
+pub use palimpsest::causes::chain;
+use palimpsest::host::Limits;
 
 /// The run could not start or finish, the guest crashed, or nothing was checked.
 const EXIT_ERROR: u8 = 1;

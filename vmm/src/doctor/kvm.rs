@@ -1,8 +1,8 @@
 //! Which KVM is it, does it make a virtual machine, which registers can it not save?
 
 use super::Finding;
-use crate::causes::chain;
-use crate::kvm::{Kvm, Paging, Platform, PlatformError};
+use palimpsest::causes::chain;
+use palimpsest::kvm::{Kvm, Paging, Platform, PlatformError};
 
 /// MSRs that are named; the others are counted.
 const NAMED: usize = 4;

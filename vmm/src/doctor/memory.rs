@@ -3,9 +3,9 @@
 use std::io;
 
 use super::Finding;
-use crate::host::{Limits, PhysMap, Room};
 use crate::session::config::{Config, Size};
 use crate::session::need::{Need, Plan, largest_guest};
+use palimpsest::host::{Limits, PhysMap, Room};
 
 pub(super) fn examine(config: &Config) -> Vec<Finding> {
     let room = match Limits::detect() {
@@ -107,8 +107,8 @@ fn huge(tried: io::Result<()>) -> Finding {
 mod tests {
     use super::super::Grade;
     use super::*;
-    use crate::host::Limiter;
     use crate::session::config::tests::example;
+    use palimpsest::host::Limiter;
 
     #[test]
     fn memory_is_enough_or_scarce_or_too_little() {

@@ -17,8 +17,8 @@ mod process;
 
 use serde::Serialize;
 
-use crate::kvm::Platform;
 use crate::session::config::Config;
+use palimpsest::kvm::Platform;
 
 /// How good something is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]

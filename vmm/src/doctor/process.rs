@@ -7,9 +7,9 @@ use guest::abi::PAGE_SIZE;
 use rustix::process::{Resource, getrlimit};
 
 use super::Finding;
-use crate::host::MappingBudget;
-use crate::kvm::Platform;
 use crate::session::config::{Config, Size};
+use palimpsest::host::MappingBudget;
+use palimpsest::kvm::Platform;
 
 /// Threads of a run besides those of vCPUs and devices.
 const OTHER_THREADS: u64 = 4;

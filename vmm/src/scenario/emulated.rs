@@ -6,8 +6,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::performer::{Hold, HoldId, NotDone, PAGES, Page, PageView, Performer, Who};
 use super::stage::{Actor, Stage, StageError};
-use crate::causes::chain;
-use crate::mm::{
+use palimpsest::causes::chain;
+use palimpsest::mm::{
     Access, AddressSpace, CowPolicy, Exclusive, Frozen, Get, Gfn, Mmu, MmuError, Pfn, Pin,
     Protection,
 };

@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use super::performer::{Hold, HoldId, NotDone, PAGES, Page, PageView, Performer, Who};
 use super::script::{Scenario, Slot, Step};
 use super::verdict::Verdict;
-use crate::mm::{FrameState, Pfn};
+use palimpsest::mm::{FrameState, Pfn};
 
 /// What came of a scenario.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -542,7 +542,7 @@ impl Play<'_> {
         &mut self,
         who: Who,
         page: Page,
-    ) -> Option<(crate::mm::Entry, crate::mm::FrameState)> {
+    ) -> Option<(palimpsest::mm::Entry, palimpsest::mm::FrameState)> {
         if !self.by_the_bit {
             return None;
         }

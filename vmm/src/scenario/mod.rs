@@ -38,8 +38,8 @@ use self::performer::NotDone;
 use self::script::Scenario;
 use self::stage::Stage;
 use self::verdict::Verdict;
-use crate::mm::{Biased, CowPolicy};
 use crate::policy::{Policy, UnderPolicy};
+use palimpsest::mm::{Biased, CowPolicy};
 
 /// Plays a scenario under `policy`, on a stage of its own. `watch` is told of every step.
 pub fn emulate<S: Stage>(
@@ -61,7 +61,7 @@ pub fn emulate<S: Stage>(
                     P::GOES_BY_THE_BIT,
                     self.watch,
                 ),
-                Err(error) => Outcome::Failed(crate::causes::chain(&*error)),
+                Err(error) => Outcome::Failed(palimpsest::causes::chain(&*error)),
             }
         }
     }
@@ -81,7 +81,7 @@ pub fn emulate<S: Stage>(
             stage,
             watch,
         }),
-        Err(error) => Outcome::Failed(crate::causes::chain(&*error)),
+        Err(error) => Outcome::Failed(palimpsest::causes::chain(&*error)),
     }
 }
 
@@ -93,9 +93,9 @@ pub fn ask_the_kernel(scenario: &Scenario, watch: &mut dyn FnMut(&Moment<'_>)) -
     match living::Living::new(scenario.memory) {
         Ok(mut kernel) => play(scenario, &mut kernel, false, watch),
         Err(error @ living::LivingError::NoHugePages(_)) => {
-            Outcome::CannotAsk(crate::causes::chain(&error))
+            Outcome::CannotAsk(palimpsest::causes::chain(&error))
         }
-        Err(error) => Outcome::Failed(crate::causes::chain(&error)),
+        Err(error) => Outcome::Failed(palimpsest::causes::chain(&error)),
     }
 }
 

@@ -4,7 +4,7 @@
 //! *does* hold. There are two: [`super::emulated::Emulated`], our own `mm` under any policy, and
 //! [`super::living::Living`], the kernel this host runs on, with processes for address spaces.
 
-use crate::mm::{Entry, FrameState, Pfn};
+use palimpsest::mm::{Entry, FrameState, Pfn};
 
 /// An address space of a scenario.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]

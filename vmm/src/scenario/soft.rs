@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use super::performer::{Memory, PAGES};
 use super::stage::{Actor, Stage, StageError, Wrap};
-use crate::mm::soft::{SoftMemory, SoftMmu, SoftVm};
-use crate::mm::{AddressSpace, CowPolicy, FrameMemory, FramePool, Frozen, Gfn, Order, Pfn};
+use palimpsest::mm::soft::{SoftMemory, SoftMmu, SoftVm};
+use palimpsest::mm::{AddressSpace, CowPolicy, FrameMemory, FramePool, Frozen, Gfn, Order, Pfn};
 
 /// Frames that may have memory: few, so that they are soon exhausted.
 const FRAME_LIMIT: u64 = 128;

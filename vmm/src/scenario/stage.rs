@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::performer::Memory;
-use crate::mm::{AddressSpace, CowPolicy, FramePool, Frozen, Gfn, Mmu, Pfn};
+use palimpsest::mm::{AddressSpace, CowPolicy, FramePool, Frozen, Gfn, Mmu, Pfn};
 
 /// Why the stage could not do its part.
 pub type StageError = Box<dyn std::error::Error + Send + Sync>;

@@ -11,8 +11,8 @@ use serde::{Deserialize, Serialize};
 
 use super::need::{NeedError, Plan};
 use crate::check::Oracle;
-use crate::host::Limits;
 use crate::policy::Policy;
+use palimpsest::host::Limits;
 
 /// End of the guest image that [`Config::validate`] assumes: well above that of the payload.
 const ASSUMED_IMAGE_END: u64 = 4 << 20;

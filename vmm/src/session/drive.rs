@@ -24,14 +24,16 @@ use super::skew::SetBack;
 use super::stall::StallMeter;
 use super::tracker::Tracker;
 use super::vm::Vm;
-use crate::causes::chain;
 use crate::check::{
     self, Boot, Examiner, Look, Oracle, Violation, ViolationCounts, Worker, account,
 };
-use crate::device::{DeviceState, Mismatch};
-use crate::kvm::{self, Capture, KvmError, MachineStats, Outcome, Rung, StopReason, VcpuState};
-use crate::mm::{CowPolicy, ForkError, MmStats, PoolUsage};
-use crate::snapshot::{Fault, Preparation, Snapshot, TakeError, Timing};
+use palimpsest::causes::chain;
+use palimpsest::device::{DeviceState, Mismatch};
+use palimpsest::kvm::{
+    self, Capture, KvmError, MachineStats, Outcome, Rung, StopReason, VcpuState,
+};
+use palimpsest::mm::{CowPolicy, ForkError, MmStats, PoolUsage};
+use palimpsest::snapshot::{Fault, Preparation, Snapshot, TakeError, Timing};
 
 /// Between two calls of the observer.
 const TICK: Duration = Duration::from_millis(100);
@@ -569,7 +571,7 @@ impl<'a, P: CowPolicy> Drive<'a, P> {
             // Nothing runs on that could be watched.
             (self.life, self.device_life) = (LifeWatch::default(), DeviceWatch::default());
             return Err(match error {
-                crate::snapshot::RestoreError::Vcpus(error) => self.why_vcpus_ended(error),
+                palimpsest::snapshot::RestoreError::Vcpus(error) => self.why_vcpus_ended(error),
                 error => End::error(&error),
             });
         }
@@ -683,7 +685,7 @@ impl<'a, P: CowPolicy> Drive<'a, P> {
             .vm
             .ram
             .space()
-            .entry(crate::mm::Gfn::of_gpa(failure.gpa))
+            .entry(palimpsest::mm::Gfn::of_gpa(failure.gpa))
         {
             v.frame = format!("{entry:?} {:?}", self.vm.books.pool.state(entry.pfn()));
         }

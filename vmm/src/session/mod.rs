@@ -41,10 +41,10 @@ use self::progress::Observer;
 use self::report::Report;
 pub use self::vm::BuildError;
 use crate::check::inject::{Faulty, PolicyFault};
-use crate::host::Limits;
-use crate::kvm::{Kvm, KvmError, PlatformError};
-use crate::mm::CowPolicy;
 use crate::policy::UnderPolicy;
+use palimpsest::host::Limits;
+use palimpsest::kvm::{Kvm, KvmError, PlatformError};
+use palimpsest::mm::CowPolicy;
 
 /// Why a run could not start.
 #[derive(Debug, thiserror::Error)]

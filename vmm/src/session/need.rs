@@ -9,7 +9,7 @@ use std::fmt;
 use guest::abi::{PAGE_SIZE, REGION_SIZE};
 
 use super::config::{Config, Size};
-use crate::host::{Limiter, Limits, MappingBudget, Room};
+use palimpsest::host::{Limiter, Limits, MappingBudget, Room};
 
 /// The program itself, its threads and what libraries take.
 const PROGRAM: u64 = 16 << 20;

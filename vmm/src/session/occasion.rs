@@ -17,8 +17,8 @@ use guest::abi::{Layout, STREAM_SLOTS, VcpuPage};
 
 use super::config::Injection;
 use super::vm::Vm;
-use crate::host::Ram;
-use crate::mm::CowPolicy;
+use palimpsest::host::Ram;
+use palimpsest::mm::CowPolicy;
 
 /// Operations of each vCPU from one step to the next: with fewer, all of them may have been under way at either.
 const OPS: u64 = 3;

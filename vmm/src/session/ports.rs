@@ -10,10 +10,10 @@ use guest::abi::{
     PORT_FAILURE, PORT_PANIC,
 };
 
-use crate::device::DeviceSet;
-use crate::host::{Ram, RamError};
-use crate::kvm::{Outcome, PortAction, PortHandler, StopReason};
-use crate::mm::CowPolicy;
+use palimpsest::device::DeviceSet;
+use palimpsest::host::{Ram, RamError};
+use palimpsest::kvm::{Outcome, PortAction, PortHandler, StopReason};
+use palimpsest::mm::CowPolicy;
 
 /// Lines of the guest that wait to be printed, at most; what it says beyond that is lost, and counted.
 const MOST_WAITING: usize = 4096;

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use super::config::Config;
 pub use crate::check::{Oracle, Violation, ViolationCounts};
-use crate::kvm;
+use palimpsest::kvm;
 
 /// What a run amounts to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

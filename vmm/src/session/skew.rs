@@ -9,9 +9,9 @@ use guest::abi::{Layout, VcpuPage};
 use guest::formula::{PAGE_WORDS, Schedule, page_word};
 
 use super::config::Config;
-use crate::host::Ram;
-use crate::kvm::VcpuState;
-use crate::mm::CowPolicy;
+use palimpsest::host::Ram;
+use palimpsest::kvm::VcpuState;
+use palimpsest::mm::CowPolicy;
 
 /// What was in memory before it was set back.
 #[derive(Debug, Default)]

@@ -12,8 +12,8 @@ use guest::abi::{GAP_BUCKETS, GAP_SHIFT, Gap, Layout, VcpuPage};
 use hdrhistogram::Histogram;
 
 use super::report::nanoseconds;
-use crate::host::Ram;
-use crate::mm::CowPolicy;
+use palimpsest::host::Ram;
+use palimpsest::mm::CowPolicy;
 
 /// Follows the gaps of a guest from snapshot to snapshot.
 #[derive(Debug)]

@@ -1,11 +1,9 @@
 //! A running VM: memory, vCPUs and devices, put together and taken apart in the right order.
 #![expect(unsafe_code, reason = "promises KVM that the window is the guest's")]
 
-use std::any::Any;
 use std::io;
 use std::ptr::NonNull;
 use std::sync::Arc;
-use std::time::Duration;
 
 use guest::abi::{BOOT_MAGIC, BootInfo, Layout, PAGE_SIZE, PORT_DOORBELL_EVENT};
 
@@ -14,16 +12,13 @@ use super::need::Plan;
 use super::ports::{Event, Events, Ports};
 use crate::check::Reference;
 use crate::check::inject::LeakyMmu;
-use crate::device::{self, DeviceSet};
-use crate::host::{Ahead, Dumps, MappingBudget, PhysMap, Ram, Window};
-use crate::kvm::{
-    self, BootError, GuestRam, Image, Kvm, KvmError, Machine, MemoryError, write_boot_info,
-    write_page_tables,
+use palimpsest::device::{self, DeviceSet};
+use palimpsest::host::{Ahead, Dumps, MappingBudget, PhysMap, Ram, Window};
+use palimpsest::kvm::{
+    self, BootError, Image, Kvm, KvmError, Machine, write_boot_info, write_page_tables,
 };
-use crate::mm::{
-    Access, AddressSpace, AllocError, CowPolicy, FramePool, Gfn, Mmu, REGION_PAGES, Resolution,
-};
-use crate::snapshot::Parts;
+use palimpsest::mm::{AddressSpace, AllocError, CowPolicy, FramePool, Mmu, REGION_PAGES};
+use palimpsest::snapshot::Parts;
 
 /// Why a VM could not be put together.
 #[derive(Debug, thiserror::Error)]
@@ -242,35 +237,5 @@ impl<P: CowPolicy> Vm<P> {
             space: self.ram.space(),
             ahead: self.ahead.as_ref(),
         }
-    }
-}
-
-impl<P: CowPolicy> GuestRam for Ram<P> {
-    fn len(&self) -> u64 {
-        self.size()
-    }
-
-    fn write_fault(&self, gfn: u64) -> Result<bool, MemoryError> {
-        Ok(Self::write_fault(self, Gfn(gfn))? != Resolution::AlreadyWritable)
-    }
-
-    fn was_entered(&self, time: Duration) {
-        self.prices().entered(time);
-    }
-
-    fn was_handled(&self, time: Duration) {
-        self.prices().handled(time);
-    }
-
-    fn pin(&self, gpa: u64, len: u64) -> Result<Box<dyn Any + Send>, MemoryError> {
-        Ok(Box::new(Self::pin(self, gpa, len, Access::Write)?))
-    }
-
-    fn read(&self, gpa: u64, buf: &mut [u8]) -> Result<(), MemoryError> {
-        Ok(Self::read(self, gpa, buf)?)
-    }
-
-    fn write(&self, gpa: u64, buf: &[u8]) -> Result<(), MemoryError> {
-        Ok(Self::write(self, gpa, buf)?)
     }
 }

@@ -33,10 +33,10 @@ use std::time::Duration;
 
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use clap::{ArgGroup, Parser};
-use palimpsest::cli::chain;
-use palimpsest::cli::units::parse_time;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::flag;
+use vmm::cli::chain;
+use vmm::cli::units::parse_time;
 
 use boot::{Extra, Listener, Outcome, Visit};
 use host::Host;

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use clap::ValueEnum;
-use palimpsest::session::config::Injection;
+use vmm::session::config::Injection;
 
 use super::programs::LIBRARY;
 

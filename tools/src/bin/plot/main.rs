@@ -11,8 +11,8 @@ use std::process::ExitCode;
 use benches::report::{Cell, Report, Setting};
 use benches::technique::Kind;
 use clap::Parser;
-use palimpsest::cli::chain;
-use palimpsest::cli::units::{bytes, micros};
+use vmm::cli::chain;
+use vmm::cli::units::{bytes, micros};
 
 use chart::{Axis, Chart, Scale, Series};
 

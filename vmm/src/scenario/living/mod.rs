@@ -58,7 +58,7 @@ use self::pipe::Splice;
 use self::process::{OrderError, Process, channel};
 use self::uring::PinRing;
 use super::performer::{Hold, HoldId, Memory, NotDone, PAGES, Page, PageView, Performer, Who};
-use crate::mm::Pfn;
+use palimpsest::mm::Pfn;
 
 pub use self::direct::{DirectRace, Disturbance, o_direct_race};
 

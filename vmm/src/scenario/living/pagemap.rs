@@ -6,7 +6,7 @@ use std::os::unix::fs::FileExt;
 
 use super::actor::PAGE_BYTES;
 use super::process::Process;
-use crate::mm::Pfn;
+use palimpsest::mm::Pfn;
 
 /// One word of a pagemap (`Documentation/admin-guide/mm/pagemap.rst`).
 #[derive(Clone, Copy, Debug)]

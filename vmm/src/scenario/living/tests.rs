@@ -125,7 +125,7 @@ fn living_huge() -> Option<Living> {
     match Living::new(Memory::Huge) {
         Ok(living) => Some(living),
         Err(error @ LivingError::NoHugePages(_)) => {
-            eprintln!("skipped: {}", crate::causes::chain(&error));
+            eprintln!("skipped: {}", palimpsest::causes::chain(&error));
             None
         }
         Err(error) => panic!("{error}"),

@@ -17,12 +17,12 @@ use std::time::Duration;
 use guest::abi::{MAIL_READ, MAIL_WRITE, Mail, PORT_MAIL, SAYS_DONE};
 
 use super::{load, store};
-use crate::causes::chain;
-use crate::host::PhysMap;
-use crate::kvm::{
+use palimpsest::causes::chain;
+use palimpsest::host::PhysMap;
+use palimpsest::kvm::{
     CrashReason, OnStop, Outcome, PortAction, PortHandler, Report, RunError, StopReason,
 };
-use crate::mm::Pfn;
+use palimpsest::mm::Pfn;
 
 /// How long a guest may take for one access. It takes microseconds; the rest is the host being busy.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -208,7 +208,7 @@ impl Mailbox {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::mm::FrameMemory;
+    use palimpsest::mm::FrameMemory;
 
     /// A line and its other end, with nobody there yet. No KVM is needed.
     fn line() -> (Line, Ports, OnStop) {

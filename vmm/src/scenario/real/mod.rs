@@ -43,9 +43,9 @@ use self::line::{Command, Line, Mailbox};
 use self::program::Program;
 use super::performer::{Memory, PAGES};
 use super::stage::{Actor, Stage, StageError, Wrap};
-use crate::host::{MappingBudget, PhysMap, Ram, Window};
-use crate::kvm::{self, GuestRam, Image, Kvm, Machine, MemoryError};
-use crate::mm::{
+use palimpsest::host::{MappingBudget, PhysMap, Ram, Window};
+use palimpsest::kvm::{self, GuestRam, Image, Kvm, Machine, MemoryError};
+use palimpsest::mm::{
     Access, AddressSpace, CowPolicy, FrameMemory, FramePool, Frozen, Gfn, Mmu, MmuError, PAGE_SIZE,
     Pfn, Protection, REGION_PAGES, Resolution,
 };

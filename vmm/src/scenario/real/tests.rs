@@ -10,9 +10,9 @@ use std::time::{Duration, Instant};
 use guest::abi::{IMAGE_GPA, MAIL_GPA};
 
 use super::*;
-use crate::causes::chain;
-use crate::kvm::CrashReason;
-use crate::mm::{Access, Exclusive, FrameState, Mapcount};
+use palimpsest::causes::chain;
+use palimpsest::kvm::CrashReason;
+use palimpsest::mm::{Access, Exclusive, FrameState, Mapcount};
 
 /// A stage, or `None` if the test is to be skipped.
 fn stage() -> Option<RealStage> {

@@ -218,9 +218,8 @@ impl VcpuState {
             && !self.msrs.iter().any(sysenter)
     }
 
-    /// One with these registers, and all others zero, for tests.
-    #[cfg(test)]
-    pub(crate) fn of(regs: kvm_regs, sregs: kvm_sregs, mut xsave: Vec<u32>) -> Self {
+    /// One with these registers, and all others zero. `xsave` is cut, or filled with zeros.
+    pub fn of(regs: kvm_regs, sregs: kvm_sregs, mut xsave: Vec<u32>) -> Self {
         xsave.resize(XSAVE_WORDS, 0);
         Self {
             regs,

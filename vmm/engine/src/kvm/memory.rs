@@ -3,6 +3,9 @@
 use std::any::Any;
 use std::time::Duration;
 
+use crate::host::Ram;
+use crate::mm::{Access, CowPolicy, Gfn, Resolution};
+
 /// Why guest memory could not be reached or made writable.
 pub type MemoryError = Box<dyn std::error::Error + Send + Sync>;
 
@@ -40,4 +43,34 @@ pub trait GuestRam: Send + Sync {
 
     /// Copies `buf` into guest memory at `gpa`.
     fn write(&self, gpa: u64, buf: &[u8]) -> Result<(), MemoryError>;
+}
+
+impl<P: CowPolicy> GuestRam for Ram<P> {
+    fn len(&self) -> u64 {
+        self.size()
+    }
+
+    fn write_fault(&self, gfn: u64) -> Result<bool, MemoryError> {
+        Ok(Self::write_fault(self, Gfn(gfn))? != Resolution::AlreadyWritable)
+    }
+
+    fn was_entered(&self, time: Duration) {
+        self.prices().entered(time);
+    }
+
+    fn was_handled(&self, time: Duration) {
+        self.prices().handled(time);
+    }
+
+    fn pin(&self, gpa: u64, len: u64) -> Result<Box<dyn Any + Send>, MemoryError> {
+        Ok(Box::new(Self::pin(self, gpa, len, Access::Write)?))
+    }
+
+    fn read(&self, gpa: u64, buf: &mut [u8]) -> Result<(), MemoryError> {
+        Ok(Self::read(self, gpa, buf)?)
+    }
+
+    fn write(&self, gpa: u64, buf: &[u8]) -> Result<(), MemoryError> {
+        Ok(Self::write(self, gpa, buf)?)
+    }
 }

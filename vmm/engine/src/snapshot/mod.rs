@@ -48,9 +48,8 @@ pub struct Snapshot {
 }
 
 impl Snapshot {
-    /// A snapshot that was put together by a test.
-    #[cfg(test)]
-    pub(crate) fn of(number: u64, memory: Arc<Frozen>, vcpus: Vec<VcpuState>) -> Self {
+    /// One of memory and registers, without devices.
+    pub fn of(number: u64, memory: Arc<Frozen>, vcpus: Vec<VcpuState>) -> Self {
         Self {
             number,
             parent: None,
