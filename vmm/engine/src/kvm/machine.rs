@@ -29,7 +29,9 @@ use std::time::{Duration, Instant};
 use std::{fmt, io};
 
 use guest::abi::MAX_VCPUS;
-use kvm_bindings::kvm_userspace_memory_region;
+use kvm_bindings::{
+    KVM_CAP_EXIT_ON_EMULATION_FAILURE, kvm_enable_cap, kvm_userspace_memory_region,
+};
 use kvm_ioctls::{Cap, IoEventAddress, NoDatamatch, VcpuFd, VmFd};
 use rustix::io::Errno;
 use vmm_sys_util::errno;
@@ -98,6 +100,13 @@ pub enum KvmError {
     /// MSRs could not be guarded.
     #[error("cannot guard the msrs by which kvm writes to guest memory")]
     Msrs {
+        /// What the kernel said.
+        #[source]
+        source: errno::Error,
+    },
+    /// KVM would give a guest an exception for what it cannot emulate.
+    #[error("cannot have kvm say what it cannot emulate")]
+    Emulation {
         /// What the kernel said.
         #[source]
         source: errno::Error,
@@ -284,6 +293,10 @@ impl Machine {
             source,
         })?;
         paravirt::guard(&vm).map_err(|source| KvmError::Msrs { source })?;
+        let mmu = Mmu::of(kvm.platform());
+        if mmu == Mmu::ShadowOnSvm {
+            exit_on_emulation_failure(&vm).map_err(|source| KvmError::Emulation { source })?;
+        }
         let xsave2 = vm.check_extension_int(Cap::Xsave2);
         let xsave_fits = XsaveFits::check(xsave2).ok_or(KvmError::XsaveSize { bytes: xsave2 })?;
         const ALL_SYNC_REGS: i32 = 0b111;
@@ -306,7 +319,7 @@ impl Machine {
             is_stuck: AtomicBool::new(false),
             ram: Arc::clone(&ram),
             region,
-            mmu: Mmu::of(kvm.platform()),
+            mmu,
             started: Mutex::new(false),
             tsc_khz: 0,
             left_out: Vec::new(),
@@ -772,6 +785,20 @@ pub(super) fn create_vm(kvm: &Kvm) -> Result<VmFd, KvmError> {
             Err(source) => return Err(KvmError::CreateVm { source }),
         }
     }
+}
+
+/// Has KVM come out where it cannot emulate an instruction, instead of giving the guest an exception: with a locked one on a page table that is
+/// read-only it may, when that is writable (`handle_emulation_failure` in `arch/x86/kvm/x86.c`). Before Linux 5.14 it does not know how to.
+fn exit_on_emulation_failure(vm: &VmFd) -> Result<(), errno::Error> {
+    let cap = KVM_CAP_EXIT_ON_EMULATION_FAILURE;
+    if vm.check_extension_raw(cap.into()) == 0 {
+        return Ok(());
+    }
+    vm.enable_cap(&kvm_enable_cap {
+        cap,
+        args: [1, 0, 0, 0],
+        ..Default::default()
+    })
 }
 
 pub(super) fn create_vcpu(
