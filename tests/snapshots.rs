@@ -1,33 +1,31 @@
 //! The library without a session: a VM put together by hand, snapshots of it, and what can be done with them.
 //!
 //! The first half of this file is all a program needs to do to have such a VM.
-#![expect(unsafe_code, reason = "promises KVM that the window is the guest's")]
 
 mod support;
 
 use std::io;
 use std::mem::offset_of;
-use std::ptr::{self, NonNull};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use guest::abi::{
-    BOOT_MAGIC, BootInfo, IMAGE_GPA, Layout, PAGE_SIZE, PORT_CONSOLE, PORT_DOORBELL_EVENT,
-    PORT_DOORBELL_EXIT, Pattern, VcpuPage,
+    IMAGE_GPA, Layout, PAGE_SIZE, PORT_CONSOLE, PORT_DOORBELL_EVENT, PORT_DOORBELL_EXIT, Pattern,
+    VcpuPage,
 };
 use guest::formula::{PAGE_WORDS, Schedule, page_word};
 use palimpsest::device::DeviceSet;
 use palimpsest::host::{Ahead, MappingBudget, PhysMap, Ram, Window};
 use palimpsest::kvm::{
-    self, Capture, Clock, Image, Kvm, KvmError, Machine, PortAction, PortHandler, StopReason,
-    VcpuState, write_boot_info, write_page_tables,
+    Capture, Clock, Kvm, KvmError, Machine, PortAction, PortHandler, StopReason, VcpuState,
 };
 use palimpsest::mm::{AddressSpace, Exclusive, FramePool, Gfn, Mmu, MmuError, Pfn, Protection};
 use palimpsest::snapshot::{Fault, Parts, RestoreError, Snapshot, TakeError};
 use support::program::program;
 use support::{PATIENCE, no_kvm, within};
+use vmm::boot;
 
 const MEMORY: u64 = 32 << 20;
 const VCPUS: u64 = 2;
@@ -54,8 +52,11 @@ impl Vm {
     }
 
     /// Boots a guest, with something between its memory and its window.
-    fn boot_with(image: impl Into<Vec<u8>>, between: impl FnOnce(Window) -> Box<dyn Mmu>) -> Self {
-        let image = Image::parse(image).unwrap();
+    fn boot_with(
+        image: impl Into<Vec<u8>>,
+        between: impl FnOnce(Arc<Window>) -> Box<dyn Mmu>,
+    ) -> Self {
+        let image = boot::parse(image).unwrap();
         let layout = Layout::new(MEMORY, image.end(), VCPUS, 2, 2).unwrap();
 
         // Room for the guest and for what snapshots need copies of.
@@ -65,26 +66,20 @@ impl Vm {
         let pool = FramePool::new(Arc::clone(&physmap) as _, frames, frames).unwrap();
         let budget = Arc::new(MappingBudget::of_this_process());
         let window = Window::new(Arc::clone(&physmap), Arc::clone(&budget), pages).unwrap();
-        let slot = memslot(&window);
-        let space = AddressSpace::new(Arc::clone(&pool), Exclusive, between(window), pages);
+        let window = Arc::new(window);
+        let mmu = between(Arc::clone(&window));
+        let space = AddressSpace::new(Arc::clone(&pool), Exclusive, mmu, pages);
         let ram = Ram::new(Arc::new(space.unwrap()), physmap);
 
         image.load(&ram).unwrap();
-        write_page_tables(&ram, MEMORY).unwrap();
-        let info = BootInfo {
-            magic: BOOT_MAGIC,
-            seed: SEED,
-            layout,
-            pattern: PATTERN as u64,
-        };
-        write_boot_info(&ram, &info).unwrap();
+        boot::write_first_memory(&ram, layout, SEED, PATTERN).unwrap();
 
         let devices = Arc::new(DeviceSet::start(&ram, &layout, SEED).unwrap());
         let ended = Arc::new(Mutex::new(Vec::new()));
         let ends = Arc::clone(&ended);
         let machine = Machine::new(
             &Kvm::open().unwrap(),
-            slot,
+            window,
             Arc::new(ram.clone()),
             VCPUS as usize,
             Arc::new(Ports(Arc::clone(&devices))),
@@ -96,7 +91,9 @@ impl Vm {
         for (device, port) in devices.devices().iter().zip(PORT_DOORBELL_EVENT..) {
             machine.register_doorbell(port, device.doorbell()).unwrap();
         }
-        machine.start(image.entry()).unwrap();
+        machine
+            .start(|vcpu| boot::entry(image.entry(), vcpu))
+            .unwrap();
         let ahead = Some(Ahead::start(Arc::clone(ram.space())).unwrap());
         Self {
             machine,
@@ -118,14 +115,6 @@ impl Vm {
             ahead: self.ahead.as_ref(),
         }
     }
-}
-
-/// What KVM is told about a window.
-fn memslot(window: &Window) -> kvm::Window {
-    let host = ptr::with_exposed_provenance_mut(window.host_address() as usize);
-    // SAFETY: the window is mapped until the address space that owns it is dropped, which is after the machine (order
-    // of fields in `Vm`), and nothing but guest memory is ever mapped there. No reference points into it.
-    unsafe { kvm::Window::new(NonNull::new(host).unwrap(), window.len()) }
 }
 
 /// Lets the guest print to nobody and ring its devices. Anything else it says is a failure.
@@ -326,7 +315,7 @@ fn a_guest_that_has_ended_cannot_be_snapshotted() {
 
 /// A window that from some time on refuses everything, and does not say whether it has changed anything.
 struct Failing {
-    window: Window,
+    window: Arc<Window>,
     fails: Arc<AtomicBool>,
 }
 

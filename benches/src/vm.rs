@@ -7,14 +7,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use guest::abi::{
-    BOOT_MAGIC, BootInfo, DEVICE_STRIDE, Layout, PAGE_SIZE, PORT_PANIC, Pattern, REGION_SIZE, Text,
-};
+use guest::abi::{DEVICE_STRIDE, Layout, PAGE_SIZE, PORT_PANIC, Pattern, REGION_SIZE, Text};
 use guest::sweep::{Choice, LAPS, Lap, SweepOrders, SweepPage};
 use palimpsest::kvm::{
-    BootError, Capture, GuestRam, Image, Kvm, KvmError, Machine, PortAction, PortHandler,
-    StopReason, VcpuState, write_boot_info, write_page_tables,
+    BootError, Capture, GuestRam, Kvm, KvmError, Machine, PortAction, PortHandler, StopReason,
+    VcpuState,
 };
+use vmm::boot;
 
 use crate::technique::{Taken, Technique, TechniqueError};
 
@@ -142,7 +141,7 @@ impl Vm {
         technique: Arc<dyn Technique>,
         config: &GuestConfig,
     ) -> Result<Self, VmError> {
-        let image = Image::parse(guest::SWEEP)?;
+        let image = boot::parse(guest::SWEEP)?;
         let too_small = VmError::TooSmall {
             memory: config.memory,
             vcpus: config.vcpus,
@@ -158,16 +157,7 @@ impl Vm {
         technique.populate(0..config.memory)?;
         let ram = technique.ram();
         image.load(&*ram)?;
-        write_page_tables(&*ram, config.memory)?;
-        write_boot_info(
-            &*ram,
-            &BootInfo {
-                magic: BOOT_MAGIC,
-                seed: 0,
-                layout,
-                pattern: config.pattern as u64,
-            },
-        )?;
+        boot::write_first_memory(&*ram, layout, 0, config.pattern)?;
         for (vcpu, orders) in (0..).zip(&orders) {
             let gpa = layout.vcpu_page(vcpu) + offset_of!(SweepPage, orders) as u64;
             ram.write(gpa, &bytes(orders))
@@ -178,7 +168,7 @@ impl Vm {
         let ends = Arc::clone(&ended);
         let machine = Machine::new(
             kvm,
-            technique.window(),
+            technique.slot(),
             Arc::clone(&ram),
             config.vcpus as usize,
             Arc::new(Ports(Arc::clone(&ram))),
@@ -188,7 +178,7 @@ impl Vm {
             .dma
             .then(|| DeviceThread::start(&*technique, layout.device_area(0)))
             .transpose()?;
-        machine.start(image.entry())?;
+        machine.start(|vcpu| boot::entry(image.entry(), vcpu))?;
         Ok(Self {
             machine,
             device,

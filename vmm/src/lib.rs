@@ -8,12 +8,14 @@
 //! | module | concept |
 //! |---|---|
 //! | [`policy`] | which copy-on-write policy, chosen by name |
+//! | [`boot`] | what a guest finds before it runs |
 //! | [`check`] | the oracles: is every snapshot right? |
 //! | [`session`] | a whole run |
 //! | [`scenario`] | the scenarios of the protocol, under every policy and on the living kernel |
 //! | [`doctor`] | what this machine can and cannot do for a run |
 //! | [`cli`] | the program: arguments, display, reports |
 
+pub mod boot;
 pub mod check;
 pub mod cli;
 pub mod doctor;

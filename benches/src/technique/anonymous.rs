@@ -10,7 +10,7 @@ use std::ptr::{self, NonNull};
 use std::sync::Arc;
 
 use guest::abi::{PAGE_SIZE, REGION_SIZE};
-use palimpsest::kvm::{self, GuestRam, MemoryError};
+use palimpsest::kvm::{GuestRam, MemoryError, Memslot};
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
 
 use super::{Device, TechniqueError, host};
@@ -42,6 +42,17 @@ pub(super) struct Anonymous {
 unsafe impl Send for Anonymous {}
 // SAFETY: as above.
 unsafe impl Sync for Anonymous {}
+
+// SAFETY: mapped until `self` is dropped; nothing else is ever mapped there, and there are no references into it.
+unsafe impl Memslot for Anonymous {
+    fn host_address(&self) -> NonNull<u8> {
+        self.base
+    }
+
+    fn len(&self) -> u64 {
+        self.len
+    }
+}
 
 impl Anonymous {
     /// `len` bytes that read as zeros.
@@ -92,13 +103,6 @@ impl Anonymous {
     /// Bytes.
     pub(super) fn bytes(&self) -> u64 {
         self.len
-    }
-
-    /// What KVM is told of it. The machine made with it must be dropped before this memory is.
-    pub(super) fn window(&self) -> kvm::Window {
-        // SAFETY: mapped until `self` is dropped, which by the contract of `Technique::window` is after the machine; nothing
-        // else is ever mapped here, and there are no references into it.
-        unsafe { kvm::Window::new(self.base, self.len) }
     }
 
     /// Puts memory behind `range`.

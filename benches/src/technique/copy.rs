@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 
 use guest::abi::REGION_SIZE;
-use palimpsest::kvm::{self, GuestRam};
+use palimpsest::kvm::{GuestRam, Memslot};
 
 use super::anonymous::{Anonymous, PageSize, PlainDevice};
 use super::{Device, Taken, Technique, TechniqueError};
@@ -55,8 +55,8 @@ impl StopAndCopy {
 }
 
 impl Technique for StopAndCopy {
-    fn window(&self) -> kvm::Window {
-        self.memory.window()
+    fn slot(&self) -> Arc<dyn Memslot> {
+        Arc::clone(&self.memory) as _
     }
 
     fn ram(&self) -> Arc<dyn GuestRam> {

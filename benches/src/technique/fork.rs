@@ -16,7 +16,7 @@ use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 
-use palimpsest::kvm::{self, GuestRam};
+use palimpsest::kvm::{GuestRam, Memslot};
 
 use super::anonymous::{Anonymous, PageSize, PlainDevice};
 use super::{Device, Taken, Technique, TechniqueError, host};
@@ -36,8 +36,8 @@ impl Fork {
 }
 
 impl Technique for Fork {
-    fn window(&self) -> kvm::Window {
-        self.memory.window()
+    fn slot(&self) -> Arc<dyn Memslot> {
+        Arc::clone(&self.memory) as _
     }
 
     fn ram(&self) -> Arc<dyn GuestRam> {

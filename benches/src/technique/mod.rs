@@ -28,7 +28,7 @@ use std::ops::Range;
 use std::str::FromStr;
 use std::sync::Arc;
 
-use palimpsest::kvm::{self, GuestRam, MemoryError};
+use palimpsest::kvm::{GuestRam, MemoryError, Memslot};
 use palimpsest::mm::ForkError;
 
 pub use anonymous::PageSize;
@@ -36,8 +36,8 @@ pub use ours::Granularity;
 
 /// A technique at work on the memory of one guest.
 pub trait Technique: Send + Sync {
-    /// What KVM is told guest memory is. The machine made with it must be dropped before this is.
-    fn window(&self) -> kvm::Window;
+    /// What KVM is told guest memory is.
+    fn slot(&self) -> Arc<dyn Memslot>;
 
     /// Guest memory, for whoever loads a program into it, and for faults that KVM hands to the VMM.
     fn ram(&self) -> Arc<dyn GuestRam>;

@@ -1,13 +1,11 @@
 //! Ours: a shadow page table and a window, copy-on-write resolved on the faulting vCPU's own thread, all through the library's public parts.
-#![expect(unsafe_code, reason = "promises KVM that the window is the guest's")]
 
 use std::ops::Range;
-use std::ptr::{self, NonNull};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use guest::abi::PAGE_SIZE;
 use palimpsest::host::{Ahead, MappingBudget, PhysMap, PinnedBuffer, Prices, Ram, Window};
-use palimpsest::kvm::{self, GuestRam};
+use palimpsest::kvm::{GuestRam, Memslot};
 use palimpsest::mm::{Access, AddressSpace, Exclusive, FramePool, Frozen, Gfn};
 
 use super::{Device, Taken, Technique, TechniqueError, host};
@@ -30,16 +28,10 @@ pub enum Granularity {
 pub(super) struct Ours {
     ram: Ram<Exclusive>,
     ahead: Option<Ahead>,
-    host: NonNull<u8>,
     window: Arc<Window>,
     /// What was allocated for the frame table, the shadow page table and the window's notes.
     tables: Option<Mutex<Made>>,
 }
-
-// SAFETY: `host` is an address that is only handed to the kernel.
-unsafe impl Send for Ours {}
-// SAFETY: as above.
-unsafe impl Sync for Ours {}
 
 impl Ours {
     pub(super) fn new(
@@ -58,10 +50,6 @@ impl Ours {
         let window =
             Window::new(Arc::clone(&physmap), budget, pages).map_err(host("map the window"))?;
         let window = Arc::new(window);
-        let address = ptr::with_exposed_provenance_mut(window.host_address() as usize);
-        let address = NonNull::new(address).ok_or(TechniqueError::Unavailable {
-            why: "the window is at address 0".to_owned(),
-        })?;
         let shown = Box::new(Arc::clone(&window));
         let mut space = AddressSpace::new(pool, Exclusive, shown, pages).map_err(alloc)?;
         if granularity == Granularity::Small {
@@ -80,7 +68,6 @@ impl Ours {
         Ok(Self {
             ram,
             ahead,
-            host: address,
             window,
             tables: before.map(|before| Mutex::new(before.made())),
         })
@@ -88,10 +75,8 @@ impl Ours {
 }
 
 impl Technique for Ours {
-    fn window(&self) -> kvm::Window {
-        // SAFETY: the window is mapped until the address space that owns it is dropped: with `self`, which by the contract of
-        // `Technique::window` is after the machine. Nothing but guest memory is ever mapped there. No reference points into it.
-        unsafe { kvm::Window::new(self.host, self.ram.size()) }
+    fn slot(&self) -> Arc<dyn Memslot> {
+        Arc::clone(&self.window) as _
     }
 
     fn ram(&self) -> Arc<dyn GuestRam> {

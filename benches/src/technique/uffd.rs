@@ -20,7 +20,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 
 use guest::abi::PAGE_SIZE;
-use palimpsest::kvm::{self, GuestRam};
+use palimpsest::kvm::{GuestRam, Memslot};
 use rustix::io::Errno;
 use rustix::ioctl::{Opcode, Updater, ioctl, opcode};
 use rustix::mm::{UserfaultfdFlags, userfaultfd};
@@ -264,8 +264,8 @@ impl Shared {
 }
 
 impl Technique for Uffd {
-    fn window(&self) -> kvm::Window {
-        self.shared.memory.window()
+    fn slot(&self) -> Arc<dyn Memslot> {
+        Arc::clone(&self.shared.memory) as _
     }
 
     fn ram(&self) -> Arc<dyn GuestRam> {

@@ -1,22 +1,19 @@
 //! A running VM: memory, vCPUs and devices, put together and taken apart in the right order.
-#![expect(unsafe_code, reason = "promises KVM that the window is the guest's")]
 
 use std::io;
-use std::ptr::NonNull;
 use std::sync::Arc;
 
-use guest::abi::{BOOT_MAGIC, BootInfo, Layout, PAGE_SIZE, PORT_DOORBELL_EVENT};
+use guest::abi::{Layout, PAGE_SIZE, PORT_DOORBELL_EVENT};
 
 use super::config::{Config, Injection, PageSize, Size};
 use super::need::Plan;
 use super::ports::{Event, Events, Ports};
+use crate::boot;
 use crate::check::Reference;
 use crate::check::inject::LeakyMmu;
 use palimpsest::device::{self, DeviceSet};
 use palimpsest::host::{Ahead, Dumps, MappingBudget, PhysMap, Ram, Window};
-use palimpsest::kvm::{
-    self, BootError, Image, Kvm, KvmError, Machine, write_boot_info, write_page_tables,
-};
+use palimpsest::kvm::{BootError, Kvm, KvmError, Machine};
 use palimpsest::mm::{AddressSpace, AllocError, CowPolicy, FramePool, Mmu, REGION_PAGES};
 use palimpsest::snapshot::Parts;
 
@@ -109,7 +106,7 @@ impl<P: CowPolicy> Vm<P> {
             guest: config.guest.to_string(),
             source,
         };
-        let image = Image::parse(image).map_err(no_good)?;
+        let image = boot::parse(image).map_err(no_good)?;
         let layout = Layout::new(
             config.memory,
             image.end(),
@@ -144,13 +141,8 @@ impl<P: CowPolicy> Vm<P> {
         let pool = FramePool::new(Arc::clone(&physmap) as _, frames, plan.frames)?;
         let window = Window::new(Arc::clone(&physmap), Arc::clone(&budget), pages)
             .map_err(reserve("the guest's window", config.memory))?;
-        let host = NonNull::new(std::ptr::with_exposed_provenance_mut(
-            window.host_address() as usize
-        ))
-        .ok_or_else(|| reserve("the guest's window", 0)(io::ErrorKind::OutOfMemory.into()))?;
-        // SAFETY: the window is mapped until the address space that owns it is dropped, which is after the machine
-        // (order of fields), and nothing but guest memory is ever mapped there. No reference points into it.
-        let slot = unsafe { kvm::Window::new(host, window.len()) };
+        let window = Arc::new(window);
+        let slot = Arc::clone(&window);
         let mmu: Box<dyn Mmu> = match config.inject {
             Some(Injection::SkipWriteProtect) => {
                 // Each operation of the guest writes there.
@@ -167,16 +159,7 @@ impl<P: CowPolicy> Vm<P> {
         let ram = Ram::new(Arc::new(space), Arc::clone(&physmap));
 
         image.load(&ram).map_err(no_good)?;
-        write_page_tables(&ram, config.memory)?;
-        write_boot_info(
-            &ram,
-            &BootInfo {
-                magic: BOOT_MAGIC,
-                seed: config.seed,
-                layout,
-                pattern: config.pattern as u64,
-            },
-        )?;
+        boot::write_first_memory(&ram, layout, config.seed, config.pattern)?;
 
         let reference = Reference::new(&ram, &layout, image.writable());
         let devices = Arc::new(DeviceSet::start(&ram, &layout, config.seed)?);
@@ -226,7 +209,7 @@ impl<P: CowPolicy> Vm<P> {
                 "this KVM cannot save and restore MSRs {left_out:#x?}: snapshots are without them"
             );
         }
-        self.machine.start(self.entry)
+        self.machine.start(|vcpu| boot::entry(self.entry, vcpu))
     }
 
     /// What snapshots are taken of.

@@ -1,11 +1,10 @@
 //! Puts a guest program into guest memory.
 //!
-//! A program that is not what [`guest::abi`] asks for is refused with the reason, before anything is loaded. Of a program only the ELF
+//! A program that is no static one, or is linked where none may be, is refused with the reason, before anything is loaded. Of a program only the ELF
 //! header and what is loaded matter: notes, sections and debug information may be anything.
 
 use std::ops::Range;
 
-use guest::abi::{BOOT_INFO_GPA, BootInfo, IMAGE_GPA, Layout, MAX_MEMORY, PAGE_TABLES_GPA};
 use linux_loader::elf;
 use vm_memory::ByteValued;
 
@@ -60,8 +59,10 @@ pub enum BootError {
     #[error("the ELF file has no segment to load")]
     Empty,
     /// A segment below the place for programs, where boot data and stacks are.
-    #[error("segment {segment} is linked at {start:#x}, below {IMAGE_GPA:#x}")]
+    #[error("segment {segment} is linked at {start:#x}, below {lowest:#x}")]
     SegmentTooLow {
+        /// The lowest address that a program may have.
+        lowest: u64,
         /// Index of the program header.
         segment: usize,
         /// Where it is linked.
@@ -141,8 +142,8 @@ struct Loaded {
 }
 
 impl Image {
-    /// Checks that `file` is a program a guest can run.
-    pub fn parse(file: impl Into<Vec<u8>>) -> Result<Self, BootError> {
+    /// Checks that `file` is a program a guest can run, all of it at addresses in `place`.
+    pub fn parse(file: impl Into<Vec<u8>>, place: Range<u64>) -> Result<Self, BootError> {
         let file = file.into();
         let header: elf::Elf64_Ehdr = check_header(&file)?;
         let segments = program_headers(&file, &header)?;
@@ -176,10 +177,14 @@ impl Image {
                     load: phdr.p_paddr,
                 });
             }
-            if start < IMAGE_GPA {
-                return Err(BootError::SegmentTooLow { segment, start });
+            if start < place.start {
+                return Err(BootError::SegmentTooLow {
+                    lowest: place.start,
+                    segment,
+                    start,
+                });
             }
-            let segment_end = start.checked_add(memory).filter(|end| *end <= MAX_MEMORY);
+            let segment_end = start.checked_add(memory).filter(|end| *end <= place.end);
             let (Some(segment_end), true) = (segment_end, filesz <= memory) else {
                 return Err(BootError::SegmentSize {
                     segment,
@@ -233,7 +238,7 @@ impl Image {
         self.end
     }
 
-    /// Copies the program into guest memory, which must be zero from [`IMAGE_GPA`] to [`Image::end`].
+    /// Copies the program into guest memory, which must be zero where the program lies.
     pub fn load(&self, ram: &dyn GuestRam) -> Result<(), BootError> {
         if self.end > ram.len() {
             return Err(BootError::TooLarge {
@@ -331,64 +336,22 @@ fn within(
         })
 }
 
-/// Words of a [`BootInfo`].
-const BOOT_INFO_WORDS: usize = 10;
-const _: () = assert!(size_of::<BootInfo>() == BOOT_INFO_WORDS * 8);
-
-/// Writes `info` where the guest looks for it.
-pub fn write_boot_info(ram: &dyn GuestRam, info: &BootInfo) -> Result<(), BootError> {
-    // Taken apart by name, in the order of `repr(C)`: a field that is added does not compile here.
-    let &BootInfo {
-        magic,
-        seed,
-        layout:
-            Layout {
-                memory,
-                vcpus,
-                devices,
-                registered,
-                vcpu_base,
-                device_base,
-                hammer_base,
-            },
-        pattern,
-    } = info;
-    let words: [u64; BOOT_INFO_WORDS] = [
-        magic,
-        seed,
-        memory,
-        vcpus,
-        devices,
-        registered,
-        vcpu_base,
-        device_base,
-        hammer_base,
-        pattern,
-    ];
-    let bytes: Vec<u8> = words.into_iter().flat_map(u64::to_le_bytes).collect();
-    ram.write(BOOT_INFO_GPA, &bytes)
-        .map_err(|source| BootError::Memory {
-            gpa: BOOT_INFO_GPA,
-            source,
-        })
-}
-
-/// Writes page tables for `memory` bytes of guest memory at [`PAGE_TABLES_GPA`], and returns the gpa behind them.
+/// Writes page tables for `memory` bytes of guest memory at `gpa`, and returns the gpa behind them.
 ///
 /// They map every address to itself in 2 MiB pages, for ring 3, accessed and dirty bits set. A last partial 2 MiB is mapped
 /// whole: what the guest touches beyond its memory is MMIO, and so a crash.
-pub fn write_page_tables(ram: &dyn GuestRam, memory: u64) -> Result<u64, BootError> {
-    super::paging::write_page_tables(ram, memory).map_err(|source| BootError::Memory {
-        gpa: PAGE_TABLES_GPA,
-        source,
-    })
+pub fn write_page_tables(ram: &dyn GuestRam, gpa: u64, memory: u64) -> Result<u64, BootError> {
+    super::paging::write_page_tables(ram, gpa, memory)
+        .map_err(|source| BootError::Memory { gpa, source })
 }
 
 #[cfg(test)]
 mod tests {
     use super::super::paging::tests::Bytes as Ram;
     use super::*;
-    use guest::abi::{BOOT_MAGIC, Pattern};
+    use guest::abi::IMAGE_GPA;
+
+    const PLACE: Range<u64> = IMAGE_GPA..128 << 30;
 
     /// Offset of the first program header in [`file`].
     const PHDR: usize = 64;
@@ -424,12 +387,12 @@ mod tests {
     fn refused(offset: usize, value: u64, len: usize) -> BootError {
         let mut file = file();
         put(&mut file, offset, value, len);
-        Image::parse(file).unwrap_err()
+        Image::parse(file, PLACE).unwrap_err()
     }
 
     #[test]
     fn good_program_loads() {
-        let image = Image::parse(file()).unwrap();
+        let image = Image::parse(file(), PLACE).unwrap();
         assert_eq!(image.entry(), IMAGE_GPA + 4);
         assert_eq!(image.end(), IMAGE_GPA + 4096);
         let ram = Ram::new(4 << 20);
@@ -453,7 +416,10 @@ mod tests {
             put(&mut file, note + 8, offset, 8); // p_offset
             put(&mut file, note + 32, len, 8); // p_filesz
             let ram = Ram::new(4 << 20);
-            Image::parse(file.clone()).unwrap().load(&ram).unwrap();
+            Image::parse(file.clone(), PLACE)
+                .unwrap()
+                .load(&ram)
+                .unwrap();
             let mut bytes = [0; 16];
             ram.read(IMAGE_GPA, &mut bytes).unwrap();
             assert_eq!(bytes[..], (1..=16).collect::<Vec<u8>>());
@@ -462,7 +428,7 @@ mod tests {
 
     #[test]
     fn program_larger_than_memory_is_refused() {
-        let image = Image::parse(file()).unwrap();
+        let image = Image::parse(file(), PLACE).unwrap();
         let error = image.load(&Ram::new(IMAGE_GPA + 4095)).unwrap_err();
         assert!(matches!(error, BootError::TooLarge { .. }));
     }
@@ -527,7 +493,7 @@ mod tests {
         put(&mut low, PHDR + 16, IMAGE_GPA - 4096, 8);
         put(&mut low, PHDR + 24, IMAGE_GPA - 4096, 8);
         assert!(matches!(
-            Image::parse(low).unwrap_err(),
+            Image::parse(low, PLACE).unwrap_err(),
             BootError::SegmentTooLow { segment: 0, .. }
         ));
     }
@@ -537,53 +503,18 @@ mod tests {
         let ram = Ram::new(4 << 20);
         let good = file();
         for len in 0..good.len() {
-            assert!(Image::parse(&good[..len]).is_err(), "cut at {len}");
+            assert!(Image::parse(&good[..len], PLACE).is_err(), "cut at {len}");
         }
         for offset in 0..PHDR + 56 {
             for value in [0, 1, 0x7f, 0x80, 0xff] {
                 let mut file = file();
                 file[offset] = value;
-                if let Ok(image) = Image::parse(file)
+                if let Ok(image) = Image::parse(file, PLACE)
                     && image.end() <= ram.len()
                 {
                     let _ = image.load(&ram);
                 }
             }
         }
-    }
-
-    #[test]
-    fn boot_info_is_laid_out_as_the_guest_reads_it() {
-        let ram = Ram::new(1 << 20);
-        let layout = Layout::new(64 << 20, IMAGE_GPA + 4096, 2, 1, 3).unwrap();
-        let info = BootInfo {
-            magic: BOOT_MAGIC,
-            seed: 7,
-            layout,
-            pattern: Pattern::Hot as u64,
-        };
-        write_boot_info(&ram, &info).unwrap();
-        let mut bytes = [0; 80];
-        ram.read(BOOT_INFO_GPA, &mut bytes).unwrap();
-        let word =
-            |offset: usize| u64::from_le_bytes(bytes[offset..offset + 8].try_into().unwrap());
-        use std::mem::offset_of;
-        assert_eq!(word(offset_of!(BootInfo, magic)), BOOT_MAGIC);
-        assert_eq!(word(offset_of!(BootInfo, seed)), 7);
-        assert_eq!(word(offset_of!(BootInfo, pattern)), Pattern::Hot as u64);
-        let at = offset_of!(BootInfo, layout);
-        assert_eq!(word(at + offset_of!(Layout, memory)), layout.memory);
-        assert_eq!(word(at + offset_of!(Layout, vcpus)), 2);
-        assert_eq!(word(at + offset_of!(Layout, devices)), 1);
-        assert_eq!(word(at + offset_of!(Layout, registered)), 3);
-        assert_eq!(word(at + offset_of!(Layout, vcpu_base)), layout.vcpu_base);
-        assert_eq!(
-            word(at + offset_of!(Layout, device_base)),
-            layout.device_base
-        );
-        assert_eq!(
-            word(at + offset_of!(Layout, hammer_base)),
-            layout.hammer_base
-        );
     }
 }

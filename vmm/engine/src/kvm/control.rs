@@ -16,6 +16,7 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
+use super::registers::Entry;
 use super::state::{Clock, StateError, VcpuState};
 
 /// What a vCPU's thread is to do.
@@ -46,7 +47,7 @@ pub(super) enum Job {
     /// Set them all.
     Restore(Box<VcpuState>, Clock),
     /// Set them to the entry state.
-    Enter { entry: u64 },
+    Enter(Entry),
 }
 
 /// What became of the work of a parked vCPU.

@@ -2,12 +2,13 @@
 //!
 //! ```no_run
 //! # use palimpsest::kvm::*;
-//! # fn example(kvm: &Kvm, window: Window, ram: std::sync::Arc<dyn GuestRam>,
-//! #            handler: std::sync::Arc<dyn PortHandler>) -> Result<(), KvmError> {
+//! # use std::sync::Arc;
+//! # fn example(kvm: &Kvm, window: Arc<palimpsest::host::Window>, ram: Arc<dyn GuestRam>,
+//! #            handler: Arc<dyn PortHandler>, entry: Entry) -> Result<(), KvmError> {
 //! let machine = Machine::new(kvm, window, ram, 2, handler, Box::new(|vcpu, outcome| {
 //!     eprintln!("vcpu {vcpu}: {outcome}");
 //! }))?;
-//! machine.start(0x20_0000)?;
+//! machine.start(|_| entry)?;
 //! let paused = machine.pause(Capture::Registers)?;
 //! // Fork memory here: registers are read meanwhile.
 //! let states = paused.states()?;
@@ -21,14 +22,12 @@
     reason = "the memslot: the kernel is given a range of host memory"
 )]
 
-use std::ptr::NonNull;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 use std::{fmt, io};
 
-use guest::abi::MAX_VCPUS;
 use kvm_bindings::{
     KVM_CAP_EXIT_ON_EMULATION_FAILURE, kvm_enable_cap, kvm_userspace_memory_region,
 };
@@ -40,13 +39,13 @@ use vmm_sys_util::eventfd::EventFd;
 use super::control::{Control, Job, Order, Phase, Slot, Work};
 use super::fault::{Ladder, RungCounts};
 use super::kick;
-use super::memory::{GuestRam, MemoryError};
+use super::memory::{GuestRam, MemoryError, Memslot};
 use super::msr::MsrSet;
 use super::outcome::Outcome;
 use super::paravirt::{self, Targets};
 use super::platform::Kvm;
 use super::port::PortHandler;
-use super::registers;
+use super::registers::{self, Entry};
 use super::state::{Capturer, Clock, StateError, VcpuState, XSAVE_BYTES, XsaveFits};
 use super::table_bits;
 use super::tables::{Mmu, PageTables};
@@ -56,6 +55,9 @@ use super::watch::Watch;
 /// How long a vCPU may take to do what it is told. It is in the guest, where a kick reaches it in microseconds, or in
 /// a handler that should not block; the rest is the host being busy.
 const PATIENCE: Duration = Duration::from_secs(5);
+
+/// The most vCPUs of a machine: their numbers are APIC ids of 8 bits.
+pub const MAX_VCPUS: usize = 255;
 
 /// Why a machine could not be made or driven.
 #[derive(Debug, thiserror::Error)]
@@ -189,29 +191,6 @@ pub enum KvmError {
     },
 }
 
-/// The host memory that a guest has as its own, from gpa 0.
-#[derive(Clone, Copy, Debug)]
-pub struct Window {
-    host: NonNull<u8>,
-    len: u64,
-}
-
-// SAFETY: it is an address that is only handed to the kernel; nothing here reads or writes through it.
-unsafe impl Send for Window {}
-// SAFETY: as above.
-unsafe impl Sync for Window {}
-
-impl Window {
-    /// The window of `len` bytes at `host`, both multiples of the page size.
-    ///
-    /// # Safety
-    /// The range is mmapped, and the guest's: no Rust reference points into it, and until every [`Machine`] made with it is
-    /// dropped nothing else than guest memory is mapped there. Protections and the pages behind it may change at any time.
-    pub unsafe fn new(host: NonNull<u8>, len: u64) -> Self {
-        Self { host, len }
-    }
-}
-
 /// Is told on a vCPU's thread that the vCPU has ended by itself, and why. Not called for vCPUs that the machine stops.
 pub type OnStop = Box<dyn Fn(usize, Outcome) + Send + Sync>;
 
@@ -248,6 +227,8 @@ pub struct Machine {
     /// Ended before the threads are.
     watch: Option<Watch>,
     ram: Arc<dyn GuestRam>,
+    /// Where the memslot points.
+    _slot: Arc<dyn Memslot>,
     region: kvm_userspace_memory_region,
     mmu: Mmu,
     /// Whether the machine was started. Locked while somebody drives it: pauses exclude each other.
@@ -267,16 +248,16 @@ impl fmt::Debug for Machine {
 }
 
 impl Machine {
-    /// A machine with `vcpus` vCPUs and all of `window` as its memory. It does not run before it is started.
+    /// A machine with `vcpus` vCPUs and all of `slot` as its memory. It does not run before it is started.
     pub fn new(
         kvm: &Kvm,
-        window: Window,
+        slot: Arc<dyn Memslot>,
         ram: Arc<dyn GuestRam>,
         vcpus: usize,
         handler: Arc<dyn PortHandler>,
         on_stop: OnStop,
     ) -> Result<Self, KvmError> {
-        if vcpus == 0 || vcpus > MAX_VCPUS as usize {
+        if vcpus == 0 || vcpus > MAX_VCPUS {
             return Err(KvmError::VcpuCount { vcpus });
         }
         let vm = create_vm(kvm)?;
@@ -284,12 +265,12 @@ impl Machine {
             slot: 0,
             flags: 0,
             guest_phys_addr: 0,
-            memory_size: window.len,
-            userspace_addr: window.host.as_ptr() as u64,
+            memory_size: slot.len(),
+            userspace_addr: slot.host_address().as_ptr().expose_provenance() as u64,
         };
-        // SAFETY: the range is the guest's, as the maker of `Window` has promised.
+        // SAFETY: the range is the guest's, as a `Memslot` promises, which is kept as long as somebody may go there.
         unsafe { vm.set_user_memory_region(region) }.map_err(|source| KvmError::Memory {
-            len: window.len,
+            len: slot.len(),
             source,
         })?;
         paravirt::guard(&vm).map_err(|source| KvmError::Msrs { source })?;
@@ -318,6 +299,7 @@ impl Machine {
             watch: None,
             is_stuck: AtomicBool::new(false),
             ram: Arc::clone(&ram),
+            _slot: Arc::clone(&slot),
             region,
             mmu,
             started: Mutex::new(false),
@@ -340,6 +322,7 @@ impl Machine {
                 xsave_fits,
                 sync_regs,
                 ram: Arc::clone(&ram),
+                _slot: Arc::clone(&slot),
                 handler: Arc::clone(&handler),
                 control: Arc::clone(&machine.control),
                 counters: Arc::clone(&machine.counters),
@@ -376,9 +359,9 @@ impl Machine {
         Ok(machine)
     }
 
-    /// Starts all vCPUs at `entry`, in the entry state of [`guest::abi`].
-    pub fn start(&self, entry: u64) -> Result<(), KvmError> {
-        self.start_with(|_| Job::Enter { entry })
+    /// Starts all vCPUs, each where `entry` of its number says.
+    pub fn start(&self, entry: impl Fn(usize) -> Entry) -> Result<(), KvmError> {
+        self.start_with(|vcpu| Job::Enter(entry(vcpu)))
     }
 
     /// Starts the vCPUs where they were captured.
@@ -623,7 +606,7 @@ impl Machine {
             ..self.region
         };
         for region in [gone, self.region] {
-            // SAFETY: the range is the guest's, as the maker of `Window` has promised.
+            // SAFETY: as in `Machine::new`.
             let set = unsafe { self.vm.set_user_memory_region(region) };
             set.map_err(|source| KvmError::Memory {
                 len: self.region.memory_size,

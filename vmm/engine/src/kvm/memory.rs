@@ -1,9 +1,15 @@
 //! The KVM layer's view of guest memory.
 
+#![expect(
+    unsafe_code,
+    reason = "who says that a range of host memory is the guest's"
+)]
+
 use std::any::Any;
+use std::ptr::{self, NonNull};
 use std::time::Duration;
 
-use crate::host::Ram;
+use crate::host::{Ram, Window};
 use crate::mm::{Access, CowPolicy, Gfn, Resolution};
 
 /// Why guest memory could not be reached or made writable.
@@ -72,5 +78,36 @@ impl<P: CowPolicy> GuestRam for Ram<P> {
 
     fn write(&self, gpa: u64, buf: &[u8]) -> Result<(), MemoryError> {
         Ok(Self::write(self, gpa, buf)?)
+    }
+}
+
+/// Host memory that a guest has as its own, from gpa 0: what a memslot points at.
+///
+/// # Safety
+/// For as long as the value lives the range is mapped, and is the guest's: no Rust reference points into it, and nothing
+/// else than guest memory is mapped there. Protections and the pages behind it may change at any time.
+pub unsafe trait Memslot: Send + Sync {
+    /// The first byte, at a page boundary.
+    fn host_address(&self) -> NonNull<u8>;
+
+    /// Bytes, a multiple of the page size.
+    fn len(&self) -> u64;
+
+    /// Whether there are none.
+    fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+// SAFETY: a window owns its range, which is unmapped when it is dropped, hands out no references into it, and changes it
+// only as an MMU does.
+unsafe impl Memslot for Window {
+    fn host_address(&self) -> NonNull<u8> {
+        let address = ptr::with_exposed_provenance_mut(Self::host_address(self) as usize);
+        NonNull::new(address).expect("nothing is mapped at 0")
+    }
+
+    fn len(&self) -> u64 {
+        Self::len(self)
     }
 }

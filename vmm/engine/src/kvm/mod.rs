@@ -40,13 +40,14 @@ mod tests;
 mod vcpu;
 mod watch;
 
-pub use boot::{BootError, Image, write_boot_info, write_page_tables};
+pub use boot::{BootError, Image, write_page_tables};
 pub use extended::Extended;
 pub use fault::{FaultError, Rung, RungCounts};
-pub use machine::{Capture, KvmError, Machine, MachineStats, OnStop, Paused, Window};
-pub use memory::{GuestRam, MemoryError};
+pub use machine::{Capture, KvmError, MAX_VCPUS, Machine, MachineStats, OnStop, Paused};
+pub use memory::{GuestRam, MemoryError, Memslot};
 pub use outcome::{CrashReason, Outcome, Report, RunError};
 pub use platform::{Kvm, Paging, Platform, PlatformError};
 pub use port::{PortAction, PortHandler, StopReason};
+pub use registers::Entry;
 pub use state::{Clock, StateError, VcpuState};
 pub use tables::PageTables;

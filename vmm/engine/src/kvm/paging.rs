@@ -7,11 +7,11 @@
 
 use std::collections::HashSet;
 
-use guest::abi::{MAX_MEMORY, PAGE_SIZE, PAGE_TABLES_GPA, REGION_SIZE};
 use kvm_bindings::kvm_sregs;
 
 use super::memory::{GuestRam, MemoryError};
 use super::tables::Page;
+use crate::mm::{PAGE_SIZE, REGION_PAGES};
 
 const PRESENT: u64 = 1;
 const WRITABLE: u64 = 1 << 1;
@@ -31,19 +31,24 @@ const CR4_LA57: u64 = 1 << 12;
 
 const ENTRIES: u64 = 512;
 const GIB: u64 = 1 << 30;
+const REGION_SIZE: u64 = REGION_PAGES * PAGE_SIZE;
 
-/// Writes page tables for `memory` bytes of guest memory at [`PAGE_TABLES_GPA`], and returns the gpa behind them.
+/// Writes page tables for `memory` bytes of guest memory at `gpa`, and returns the gpa behind them.
 ///
 /// A last partial 2 MiB is mapped whole: what the guest touches beyond its memory is MMIO, and so a crash.
-/// `memory` beyond [`MAX_MEMORY`] is cut: the tables' place in guest memory ends there.
-pub(super) fn write_page_tables(ram: &dyn GuestRam, memory: u64) -> Result<u64, MemoryError> {
-    let memory = memory.min(MAX_MEMORY);
-    let pdpt = PAGE_TABLES_GPA + PAGE_SIZE;
-    let directories = PAGE_TABLES_GPA + 2 * PAGE_SIZE;
+/// `memory` beyond 512 GiB, which is what one table of the third level maps, is not mapped.
+pub(super) fn write_page_tables(
+    ram: &dyn GuestRam,
+    gpa: u64,
+    memory: u64,
+) -> Result<u64, MemoryError> {
+    let memory = memory.min(ENTRIES * GIB);
+    let pdpt = gpa + PAGE_SIZE;
+    let directories = gpa + 2 * PAGE_SIZE;
     let gibs = memory.div_ceil(GIB);
     let table = PRESENT | WRITABLE | USER | ACCESSED;
 
-    write_table(ram, PAGE_TABLES_GPA, [pdpt | table].into_iter())?;
+    write_table(ram, gpa, [pdpt | table].into_iter())?;
     write_table(
         ram,
         pdpt,
@@ -251,6 +256,7 @@ impl<'a> Walker<'a> {
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
+    use guest::abi::PAGE_TABLES_GPA;
     use std::any::Any;
     use std::sync::{Arc, Mutex};
 
@@ -350,7 +356,7 @@ pub(super) mod tests {
     #[test]
     fn built_tables_map_one_to_one_and_need_no_bits_set() {
         let ram = Bytes::new(4 << 20);
-        let end = write_page_tables(&ram, (1 << 30) + (5 << 20)).unwrap();
+        let end = write_page_tables(&ram, PAGE_TABLES_GPA, (1 << 30) + (5 << 20)).unwrap();
         assert_eq!(end, PAGE_TABLES_GPA + 4 * PAGE_SIZE);
         for gva in [0, 0x1234, 0x20_0007, (1 << 30) - 1, (1 << 30) + (5 << 20)] {
             assert_eq!(walk(&ram, gva, Touch::Write), (Some(gva), vec![]));
@@ -421,7 +427,7 @@ pub(super) mod tests {
     #[test]
     fn every_entry_on_the_way_is_told() {
         let ram = Bytes::new(4 << 20);
-        write_page_tables(&ram, 4 << 20).unwrap();
+        write_page_tables(&ram, PAGE_TABLES_GPA, 4 << 20).unwrap();
         let steps = |gva| {
             let mut steps = Vec::new();
             let walker = Walker::new(&ram, &long_mode(PAGE_TABLES_GPA));
@@ -441,7 +447,7 @@ pub(super) mod tests {
     #[test]
     fn every_level_must_allow_an_access() {
         let ram = Bytes::new(4 << 20);
-        write_page_tables(&ram, 4 << 20).unwrap();
+        write_page_tables(&ram, PAGE_TABLES_GPA, 4 << 20).unwrap();
         let allows = |gva, touch| {
             let walker = Walker::new(&ram, &long_mode(PAGE_TABLES_GPA));
             walker.allows(gva, touch).unwrap()

@@ -1,14 +1,34 @@
-//! The registers a vCPU starts with: 64-bit mode, ring 3, as [`guest::abi`] promises.
+//! The registers a vCPU starts with: 64-bit mode, ring 3.
 //!
 //! The state is legal on VMX and SVM, and the only one in which PVM runs guest code natively: it interprets ring 0. There are
 //! no descriptor tables; segments are what is written here, and an exception ends in a triple fault. The only memory
-//! it relies on beside the page tables is the page of zeros at `TASK_GPA`.
+//! it relies on beside the page tables is a page of zeros, for a task state segment.
 
-use super::paravirt;
-use guest::abi::{BOOT_INFO_GPA, PAGE_SIZE, PAGE_TABLES_GPA, stack_top};
 use kvm_bindings::{
     CpuId, kvm_cpuid_entry2, kvm_dtable, kvm_fpu, kvm_regs, kvm_segment, kvm_sregs, kvm_xcrs,
 };
+
+use super::paravirt;
+use crate::mm::PAGE_SIZE;
+
+/// Where a vCPU begins, and with what.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Entry {
+    /// Its first instruction.
+    pub rip: u64,
+    /// Its stack pointer.
+    pub rsp: u64,
+    /// What it finds in RDI and RSI: the arguments of a function in C.
+    pub arguments: [u64; 2],
+    /// The gpa of the page tables: see [`write_page_tables`](super::write_page_tables).
+    pub page_tables: u64,
+    /// The gpa of a page that is zero and stays so.
+    ///
+    /// It is the task state segment. PVM runs the guest with RFLAGS of its own, in which the I/O privilege level is 0. It
+    /// then asks the TSS whether a port may be used, as a CPU would: a TSS of zeros has its I/O bitmap at offset 0, and a
+    /// bit that is 0 allows a port. A page of them allows ports up to 0x7fff.
+    pub task: u64,
+}
 
 /// RFLAGS: the bit that is always set.
 const RFLAGS_FIXED: u64 = 1 << 1;
@@ -16,7 +36,7 @@ const RFLAGS_FIXED: u64 = 1 << 1;
 /// host no interrupt while a guest has them off, and then nothing ends a guest that spins.
 const RFLAGS_IF: u64 = 1 << 9;
 /// RFLAGS: I/O privilege level 3, so that `out` in ring 3 exits to the VMM instead of faulting. PVM loses it as soon as the
-/// guest has run: see [`TASK_GPA`].
+/// guest has run: see [`Entry::task`].
 const RFLAGS_IOPL3: u64 = 3 << 12;
 
 /// CR0: PE, MP, ET, NE, WP, PG.
@@ -36,34 +56,26 @@ const XCR0_WANTED: u64 = 0b1110_0111;
 /// x87 and SSE: what is always there.
 const XCR0_LEAST: u64 = 0b11;
 
-/// The task state segment: a page that the guest ABI leaves unused, and that stays zero.
-///
-/// PVM runs the guest with RFLAGS of its own, in which the I/O privilege level is 0. It then asks the TSS whether a port
-/// may be used, as a CPU would: a TSS of zeros has its I/O bitmap at offset 0, and a bit that is 0 allows a port. A page
-/// of them allows ports up to 0x7fff.
-const TASK_GPA: u64 = 0x2000;
-const _: () = assert!(BOOT_INFO_GPA + PAGE_SIZE <= TASK_GPA);
-const _: () = assert!(TASK_GPA + PAGE_SIZE <= PAGE_TABLES_GPA);
-
-/// General registers of vCPU `vcpu` before its first instruction, at `entry`.
-pub fn entry_regs(entry: u64, vcpu: u64) -> kvm_regs {
+/// General registers before the first instruction.
+pub fn entry_regs(entry: &Entry) -> kvm_regs {
+    let [rdi, rsi] = entry.arguments;
     kvm_regs {
-        rip: entry,
-        rdi: BOOT_INFO_GPA,
-        rsi: vcpu,
-        rsp: stack_top(vcpu),
+        rip: entry.rip,
+        rdi,
+        rsi,
+        rsp: entry.rsp,
         rflags: RFLAGS_FIXED | RFLAGS_IF | RFLAGS_IOPL3,
         ..Default::default()
     }
 }
 
 /// System registers before the first instruction; `reset` is what KVM gave the vCPU.
-pub fn entry_sregs(reset: &kvm_sregs, cpuid: &CpuId) -> kvm_sregs {
+pub fn entry_sregs(entry: &Entry, reset: &kvm_sregs, cpuid: &CpuId) -> kvm_sregs {
     let data = segment(0x2b, 3, false);
     let code = segment(0x33, 11, true);
     // A busy 64-bit TSS: VMX asks for one, PVM uses it.
     let task = kvm_segment {
-        base: TASK_GPA,
+        base: entry.task,
         limit: PAGE_SIZE as u32 - 1,
         selector: 0x40,
         type_: 11,
@@ -84,7 +96,7 @@ pub fn entry_sregs(reset: &kvm_sregs, cpuid: &CpuId) -> kvm_sregs {
     sregs.gdt = kvm_dtable::default();
     sregs.idt = kvm_dtable::default();
     sregs.cr0 = CR0;
-    sregs.cr3 = PAGE_TABLES_GPA;
+    sregs.cr3 = entry.page_tables;
     sregs.cr4 = CR4 | entry_xcr0(cpuid).map_or(0, |_| CR4_OSXSAVE) | entry_fsgsbase(cpuid);
     sregs.efer = EFER;
     sregs
@@ -171,8 +183,21 @@ pub fn vcpu_cpuid(supported: &CpuId, vcpu: u8) -> CpuId {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
+    use guest::abi::{BOOT_INFO_GPA, PAGE_TABLES_GPA, stack_top};
+
     use super::*;
+
+    /// Where vCPU `vcpu` of a guest of ours begins.
+    pub(crate) fn entry(rip: u64, vcpu: u64) -> Entry {
+        Entry {
+            rip,
+            rsp: stack_top(vcpu),
+            arguments: [BOOT_INFO_GPA, vcpu],
+            page_tables: PAGE_TABLES_GPA,
+            task: 0x2000,
+        }
+    }
 
     fn cpuid(xsave: bool, components: u32) -> CpuId {
         CpuId::from_entries(&[
@@ -193,7 +218,7 @@ mod tests {
 
     #[test]
     fn ring_3_in_64_bit_mode() {
-        let sregs = entry_sregs(&kvm_sregs::default(), &cpuid(true, 7));
+        let sregs = entry_sregs(&entry(0x20_0000, 1), &kvm_sregs::default(), &cpuid(true, 7));
         assert_eq!((sregs.cs.dpl, sregs.ss.dpl), (3, 3));
         assert_eq!((sregs.cs.selector & 3, sregs.ss.selector & 3), (3, 3));
         assert_eq!((sregs.cs.l, sregs.cs.db), (1, 0));
@@ -205,9 +230,9 @@ mod tests {
             ..Default::default()
         };
         let cpuid = CpuId::from_entries(&[leaf_7]).unwrap();
-        let sregs = entry_sregs(&kvm_sregs::default(), &cpuid);
+        let sregs = entry_sregs(&entry(0x20_0000, 1), &kvm_sregs::default(), &cpuid);
         assert_eq!(sregs.cr4 & (CR4_FSGSBASE | CR4_OSXSAVE), CR4_FSGSBASE);
-        let regs = entry_regs(0x20_0000, 1);
+        let regs = entry_regs(&entry(0x20_0000, 1));
         assert_eq!(regs.rflags, 0x3202);
         assert_eq!((regs.rdi, regs.rsi), (BOOT_INFO_GPA, 1));
         assert_eq!(regs.rsp % 16, 0);

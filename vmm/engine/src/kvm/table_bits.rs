@@ -10,11 +10,10 @@
 //!
 //! Not covered: tables of 32-bit paging, whose entries have 4 bytes.
 
-use guest::abi::PAGE_SIZE;
-
 use super::memory::{GuestRam, MemoryError};
 use super::paging;
 use super::tables::Page;
+use crate::mm::PAGE_SIZE;
 
 /// Makes those of some pages writable in which KVM may have bits to set.
 pub(super) fn keep_writable(

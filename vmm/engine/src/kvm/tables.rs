@@ -8,12 +8,12 @@
 use std::collections::HashSet;
 use std::hash::{DefaultHasher, Hasher};
 
-use guest::abi::PAGE_SIZE;
 use kvm_bindings::kvm_sregs;
 
 use super::memory::{GuestRam, MemoryError};
 use super::paging::Walker;
 use super::platform::{Paging, Platform};
+use crate::mm::PAGE_SIZE;
 
 /// The most table pages that are looked at. A guest with more is taken for changed.
 pub(super) const MOST: usize = 4096;
@@ -89,19 +89,20 @@ mod tests {
     use super::super::paging::tests::Bytes;
     use super::super::paging::write_page_tables;
     use super::super::registers::entry_sregs;
+    use super::super::registers::tests::entry;
     use super::*;
     use guest::abi::PAGE_TABLES_GPA;
 
     fn tables(ram: &Bytes, confined: Confined) -> PageTables {
         let none = kvm_bindings::CpuId::from_entries(&[]).unwrap();
-        let sregs = entry_sregs(&kvm_sregs::default(), &none);
+        let sregs = entry_sregs(&entry(0x20_0000, 0), &kvm_sregs::default(), &none);
         PageTables::of([(&sregs, confined)].into_iter(), ram).unwrap()
     }
 
     #[test]
     fn a_changed_entry_of_any_level_is_seen() {
         let ram = Bytes::new(4 << 20);
-        write_page_tables(&ram, 4 << 20).unwrap();
+        write_page_tables(&ram, PAGE_TABLES_GPA, 4 << 20).unwrap();
         let before = tables(&ram, Confined::Yes);
         assert!(before.are(&tables(&ram, Confined::Yes)));
         for gpa in [0, 0x1000, 0x2008, 0x2ff8].map(|slot| PAGE_TABLES_GPA + slot) {
@@ -120,7 +121,7 @@ mod tests {
     #[test]
     fn who_can_change_tables_has_unknown_ones() {
         let ram = Bytes::new(4 << 20);
-        write_page_tables(&ram, 4 << 20).unwrap();
+        write_page_tables(&ram, PAGE_TABLES_GPA, 4 << 20).unwrap();
         let unknown = tables(&ram, Confined::No);
         assert!(!unknown.are(&tables(&ram, Confined::No)));
         assert!(!unknown.are(&tables(&ram, Confined::Yes)));

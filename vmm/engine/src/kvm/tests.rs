@@ -18,6 +18,7 @@ use rustix::mm::{MapFlags, MprotectFlags, ProtFlags, mmap, mprotect, munmap};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use super::registers::tests::entry;
 use super::*;
 
 /// Memory of most guests here. Not a multiple of 2 MiB: the page tables map 3 MiB more than there is.
@@ -60,6 +61,11 @@ enum Faults {
     Resolve,
     Fail,
     SayWritable,
+}
+
+/// Where each vCPU begins: at `rip`.
+fn from(rip: u64) -> impl Fn(usize) -> Entry {
+    move |vcpu| entry(rip, vcpu as u64)
 }
 
 /// Guest memory in a memfd: mapped once for the VMM, and once as the window, page by page read-only or writable.
@@ -163,6 +169,17 @@ impl Drop for Ram {
     }
 }
 
+// SAFETY: the mapping lives as long as this does, and nothing here reads or writes through it.
+unsafe impl Memslot for Ram {
+    fn host_address(&self) -> NonNull<u8> {
+        self.window
+    }
+
+    fn len(&self) -> u64 {
+        self.len
+    }
+}
+
 impl GuestRam for Ram {
     fn len(&self) -> u64 {
         self.len
@@ -257,7 +274,7 @@ impl Guest {
 
     fn with(kvm: &Kvm, vcpus: usize, code: &[&[u8]], faults: Faults, ports: Arc<Ports>) -> Self {
         let ram = Ram::new(MEMORY, faults);
-        boot::write_page_tables(&*ram, MEMORY).unwrap();
+        boot::write_page_tables(&*ram, PAGE_TABLES_GPA, MEMORY).unwrap();
         ram.write(IMAGE_GPA, &code.concat()).unwrap();
         let (machine, outcomes) = machine(kvm, &ram, vcpus, ports.clone());
         Self {
@@ -269,7 +286,7 @@ impl Guest {
     }
 
     fn start(&self) {
-        self.machine.start(IMAGE_GPA).unwrap();
+        self.machine.start(from(IMAGE_GPA)).unwrap();
     }
 
     fn outcome(&self) -> (usize, Outcome) {
@@ -312,8 +329,7 @@ fn machine(
     let on_stop: OnStop = Box::new(move |vcpu, outcome| {
         let _ = sender.lock().unwrap().send((vcpu, outcome));
     });
-    // SAFETY: a mapping of `ram`, which the tests drop after the machine.
-    let window = unsafe { Window::new(ram.window, ram.len) };
+    let window = Arc::clone(ram) as _;
     let ram: Arc<Ram> = Arc::clone(ram);
     let machine = Machine::new(kvm, window, ram, vcpus, handler, on_stop).unwrap();
     (machine, outcomes)
@@ -364,7 +380,7 @@ fn boots_in_ring_3_and_exits() {
     assert_eq!(cs & 3, 3, "ring of the code segment");
     assert_eq!(guest.machine.stats().port_exits, 3);
     assert!(matches!(
-        guest.machine.start(IMAGE_GPA),
+        guest.machine.start(from(IMAGE_GPA)),
         Err(KvmError::AlreadyStarted)
     ));
     assert!(matches!(
@@ -1090,7 +1106,7 @@ fn a_vcpu_that_does_not_end_is_named_and_given_up() {
     let guest = Guest::new(kvm, 2, &[&[0xef], SPIN]);
     let (handler, entered, release) = stuck_handler();
     let (machine, outcomes) = machine(kvm, &guest.ram, 2, handler);
-    machine.start(IMAGE_GPA).unwrap();
+    machine.start(from(IMAGE_GPA)).unwrap();
     entered.recv_timeout(SOON).unwrap();
     machine.stop();
     for _ in 0..2 {
@@ -1123,7 +1139,7 @@ fn a_stuck_handler_is_named_and_the_machine_runs_on() {
     let code: &[u8] = &[0xef, 0xe9, 0xfa, 0xfe, 0xff, 0xff];
     guest.ram.write(IMAGE_GPA + 0x100, code).unwrap();
     let (machine, _outcomes) = machine(kvm, &guest.ram, 1, handler);
-    machine.start(IMAGE_GPA + 0x100).unwrap();
+    machine.start(from(IMAGE_GPA + 0x100)).unwrap();
     entered.recv_timeout(SOON).unwrap();
     assert!(matches!(
         machine.pause(Capture::Registers),
@@ -1142,7 +1158,7 @@ fn a_handler_that_panics_ends_its_vcpu() {
     let guest = Guest::new(kvm, 1, &[&[0xef], SPIN]);
     let handler = Handler(|| panic!("on purpose"));
     let (machine, outcomes) = machine(kvm, &guest.ram, 1, Arc::new(handler));
-    machine.start(IMAGE_GPA).unwrap();
+    machine.start(from(IMAGE_GPA)).unwrap();
     let (vcpu, outcome) = outcomes.recv_timeout(SOON).unwrap();
     assert_eq!(vcpu, 0);
     assert!(matches!(
@@ -1165,12 +1181,18 @@ fn machines_that_never_start_are_dropped() {
         drop(Guest::new(kvm, vcpus, &[SPIN]));
     }
     let ram = Ram::new(MEMORY, Faults::Resolve);
-    // SAFETY: as in `machine`.
-    let window = unsafe { Window::new(ram.window, ram.len) };
-    for vcpus in [0, 17] {
+    for vcpus in [0, MAX_VCPUS + 1] {
         let ram: Arc<Ram> = Arc::clone(&ram);
         let ports = Arc::new(Ports::default());
-        let error = Machine::new(kvm, window, ram, vcpus, ports, Box::new(|_, _| {})).unwrap_err();
+        let error = Machine::new(
+            kvm,
+            Arc::clone(&ram) as _,
+            ram,
+            vcpus,
+            ports,
+            Box::new(|_, _| {}),
+        )
+        .unwrap_err();
         assert!(matches!(error, KvmError::VcpuCount { .. }));
     }
 }

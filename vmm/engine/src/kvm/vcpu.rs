@@ -7,7 +7,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
-use guest::abi::PAGE_SIZE;
 use kvm_bindings::{CpuId, kvm_msr_entry, kvm_regs, kvm_sregs};
 use kvm_ioctls::{SyncReg, VcpuExit, VcpuFd};
 use rustix::io::Errno;
@@ -16,13 +15,15 @@ use vmm_sys_util::errno;
 use super::control::{Control, Job, Order, Phase, Work};
 use super::fault::{self, Fault, Ladder, RungCounters, StoredBy};
 use super::kick::KickFlag;
-use super::memory::GuestRam;
+use super::memory::{GuestRam, Memslot};
+use super::msr;
 use super::outcome::{CrashReason, Outcome, Report, RunError};
 use super::paravirt::Targets;
 use super::port::{PortAction, PortHandler};
+use super::registers::{self, Entry};
 use super::state::{Capturer, Clock, StateError, VcpuState, XsaveFits};
 use super::tables::Mmu;
-use super::{msr, registers};
+use crate::mm::PAGE_SIZE;
 
 /// Bytes of code in a crash report.
 const CODE_SHOWN: usize = 16;
@@ -68,6 +69,8 @@ pub(super) struct Vcpu {
     pub(super) xsave_fits: XsaveFits,
     pub(super) sync_regs: SyncRegs,
     pub(super) ram: Arc<dyn GuestRam>,
+    /// Kept for as long as the vCPU may go there.
+    pub(super) _slot: Arc<dyn Memslot>,
     pub(super) handler: Arc<dyn PortHandler>,
     pub(super) control: Arc<Control>,
     pub(super) counters: Arc<Counters>,
@@ -473,9 +476,9 @@ impl Vcpu {
             let done = match job {
                 Job::Capture => self.capture().map(|state| Work::Captured(Box::new(state))),
                 Job::Restore(state, clock) => self.restore(&state, clock).map(|()| Work::Done),
-                Job::Enter { entry } => {
+                Job::Enter(entry) => {
                     self.about_to_set();
-                    self.set_entry_state(entry).map(|()| Work::Done)
+                    self.set_entry_state(&entry).map(|()| Work::Done)
                 }
             };
             let work = done.unwrap_or_else(Work::Failed);
@@ -514,12 +517,12 @@ impl Vcpu {
     }
 
     /// Sets the registers a guest starts with.
-    fn set_entry_state(&self, entry: u64) -> Result<(), StateError> {
+    fn set_entry_state(&self, entry: &Entry) -> Result<(), StateError> {
         let fd = &self.fd;
         let reset = fd.get_sregs().map_err(StateError::of("system registers"))?;
-        fd.set_sregs(&registers::entry_sregs(&reset, &self.cpuid))
+        fd.set_sregs(&registers::entry_sregs(entry, &reset, &self.cpuid))
             .map_err(StateError::of("system registers"))?;
-        fd.set_regs(&registers::entry_regs(entry, self.index as u64))
+        fd.set_regs(&registers::entry_regs(entry))
             .map_err(StateError::of("registers"))?;
         fd.set_fpu(&registers::entry_fpu())
             .map_err(StateError::of("fpu"))?;

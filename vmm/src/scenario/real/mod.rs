@@ -24,7 +24,6 @@
 //! | `line` | commands to a guest, and its answers |
 //!
 //! Not covered: address spaces with more than one vCPU.
-#![expect(unsafe_code, reason = "promises KVM that the window is the guest's")]
 
 mod line;
 mod program;
@@ -33,7 +32,7 @@ mod tests;
 
 use std::any::Any;
 use std::io;
-use std::ptr::NonNull;
+
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -43,8 +42,9 @@ use self::line::{Command, Line, Mailbox};
 use self::program::Program;
 use super::performer::{Memory, PAGES};
 use super::stage::{Actor, Stage, StageError, Wrap};
+use crate::boot;
 use palimpsest::host::{MappingBudget, PhysMap, Ram, Window};
-use palimpsest::kvm::{self, GuestRam, Image, Kvm, Machine, MemoryError};
+use palimpsest::kvm::{GuestRam, Kvm, Machine, MemoryError};
 use palimpsest::mm::{
     Access, AddressSpace, CowPolicy, FrameMemory, FramePool, Frozen, Gfn, Mmu, MmuError, PAGE_SIZE,
     Pfn, Protection, REGION_PAGES, Resolution,
@@ -214,19 +214,10 @@ impl RealStage {
             program: Arc::clone(&self.program),
             plan: self.plan,
         };
-
-        let host = NonNull::new(std::ptr::with_exposed_provenance_mut(
-            window.host_address() as usize
-        ))
-        .ok_or_else(|| reserve(io::ErrorKind::OutOfMemory.into()))?;
-        // SAFETY: the window is mapped until the actor has dropped it, which is after the machine (order of fields, and of the
-        // variables here); `wrap` has only a share of it. Nothing but guest memory is ever mapped there. No
-        // reference points into it.
-        let slot = unsafe { kvm::Window::new(host, window.len()) };
         let (line, ports, on_stop) = line::connect(mailbox);
         let machine = Machine::new(
             &self.kvm,
-            slot,
+            window,
             Arc::new(memory),
             1,
             Arc::new(ports),
@@ -238,9 +229,9 @@ impl RealStage {
             machine,
             ram,
             plan: self.plan,
-            _window: window,
         };
-        actor.machine.start(self.program.entry())?;
+        let rip = self.program.entry();
+        actor.machine.start(|vcpu| boot::entry(rip, vcpu))?;
         Ok(actor)
     }
 
@@ -267,7 +258,7 @@ impl Stage for RealStage {
 
     fn new(memory: Memory) -> Result<Self, StageError> {
         let kvm = Kvm::open()?;
-        let image = Image::parse(guest::PUPPET)?;
+        let image = boot::parse(guest::PUPPET)?;
         let programs = Program::frames(&image);
         let plan = Plan::new(memory, Program::end_of(&image));
         let reserve = |source| RealError::Reserve {
@@ -339,7 +330,6 @@ pub struct RealActor<P> {
     machine: Machine,
     ram: Ram<P>,
     plan: Plan,
-    _window: Arc<Window>,
 }
 
 impl<P> RealActor<P> {

@@ -7,8 +7,9 @@ use std::sync::Arc;
 
 use guest::abi::{IMAGE_GPA, PAGE_TABLES_GPA};
 
+use crate::boot::write_page_tables;
 use palimpsest::host::{PhysMap, Window};
-use palimpsest::kvm::{BootError, GuestRam, Image, MemoryError, write_page_tables};
+use palimpsest::kvm::{BootError, GuestRam, Image, MemoryError};
 use palimpsest::mm::{Gfn, Mmu, MmuError, PAGE_SIZE, Pfn, Protection};
 
 /// Page tables of a guest of less than 1 GiB: PML4, PDPT, page directory.

@@ -36,17 +36,16 @@ use std::fmt;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use guest::abi::{PAGE_SIZE, REGION_SIZE};
 use kvm_bindings::{CpuId, kvm_regs, kvm_sregs, kvm_xsave};
 
 use super::memory::{GuestRam, MemoryError};
 use super::outcome::RunError;
+use crate::mm::{PAGE_SIZE, REGION_PAGES};
 use decode::Decoded;
 pub(super) use decode::StoredBy;
 use pages::Pages;
 
 /// Pages of a region.
-const REGION_PAGES: u64 = REGION_SIZE / PAGE_SIZE;
 
 /// Why the pages of a write fault could not be found.
 #[derive(Debug, thiserror::Error)]

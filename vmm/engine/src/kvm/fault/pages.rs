@@ -2,13 +2,13 @@
 
 use std::ops::Range;
 
-use guest::abi::PAGE_SIZE;
 use kvm_bindings::kvm_sregs;
 
 use super::decode::Access;
 use super::{REGION_PAGES, frames};
 use crate::kvm::memory::{GuestRam, MemoryError};
 use crate::kvm::paging::{Touch, Walker};
+use crate::mm::PAGE_SIZE;
 
 /// Guest frames, each once, in the order found. What lies outside of memory is passed over: it cannot be what faulted.
 pub(super) struct Pages<'a> {

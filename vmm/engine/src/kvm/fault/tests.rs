@@ -8,6 +8,7 @@ use kvm_bindings::{CpuId, kvm_cpuid_entry2};
 use super::*;
 use crate::kvm::paging::tests::Bytes;
 use crate::kvm::paging::write_page_tables;
+use crate::kvm::registers::tests::entry;
 use crate::kvm::registers::{entry_regs, entry_sregs};
 
 const CODE: u64 = 0x20_0000;
@@ -18,7 +19,7 @@ const TABLES: [u64; 3] = [0x10, 0x11, 0x12];
 /// Guest memory with page tables and `code` at [`CODE`].
 fn guest(code: &[u8]) -> Bytes {
     let ram = Bytes::new(MEMORY);
-    write_page_tables(&ram, MEMORY).unwrap();
+    write_page_tables(&ram, PAGE_TABLES_GPA, MEMORY).unwrap();
     ram.write(CODE, code).unwrap();
     ram
 }
@@ -28,7 +29,7 @@ fn no_cpuid() -> CpuId {
 }
 
 fn sregs() -> kvm_sregs {
-    entry_sregs(&kvm_sregs::default(), &no_cpuid())
+    entry_sregs(&entry(CODE, 0), &kvm_sregs::default(), &no_cpuid())
 }
 
 /// What `rung` says of the instruction at RIP, by number.
@@ -51,7 +52,7 @@ fn frames(code: &[u8], set: impl FnOnce(&mut kvm_regs)) -> Vec<u64> {
 }
 
 fn frames_of(rung: Rung, code: &[u8], set: impl FnOnce(&mut kvm_regs)) -> Vec<u64> {
-    let mut regs = entry_regs(CODE, 0);
+    let mut regs = entry_regs(&entry(CODE, 0));
     set(&mut regs);
     pages(rung, &regs, &sregs(), &guest(code))
 }
@@ -188,7 +189,7 @@ fn segments_have_bases() {
     let mut sregs = sregs();
     sregs.fs.base = 0x30_0000;
     sregs.gs.base = 0x31_0000;
-    let mut regs = entry_regs(CODE, 0);
+    let mut regs = entry_regs(&entry(CODE, 0));
     let frames = |code: &[u8], regs: &kvm_regs| pages(Rung::Operand, regs, &sregs, &guest(code));
     assert_eq!(frames(&mov, &regs), [0x300]);
     // mov gs:[edi], eax: the base is added to 32 bits of the address.
@@ -236,7 +237,7 @@ fn what_iced_does_not_list() {
     sregs.fs.base = 0x30_0000;
     let regs = kvm_regs {
         rax: 0xdead_0000_2fff,
-        ..entry_regs(CODE, 0)
+        ..entry_regs(&entry(CODE, 0))
     };
     let ram = guest(&[0x64, 0x67, 0x0f, 0x01, 0xfc]);
     assert_eq!(pages(Rung::Operand, &regs, &sregs, &ram), [0x302]);
@@ -272,7 +273,7 @@ fn vectors(register: usize, words: &[u32]) -> (CpuId, kvm_xsave) {
 
 #[test]
 fn scatters_and_gathers_have_their_addresses_in_vectors() {
-    let mut regs = entry_regs(CODE, 0);
+    let mut regs = entry_regs(&entry(CODE, 0));
     regs.rdi = 0x30_0000;
     let look = |code: &[u8], rung, register, words: &[u32]| {
         let (cpuid, xsave) = vectors(register, words);
@@ -292,9 +293,9 @@ fn scatters_and_gathers_have_their_addresses_in_vectors() {
         let ram = guest(code);
         // Accessed bit of the entry that maps the operands clear.
         let slot = PAGE_TABLES_GPA + 0x2000 + 8;
-        let mut entry = [0; 8];
-        ram.read(slot, &mut entry).unwrap();
-        ram.put(slot, u64::from_le_bytes(entry) & !(1 << 5));
+        let mut word = [0; 8];
+        ram.read(slot, &mut word).unwrap();
+        ram.put(slot, u64::from_le_bytes(word) & !(1 << 5));
         let mut gfns = Look::new(&fault, &ram).unwrap().pages(rung).unwrap();
         gfns.sort_unstable();
         gfns
@@ -355,7 +356,7 @@ fn walks_are_of_code_operands_and_stack() {
     let regs = kvm_regs {
         rdi: 1 << 39,
         rsp: (2 << 39) + 0x800,
-        ..entry_regs(CODE, 0)
+        ..entry_regs(&entry(CODE, 0))
     };
     assert_eq!(
         pages(Rung::Walk, &regs, &sregs(), &ram),
@@ -375,7 +376,7 @@ fn what_cannot_be_decoded_still_has_walks_and_regions() {
     // In 32-bit paging nothing is translated.
     let mut sregs = sregs();
     sregs.efer = 0;
-    let (regs, ram) = (entry_regs(CODE, 0), guest(&[0x50]));
+    let (regs, ram) = (entry_regs(&entry(CODE, 0)), guest(&[0x50]));
     for rung in [Rung::Operand, Rung::Walk, Rung::Region] {
         assert_eq!(pages(rung, &regs, &sregs, &ram), [0; 0]);
     }
@@ -409,7 +410,7 @@ fn event_delivery_needs_stacks_and_descriptors() {
     ram.put(0x32_0024, 0x34_1000); // IST1
     let regs = kvm_regs {
         rsp: 0x35_0800,
-        ..entry_regs(CODE, 0)
+        ..entry_regs(&entry(CODE, 0))
     };
     let all = [0x300, 0x301, 0x310, 0x320, 0x32f, 0x330, 0x340, 0x350];
     assert_eq!(
@@ -423,7 +424,7 @@ fn code_at_the_end_of_mapped_memory_is_decoded() {
     // push rax, in the last byte of memory.
     let ram = guest(&[]);
     ram.write(MEMORY - 1, &[0x50]).unwrap();
-    let mut regs = entry_regs(MEMORY - 1, 0);
+    let mut regs = entry_regs(&entry(MEMORY - 1, 0));
     regs.rsp = 0x30_0000;
     assert_eq!(pages(Rung::Operand, &regs, &sregs(), &ram), [0x2ff]);
 }
@@ -432,13 +433,13 @@ fn code_at_the_end_of_mapped_memory_is_decoded() {
 fn page_tables_without_accessed_and_dirty_bits_are_written_too() {
     // mov [rdi], rax
     let ram = guest(&[0x48, 0x89, 0x07]);
-    let mut entry = [0; 8];
+    let mut word = [0; 8];
     // The directory entry that maps 0x20_0000..0x40_0000, where code and data are.
     let slot = PAGE_TABLES_GPA + 0x2000 + 8;
-    ram.read(slot, &mut entry).unwrap();
-    let clear_dirty = u64::from_le_bytes(entry) & !(1 << 6);
+    ram.read(slot, &mut word).unwrap();
+    let clear_dirty = u64::from_le_bytes(word) & !(1 << 6);
     ram.put(slot, clear_dirty);
-    let mut regs = entry_regs(CODE, 0);
+    let mut regs = entry_regs(&entry(CODE, 0));
     regs.rdi = 0x30_0000;
     let frames = pages(Rung::Operand, &regs, &sregs(), &ram);
     assert_eq!(frames, [slot / PAGE_SIZE, 0x300]);
@@ -485,7 +486,7 @@ impl Climber {
         let regs = kvm_regs {
             rdi: 0x30_0000,
             rsp: 0x1000,
-            ..entry_regs(CODE, 0)
+            ..entry_regs(&entry(CODE, 0))
         };
         Self {
             ram: Protected { bytes, asked },
@@ -614,7 +615,7 @@ fn a_stalled_vcpu_is_given_what_it_writes() {
     let stalled = |code: &[u8]| {
         let regs = kvm_regs {
             rdi: 0x30_0000,
-            ..entry_regs(CODE, 0)
+            ..entry_regs(&entry(CODE, 0))
         };
         let fault = Fault {
             regs: &regs,
@@ -644,7 +645,7 @@ fn a_stalled_vcpu_is_given_what_it_writes() {
 fn a_page_fault_without_a_reason_is_over() {
     let regs = kvm_regs {
         rdi: 0x30_0ffc,
-        ..entry_regs(CODE, 0)
+        ..entry_regs(&entry(CODE, 0))
     };
     let is_over = |code: &[u8], cr2| {
         let sregs = kvm_sregs { cr2, ..sregs() };
