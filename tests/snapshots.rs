@@ -16,36 +16,35 @@ use guest::abi::{
     VcpuPage,
 };
 use guest::formula::{PAGE_WORDS, Schedule, page_word};
-use palimpsest::device::DeviceSet;
-use palimpsest::host::{Ahead, MappingBudget, PhysMap, Ram, Window};
+use palimpsest::host::{Ram, Window};
 use palimpsest::kvm::{
-    Capture, Clock, Kvm, KvmError, Machine, PortAction, PortHandler, StopReason, VcpuState,
+    Capture, Clock, Kvm, KvmError, PortAction, PortHandler, StopReason, VcpuState,
 };
-use palimpsest::mm::{AddressSpace, Exclusive, FramePool, Gfn, Mmu, MmuError, Pfn, Protection};
-use palimpsest::snapshot::{Fault, Parts, RestoreError, Snapshot, TakeError};
+use palimpsest::memory::{Frames, Memory, MemoryOptions};
+use palimpsest::mm::{AddressSpace, Exclusive, Gfn, Mmu, MmuError, Pfn, Protection};
+use palimpsest::snapshot::{RewindError, Snapshot, TakeError};
+use palimpsest::vm::Vm;
 use support::program::program;
 use support::{PATIENCE, no_kvm, within};
 use vmm::boot;
+use vmm::dma::DeviceSet;
 
 const MEMORY: u64 = 32 << 20;
 const VCPUS: u64 = 2;
 const PATTERN: Pattern = Pattern::Hot;
 const SEED: u64 = 42;
 
-/// A virtual machine. Fields are dropped in this order: who uses memory goes before memory.
-struct Vm {
-    machine: Machine,
-    devices: Arc<DeviceSet<Exclusive>>,
-    ahead: Option<Ahead>,
-    ram: Ram<Exclusive>,
-    pool: Arc<FramePool>,
-    budget: Arc<MappingBudget>,
+/// A virtual machine, with what the tests look at. The fields are in the order in which they go.
+struct Guest {
+    vm: Vm,
+    devices: Arc<DeviceSet>,
+    frames: Frames,
     layout: Layout,
     /// Why vCPUs have ended. None should.
     ended: Arc<Mutex<Vec<String>>>,
 }
 
-impl Vm {
+impl Guest {
     /// Boots the payload.
     fn boot() -> Self {
         Self::boot_with(guest::PAYLOAD, |window| Box::new(window))
@@ -58,67 +57,54 @@ impl Vm {
     ) -> Self {
         let image = boot::parse(image).unwrap();
         let layout = Layout::new(MEMORY, image.end(), VCPUS, 2, 2).unwrap();
-
         // Room for the guest and for what snapshots need copies of.
-        let pages = MEMORY / PAGE_SIZE;
-        let frames = 8 * pages;
-        let physmap = PhysMap::new(frames).unwrap();
-        let pool = FramePool::new(Arc::clone(&physmap) as _, frames, frames).unwrap();
-        let budget = Arc::new(MappingBudget::of_this_process());
-        let window = Window::new(Arc::clone(&physmap), Arc::clone(&budget), pages).unwrap();
-        let window = Arc::new(window);
-        let mmu = between(Arc::clone(&window));
-        let space = AddressSpace::new(Arc::clone(&pool), Exclusive, mmu, pages);
-        let ram = Ram::new(Arc::new(space.unwrap()), physmap);
+        let frames = Frames::new(8 * MEMORY).unwrap();
+        let options = MemoryOptions::default();
+        let memory = Memory::with(&frames, MEMORY, Exclusive, options, between).unwrap();
+        image.load(memory.ram()).unwrap();
+        boot::write_first_memory(memory.ram(), layout, SEED, PATTERN).unwrap();
 
-        image.load(&ram).unwrap();
-        boot::write_first_memory(&ram, layout, SEED, PATTERN).unwrap();
-
-        let devices = Arc::new(DeviceSet::start(&ram, &layout, SEED).unwrap());
+        let devices = Arc::new(DeviceSet::start(memory.ram(), &layout, SEED).unwrap());
         let ended = Arc::new(Mutex::new(Vec::new()));
         let ends = Arc::clone(&ended);
-        let machine = Machine::new(
-            &Kvm::open().unwrap(),
-            window,
-            Arc::new(ram.clone()),
-            VCPUS as usize,
-            Arc::new(Ports(Arc::clone(&devices))),
-            Box::new(move |vcpu, outcome| {
+        let mut builder = Vm::builder(memory)
+            .ports(Arc::new(Ports(Arc::clone(&devices))))
+            .on_stop(move |vcpu, outcome| {
                 ends.lock().unwrap().push(format!("vcpu {vcpu}: {outcome}"));
-            }),
-        )
-        .unwrap();
+            });
         for (device, port) in devices.devices().iter().zip(PORT_DOORBELL_EVENT..) {
-            machine.register_doorbell(port, device.doorbell()).unwrap();
+            builder = builder
+                .device(Arc::clone(device) as _)
+                .doorbell(port, device.doorbell());
         }
-        machine
-            .start(|vcpu| boot::entry(image.entry(), vcpu))
+        let vm = builder
+            .build(&Kvm::open().unwrap(), VCPUS as usize)
             .unwrap();
-        let ahead = Some(Ahead::start(Arc::clone(ram.space())).unwrap());
+        vm.start(|vcpu| boot::entry(image.entry(), vcpu)).unwrap();
         Self {
-            machine,
+            vm,
             devices,
-            ahead,
-            ram,
-            pool,
-            budget,
+            frames,
             layout,
             ended,
         }
     }
 
-    fn parts(&self) -> Parts<'_, Exclusive> {
-        Parts {
-            machine: &self.machine,
-            devices: &self.devices,
-            space: self.ram.space(),
-            ahead: self.ahead.as_ref(),
-        }
+    fn take(&self) -> Snapshot {
+        self.vm.snapshot().unwrap().0
+    }
+
+    fn ram(&self) -> &Ram {
+        self.vm.ram()
+    }
+
+    fn space(&self) -> &AddressSpace<Exclusive> {
+        self.vm.memory().space()
     }
 }
 
 /// Lets the guest print to nobody and ring its devices. Anything else it says is a failure.
-struct Ports(Arc<DeviceSet<Exclusive>>);
+struct Ports(Arc<DeviceSet>);
 
 impl PortHandler for Ports {
     fn out(&self, _vcpu: usize, port: u16, value: u32) -> PortAction {
@@ -138,7 +124,8 @@ impl PortHandler for Ports {
 
 /// Operations of each vCPU when `snapshot` was taken.
 fn operations(snapshot: &Snapshot) -> Vec<u64> {
-    snapshot.vcpus().iter().map(|vcpu| vcpu.mm7()).collect()
+    let ops = |saved| VcpuState::of_saved(saved).unwrap().mm7();
+    snapshot.vcpus().iter().map(ops).collect()
 }
 
 /// Checks that every hammered page is what it must be once the vCPUs have done `ops` operations. `page_at` reads one.
@@ -174,10 +161,10 @@ fn assert_follows_formula(
 }
 
 /// As above, for the memory of a snapshot and the registers in it.
-fn assert_right(snapshot: &Snapshot, vm: &Vm) {
+fn assert_right(snapshot: &Snapshot, vm: &Guest) {
     assert_follows_formula(&vm.layout, &operations(snapshot), |gpa, page| {
         let copy = |pfn| {
-            vm.ram
+            vm.ram()
                 .physmap()
                 .slice(pfn, 0, PAGE_SIZE)
                 .copy_to(&mut page[..])
@@ -190,7 +177,7 @@ fn assert_right(snapshot: &Snapshot, vm: &Vm) {
 }
 
 /// Waits until every vCPU has done `more` operations than at `since`.
-fn wait_for_operations(vm: &Vm, since: &[u64], more: u64) {
+fn wait_for_operations(vm: &Guest, since: &[u64], more: u64) {
     let deadline = Instant::now() + PATIENCE;
     while (operations_now(vm).iter().zip(since)).any(|(now, since)| *now < since + more) {
         assert_eq!(*vm.ended.lock().unwrap(), Vec::<String>::new());
@@ -200,11 +187,11 @@ fn wait_for_operations(vm: &Vm, since: &[u64], more: u64) {
 }
 
 /// What each vCPU has done, as guest memory says.
-fn operations_now(vm: &Vm) -> Vec<u64> {
+fn operations_now(vm: &Guest) -> Vec<u64> {
     let ops = |vcpu| {
         let gpa = vm.layout.vcpu_page(vcpu) + offset_of!(VcpuPage, ops) as u64;
         let mut ops = [0; 8];
-        vm.ram.read(gpa, &mut ops).unwrap();
+        vm.ram().read(gpa, &mut ops).unwrap();
         u64::from_le_bytes(ops)
     };
     (0..VCPUS).map(ops).collect()
@@ -216,14 +203,13 @@ fn a_restored_guest_is_the_one_that_was_captured() {
         return;
     }
     within(PATIENCE, || {
-        let vm = Vm::boot();
+        let vm = Guest::boot();
 
         let mut snapshots = Vec::<Snapshot>::new();
-        for number in 1..=3 {
+        for _ in 0..3 {
             let before = snapshots.last().map_or(vec![0; VCPUS as usize], operations);
             wait_for_operations(&vm, &before, 200);
-            let parent = (number > 1).then(|| number - 1);
-            let (snapshot, timing) = vm.parts().take(number, parent, Fault::None).unwrap();
+            let (snapshot, timing) = vm.vm.snapshot().unwrap();
             assert!(timing.pause() < PATIENCE);
             assert!(operations(&snapshot) > before, "the guest ran on");
             snapshots.push(snapshot);
@@ -233,19 +219,18 @@ fn a_restored_guest_is_the_one_that_was_captured() {
             .for_each(|snapshot| assert_right(snapshot, &vm));
 
         let first = &snapshots[0];
-        let restored = vm.parts().restore(first, || {
+        let restored = vm.vm.parts().restore(first, || {
             // Nothing runs now: guest memory is that of the first snapshot.
             assert_follows_formula(&vm.layout, &operations(first), |gpa, page| {
-                vm.ram.read(gpa, page).unwrap();
+                vm.ram().read(gpa, page).unwrap();
             });
         });
         restored.unwrap();
 
         // The guest runs on from there, and a snapshot of that is right too.
         wait_for_operations(&vm, &operations(first), 200);
-        let (fourth, _) = vm.parts().take(4, Some(1), Fault::None).unwrap();
+        let fourth = vm.take();
         assert!(operations(&fourth) > operations(first));
-        assert_eq!((fourth.number(), fourth.parent()), (4, Some(1)));
         assert_right(&fourth, &vm);
         // Nothing of all that shows in the others.
         snapshots
@@ -254,7 +239,7 @@ fn a_restored_guest_is_the_one_that_was_captured() {
 
         assert_eq!(*vm.ended.lock().unwrap(), Vec::<String>::new());
         assert_eq!(vm.devices.take_mismatches(), []);
-        let (pool, budget) = (Arc::clone(&vm.pool), Arc::clone(&vm.budget));
+        let (pool, budget) = (Arc::clone(vm.frames.pool()), Arc::clone(vm.frames.budget()));
         drop((snapshots, fourth, vm));
         assert_eq!(pool.leftovers(usize::MAX), []);
         assert_eq!((pool.usage().in_use, budget.used()), (0, 0));
@@ -268,11 +253,11 @@ fn a_snapshot_holds_its_memory_after_the_guest_is_gone() {
         return;
     }
     within(PATIENCE, || {
-        let vm = Vm::boot();
+        let vm = Guest::boot();
         wait_for_operations(&vm, &[0; VCPUS as usize], 200);
-        let (snapshot, _) = vm.parts().take(1, None, Fault::None).unwrap();
+        let snapshot = vm.take();
         let (ops, layout) = (operations(&snapshot), vm.layout);
-        let (pool, physmap) = (Arc::clone(&vm.pool), Arc::clone(vm.ram.physmap()));
+        let (pool, physmap) = (Arc::clone(vm.frames.pool()), Arc::clone(vm.ram().physmap()));
         drop(vm);
         assert_follows_formula(&layout, &ops, |gpa, page| {
             let copy = |pfn| physmap.slice(pfn, 0, PAGE_SIZE).copy_to(&mut page[..]);
@@ -294,13 +279,13 @@ fn a_guest_that_has_ended_cannot_be_snapshotted() {
         return;
     }
     within(PATIENCE, || {
-        let vm = Vm::boot();
+        let vm = Guest::boot();
         wait_for_operations(&vm, &[0; VCPUS as usize], 1);
-        vm.machine.stop();
+        vm.vm.machine().stop();
         let deadline = Instant::now() + PATIENCE;
         let error = loop {
             // Its vCPUs take a moment to notice.
-            match vm.parts().take(1, None, Fault::None) {
+            match vm.vm.snapshot() {
                 Err(error) => break vmm::cli::chain(&error),
                 Ok(_) => assert!(Instant::now() < deadline),
             }
@@ -345,10 +330,10 @@ impl Mmu for Failing {
 }
 
 /// A guest whose window can be told to fail, and what tells it.
-fn boot_to_fail() -> (Vm, Arc<AtomicBool>) {
+fn boot_to_fail() -> (Guest, Arc<AtomicBool>) {
     let fails = Arc::new(AtomicBool::new(false));
     let its = Arc::clone(&fails);
-    let vm = Vm::boot_with(guest::PAYLOAD, |window| {
+    let vm = Guest::boot_with(guest::PAYLOAD, |window| {
         Box::new(Failing { window, fails: its })
     });
     wait_for_operations(&vm, &[0; VCPUS as usize], 1000);
@@ -356,9 +341,14 @@ fn boot_to_fail() -> (Vm, Arc<AtomicBool>) {
 }
 
 /// None of its vCPUs runs, nor will.
-fn assert_stopped(vm: &Vm) {
+fn assert_stopped(vm: &Guest) {
     let before = operations_now(vm);
-    let error = vm.machine.pause(Capture::Nothing).map(drop).unwrap_err();
+    let error = vm
+        .vm
+        .machine()
+        .pause(Capture::Nothing)
+        .map(drop)
+        .unwrap_err();
     assert!(matches!(error, KvmError::Stopped { .. }), "{error}");
     assert_eq!(operations_now(vm), before);
     assert_eq!(
@@ -377,11 +367,11 @@ fn a_guest_whose_memory_breaks_in_a_fork_does_not_run_on() {
     within(PATIENCE, || {
         let is_stopped = (0..20).any(|_| {
             let (vm, fails) = boot_to_fail();
-            let snapshot = vm.parts().take(1, None, Fault::None).unwrap().0;
+            let snapshot = vm.take();
             wait_for_operations(&vm, &operations(&snapshot), 1000);
             fails.store(true, Ordering::SeqCst);
-            let error = vm.parts().take(2, Some(1), Fault::None).unwrap_err();
-            assert!(vm.ram.space().check().is_err());
+            let error = vm.vm.snapshot().unwrap_err();
+            assert!(vm.space().check().is_err());
             assert_right(&snapshot, &vm);
             let forked = matches!(error, TakeError::Memory(_));
             if forked && vm.ended.lock().unwrap().is_empty() {
@@ -401,15 +391,15 @@ fn a_guest_that_was_rewound_in_part_does_not_run_on() {
     }
     within(PATIENCE, || {
         let (vm, fails) = boot_to_fail();
-        let snapshot = vm.parts().take(1, None, Fault::None).unwrap().0;
+        let snapshot = vm.take();
         wait_for_operations(&vm, &operations(&snapshot), 1000);
-        let restored = vm.parts().restore(&snapshot, || {
+        let restored = vm.vm.parts().restore(&snapshot, || {
             fails.store(true, Ordering::SeqCst);
             let last = Gfn(MEMORY / PAGE_SIZE - 1);
-            vm.ram.space().discard(last, 1).unwrap_err();
+            vm.space().discard(last, 1).unwrap_err();
         });
         let error = restored.unwrap_err();
-        let is_half_way = matches!(error, RestoreError::Memory(_) | RestoreError::Devices(_));
+        let is_half_way = matches!(error, RewindError::Memory(_) | RewindError::Devices(_));
         assert!(is_half_way, "{error:?}");
         assert_stopped(&vm);
         assert_right(&snapshot, &vm);
@@ -447,10 +437,10 @@ fn a_paravirtual_clock_is_written_where_the_guest_reads_it() {
         return;
     }
     within(PATIENCE, || {
-        let vm = Vm::boot_with(program(CLOCK_READER), |window| Box::new(window));
+        let vm = Guest::boot_with(program(CLOCK_READER), |window| Box::new(window));
         let word = |gpa| {
             let mut word = [0; 8];
-            vm.ram.read(gpa, &mut word).unwrap();
+            vm.ram().read(gpa, &mut word).unwrap();
             u64::from_le_bytes(word)
         };
         let wait_for = |gpa, least: u64| {
@@ -463,7 +453,7 @@ fn a_paravirtual_clock_is_written_where_the_guest_reads_it() {
         };
 
         // Guests begin in ring 3, where there is no `wrmsr`.
-        let paused = vm.machine.pause(Capture::Registers).unwrap();
+        let paused = vm.vm.machine().pause(Capture::Registers).unwrap();
         let in_ring_0 = |state: VcpuState| {
             let (mut regs, mut sregs) = (*state.regs(), *state.sregs());
             (sregs.cs.dpl, sregs.cs.selector) = (0, 0x10);
@@ -481,13 +471,13 @@ fn a_paravirtual_clock_is_written_where_the_guest_reads_it() {
 
         let mut snapshots = Vec::new();
         for number in 1..=4 {
-            let (snapshot, _) = vm.parts().take(number, None, Fault::None).unwrap();
-            let eager = vm.ram.space().stats().eager_copied;
+            let snapshot = vm.take();
+            let eager = vm.space().stats().eager_copied;
             assert!(eager >= number, "the clock's page is shared");
             wait_for(ROUNDS, word(ROUNDS) + 1);
             let clock = snapshot_word(&snapshot, &vm, CLOCK + 16);
             let stops = snapshot_word(&snapshot, &vm, STOPS);
-            vm.parts().restore(&snapshot, || ()).unwrap();
+            vm.vm.restore(&snapshot).unwrap();
             wait_for(STOPS, stops + 1);
             snapshots.push((snapshot, clock, stops));
         }
@@ -495,7 +485,7 @@ fn a_paravirtual_clock_is_written_where_the_guest_reads_it() {
             assert_eq!(snapshot_word(snapshot, &vm, CLOCK + 16), *clock);
             assert_eq!(snapshot_word(snapshot, &vm, STOPS), *stops);
         }
-        let pool = Arc::clone(&vm.pool);
+        let pool = Arc::clone(vm.frames.pool());
         drop((snapshots, vm));
         assert_eq!(
             pool.leftovers(usize::MAX),
@@ -506,11 +496,11 @@ fn a_paravirtual_clock_is_written_where_the_guest_reads_it() {
 }
 
 /// The word at `gpa` in a snapshot.
-fn snapshot_word(snapshot: &Snapshot, vm: &Vm, gpa: u64) -> u64 {
+fn snapshot_word(snapshot: &Snapshot, vm: &Guest, gpa: u64) -> u64 {
     let mut word = [0; 8];
     let offset = gpa % PAGE_SIZE;
     let copy = |pfn| {
-        vm.ram
+        vm.ram()
             .physmap()
             .slice(pfn, offset, 8)
             .copy_to(&mut word[..])

@@ -10,6 +10,8 @@
 //! | [`policy`] | which copy-on-write policy, chosen by name |
 //! | [`boot`] | what a guest finds before it runs |
 //! | [`check`] | the oracles: is every snapshot right? |
+//! | [`dma`] | the payload's DMA engines |
+//! | [`snapshot`] | which snapshot of a run it is |
 //! | [`session`] | a whole run |
 //! | [`scenario`] | the scenarios of the protocol, under every policy and on the living kernel |
 //! | [`doctor`] | what this machine can and cannot do for a run |
@@ -18,7 +20,9 @@
 pub mod boot;
 pub mod check;
 pub mod cli;
+pub mod dma;
 pub mod doctor;
 pub mod policy;
 pub mod scenario;
 pub mod session;
+pub mod snapshot;

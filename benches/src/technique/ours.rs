@@ -1,12 +1,14 @@
-//! Ours: a shadow page table and a window, copy-on-write resolved on the faulting vCPU's own thread, all through the library's public parts.
+//! Ours: a shadow page table and a window, copy-on-write resolved on the faulting vCPU's own thread, all through the library's
+//! public parts.
 
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use guest::abi::PAGE_SIZE;
-use palimpsest::host::{Ahead, MappingBudget, PhysMap, PinnedBuffer, Prices, Ram, Window};
+use palimpsest::host::{Ahead, PinnedBuffer, Prices, Ram};
 use palimpsest::kvm::{GuestRam, Memslot};
-use palimpsest::mm::{Access, AddressSpace, Exclusive, FramePool, Frozen, Gfn};
+use palimpsest::memory::{Frames, Memory, MemoryError, MemoryOptions};
+use palimpsest::mm::{Access, Exclusive, Frozen, Gfn};
 
 use super::{Device, Taken, Technique, TechniqueError, host};
 use crate::heap::{self, Made};
@@ -26,9 +28,8 @@ pub enum Granularity {
 }
 
 pub(super) struct Ours {
-    ram: Ram<Exclusive>,
+    memory: Memory,
     ahead: Option<Ahead>,
-    window: Arc<Window>,
     /// What was allocated for the frame table, the shadow page table and the window's notes.
     tables: Option<Mutex<Made>>,
 }
@@ -40,54 +41,45 @@ impl Ours {
         copies_ahead: bool,
     ) -> Result<Self, TechniqueError> {
         let before = heap::mark();
-        let pages = memory / PAGE_SIZE;
         // The guest, one snapshot, what the guest writes while that one is dropped, and what is allocated in batches.
-        let frames = 3 * pages + 1024;
-        let physmap = PhysMap::new(frames).map_err(host("reserve frames"))?;
-        let alloc = |error| host("make a frame pool")(std::io::Error::other(error));
-        let pool = FramePool::new(Arc::clone(&physmap) as _, frames, frames).map_err(alloc)?;
-        let budget = Arc::new(MappingBudget::of_this_process());
-        let window =
-            Window::new(Arc::clone(&physmap), budget, pages).map_err(host("map the window"))?;
-        let window = Arc::new(window);
-        let shown = Box::new(Arc::clone(&window));
-        let mut space = AddressSpace::new(pool, Exclusive, shown, pages).map_err(alloc)?;
-        if granularity == Granularity::Small {
-            physmap.use_base_pages();
-            space = space.with_base_pages();
-        }
-        let mut ram = Ram::new(Arc::new(space), physmap);
-        if granularity == Granularity::Huge {
+        let frames = Frames::new(3 * memory + 1024 * PAGE_SIZE).map_err(no_memory)?;
+        let options = MemoryOptions {
+            base_pages: granularity == Granularity::Small,
             // Whatever a page costs, a region is broken whole.
-            ram = ram.with_prices(Prices::fixed(0));
-        }
+            prices: (granularity == Granularity::Huge).then(|| Prices::fixed(0)),
+        };
+        let plain = |window| Box::new(window) as _;
+        let memory = Memory::with(&frames, memory, Exclusive, options, plain).map_err(no_memory)?;
         let ahead = copies_ahead
-            .then(|| Ahead::start(Arc::clone(ram.space())))
+            .then(|| Ahead::start(Arc::clone(memory.space())))
             .transpose()
             .map_err(host("start a thread"))?;
         Ok(Self {
-            ram,
+            memory,
             ahead,
-            window,
             tables: before.map(|before| Mutex::new(before.made())),
         })
     }
 }
 
+fn no_memory(error: MemoryError) -> TechniqueError {
+    host("have memory for a guest")(std::io::Error::other(error))
+}
+
 impl Technique for Ours {
     fn slot(&self) -> Arc<dyn Memslot> {
-        Arc::clone(&self.window) as _
+        Arc::clone(self.memory.window()) as _
     }
 
     fn ram(&self) -> Arc<dyn GuestRam> {
-        Arc::new(self.ram.clone())
+        Arc::new(self.memory.ram().clone())
     }
 
     /// What the guest's write faults would do, without the guest.
     fn populate(&self, gpas: Range<u64>) -> Result<(), TechniqueError> {
         let before = heap::mark();
         (gpas.start / PAGE_SIZE..gpas.end / PAGE_SIZE).try_for_each(|gfn| {
-            self.ram
+            self.memory
                 .space()
                 .write_fault(Gfn(gfn))
                 .map(drop)
@@ -102,12 +94,12 @@ impl Technique for Ours {
 
     fn prepare(&self) -> Result<(), TechniqueError> {
         self.ahead.iter().for_each(Ahead::rest);
-        self.ram.space().prepare_fork();
+        self.memory.space().prepare_fork();
         Ok(())
     }
 
     fn snapshot(&self) -> Result<Box<dyn Taken + '_>, TechniqueError> {
-        let frozen = self.ram.space().fork()?;
+        let frozen = self.memory.space().fork()?;
         Ok(Box::new(Shared { ours: self, frozen }))
     }
 
@@ -116,7 +108,7 @@ impl Technique for Ours {
     }
 
     fn copied(&self) -> Option<u64> {
-        let stats = self.ram.space().stats();
+        let stats = self.memory.space().stats();
         Some((stats.copied + stats.eager_copied) * PAGE_SIZE)
     }
 
@@ -124,13 +116,13 @@ impl Technique for Ours {
         let tables = self.tables.as_ref()?;
         let tables = tables.lock().unwrap_or_else(PoisonError::into_inner);
         // What the window noted since it was made comes on top: that much of it is counted twice, for it is little.
-        Some(tables.resident().ok()? + self.window.notes())
+        Some(tables.resident().ok()? + self.memory.window().notes())
     }
 
     fn device(&self, gpas: Range<u64>) -> Result<Box<dyn Device>, TechniqueError> {
         let registered = gpas.start..gpas.end.min(gpas.start + REGISTERED * PAGE_SIZE);
-        let buffer = self
-            .ram
+        let ram = self.memory.ram();
+        let buffer = ram
             .pin(
                 registered.start,
                 registered.end - registered.start,
@@ -138,7 +130,7 @@ impl Technique for Ours {
             )
             .map_err(|error| TechniqueError::Memory(error.into()))?;
         Ok(Box::new(PinningDevice {
-            ram: self.ram.clone(),
+            ram: ram.clone(),
             registered,
             buffer,
         }))
@@ -147,7 +139,7 @@ impl Technique for Ours {
 
 /// A device that pins what it writes: some of it for good, the rest for each write.
 struct PinningDevice {
-    ram: Ram<Exclusive>,
+    ram: Ram,
     registered: Range<u64>,
     buffer: PinnedBuffer,
 }
@@ -186,7 +178,8 @@ impl Taken for Shared<'_> {
                 .with_frame(Gfn::of_gpa(at), |pfn| {
                     let len = part.len() as u64;
                     self.ours
-                        .ram
+                        .memory
+                        .ram()
                         .physmap()
                         .slice(pfn, offset, len)
                         .copy_to(part)

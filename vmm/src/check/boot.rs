@@ -11,7 +11,6 @@ use super::view::WORDS;
 use super::violation::{Oracle, Violation};
 use palimpsest::host::Ram;
 use palimpsest::kvm::VcpuState;
-use palimpsest::mm::CowPolicy;
 
 /// What a vCPU has said of itself once its memory followed the formula.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -38,8 +37,8 @@ impl Boot {
     ///
     /// # Errors
     /// Those of `registers`.
-    pub fn latch<P: CowPolicy, E>(
-        ram: &Ram<P>,
+    pub fn latch<E>(
+        ram: &Ram,
         layout: &Layout,
         pages: &Reference,
         registers: impl FnOnce() -> Result<Vec<VcpuState>, E>,
@@ -75,7 +74,7 @@ pub struct Reference {
 
 impl Reference {
     /// What is in `ram`, before the guest runs. `writable` are the addresses of its program that it may write.
-    pub fn new<P: CowPolicy>(ram: &Ram<P>, layout: &Layout, writable: &[Range<u64>]) -> Self {
+    pub fn new(ram: &Ram, layout: &Layout, writable: &[Range<u64>]) -> Self {
         let stacks = STACKS_GPA..STACKS_GPA + layout.vcpus * STACK_SIZE;
         let changing: Vec<_> = std::iter::once(stacks)
             .chain(writable.iter().cloned())

@@ -20,9 +20,9 @@ use super::tracking::{Tracked, Untold};
 use super::view::View;
 use super::violation::{Oracle, Violation};
 use super::worker::Look;
+use crate::snapshot::Snapshot;
 use palimpsest::host::PhysMap;
 use palimpsest::mm::FramePool;
-use palimpsest::snapshot::Snapshot;
 
 /// After this many violations in one look at one snapshot the rest of that look is not reported.
 const ENOUGH: usize = 16;

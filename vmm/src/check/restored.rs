@@ -7,14 +7,14 @@ use guest::abi::{Layout, PAGE_SIZE};
 
 use super::view::{View, WORDS};
 use super::violation::{Oracle, Violation};
+use crate::snapshot::Snapshot;
 use palimpsest::host::Ram;
-use palimpsest::mm::{CowPolicy, FramePool};
-use palimpsest::snapshot::Snapshot;
+use palimpsest::mm::FramePool;
 
 /// Compares what `ram` holds below the hammered memory with `snapshot`, to which it was just set back. Nobody runs. Says
 /// which page differs first.
-pub fn restored<P: CowPolicy>(
-    ram: &Ram<P>,
+pub fn restored(
+    ram: &Ram,
     snapshot: &Snapshot,
     layout: &Layout,
     pool: &FramePool,

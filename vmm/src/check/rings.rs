@@ -11,7 +11,7 @@ use guest::formula::{buffer_word_from_key, dma_key, margin_key, poison_key};
 
 use super::view::View;
 use super::violation::{Oracle, Violation};
-use palimpsest::device::DeviceState;
+use crate::dma::DeviceState;
 
 /// Checks one device's area of a snapshot. Returns the pages it has read.
 pub(super) fn check(

@@ -19,11 +19,14 @@ use super::hammer::{At, Hammered};
 use super::view::View;
 use super::violation::{Oracle, Violation};
 use super::worker::Look;
-use palimpsest::device::DeviceState;
+use crate::dma::DeviceState;
+use palimpsest::saved::Saved;
+use palimpsest::snapshot;
+
+use crate::snapshot::Snapshot;
 use palimpsest::host::{MappingBudget, PhysMap, Ram, Window};
 use palimpsest::kvm::VcpuState;
 use palimpsest::mm::{Access, AddressSpace, CowPolicy, Exclusive, FramePool, FrameState, Frozen};
-use palimpsest::snapshot::Snapshot;
 
 const SEED: u64 = 11;
 const PATTERNS: [Pattern; 4] = [
@@ -55,7 +58,8 @@ struct Guest {
     layout: Layout,
     schedule: Schedule,
     hammered: Hammered,
-    ram: Ram<MissesOneCow>,
+    space: Arc<AddressSpace<MissesOneCow>>,
+    ram: Ram,
     pool: Arc<FramePool>,
     miss_one: Arc<AtomicBool>,
     ops: u64,
@@ -87,12 +91,14 @@ impl Guest {
         let space = AddressSpace::new(Arc::clone(&pool), policy, Box::new(window), pages)
             .unwrap()
             .with_base_pages();
+        let space = Arc::new(space);
         Self {
             pattern,
             layout,
             schedule: Schedule::new(pattern, layout.slots(pattern, 0), SEED, 0),
             hammered: Hammered::new(SEED, pattern, layout),
-            ram: Ram::new(Arc::new(space), physmap),
+            ram: Ram::new(Arc::clone(&space) as _, physmap),
+            space,
             pool,
             miss_one,
             ops: 0,
@@ -126,7 +132,7 @@ impl Guest {
     fn snapshot(&self, number: u64) -> Taken {
         Taken {
             number,
-            memory: self.ram.space().fork().unwrap(),
+            memory: self.space.fork().unwrap(),
             ops: [self.ops],
         }
     }
@@ -306,7 +312,9 @@ impl Guest {
     }
 
     fn taken(&self, number: u64) -> Snapshot {
-        Snapshot::of(number, self.ram.space().fork().unwrap(), vec![self.state()])
+        let vcpus = vec![Saved::new(self.state())];
+        let taken = snapshot::Snapshot::new(self.space.fork().unwrap(), vcpus, Vec::new());
+        Snapshot::new(number, None, taken).unwrap()
     }
 }
 
@@ -373,7 +381,7 @@ fn a_page_that_a_restore_has_not_set_back_is_found() {
     let look = || super::restored(&guest.ram, &taken, &guest.layout, &guest.pool);
     let found = look().unwrap();
     assert_eq!((found.oracle, found.gpa), (Oracle::Life, Some(0x10_0008)));
-    guest.ram.space().restore(taken.memory()).unwrap();
+    guest.space.restore(taken.memory()).unwrap();
     assert_eq!(look(), None);
 }
 
@@ -412,7 +420,7 @@ fn a_driver_that_has_lost_its_notes_is_found() {
         registered: Vec::new(),
     };
     let look = || {
-        let memory = guest.ram.space().fork().unwrap();
+        let memory = guest.space.fork().unwrap();
         let view = View::new(1, &memory, guest.ram.physmap(), &guest.pool);
         let mut found = Vec::new();
         super::rings::check(view, &guest.layout, SEED, 0, &state, &mut |v| found.push(v));

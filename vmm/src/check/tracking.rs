@@ -12,8 +12,8 @@ use guest::abi::PAGE_SIZE;
 use super::hammer::Write;
 use super::hashes::{self, Hashes};
 use super::violation::{Oracle, Violation};
+use crate::snapshot::Snapshot;
 use palimpsest::mm::{Gfn, PageSet};
-use palimpsest::snapshot::Snapshot;
 
 /// What a snapshot is compared with.
 #[derive(Debug)]

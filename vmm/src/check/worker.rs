@@ -10,7 +10,7 @@ use super::boot::Boot;
 use super::examiner::{Examiner, Findings};
 use super::tracking::Tracked;
 use super::violation::Violation;
-use palimpsest::snapshot::Snapshot;
+use crate::snapshot::Snapshot;
 
 /// Examines snapshots in the order they are handed over, on its own thread.
 #[derive(Debug)]

@@ -1,6 +1,6 @@
 //! The loop of a run.
 
-use std::cell::{Cell, RefCell};
+use std::cell::{Cell, OnceCell, RefCell};
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -12,6 +12,7 @@ use hdrhistogram::Histogram;
 
 use super::RunError;
 use super::config::{Config, GuestSource, Injection, RunLength};
+use super::faults::{AtLarge, Late, Old, Stale};
 use super::life::{self, DeviceWatch, LifeWatch};
 use super::occasion::{Counters, Occasion, PATIENCE, overdue, wait_until};
 use super::ports::{Event, Inbox};
@@ -27,13 +28,15 @@ use super::vm::Vm;
 use crate::check::{
     self, Boot, Examiner, Look, Oracle, Violation, ViolationCounts, Worker, account,
 };
+use crate::dma::{DeviceState, Mismatch};
+use crate::snapshot::Snapshot;
 use palimpsest::causes::chain;
-use palimpsest::device::{DeviceState, Mismatch};
 use palimpsest::kvm::{
     self, Capture, KvmError, MachineStats, Outcome, Rung, StopReason, VcpuState,
 };
 use palimpsest::mm::{CowPolicy, ForkError, MmStats, PoolUsage};
-use palimpsest::snapshot::{Fault, Preparation, Snapshot, TakeError, Timing};
+use palimpsest::snapshot::{Preparation, RewindError, TakeError, Timing};
+use palimpsest::vcpus::VcpusError;
 
 /// Between two calls of the observer.
 const TICK: Duration = Duration::from_millis(100);
@@ -144,11 +147,11 @@ impl<'a, P: CowPolicy> Drive<'a, P> {
             config.seed,
             config.pattern,
             vm.layout,
-            Arc::clone(&vm.books.physmap),
-            Arc::clone(&vm.books.pool),
+            Arc::clone(vm.frames().physmap()),
+            Arc::clone(vm.frames().pool()),
         );
         let worker = Worker::start(examiner).map_err(RunError::Checker)?;
-        let stall = StallMeter::new(vm.layout, vm.machine.tsc_khz());
+        let stall = StallMeter::new(vm.layout, vm.machine().tsc_khz());
         vm.start().map_err(RunError::Start)?;
         let tracker = Tracker::new(config, &vm.layout);
         let now = Instant::now();
@@ -263,7 +266,7 @@ impl<'a, P: CowPolicy> Drive<'a, P> {
             if let Some(error) = self.vm.devices.take_error() {
                 return End::error(&error);
             }
-            if let Err(error) = self.vm.ram.space().check() {
+            if let Err(error) = self.vm.space().check() {
                 return End::error(&error);
             }
             if self.worker.is_dead() {
@@ -350,19 +353,19 @@ impl<'a, P: CowPolicy> Drive<'a, P> {
         if self.boot.is_some() {
             return Ok(());
         }
-        let (ram, machine) = (&self.vm.ram, &self.vm.machine);
+        let (ram, machine) = (self.vm.ram(), self.vm.machine());
         let registers = || {
             let paused = machine.pause(Capture::Registers)?;
             let states = paused.states()?;
             paused.resume();
-            Ok(states)
+            Ok::<_, KvmError>(states)
         };
         match Boot::latch(ram, &self.vm.layout, &self.vm.reference, registers) {
             Ok(boot) => {
                 self.boot = boot.map(Arc::new);
                 self.first_of_boot = self.taken + 1;
             }
-            Err(error) => return Err(self.why_vcpus_ended(error)),
+            Err(error) => return Err(self.why_vcpus_ended(error.into())),
         }
         let is_late = self.started.elapsed() > PATIENCE;
         if !self.may_be_checked() && is_late {
@@ -384,30 +387,31 @@ impl<'a, P: CowPolicy> Drive<'a, P> {
 
     /// Takes a snapshot, hands it to the checker, retires an old one, and maybe rewinds.
     fn snapshot(&mut self) -> Result<(), End> {
-        self.stall.before_snapshot(&self.vm.ram);
+        self.stall.before_snapshot(self.vm.ram());
         let (counters, devices) = (Counters::of(&self.vm), &self.vm.devices);
         let waited_in_vain = Cell::new(false);
         let run_on = || waited_in_vain.set(!counters.wait_for_ops(self.stop));
         let go_on = || {
-            let before = devices.capture();
+            let completed = || {
+                let states = devices.devices().iter().map(|device| device.state());
+                states
+                    .map(|state| state.queue.next_used)
+                    .collect::<Vec<_>>()
+            };
+            let before = completed();
             let has_gone_on = || {
-                let mut pairs = before.iter().zip(devices.capture());
-                pairs.any(|(before, now)| before.queue.next_used != now.queue.next_used)
+                before
+                    .iter()
+                    .zip(completed())
+                    .any(|(before, now)| *before != now)
             };
             waited_in_vain.set(!wait_until(self.stop, has_gone_on));
         };
-        let (ram, layout, config) = (&self.vm.ram, &self.vm.layout, self.config);
+        let (ram, layout, config) = (self.vm.ram(), &self.vm.layout, self.config);
         let skewed = RefCell::new(SetBack::default());
         let set_back = |older: &VcpuState| {
             let done = counters.ops().first().copied().unwrap_or(0);
             skewed.replace(SetBack::new(ram, layout, config, older, done));
-        };
-        let fault = match self.config.inject {
-            Some(Injection::RunDevices) => Fault::RunDevices(&go_on),
-            Some(Injection::LateRegisters) => Fault::LateRegisters(&run_on),
-            Some(Injection::StaleRegisters) => Fault::StaleRegisters(&run_on),
-            Some(Injection::SkewVcpus) => Fault::SkewVcpus(&run_on, &set_back),
-            _ => Fault::None,
         };
         let preparation = match self.room() {
             2.. => Preparation::Early,
@@ -415,14 +419,48 @@ impl<'a, P: CowPolicy> Drive<'a, P> {
         };
         let number = self.taken + 1;
         let parent = self.parent.as_ref().map(|p| p.number());
-        let (space, tracker) = (self.vm.ram.space(), &mut self.tracker);
+        let (space, tracker) = (self.vm.space(), &mut self.tracker);
         let mut tracked = Ok(());
-        let parts = self.vm.parts();
+        let mut parts = self.vm.parts();
+        let vcpus = parts.vcpus;
+        let late = Late {
+            vcpus,
+            run_on: &run_on,
+        };
+        let stale = Stale {
+            vcpus,
+            run_on: &run_on,
+            old: match config.inject {
+                Some(Injection::SkewVcpus) => Old::All,
+                _ => Old::Extended,
+            },
+            older: OnceCell::new(),
+        };
+        let at_large;
+        match config.inject {
+            Some(Injection::RunDevices) => {
+                at_large = AtLarge::of(&parts.devices, go_on);
+                parts.devices = at_large.iter().map(|device| device as _).collect();
+            }
+            Some(Injection::LateRegisters) => parts.vcpus = &late,
+            Some(Injection::StaleRegisters | Injection::SkewVcpus) => parts.vcpus = &stale,
+            _ => {}
+        }
         // The guest has run on since there was room, and written.
         let nothing_to_drop = self.kept.is_empty() && self.parent.is_none();
-        let (pool, pages) = (&self.vm.books.pool, space.pages());
-        let has_room = || nothing_to_drop || room_for(pool.usage(), pages) > 0;
-        let taken = parts.take_with(number, parent, preparation, fault, &has_room, || {
+        let (pool, pages) = (self.vm.frames().pool(), space.pages());
+        let may_fork = || {
+            let has_room = nothing_to_drop || room_for(pool.usage(), pages) > 0;
+            // The last thing before the fork: memory is not what it was meanwhile.
+            if has_room
+                && stale.old == Old::All
+                && let Some(older) = stale.older.get()
+            {
+                set_back(older);
+            }
+            has_room
+        };
+        let taken = parts.take_with(preparation, &may_fork, || {
             skewed.take().undo(ram);
             tracked = tracker.as_mut().map_or(Ok(()), |t| t.round(space));
         });
@@ -453,7 +491,8 @@ impl<'a, P: CowPolicy> Drive<'a, P> {
         }
         self.taken = number;
         self.note_pause(timing);
-        let snapshot = Arc::new(snapshot);
+        let snapshot = Snapshot::new(number, parent, snapshot);
+        let snapshot = Arc::new(snapshot.map_err(|error| End::error(&error))?);
         let tracked = self.tracker.as_mut().and_then(|t| t.at(&snapshot));
         let is_in_flight = |state: &DeviceState| state.in_flight.is_some();
         self.in_flight += u64::from(snapshot.devices().iter().any(is_in_flight));
@@ -491,7 +530,7 @@ impl<'a, P: CowPolicy> Drive<'a, P> {
 
     /// How often all of the guest's memory could be copied with what frames there are left.
     fn room(&self) -> u64 {
-        room_for(self.vm.books.pool.usage(), self.vm.ram.space().pages())
+        room_for(self.vm.frames().pool().usage(), self.vm.space().pages())
     }
 
     /// Whether a snapshot may be taken: afterwards the guest may write all of its memory, and each page of it is copied once. If there is
@@ -517,7 +556,7 @@ impl<'a, P: CowPolicy> Drive<'a, P> {
         self.retire_oldest();
         self.dropped += 1;
         if self.dropped == 1 {
-            let limit = self.vm.books.pool.usage().limit * PAGE_SIZE;
+            let limit = self.vm.frames().pool().usage().limit * PAGE_SIZE;
             self.observer.note(&format!(
                 "snapshots go early to make room: this run may take {} MiB",
                 limit >> 20
@@ -546,7 +585,7 @@ impl<'a, P: CowPolicy> Drive<'a, P> {
         let Some(snapshot) = self.kept.get(chosen).map(Arc::clone) else {
             return Ok(());
         };
-        self.stall.before_restore(&self.vm.ram);
+        self.stall.before_restore(self.vm.ram());
         let ops_before = self.counters().ops();
         let before: u64 = ops_before.iter().sum();
         let patience = life::patience(self.stall.longest());
@@ -556,10 +595,10 @@ impl<'a, P: CowPolicy> Drive<'a, P> {
         let stale = (self.config.inject == Some(Injection::StalePage))
             .then(|| self.page_to_come(&snapshot))
             .flatten();
-        let (ram, layout) = (self.vm.ram.clone(), self.vm.layout);
-        let pool = Arc::clone(&self.vm.books.pool);
+        let (ram, layout) = (self.vm.ram().clone(), self.vm.layout);
+        let pool = Arc::clone(self.vm.frames().pool());
         let mut wrong = None;
-        let restored = self.vm.parts().restore(&snapshot, || {
+        let restored = self.vm.parts().restore(snapshot.taken(), || {
             wrong = check::restored(&ram, &snapshot, &layout, &pool);
             if let Some((gpa, page)) = stale
                 && let Err(error) = ram.write(gpa, &page)
@@ -571,7 +610,7 @@ impl<'a, P: CowPolicy> Drive<'a, P> {
             // Nothing runs on that could be watched.
             (self.life, self.device_life) = (LifeWatch::default(), DeviceWatch::default());
             return Err(match error {
-                palimpsest::snapshot::RestoreError::Vcpus(error) => self.why_vcpus_ended(error),
+                RewindError::Vcpus(error) => self.why_vcpus_ended(error),
                 error => End::error(&error),
             });
         }
@@ -600,9 +639,9 @@ impl<'a, P: CowPolicy> Drive<'a, P> {
     }
 
     /// A vCPU has ended by itself, or can't be stopped: its own words are better than the pauser's.
-    fn why_vcpus_ended(&mut self, error: KvmError) -> End {
+    fn why_vcpus_ended(&mut self, error: VcpusError) -> End {
         let deadline = Instant::now() + LAST_WORDS;
-        if matches!(error, KvmError::Stopped { .. }) {
+        if matches!(error, VcpusError::Stopped { .. }) {
             while let Some(event) = self
                 .inbox
                 .wait(deadline.saturating_duration_since(Instant::now()))
@@ -623,11 +662,11 @@ impl<'a, P: CowPolicy> Drive<'a, P> {
         let schedule = Schedule::new(pattern, layout.slots(pattern, 0), self.config.seed, 0);
         let gpa = layout.slot_gpa(pattern, 0, schedule.slot_of(op));
         let mut page = vec![0; PAGE_SIZE as usize];
-        self.vm.ram.read(gpa, &mut page).ok()?;
+        self.vm.ram().read(gpa, &mut page).ok()?;
         Some((gpa, page))
     }
 
-    fn counters(&self) -> Counters<'_, P> {
+    fn counters(&self) -> Counters<'_> {
         Counters::of(&self.vm)
     }
 
@@ -683,11 +722,10 @@ impl<'a, P: CowPolicy> Drive<'a, P> {
         }
         if let Ok(entry) = self
             .vm
-            .ram
             .space()
             .entry(palimpsest::mm::Gfn::of_gpa(failure.gpa))
         {
-            v.frame = format!("{entry:?} {:?}", self.vm.books.pool.state(entry.pfn()));
+            v.frame = format!("{entry:?} {:?}", self.vm.frames().pool().state(entry.pfn()));
         }
         v
     }
@@ -729,7 +767,7 @@ impl<'a, P: CowPolicy> Drive<'a, P> {
         if let Some(violation) = self.device_life.look(&ops, &requests, patience) {
             self.violation(&violation);
         }
-        self.stall.look(&self.vm.ram);
+        self.stall.look(self.vm.ram());
         self.collect_mismatches();
         let lost = self.inbox.take_lost();
         self.unheard += lost as u64;
@@ -750,8 +788,8 @@ impl<'a, P: CowPolicy> Drive<'a, P> {
         if elapsed >= 0.5 {
             self.recent_ops = (now, ops, ops.saturating_sub(before) as f64 / elapsed);
         }
-        let (mm, dma) = (self.vm.ram.space().stats(), self.vm.devices.stats());
-        let usage = self.vm.books.pool.usage();
+        let (mm, dma) = (self.vm.space().stats(), self.vm.devices.stats());
+        let usage = self.vm.frames().pool().usage();
         Progress {
             elapsed: now - self.started,
             total: match self.config.length {
@@ -767,7 +805,7 @@ impl<'a, P: CowPolicy> Drive<'a, P> {
             worst_pause: self
                 .last_pause
                 .map(|_| Duration::from_nanos(self.pauses.max())),
-            faults: fault_counts(&mm, &self.vm.machine.stats()),
+            faults: fault_counts(&mm, &self.vm.machine().stats()),
             pins: pin_counts(&mm, dma.registered),
             dirty: self.dirty_counts(),
             dma_requests: dma.to_guest + dma.from_guest,
@@ -775,7 +813,7 @@ impl<'a, P: CowPolicy> Drive<'a, P> {
             violations: self.violations,
             frames_in_use: usage.in_use,
             frames_committed: usage.committed,
-            vmas: self.vm.books.budget.used(),
+            vmas: self.vm.frames().budget().used(),
         }
     }
 
@@ -793,13 +831,13 @@ impl<'a, P: CowPolicy> Drive<'a, P> {
         policy: &str,
         platform: &kvm::Platform,
     ) -> Report {
-        self.stall.finish(&self.vm.ram);
+        self.stall.finish(self.vm.ram());
         let ops = self.counters().ops();
         let ops = ops.iter().sum::<u64>() + self.ops_undone;
         // The guest is stopped first: what is checked from here on is still checked against a machine that was running.
-        self.vm.machine.stop();
-        let (mm, dma) = (self.vm.ram.space().stats(), self.vm.devices.stats());
-        let faults = fault_counts(&mm, &self.vm.machine.stats());
+        self.vm.machine().stop();
+        let (mm, dma) = (self.vm.space().stats(), self.vm.devices.stats());
+        let faults = fault_counts(&mm, &self.vm.machine().stats());
         let dirty = self.dirty_counts();
         // They hold snapshots.
         (self.parent, self.tracker) = (None, None);
@@ -852,13 +890,13 @@ impl<'a, P: CowPolicy> Drive<'a, P> {
             stall,
             ..
         } = self;
-        let books = vm.books.clone();
-        let usage = books.pool.usage();
-        let stopped = vm.machine.wait_until_stopped();
+        let frames = vm.frames().clone();
+        let usage = frames.pool().usage();
+        let stopped = vm.machine().wait_until_stopped();
         drop(vm);
         match stopped {
             Ok(()) => {
-                for violation in account(&books.pool, &books.budget) {
+                for violation in account(frames.pool(), frames.budget()) {
                     violations.add(violation.oracle);
                     observer.violation(&violation);
                 }
@@ -912,8 +950,8 @@ impl<'a, P: CowPolicy> Drive<'a, P> {
                 frames_peak: usage.peak,
                 bytes_peak: usage.peak * PAGE_SIZE,
                 committed_peak: usage.committed_peak * PAGE_SIZE,
-                vmas_peak: books.budget.peak(),
-                vmas_limit: books.budget.limit(),
+                vmas_peak: frames.budget().peak(),
+                vmas_limit: frames.budget().limit(),
             },
             lines_lost: unheard,
         }

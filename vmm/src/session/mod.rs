@@ -22,6 +22,7 @@
 pub mod compare;
 pub mod config;
 mod drive;
+mod faults;
 mod life;
 pub mod need;
 mod occasion;

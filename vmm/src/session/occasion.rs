@@ -29,16 +29,16 @@ pub(super) const PATIENCE: Duration = Duration::from_secs(120);
 
 /// What the guest says of how far it is.
 #[derive(Debug)]
-pub(super) struct Counters<'a, P> {
-    ram: &'a Ram<P>,
+pub(super) struct Counters<'a> {
+    ram: &'a Ram,
     layout: &'a Layout,
 }
 
-impl<'a, P: CowPolicy> Counters<'a, P> {
+impl<'a> Counters<'a> {
     /// Those of the guest in `vm`.
-    pub(super) fn of(vm: &'a Vm<P>) -> Self {
+    pub(super) fn of<P: CowPolicy>(vm: &'a Vm<P>) -> Self {
         Self {
-            ram: &vm.ram,
+            ram: vm.ram(),
             layout: &vm.layout,
         }
     }

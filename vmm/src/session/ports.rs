@@ -10,10 +10,9 @@ use guest::abi::{
     PORT_FAILURE, PORT_PANIC,
 };
 
-use palimpsest::device::DeviceSet;
+use crate::dma::DeviceSet;
 use palimpsest::host::{Ram, RamError};
 use palimpsest::kvm::{Outcome, PortAction, PortHandler, StopReason};
-use palimpsest::mm::CowPolicy;
 
 /// Lines of the guest that wait to be printed, at most; what it says beyond that is lost, and counted.
 const MOST_WAITING: usize = 4096;
@@ -96,13 +95,13 @@ impl Inbox {
 }
 
 /// Listens to a guest's ports.
-pub(super) struct Ports<P: CowPolicy> {
-    pub(super) ram: Ram<P>,
-    pub(super) devices: Arc<DeviceSet<P>>,
+pub(super) struct Ports {
+    pub(super) ram: Ram,
+    pub(super) devices: Arc<DeviceSet>,
     pub(super) events: Events,
 }
 
-impl<P: CowPolicy> PortHandler for Ports<P> {
+impl PortHandler for Ports {
     fn out(&self, _vcpu: usize, port: u16, value: u32) -> PortAction {
         let gpa = u64::from(value);
         match port {
@@ -125,7 +124,7 @@ impl<P: CowPolicy> PortHandler for Ports<P> {
     }
 }
 
-impl<P: CowPolicy> Ports<P> {
+impl Ports {
     fn doorbell(&self, port: u16) -> PortAction {
         let device_of = |first: u16| {
             let device = port.checked_sub(first)?;

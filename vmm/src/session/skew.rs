@@ -11,7 +11,6 @@ use guest::formula::{PAGE_WORDS, Schedule, page_word};
 use super::config::Config;
 use palimpsest::host::Ram;
 use palimpsest::kvm::VcpuState;
-use palimpsest::mm::CowPolicy;
 
 /// What was in memory before it was set back.
 #[derive(Debug, Default)]
@@ -20,8 +19,8 @@ pub(super) struct SetBack(Vec<(u64, Vec<u8>)>);
 impl SetBack {
     /// Sets the pages that vCPU 0 writes back to what they were when it had the registers `older`, by the formula. It has done `done` operations
     /// since it was booted, or one or two more.
-    pub(super) fn new<P: CowPolicy>(
-        ram: &Ram<P>,
+    pub(super) fn new(
+        ram: &Ram,
         layout: &Layout,
         config: &Config,
         older: &VcpuState,
@@ -43,7 +42,7 @@ impl SetBack {
         was
     }
 
-    fn put<P: CowPolicy>(&mut self, ram: &Ram<P>, gpa: u64, bytes: Vec<u8>) {
+    fn put(&mut self, ram: &Ram, gpa: u64, bytes: Vec<u8>) {
         let mut before = vec![0; bytes.len()];
         match ram
             .read(gpa, &mut before)
@@ -55,7 +54,7 @@ impl SetBack {
     }
 
     /// Undoes it.
-    pub(super) fn undo<P: CowPolicy>(self, ram: &Ram<P>) {
+    pub(super) fn undo(self, ram: &Ram) {
         for (gpa, bytes) in self.0.into_iter().rev() {
             if let Err(error) = ram.write(gpa, &bytes) {
                 tracing::warn!(%error, "cannot put a vcpu's page right again");

@@ -13,7 +13,6 @@ use hdrhistogram::Histogram;
 
 use super::report::nanoseconds;
 use palimpsest::host::Ram;
-use palimpsest::mm::CowPolicy;
 
 /// Follows the gaps of a guest from snapshot to snapshot.
 #[derive(Debug)]
@@ -38,18 +37,18 @@ impl StallMeter {
     }
 
     /// A snapshot is about to be taken: what was seen since the one before was that one's stall.
-    pub(super) fn before_snapshot<P: CowPolicy>(&mut self, ram: &Ram<P>) {
+    pub(super) fn before_snapshot(&mut self, ram: &Ram) {
         self.finish(ram);
         self.since = Some(self.stretches(ram));
     }
 
     /// The guest is about to be rewound, which makes its clock jump. Nothing counts from here to the next snapshot.
-    pub(super) fn before_restore<P: CowPolicy>(&mut self, ram: &Ram<P>) {
+    pub(super) fn before_restore(&mut self, ram: &Ram) {
         self.finish(ram);
     }
 
     /// Records the stall of the last snapshot, as far as it was seen.
-    pub(super) fn finish<P: CowPolicy>(&mut self, ram: &Ram<P>) {
+    pub(super) fn finish(&mut self, ram: &Ram) {
         self.look(ram);
         if self.since.take().is_some() && self.longest_ticks > 0 && self.tsc_khz > 0 {
             let ns = u128::from(self.longest_ticks) * 1_000_000 / u128::from(self.tsc_khz);
@@ -59,7 +58,7 @@ impl StallMeter {
     }
 
     /// Looks at the gaps there are. To be called at least once a second, before old ones are overwritten.
-    pub(super) fn look<P: CowPolicy>(&mut self, ram: &Ram<P>) {
+    pub(super) fn look(&mut self, ram: &Ram) {
         let Some(since) = &self.since else { return };
         let mut bytes = vec![0u8; GAP_BUCKETS * size_of::<Gap>()];
         for (vcpu, &since) in (0..).zip(since) {
@@ -77,7 +76,7 @@ impl StallMeter {
     }
 
     /// The stretch of time each vCPU is in.
-    fn stretches<P: CowPolicy>(&self, ram: &Ram<P>) -> Vec<u64> {
+    fn stretches(&self, ram: &Ram) -> Vec<u64> {
         (0..self.layout.vcpus)
             .map(|vcpu| {
                 let gpa = self.layout.vcpu_page(vcpu) + offset_of!(VcpuPage, last_tsc) as u64;

@@ -12,8 +12,8 @@ use guest::abi::{Layout, PAGE_SIZE};
 use super::config::{Config, Injection};
 use super::report::DirtyCounts;
 use crate::check::{Told, Tracked};
+use crate::snapshot::Snapshot;
 use palimpsest::mm::{AddressSpace, CowPolicy, Gfn, MmuError};
-use palimpsest::snapshot::Snapshot;
 
 /// Asks which pages were written.
 #[derive(Debug)]

@@ -1,9 +1,15 @@
-//! A running VM: memory, vCPUs and devices, put together and taken apart in the right order.
+//! A running VM: the engine's, with the payload's devices.
 
 use std::io;
 use std::sync::Arc;
 
 use guest::abi::{Layout, PAGE_SIZE, PORT_DOORBELL_EVENT};
+use palimpsest::host::{Dumps, Ram};
+use palimpsest::kvm::{BootError, Kvm, KvmError, Machine};
+use palimpsest::memory::{Frames, Memory, MemoryError, MemoryOptions};
+use palimpsest::mm::{AddressSpace, CowPolicy, Mmu, REGION_PAGES};
+use palimpsest::snapshot::Parts;
+use palimpsest::vm;
 
 use super::config::{Config, Injection, PageSize, Size};
 use super::need::Plan;
@@ -11,11 +17,7 @@ use super::ports::{Event, Events, Ports};
 use crate::boot;
 use crate::check::Reference;
 use crate::check::inject::LeakyMmu;
-use palimpsest::device::{self, DeviceSet};
-use palimpsest::host::{Ahead, Dumps, MappingBudget, PhysMap, Ram, Window};
-use palimpsest::kvm::{BootError, Kvm, KvmError, Machine};
-use palimpsest::mm::{AddressSpace, AllocError, CowPolicy, FramePool, Mmu, REGION_PAGES};
-use palimpsest::snapshot::Parts;
+use crate::dma::{DeviceSet, StartError};
 
 /// Why a VM could not be put together.
 #[derive(Debug, thiserror::Error)]
@@ -56,40 +58,43 @@ pub enum BuildError {
         /// The host's reason.
         source: io::Error,
     },
-    /// No frames.
+    /// There is no memory.
     #[error(transparent)]
-    Alloc(#[from] AllocError),
-    /// KVM refused.
-    #[error("cannot make the virtual machine")]
-    Kvm(#[from] KvmError),
-    /// The host has no more threads.
-    #[error("cannot start the thread that copies ahead")]
-    Ahead(#[source] io::Error),
+    Memory(MemoryError),
+    /// KVM refused, or the host has no more of something.
+    #[error(transparent)]
+    Build(#[from] vm::BuildError),
     /// Devices did not start.
     #[error("cannot start the devices")]
-    Devices(#[from] device::StartError),
+    Devices(#[from] StartError),
 }
 
-/// A virtual machine. Fields are in the order they must be dropped in: first who uses memory, then memory.
+impl From<MemoryError> for BuildError {
+    fn from(error: MemoryError) -> Self {
+        match error {
+            MemoryError::Reserve {
+                what,
+                bytes,
+                source,
+            } => Self::Reserve {
+                what,
+                bytes,
+                source,
+            },
+            other => Self::Memory(other),
+        }
+    }
+}
+
+/// A virtual machine with the payload's devices. The fields are in the order in which they go.
 #[derive(Debug)]
 pub(super) struct Vm<P: CowPolicy> {
-    pub(super) machine: Machine,
-    pub(super) devices: Arc<DeviceSet<P>>,
-    ahead: Option<Ahead>,
-    pub(super) ram: Ram<P>,
+    vm: palimpsest::vm::Vm<P>,
+    pub(super) devices: Arc<DeviceSet>,
     pub(super) layout: Layout,
-    pub(super) books: Books,
     /// Memory before the guest has run.
     pub(super) reference: Reference,
     entry: u64,
-}
-
-/// What outlives a VM: where its frames and mappings are accounted for.
-#[derive(Clone, Debug)]
-pub(super) struct Books {
-    pub(super) pool: Arc<FramePool>,
-    pub(super) physmap: Arc<PhysMap>,
-    pub(super) budget: Arc<MappingBudget>,
 }
 
 impl<P: CowPolicy> Vm<P> {
@@ -121,43 +126,26 @@ impl<P: CowPolicy> Vm<P> {
             devices: config.dma_devices,
         })?;
 
-        let pages = config.memory / PAGE_SIZE;
-        let frames = plan.physmap;
-        let bytes = frames * PAGE_SIZE;
-        let reserve = |what, bytes| {
-            move |source| BuildError::Reserve {
-                what,
-                bytes,
-                source,
-            }
-        };
         let dumps = if config.dump_guest_memory {
             Dumps::WithGuest
         } else {
             Dumps::WithoutGuest
         };
-        let physmap = PhysMap::with_dumps(frames, dumps).map_err(reserve("frames", bytes))?;
-        let budget = Arc::new(MappingBudget::of_this_process());
-        let pool = FramePool::new(Arc::clone(&physmap) as _, frames, plan.frames)?;
-        let window = Window::new(Arc::clone(&physmap), Arc::clone(&budget), pages)
-            .map_err(reserve("the guest's window", config.memory))?;
-        let window = Arc::new(window);
-        let slot = Arc::clone(&window);
-        let mmu: Box<dyn Mmu> = match config.inject {
-            Some(Injection::SkipWriteProtect) => {
-                // Each operation of the guest writes there.
-                let first = layout.vcpu_base / PAGE_SIZE;
-                Box::new(LeakyMmu::new(window, first..first + REGION_PAGES))
-            }
-            _ => Box::new(window),
+        let frames = Frames::with_limit(plan.physmap, plan.frames, dumps)?;
+        let options = MemoryOptions {
+            base_pages: config.page_size == PageSize::Base,
+            prices: None,
         };
-        let mut space = AddressSpace::new(Arc::clone(&pool), policy, mmu, pages)?;
-        if config.page_size == PageSize::Base {
-            space = space.with_base_pages();
-            physmap.use_base_pages();
-        }
-        let ram = Ram::new(Arc::new(space), Arc::clone(&physmap));
-
+        let between = |window| -> Box<dyn Mmu> {
+            if config.inject != Some(Injection::SkipWriteProtect) {
+                return Box::new(window);
+            }
+            // Each operation of the guest writes there.
+            let first = layout.vcpu_base / PAGE_SIZE;
+            Box::new(LeakyMmu::new(window, first..first + REGION_PAGES))
+        };
+        let memory = Memory::with(&frames, config.memory, policy, options, between)?;
+        let ram = memory.ram().clone();
         image.load(&ram).map_err(no_good)?;
         boot::write_first_memory(&ram, layout, config.seed, config.pattern)?;
 
@@ -168,34 +156,19 @@ impl<P: CowPolicy> Vm<P> {
             devices: Arc::clone(&devices),
             events: events.clone(),
         };
-        let on_stop = Box::new(move |vcpu, outcome| events.send(Event::Ended(vcpu, outcome)));
-        let machine = Machine::new(
-            kvm,
-            slot,
-            Arc::new(ram.clone()),
-            config.vcpus as usize,
-            Arc::new(ports),
-            on_stop,
-        )?;
+        let mut builder = palimpsest::vm::Vm::builder(memory)
+            .ports(Arc::new(ports))
+            .on_stop(move |vcpu, outcome| events.send(Event::Ended(vcpu, outcome)))
+            .copy_ahead(config.copy_ahead);
         for (device, port) in devices.devices().iter().zip(PORT_DOORBELL_EVENT..) {
-            machine.register_doorbell(port, device.doorbell())?;
+            builder = builder
+                .device(Arc::clone(device) as _)
+                .doorbell(port, device.doorbell());
         }
-        let ahead = config
-            .copy_ahead
-            .then(|| Ahead::start(Arc::clone(ram.space())))
-            .transpose()
-            .map_err(BuildError::Ahead)?;
         Ok(Self {
-            machine,
+            vm: builder.build(kvm, config.vcpus as usize)?,
             devices,
-            ahead,
-            ram,
             layout,
-            books: Books {
-                pool,
-                physmap,
-                budget,
-            },
             reference,
             entry: image.entry(),
         })
@@ -203,22 +176,34 @@ impl<P: CowPolicy> Vm<P> {
 
     /// Starts the vCPUs.
     pub(super) fn start(&self) -> Result<(), KvmError> {
-        let left_out = self.machine.left_out();
+        let left_out = self.machine().left_out();
         if !left_out.is_empty() {
             tracing::info!(
                 "this KVM cannot save and restore MSRs {left_out:#x?}: snapshots are without them"
             );
         }
-        self.machine.start(|vcpu| boot::entry(self.entry, vcpu))
+        self.vm.start(|vcpu| boot::entry(self.entry, vcpu))
     }
 
     /// What snapshots are taken of.
     pub(super) fn parts(&self) -> Parts<'_, P> {
-        Parts {
-            machine: &self.machine,
-            devices: &self.devices,
-            space: self.ram.space(),
-            ahead: self.ahead.as_ref(),
-        }
+        self.vm.parts()
+    }
+
+    pub(super) fn machine(&self) -> &Machine {
+        self.vm.machine()
+    }
+
+    pub(super) fn ram(&self) -> &Ram {
+        self.vm.ram()
+    }
+
+    pub(super) fn space(&self) -> &AddressSpace<P> {
+        self.vm.memory().space()
+    }
+
+    /// The frames, which outlive the VM.
+    pub(super) fn frames(&self) -> &Frames {
+        self.vm.memory().frames()
     }
 }

@@ -4,55 +4,74 @@
 //! makes sure that none of these can fail halfway, where the crate would not say why: what lacks memory lacks
 //! it before anything is taken or published.
 
-use guest::abi::{AREA_AVAIL, AREA_DESC, AREA_USED, QUEUE_SIZE};
 use virtio_queue::desc::RawDescriptor;
 use virtio_queue::{DescriptorChain, Error, Queue, QueueOwnedT, QueueState, QueueT};
 
 use crate::host::{PinnedBuffer, Ram, RamError};
-use crate::mm::{Access, CowPolicy};
+use crate::mm::Access;
 
 // Virtio 1.2, 2.7: each ring has two 16-bit words before its entries and one after them.
 const RING_WORDS: u64 = 3 * 2;
 const AVAIL_ENTRY: u64 = 2;
 const USED_ENTRY: u64 = 8;
 
+/// Where a virtqueue lies in guest memory, as virtio 1.2, 2.7, has its parts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RingLayout {
+    /// Descriptors, a power of two.
+    pub size: u16,
+    /// The gpa of the descriptor table.
+    pub descriptors: u64,
+    /// The gpa of the available ring.
+    pub available: u64,
+    /// The gpa of the used ring.
+    pub used: u64,
+}
+
 /// A device's side of its virtqueue.
-pub(super) struct Ring {
+#[derive(Debug)]
+pub struct Ring {
     queue: Queue,
 }
 
 /// Why nothing was taken.
 #[derive(Debug)]
-pub(super) enum TakeError {
+pub enum RingError {
     /// The available ring says that there are more chains than it has room for.
     Nonsense,
     /// The ring could not be pinned.
     Pin(RamError),
 }
 
-impl From<RamError> for TakeError {
+impl From<RamError> for RingError {
     fn from(error: RamError) -> Self {
         Self::Pin(error)
     }
 }
 
 impl Ring {
-    /// The ring at the beginning of the device area at `area`, empty.
-    pub(super) fn new<P: CowPolicy>(ram: &Ram<P>, area: u64) -> Result<Self, Error> {
+    /// The ring that lies as `layout` says, empty.
+    ///
+    /// # Errors
+    /// If there is no place for it in memory.
+    pub fn new(ram: &Ram, layout: RingLayout) -> Result<Self, Error> {
         let state = QueueState {
-            max_size: QUEUE_SIZE,
-            size: QUEUE_SIZE,
+            max_size: layout.size,
+            size: layout.size,
             ready: true,
-            desc_table: area + AREA_DESC,
-            avail_ring: area + AREA_AVAIL,
-            used_ring: area + AREA_USED,
+            desc_table: layout.descriptors,
+            avail_ring: layout.available,
+            used_ring: layout.used,
             ..QueueState::default()
         };
         Self::from_state(ram, state)
     }
 
     /// The ring that `state` describes. `state` is not trusted.
-    pub(super) fn from_state<P: CowPolicy>(ram: &Ram<P>, state: QueueState) -> Result<Self, Error> {
+    ///
+    /// # Errors
+    /// If it makes no sense.
+    pub fn from_state(ram: &Ram, state: QueueState) -> Result<Self, Error> {
         let queue = Queue::try_from(state)?;
         if queue.is_valid(ram) {
             Ok(Self { queue })
@@ -62,42 +81,48 @@ impl Ring {
     }
 
     /// What a snapshot keeps of it.
-    pub(super) fn state(&self) -> QueueState {
+    pub fn state(&self) -> QueueState {
         self.queue.state()
     }
 
     /// Calls `each` with the next chains of the available ring, at most `most`. Says how many they were.
-    pub(super) fn take<P: CowPolicy>(
+    ///
+    /// # Errors
+    /// If the ring makes no sense, or cannot be pinned.
+    pub fn take(
         &mut self,
-        ram: &Ram<P>,
+        ram: &Ram,
         most: usize,
-        each: impl FnMut(DescriptorChain<&Ram<P>>),
-    ) -> Result<usize, TakeError> {
+        each: impl FnMut(DescriptorChain<&Ram>),
+    ) -> Result<usize, RingError> {
         let size = u64::from(self.queue.size());
         let descriptors = size_of::<RawDescriptor>() as u64 * size;
         let _descriptors = ram.pin(self.queue.desc_table(), descriptors, Access::Read)?;
         let avail = RING_WORDS + AVAIL_ENTRY * size;
         let _avail = ram.pin(self.queue.avail_ring(), avail, Access::Read)?;
         let before = self.queue.next_avail();
-        let chains = self.queue.iter(ram).map_err(|_| TakeError::Nonsense)?;
+        let chains = self.queue.iter(ram).map_err(|_| RingError::Nonsense)?;
         chains.take(most).for_each(each);
         let taken = self.queue.next_avail().wrapping_sub(before);
         Ok(taken.into())
     }
 
     /// Gives the last `count` chains that were taken back to the available ring.
-    pub(super) fn give_back(&mut self, count: usize) {
+    pub fn give_back(&mut self, count: usize) {
         let next = self.queue.next_avail().wrapping_sub(count as u16);
         self.queue.set_next_avail(next);
     }
 
     /// Goes on behind entry `next_avail` of the available ring, whatever was taken.
-    pub(super) fn go_on_at(&mut self, next_avail: u16) {
+    pub fn go_on_at(&mut self, next_avail: u16) {
         self.queue.set_next_avail(next_avail);
     }
 
     /// Pins the used ring, as [`Ring::complete`] needs it.
-    pub(super) fn pin_used<P: CowPolicy>(&self, ram: &Ram<P>) -> Result<UsedRing, RamError> {
+    ///
+    /// # Errors
+    /// If it cannot be pinned.
+    pub fn pin_used(&self, ram: &Ram) -> Result<UsedRing, RamError> {
         let len = RING_WORDS + USED_ENTRY * u64::from(self.queue.size());
         let pinned = ram.pin(self.queue.used_ring(), len, Access::Write)?;
         Ok(UsedRing { _pinned: pinned })
@@ -107,13 +132,7 @@ impl Ring {
     /// wrote before is seen by a guest that sees the entry: the index is stored with release.
     ///
     /// A head that is no descriptor at all cannot be completed, and is passed over.
-    pub(super) fn complete<P: CowPolicy>(
-        &mut self,
-        ram: &Ram<P>,
-        _used: &UsedRing,
-        head: u16,
-        len: u32,
-    ) {
+    pub fn complete(&mut self, ram: &Ram, _used: &UsedRing, head: u16, len: u32) {
         if head < self.queue.size()
             && let Err(error) = self.queue.add_used(ram, head, len)
         {
@@ -124,6 +143,7 @@ impl Ring {
 }
 
 /// The used ring, held.
-pub(super) struct UsedRing {
+#[derive(Debug)]
+pub struct UsedRing {
     _pinned: PinnedBuffer,
 }

@@ -13,6 +13,7 @@
 //! | `limits` | how much this process may take of the host, and who says so |
 //! | `ahead` | a thread that breaks ahead of the guest's writes |
 //! | `stream` | copies of whole folios, past the caches |
+//! | `space` | an address space without its policy |
 //! | `ram` | guest memory by guest-physical address, for host code: every access holds what it touches |
 //!
 //! vCPUs go through the window and nobody else does. Everything of ours goes through the physmap, and is
@@ -30,6 +31,7 @@ mod private;
 mod ram;
 #[cfg(debug_assertions)]
 mod refusals;
+mod space;
 mod stream;
 mod syscalls;
 mod window;
@@ -44,4 +46,5 @@ pub use physmap::PhysMap;
 pub use prices::Prices;
 pub use private::Dumps;
 pub use ram::{Held, PinnedBuffer, Ram, RamError};
+pub use space::Space;
 pub use window::Window;

@@ -16,26 +16,22 @@ use vm_memory::{GuestAddress, GuestMemory, GuestMemoryMmap, Permissions, Volatil
 
 use super::physmap::PhysMap;
 use super::prices::Prices;
-use crate::mm::{
-    Access, AddressSpace, CowPolicy, FaultError, Gfn, PAGE_SIZE, Pin, PinError, PinnedRun,
-    Resolution,
-};
+use super::space::Space;
+use crate::mm::{Access, FaultError, Gfn, PAGE_SIZE, Pin, PinError, PinnedRun, Resolution};
 
-/// Guest memory of a running VM.
-#[derive(Debug)]
-pub struct Ram<P> {
-    space: Arc<AddressSpace<P>>,
+/// Guest memory of a running VM, whatever its copy-on-write policy.
+#[derive(Clone)]
+pub struct Ram {
+    space: Arc<dyn Space>,
     physmap: Arc<PhysMap>,
     prices: Arc<Prices>,
 }
 
-impl<P> Clone for Ram<P> {
-    fn clone(&self) -> Self {
-        Self {
-            space: Arc::clone(&self.space),
-            physmap: Arc::clone(&self.physmap),
-            prices: Arc::clone(&self.prices),
-        }
+impl fmt::Debug for Ram {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Ram")
+            .field("size", &self.size())
+            .finish_non_exhaustive()
     }
 }
 
@@ -58,19 +54,14 @@ pub enum RamError {
     Hold(#[from] FaultError),
 }
 
-impl<P: CowPolicy> Ram<P> {
+impl Ram {
     /// Guest memory of `space`, whose frames are in `physmap`.
-    pub fn new(space: Arc<AddressSpace<P>>, physmap: Arc<PhysMap>) -> Self {
+    pub fn new(space: Arc<dyn Space>, physmap: Arc<PhysMap>) -> Self {
         Self {
             space,
             physmap,
             prices: Arc::default(),
         }
-    }
-
-    /// The address space.
-    pub fn space(&self) -> &Arc<AddressSpace<P>> {
-        &self.space
     }
 
     /// The physmap.
@@ -260,7 +251,7 @@ impl Bitmap for Held {
     }
 }
 
-impl<P: CowPolicy> GuestMemory for Ram<P> {
+impl GuestMemory for Ram {
     // There is no memory below that could be reached without a pin: `physical_memory` says so.
     type PhysicalMemory = GuestMemoryMmap<()>;
     type Bitmap = Held;
@@ -290,13 +281,13 @@ impl<P: CowPolicy> GuestMemory for Ram<P> {
     }
 }
 
-struct Slices<'a, P, I> {
-    ram: &'a Ram<P>,
+struct Slices<'a, I> {
+    ram: &'a Ram,
     parts: std::iter::Fuse<I>,
     access: Access,
 }
 
-impl<'a, P: CowPolicy, I: Iterator<Item = Part>> Iterator for Slices<'a, P, I> {
+impl<'a, I: Iterator<Item = Part>> Iterator for Slices<'a, I> {
     type Item = Result<VolatileSlice<'a, Held>>;
 
     fn next(&mut self) -> Option<Self::Item> {
@@ -321,9 +312,6 @@ impl<'a, P: CowPolicy, I: Iterator<Item = Part>> Iterator for Slices<'a, P, I> {
     }
 }
 
-impl<P: CowPolicy, I: Iterator<Item = Part>> FusedIterator for Slices<'_, P, I> {}
+impl<I: Iterator<Item = Part>> FusedIterator for Slices<'_, I> {}
 
-impl<'a, P: CowPolicy, I: Iterator<Item = Part>> GuestMemorySliceIterator<'a, Held>
-    for Slices<'a, P, I>
-{
-}
+impl<'a, I: Iterator<Item = Part>> GuestMemorySliceIterator<'a, Held> for Slices<'a, I> {}

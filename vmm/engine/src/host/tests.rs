@@ -41,14 +41,28 @@ fn kernel_mappings(start: u64, len: u64) -> u64 {
         .count() as u64
 }
 
-fn ram(pages: u64, limit: u64) -> (Ram<Exclusive>, Arc<MappingBudget>, Arc<FramePool>) {
+/// Guest memory, and what it is made of.
+struct Rig {
+    ram: Ram,
+    space: Arc<AddressSpace<Exclusive>>,
+    budget: Arc<MappingBudget>,
+    pool: Arc<FramePool>,
+}
+
+fn rig(pages: u64, limit: u64) -> Rig {
     let physmap = physmap(4 * pages + 1024);
     let frames = 4 * pages + 1024;
     let pool = FramePool::new(Arc::clone(&physmap) as _, frames, frames).unwrap();
     let budget = Arc::new(MappingBudget::with_limit(limit));
     let window = Window::new(Arc::clone(&physmap), Arc::clone(&budget), pages).unwrap();
     let space = AddressSpace::new(Arc::clone(&pool), Exclusive, Box::new(window), pages).unwrap();
-    (Ram::new(Arc::new(space), physmap), budget, pool)
+    let space = Arc::new(space);
+    Rig {
+        ram: Ram::new(Arc::clone(&space) as _, physmap),
+        space,
+        budget,
+        pool,
+    }
 }
 
 proptest! {
@@ -105,8 +119,7 @@ fn running_out_of_mappings_names_the_setting_and_changes_nothing() {
 #[test]
 fn a_crowded_window_resolves_whole_regions_and_never_runs_out() {
     let pages = 16 * REGION_PAGES;
-    let (ram, budget, _) = ram(pages, 120);
-    let space = ram.space();
+    let Rig { space, budget, .. } = rig(pages, 120);
     let mut snapshots = Vec::new();
     for round in 0..4u64 {
         for i in 0..pages / 4 {
@@ -128,7 +141,7 @@ fn a_crowded_window_resolves_whole_regions_and_never_runs_out() {
 #[test]
 fn many_pinned_pages_are_copied_each_to_its_own() {
     let pages = 4 * REGION_PAGES;
-    let (ram, ..) = ram(pages, 1000);
+    let Rig { ram, space, .. } = rig(pages, 1000);
     let page = |n: u64, round: u64| [(n << 8 | round).to_le_bytes(); PAGE_SIZE as usize / 8];
     let write = |round| {
         (0..pages).for_each(|n| {
@@ -139,8 +152,8 @@ fn many_pinned_pages_are_copied_each_to_its_own() {
     write(1);
     // All but one of them.
     let pins = ram.pin(PAGE_SIZE, (pages - 1) * PAGE_SIZE, Access::Write);
-    let frozen = ram.space().fork().unwrap();
-    assert_eq!(ram.space().stats().eager_copied, pages - 1);
+    let frozen = space.fork().unwrap();
+    assert_eq!(space.stats().eager_copied, pages - 1);
     write(2);
     for n in 0..pages {
         let expected = page(n, 1);
@@ -209,7 +222,9 @@ fn the_host_maps_a_region_huge_again_that_was_broken_page_by_page() {
 
 #[test]
 fn untouched_memory_costs_one_mapping_and_no_frame() {
-    let (ram, budget, pool) = ram(1 << 20, 100);
+    let Rig {
+        ram, budget, pool, ..
+    } = rig(1 << 20, 100);
     let mut bytes = [1u8; 3 * PAGE_SIZE as usize];
     ram.read(5 * PAGE_SIZE + 7, &mut bytes).unwrap();
     assert!(bytes.iter().all(|&b| b == 0));
@@ -218,7 +233,7 @@ fn untouched_memory_costs_one_mapping_and_no_frame() {
 
 #[test]
 fn bytes_cross_pages_and_ends_are_refused() {
-    let (ram, ..) = ram(4, 100);
+    let Rig { ram, .. } = rig(4, 100);
     let text: Vec<u8> = (0..=255).cycle().take(9000).collect();
     ram.write(100, &text).unwrap();
     let mut back = vec![0; 9000];
@@ -235,9 +250,11 @@ fn bytes_cross_pages_and_ends_are_refused() {
 #[test]
 fn a_slice_is_pinned_for_as_long_as_any_part_of_it_lives() {
     use vm_memory::{GuestMemory, Permissions};
-    let (ram, _, pool) = ram(4, 100);
+    let Rig {
+        ram, space, pool, ..
+    } = rig(4, 100);
     ram.write_obj(7u64, GuestAddress(64)).unwrap();
-    let pfn = ram.space().entry(Gfn(0)).unwrap().pfn();
+    let pfn = space.entry(Gfn(0)).unwrap().pfn();
     assert_eq!(pool.state(pfn).pins(), 0, "only while it is used");
     let slice = ram
         .get_slices(GuestAddress(64), 8, Permissions::Read)
@@ -250,7 +267,7 @@ fn a_slice_is_pinned_for_as_long_as_any_part_of_it_lives() {
     drop(slice);
     assert_eq!(pool.state(pfn).pins(), 1);
     // So a fork copies the page, and the slice stays the guest's.
-    let frozen = ram.space().fork().unwrap();
+    let frozen = space.fork().unwrap();
     assert_ne!(frozen.frame(Gfn(0)).unwrap(), pfn);
     drop(part);
     assert_eq!(pool.state(pfn).pins(), 0);
@@ -258,9 +275,9 @@ fn a_slice_is_pinned_for_as_long_as_any_part_of_it_lives() {
 
 #[test]
 fn a_slice_of_a_shared_page_is_of_its_own_copy() {
-    let (ram, ..) = ram(4, 100);
+    let Rig { ram, space, .. } = rig(4, 100);
     ram.write_obj(7u64, GuestAddress(64)).unwrap();
-    let frozen = ram.space().fork().unwrap();
+    let frozen = space.fork().unwrap();
     ram.write_obj(8u64, GuestAddress(64)).unwrap();
     let old = frozen
         .with_frame(Gfn(0), |pfn| {

@@ -51,6 +51,7 @@ use super::table_bits;
 use super::tables::{Mmu, PageTables};
 use super::vcpu::{Counters, SyncRegs, Vcpu};
 use super::watch::Watch;
+use crate::vcpus::Capture;
 
 /// How long a vCPU may take to do what it is told. It is in the guest, where a kick reaches it in microseconds, or in
 /// a handler that should not block; the rest is the host being busy.
@@ -193,15 +194,6 @@ pub enum KvmError {
 
 /// Is told on a vCPU's thread that the vCPU has ended by itself, and why. Not called for vCPUs that the machine stops.
 pub type OnStop = Box<dyn Fn(usize, Outcome) + Send + Sync>;
-
-/// Whether a pause captures registers.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Capture {
-    /// Every vCPU captures its registers as soon as it is parked, beside whatever the pauser does.
-    Registers,
-    /// Only if [`Paused::states`] asks for it.
-    Nothing,
-}
 
 /// What the vCPUs of a machine have done so far.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -10,7 +10,7 @@ use std::ptr::{self, NonNull};
 use std::time::Duration;
 
 use crate::host::{Ram, Window};
-use crate::mm::{Access, CowPolicy, Gfn, Resolution};
+use crate::mm::{Access, Gfn, Resolution};
 
 /// Why guest memory could not be reached or made writable.
 pub type MemoryError = Box<dyn std::error::Error + Send + Sync>;
@@ -51,7 +51,7 @@ pub trait GuestRam: Send + Sync {
     fn write(&self, gpa: u64, buf: &[u8]) -> Result<(), MemoryError>;
 }
 
-impl<P: CowPolicy> GuestRam for Ram<P> {
+impl GuestRam for Ram {
     fn len(&self) -> u64 {
         self.size()
     }

@@ -38,12 +38,13 @@ mod tables;
 #[cfg(test)]
 mod tests;
 mod vcpu;
+mod vcpus;
 mod watch;
 
 pub use boot::{BootError, Image, write_page_tables};
 pub use extended::Extended;
 pub use fault::{FaultError, Rung, RungCounts};
-pub use machine::{Capture, KvmError, MAX_VCPUS, Machine, MachineStats, OnStop, Paused};
+pub use machine::{KvmError, MAX_VCPUS, Machine, MachineStats, OnStop, Paused};
 pub use memory::{GuestRam, MemoryError, Memslot};
 pub use outcome::{CrashReason, Outcome, Report, RunError};
 pub use platform::{Kvm, Paging, Platform, PlatformError};
@@ -51,3 +52,5 @@ pub use port::{PortAction, PortHandler, StopReason};
 pub use registers::Entry;
 pub use state::{Clock, StateError, VcpuState};
 pub use tables::PageTables;
+
+pub use crate::vcpus::Capture;

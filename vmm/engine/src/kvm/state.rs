@@ -19,6 +19,7 @@ use super::extended::Extended;
 use super::memory::MemoryError;
 use super::msr::{self, MsrSet};
 use super::tables::Confined;
+use crate::saved::{Saved, State};
 
 /// What restoring does with the guest's time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -62,6 +63,15 @@ pub enum StateError {
         #[source]
         source: MemoryError,
     },
+    /// A stored state that is none of ours, or of a later version.
+    #[error("a stored vcpu of version {version} makes no sense here")]
+    Stored {
+        /// The version it has.
+        version: u32,
+        /// What is wrong with its bytes, if the version is known.
+        #[source]
+        source: Option<postcard::Error>,
+    },
     /// A state that was not captured: its XSAVE area has the wrong size.
     #[error("the xsave area has {words} words, not {XSAVE_WORDS}")]
     XsaveSize {
@@ -99,7 +109,36 @@ pub struct VcpuState {
     mp_state: kvm_mp_state,
 }
 
+/// The form that [`VcpuState::to_bytes`] has.
+const VERSION: u32 = 1;
+
+impl State for VcpuState {
+    fn version(&self) -> u32 {
+        VERSION
+    }
+
+    fn to_bytes(&self) -> Vec<u8> {
+        postcard::to_stdvec(self).expect("plain data always has a form")
+    }
+}
+
 impl VcpuState {
+    /// The state that was saved.
+    ///
+    /// # Errors
+    /// If it was stored, and its bytes make no sense.
+    pub fn of_saved(saved: &Saved) -> Result<Self, StateError> {
+        if let Some(state) = saved.get::<Self>() {
+            return Ok(state.clone());
+        }
+        let version = saved.version();
+        let stored = |source| StateError::Stored { version, source };
+        if version != VERSION {
+            return Err(stored(None));
+        }
+        postcard::from_bytes(&saved.to_bytes()).map_err(|error| stored(Some(error)))
+    }
+
     /// Sets all registers. `xsave_fits` is the caller's word that the kernel takes no more than 4 KiB of XSAVE area.
     pub(super) fn restore(
         &self,
@@ -239,11 +278,21 @@ impl VcpuState {
         Extended::of(&self.xsave)
     }
 
-    /// The low 64 bits of MM7, where a hammering guest keeps its operation counter.
-    ///
-    /// 0 if the x87 state is in its initial configuration.
+    /// The low 64 bits of MM7; 0 if the x87 state is in its initial configuration.
     pub fn mm7(&self) -> u64 {
         self.extended().mmx[7]
+    }
+
+    /// The area of the extended registers, in 32-bit words, as `KVM_GET_XSAVE` has it.
+    pub fn xsave(&self) -> &[u32] {
+        &self.xsave
+    }
+
+    /// The same with another area. It is not trusted: KVM checks what it is given.
+    #[must_use]
+    pub fn with_xsave(mut self, xsave: Vec<u32>) -> Self {
+        self.xsave = xsave;
+        self
     }
 
     /// Registers that ring 3 cannot set, and that differ from those of `boot`: what they are called, what they are, what they were.
@@ -291,19 +340,6 @@ impl VcpuState {
             ("xcr0", format!("{:#x}", self.xcrs.xcrs[0].value)),
             ("debug registers", format!("{:x?}", self.debug)),
         ]
-    }
-
-    /// The same with the extended registers of `older`, but for the counter: an injected fault.
-    #[must_use]
-    pub(crate) fn with_extended_of(mut self, older: &Self) -> Self {
-        /// 32-bit words of ST(7), which is MM7 as long as the top of the stack is 0.
-        const ST7: std::ops::Range<usize> = (32 + 7 * 16) / 4..(32 + 7 * 16) / 4 + 4;
-        let counter = self.xsave.get(ST7).map(<[u32]>::to_vec);
-        self.xsave.clone_from(&older.xsave);
-        if let (Some(to), Some(counter)) = (self.xsave.get_mut(ST7), counter) {
-            to.copy_from_slice(&counter);
-        }
-        self
     }
 }
 

@@ -207,10 +207,10 @@ impl RealStage {
             window: Arc::clone(&window),
             first: self.plan.first,
         };
-        let space = make(wrap(Box::new(part)))?;
-        let ram = Ram::new(Arc::new(space), Arc::clone(&self.physmap));
+        let space = Arc::new(make(wrap(Box::new(part)))?);
         let memory = GuestMemory {
-            ram: ram.clone(),
+            ram: Ram::new(Arc::clone(&space) as _, Arc::clone(&self.physmap)),
+            space: Arc::clone(&space),
             program: Arc::clone(&self.program),
             plan: self.plan,
         };
@@ -227,7 +227,7 @@ impl RealStage {
         let actor = RealActor {
             line: Mutex::new(line),
             machine,
-            ram,
+            space,
             plan: self.plan,
         };
         let rip = self.program.entry();
@@ -325,14 +325,14 @@ impl Stage for RealStage {
 // In the order they must be dropped in: a vCPU waits for commands until its line is gone, and the machine for the vCPU;
 // the machine's memory is last.
 #[derive(Debug)]
-pub struct RealActor<P> {
+pub struct RealActor<P: CowPolicy> {
     line: Mutex<Line>,
     machine: Machine,
-    ram: Ram<P>,
+    space: Arc<AddressSpace<P>>,
     plan: Plan,
 }
 
-impl<P> RealActor<P> {
+impl<P: CowPolicy> RealActor<P> {
     /// Write faults that the vCPU has had.
     pub fn write_faults(&self) -> u64 {
         self.machine.stats().write_faults
@@ -346,7 +346,7 @@ impl<P> RealActor<P> {
 
 impl<P: CowPolicy> Actor<P> for RealActor<P> {
     fn space(&self) -> &AddressSpace<P> {
-        self.ram.space()
+        &self.space
     }
 
     fn gfn(&self, page: u64) -> Gfn {
@@ -400,7 +400,8 @@ impl Mmu for Part {
 
 /// All memory of a guest: its address space, and the program beside it.
 struct GuestMemory<P> {
-    ram: Ram<P>,
+    space: Arc<AddressSpace<P>>,
+    ram: Ram,
     program: Arc<Program>,
     plan: Plan,
 }
@@ -420,7 +421,7 @@ impl<P: CowPolicy> GuestRam for GuestMemory<P> {
 
     fn write_fault(&self, gfn: u64) -> Result<bool, MemoryError> {
         match self.plan.page_of(gfn) {
-            Some(page) => Ok(self.ram.space().write_fault(page)? != Resolution::AlreadyWritable),
+            Some(page) => Ok(self.space.write_fault(page)? != Resolution::AlreadyWritable),
             // Nothing becomes writable there.
             None if self.program.is_writable(Gfn(gfn)) => Ok(false),
             None => {

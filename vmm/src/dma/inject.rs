@@ -3,10 +3,10 @@
 use std::mem;
 
 use super::set::DeviceSet;
-use crate::host::RamError;
-use crate::mm::{Access, CowPolicy};
+use palimpsest::host::RamError;
+use palimpsest::mm::Access;
 
-impl<P: CowPolicy> DeviceSet<P> {
+impl DeviceSet {
     /// Pins a page that a device holds, and never releases it. Does nothing without devices.
     ///
     /// # Errors

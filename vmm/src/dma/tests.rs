@@ -14,10 +14,12 @@ use guest::abi::{
 use guest::formula::{dma_word, poison_word};
 
 use super::*;
-use crate::host::{PhysMap, Ram};
-use crate::mm::{
+use palimpsest::device::{Quiesce, Stopped};
+use palimpsest::host::{PhysMap, Ram};
+use palimpsest::mm::{
     AddressSpace, Exclusive, FramePool, Frozen, Gfn, Mmu, MmuError, PAGE_SIZE, Pfn, Protection,
 };
+use palimpsest::saved::Saved;
 
 const SEED: u64 = 42;
 const MEMORY: u64 = 8 << 20;
@@ -45,9 +47,40 @@ impl Mmu for NoWindow {
 
 struct Rig {
     pool: Arc<FramePool>,
-    ram: Ram<Exclusive>,
+    space: Arc<AddressSpace<Exclusive>>,
+    ram: Ram,
     layout: Layout,
-    set: DeviceSet<Exclusive>,
+    set: DeviceSet,
+}
+
+/// What snapshots and restores do with all devices.
+impl DeviceSet {
+    fn stop(&self, deadline: Instant) -> Stopped<'_> {
+        let devices = self.devices().iter().map(|device| &**device as _);
+        Stopped::stop(devices.collect(), deadline)
+    }
+
+    fn capture(&self) -> Vec<DeviceState> {
+        self.devices().iter().map(|device| device.state()).collect()
+    }
+
+    fn release_streaming(&self) -> Result<(), DeviceRestoreError> {
+        let mut devices = self.devices().iter();
+        devices.try_for_each(|device| device.release().map_err(ours))
+    }
+
+    fn restore(&self, states: &[DeviceState]) -> Result<(), DeviceRestoreError> {
+        let mut devices = self.devices().iter().zip(states);
+        devices.try_for_each(|(device, state)| {
+            let saved = Saved::new(state.clone());
+            device.restore(&saved).map_err(ours)
+        })
+    }
+}
+
+/// What a device of ours says.
+fn ours(error: palimpsest::device::DeviceError) -> DeviceRestoreError {
+    *error.downcast().unwrap()
 }
 
 impl Rig {
@@ -62,11 +95,13 @@ impl Rig {
         let pages = MEMORY / PAGE_SIZE;
         let space =
             AddressSpace::new(Arc::clone(&pool), Exclusive, Box::new(NoWindow), pages).unwrap();
-        let ram = Ram::new(Arc::new(space), physmap);
+        let space = Arc::new(space);
+        let ram = Ram::new(Arc::clone(&space) as _, physmap);
         let layout = Layout::new(MEMORY, IMAGE_GPA, 1, devices, 0).unwrap();
         let set = DeviceSet::start(&ram, &layout, SEED).unwrap();
         Self {
             pool,
+            space,
             ram,
             layout,
             set,
@@ -89,7 +124,7 @@ impl Rig {
         self.layout.hammer_base
     }
 
-    fn stop(&self) -> Stopped<'_, Exclusive> {
+    fn stop(&self) -> Stopped<'_> {
         let stopped = self.set.stop(Instant::now() + PATIENCE);
         assert!(stopped.all_reached());
         stopped
@@ -97,7 +132,7 @@ impl Rig {
 
     /// Does `post`, which gives every device at least one request, and stops them when each is in the middle of
     /// one. That one is published, and no other is begun.
-    fn stop_in_the_middle(&self, post: impl FnOnce()) -> Stopped<'_, Exclusive> {
+    fn stop_in_the_middle(&self, post: impl FnOnce()) -> Stopped<'_> {
         let devices = self.set.devices();
         let gates: Vec<_> = devices.iter().map(|d| d.hold_transfers()).collect();
         post();
@@ -114,9 +149,9 @@ impl Rig {
     fn stop_too_early<'a>(
         &'a self,
         driver: &mut Driver,
-        device: &'a Device<Exclusive>,
+        device: &'a Device,
         seq: u64,
-    ) -> (MutexGuard<'a, ()>, Stopped<'a, Exclusive>) {
+    ) -> (MutexGuard<'a, ()>, Stopped<'a>) {
         let data = [(self.heap(), MAX_DATA as u32)];
         driver.prepare(0, 0, header(RequestKind::ToGuest, seq), &data);
         driver.post(0);
@@ -129,7 +164,7 @@ impl Rig {
     }
 
     fn pfn(&self, gpa: u64) -> Pfn {
-        self.ram.space().entry(Gfn::of_gpa(gpa)).unwrap().pfn()
+        self.space.entry(Gfn::of_gpa(gpa)).unwrap().pfn()
     }
 
     fn pins(&self, gpa: u64) -> u64 {
@@ -163,16 +198,22 @@ impl Rig {
     /// Ends the guest, whole, with its `drivers`. Nothing may be left.
     fn end<D>(self, drivers: D) {
         assert!(self.set.take_error().is_none());
-        let Self { pool, ram, set, .. } = self;
-        drop((set, ram, drivers));
+        let Self {
+            pool,
+            space,
+            ram,
+            set,
+            ..
+        } = self;
+        drop((set, ram, space, drivers));
         assert_eq!(pool.leftovers(16), []);
     }
 }
 
 /// What a guest's driver does, by hand.
 struct Driver {
-    ram: Ram<Exclusive>,
-    handle: Arc<Device<Exclusive>>,
+    ram: Ram,
+    handle: Arc<Device>,
     device: u64,
     area: u64,
     posted: u16,
@@ -343,15 +384,7 @@ impl Driver {
     }
 }
 
-fn write_descriptor(
-    ram: &Ram<Exclusive>,
-    table: u64,
-    index: u16,
-    gpa: u64,
-    len: u32,
-    flags: u16,
-    next: u16,
-) {
+fn write_descriptor(ram: &Ram, table: u64, index: u16, gpa: u64, len: u32, flags: u16, next: u16) {
     let mut bytes = [0; 16];
     bytes[..8].copy_from_slice(&gpa.to_le_bytes());
     bytes[8..12].copy_from_slice(&len.to_le_bytes());
@@ -408,9 +441,9 @@ fn eventually(what: &str, mut is_so: impl FnMut() -> bool) {
 }
 
 /// Waits until `device` is in the middle of a transfer. If its transfers are held, it stays there.
-fn begun(device: &Device<Exclusive>) {
+fn begun(device: &Device) {
     eventually("the transfer to begin", || {
-        device.capture().in_flight.is_some()
+        device.state().in_flight.is_some()
     });
 }
 
@@ -578,7 +611,7 @@ fn registered_buffer_stays_the_guests_across_forks() {
         assert_eq!(status, ok(seq));
         assert_eq!(driver.bytes(gpa, len), driver.data(seq, len));
         let stopped = rig.stop();
-        frozen.push((seq, rig.ram.space().fork().unwrap()));
+        frozen.push((seq, rig.space.fork().unwrap()));
         stopped.resume();
         assert_eq!(rig.pfn(gpa), frame);
     }
@@ -791,7 +824,7 @@ fn a_fork_under_load_has_no_half_done_request() {
                 } else {
                     rig.stop()
                 };
-                let frozen = rig.ram.space().fork().unwrap();
+                let frozen = rig.space.fork().unwrap();
                 let states = rig.set.capture();
                 stopped.resume();
                 for (load, state) in parked.iter().zip(&states) {
@@ -829,7 +862,7 @@ fn a_device_that_stops_too_late_is_in_flight_and_publishes_nothing() {
         // Its memory is the device's until the transfer ends.
         assert!(matches!(
             rig.set.release_streaming(),
-            Err(RestoreError::NotStopped { device: 0 })
+            Err(DeviceRestoreError::NotStopped { device: 0 })
         ));
         assert!(rig.pins(rig.heap()) > 0);
         drop(held);
@@ -907,7 +940,7 @@ fn restore_takes_pending_requests_again() {
     }
     let stopped = rig.stop_in_the_middle(|| driver.ring(Doorbell::Exit));
     let states = rig.set.capture();
-    let frozen = rig.ram.space().fork().unwrap();
+    let frozen = rig.space.fork().unwrap();
     let done_then = driver.used();
     stopped.resume();
     let all_done = driver.posted - 1;
@@ -937,7 +970,7 @@ fn restore_takes_pending_requests_again() {
         let stopped = rig.stop();
         rig.set.release_streaming().unwrap();
         assert_eq!(rig.pins(kept), 1);
-        rig.ram.space().restore(&frozen).unwrap();
+        rig.space.restore(&frozen).unwrap();
         rig.set.restore(&states).unwrap();
         assert_eq!(rig.set.capture(), states);
         assert_eq!(driver.used(), done_then);
@@ -969,7 +1002,7 @@ fn a_buffer_registered_for_reading_while_a_snapshot_shares_it_is_still_the_guest
     let mut driver = rig.driver(0);
     let (gpa, len) = (rig.heap() + 512, 2 * PAGE_SIZE);
     driver.ram.write(gpa, &vec![7; len as usize]).unwrap();
-    let snapshot = rig.ram.space().fork().unwrap();
+    let snapshot = rig.space.fork().unwrap();
     let kind = RequestKind::RegisterForReading;
     assert_eq!(driver.register_for(kind, 3, gpa, len).code, STATUS_OK);
 
@@ -1020,14 +1053,14 @@ fn restore_pins_registered_buffers_of_the_snapshot() {
     driver.ram.write(gpa, &[7; 64]).unwrap();
     let snapshot = || {
         let stopped = rig.stop();
-        let taken = (rig.ram.space().fork().unwrap(), rig.set.capture());
+        let taken = (rig.space.fork().unwrap(), rig.set.capture());
         stopped.resume();
         taken
     };
     let restore = |(memory, states): &(Arc<Frozen>, Vec<DeviceState>)| {
         let stopped = rig.stop();
         rig.set.release_streaming().unwrap();
-        rig.ram.space().restore(memory).unwrap();
+        rig.space.restore(memory).unwrap();
         rig.set.restore(states).unwrap();
         stopped.resume();
     };
@@ -1066,13 +1099,13 @@ fn a_doorbell_rung_just_before_a_snapshot_is_not_lost_in_a_restore() {
     driver.prepare(0, 0, header(RequestKind::ToGuest, seq), &[(rig.heap(), 64)]);
     driver.post(0);
     driver.ring(Doorbell::Event);
-    let (memory, states) = (rig.ram.space().fork().unwrap(), rig.set.capture());
+    let (memory, states) = (rig.space.fork().unwrap(), rig.set.capture());
     stopped.resume();
     driver.wait_used(1);
 
     let stopped = rig.stop();
     rig.set.release_streaming().unwrap();
-    rig.ram.space().restore(&memory).unwrap();
+    rig.space.restore(&memory).unwrap();
     rig.set.restore(&states).unwrap();
     assert_eq!(driver.used(), 0);
     stopped.resume();
@@ -1094,7 +1127,10 @@ fn states_are_plain_data_and_not_trusted() {
         good
     );
     let running = rig.set.restore(&good).unwrap_err();
-    assert!(matches!(running, RestoreError::NotStopped { device: 0 }));
+    assert!(matches!(
+        running,
+        DeviceRestoreError::NotStopped { device: 0 }
+    ));
 
     let stopped = rig.stop();
     let with = |change: fn(&mut DeviceState)| {
@@ -1103,37 +1139,36 @@ fn states_are_plain_data_and_not_trusted() {
         rig.set.restore(&[state]).unwrap_err()
     };
     assert!(matches!(
-        rig.set.restore(&[]),
-        Err(RestoreError::Count { .. })
+        with(|s| s.queue.size = 3),
+        DeviceRestoreError::Queue(_)
     ));
-    assert!(matches!(with(|s| s.queue.size = 3), RestoreError::Queue(_)));
     assert!(matches!(
         with(|s| s.queue.used_ring = MEMORY - 4),
-        RestoreError::Queue(_)
+        DeviceRestoreError::Queue(_)
     ));
     assert!(matches!(
         with(|s| s.queue.desc_table = u64::MAX - 15),
-        RestoreError::Queue(_)
+        DeviceRestoreError::Queue(_)
     ));
     assert!(matches!(
         with(|s| s.pending = vec![0; 65]),
-        RestoreError::Pending { pending: 65, .. }
+        DeviceRestoreError::Pending { pending: 65, .. }
     ));
     assert!(matches!(
         with(|s| s.registered.push(s.registered[0])),
-        RestoreError::Registered { index: 1 }
+        DeviceRestoreError::Registered { index: 1 }
     ));
     assert!(matches!(
         with(|s| s.registered[0].index = 16),
-        RestoreError::Registered { index: 16 }
+        DeviceRestoreError::Registered { index: 16 }
     ));
     assert!(matches!(
         with(|s| s.registered[0].gpa = MEMORY),
-        RestoreError::Pin(_)
+        DeviceRestoreError::Pin(_)
     ));
     assert!(matches!(
         with(|s| s.registered[0].len = u64::MAX),
-        RestoreError::Registered { .. } | RestoreError::Pin(_)
+        DeviceRestoreError::Registered { .. } | DeviceRestoreError::Pin(_)
     ));
     // A ring that has fewer chains than are pending: there is nothing to take again, and that is that.
     let index = driver.area + AREA_AVAIL + 2;
@@ -1563,8 +1598,14 @@ fn lack_of_memory_is_an_error_of_the_device_and_not_the_guests() {
 fn a_leaked_pin_shows_in_the_accounts() {
     let rig = Rig::new(1);
     rig.set.leak_one_pin().unwrap();
-    let Rig { pool, ram, set, .. } = rig;
-    drop((set, ram));
+    let Rig {
+        pool,
+        space,
+        ram,
+        set,
+        ..
+    } = rig;
+    drop((set, ram, space));
     let left = pool.leftovers(16);
     assert_eq!(left.len(), 1);
     assert_eq!(left[0].1.pins(), 1);
@@ -1590,11 +1631,17 @@ fn dropping_the_set_releases_everything_whoever_holds_a_device() {
     let device = Arc::clone(&driver.handle);
     let gpa = rig.heap();
     let frame = rig.pfn(gpa);
-    let Rig { pool, ram, set, .. } = rig;
+    let Rig {
+        pool,
+        space,
+        ram,
+        set,
+        ..
+    } = rig;
     drop(set);
     assert_eq!(pool.state(frame).pins(), 0);
     device.ring_from_vcpu();
     assert_eq!(device.stats().registered, 0);
-    drop((ram, driver, device));
+    drop((ram, space, driver, device));
     assert_eq!(pool.leftovers(16), []);
 }

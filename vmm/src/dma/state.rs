@@ -3,7 +3,8 @@
 use serde::{Deserialize, Serialize};
 use virtio_queue::QueueState;
 
-use crate::host::RamError;
+use palimpsest::host::RamError;
+use palimpsest::saved::{Saved, State};
 
 /// A device that was stopped.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -20,7 +21,36 @@ pub struct DeviceState {
     pub registered: Vec<RegisteredState>,
 }
 
+/// The form that [`DeviceState::to_bytes`] has.
+const VERSION: u32 = 1;
+
+impl State for DeviceState {
+    fn version(&self) -> u32 {
+        VERSION
+    }
+
+    fn to_bytes(&self) -> Vec<u8> {
+        serde_json::to_vec(self).expect("plain data always has a form")
+    }
+}
+
 impl DeviceState {
+    /// The state that was saved.
+    ///
+    /// # Errors
+    /// If it was stored, and its bytes make no sense.
+    pub fn of_saved(saved: &Saved) -> Result<Self, DeviceRestoreError> {
+        if let Some(state) = saved.get::<Self>() {
+            return Ok(state.clone());
+        }
+        let version = saved.version();
+        let stored = |source| DeviceRestoreError::Stored { version, source };
+        if version != VERSION {
+            return Err(stored(None));
+        }
+        serde_json::from_slice(&saved.to_bytes()).map_err(|error| stored(Some(error)))
+    }
+
     /// Chains that were taken and not completed.
     pub(super) fn outstanding(&self) -> usize {
         self.pending.len() + usize::from(self.in_flight.is_some())
@@ -43,20 +73,21 @@ pub struct RegisteredState {
 
 /// Why devices could not be restored. Unless said otherwise they are part old, part new, and must not run on.
 #[derive(Debug, thiserror::Error)]
-pub enum RestoreError {
+pub enum DeviceRestoreError {
     /// A device is still transferring. Nothing has changed.
     #[error("device {device} has not stopped")]
     NotStopped {
         /// The device.
-        device: usize,
+        device: u64,
     },
-    /// The states are of another number of devices. Nothing has changed.
-    #[error("the snapshot has {snapshot} devices, the guest {guest}")]
-    Count {
-        /// Devices of the snapshot.
-        snapshot: usize,
-        /// Devices there are.
-        guest: usize,
+    /// A stored state that is none of ours, or of a later version. Nothing has changed.
+    #[error("a stored device of version {version} makes no sense here")]
+    Stored {
+        /// The version it has.
+        version: u32,
+        /// What is wrong with its bytes, if the version is known.
+        #[source]
+        source: Option<serde_json::Error>,
     },
     /// The queue's state makes no sense.
     #[error("the saved queue makes no sense")]

@@ -8,8 +8,8 @@
 use guest::formula::{buffer_word_from_key, dma_key};
 use vm_memory::VolatileSlice;
 
-use crate::host::{PinnedBuffer, Ram, RamError};
-use crate::mm::{Access, CowPolicy};
+use palimpsest::host::{PinnedBuffer, Ram, RamError};
+use palimpsest::mm::Access;
 
 /// Words moved between two looks at the formula: enough to be fast, and few enough that a guest writing beside
 /// them gets in between.
@@ -24,12 +24,7 @@ pub(super) struct Buffer {
 }
 
 impl Buffer {
-    pub(super) fn pin<P: CowPolicy>(
-        ram: &Ram<P>,
-        gpa: u64,
-        len: u64,
-        access: Access,
-    ) -> Result<Self, RamError> {
+    pub(super) fn pin(ram: &Ram, gpa: u64, len: u64, access: Access) -> Result<Self, RamError> {
         let pinned = ram.pin(gpa, len, access)?;
         Ok(Self {
             gpa,

@@ -21,18 +21,18 @@ use std::io;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-use guest::abi::QUEUE_SIZE;
+use guest::abi::{AREA_AVAIL, AREA_DESC, AREA_USED, QUEUE_SIZE};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::registered::Registered;
 use super::request::{Data, Direction, Job, Outcome, Request};
-use super::ring::{Ring, TakeError};
-use super::set::StartError;
-use super::state::{DeviceState, RestoreError};
+use super::state::{DeviceRestoreError, DeviceState};
 use super::stats::{DeviceStats, Mismatch, Mismatches};
 use super::transfer::{Buffer, Words};
-use crate::host::{Ram, RamError};
-use crate::mm::{CowPolicy, PinError};
+use palimpsest::device::{Quiesce, Ring, RingError, RingLayout};
+use palimpsest::host::{Ram, RamError};
+use palimpsest::mm::PinError;
+use palimpsest::saved::Saved;
 
 /// What is added to the eventfd to wake the thread, and is no doorbell. Doorbells are the bits below it.
 const WORK: u64 = 1 << 32;
@@ -40,6 +40,25 @@ const WORK: u64 = 1 << 32;
 /// The most chains taken and not completed. A guest that makes more available has overrun its ring;
 /// they wait there.
 const MAX_OUTSTANDING: usize = QUEUE_SIZE as usize;
+
+/// Why devices could not be started.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// The device area is no place for a queue.
+    #[error("there is no room for a device's queue at {area:#x}")]
+    Area {
+        /// Where it should have been.
+        area: u64,
+        /// What is wrong with it.
+        source: virtio_queue::Error,
+    },
+    /// No eventfd.
+    #[error("cannot create a device's doorbell")]
+    EventFd(#[source] io::Error),
+    /// No thread.
+    #[error("cannot start a device's thread")]
+    Thread(#[source] io::Error),
+}
 
 /// A device could not go on with a request for a reason that is not the guest's. The request stays unanswered.
 #[derive(Debug, thiserror::Error)]
@@ -71,10 +90,10 @@ pub enum DeviceError {
 }
 
 /// A DMA engine behind a virtqueue.
-pub struct Device<P> {
+pub struct Device {
     index: u64,
     seed: u64,
-    ram: Ram<P>,
+    ram: Ram,
     wake: EventFd,
     state: Mutex<State>,
     /// Signalled when a transfer ends while somebody stops the device.
@@ -132,9 +151,15 @@ struct Work {
     registered: Option<Arc<Buffer>>,
 }
 
-impl<P: CowPolicy> Device<P> {
-    pub(super) fn new(ram: &Ram<P>, index: u64, area: u64, seed: u64) -> Result<Self, StartError> {
-        let ring = Ring::new(ram, area).map_err(|source| StartError::Area { area, source })?;
+impl Device {
+    pub(super) fn new(ram: &Ram, index: u64, area: u64, seed: u64) -> Result<Self, StartError> {
+        let layout = RingLayout {
+            size: QUEUE_SIZE,
+            descriptors: area + AREA_DESC,
+            available: area + AREA_AVAIL,
+            used: area + AREA_USED,
+        };
+        let ring = Ring::new(ram, layout).map_err(|source| StartError::Area { area, source })?;
         Ok(Self {
             index,
             seed,
@@ -203,7 +228,7 @@ impl<P: CowPolicy> Device<P> {
         self.lock().error.take()
     }
 
-    pub(super) fn ram(&self) -> &Ram<P> {
+    pub(super) fn ram(&self) -> &Ram {
         &self.ram
     }
 
@@ -294,15 +319,15 @@ impl<P: CowPolicy> Device<P> {
         match self.take_at_most(state, room) {
             // There may be more: the thread looks again when there is room.
             Ok(taken) => state.rung = taken == room,
-            Err(TakeError::Nonsense) => state.stats.bad_doorbells += 1,
-            Err(TakeError::Pin(source)) => {
+            Err(RingError::Nonsense) => state.stats.bad_doorbells += 1,
+            Err(RingError::Pin(source)) => {
                 let device = self.index;
                 state.fail(DeviceError::Ring { device, source });
             }
         }
     }
 
-    fn take_at_most(&self, state: &mut State, most: usize) -> Result<usize, TakeError> {
+    fn take_at_most(&self, state: &mut State, most: usize) -> Result<usize, RingError> {
         let mut failed = None;
         let taken = state.ring.take(&self.ram, most, |chain| {
             let (request, error) = Request::parse(&self.ram, chain);
@@ -387,47 +412,8 @@ impl<P: CowPolicy> Device<P> {
         state.ring.complete(&self.ram, &used, request.head, written);
     }
 
-    /// Stops a device that is between requests. One that is in the middle of one is told to stop after it.
-    pub(super) fn begin_stop(&self) {
-        let mut state = self.lock();
-        state.stops += 1;
-        if state.phase == Phase::Running {
-            state.phase = Phase::Stopping;
-        }
-    }
-
-    /// Waits for the end of the transfer, if there is one, until `deadline`. Whatever comes later is not
-    /// published. Says whether the device is at a boundary.
-    pub(super) fn finish_stop(&self, deadline: Instant) -> bool {
-        let mut state = self.lock();
-        while state.is_transferring() {
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                break;
-            }
-            state = self
-                .boundary
-                .wait_timeout(state, left)
-                .unwrap_or_else(PoisonError::into_inner)
-                .0;
-        }
-        state.phase = Phase::Stopped;
-        matches!(state.current, Current::None)
-    }
-
-    /// Undoes one stop. The device runs on when it was the last.
-    pub(super) fn resume(&self) {
-        let mut state = self.lock();
-        state.stops -= 1;
-        if state.stops == 0 {
-            state.phase = Phase::Running;
-            if state.has_work() {
-                self.wake_if_asleep(&mut state);
-            }
-        }
-    }
-
-    pub(super) fn capture(&self) -> DeviceState {
+    /// What a snapshot keeps of it.
+    pub fn state(&self) -> DeviceState {
         let state = self.lock();
         DeviceState {
             queue: state.ring.state(),
@@ -441,24 +427,14 @@ impl<P: CowPolicy> Device<P> {
         }
     }
 
-    /// Whether it is stopped, and nothing is being transferred: it touches no memory.
-    pub(super) fn is_quiet(&self) -> bool {
-        let state = self.lock();
-        state.phase == Phase::Stopped && !state.is_transferring()
-    }
-
-    /// Gives all chains that were not completed back to the ring, with their pins. The device is quiet.
-    pub(super) fn release_streaming(&self) {
-        self.lock().give_back();
-    }
-
-    /// Makes this the device that `saved` describes, in memory as it is now. The device is quiet.
-    pub(super) fn restore(&self, saved: &DeviceState) -> Result<(), RestoreError> {
+    /// Makes this the device that `saved` describes, in memory as it is now.
+    fn become_again(&self, saved: &DeviceState) -> Result<(), DeviceRestoreError> {
         let mut state = self.lock();
+        self.check_quiet(&state)?;
         state.give_back();
         let outstanding = saved.outstanding();
         if outstanding > MAX_OUTSTANDING {
-            return Err(RestoreError::Pending {
+            return Err(DeviceRestoreError::Pending {
                 pending: outstanding,
                 size: QUEUE_SIZE,
             });
@@ -467,7 +443,7 @@ impl<P: CowPolicy> Device<P> {
         state.registered.restore(&self.ram, &saved.registered)?;
         state.ring.give_back(outstanding);
         let taken = self.take_at_most(&mut state, outstanding);
-        if let Err(TakeError::Pin(error)) = taken {
+        if let Err(RingError::Pin(error)) = taken {
             return Err(error.into());
         }
         let again = state.pending.iter().map(|r| r.head);
@@ -482,6 +458,20 @@ impl<P: CowPolicy> Device<P> {
         }
         state.ring.go_on_at(saved.queue.next_avail);
         Ok(())
+    }
+
+    /// Whether it is stopped, and nothing is being transferred: it touches no memory.
+    fn check_quiet(&self, state: &State) -> Result<(), DeviceRestoreError> {
+        if state.phase == Phase::Stopped && !state.is_transferring() {
+            return Ok(());
+        }
+        let device = self.index;
+        Err(DeviceRestoreError::NotStopped { device })
+    }
+
+    #[cfg(test)]
+    pub(super) fn is_quiet(&self) -> bool {
+        self.check_quiet(&self.lock()).is_ok()
     }
 
     /// Tells the thread to go, once it is through with its transfer. Doorbells do nothing from now on.
@@ -506,6 +496,62 @@ impl<P: CowPolicy> Device<P> {
         registered
             .first()
             .map_or(state.ring.state().used_ring, |buffer| buffer.gpa)
+    }
+}
+
+impl Quiesce for Device {
+    /// A device that is between requests is stopped at once, without its thread. While devices are stopped an ioeventfd may be
+    /// signalled; it is answered after.
+    fn begin_stop(&self) {
+        let mut state = self.lock();
+        state.stops += 1;
+        if state.phase == Phase::Running {
+            state.phase = Phase::Stopping;
+        }
+    }
+
+    fn finish_stop(&self, deadline: Instant) -> bool {
+        let mut state = self.lock();
+        while state.is_transferring() {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                break;
+            }
+            state = self
+                .boundary
+                .wait_timeout(state, left)
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
+        }
+        state.phase = Phase::Stopped;
+        matches!(state.current, Current::None)
+    }
+
+    fn resume(&self) {
+        let mut state = self.lock();
+        state.stops -= 1;
+        if state.stops == 0 {
+            state.phase = Phase::Running;
+            if state.has_work() {
+                self.wake_if_asleep(&mut state);
+            }
+        }
+    }
+
+    fn capture(&self) -> Saved {
+        Saved::new(self.state())
+    }
+
+    /// All chains that were not completed go back to the ring.
+    fn release(&self) -> Result<(), palimpsest::device::DeviceError> {
+        let mut state = self.lock();
+        self.check_quiet(&state)?;
+        state.give_back();
+        Ok(())
+    }
+
+    fn restore(&self, state: &Saved) -> Result<(), palimpsest::device::DeviceError> {
+        Ok(self.become_again(&DeviceState::of_saved(state)?)?)
     }
 }
 
@@ -572,7 +618,7 @@ impl State {
     }
 }
 
-impl<P> std::fmt::Debug for Device<P> {
+impl std::fmt::Debug for Device {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Device")
             .field("index", &self.index)

@@ -7,10 +7,10 @@ use std::sync::Arc;
 use guest::abi::MAX_REGISTERED;
 
 use super::request::MAX_DATA;
-use super::state::{RegisteredState, RestoreError};
+use super::state::{DeviceRestoreError, RegisteredState};
 use super::transfer::Buffer;
-use crate::host::Ram;
-use crate::mm::{Access, CowPolicy};
+use palimpsest::host::Ram;
+use palimpsest::mm::Access;
 
 /// The registered buffers of a device, by their index.
 #[derive(Default)]
@@ -64,11 +64,11 @@ impl Registered {
 
     /// Makes these the registered buffers. Those that are held already stay pinned: a restore in place wrote into
     /// their frames. The rest is released, or pinned in memory as it is now.
-    pub(super) fn restore<P: CowPolicy>(
+    pub(super) fn restore(
         &mut self,
-        ram: &Ram<P>,
+        ram: &Ram,
         states: &[RegisteredState],
-    ) -> Result<(), RestoreError> {
+    ) -> Result<(), DeviceRestoreError> {
         let mut held = std::mem::take(&mut self.0);
         for &RegisteredState {
             index,
@@ -88,7 +88,7 @@ impl Registered {
                 _ => Arc::new(Buffer::pin(ram, gpa, len, access)?),
             };
             if !is_sound(index, len) || !self.add(index, &buffer) {
-                return Err(RestoreError::Registered { index });
+                return Err(DeviceRestoreError::Registered { index });
             }
         }
         Ok(())

@@ -19,8 +19,8 @@ use virtio_queue::desc::split::Descriptor;
 
 use super::registered;
 use super::transfer::{Buffer, Words, WrongWord};
-use crate::host::{PinnedBuffer, Ram, RamError};
-use crate::mm::{Access, CowPolicy, PinError};
+use palimpsest::host::{PinnedBuffer, Ram, RamError};
+use palimpsest::mm::{Access, PinError};
 
 /// The most bytes of data in a request, and in a registered buffer.
 pub(super) const MAX_DATA: u64 = 1 << 20;
@@ -129,10 +129,7 @@ impl From<RamError> for Refused {
 impl Request {
     /// Reads a chain and pins what it names. If there was no memory for that, says why, with the request that
     /// can't be answered.
-    pub(super) fn parse<P: CowPolicy>(
-        ram: &Ram<P>,
-        mut chain: DescriptorChain<&Ram<P>>,
-    ) -> (Self, Option<PinError>) {
+    pub(super) fn parse(ram: &Ram, mut chain: DescriptorChain<&Ram>) -> (Self, Option<PinError>) {
         let mut request = Self {
             head: chain.head_index(),
             seq: 0,
@@ -148,11 +145,7 @@ impl Request {
         }
     }
 
-    fn fill<P: CowPolicy>(
-        &mut self,
-        ram: &Ram<P>,
-        chain: &mut DescriptorChain<&Ram<P>>,
-    ) -> Result<(), Refused> {
+    fn fill(&mut self, ram: &Ram, chain: &mut DescriptorChain<&Ram>) -> Result<(), Refused> {
         let descriptors: Vec<_> = chain.take(MAX_DESCRIPTORS).collect();
         let Some((last, rest)) = descriptors.split_last() else {
             return Err(Refused::BadRequest);
@@ -229,7 +222,7 @@ fn is_streaming(kind: RequestKind) -> bool {
     matches!(kind, RequestKind::ToGuest | RequestKind::FromGuest)
 }
 
-fn pin_status<P: CowPolicy>(ram: &Ram<P>, last: &Descriptor) -> Result<PinnedBuffer, Refused> {
+fn pin_status(ram: &Ram, last: &Descriptor) -> Result<PinnedBuffer, Refused> {
     const LEN: u64 = size_of::<Status>() as u64;
     let gpa = last.addr().0;
     // The last descriptor that was read need not be the last of the chain: it may go in circles, or nowhere.
@@ -243,7 +236,7 @@ fn pin_status<P: CowPolicy>(ram: &Ram<P>, last: &Descriptor) -> Result<PinnedBuf
     Ok(ram.pin(gpa, LEN, Access::Write)?)
 }
 
-fn read_header<P: CowPolicy>(ram: &Ram<P>, first: &Descriptor) -> Result<RequestHeader, Refused> {
+fn read_header(ram: &Ram, first: &Descriptor) -> Result<RequestHeader, Refused> {
     const LEN: usize = size_of::<RequestHeader>();
     if first.is_write_only() || first.len() as usize != LEN {
         return Err(Refused::BadRequest);
@@ -261,11 +254,7 @@ fn read_header<P: CowPolicy>(ram: &Ram<P>, first: &Descriptor) -> Result<Request
     })
 }
 
-fn pin_data<P: CowPolicy>(
-    ram: &Ram<P>,
-    data: &[Descriptor],
-    direction: Direction,
-) -> Result<Vec<Buffer>, Refused> {
+fn pin_data(ram: &Ram, data: &[Descriptor], direction: Direction) -> Result<Vec<Buffer>, Refused> {
     let is_sound =
         |d: &Descriptor| d.len() > 0 && d.is_write_only() == (direction == Direction::ToGuest);
     let total: u64 = data.iter().map(|d| u64::from(d.len())).sum();
@@ -284,11 +273,7 @@ fn pin_data<P: CowPolicy>(
         .collect()
 }
 
-fn pin_registration<P: CowPolicy>(
-    ram: &Ram<P>,
-    header: &RequestHeader,
-    access: Access,
-) -> Result<Buffer, Refused> {
+fn pin_registration(ram: &Ram, header: &RequestHeader, access: Access) -> Result<Buffer, Refused> {
     if !registered::is_sound(header.buffer, header.len) {
         return Err(Refused::BadRequest);
     }

@@ -1,0 +1,188 @@
+//! Frames that the VMs of a process share, and the memory of one of them.
+
+use std::fmt;
+use std::io;
+use std::sync::Arc;
+
+use crate::host::{Dumps, MappingBudget, PhysMap, Prices, Ram, Window};
+use crate::mm::{AddressSpace, AllocError, CowPolicy, Exclusive, FramePool, Mmu, PAGE_SIZE};
+
+/// Why there is no memory for a VM.
+#[derive(Debug, thiserror::Error)]
+pub enum MemoryError {
+    /// The host gives no address space.
+    #[error("cannot reserve {bytes} bytes of address space for {what}")]
+    Reserve {
+        /// For what.
+        what: &'static str,
+        /// How much.
+        bytes: u64,
+        /// The host's reason.
+        source: io::Error,
+    },
+    /// There are no frames.
+    #[error(transparent)]
+    Alloc(#[from] AllocError),
+    /// A size that is not in pages, or none.
+    #[error("{bytes} bytes are no number of pages of {PAGE_SIZE} bytes")]
+    Size {
+        /// What was asked for.
+        bytes: u64,
+    },
+}
+
+/// Frames, the memory behind them, and the mappings that show them: one set for all VMs of a process, and for their snapshots.
+#[derive(Clone, Debug)]
+pub struct Frames {
+    pool: Arc<FramePool>,
+    physmap: Arc<PhysMap>,
+    budget: Arc<MappingBudget>,
+}
+
+impl Frames {
+    /// Room for `bytes` of memory, all of which may be used. Core dumps are without it.
+    ///
+    /// # Errors
+    /// If the host has no address space for them, or no memory for their records.
+    pub fn new(bytes: u64) -> Result<Self, MemoryError> {
+        let frames = bytes / PAGE_SIZE;
+        Self::with_limit(frames, frames, Dumps::WithoutGuest)
+    }
+
+    /// Room for `frames` frames, of which no more than `limit` have memory at a time; and whether core dumps have them.
+    ///
+    /// # Errors
+    /// As [`Frames::new`].
+    pub fn with_limit(frames: u64, limit: u64, dumps: Dumps) -> Result<Self, MemoryError> {
+        let reserve = |source| MemoryError::Reserve {
+            what: "frames",
+            bytes: frames * PAGE_SIZE,
+            source,
+        };
+        let physmap = PhysMap::with_dumps(frames, dumps).map_err(reserve)?;
+        let pool = FramePool::new(Arc::clone(&physmap) as _, frames, limit)?;
+        Ok(Self {
+            pool,
+            physmap,
+            budget: Arc::new(MappingBudget::of_this_process()),
+        })
+    }
+
+    /// Who has which frame.
+    pub fn pool(&self) -> &Arc<FramePool> {
+        &self.pool
+    }
+
+    /// Where their bytes are.
+    pub fn physmap(&self) -> &Arc<PhysMap> {
+        &self.physmap
+    }
+
+    /// How many mappings windows may use.
+    pub fn budget(&self) -> &Arc<MappingBudget> {
+        &self.budget
+    }
+}
+
+/// How the memory of a VM is kept.
+#[derive(Debug, Default)]
+pub struct MemoryOptions {
+    /// In base pages alone, without huge folios.
+    pub base_pages: bool,
+    /// What faults cost, if that is not to be learnt.
+    pub prices: Option<Prices>,
+}
+
+/// The memory of a VM: an address space, the window that vCPUs see it through, and [`Ram`], by which everybody else does.
+///
+/// The copy-on-write policy `P` is known to the owner of this, and to nobody who uses it.
+pub struct Memory<P: CowPolicy = Exclusive> {
+    ram: Ram,
+    space: Arc<AddressSpace<P>>,
+    window: Arc<Window>,
+    frames: Frames,
+}
+
+impl Memory<Exclusive> {
+    /// `bytes` of memory that nobody has touched, under the policy that is right.
+    ///
+    /// # Errors
+    /// If `bytes` are not in pages, or the host or the pool has no room.
+    pub fn new(frames: &Frames, bytes: u64) -> Result<Self, MemoryError> {
+        let plain = |window| Box::new(window) as _;
+        Self::with(frames, bytes, Exclusive, MemoryOptions::default(), plain)
+    }
+}
+
+impl<P: CowPolicy> Memory<P> {
+    /// The same under `policy`, kept as `options` say. `between` may put something between the address space and its window, and gives back
+    /// what the address space is to change: for who wants to watch it, or to have it go wrong.
+    ///
+    /// # Errors
+    /// As [`Memory::new`].
+    pub fn with(
+        frames: &Frames,
+        bytes: u64,
+        policy: P,
+        options: MemoryOptions,
+        between: impl FnOnce(Arc<Window>) -> Box<dyn Mmu>,
+    ) -> Result<Self, MemoryError> {
+        let pages = bytes / PAGE_SIZE;
+        if pages == 0 || !bytes.is_multiple_of(PAGE_SIZE) {
+            return Err(MemoryError::Size { bytes });
+        }
+        let (physmap, budget) = (Arc::clone(&frames.physmap), Arc::clone(&frames.budget));
+        let window =
+            Window::new(physmap, budget, pages).map_err(|source| MemoryError::Reserve {
+                what: "the guest's window",
+                bytes,
+                source,
+            })?;
+        let window = Arc::new(window);
+        let mmu = between(Arc::clone(&window));
+        let mut space = AddressSpace::new(Arc::clone(&frames.pool), policy, mmu, pages)?;
+        if options.base_pages {
+            space = space.with_base_pages();
+            frames.physmap.use_base_pages();
+        }
+        let space = Arc::new(space);
+        let mut ram = Ram::new(Arc::clone(&space) as _, Arc::clone(&frames.physmap));
+        if let Some(prices) = options.prices {
+            ram = ram.with_prices(prices);
+        }
+        Ok(Self {
+            ram,
+            space,
+            window,
+            frames: frames.clone(),
+        })
+    }
+
+    /// Guest memory by guest-physical address: to be read, written and pinned by host code.
+    pub fn ram(&self) -> &Ram {
+        &self.ram
+    }
+
+    /// The address space: forks, statistics, dirty tracking.
+    pub fn space(&self) -> &Arc<AddressSpace<P>> {
+        &self.space
+    }
+
+    /// What a memslot points at.
+    pub fn window(&self) -> &Arc<Window> {
+        &self.window
+    }
+
+    /// The frames it is in.
+    pub fn frames(&self) -> &Frames {
+        &self.frames
+    }
+}
+
+impl<P: CowPolicy> fmt::Debug for Memory<P> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Memory")
+            .field("bytes", &self.ram.size())
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,224 @@
+//! A virtual machine: memory, vCPUs and devices, put together and taken apart in the right order.
+
+use std::fmt;
+use std::io;
+use std::sync::Arc;
+
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::device::Quiesce;
+use crate::host::{Ahead, Ram};
+use crate::kvm::{Entry, Kvm, KvmError, Machine, OnStop, Outcome, PortHandler};
+use crate::memory::Memory;
+use crate::mm::{CowPolicy, Exclusive};
+use crate::snapshot::{Parts, RewindError, Snapshot, TakeError, Timing};
+use crate::vcpus::Vcpus;
+
+/// Why a VM could not be put together.
+#[derive(Debug, thiserror::Error)]
+pub enum BuildError {
+    /// KVM refused.
+    #[error("cannot make the virtual machine")]
+    Kvm(#[from] KvmError),
+    /// The host has no more file descriptors.
+    #[error("cannot keep the doorbell of port {port:#x}")]
+    Doorbell {
+        /// The port.
+        port: u16,
+        /// The host's reason.
+        source: io::Error,
+    },
+    /// The host has no more threads.
+    #[error("cannot start the thread that copies ahead")]
+    Ahead(#[source] io::Error),
+}
+
+/// What a VM is made of. [`Vm::builder`] makes one.
+///
+/// Devices and ports are handed over; who wants to talk to them keeps a share.
+pub struct Builder<P: CowPolicy = Exclusive> {
+    memory: Memory<P>,
+    devices: Vec<Arc<dyn Quiesce>>,
+    doorbells: Vec<(u16, io::Result<EventFd>)>,
+    ports: Arc<dyn PortHandler>,
+    on_stop: OnStop,
+    copies_ahead: bool,
+}
+
+/// Nothing listens.
+struct NoPorts;
+
+impl PortHandler for NoPorts {
+    fn out(&self, _vcpu: usize, _port: u16, _value: u32) -> crate::kvm::PortAction {
+        crate::kvm::PortAction::Unknown
+    }
+}
+
+impl<P: CowPolicy> Builder<P> {
+    /// Adds a device. Devices are stopped in the order in which they were added, and after the vCPUs.
+    #[must_use]
+    pub fn device(mut self, device: Arc<dyn Quiesce>) -> Self {
+        self.devices.push(device);
+        self
+    }
+
+    /// Has a 1-, 2- or 4-byte `out` to `port` signal `event` instead of coming out of the guest.
+    #[must_use]
+    pub fn doorbell(mut self, port: u16, event: &EventFd) -> Self {
+        self.doorbells.push((port, event.try_clone()));
+        self
+    }
+
+    /// Has `handler` listen to all other ports. Without it an `out` to one is a crash of the guest.
+    #[must_use]
+    pub fn ports(mut self, handler: Arc<dyn PortHandler>) -> Self {
+        self.ports = handler;
+        self
+    }
+
+    /// Has `on_stop` told on a vCPU's thread when the vCPU has ended by itself, and why.
+    #[must_use]
+    pub fn on_stop(mut self, on_stop: impl Fn(usize, Outcome) + Send + Sync + 'static) -> Self {
+        self.on_stop = Box::new(on_stop);
+        self
+    }
+
+    /// Whether a thread of its own copies, after each snapshot, what the guest has written before all of the last ones. It does unless this
+    /// says otherwise.
+    #[must_use]
+    pub fn copy_ahead(mut self, copies_ahead: bool) -> Self {
+        self.copies_ahead = copies_ahead;
+        self
+    }
+
+    /// The VM, with `vcpus` vCPUs of KVM's. It does not run before it is started.
+    ///
+    /// # Errors
+    /// If KVM refuses, or the host has no more threads.
+    pub fn build(self, kvm: &Kvm, vcpus: usize) -> Result<Vm<P>, BuildError> {
+        let machine = Machine::new(
+            kvm,
+            Arc::clone(self.memory.window()) as _,
+            Arc::new(self.memory.ram().clone()),
+            vcpus,
+            self.ports,
+            self.on_stop,
+        )?;
+        for (port, event) in self.doorbells {
+            let event = event.map_err(|source| BuildError::Doorbell { port, source })?;
+            machine.register_doorbell(port, &event)?;
+        }
+        let ahead = self
+            .copies_ahead
+            .then(|| Ahead::start(Arc::clone(self.memory.space())))
+            .transpose()
+            .map_err(BuildError::Ahead)?;
+        Ok(Vm {
+            machine,
+            devices: self.devices,
+            ahead,
+            memory: self.memory,
+        })
+    }
+}
+
+impl<P: CowPolicy> fmt::Debug for Builder<P> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Builder")
+            .field("memory", &self.memory)
+            .field("devices", &self.devices.len())
+            .finish_non_exhaustive()
+    }
+}
+
+/// A virtual machine. Dropping it stops its vCPUs and waits for their threads; then its devices go, and memory last.
+// Fields are in that order.
+pub struct Vm<P: CowPolicy = Exclusive> {
+    machine: Machine,
+    devices: Vec<Arc<dyn Quiesce>>,
+    ahead: Option<Ahead>,
+    memory: Memory<P>,
+}
+
+impl<P: CowPolicy> Vm<P> {
+    /// Begins to put a VM together around `memory`, with what the guest finds there at first in it.
+    pub fn builder(memory: Memory<P>) -> Builder<P> {
+        Builder {
+            memory,
+            devices: Vec::new(),
+            doorbells: Vec::new(),
+            ports: Arc::new(NoPorts),
+            on_stop: Box::new(|vcpu, outcome| tracing::info!("vcpu {vcpu} has ended: {outcome}")),
+            copies_ahead: true,
+        }
+    }
+
+    /// Starts all vCPUs, each where `entry` of its number says.
+    ///
+    /// # Errors
+    /// If the VM was started before, or KVM refuses the registers.
+    pub fn start(&self, entry: impl Fn(usize) -> Entry) -> Result<(), KvmError> {
+        self.machine.start(entry)
+    }
+
+    /// Takes a snapshot, while the guest runs but for a pause.
+    ///
+    /// # Errors
+    /// As [`Parts::take`].
+    pub fn snapshot(&self) -> Result<(Snapshot, Timing), TakeError> {
+        self.parts().take()
+    }
+
+    /// Rewinds the guest to a snapshot of this VM, and lets it run on from there. Its clock is not rewound.
+    ///
+    /// # Errors
+    /// As [`Parts::restore`].
+    pub fn restore(&self, snapshot: &Snapshot) -> Result<Timing, RewindError> {
+        self.parts().restore(snapshot, || ())
+    }
+
+    /// Its parts, for who wants a say in how a snapshot is taken.
+    pub fn parts(&self) -> Parts<'_, P> {
+        self.parts_of(&self.machine)
+    }
+
+    /// The same, with somebody between the snapshot and the vCPUs.
+    pub fn parts_of<'a>(&'a self, vcpus: &'a dyn Vcpus) -> Parts<'a, P> {
+        Parts {
+            vcpus,
+            devices: self.devices.iter().map(|device| &**device).collect(),
+            space: self.memory.space(),
+            ahead: self.ahead.as_ref(),
+        }
+    }
+
+    /// Its vCPUs.
+    pub fn machine(&self) -> &Machine {
+        &self.machine
+    }
+
+    /// Its memory.
+    pub fn memory(&self) -> &Memory<P> {
+        &self.memory
+    }
+
+    /// Its memory by guest-physical address: what host code reads, writes and pins.
+    pub fn ram(&self) -> &Ram {
+        self.memory.ram()
+    }
+
+    /// Ends the thread that copies ahead.
+    pub fn stop_copying_ahead(&mut self) {
+        self.ahead = None;
+    }
+}
+
+impl<P: CowPolicy> fmt::Debug for Vm<P> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Vm")
+            .field("machine", &self.machine)
+            .field("devices", &self.devices.len())
+            .field("memory", &self.memory)
+            .finish_non_exhaustive()
+    }
+}
