@@ -19,13 +19,23 @@ use super::rings;
 use super::tracking::{Tracked, Untold};
 use super::view::View;
 use super::violation::{Oracle, Violation};
-use super::worker::Look;
 use crate::snapshot::Snapshot;
 use palimpsest::host::PhysMap;
 use palimpsest::mm::FramePool;
 
 /// After this many violations in one look at one snapshot the rest of that look is not reported.
 const ENOUGH: usize = 16;
+
+/// What a new snapshot is compared with.
+#[derive(Debug, Default)]
+pub struct Look {
+    /// What is known of the guest since it booted, if it follows the formula.
+    pub boot: Option<Arc<Boot>>,
+    /// The snapshot the VM ran on from, if it lives.
+    pub parent: Option<Arc<Snapshot>>,
+    /// What dirty tracking has told of, if it was asked.
+    pub tracked: Option<Tracked>,
+}
 
 /// Knows a guest, and what was found out about its living snapshots.
 #[derive(Debug)]

@@ -34,8 +34,8 @@ mod worker;
 
 pub use account::account;
 pub use boot::{Boot, Reference};
-pub use examiner::{Examiner, Findings};
+pub use examiner::{Examiner, Findings, Look};
 pub use restored::restored;
 pub use tracking::{Told, Tracked};
 pub use violation::{Oracle, Violation, ViolationCounts};
-pub use worker::{Look, Progress, Unfinished, Worker};
+pub use worker::{CheckCounts, Unfinished, Worker};

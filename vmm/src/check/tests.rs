@@ -15,10 +15,10 @@ use virtio_queue::QueueState;
 
 use super::boot::{Boot, Declared, Reference};
 use super::examiner::Examiner;
+use super::examiner::Look;
 use super::hammer::{At, Hammered};
 use super::view::View;
 use super::violation::{Oracle, Violation};
-use super::worker::Look;
 use crate::dma::DeviceState;
 use palimpsest::saved::Saved;
 use palimpsest::snapshot;

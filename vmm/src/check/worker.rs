@@ -6,9 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::thread::{self, JoinHandle};
 
-use super::boot::Boot;
-use super::examiner::{Examiner, Findings};
-use super::tracking::Tracked;
+use super::examiner::{Examiner, Findings, Look};
 use super::violation::Violation;
 use crate::snapshot::Snapshot;
 
@@ -26,17 +24,6 @@ pub struct Worker {
 enum Task {
     First(Arc<Snapshot>, Look),
     Last(Arc<Snapshot>, Option<Arc<Snapshot>>),
-}
-
-/// What a new snapshot is compared with.
-#[derive(Debug, Default)]
-pub struct Look {
-    /// What is known of the guest since it booted, if it follows the formula.
-    pub boot: Option<Arc<Boot>>,
-    /// The snapshot the VM ran on from, if it lives.
-    pub parent: Option<Arc<Snapshot>>,
-    /// What dirty tracking has told of, if it was asked.
-    pub tracked: Option<Tracked>,
 }
 
 /// Statistics, and how far the thread is: nothing else is ordered by them.
@@ -59,7 +46,7 @@ pub struct Unfinished {
 
 /// How far the worker is.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Progress {
+pub struct CheckCounts {
     /// Snapshots that had their first look.
     pub checked: u64,
     /// Pages that were read and compared.
@@ -132,8 +119,8 @@ impl Worker {
     }
 
     /// How far it is.
-    pub fn progress(&self) -> Progress {
-        Progress {
+    pub fn progress(&self) -> CheckCounts {
+        CheckCounts {
             checked: self.counters.checked.load(Ordering::Relaxed),
             pages: self.counters.pages.load(Ordering::Relaxed),
         }

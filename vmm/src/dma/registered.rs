@@ -6,9 +6,9 @@ use std::sync::Arc;
 
 use guest::abi::MAX_REGISTERED;
 
-use super::request::MAX_DATA;
 use super::state::{DeviceRestoreError, RegisteredState};
 use super::transfer::Buffer;
+use super::transfer::MAX_DATA;
 use palimpsest::host::Ram;
 use palimpsest::mm::Access;
 

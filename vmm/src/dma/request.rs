@@ -18,12 +18,10 @@ use virtio_queue::DescriptorChain;
 use virtio_queue::desc::split::Descriptor;
 
 use super::registered;
-use super::transfer::{Buffer, Words, WrongWord};
+use super::transfer::{Buffer, MAX_DATA, Words, WrongWord};
 use palimpsest::host::{PinnedBuffer, Ram, RamError};
 use palimpsest::mm::{Access, PinError};
 
-/// The most bytes of data in a request, and in a registered buffer.
-pub(super) const MAX_DATA: u64 = 1 << 20;
 /// The most descriptors in a chain; an indirect table could have more.
 const MAX_DESCRIPTORS: usize = QUEUE_SIZE as usize;
 

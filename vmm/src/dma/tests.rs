@@ -25,7 +25,7 @@ const SEED: u64 = 42;
 const MEMORY: u64 = 8 << 20;
 const FRAMES: u64 = 4 * MEMORY / PAGE_SIZE;
 /// The most data of a request.
-const MAX_DATA: u64 = super::request::MAX_DATA;
+const MAX_DATA: u64 = super::transfer::MAX_DATA;
 /// Nothing waits longer than this for something that should happen.
 const PATIENCE: Duration = Duration::from_secs(60);
 

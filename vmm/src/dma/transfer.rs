@@ -11,6 +11,8 @@ use vm_memory::VolatileSlice;
 use palimpsest::host::{PinnedBuffer, Ram, RamError};
 use palimpsest::mm::Access;
 
+/// The most bytes of data in a request, and in a registered buffer.
+pub(super) const MAX_DATA: u64 = 1 << 20;
 /// Words moved between two looks at the formula: enough to be fast, and few enough that a guest writing beside
 /// them gets in between.
 const CHUNK_WORDS: usize = 64;

@@ -9,8 +9,11 @@ use std::ptr;
 
 use rustix::mm::{MapFlags, ProtFlags, munmap};
 
-use super::physmap::HUGE_PAGE;
 use super::syscalls::mmap_anonymous;
+use crate::mm::{PAGE_SIZE, REGION_PAGES};
+
+/// Bytes of a huge page of the host.
+pub(super) const HUGE_PAGE: u64 = REGION_PAGES * PAGE_SIZE;
 
 /// Reserves addresses that show zeros, aligned to 2 MiB.
 pub(super) fn reserve(len: u64) -> io::Result<usize> {

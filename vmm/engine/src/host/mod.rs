@@ -6,7 +6,7 @@
 //! | `window` | the host addresses a memslot points at; page `gfn` shows the frame the shadow page table says |
 //! | `budget` | how many mappings the windows of this process may use |
 //! | `maps` | what the kernel says is mapped where |
-//! | `syscalls` | the system calls that change memory |
+//! | `syscalls`, `call` | the system calls that change memory, and their names |
 //! | `refusals` | has them refused, in builds with debug assertions |
 //! | `private` | keeps both from child processes and core dumps |
 //! | `prices` | what faults cost on this machine, by running averages |
@@ -22,6 +22,7 @@
 mod ahead;
 mod aligned;
 mod budget;
+mod call;
 mod limits;
 mod mapping;
 mod maps;

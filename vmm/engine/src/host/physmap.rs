@@ -19,6 +19,7 @@ use rustix::io::{Errno, retry_on_intr};
 use rustix::mm::ProtFlags;
 use rustix::process::{Resource, getrlimit};
 
+use super::aligned::HUGE_PAGE;
 use super::mapping::Mapping;
 use super::private::Dumps;
 use super::stream;
@@ -30,9 +31,6 @@ use crate::mm::{FrameMemory, PAGE_SIZE, Pfn, Protection, REGION_PAGES};
 
 /// Frames that are worth a thread of their own: it takes some 50 us to start one, and 0.6 us to copy a frame.
 const COPIES_OF_A_THREAD: usize = 256;
-
-/// Bytes of a huge page of the host.
-pub(super) const HUGE_PAGE: u64 = REGION_PAGES * PAGE_SIZE;
 
 /// The bytes of all frames: an unnamed file in memory, mapped for as long as this lives. Frames get memory by `fallocate` before their first use, so that a host without memory
 /// answers with an error and not with a `SIGBUS`. It is known which have it: a frame that has none cannot be reached from here.

@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use rustix::io::{Errno, Result};
 
-use super::syscalls::Call;
+use super::call::Call;
 use crate::mm::PAGE_SIZE;
 
 /// How much of it is done before a call is refused, if there is more than a page to do.

@@ -10,18 +10,9 @@ use rustix::fs::FallocateFlags;
 use rustix::io::Result;
 use rustix::mm::{MapFlags, MprotectFlags, MremapFlags, ProtFlags};
 
+use super::call::Call;
 #[cfg(debug_assertions)]
 use super::refusals::refusable;
-
-/// Which call.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Call {
-    Map,
-    Protect,
-    Allocate,
-    PunchHole,
-    Collapse,
-}
 
 /// What `call` says of `len` bytes.
 #[cfg(not(debug_assertions))]

@@ -16,8 +16,9 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
+use super::error::StateError;
 use super::registers::Entry;
-use super::state::{Clock, StateError, VcpuState};
+use super::state::{Clock, VcpuState};
 
 /// What a vCPU's thread is to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

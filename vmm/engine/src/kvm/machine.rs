@@ -22,175 +22,35 @@
     reason = "the memslot: the kernel is given a range of host memory"
 )]
 
+use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
-use std::{fmt, io};
 
 use kvm_bindings::{
     KVM_CAP_EXIT_ON_EMULATION_FAILURE, kvm_enable_cap, kvm_userspace_memory_region,
 };
-use kvm_ioctls::{Cap, IoEventAddress, NoDatamatch, VcpuFd, VmFd};
-use rustix::io::Errno;
+use kvm_ioctls::{Cap, IoEventAddress, NoDatamatch, VmFd};
 use vmm_sys_util::errno;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::control::{Control, Job, Order, Phase, Slot, Work};
+use super::error::{KvmError, MAX_VCPUS, PATIENCE};
 use super::fault::{Ladder, RungCounts};
 use super::kick;
-use super::memory::{GuestRam, MemoryError, Memslot};
-use super::msr::MsrSet;
+use super::memory::{GuestRam, Memslot};
 use super::outcome::Outcome;
 use super::paravirt::{self, Targets};
-use super::platform::Kvm;
+use super::platform::{Kvm, create_vcpu, create_vm, msr_set};
 use super::port::PortHandler;
 use super::registers::{self, Entry};
-use super::state::{Capturer, Clock, StateError, VcpuState, XSAVE_BYTES, XsaveFits};
+use super::state::{Capturer, Clock, VcpuState, XsaveFits};
 use super::table_bits;
 use super::tables::{Mmu, PageTables};
 use super::vcpu::{Counters, SyncRegs, Vcpu};
 use super::watch::Watch;
 use crate::vcpus::Capture;
-
-/// How long a vCPU may take to do what it is told. It is in the guest, where a kick reaches it in microseconds, or in
-/// a handler that should not block; the rest is the host being busy.
-const PATIENCE: Duration = Duration::from_secs(5);
-
-/// The most vCPUs of a machine: their numbers are APIC ids of 8 bits.
-pub const MAX_VCPUS: usize = 255;
-
-/// Why a machine could not be made or driven.
-#[derive(Debug, thiserror::Error)]
-pub enum KvmError {
-    /// No VM.
-    #[error("cannot create a virtual machine")]
-    CreateVm {
-        /// What the kernel said.
-        #[source]
-        source: errno::Error,
-    },
-    /// No memory for the guest.
-    #[error("cannot give {len} bytes of memory to the virtual machine")]
-    Memory {
-        /// Bytes of the window.
-        len: u64,
-        /// What the kernel said.
-        #[source]
-        source: errno::Error,
-    },
-    /// No vCPUs, or too many.
-    #[error("{vcpus} vcpus: a machine has 1 to {MAX_VCPUS}")]
-    VcpuCount {
-        /// How many were asked for.
-        vcpus: usize,
-    },
-    /// No vCPU.
-    #[error("cannot create vcpu {vcpu}")]
-    CreateVcpu {
-        /// Which.
-        vcpu: usize,
-        /// What the kernel said.
-        #[source]
-        source: errno::Error,
-    },
-    /// More extended state than is saved here.
-    #[error("this host's xsave area has {bytes} bytes, more than {XSAVE_BYTES}")]
-    XsaveSize {
-        /// Its size.
-        bytes: i32,
-    },
-    /// MSRs could not be guarded.
-    #[error("cannot guard the msrs by which kvm writes to guest memory")]
-    Msrs {
-        /// What the kernel said.
-        #[source]
-        source: errno::Error,
-    },
-    /// KVM would give a guest an exception for what it cannot emulate.
-    #[error("cannot have kvm say what it cannot emulate")]
-    Emulation {
-        /// What the kernel said.
-        #[source]
-        source: errno::Error,
-    },
-    /// No thread that watches the vCPUs.
-    #[error("cannot start the thread that watches the vcpus")]
-    Watch {
-        /// What the kernel said.
-        #[source]
-        source: io::Error,
-    },
-    /// No thread for a vCPU, or no signal to stop it with.
-    #[error("cannot start the thread of vcpu {vcpu}")]
-    Thread {
-        /// Which.
-        vcpu: usize,
-        /// What the kernel said.
-        #[source]
-        source: io::Error,
-    },
-    /// Registers could not be captured or set.
-    #[error("registers of vcpu {vcpu}")]
-    State {
-        /// Which vCPU.
-        vcpu: usize,
-        /// What went wrong.
-        #[source]
-        source: StateError,
-    },
-    /// Not as many states as vCPUs.
-    #[error("{states} states for {vcpus} vcpus")]
-    StateCount {
-        /// States given.
-        states: usize,
-        /// vCPUs there are.
-        vcpus: usize,
-    },
-    /// The machine was not started yet.
-    #[error("the machine was not started")]
-    NotStarted,
-    /// The machine was started before.
-    #[error("the machine was started before")]
-    AlreadyStarted,
-    /// A vCPU has ended, so the machine cannot be paused. Its outcome says why.
-    #[error("vcpu {vcpu} has stopped")]
-    Stopped {
-        /// Which.
-        vcpu: usize,
-    },
-    /// A vCPU did not come out of a handler.
-    #[error("vcpu {vcpu} did not answer within {} s: it is stuck in a handler", PATIENCE.as_secs())]
-    Stuck {
-        /// Which.
-        vcpu: usize,
-    },
-    /// A vCPU could not be sent the signal that gets it out of the guest.
-    #[error("cannot kick vcpu {vcpu} out of the guest")]
-    Kick {
-        /// Which.
-        vcpu: usize,
-        /// What the kernel said.
-        #[source]
-        source: io::Error,
-    },
-    /// The guest's page tables could not be read, or kept writable.
-    #[error("cannot get at the guest's page tables")]
-    Tables {
-        /// Why.
-        #[source]
-        source: MemoryError,
-    },
-    /// A doorbell could not be set up.
-    #[error("cannot register port {port:#x} as a doorbell")]
-    Doorbell {
-        /// The port.
-        port: u16,
-        /// What the kernel said.
-        #[source]
-        source: errno::Error,
-    },
-}
 
 /// Is told on a vCPU's thread that the vCPU has ended by itself, and why. Not called for vCPUs that the machine stops.
 pub type OnStop = Box<dyn Fn(usize, Outcome) + Send + Sync>;
@@ -751,17 +611,6 @@ impl Drop for Paused<'_> {
     }
 }
 
-/// Creates the VM. The call allocates much, and gives up with `EINTR` when a signal comes in between.
-pub(super) fn create_vm(kvm: &Kvm) -> Result<VmFd, KvmError> {
-    loop {
-        match kvm.fd.create_vm() {
-            Ok(vm) => return Ok(vm),
-            Err(error) if error.errno() == Errno::INTR.raw_os_error() => {}
-            Err(source) => return Err(KvmError::CreateVm { source }),
-        }
-    }
-}
-
 /// Has KVM come out where it cannot emulate an instruction, instead of giving the guest an exception: with a locked one on a page table that is
 /// read-only it may, when that is writable (`handle_emulation_failure` in `arch/x86/kvm/x86.c`). Before Linux 5.14 it does not know how to.
 fn exit_on_emulation_failure(vm: &VmFd) -> Result<(), errno::Error> {
@@ -774,26 +623,6 @@ fn exit_on_emulation_failure(vm: &VmFd) -> Result<(), errno::Error> {
         args: [1, 0, 0, 0],
         ..Default::default()
     })
-}
-
-pub(super) fn create_vcpu(
-    vm: &VmFd,
-    vcpu: usize,
-    cpuid: &kvm_bindings::CpuId,
-) -> Result<VcpuFd, KvmError> {
-    let error = |source| KvmError::CreateVcpu { vcpu, source };
-    let fd = vm.create_vcpu(vcpu as u64).map_err(error)?;
-    fd.set_cpuid2(cpuid).map_err(error)?;
-    Ok(fd)
-}
-
-/// The MSRs to save, probed with the first vCPU of this KVM.
-pub(super) fn msr_set(kvm: &Kvm, fd: &VcpuFd, vcpu: usize) -> Result<MsrSet, KvmError> {
-    if let Some(msrs) = kvm.msrs.get() {
-        return Ok(msrs.clone());
-    }
-    let msrs = MsrSet::probe(&kvm.fd, fd).map_err(|source| KvmError::State { vcpu, source })?;
-    Ok(kvm.msrs.get_or_init(|| msrs).clone())
 }
 
 /// Fails if a vCPU has ended.

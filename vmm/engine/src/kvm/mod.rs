@@ -20,6 +20,7 @@
 
 pub mod boot;
 mod control;
+mod error;
 mod extended;
 pub mod fault;
 mod kick;
@@ -42,15 +43,16 @@ mod vcpus;
 mod watch;
 
 pub use boot::{BootError, Image, write_page_tables};
+pub use error::{FaultError, KvmError, MAX_VCPUS, RunError, StateError};
 pub use extended::Extended;
-pub use fault::{FaultError, Rung, RungCounts};
-pub use machine::{KvmError, MAX_VCPUS, Machine, MachineStats, OnStop, Paused};
+pub use fault::{Rung, RungCounts};
+pub use machine::{Machine, MachineStats, OnStop, Paused};
 pub use memory::{GuestRam, MemoryError, Memslot};
-pub use outcome::{CrashReason, Outcome, Report, RunError};
+pub use outcome::{CrashReason, Outcome, Report};
 pub use platform::{Kvm, Paging, Platform, PlatformError};
 pub use port::{PortAction, PortHandler, StopReason};
 pub use registers::Entry;
-pub use state::{Clock, StateError, VcpuState};
+pub use state::{Clock, VcpuState};
 pub use tables::PageTables;
 
 pub use crate::vcpus::Capture;

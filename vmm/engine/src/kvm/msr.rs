@@ -6,7 +6,7 @@
 use kvm_bindings::{Msrs, kvm_msr_entry};
 use kvm_ioctls::VcpuFd;
 
-use super::state::StateError;
+use super::error::StateError;
 
 /// Time-stamp counter.
 const IA32_TSC: u32 = 0x10;

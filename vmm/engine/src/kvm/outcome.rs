@@ -2,10 +2,7 @@
 
 use std::fmt;
 
-use vmm_sys_util::errno;
-
-use super::fault::FaultError;
-use super::memory::MemoryError;
+use super::error::RunError;
 use super::port::StopReason;
 use super::state::VcpuState;
 use crate::causes::chain;
@@ -100,46 +97,6 @@ pub enum CrashReason {
         /// `KVM_EXIT_*`.
         reason: u32,
     },
-}
-
-/// Why the VMM could not go on with a vCPU.
-#[derive(Debug, thiserror::Error)]
-pub enum RunError {
-    /// `KVM_RUN` failed.
-    #[error("cannot run the vcpu")]
-    Run {
-        /// What the kernel said.
-        #[source]
-        source: errno::Error,
-    },
-    /// The pages of a write fault are unknown.
-    #[error("cannot resolve a write fault")]
-    Fault {
-        /// Why.
-        #[source]
-        source: FaultError,
-    },
-    /// A page could not be made writable.
-    #[error("cannot make frame {gfn:#x} writable for the guest")]
-    Memory {
-        /// The guest frame.
-        gfn: u64,
-        /// Why.
-        #[source]
-        source: MemoryError,
-    },
-    /// Registers were out of reach.
-    #[error("cannot read the vcpu's {what}")]
-    Registers {
-        /// Which.
-        what: &'static str,
-        /// What the kernel said.
-        #[source]
-        source: errno::Error,
-    },
-    /// A thread of the VMM panicked. The panic itself has been printed.
-    #[error("the vcpu's thread panicked")]
-    Panicked,
 }
 
 /// Where a vCPU was when it ended.

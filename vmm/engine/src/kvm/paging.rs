@@ -10,7 +10,6 @@ use std::collections::HashSet;
 use kvm_bindings::kvm_sregs;
 
 use super::memory::{GuestRam, MemoryError};
-use super::tables::Page;
 use crate::mm::{PAGE_SIZE, REGION_PAGES};
 
 const PRESENT: u64 = 1;
@@ -32,6 +31,9 @@ const CR4_LA57: u64 = 1 << 12;
 const ENTRIES: u64 = 512;
 const GIB: u64 = 1 << 30;
 const REGION_SIZE: u64 = REGION_PAGES * PAGE_SIZE;
+
+/// Bytes of a table.
+pub(super) type Page = [u8; PAGE_SIZE as usize];
 
 /// Writes page tables for `memory` bytes of guest memory at `gpa`, and returns the gpa behind them.
 ///

@@ -9,11 +9,12 @@ use std::sync::OnceLock;
 use std::{fmt, fs};
 
 use kvm_bindings::{CpuId, KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES};
-use kvm_ioctls::Cap;
+use kvm_ioctls::{Cap, VcpuFd, VmFd};
+use rustix::io::Errno;
 use serde::Serialize;
 use vmm_sys_util::errno;
 
-use super::machine::{KvmError, create_vcpu, create_vm, msr_set};
+use super::error::KvmError;
 use super::msr::MsrSet;
 use super::registers::vcpu_cpuid;
 
@@ -257,6 +258,38 @@ impl Kvm {
     }
 }
 
+/// Creates the VM. The call allocates much, and gives up with `EINTR` when a signal comes in between.
+pub(super) fn create_vm(kvm: &Kvm) -> Result<VmFd, KvmError> {
+    loop {
+        match kvm.fd.create_vm() {
+            Ok(vm) => return Ok(vm),
+            Err(error) if error.errno() == Errno::INTR.raw_os_error() => {}
+            Err(source) => return Err(KvmError::CreateVm { source }),
+        }
+    }
+}
+
+/// Creates vCPU `vcpu`.
+pub(super) fn create_vcpu(
+    vm: &VmFd,
+    vcpu: usize,
+    cpuid: &kvm_bindings::CpuId,
+) -> Result<VcpuFd, KvmError> {
+    let error = |source| KvmError::CreateVcpu { vcpu, source };
+    let fd = vm.create_vcpu(vcpu as u64).map_err(error)?;
+    fd.set_cpuid2(cpuid).map_err(error)?;
+    Ok(fd)
+}
+
+/// The MSRs to save, probed with the first vCPU of this KVM.
+pub(super) fn msr_set(kvm: &Kvm, fd: &VcpuFd, vcpu: usize) -> Result<MsrSet, KvmError> {
+    if let Some(msrs) = kvm.msrs.get() {
+        return Ok(msrs.clone());
+    }
+    let msrs = MsrSet::probe(&kvm.fd, fd).map_err(|source| KvmError::State { vcpu, source })?;
+    Ok(kvm.msrs.get_or_init(|| msrs).clone())
+}
+
 /// What is at `path`, if it is not a character device.
 fn something_else(path: &Path) -> Option<&'static str> {
     let kind = fs::metadata(path).ok()?.file_type();
@@ -272,7 +305,6 @@ fn something_else(path: &Path) -> Option<&'static str> {
 
 /// What it means that `/dev/kvm` could not be opened.
 fn open_error(source: errno::Error) -> PlatformError {
-    use rustix::io::Errno;
     match Errno::from_raw_os_error(source.errno()) {
         Errno::NOENT | Errno::NODEV | Errno::NXIO => PlatformError::Missing,
         Errno::ACCESS | Errno::PERM => PlatformError::Permission,

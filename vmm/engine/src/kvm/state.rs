@@ -13,10 +13,9 @@ use kvm_bindings::{
 };
 use kvm_ioctls::VcpuFd;
 use serde::{Deserialize, Serialize};
-use vmm_sys_util::errno;
 
+use super::error::{StateError, XSAVE_BYTES, XSAVE_WORDS};
 use super::extended::Extended;
-use super::memory::MemoryError;
 use super::msr::{self, MsrSet};
 use super::tables::Confined;
 use crate::saved::{Saved, State};
@@ -32,68 +31,8 @@ pub enum Clock {
     Rewind,
 }
 
-/// Why registers could not be captured or restored.
-#[derive(Debug, thiserror::Error)]
-pub enum StateError {
-    /// A KVM call failed.
-    #[error("kvm refused the vcpu's {what}")]
-    Kvm {
-        /// Which registers.
-        what: &'static str,
-        /// What the kernel said.
-        #[source]
-        source: errno::Error,
-    },
-    /// One MSR failed.
-    #[error("kvm refused msr {index:#x}")]
-    Msr {
-        /// Which.
-        index: u32,
-    },
-    /// More MSRs than KVM takes in one call.
-    #[error("{count} msrs are more than kvm takes at a time")]
-    TooManyMsrs {
-        /// How many.
-        count: usize,
-    },
-    /// A page that KVM writes for the guest could not be pinned.
-    #[error("cannot pin what kvm writes for the guest")]
-    Paravirt {
-        /// Why.
-        #[source]
-        source: MemoryError,
-    },
-    /// A stored state that is none of ours, or of a later version.
-    #[error("a stored vcpu of version {version} makes no sense here")]
-    Stored {
-        /// The version it has.
-        version: u32,
-        /// What is wrong with its bytes, if the version is known.
-        #[source]
-        source: Option<postcard::Error>,
-    },
-    /// A state that was not captured: its XSAVE area has the wrong size.
-    #[error("the xsave area has {words} words, not {XSAVE_WORDS}")]
-    XsaveSize {
-        /// 32-bit words found.
-        words: usize,
-    },
-}
-
-impl StateError {
-    /// Wraps an error number of the call about `what`.
-    pub(super) fn of(what: &'static str) -> impl FnOnce(errno::Error) -> Self {
-        move |source| Self::Kvm { what, source }
-    }
-}
-
 /// CR4: global pages.
 const CR4_PGE: u64 = 1 << 7;
-
-/// 32-bit words of the area that `KVM_GET_XSAVE` transfers.
-const XSAVE_WORDS: usize = 1024;
-/// Bytes of that area.
-pub(super) const XSAVE_BYTES: usize = XSAVE_WORDS * 4;
 
 /// All registers of a vCPU, as plain data. What is deserialised is not trusted: KVM checks what it is given.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

@@ -11,8 +11,7 @@
 //! Not covered: tables of 32-bit paging, whose entries have 4 bytes.
 
 use super::memory::{GuestRam, MemoryError};
-use super::paging;
-use super::tables::Page;
+use super::paging::{self, Page};
 use crate::mm::PAGE_SIZE;
 
 /// Makes those of some pages writable in which KVM may have bits to set.

@@ -13,7 +13,6 @@ use kvm_bindings::kvm_sregs;
 use super::memory::{GuestRam, MemoryError};
 use super::paging::Walker;
 use super::platform::{Paging, Platform};
-use crate::mm::PAGE_SIZE;
 
 /// The most table pages that are looked at. A guest with more is taken for changed.
 pub(super) const MOST: usize = 4096;
@@ -80,9 +79,6 @@ impl Mmu {
         }
     }
 }
-
-/// Bytes of a table.
-pub(super) type Page = [u8; PAGE_SIZE as usize];
 
 #[cfg(test)]
 mod tests {

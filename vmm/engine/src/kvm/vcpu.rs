@@ -13,15 +13,16 @@ use rustix::io::Errno;
 use vmm_sys_util::errno;
 
 use super::control::{Control, Job, Order, Phase, Work};
+use super::error::{RunError, StateError};
 use super::fault::{self, Fault, Ladder, RungCounters, StoredBy};
 use super::kick::KickFlag;
 use super::memory::{GuestRam, Memslot};
 use super::msr;
-use super::outcome::{CrashReason, Outcome, Report, RunError};
+use super::outcome::{CrashReason, Outcome, Report};
 use super::paravirt::Targets;
 use super::port::{PortAction, PortHandler};
 use super::registers::{self, Entry};
-use super::state::{Capturer, Clock, StateError, VcpuState, XsaveFits};
+use super::state::{Capturer, Clock, VcpuState, XsaveFits};
 use super::tables::Mmu;
 use crate::mm::PAGE_SIZE;
 

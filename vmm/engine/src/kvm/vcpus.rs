@@ -2,7 +2,8 @@
 
 use std::time::Instant;
 
-use super::machine::{KvmError, Machine, Paused};
+use super::error::KvmError;
+use super::machine::{Machine, Paused};
 use super::state::{Clock, VcpuState};
 use super::tables::PageTables;
 use crate::saved::Saved;

@@ -11,10 +11,11 @@ use iced_x86::{
 };
 use kvm_bindings::{kvm_regs, kvm_sregs};
 
-use super::{Fault, vector};
+use super::cause::Fault;
+use super::vector;
+use crate::kvm::error::XSAVE_BYTES;
 use crate::kvm::memory::{GuestRam, MemoryError};
 use crate::kvm::paging::{Touch, Walker};
-use crate::kvm::state::XSAVE_BYTES;
 
 /// The longest an instruction can be.
 const MAX_INSTRUCTION: usize = 15;

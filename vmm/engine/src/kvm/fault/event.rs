@@ -4,7 +4,7 @@
 //! choose (Intel SDM 6.14, *Exception and Interrupt Handling in 64-bit Mode*). With nested paging the walks to all of these are
 //! writes to the page tables. A task's TSS and descriptors may be written, too: busy and accessed bits.
 
-use super::Fault;
+use super::cause::Fault;
 use super::decode::Access;
 use super::pages::Pages;
 use crate::kvm::memory::{GuestRam, MemoryError};

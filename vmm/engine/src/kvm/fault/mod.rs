@@ -24,6 +24,7 @@
 //!
 //! Not covered: code outside of 64-bit mode with paging on is not decoded; its faults begin with the regions.
 
+mod cause;
 mod decode;
 mod event;
 mod pages;
@@ -33,48 +34,18 @@ mod vector;
 mod tests;
 
 use std::fmt;
-use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use kvm_bindings::{CpuId, kvm_regs, kvm_sregs, kvm_xsave};
+use kvm_bindings::{kvm_regs, kvm_sregs};
 
+use super::error::{FaultError, RunError};
 use super::memory::{GuestRam, MemoryError};
-use super::outcome::RunError;
 use crate::mm::{PAGE_SIZE, REGION_PAGES};
+pub(super) use cause::Fault;
+use cause::frames;
 use decode::Decoded;
 pub(super) use decode::StoredBy;
 use pages::Pages;
-
-/// Pages of a region.
-
-/// Why the pages of a write fault could not be found.
-#[derive(Debug, thiserror::Error)]
-pub enum FaultError {
-    /// The fault comes back although everything it could be about is writable.
-    #[error(
-        "write fault at rip {rip:#x} ({instruction}) came back {times} times although all it could be about is \
-         writable; tried: {tried}"
-    )]
-    Stuck {
-        /// Where.
-        rip: u64,
-        /// The instruction, or why there is none.
-        instruction: String,
-        /// How many times in a row nothing was found to do.
-        times: u32,
-        /// Rungs, and how many pages each was about.
-        tried: String,
-    },
-    /// Guest memory could not be read.
-    #[error("cannot read guest memory for the write fault at rip {rip:#x}")]
-    Memory {
-        /// Where the instruction is.
-        rip: u64,
-        /// What went wrong.
-        #[source]
-        source: MemoryError,
-    },
-}
 
 /// A kind of answer to where a vCPU wanted to write. See the [module](self).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -149,18 +120,6 @@ impl RungCounters {
             self.0[rung].load(Ordering::Relaxed)
         }))
     }
-}
-
-/// A vCPU that could not write, as it came out of the guest.
-pub(super) struct Fault<'a> {
-    pub(super) regs: &'a kvm_regs,
-    pub(super) sregs: &'a kvm_sregs,
-    /// Where, if KVM says so: guest-physical.
-    pub(super) gpas: Option<Range<u64>>,
-    /// Says where vector registers are in the XSAVE area.
-    pub(super) cpuid: &'a CpuId,
-    /// The XSAVE area, read only if an address is in a vector register.
-    pub(super) xsave: &'a dyn Fn() -> Option<kvm_xsave>,
 }
 
 /// A vCPU's place on the ladder: remembers the last fault, so that one that comes back is met one rung higher.
@@ -301,11 +260,6 @@ pub(super) fn resolve(gfns: &[u64], ram: &dyn GuestRam) -> Result<bool, RunError
         resolved |= first.map_err(|source| RunError::Memory { gfn, source })?;
     }
     Ok(resolved)
-}
-
-/// Frames of guest memory: what lies beyond is MMIO and cannot be what faulted.
-fn frames(ram: &dyn GuestRam) -> u64 {
-    ram.len().div_ceil(PAGE_SIZE)
 }
 
 /// What can be known of a fault.

@@ -4,11 +4,11 @@ use std::ops::Range;
 
 use kvm_bindings::kvm_sregs;
 
+use super::cause::frames;
 use super::decode::Access;
-use super::{REGION_PAGES, frames};
 use crate::kvm::memory::{GuestRam, MemoryError};
 use crate::kvm::paging::{Touch, Walker};
-use crate::mm::PAGE_SIZE;
+use crate::mm::{PAGE_SIZE, REGION_PAGES};
 
 /// Guest frames, each once, in the order found. What lies outside of memory is passed over: it cannot be what faulted.
 pub(super) struct Pages<'a> {

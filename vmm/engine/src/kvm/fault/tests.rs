@@ -3,7 +3,9 @@
 use std::sync::Mutex;
 
 use guest::abi::PAGE_TABLES_GPA;
-use kvm_bindings::{CpuId, kvm_cpuid_entry2};
+use std::ops::Range;
+
+use kvm_bindings::{CpuId, kvm_cpuid_entry2, kvm_xsave};
 
 use super::*;
 use crate::kvm::paging::tests::Bytes;
