@@ -163,16 +163,7 @@ fn assert_follows_formula(
 /// As above, for the memory of a snapshot and the registers in it.
 fn assert_right(snapshot: &Snapshot, vm: &Guest) {
     assert_follows_formula(&vm.layout, &operations(snapshot), |gpa, page| {
-        let copy = |pfn| {
-            vm.ram()
-                .physmap()
-                .slice(pfn, 0, PAGE_SIZE)
-                .copy_to(&mut page[..])
-        };
-        snapshot
-            .memory()
-            .with_frame(Gfn::of_gpa(gpa), copy)
-            .unwrap();
+        vm.frames.read(snapshot.memory(), gpa, page).unwrap();
     });
 }
 
@@ -257,18 +248,14 @@ fn a_snapshot_holds_its_memory_after_the_guest_is_gone() {
         wait_for_operations(&vm, &[0; VCPUS as usize], 200);
         let snapshot = vm.take();
         let (ops, layout) = (operations(&snapshot), vm.layout);
-        let (pool, physmap) = (Arc::clone(vm.frames.pool()), Arc::clone(vm.ram().physmap()));
+        let frames = vm.frames.clone();
         drop(vm);
         assert_follows_formula(&layout, &ops, |gpa, page| {
-            let copy = |pfn| physmap.slice(pfn, 0, PAGE_SIZE).copy_to(&mut page[..]);
-            snapshot
-                .memory()
-                .with_frame(Gfn::of_gpa(gpa), copy)
-                .unwrap();
+            frames.read(snapshot.memory(), gpa, page).unwrap();
         });
         drop(snapshot);
-        assert_eq!(pool.leftovers(usize::MAX), []);
-        assert_eq!(pool.usage().in_use, 0);
+        assert_eq!(frames.pool().leftovers(usize::MAX), []);
+        assert_eq!(frames.pool().usage().in_use, 0);
     });
 }
 
@@ -498,16 +485,6 @@ fn a_paravirtual_clock_is_written_where_the_guest_reads_it() {
 /// The word at `gpa` in a snapshot.
 fn snapshot_word(snapshot: &Snapshot, vm: &Guest, gpa: u64) -> u64 {
     let mut word = [0; 8];
-    let offset = gpa % PAGE_SIZE;
-    let copy = |pfn| {
-        vm.ram()
-            .physmap()
-            .slice(pfn, offset, 8)
-            .copy_to(&mut word[..])
-    };
-    snapshot
-        .memory()
-        .with_frame(Gfn::of_gpa(gpa), copy)
-        .unwrap();
+    vm.frames.read(snapshot.memory(), gpa, &mut word).unwrap();
     u64::from_le_bytes(word)
 }

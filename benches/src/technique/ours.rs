@@ -168,25 +168,8 @@ struct Shared<'a> {
 
 impl Taken for Shared<'_> {
     fn read(&self, gpa: u64, buf: &mut [u8]) -> Result<(), TechniqueError> {
-        let mut done = 0;
-        while done < buf.len() {
-            let at = gpa + done as u64;
-            let offset = at % PAGE_SIZE;
-            let end = buf.len().min(done + (PAGE_SIZE - offset) as usize);
-            let part = &mut buf[done..end];
-            self.frozen
-                .with_frame(Gfn::of_gpa(at), |pfn| {
-                    let len = part.len() as u64;
-                    self.ours
-                        .memory
-                        .ram()
-                        .physmap()
-                        .slice(pfn, offset, len)
-                        .copy_to(part)
-                })
-                .map_err(|error| TechniqueError::Memory(error.into()))?;
-            done = end;
-        }
-        Ok(())
+        let frames = self.ours.memory.frames();
+        let read = frames.read(&self.frozen, gpa, buf);
+        read.map_err(|error| TechniqueError::Memory(error.into()))
     }
 }

@@ -5,7 +5,10 @@ use std::io;
 use std::sync::Arc;
 
 use crate::host::{Dumps, MappingBudget, PhysMap, Prices, Ram, Window};
-use crate::mm::{AddressSpace, AllocError, CowPolicy, Exclusive, FramePool, Mmu, PAGE_SIZE};
+use crate::mm::{
+    AddressSpace, AllocError, CowPolicy, Exclusive, FramePool, Frozen, Gfn, Mmu, OutOfRange,
+    PAGE_SIZE,
+};
 
 /// Why there is no memory for a VM.
 #[derive(Debug, thiserror::Error)]
@@ -76,6 +79,29 @@ impl Frames {
     /// Where their bytes are.
     pub fn physmap(&self) -> &Arc<PhysMap> {
         &self.physmap
+    }
+
+    /// Copies memory at `gpa` out of a snapshot.
+    ///
+    /// # Errors
+    /// If the snapshot has no such page. What lies before it was copied.
+    ///
+    /// # Panics
+    /// If the snapshot is in other frames.
+    pub fn read(&self, frozen: &Frozen, gpa: u64, buf: &mut [u8]) -> Result<(), OutOfRange> {
+        let mut done = 0;
+        while done < buf.len() {
+            let at = gpa.saturating_add(done as u64);
+            let offset = at % PAGE_SIZE;
+            let end = buf.len().min(done + (PAGE_SIZE - offset) as usize);
+            let part = &mut buf[done..end];
+            frozen.with_frame(Gfn::of_gpa(at), |pfn| {
+                let slice = self.physmap.slice(pfn, offset, part.len() as u64);
+                slice.copy_to(part)
+            })?;
+            done = end;
+        }
+        Ok(())
     }
 
     /// How many mappings windows may use.
