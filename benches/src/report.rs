@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::machine::Machine;
 use crate::summary::Summary;
-use crate::targets::Verdict;
+use crate::verdict::Verdict;
 
 /// A run.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -255,6 +255,7 @@ pub fn pattern_of(name: &str) -> Option<Pattern> {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
+    use crate::verdict::Bound;
 
     /// A cell with every number different, scaled by `scale`.
     pub(crate) fn cell(technique: &str, memory: u64, pattern: &str, scale: f64) -> Cell {
@@ -332,7 +333,15 @@ pub(crate) mod tests {
             // By a power of two: reading a number is not exact to the last bit.
             cell("fork", 256 << 20, "hot", 16.0),
         ]);
-        written.targets = crate::targets::judge(&written);
+        written.targets = [Some(0.25), None]
+            .map(|found| Verdict {
+                what: "pause: ours / fork".to_owned(),
+                bound: Bound::AtMost,
+                limit: 0.5,
+                found,
+                where_: "1024 MiB, hot, 1 vcpus".to_owned(),
+            })
+            .to_vec();
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("report.json");
         check_writable(&path).unwrap();

@@ -5,8 +5,8 @@ use std::fmt::Write;
 use vmm::cli::units::{bytes, count, micros};
 
 use crate::report::{Cell, Rate, Report, Setting};
-use crate::targets::{Bound, Verdict};
 use crate::technique::Kind;
+use crate::verdict::{Bound, Verdict};
 
 /// From this load on others take part in what is measured.
 const BUSY: f64 = 0.5;
