@@ -8,7 +8,7 @@ use serde::Serialize;
 
 use super::args::{CompareArgs, PlayedOn};
 use super::scenario_text;
-use super::status::Screen;
+use super::screen::Screen;
 use super::units::exact_time;
 use super::{Failure, interrupt, print, race_text};
 use crate::policy::Policy;

@@ -3,7 +3,7 @@
 use std::io;
 
 use super::args::DoctorArgs;
-use super::status::Colours;
+use super::screen::Colours;
 use super::{Failure, print};
 use crate::doctor::{Examination, Finding, Grade, examine};
 use crate::session::config::Config;
