@@ -4,6 +4,7 @@
 use std::fs;
 use std::path::Path;
 
+use super::super::performer::{Hold, PageView, Performer};
 use super::actor::STRIDE;
 use super::*;
 
