@@ -21,14 +21,14 @@ mod rt;
 use core::arch::x86_64::_rdtsc;
 
 use abi::{BootInfo, PAGE_SIZE};
-use sweep::{LAPS, Lap, Order, SweepOrders, SweepPage};
+use sweep::{LAPS, Lap, Route, SweepOrders, SweepPage};
 
 /// What vCPU `index` does; called by `rt` on every vCPU.
 fn run(boot: &BootInfo, index: u64) -> ! {
     let page = boot.layout.vcpu_page(index) as *mut SweepPage;
     // SAFETY: the VMM laid this page out for this vCPU alone and has written its orders.
     let orders = unsafe { (&raw const (*page).orders).read() };
-    let Some(mut order) = Order::new(orders.choice) else {
+    let Some(mut route) = Route::new(orders.choice) else {
         panic!("no order of writes is {:?}", orders.choice);
     };
     if orders.lap == 0 {
@@ -49,7 +49,7 @@ fn run(boot: &BootInfo, index: u64) -> ! {
     for laps in 0.. {
         for _ in 0..orders.lap {
             lap.ops += 1;
-            write(&orders, order.next_page(), lap.ops);
+            write(&orders, route.next_page(), lap.ops);
             // SAFETY: as above.
             unsafe { (&raw mut (*page).ops).write_volatile(lap.ops) };
             let at = now();

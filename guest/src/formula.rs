@@ -173,11 +173,12 @@ pub const fn margin_word(seed: u64, device: u64, slot: u64, count: u64, word: u6
 /// Both directions are closed formulas: their cost does not depend on the number of operations.
 #[derive(Clone, Debug)]
 pub struct Schedule {
-    order: Order,
+    order: SlotOrder,
 }
 
+/// In which order slots are written.
 #[derive(Clone, Debug)]
-enum Order {
+enum SlotOrder {
     /// Slot after slot: [`Pattern::Dense`] and [`Pattern::Sparse`], which differ in where the slots lie.
     InTurn(NonZeroU64),
     /// [`Pattern::Uniform`].
@@ -197,17 +198,17 @@ impl Schedule {
         let slots = NonZeroU64::new(slots).unwrap_or(NonZeroU64::MIN);
         let shuffle = |slots, set| Shuffle::new(slots, buffer_key(ORDER, seed, vcpu, set));
         let order = match pattern {
-            Pattern::Dense | Pattern::Sparse => Order::InTurn(slots),
-            Pattern::Uniform => Order::Shuffled(shuffle(slots, 0)),
+            Pattern::Dense | Pattern::Sparse => SlotOrder::InTurn(slots),
+            Pattern::Uniform => SlotOrder::Shuffled(shuffle(slots, 0)),
             Pattern::Hot => {
                 let hot = NonZeroU64::new(slots.get() / HOT_CYCLE).unwrap_or(NonZeroU64::MIN);
                 match NonZeroU64::new(slots.get() - hot.get()) {
-                    Some(cold) => Order::HotCold {
+                    Some(cold) => SlotOrder::HotCold {
                         hot: shuffle(hot, 1),
                         cold: shuffle(cold, 2),
                     },
                     // A single slot: there is nothing to be cold.
-                    None => Order::Shuffled(shuffle(hot, 1)),
+                    None => SlotOrder::Shuffled(shuffle(hot, 1)),
                 }
             }
         };
@@ -217,9 +218,9 @@ impl Schedule {
     /// The slot that operation `op` writes.
     pub fn slot_of(&self, op: u64) -> u64 {
         match &self.order {
-            Order::InTurn(slots) => op % *slots,
-            Order::Shuffled(shuffle) => shuffle.slot_of(op),
-            Order::HotCold { hot, cold } => {
+            SlotOrder::InTurn(slots) => op % *slots,
+            SlotOrder::Shuffled(shuffle) => shuffle.slot_of(op),
+            SlotOrder::HotCold { hot, cold } => {
                 let (cycle, turn) = (op / HOT_CYCLE, op % HOT_CYCLE);
                 if turn < HOT_SHARE {
                     hot.slot_of(cycle * HOT_SHARE + turn)
@@ -234,15 +235,15 @@ impl Schedule {
     /// the vCPU does not own.
     pub fn last_writer(&self, slot: u64, ops: u64) -> Option<u64> {
         match &self.order {
-            Order::InTurn(slots) => {
+            SlotOrder::InTurn(slots) => {
                 if slot >= slots.get() {
                     return None;
                 }
                 let since_first = ops.checked_sub(slot + 1)?;
                 Some(slot + since_first / *slots * slots.get())
             }
-            Order::Shuffled(shuffle) => shuffle.last_writer(slot, ops),
-            Order::HotCold { hot, cold } => {
+            SlotOrder::Shuffled(shuffle) => shuffle.last_writer(slot, ops),
+            SlotOrder::HotCold { hot, cold } => {
                 let (cycles, turns) = (ops / HOT_CYCLE, ops % HOT_CYCLE);
                 match slot.checked_sub(hot.slots.get()) {
                     None => {

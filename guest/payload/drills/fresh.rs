@@ -4,7 +4,7 @@
 //! untouched: it write-protects the tables, and the CPU, or a host that shadows the tables, has to write to
 //! them all the same.
 
-use super::tables::{ACCESSED, ANY_USE, Batch, DIRTY, ENTRIES, WINDOW_PAGES, Window};
+use super::tables::{ACCESSED, ANY_USE, Batch, DIRTY, ENTRIES, FRESH_TABLES, FreshAddresses};
 use super::{Vcpu, read, write};
 use crate::abi::PAGE_SIZE;
 use crate::cpu::{self, Feature};
@@ -13,7 +13,7 @@ use crate::{console, rt};
 
 /// Pages of a piece: the first has the tables, the second is mapped.
 const PIECE: u64 = 16;
-const _: () = assert!(WINDOW_PAGES <= PIECE);
+const _: () = assert!(FRESH_TABLES <= PIECE);
 /// The most addresses that a touch needs.
 const MOST: u64 = 8;
 /// `mov rax, rdi; ret`.
@@ -166,14 +166,14 @@ const TOUCHES: [Touch; 10] = [
 /// Touches one or more fresh pages every round, and looks what became of their entries.
 pub fn run(mut vcpu: Vcpu<'_>) -> ! {
     let ground = vcpu.ground(PIECE);
-    let mut window = Window::new(vcpu.index, ground.piece(0));
+    let mut addresses = FreshAddresses::new(vcpu.index, ground.piece(0));
     let frames = ground.piece(1);
     let frame = |slot: u64| frames + slot % PIECE * PAGE_SIZE;
     for slot in 0..PIECE {
         write(frame(slot) + CODE_AT, CODE);
     }
     let untouched = |slot| frame(slot) | ANY_USE;
-    while let Some(batch) = window.next_pages(0, untouched) {
+    while let Some(batch) = addresses.next_pages(0, untouched) {
         let mut slot = 0;
         while slot < ENTRIES {
             let touch = &TOUCHES[vcpu.rounds as usize % TOUCHES.len()];
