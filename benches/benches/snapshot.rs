@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use benches::heap::{self, Counting};
 use benches::machine::Machine;
-use benches::measure::{Plan, measure};
+use benches::measure::{Sampling, measure};
 use benches::report::{self, Platform, Report, Skipped, check_writable, pattern_name};
 use benches::technique::{Kind, TechniqueError};
 use benches::vm::{GuestConfig, VmError};
@@ -150,7 +150,7 @@ fn run(args: &Args) -> Result<(), Error> {
     }
     let kvm = Kvm::open()?;
     let stop = stop_flag().map_err(Error::Signals)?;
-    let plan = Plan {
+    let sampling = Sampling {
         rounds: args.rounds,
         quiet: Duration::from_secs(1),
         rates: args
@@ -169,9 +169,9 @@ fn run(args: &Args) -> Result<(), Error> {
         some => some.to_vec(),
     };
     let configs = configs(args);
-    let progress = Progress::new(configs.len() * techniques.len());
+    let display = ProgressDisplay::new(configs.len() * techniques.len());
 
-    progress.step("the machine");
+    display.step("the machine");
     let mut report = Report {
         version: env!("CARGO_PKG_VERSION").to_owned(),
         platform: Platform::of(kvm.platform()),
@@ -185,12 +185,12 @@ fn run(args: &Args) -> Result<(), Error> {
         &kvm,
         &configs,
         &techniques,
-        &plan,
+        &sampling,
         &stop,
-        &progress,
+        &display,
         &mut report,
     );
-    progress.finish();
+    display.finish();
     report.targets = targets::judge(&report);
     // What there is is worth having, however it ended.
     if !report.cells.is_empty() {
@@ -225,9 +225,9 @@ fn measure_all(
     kvm: &Kvm,
     configs: &[GuestConfig],
     techniques: &[Kind],
-    plan: &Plan,
+    sampling: &Sampling,
     stop: &AtomicBool,
-    progress: &Progress,
+    display: &ProgressDisplay,
     report: &mut Report,
 ) -> Ended {
     let mut failed = 0;
@@ -235,7 +235,7 @@ fn measure_all(
         for &technique in techniques {
             let is_skipped = |skipped: &Skipped| skipped.what == technique.name();
             if report.skipped.iter().any(is_skipped) {
-                progress.next();
+                display.next();
                 continue;
             }
             let cell = format!(
@@ -245,12 +245,12 @@ fn measure_all(
                 config.vcpus,
                 if config.dma { ", DMA" } else { "" }
             );
-            progress.begin(&cell);
-            let mut step = |step: &str| progress.step(&format!("{cell}: {step}"));
-            let (what, why) = match measure(kvm, technique, config, plan, stop, &mut step) {
+            display.begin(&cell);
+            let mut step = |step: &str| display.step(&format!("{cell}: {step}"));
+            let (what, why) = match measure(kvm, technique, config, sampling, stop, &mut step) {
                 Ok(measured) => {
                     report.cells.push(measured);
-                    progress.next();
+                    display.next();
                     continue;
                 }
                 Err(VmError::Interrupted) => return Ended::Interrupted,
@@ -264,9 +264,9 @@ fn measure_all(
                     (cell, chain(&error))
                 }
             };
-            progress.say(&format!("left out: {what}: {why}"));
+            display.say(&format!("left out: {what}: {why}"));
             report.skipped.push(Skipped { what, why });
-            progress.next();
+            display.next();
         }
     }
     match failed {
@@ -333,11 +333,11 @@ fn stop_flag() -> io::Result<Arc<AtomicBool>> {
 }
 
 /// Says on standard error how far it is: a bar on a terminal, else a line for everything that is begun.
-struct Progress {
+struct ProgressDisplay {
     bar: Option<ProgressBar>,
 }
 
-impl Progress {
+impl ProgressDisplay {
     fn new(cells: usize) -> Self {
         let terminal =
             io::stderr().is_terminal() && env::var_os("TERM").is_some_and(|term| term != "dumb");

@@ -42,7 +42,7 @@ const SLICE: Duration = Duration::from_millis(20);
 
 /// How much is measured.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Plan {
+pub struct Sampling {
     /// Snapshots whose pause and stall are measured.
     pub rounds: u64,
     /// How long the guest is watched without a snapshot, at least.
@@ -61,7 +61,7 @@ pub fn measure(
     kvm: &Kvm,
     kind: Kind,
     config: &GuestConfig,
-    plan: &Plan,
+    sampling: &Sampling,
     stop: &AtomicBool,
     step: &mut dyn FnMut(&str),
 ) -> Result<Cell, VmError> {
@@ -82,7 +82,7 @@ pub fn measure(
     vm.wait("touching its memory", stop, |_, vcpu| Ok(vcpu.resident))?;
     step("quiet");
     run.rest(REST)?;
-    let quiet = run.speed(|| run.pause_until(Instant::now() + plan.quiet))?;
+    let quiet = run.speed(|| run.pause_until(Instant::now() + sampling.quiet))?;
     let usual = run.usual()?;
     let mut empty = Vec::new();
     for _ in 0..EMPTY {
@@ -97,8 +97,12 @@ pub fn measure(
     let mut touched = Vec::new();
     let mut copied = Vec::new();
     let mut missed = 0;
-    while pauses.len() < plan.rounds {
-        step(&format!("snapshot {} of {}", pauses.len() + 1, plan.rounds));
+    while pauses.len() < sampling.rounds {
+        step(&format!(
+            "snapshot {} of {}",
+            pauses.len() + 1,
+            sampling.rounds
+        ));
         vm.technique().settle()?;
         run.rest(REST)?;
         let copied_before = vm.technique().copied();
@@ -138,11 +142,11 @@ pub fn measure(
     }
 
     let mut rates = Vec::new();
-    for &rate in &plan.rates {
+    for &rate in &sampling.rates {
         step(&format!("{rate} snapshots a second"));
         vm.technique().settle()?;
         run.rest(REST)?;
-        rates.push(run.at_rate(rate, quiet, plan)?);
+        rates.push(run.at_rate(rate, quiet, sampling)?);
     }
     vm.check()?;
     Ok(Cell {
@@ -270,11 +274,11 @@ impl Run<'_> {
     }
 
     /// How fast the guest writes with `rate` snapshots a second, `quiet` being its writes a second without.
-    fn at_rate(&self, rate: f64, quiet: f64, plan: &Plan) -> Result<Rate, VmError> {
+    fn at_rate(&self, rate: f64, quiet: f64, sampling: &Sampling) -> Result<Rate, VmError> {
         let mut pauses = Times::default();
         let mut taken = 0;
         let begin = Instant::now();
-        let end = begin + plan.rate_time;
+        let end = begin + sampling.rate_time;
         let with = self.speed(|| {
             let mut due = begin;
             let mut last = None;

@@ -78,24 +78,24 @@ const BATCH: usize = 64;
 const LOOK_UP: i32 = 50;
 
 pub(super) struct Uffd {
-    shared: Arc<Shared>,
+    shared: Arc<FaultHandler>,
     pages: PageSize,
     handler: Option<JoinHandle<()>>,
 }
 
 /// What the handler thread has too.
-struct Shared {
+struct FaultHandler {
     uffd: OwnedFd,
     memory: Arc<Anonymous>,
     /// The snapshot's copies, at the same offsets. What was not copied has no memory here.
     copies: Arc<Anonymous>,
     /// Also what makes a snapshot one instant: a fault is resolved before it, or after it.
-    state: Mutex<State>,
+    state: Mutex<SnapshotState>,
     copied: AtomicU64,
     stop: AtomicBool,
 }
 
-struct State {
+struct SnapshotState {
     /// There is a snapshot.
     active: bool,
     /// By page, whether it was copied for the snapshot.
@@ -104,11 +104,11 @@ struct State {
 
 impl Uffd {
     pub(super) fn new(memory: u64, pages: PageSize) -> Result<Self, TechniqueError> {
-        let shared = Arc::new(Shared {
+        let shared = Arc::new(FaultHandler {
             uffd: open()?,
             memory: Anonymous::new(memory, pages)?,
             copies: Anonymous::new(memory, PageSize::Small)?,
-            state: Mutex::new(State {
+            state: Mutex::new(SnapshotState {
                 active: false,
                 copied: vec![false; (memory / PAGE_SIZE) as usize],
             }),
@@ -172,12 +172,12 @@ fn open() -> Result<OwnedFd, TechniqueError> {
     }
 }
 
-impl Shared {
+impl FaultHandler {
     fn start(&self) -> u64 {
         self.memory.base().as_ptr().expose_provenance() as u64
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, SnapshotState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -320,7 +320,7 @@ impl Drop for Uffd {
 }
 
 /// The snapshot: what was copied, and for the rest guest memory, which is still protected.
-struct Protected<'a>(&'a Shared);
+struct Protected<'a>(&'a FaultHandler);
 
 impl Taken for Protected<'_> {
     fn read(&self, gpa: u64, buf: &mut [u8]) -> Result<(), TechniqueError> {
