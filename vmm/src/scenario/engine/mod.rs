@@ -33,7 +33,7 @@ use palimpsest::mm::{FrameState, Pfn};
 /// What came of a scenario.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Outcome {
+pub enum ScenarioOutcome {
     /// It was played to its end.
     Played {
         /// The worst that was seen.
@@ -49,7 +49,7 @@ pub enum Outcome {
     Failed(String),
 }
 
-impl Outcome {
+impl ScenarioOutcome {
     /// The verdict, if there is one.
     pub fn verdict(&self) -> Option<Verdict> {
         match self {
@@ -78,7 +78,7 @@ pub fn play(
     performer: &mut dyn Performer,
     by_the_bit: bool,
     watch: &mut dyn FnMut(&Moment<'_>),
-) -> Outcome {
+) -> ScenarioOutcome {
     let mut play = Play {
         scenario,
         performer,
@@ -94,13 +94,13 @@ pub fn play(
         findings: Vec::new(),
     };
     match play.run(watch) {
-        Ok(()) => Outcome::Played {
+        Ok(()) => ScenarioOutcome::Played {
             verdict: play.verdict,
             findings: play.findings,
             copies: play.copies,
         },
-        Err(NotDone::CannotAsk(reason)) => Outcome::CannotAsk(reason.to_owned()),
-        Err(error) => Outcome::Failed(error.to_string()),
+        Err(NotDone::CannotAsk(reason)) => ScenarioOutcome::CannotAsk(reason.to_owned()),
+        Err(error) => ScenarioOutcome::Failed(error.to_string()),
     }
 }
 

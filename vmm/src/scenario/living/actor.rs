@@ -2,7 +2,7 @@
 //!
 //! An actor is a bare copy of a process with many threads, of which only the one that forked is left: a lock that another
 //! thread held stays held for ever. So the code here **allocates nothing, takes no lock and does not panic**. It has its stack, the
-//! arena and system calls, and it does one order after the other until its channel ends, which is also what happens when the
+//! arena and system calls, and it does one command after the other until its channel ends, which is also what happens when the
 //! controller dies. `PR_SET_PDEATHSIG` would not do: it goes by the thread that forked, not by its process.
 //!
 //! Signals are blocked, so that no handler of the controller runs here; a fault in spite of that ends the process.
@@ -23,7 +23,7 @@ use super::super::performer::{Memory, PAGES, Page};
 pub(super) const HOLDS: usize = 8;
 /// How often P can fork.
 pub(super) const FORKS: usize = 8;
-/// Distance of two pages: each has a huge page's worth of addresses to itself, so that it can be moved (see [`Order::Move`]).
+/// Distance of two pages: each has a huge page's worth of addresses to itself, so that it can be moved (see [`ActorCommand::Move`]).
 pub(super) const STRIDE: u64 = 2 << 20;
 /// Bytes of a page.
 pub(super) const PAGE_BYTES: u64 = 4096;
@@ -46,14 +46,14 @@ const ARENA_BYTES: usize = ((PAGES + 1) * STRIDE) as usize;
 /// What an actor can be told to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u64)]
-pub(super) enum Order {
+pub(super) enum ActorCommand {
     /// Say whether the process is ready, and where its arena is.
     Begin,
     /// Write `value`.
     Write,
     /// Read.
     Read,
-    /// Fork. The child takes its orders from channel `value`; the answer is its process id.
+    /// Fork. The child takes its commands from channel `value`; the answer is its process id.
     Fork,
     /// End. The answer is the end of the channel.
     Exit,
@@ -78,7 +78,7 @@ pub(super) enum Order {
     DiscardRest,
 }
 
-impl Order {
+impl ActorCommand {
     const ALL: [Self; 14] = [
         Self::Begin,
         Self::Write,
@@ -97,11 +97,13 @@ impl Order {
     ];
 
     fn of(word: u64) -> Option<Self> {
-        Self::ALL.into_iter().find(|order| *order as u64 == word)
+        Self::ALL
+            .into_iter()
+            .find(|command| *command as u64 == word)
     }
 }
 
-/// An order on its way: what, which page, which value.
+/// A command on its way: what, which page, which value.
 pub(super) type Message = [u64; 3];
 /// The answer: an `errno` or 0, and a value.
 pub(super) type Reply = [u64; 2];
@@ -112,7 +114,7 @@ pub(super) struct Kit {
     /// What the pages are in.
     pub(super) memory: Memory,
     /// P's own channel.
-    pub(super) orders: RawFd,
+    pub(super) commands: RawFd,
     /// Channels for the children.
     pub(super) channels: [RawFd; FORKS],
     /// Pipes to splice pages into.
@@ -167,33 +169,33 @@ fn invalid() -> io::Error {
 pub(super) extern "C" fn live(kit: &Kit) {
     let mut actor = Actor {
         kit,
-        orders: kit.orders,
+        commands: kit.commands,
         arena: ptr::null_mut(),
     };
     let ready = close_all_but(&kit.keep).and_then(|()| actor.begin());
-    while let Some([order, page, value]) = receive(actor.orders) {
-        let outcome = match Order::of(order) {
-            Some(Order::Begin) => match &ready {
+    while let Some([command, page, value]) = receive(actor.commands) {
+        let outcome = match ActorCommand::of(command) {
+            Some(ActorCommand::Begin) => match &ready {
                 Ok(()) => Ok(actor.arena.addr() as u64),
                 Err(error) => Err(io::Error::from_raw_os_error(
                     error.raw_os_error().unwrap_or(libc::EIO),
                 )),
             },
-            Some(Order::Exit) => break,
+            Some(ActorCommand::Exit) => break,
             // Nobody asked the child anything yet.
-            Some(Order::Fork) => match actor.fork(value) {
+            Some(ActorCommand::Fork) => match actor.fork(value) {
                 Ok(Duplicate::Copy) => continue,
                 Ok(Duplicate::Original(pid)) => Ok(pid),
                 Err(error) => Err(error),
             },
-            Some(order) => actor.obey(order, page, value),
+            Some(command) => actor.obey(command, page, value),
             None => Err(invalid()),
         };
         let reply = match outcome {
             Ok(value) => [0, value],
             Err(error) => [error.raw_os_error().unwrap_or(libc::EIO) as u64, 0],
         };
-        if !send(actor.orders, &reply) {
+        if !send(actor.commands, &reply) {
             break;
         }
     }
@@ -208,7 +210,7 @@ pub(super) extern "C" fn stand_by(gate: RawFd) {
 
 struct Actor<'a> {
     kit: &'a Kit,
-    orders: RawFd,
+    commands: RawFd,
     arena: *mut u8,
 }
 
@@ -234,7 +236,7 @@ impl Actor<'_> {
         let up = start.addr().wrapping_neg() % STRIDE as usize;
         self.arena = start.wrapping_add(up);
         self.advise(0, ARENA_BYTES, libc::MADV_NOHUGEPAGE)?;
-        self.obey(Order::Read, ZERO, 0).map(drop)
+        self.obey(ActorCommand::Read, ZERO, 0).map(drop)
     }
 
     fn word(&self, page: Page) -> io::Result<*mut u64> {
@@ -248,19 +250,19 @@ impl Actor<'_> {
         place(self.kit.memory, page) as usize
     }
 
-    fn obey(&mut self, order: Order, page: Page, value: u64) -> io::Result<u64> {
+    fn obey(&mut self, command: ActorCommand, page: Page, value: u64) -> io::Result<u64> {
         let word = self.word(page)?;
         let offset = self.offset(page);
         let one = PAGE_BYTES as usize;
         let read_write = libc::PROT_READ | libc::PROT_WRITE;
-        match order {
-            // SAFETY: a word of the arena, which is mapped readable and writable between orders and which no Rust reference points to.
-            Order::Write => unsafe { word.write_volatile(value) },
+        match command {
+            // SAFETY: a word of the arena, which is mapped readable and writable between commands and which no Rust reference points to.
+            ActorCommand::Write => unsafe { word.write_volatile(value) },
             // SAFETY: as above.
-            Order::Read => return Ok(unsafe { word.read_volatile() }),
-            Order::Splice => self.splice(word, value)?,
-            Order::Register => self.register(word, value)?,
-            Order::Protect => match self.kit.memory {
+            ActorCommand::Read => return Ok(unsafe { word.read_volatile() }),
+            ActorCommand::Splice => self.splice(word, value)?,
+            ActorCommand::Register => self.register(word, value)?,
+            ActorCommand::Protect => match self.kit.memory {
                 Memory::Base => {
                     self.protect(0, ARENA_BYTES, libc::PROT_READ)?;
                     self.protect(0, ARENA_BYTES, read_write)?;
@@ -275,23 +277,23 @@ impl Actor<'_> {
                     }
                 }
             },
-            Order::Forbid => self.protect(offset, one, libc::PROT_READ)?,
-            Order::Allow => self.protect(offset, one, read_write)?,
-            Order::Discard => self.advise(offset, one, libc::MADV_DONTNEED)?,
-            Order::Move => self.relocate(offset)?,
-            Order::Collapse => {
+            ActorCommand::Forbid => self.protect(offset, one, libc::PROT_READ)?,
+            ActorCommand::Allow => self.protect(offset, one, read_write)?,
+            ActorCommand::Discard => self.advise(offset, one, libc::MADV_DONTNEED)?,
+            ActorCommand::Move => self.relocate(offset)?,
+            ActorCommand::Collapse => {
                 let huge = STRIDE as usize;
                 self.advise(0, huge, libc::MADV_HUGEPAGE)?;
                 self.collapse(0, huge)?;
             }
-            Order::DiscardRest => {
+            ActorCommand::DiscardRest => {
                 let behind = offset + one;
                 if offset > 0 {
                     self.advise(0, offset, libc::MADV_DONTNEED)?;
                 }
                 self.advise(behind, STRIDE as usize - behind, libc::MADV_DONTNEED)?;
             }
-            Order::Begin | Order::Fork | Order::Exit => return Err(invalid()),
+            ActorCommand::Begin | ActorCommand::Fork | ActorCommand::Exit => return Err(invalid()),
         }
         Ok(0)
     }
@@ -307,8 +309,8 @@ impl Actor<'_> {
         let side = unsafe { duplicate(libc::CLONE_PARENT)? };
         match side {
             Duplicate::Copy => {
-                close(self.orders);
-                self.orders = fd;
+                close(self.commands);
+                self.commands = fd;
             }
             Duplicate::Original(_) => close(fd),
         }
@@ -363,7 +365,7 @@ impl Actor<'_> {
         check(unsafe { libc::madvise(start, len, advice) }).map(drop)
     }
 
-    /// See [`Order::Move`]. A collapse refuses a page that anything but page tables refers to, as migration does.
+    /// See [`ActorCommand::Move`]. A collapse refuses a page that anything but page tables refers to, as migration does.
     fn relocate(&self, offset: usize) -> io::Result<()> {
         let (one, huge) = (PAGE_BYTES as usize, STRIDE as usize);
         self.advise(offset, huge, libc::MADV_HUGEPAGE)?;
@@ -429,15 +431,15 @@ fn close_range(first: u32, last: u32) -> io::Result<()> {
     check(unsafe { libc::syscall(libc::SYS_close_range, first, last, 0_u32) }).map(drop)
 }
 
-/// The next order, `None` at the end of the channel.
-fn receive(orders: RawFd) -> Option<Message> {
+/// The next command, `None` at the end of the channel.
+fn receive(commands: RawFd) -> Option<Message> {
     let mut message: Message = [0; 3];
     let len = size_of::<Message>();
     let mut done = 0;
     while done < len {
         let at = message.as_mut_ptr().cast::<u8>().wrapping_add(done);
         // SAFETY: the rest of `message`, which any bytes are valid for.
-        match check(unsafe { libc::read(orders, at.cast(), len - done) } as i64) {
+        match check(unsafe { libc::read(commands, at.cast(), len - done) } as i64) {
             Ok(0) => return None,
             Ok(count) => done += count as usize,
             Err(error) if error.raw_os_error() == Some(libc::EINTR) => {}
@@ -448,13 +450,13 @@ fn receive(orders: RawFd) -> Option<Message> {
 }
 
 /// Answers. Says whether there was somebody to answer to.
-fn send(orders: RawFd, reply: &Reply) -> bool {
+fn send(commands: RawFd, reply: &Reply) -> bool {
     let len = size_of::<Reply>();
     let mut done = 0;
     while done < len {
         let at = reply.as_ptr().cast::<u8>().wrapping_add(done);
         // SAFETY: the rest of `reply`.
-        match check(unsafe { libc::write(orders, at.cast(), len - done) } as i64) {
+        match check(unsafe { libc::write(commands, at.cast(), len - done) } as i64) {
             Ok(count) => done += count as usize,
             Err(error) if error.raw_os_error() == Some(libc::EINTR) => {}
             Err(_) => return false,

@@ -4,17 +4,17 @@
 //! is [`NotDone::CannotAsk`].
 //!
 //! ```text
-//!   controller ── orders ──> P ── clone ──> C <── orders ── controller
-//!       │                    │ vmsplice     │
-//!       ├─ pipes <───────────┴──────────────┤        transient readers
-//!       └─ rings <─── register a page ──────┘        devices
+//!   controller ── commands ──> P ── clone ──> C <── commands ── controller
+//!       │                      │ vmsplice     │
+//!       ├─ pipes <─────────────┴──────────────┤        transient readers
+//!       └─ rings <──── register a page ───────┘        devices
 //! ```
 //!
 //! | file | concept |
 //! |---|---|
 //! | `steps` | what is done for each step |
 //! | `actor` | what runs in the processes |
-//! | `process` | the controller's side of one: orders, answers, its end |
+//! | `process` | the controller's side of one: commands, answers, its end |
 //! | `pipe` | transient readers |
 //! | `uring` | devices |
 //! | `pagemap` | which frame a page is in |
@@ -39,10 +39,10 @@ use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 
-use self::actor::{FORKS, HOLDS, Kit, Order, ZERO, place};
+use self::actor::{ActorCommand, FORKS, HOLDS, Kit, ZERO, place};
 use self::pagemap::Entry;
 use self::pipe::Splice;
-use self::process::{OrderError, Process, channel};
+use self::process::{ActorError, Process, channel};
 use self::uring::PinRing;
 use super::performer::{HoldId, Memory, NotDone, PAGES, Page, Who};
 use palimpsest::mm::Pfn;
@@ -107,7 +107,7 @@ impl Living {
     /// What this host does not let a process have. That there is no io_uring is no error:
     /// see [`Living::why_no_pins`].
     pub fn new(memory: Memory) -> Result<Self, LivingError> {
-        let (orders, orders_end) = channel().map_err(LivingError::Files)?;
+        let (commands, commands_end) = channel().map_err(LivingError::Files)?;
         let (channels, ends): (Vec<UnixStream>, Vec<OwnedFd>) = (0..FORKS)
             .map(|_| channel())
             .collect::<io::Result<Vec<_>>>()
@@ -119,22 +119,22 @@ impl Living {
             .collect::<io::Result<Vec<_>>>()
             .map_err(LivingError::Files)?;
         let rings: Result<Vec<_>, _> = (0..HOLDS).map(|_| PinRing::new()).collect();
-        let kit = kit(memory, &orders_end, &ends, &pipes, rings.as_deref().ok());
+        let kit = kit(memory, &commands_end, &ends, &pipes, rings.as_deref().ok());
 
-        let mut parent = Process::first(orders, &kit).map_err(LivingError::Process)?;
+        let mut parent = Process::first(commands, &kit).map_err(LivingError::Process)?;
         // From here on a channel ends with the process that has its other end.
-        drop((orders_end, ends));
+        drop((commands_end, ends));
         let arena = parent
-            .ask(Order::Begin, 0, 0)
+            .ask(ActorCommand::Begin, 0, 0)
             .map_err(|error| LivingError::NotReady(error.to_string()))?;
         if memory == Memory::Huge {
             // There must be a page to begin with.
             let made = parent
-                .ask(Order::Write, 0, 0)
-                .and_then(|_| parent.ask(Order::Collapse, 0, 0));
+                .ask(ActorCommand::Write, 0, 0)
+                .and_then(|_| parent.ask(ActorCommand::Collapse, 0, 0));
             match made {
                 Ok(_) => {}
-                Err(OrderError::Call(error)) => return Err(LivingError::NoHugePages(error)),
+                Err(ActorError::Call(error)) => return Err(LivingError::NoHugePages(error)),
                 Err(error) => return Err(LivingError::NotReady(error.to_string())),
             }
         }
@@ -191,7 +191,7 @@ impl Living {
         }
     }
 
-    fn process(&mut self, who: Who) -> Result<&mut Process, OrderError> {
+    fn process(&mut self, who: Who) -> Result<&mut Process, ActorError> {
         match who {
             Who::P => self.parent.as_mut(),
             Who::C => self.child.as_mut(),
@@ -200,9 +200,15 @@ impl Living {
         .ok_or_else(|| not_there(who))
     }
 
-    fn order(&mut self, who: Who, order: Order, page: Page, value: u64) -> Result<u64, OrderError> {
-        self.address(page).map_err(OrderError::Call)?;
-        self.process(who)?.ask(order, page, value)
+    fn command(
+        &mut self,
+        who: Who,
+        command: ActorCommand,
+        page: Page,
+        value: u64,
+    ) -> Result<u64, ActorError> {
+        self.address(page).map_err(ActorError::Call)?;
+        self.process(who)?.ask(command, page, value)
     }
 
     /// The first of the pipes or rings, as `place` says, that no hold is in.
@@ -246,20 +252,20 @@ impl Drop for Living {
 /// What the actors inherit.
 fn kit(
     memory: Memory,
-    orders: &OwnedFd,
+    commands: &OwnedFd,
     channels: &[OwnedFd],
     pipes: &[Splice],
     rings: Option<&[PinRing]>,
 ) -> Kit {
     let mut kit = Kit {
         memory,
-        orders: orders.as_raw_fd(),
+        commands: commands.as_raw_fd(),
         channels: array::from_fn(|index| channels[index].as_raw_fd()),
         pipes: array::from_fn(|index| pipes[index].actors_end()),
         rings: rings.map(|rings| array::from_fn(|index| rings[index].file())),
         keep: Vec::new(),
     };
-    kit.keep.push(kit.orders);
+    kit.keep.push(kit.commands);
     kit.keep.extend(kit.channels);
     kit.keep.extend(kit.pipes);
     kit.keep.extend(kit.rings.into_iter().flatten());
@@ -267,8 +273,8 @@ fn kit(
     kit
 }
 
-fn not_there(who: Who) -> OrderError {
-    OrderError::Gone {
+fn not_there(who: Who) -> ActorError {
+    ActorError::Gone {
         who,
         how: "is not there".to_owned(),
     }

@@ -18,18 +18,18 @@ use std::io::{self, ErrorKind};
 use std::os::unix::fs::FileExt;
 
 use super::super::performer::{Hold, HoldId, Memory, NotDone, Page, PageView, Performer, Who};
-use super::actor::Order;
-use super::process::{OrderError, Process};
+use super::actor::ActorCommand;
+use super::process::{ActorError, Process};
 use super::{Held, Living, failed, not_there};
 
 impl Performer for Living {
     fn write(&mut self, who: Who, page: Page, value: u64) -> Result<(), NotDone> {
-        self.order(who, Order::Write, page, value)?;
+        self.command(who, ActorCommand::Write, page, value)?;
         Ok(())
     }
 
     fn read(&mut self, who: Who, page: Page) -> Result<u64, NotDone> {
-        Ok(self.order(who, Order::Read, page, 0)?)
+        Ok(self.command(who, ActorCommand::Read, page, 0)?)
     }
 
     fn fork(&mut self) -> Result<(), NotDone> {
@@ -37,21 +37,21 @@ impl Performer for Living {
             return Err(NotDone::Failed("C is there already".to_owned()));
         }
         self.process(Who::P)?;
-        let (index, orders) = self.channels.pop_first().ok_or(NotDone::CannotAsk(
+        let (index, commands) = self.channels.pop_first().ok_or(NotDone::CannotAsk(
             "there are channels for only eight forks of P",
         ))?;
-        let pid = match self.order(Who::P, Order::Fork, 0, index) {
+        let pid = match self.command(Who::P, ActorCommand::Fork, 0, index) {
             Ok(pid) => pid,
-            Err(OrderError::Call(error)) if is_shortage(&error) => {
-                self.channels.insert(index, orders);
+            Err(ActorError::Call(error)) if is_shortage(&error) => {
+                self.channels.insert(index, commands);
                 return Err(NotDone::Refused(error.to_string()));
             }
             Err(error) => return Err(error.into()),
         };
         let child = self
             .child
-            .insert(Process::child(pid, orders).map_err(failed)?);
-        child.ask(Order::Begin, 0, 0)?;
+            .insert(Process::child(pid, commands).map_err(failed)?);
+        child.ask(ActorCommand::Begin, 0, 0)?;
         Ok(())
     }
 
@@ -82,7 +82,7 @@ impl Performer for Living {
                     Held::Spliced { pipe } => Some(*pipe),
                     Held::Registered { .. } => None,
                 })?;
-                self.order(who, Order::Splice, page, pipe as u64)?;
+                self.command(who, ActorCommand::Splice, page, pipe as u64)?;
                 Held::Spliced { pipe }
             }
             Hold::PinWrite => {
@@ -92,9 +92,9 @@ impl Performer for Living {
                 })?;
                 let address = self.address(page).map_err(failed)?;
                 self.ring(ring)?;
-                match self.order(who, Order::Register, page, ring as u64) {
+                match self.command(who, ActorCommand::Register, page, ring as u64) {
                     Ok(_) => Held::Registered { ring, address },
-                    Err(OrderError::Call(error)) if is_shortage(&error) => {
+                    Err(ActorError::Call(error)) if is_shortage(&error) => {
                         return Err(NotDone::CannotAsk(
                             "this user may not lock the memory that a registered buffer is in (ulimit -l)",
                         ));
@@ -145,24 +145,24 @@ impl Performer for Living {
     }
 
     fn protect(&mut self, who: Who) -> Result<(), NotDone> {
-        self.order(who, Order::Protect, 0, 0)?;
+        self.command(who, ActorCommand::Protect, 0, 0)?;
         Ok(())
     }
 
     fn discard(&mut self, who: Who, page: Page) -> Result<(), NotDone> {
-        self.order(who, Order::Discard, page, 0)?;
+        self.command(who, ActorCommand::Discard, page, 0)?;
         Ok(())
     }
 
     fn discard_rest(&mut self, who: Who, page: Page) -> Result<(), NotDone> {
-        self.order(who, Order::DiscardRest, page, 0)?;
+        self.command(who, ActorCommand::DiscardRest, page, 0)?;
         Ok(())
     }
 
     fn collapse(&mut self, who: Who, page: Page) -> Result<(), NotDone> {
-        match self.order(who, Order::Collapse, page, 0) {
+        match self.command(who, ActorCommand::Collapse, page, 0) {
             Ok(_) => Ok(()),
-            Err(OrderError::Call(error)) if is_refusal(&error) => {
+            Err(ActorError::Call(error)) if is_refusal(&error) => {
                 Err(NotDone::Refused(error.to_string()))
             }
             Err(error) => Err(error.into()),
@@ -191,9 +191,9 @@ impl Performer for Living {
                 "only compaction, which is for root and for the whole host, moves a page that is shared",
             ));
         }
-        match self.order(who, Order::Move, page, 0) {
+        match self.command(who, ActorCommand::Move, page, 0) {
             Ok(_) => Ok(()),
-            Err(OrderError::Call(error)) => match error.raw_os_error() {
+            Err(ActorError::Call(error)) => match error.raw_os_error() {
                 Some(libc::EAGAIN) => {
                     Err(NotDone::Refused("something refers to the page".to_owned()))
                 }
@@ -223,9 +223,9 @@ impl Performer for Living {
                 ),
                 _ => failed(error),
             })?;
-        self.order(who, Order::Forbid, page, 0)?;
+        self.command(who, ActorCommand::Forbid, page, 0)?;
         let written = memory.write_all_at(&value.to_ne_bytes(), address);
-        self.order(who, Order::Allow, page, 0)?;
+        self.command(who, ActorCommand::Allow, page, 0)?;
         written.map_err(|error| match error.raw_os_error() {
             Some(libc::EIO) => NotDone::CannotAsk(
                 "this kernel does not override protections for /proc/<pid>/mem (proc_mem.force_override)",

@@ -69,7 +69,7 @@ const FOLIO_LIMIT: u64 = 8;
 
 /// The memory of the guests of a stage.
 #[derive(Clone, Copy, Debug)]
-struct Plan {
+struct StageLayout {
     memory: Memory,
     /// The first page of the address space, in the window.
     first: Gfn,
@@ -81,7 +81,7 @@ struct Plan {
     frames: u64,
 }
 
-impl Plan {
+impl StageLayout {
     /// Beside a program that ends before page `end`.
     fn new(memory: Memory, end: Gfn) -> Self {
         let (first, pages, limit) = match memory {
@@ -170,7 +170,7 @@ pub struct RealStage {
     physmap: Arc<PhysMap>,
     budget: Arc<MappingBudget>,
     program: Arc<Program>,
-    plan: Plan,
+    layout: StageLayout,
     /// The first guest's mailbox; those of the others follow.
     mailboxes: Pfn,
     /// Guests there ever were.
@@ -203,16 +203,16 @@ impl RealStage {
             Protection::ReadWrite,
         )?;
         let window = Arc::new(window);
-        let part = Part {
+        let shown = OffsetWindow {
             window: Arc::clone(&window),
-            first: self.plan.first,
+            first: self.layout.first,
         };
-        let space = make(wrap(Box::new(part)))?;
+        let space = make(wrap(Box::new(shown)))?;
         let ram = Ram::new(Arc::new(space), Arc::clone(&self.physmap));
         let memory = GuestMemory {
             ram: ram.clone(),
             program: Arc::clone(&self.program),
-            plan: self.plan,
+            layout: self.layout,
         };
 
         let host = NonNull::new(std::ptr::with_exposed_provenance_mut(
@@ -237,7 +237,7 @@ impl RealStage {
             line: Mutex::new(line),
             machine,
             ram,
-            plan: self.plan,
+            layout: self.layout,
             _window: window,
         };
         actor.machine.start(self.program.entry())?;
@@ -269,17 +269,17 @@ impl Stage for RealStage {
         let kvm = Kvm::open()?;
         let image = Image::parse(guest::PUPPET)?;
         let programs = Program::frames(&image);
-        let plan = Plan::new(memory, Program::end_of(&image));
+        let layout = StageLayout::new(memory, Program::end_of(&image));
         let reserve = |source| RealError::Reserve {
             what: "frames",
             source,
         };
         // Behind the pool's frames are those of the stage itself.
-        let first = Pfn(plan.frames);
-        let physmap = PhysMap::new(plan.frames + programs + GUESTS).map_err(reserve)?;
+        let first = Pfn(layout.frames);
+        let physmap = PhysMap::new(layout.frames + programs + GUESTS).map_err(reserve)?;
         physmap.commit(first, programs).map_err(reserve)?;
-        let pool = FramePool::new(Arc::clone(&physmap) as _, plan.frames, plan.limit)?;
-        let end = plan.end(Program::end_of(&image));
+        let pool = FramePool::new(Arc::clone(&physmap) as _, layout.frames, layout.limit)?;
+        let end = layout.end(Program::end_of(&image));
         let program = Program::load(Arc::clone(&physmap), first, &image, end)?;
         Ok(Self {
             kvm,
@@ -287,7 +287,7 @@ impl Stage for RealStage {
             physmap,
             budget: Arc::new(MappingBudget::of_this_process()),
             program: Arc::new(program),
-            plan,
+            layout,
             mailboxes: Pfn(first.0 + programs),
             guests: AtomicU64::new(0),
         })
@@ -302,7 +302,7 @@ impl Stage for RealStage {
         policy: P,
         wrap: Wrap<'_>,
     ) -> Result<Self::Actor<P>, StageError> {
-        let (pool, pages) = (Arc::clone(&self.pool), self.plan.pages);
+        let (pool, pages) = (Arc::clone(&self.pool), self.layout.pages);
         self.actor(wrap, |mmu| Ok(AddressSpace::new(pool, policy, mmu, pages)?))
     }
 
@@ -312,7 +312,7 @@ impl Stage for RealStage {
         policy: P,
         wrap: Wrap<'_>,
     ) -> Result<Self::Actor<P>, StageError> {
-        let (pages, space) = (frozen.pages(), self.plan.pages);
+        let (pages, space) = (frozen.pages(), self.layout.pages);
         if pages != space {
             return Err(RealError::Foreign { pages, space }.into());
         }
@@ -338,7 +338,7 @@ pub struct RealActor<P> {
     line: Mutex<Line>,
     machine: Machine,
     ram: Ram<P>,
-    plan: Plan,
+    layout: StageLayout,
     _window: Arc<Window>,
 }
 
@@ -360,35 +360,35 @@ impl<P: CowPolicy> Actor<P> for RealActor<P> {
     }
 
     fn gfn(&self, page: u64) -> Gfn {
-        self.plan.gfn(page)
+        self.layout.gfn(page)
     }
 
     fn cpu_write(&self, page: u64, value: u64) -> Result<(), StageError> {
-        let gpa = self.plan.gpa(page)?;
+        let gpa = self.layout.gpa(page)?;
         self.ask(Command::Write { gpa, value })?;
         Ok(())
     }
 
     fn cpu_read(&self, page: u64) -> Result<u64, StageError> {
-        let gpa = self.plan.gpa(page)?;
+        let gpa = self.layout.gpa(page)?;
         Ok(self.ask(Command::Read { gpa })?)
     }
 }
 
 /// The part of a window that is an address space's, from page `first` on. `wrap` may do with it as it likes: the actor keeps
 /// the window mapped.
-struct Part {
+struct OffsetWindow {
     window: Arc<Window>,
     first: Gfn,
 }
 
-impl Part {
+impl OffsetWindow {
     fn at(&self, gfn: Gfn) -> Gfn {
         Gfn(self.first.0 + gfn.0)
     }
 }
 
-impl Mmu for Part {
+impl Mmu for OffsetWindow {
     fn map(
         &self,
         first: Gfn,
@@ -412,13 +412,13 @@ impl Mmu for Part {
 struct GuestMemory<P> {
     ram: Ram<P>,
     program: Arc<Program>,
-    plan: Plan,
+    layout: StageLayout,
 }
 
 impl<P> GuestMemory<P> {
     /// Where `gpa` is in the address space, if it is there.
     fn in_space(&self, gpa: u64) -> Option<u64> {
-        let page = self.plan.page_of(Gfn::of_gpa(gpa).0)?;
+        let page = self.layout.page_of(Gfn::of_gpa(gpa).0)?;
         Some(page.gpa() + gpa % PAGE_SIZE)
     }
 }
@@ -429,12 +429,12 @@ impl<P: CowPolicy> GuestRam for GuestMemory<P> {
     }
 
     fn write_fault(&self, gfn: u64) -> Result<bool, MemoryError> {
-        match self.plan.page_of(gfn) {
+        match self.layout.page_of(gfn) {
             Some(page) => Ok(self.ram.space().write_fault(page)? != Resolution::AlreadyWritable),
             // Nothing becomes writable there.
             None if self.program.is_writable(Gfn(gfn)) => Ok(false),
             None => {
-                let (gfn, pages) = (Gfn(gfn), self.plan.pages);
+                let (gfn, pages) = (Gfn(gfn), self.layout.pages);
                 Err(format!("{gfn:?} is beside the address space, which has {pages} pages").into())
             }
         }

@@ -18,7 +18,7 @@ const TABLES: u64 = 3;
 #[derive(Debug)]
 pub(super) struct Program {
     physmap: Arc<PhysMap>,
-    parts: [Part; 2],
+    runs: [FrameRun; 2],
     entry: u64,
     /// The page behind all that a guest has.
     end: Gfn,
@@ -26,14 +26,14 @@ pub(super) struct Program {
 
 /// Pages of guest memory that are in frames which follow each other.
 #[derive(Clone, Copy, Debug)]
-struct Part {
+struct FrameRun {
     first: Gfn,
     frame: Pfn,
     pages: u64,
     protection: Protection,
 }
 
-impl Part {
+impl FrameRun {
     fn has(&self, gfn: Gfn) -> bool {
         (self.first.0..self.first.0 + self.pages).contains(&gfn.0)
     }
@@ -60,14 +60,14 @@ impl Program {
     ) -> Result<Self, BootError> {
         let program = Self {
             physmap,
-            parts: [
-                Part {
+            runs: [
+                FrameRun {
                     first: Gfn::of_gpa(PAGE_TABLES_GPA),
                     frame: first,
                     pages: TABLES,
                     protection: Protection::ReadWrite,
                 },
-                Part {
+                FrameRun {
                     first: Gfn::of_gpa(IMAGE_GPA),
                     frame: Pfn(first.0 + TABLES),
                     pages: image_pages(image),
@@ -89,23 +89,23 @@ impl Program {
 
     /// Makes `window` show it.
     pub(super) fn show(&self, window: &Window) -> Result<(), MmuError> {
-        self.parts
+        self.runs
             .iter()
-            .try_for_each(|part| window.map(part.first, part.frame, part.pages, part.protection))
+            .try_for_each(|run| window.map(run.first, run.frame, run.pages, run.protection))
     }
 
     /// Whether `gfn` is of it and can be written.
     pub(super) fn is_writable(&self, gfn: Gfn) -> bool {
-        let writable = |part: &Part| part.protection == Protection::ReadWrite && part.has(gfn);
-        self.parts.iter().any(writable)
+        let writable = |run: &FrameRun| run.protection == Protection::ReadWrite && run.has(gfn);
+        self.runs.iter().any(writable)
     }
 
     /// Where the `len` bytes at `gpa`, which lie in one page, are in the physmap.
     fn find(&self, gpa: u64, len: usize) -> Result<(Pfn, u64), MemoryError> {
         let (gfn, offset) = (Gfn::of_gpa(gpa), gpa % PAGE_SIZE);
-        let frame = self.parts.iter().find_map(|part| {
-            let page = gfn.0.checked_sub(part.first.0)?;
-            (page < part.pages).then_some(Pfn(part.frame.0 + page))
+        let frame = self.runs.iter().find_map(|run| {
+            let page = gfn.0.checked_sub(run.first.0)?;
+            (page < run.pages).then_some(Pfn(run.frame.0 + page))
         });
         frame
             .filter(|_| len as u64 <= PAGE_SIZE - offset)
