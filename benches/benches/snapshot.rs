@@ -33,8 +33,8 @@ const GIB: u64 = 1 << 30;
 
 /// Measure snapshots of the same guest under each technique.
 ///
-/// The guest writes one word a page as fast as it can. Each technique takes the same snapshots of it, one after the
-/// other on this machine; what is printed are the times, and their ratios to ours.
+/// The guest writes one word a page as fast as it can. Each technique takes the same snapshots of it, one
+/// after the other on this machine; what is printed are the times, and their ratios to ours.
 #[derive(Debug, Parser)]
 #[command(name = "snapshot", max_term_width = 100, after_long_help = techniques())]
 struct Args {
@@ -77,16 +77,22 @@ struct Args {
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     hot: Option<u64>,
 
-    /// In the pattern hot, one write of this many is elsewhere. A vCPU writes tens of millions of pages a second: one in ten would
-    /// leave nothing cold
-    #[arg(long, value_name = "N", default_value = "10000", value_parser = clap::value_parser!(u64).range(2..))]
+    /// In the pattern hot, one write of this many is elsewhere. A vCPU writes tens of millions of pages a
+    /// second: one in ten would leave nothing cold
+    #[arg(
+        long,
+        value_name = "N",
+        default_value = "10000",
+        value_parser = clap::value_parser!(u64).range(2..)
+    )]
     cold_every: u64,
 
     /// A device writes guest memory beside the vCPUs
     #[arg(long)]
     dma: bool,
 
-    /// The whole matrix: 256M, 1G, 4G, 8G; all patterns; 1 and 2 vCPUs; with and without a device. Takes hours
+    /// The whole matrix: 256M, 1G, 4G, 8G; all patterns; 1 and 2 vCPUs; with and
+    /// without a device. Takes hours
     #[arg(long)]
     all: bool,
 
@@ -322,7 +328,8 @@ fn print(text: &str) -> Result<(), Error> {
     }
 }
 
-/// A flag that the first SIGINT or SIGTERM sets. The second one ends the process; children that are snapshots end with it.
+/// A flag that the first SIGINT or SIGTERM sets. The second one ends the process; children that
+/// are snapshots end with it.
 fn stop_flag() -> io::Result<Arc<AtomicBool>> {
     let stop = Arc::new(AtomicBool::new(false));
     for signal in [SIGINT, SIGTERM] {

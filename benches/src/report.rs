@@ -41,7 +41,8 @@ pub struct Platform {
     pub kernel: String,
     /// CPUs.
     pub cpus: usize,
-    /// Programs that ran or wanted to when this began (the load of the last minute): with any, the numbers are theirs too.
+    /// Programs that ran or wanted to when this began (the load of the last minute): with any,
+    /// the numbers are theirs too.
     pub load: f64,
 }
 

@@ -1,5 +1,6 @@
-//! A guest to measure with: every vCPU writes one word a page over its share of memory for ever, as fast as it can, and keeps
-//! what it saw of the time. The shared file `sweep` has the order of the writes and the notes.
+//! A guest to measure with: every vCPU writes one word a page over its share of memory for ever,
+//! as fast as it can, and keeps what it saw of the time. The shared file `sweep` has the order of
+//! the writes and the notes.
 //!
 //! It has nothing to check and no devices to drive, so that a pause or a fault is all that can slow it down.
 
@@ -68,7 +69,8 @@ fn run(boot: &BootInfo, index: u64) -> ! {
     panic!("the laps are used up");
 }
 
-/// Writes a word in page `page` of this vCPU's share: another one from page to page, so that not all are in the same cache set.
+/// Writes a word in page `page` of this vCPU's share: another one from page to page, so that not all
+/// are in the same cache set.
 #[inline]
 fn write(orders: &SweepOrders, page: u64, word: u64) {
     let gpa = orders.first + page * PAGE_SIZE + page % 64 * 64;

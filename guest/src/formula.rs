@@ -135,7 +135,8 @@ pub const fn register_word(key: u64, word: u64) -> u64 {
     key.wrapping_add(word.wrapping_mul(BUFFER_STEP))
 }
 
-/// The vCPU in whose page vCPU `from` leaves its mark when it has done `ops` operations. `None` if it is alone.
+/// The vCPU in whose page vCPU `from` leaves its mark when it has done `ops`
+/// operations. `None` if it is alone.
 ///
 /// All others in turn, so that every two know of each other after as many operations as there are vCPUs.
 pub const fn mark_target(vcpus: u64, from: u64, ops: u64) -> Option<u64> {
@@ -145,8 +146,8 @@ pub const fn mark_target(vcpus: u64, from: u64, ops: u64) -> Option<u64> {
     }
 }
 
-/// The mark of vCPU `from`, which has done `ops` operations, in the page of vCPU `to`: how many it had done when it left one there. 0
-/// if it has not.
+/// The mark of vCPU `from`, which has done `ops` operations, in the page of vCPU `to`: how many it had done
+/// when it left one there. 0 if it has not.
 pub const fn last_mark(vcpus: u64, from: u64, to: u64, ops: u64) -> u64 {
     if vcpus < 2 || from == to {
         return 0;
@@ -261,7 +262,8 @@ impl Schedule {
     }
 }
 
-/// A set of slots in which index after index writes every slot once an epoch, each epoch in an order of its own.
+/// A set of slots in which index after index writes every slot once an epoch, each
+/// epoch in an order of its own.
 ///
 /// The order is a keyed permutation of the next power of two, walked until it falls inside the set. Each
 /// of its rounds can be undone (addition, multiplication by an odd number, and an xor with a shift of at
@@ -440,7 +442,8 @@ mod tests {
         let slots = 20_000;
         let schedule = Schedule::new(Pattern::Uniform, slots, 5, 2);
         let other = Schedule::new(Pattern::Uniform, slots, 5, 3);
-        // Each of these counts is about 1 for random orders; 2 is expected of the first, which has two neighbours.
+        // Each of these counts is about 1 for random orders; 2 is expected of the first,
+        // which has two neighbours.
         let neighbours = (1..slots)
             .filter(|&op| schedule.slot_of(op).abs_diff(schedule.slot_of(op - 1)) == 1)
             .count();

@@ -1,8 +1,9 @@
 //! What the measuring guest does: which page it writes next, and what it keeps of its own times.
 //!
-//! Each vCPU has a share of the memory and writes one word a page in it, along a [`Route`], for ever. It reads the time-stamp counter after
-//! every write, so that whatever stops it, for however short, is seen as a gap between two writes. Writes are counted in *laps* of a
-//! fixed number: a lap is what the guest's lost time is measured in.
+//! Each vCPU has a share of the memory and writes one word a page in it, along a [`Route`], for ever. It
+//! reads the time-stamp counter after every write, so that whatever stops it, for however short, is seen
+//! as a gap between two writes. Writes are counted in *laps* of a fixed number: a lap is what the guest's
+//! lost time is measured in.
 //!
 //! Not covered: this guest checks nothing. What its memory holds follows no formula; the payload is for that.
 
@@ -39,7 +40,8 @@ pub struct Choice {
     pub cold_every: u64,
 }
 
-/// What a vCPU says of itself, and its orders. Lies where other guests have their `VcpuPage`, and spans several pages as that does.
+/// What a vCPU says of itself, and its orders. Lies where other guests have their `VcpuPage`, and spans
+/// several pages as that does.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct SweepPage {
@@ -51,7 +53,8 @@ pub struct SweepPage {
     pub ops: u64,
     /// Laps done.
     pub laps: u64,
-    /// The last laps: lap `n` is at `n % LAPS`, from when [`SweepPage::laps`] is beyond `n` to when it is beyond `n + LAPS - 1`.
+    /// The last laps: lap `n` is at `n % LAPS`, from when [`SweepPage::laps`] is beyond `n` to when it
+    /// is beyond `n + LAPS - 1`.
     pub ring: [Lap; LAPS as usize],
 }
 
@@ -88,7 +91,8 @@ pub struct Route {
 pub type Order = Route;
 
 impl Route {
-    /// The route that `choice` asks for, from its beginning. `None` if there is none such: no such pattern, or nothing to choose from.
+    /// The route that `choice` asks for, from its beginning. `None` if there is none such: no such pattern,
+    /// or nothing to choose from.
     pub const fn new(choice: Choice) -> Option<Self> {
         let Some(pattern) = Pattern::from_raw(choice.pattern) else {
             return None;
@@ -159,7 +163,8 @@ const fn min(a: u64, b: u64) -> u64 {
     if a < b { a } else { b }
 }
 
-/// The numbers below `len` in an order without a pattern that caches or prefetchers know, each once before any is there again.
+/// The numbers below `len` in an order without a pattern that caches or prefetchers know, each once
+/// before any is there again.
 #[derive(Clone, Copy, Debug)]
 struct Shuffle {
     len: u64,

@@ -96,8 +96,8 @@ impl Anonymous {
 
     /// What KVM is told of it. The machine made with it must be dropped before this memory is.
     pub(super) fn window(&self) -> kvm::Window {
-        // SAFETY: mapped until `self` is dropped, which by the contract of `Technique::window` is after the machine; nothing
-        // else is ever mapped here, and there are no references into it.
+        // SAFETY: mapped until `self` is dropped, which by the contract of `Technique::window` is after the
+        // machine; nothing else is ever mapped here, and there are no references into it.
         unsafe { kvm::Window::new(self.base, self.len) }
     }
 
@@ -107,8 +107,8 @@ impl Anonymous {
             .map_err(host("populate guest memory"))
     }
 
-    /// Makes every 2 MiB that is in small pages one huge page again. A page that somebody holds just then is tried again, and
-    /// left as it is if that does not help: khugepaged would come back to it too.
+    /// Makes every 2 MiB that is in small pages one huge page again. A page that somebody holds just then is
+    /// tried again, and left as it is if that does not help: khugepaged would come back to it too.
     pub(super) fn collapse(&self) -> Result<(), TechniqueError> {
         let regions = (0..self.len).step_by(REGION_SIZE as usize);
         // A last part of a region has no huge page.
@@ -139,7 +139,8 @@ impl Anonymous {
             "{range:x?} is not in the memory"
         );
         loop {
-            // SAFETY: the range is in the mapping. What is dropped by an advice is nobody's: there are no references into it.
+            // SAFETY: the range is in the mapping. What is dropped by an advice is nobody's: there
+            // are no references into it.
             let done = unsafe {
                 libc::madvise(
                     self.base.as_ptr().add(range.start as usize).cast(),

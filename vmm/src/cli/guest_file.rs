@@ -10,7 +10,8 @@ use super::units::bytes;
 /// No program is longer, debug information and all.
 const LONGEST: u64 = 256 << 20;
 
-/// Reads the file at `path`. No more of it than a program may have, and of a file without a length, as the kernel makes them, nothing.
+/// Reads the file at `path`. No more of it than a program may have, and of a file without a length, as the
+/// kernel makes them, nothing.
 pub(super) fn read(path: &Path) -> io::Result<Vec<u8>> {
     // Before it is opened: to open a pipe waits for somebody, and to open a device may do things.
     length(&fs::metadata(path)?)?;

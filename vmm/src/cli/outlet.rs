@@ -1,8 +1,9 @@
 //! Output that somebody reads, perhaps.
 //!
-//! Nobody has to read what this program prints: a pipe may be full, a terminal stopped by Ctrl-S, and then a write waits for ever. So a
-//! thread of its own writes, from a queue that has an end: what does not fit is dropped and counted, whoever prints never waits, and
-//! at the end the rest is waited for as long as somebody takes some of it.
+//! Nobody has to read what this program prints: a pipe may be full, a terminal stopped by Ctrl-S, and then a
+//! write waits for ever. So a thread of its own writes, from a queue that has an end: what does not fit is
+//! dropped and counted, whoever prints never waits, and at the end the rest is waited for as long as
+//! somebody takes some of it.
 
 use std::collections::VecDeque;
 use std::fs::File;

@@ -45,7 +45,8 @@ fn is_screen(stream: &impl IsTerminal) -> bool {
     stream.is_terminal() && env::var_os("TERM").is_some_and(|term| term != "dumb")
 }
 
-/// Standard error, shared by the status block and whoever else writes lines. Nobody who writes waits for somebody to read.
+/// Standard error, shared by the status block and whoever else writes lines. Nobody who writes
+/// waits for somebody to read.
 #[derive(Clone, Debug)]
 pub(crate) struct Screen {
     /// `None` if there is no thread for it.

@@ -143,8 +143,8 @@ impl Observer for Status {
 
 /// The block: a bar, the counters, and the violations in `colour`.
 ///
-/// It begins with an empty line. The `^C` that a terminal echoes pushes the block up by one, and what is on its first
-/// line then stays on the screen.
+/// It begins with an empty line. The `^C` that a terminal echoes pushes the block up by one, and what is on
+/// its first line then stays on the screen.
 fn block_style(colour: &str) -> ProgressStyle {
     ProgressStyle::with_template(&format!(
         "\n[{{bar:58.cyan}}]\n{{msg}}\nviolations  {{prefix:.{colour}}}"

@@ -13,8 +13,8 @@ use palimpsest::kvm::Platform;
 
 /// Threads of a run besides those of vCPUs and devices.
 const OTHER_THREADS: u64 = 4;
-/// Files of a run besides those of vCPUs and devices: standard streams and one of them once more, KVM, the VM, the physmap, and one that is
-/// read or written now and then.
+/// Files of a run besides those of vCPUs and devices: standard streams and one of them once more, KVM, the
+/// VM, the physmap, and one that is read or written now and then.
 const OTHER_FILES: u64 = 8;
 /// Files of a vCPU, or of a device.
 const FILES_EACH: u64 = 1;

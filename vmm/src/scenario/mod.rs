@@ -1,7 +1,7 @@
 //! Scenarios: the historical bugs of copy-on-write, acted out step by step (PROTOCOL.md 8).
 //!
-//! Nothing in here knows the outcome of a step: the table says what is done, a performer does it, and the engine compares what
-//! memory holds with what was written.
+//! Nothing in here knows the outcome of a step: the table says what is done, a performer does it, and the
+//! engine compares what memory holds with what was written.
 //!
 //! | file | concept |
 //! |---|---|

@@ -125,7 +125,8 @@ impl Row {
 }
 
 impl Survey {
-    /// Plays every scenario, each on a new stage. `tick` is told which one is next; if it says `false` the survey ends there.
+    /// Plays every scenario, each on a new stage. `tick` is told which one is next; if it says
+    /// `false` the survey ends there.
     pub fn take<S: Stage>(tick: &mut dyn FnMut(&Scenario) -> bool) -> Self {
         Self {
             stage: S::NAME,

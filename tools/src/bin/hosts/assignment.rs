@@ -11,8 +11,8 @@ pub(crate) struct Assignment {
     pub(crate) extent: Extent,
 }
 
-/// All that there is time for on `host`, of `suites` if any are named. Tests take as long as all the rest, and have an emulator of
-/// their own.
+/// All that there is time for on `host`, of `suites` if any are named. Tests take as long as all the rest,
+/// and have an emulator of their own.
 pub(crate) fn by_hand(host: &'static Host, suites: &[Suite]) -> Vec<Assignment> {
     let (possible, extent) = match host.processor {
         Processor::Amd => (&Suite::ALL[..], Extent::Full),
@@ -52,7 +52,8 @@ pub(crate) fn for_a_command(host: &'static Host) -> Assignment {
     }
 }
 
-/// What a change must pass to land: all on the host that most machines are like, and a look at the other way to run a guest there.
+/// What a change must pass to land: all on the host that most machines are like, and a look at the other
+/// way to run a guest there.
 pub(crate) fn for_every_change() -> Vec<Assignment> {
     let assignment = |name: &str, suites: &[Suite]| {
         host::named(name).map(|host| Assignment {

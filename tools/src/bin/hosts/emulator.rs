@@ -102,7 +102,8 @@ impl Machine {
         command.arg("-initrd").arg(self.initramfs());
         command.args([
             "-append",
-            // On a machine that is busy a tick may not come before the kernel has stopped waiting for it, and panics.
+            // On a machine that is busy a tick may not come before the kernel has stopped
+            // waiting for it, and panics.
             "console=ttyS0 quiet panic=-1 mitigations=off no_timer_check tsc=reliable",
         ]);
         command.args(["-nodefaults", "-no-reboot", "-display", "none"]);
@@ -211,7 +212,8 @@ impl Machine {
     }
 }
 
-/// A command, to be completed, that takes what CPU time others leave and does not outlive this program: it is sent `signal` then.
+/// A command, to be completed, that takes what CPU time others leave and does not outlive this program:
+/// it is sent `signal` then.
 fn child(signal: &str) -> Command {
     let mut command = Command::new("nice");
     command.args(["-n", "10", "setpriv", "--pdeathsig", signal]);

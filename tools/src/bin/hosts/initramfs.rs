@@ -1,4 +1,5 @@
-//! The file system a host starts with, and all it has: tools, modules, our programs with their libraries, and what to run.
+//! The file system a host starts with, and all it has: tools, modules, our programs with their
+//! libraries, and what to run.
 
 use std::fs::{self, File};
 use std::io::{self, BufWriter};

@@ -1,7 +1,8 @@
 //! Boots hosts with another KVM than this machine's, in emulators, and runs the workspace's programs there.
 //!
-//! A host's kernel and tools are Debian packages, unpacked in a cache ([`packages`]). Its file system is made on the spot
-//! ([`initramfs`]), with our programs and what they are to do ([`task`]). Results come out of its second serial port ([`results`]).
+//! A host's kernel and tools are Debian packages, unpacked in a cache ([`packages`]). Its file system is made
+//! on the spot ([`initramfs`]), with our programs and what they are to do ([`task`]). Results come out of its
+//! second serial port ([`results`]).
 //!
 //! An emulated host shows what is right and what is wrong, not what is fast.
 
@@ -193,7 +194,8 @@ fn run(args: &Args) -> Result<Verdict, Failure> {
     }
 }
 
-/// Makes all `visits`, `at_once` at the same time, until there is reason to stop. What came of them, in their order.
+/// Makes all `visits`, `at_once` at the same time, until there is reason to stop. What
+/// came of them, in their order.
 fn side_by_side<V: Sync, O: Send>(
     visits: &[V],
     at_once: usize,
@@ -224,7 +226,8 @@ fn side_by_side<V: Sync, O: Send>(
 }
 
 impl Args {
-    /// Hosts that are emulated at the same time: each takes a CPU. What a command of one's own prints is not to be mixed with another's.
+    /// Hosts that are emulated at the same time: each takes a CPU. What a command of one's own prints is not
+    /// to be mixed with another's.
     fn at_once(&self) -> usize {
         if self.command.is_empty() {
             thread::available_parallelism().map_or(1, NonZero::get)

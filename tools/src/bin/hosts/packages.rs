@@ -1,7 +1,8 @@
-//! What hosts are made of: Debian packages, downloaded and unpacked in a folder of the user's cache, each set of them once.
+//! What hosts are made of: Debian packages, downloaded and unpacked in a folder of the user's
+//! cache, each set of them once.
 //!
-//! A set is unpacked beside its place and then renamed into it, so a folder that is there is whole, whatever became of an
-//! earlier attempt. To have one fetched anew, remove its folder.
+//! A set is unpacked beside its place and then renamed into it, so a folder that is there is whole, whatever
+//! became of an earlier attempt. To have one fetched anew, remove its folder.
 
 use std::env;
 use std::ffi::OsStr;
@@ -198,7 +199,8 @@ impl Store {
     }
 }
 
-/// Makes the folder `place` of what `make` puts into an empty one, all of it or nothing. Only with the store's lock.
+/// Makes the folder `place` of what `make` puts into an empty one, all of it or nothing.
+/// Only with the store's lock.
 fn fill(
     place: &Path,
     make: impl FnOnce(&Path) -> Result<(), PackageError>,

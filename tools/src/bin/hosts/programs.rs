@@ -46,7 +46,8 @@ pub(crate) enum Wanted {
     Tests,
 }
 
-/// Builds what is `wanted`. As part of the workspace, so that what its tests have built is not built anew with fewer features.
+/// Builds what is `wanted`. As part of the workspace, so that what its tests have built is not built
+/// anew with fewer features.
 pub(crate) fn build(wanted: Wanted) -> Result<Programs, BuildError> {
     let said = cargo(match wanted {
         Wanted::Program => &["build", "--workspace", "--bin", "vmm"],

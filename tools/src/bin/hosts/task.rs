@@ -48,7 +48,8 @@ pub(crate) enum Extent {
     Sample,
 }
 
-/// The tests that take a slow host long: of the screen, the command line and scenarios, which are much the same on all.
+/// The tests that take a slow host long: of the screen, the command line and scenarios, which
+/// are much the same on all.
 const LONG: [&str; 2] = ["cli", "compare"];
 
 /// Tests of which the emulator of a processor is at fault if they fail, and why.

@@ -1,4 +1,5 @@
-//! An emulator at work: what it says is read as it comes, and one that hangs, or is not wanted any more, is killed.
+//! An emulator at work: what it says is read as it comes, and one that hangs, or is not
+//! wanted any more, is killed.
 
 use std::fs::{self, File};
 use std::io::{self, Read};

@@ -43,7 +43,8 @@ impl NoWhere {
     }
 }
 
-/// Follows links by hand: what a descriptor is open on has a link, too, and need have no path that could be opened.
+/// Follows links by hand: what a descriptor is open on has a link, too, and need have no
+/// path that could be opened.
 pub(super) fn followed(path: &Path) -> Result<Followed, NoWhere> {
     let mut path = path.to_owned();
     for _ in 0..MOST_LINKS {
@@ -79,8 +80,9 @@ pub(super) fn followed(path: &Path) -> Result<Followed, NoWhere> {
 
 /// Descriptor `number` of this process, once more.
 pub(super) fn descriptor(number: RawFd) -> io::Result<OwnedFd> {
-    // Not by number, for which there is no safe way: every descriptor can be opened by its path, but then has an offset of its own. So
-    // the standard streams are had as what they are, and others opened to be appended to.
+    // Not by number, for which there is no safe way: every descriptor can be opened by its path, but
+    // then has an offset of its own. So the standard streams are had as what they are, and others
+    // opened to be appended to.
     let streams = (io::stdout(), io::stderr());
     let open: OwnedFd = match number {
         1 => streams.0.as_fd().try_clone_to_owned()?,

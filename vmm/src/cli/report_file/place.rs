@@ -124,7 +124,8 @@ fn directory_of(target: &Path) -> &Path {
     target.parent().unwrap_or(Path::new("/"))
 }
 
-/// A new file in `directory`, that of the report: on the same file system, so that it can be renamed over it. With owner and mode of `old`.
+/// A new file in `directory`, that of the report: on the same file system, so that it can be renamed over it.
+/// With owner and mode of `old`.
 fn temporary(directory: &Path, old: Option<&Metadata>) -> io::Result<tempfile::NamedTempFile> {
     let file = tempfile::Builder::new()
         .prefix(".report-")

@@ -7,7 +7,8 @@ use super::super::script::Step;
 use super::Play;
 
 impl Play<'_> {
-    /// Counts the pages that are in another frame than before: each is a copy, unless the step moved it there.
+    /// Counts the pages that are in another frame than before: each is a copy,
+    /// unless the step moved it there.
     pub(super) fn note_frames(&mut self, step: Option<&Step>) {
         let mut frames = BTreeMap::new();
         for who in self.alive.clone() {

@@ -1,7 +1,7 @@
 //! Runs a scenario with a performer and computes what came of it.
 //!
-//! The engine keeps, beside the performer, what each page of each address space *should* hold: the list of values it had. Every
-//! write uses a value of its own, so a value that is read says who wrote it and when:
+//! The engine keeps, beside the performer, what each page of each address space *should* hold: the list of
+//! values it had. Every write uses a value of its own, so a value that is read says who wrote it and when:
 //! * what the page holds now: right;
 //! * what the page held once: who reads it and the page have parted ([`Verdict::Diverged`]);
 //! * what another page or address space was given after they parted: [`Verdict::Leaked`];
@@ -72,7 +72,8 @@ pub struct Moment<'a> {
     pub views: Vec<(Who, Page, PageView)>,
 }
 
-/// Plays `scenario`. `by_the_bit` says whether the exclusive bit means anything; `watch` is told of every step.
+/// Plays `scenario`. `by_the_bit` says whether the exclusive bit means anything;
+/// `watch` is told of every step.
 pub fn play(
     scenario: &Scenario,
     performer: &mut dyn Performer,
@@ -380,8 +381,8 @@ impl Play<'_> {
         }
     }
 
-    /// What an operation that is refused must not change: all that is known of pages, but how many of them an entry maps. A huge folio may be
-    /// in small entries then (PROTOCOL.md F5).
+    /// What an operation that is refused must not change: all that is known of pages, but how many of them an
+    /// entry maps. A huge folio may be in small entries then (PROTOCOL.md F5).
     fn essence(&mut self) -> Vec<Essence> {
         let inside = |view: PageView| {
             let (entry, state) = view.inside?;

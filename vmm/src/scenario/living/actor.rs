@@ -1,11 +1,13 @@
 //! What runs in the processes of a scenario.
 //!
-//! An actor is a bare copy of a process with many threads, of which only the one that forked is left: a lock that another
-//! thread held stays held for ever. So the code here **allocates nothing, takes no lock and does not panic**. It has its stack, the
-//! arena and system calls, and it does one command after the other until its channel ends, which is also what happens when the
-//! controller dies. `PR_SET_PDEATHSIG` would not do: it goes by the thread that forked, not by its process.
+//! An actor is a bare copy of a process with many threads, of which only the one that forked is left: a lock
+//! that another thread held stays held for ever. So the code here **allocates nothing, takes no lock and does
+//! not panic**. It has its stack, the arena and system calls, and it does one command after the other until
+//! its channel ends, which is also what happens when the controller dies. `PR_SET_PDEATHSIG` would not do: it
+//! goes by the thread that forked, not by its process.
 //!
-//! Signals are blocked, so that no handler of the controller runs here; a fault in spite of that ends the process.
+//! Signals are blocked, so that no handler of the controller runs here; a fault in spite
+//! of that ends the process.
 #![expect(
     unsafe_code,
     reason = "a process without a runtime: it has system calls and raw memory"
@@ -23,7 +25,8 @@ use super::super::performer::{Memory, PAGES, Page};
 pub(super) const HOLDS: usize = 8;
 /// How often P can fork.
 pub(super) const FORKS: usize = 8;
-/// Distance of two pages: each has a huge page's worth of addresses to itself, so that it can be moved (see [`ActorCommand::Move`]).
+/// Distance of two pages: each has a huge page's worth of addresses to itself, so that it can be moved
+/// (see [`ActorCommand::Move`]).
 pub(super) const STRIDE: u64 = 2 << 20;
 /// Bytes of a page.
 pub(super) const PAGE_BYTES: u64 = 4096;
@@ -69,8 +72,8 @@ pub(super) enum ActorCommand {
     Allow,
     /// `MADV_DONTNEED`.
     Discard,
-    /// Move to another frame: collapse the 2 MiB around the page into a huge page, which copies it, split that again, and
-    /// give back all of it but the page.
+    /// Move to another frame: collapse the 2 MiB around the page into a huge page, which copies it, split
+    /// that again, and give back all of it but the page.
     Move,
     /// Collapse the first 2 MiB of the arena into a huge page.
     Collapse,
@@ -136,11 +139,12 @@ pub(super) enum Duplicate {
 /// `fork()` without the C library's part in it, with more `flags`.
 ///
 /// # Safety
-/// The copy must stay within what the module's documentation allows, and must not return to code that does not.
+/// The copy must stay within what the module's documentation allows, and must not
+/// return to code that does not.
 pub(super) unsafe fn duplicate(flags: c_int) -> io::Result<Duplicate> {
     let flags = c_long::from(flags | libc::SIGCHLD);
-    // SAFETY: without CLONE_VM the copy has memory and a stack of its own; the rest is the caller's promise. The arguments
-    // but the flags are zero, so their order, which differs between machines, does not matter.
+    // SAFETY: without CLONE_VM the copy has memory and a stack of its own; the rest is the caller's promise.
+    // The arguments but the flags are zero, so their order, which differs between machines, does not matter.
     let pid = unsafe { libc::syscall(libc::SYS_clone, flags, 0_usize, 0_usize, 0_usize, 0_usize) };
     match check(pid)? {
         0 => Ok(Duplicate::Copy),
@@ -165,7 +169,8 @@ fn invalid() -> io::Error {
 
 /// The life of P, and of C after it. To be called in the copy that [`duplicate`] made.
 ///
-/// `extern "C"`, so that a panic, which must not happen, aborts instead of unwinding into the controller's code.
+/// `extern "C"`, so that a panic, which must not happen, aborts instead of unwinding
+/// into the controller's code.
 pub(super) extern "C" fn live(kit: &Kit) {
     let mut actor = Actor {
         kit,
@@ -256,7 +261,8 @@ impl Actor<'_> {
         let one = PAGE_BYTES as usize;
         let read_write = libc::PROT_READ | libc::PROT_WRITE;
         match command {
-            // SAFETY: a word of the arena, which is mapped readable and writable between commands and which no Rust reference points to.
+            // SAFETY: a word of the arena, which is mapped readable and writable between commands and which
+            // no Rust reference points to.
             ActorCommand::Write => unsafe { word.write_volatile(value) },
             // SAFETY: as above.
             ActorCommand::Read => return Ok(unsafe { word.read_volatile() }),
@@ -298,8 +304,8 @@ impl Actor<'_> {
         Ok(0)
     }
 
-    /// P forks. The child is the controller's child, not P's, so that it can be waited for when P is gone, and closes P's channel, so
-    /// that P's end is seen.
+    /// P forks. The child is the controller's child, not P's, so that it can be waited for when P is gone,
+    /// and closes P's channel, so that P's end is seen.
     fn fork(&mut self, channel: u64) -> io::Result<Duplicate> {
         let fd = usize::try_from(channel)
             .ok()
@@ -339,8 +345,8 @@ impl Actor<'_> {
         let ring = pick(rings, ring)?;
         let part = iovec(word, PAGE_BYTES as usize);
         let part = &raw const part;
-        // SAFETY: the kernel reads the one iovec. That devices may write the page from now on is what was asked for: nobody
-        // has a reference to it.
+        // SAFETY: the kernel reads the one iovec. That devices may write the page from now on is what was
+        // asked for: nobody has a reference to it.
         let result = unsafe {
             libc::syscall(
                 libc::SYS_io_uring_register,
@@ -365,7 +371,8 @@ impl Actor<'_> {
         check(unsafe { libc::madvise(start, len, advice) }).map(drop)
     }
 
-    /// See [`ActorCommand::Move`]. A collapse refuses a page that anything but page tables refers to, as migration does.
+    /// See [`ActorCommand::Move`]. A collapse refuses a page that anything but page tables
+    /// refers to, as migration does.
     fn relocate(&self, offset: usize) -> io::Result<()> {
         let (one, huge) = (PAGE_BYTES as usize, STRIDE as usize);
         self.advise(offset, huge, libc::MADV_HUGEPAGE)?;
@@ -412,8 +419,8 @@ fn close(fd: RawFd) {
     unsafe { libc::close(fd) };
 }
 
-/// Closes every file but `keep`, which is sorted. Above all the controller's ends of channels: while an actor has one, the
-/// controller's death is not seen.
+/// Closes every file but `keep`, which is sorted. Above all the controller's ends of channels: while an actor
+/// has one, the controller's death is not seen.
 fn close_all_but(keep: &[RawFd]) -> io::Result<()> {
     let mut first = 0_u32;
     for &fd in keep {

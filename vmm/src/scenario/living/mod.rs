@@ -1,7 +1,8 @@
-//! The kernel this host runs on as a performer: P and C are processes, and the copy-on-write is the kernel's own.
+//! The kernel this host runs on as a performer: P and C are processes, and the
+//! copy-on-write is the kernel's own.
 //!
-//! Nothing is played here: an address space is a process's, a fork is `clone` without `CLONE_VM`, and what a step cannot be done with
-//! is [`NotDone::CannotAsk`].
+//! Nothing is played here: an address space is a process's, a fork is `clone` without `CLONE_VM`, and what a
+//! step cannot be done with is [`NotDone::CannotAsk`].
 //!
 //! ```text
 //!   controller ── commands ──> P ── clone ──> C <── commands ── controller
@@ -20,7 +21,8 @@
 //! | `pagemap` | which frame a page is in |
 //! | `direct` | a race of `O_DIRECT` with the CPU, which is how the kernel plays C2: [`o_direct_race`] |
 //!
-//! Nothing here needs privilege; without it [`super::performer::Performer::view`] knows no frames that are there, as the kernel hides their numbers.
+//! Nothing here needs privilege; without it [`super::performer::Performer::view`] knows no frames that are
+//! there, as the kernel hides their numbers.
 
 mod actor;
 mod direct;
@@ -164,8 +166,8 @@ impl Living {
         self.living(who).map(Process::pid)
     }
 
-    /// Whether one page table alone maps the page's frame, `None` if that can't be seen. A frame that is not shared need not be
-    /// exclusive: the kernel shows its exclusive bit to nobody.
+    /// Whether one page table alone maps the page's frame, `None` if that can't be seen. A frame that is not
+    /// shared need not be exclusive: the kernel shows its exclusive bit to nobody.
     pub fn is_mapped_once(&self, who: Who, page: Page) -> Option<bool> {
         self.entry(who, page).map(Entry::is_mapped_once)
     }
@@ -236,8 +238,9 @@ impl Living {
 }
 
 impl Drop for Living {
-    /// Gives registered buffers back. A ring that is closed with one does so when the kernel finds the time, and until then
-    /// its pages count against what the user may lock: the next performer would be short of it.
+    /// Gives registered buffers back. A ring that is closed with one does so when the kernel
+    /// finds the time, and until then its pages count against what the user may lock: the next
+    /// performer would be short of it.
     fn drop(&mut self) {
         let Ok(rings) = &self.rings else { return };
         for held in self.holds.values() {

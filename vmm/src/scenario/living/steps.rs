@@ -6,12 +6,18 @@
 //! | fork | in P; C is a child of the controller, so that it may outlive P |
 //! | take, [`Hold::GetRead`] | `vmsplice` of the word into a pipe of the controller |
 //! | take, [`Hold::PinWrite`] | the page becomes the registered buffer of a ring of the controller |
-//! | protect | `mprotect` of all pages read-only, and back, one by one where they are in a huge page, which splits its entry; the kernel may map exclusive dirty pages writable again at once (PROTOCOL.md T22) |
+//! | protect | `mprotect` of all pages read-only, and back |
 //! | discard | `MADV_DONTNEED` |
-//! | migrate | not compaction, which is for root and for the whole host, but a collapse into a huge page (`MADV_COLLAPSE`), which is split again: the page is in another frame, and a page that anything but one page table refers to is refused as migration refuses it |
+//! | migrate | a collapse into a huge page (`MADV_COLLAPSE`), which is split again |
 //! | collapse, and pages in a huge page | `MADV_COLLAPSE` of 2 MiB |
 //! | discard_rest | `MADV_DONTNEED` of the 2 MiB but the page |
 //! | force_write | the controller writes `/proc/<pid>/mem` while the page is read-only |
+//!
+//! To protect pages that are in a huge page, they are protected one by one, which splits its entry. The
+//! kernel may map exclusive dirty pages writable again at once (PROTOCOL.md T22).
+//!
+//! To migrate is not compaction, which is for root and for the whole host. After the collapse the page is in
+//! another frame. A page that anything but one page table refers to is refused, as migration refuses it.
 
 use std::fs::OpenOptions;
 use std::io::{self, ErrorKind};

@@ -1,13 +1,15 @@
 //! A stage with vCPUs: scenarios on the real window, under real virtual machines.
 //!
 //! What it guarantees
-//! - A CPU access of a scenario is one instruction of a guest. A write to a page that the window shows read-only is a write fault of
-//!   KVM's, resolved on the vCPU's thread by [`AddressSpace::write_fault`], as in any other run.
-//! - **Nothing but the scenario's pages is subject to the policy on the stage.** The guest program, its page tables and
-//!   its mailbox are in the window, but not in the address space: no fork shares them, no write to them needs a
-//!   frame. So a guest obeys even when there is no memory left, and whatever a wrong policy does to the pages it is tried on.
-//! - What goes wrong is an error with the reason, and no access waits for ever: a vCPU that crashed, or whose fault could not be resolved, has
-//!   ended, and says so from then on.
+//! - A CPU access of a scenario is one instruction of a guest. A write to a page that the window shows
+//!   read-only is a write fault of KVM's, resolved on the vCPU's thread by
+//!   [`AddressSpace::write_fault`], as in any other run.
+//! - **Nothing but the scenario's pages is subject to the policy on the stage.** The guest program, its page
+//!   tables and its mailbox are in the window, but not in the address space: no fork shares them, no write to
+//!   them needs a frame. So a guest obeys even when there is no memory left, and whatever a wrong policy does
+//!   to the pages it is tried on.
+//! - What goes wrong is an error with the reason, and no access waits for ever: a vCPU that crashed, or whose
+//!   fault could not be resolved, has ended, and says so from then on.
 //!
 //! ```text
 //!   gpa 0x00000  ┐ the address space: pages of the scenario from FIRST on, the rest untouched
@@ -15,7 +17,8 @@
 //!   gpa 0x10000  ┘ page tables  ┐
 //!   gpa 0x100000   mailbox      │ frames of the stage's own, which the pool does not know
 //!   gpa 0x200000   program      ┘
-//!   gpa 0x400000   the address space, if it is of one huge folio: one region of the window, and pages of the scenario at SPREAD
+//!   gpa 0x400000   the address space, if it is of one huge folio: one region of the window, and pages of
+//!                  the scenario at SPREAD
 //! ```
 //!
 //! | file | concept |
@@ -161,8 +164,8 @@ pub enum RealError {
     },
 }
 
-/// A stage whose actors are virtual machines of one vCPU. It is for one scenario: frames and homes are few, and not used again. There is none without a
-/// KVM that can be used.
+/// A stage whose actors are virtual machines of one vCPU. It is for one scenario: frames and homes are few,
+/// and not used again. There is none without a KVM that can be used.
 #[derive(Debug)]
 pub struct RealStage {
     kvm: Kvm,
@@ -219,9 +222,9 @@ impl RealStage {
             window.host_address() as usize
         ))
         .ok_or_else(|| reserve(io::ErrorKind::OutOfMemory.into()))?;
-        // SAFETY: the window is mapped until the actor has dropped it, which is after the machine (order of fields, and of the
-        // variables here); `wrap` has only a share of it. Nothing but guest memory is ever mapped there. No
-        // reference points into it.
+        // SAFETY: the window is mapped until the actor has dropped it, which is after the machine (order of
+        // fields, and of the variables here); `wrap` has only a share of it. Nothing but guest memory is ever
+        // mapped there. No reference points into it.
         let slot = unsafe { kvm::Window::new(host, window.len()) };
         let (line, ports, on_stop) = line::connect(mailbox);
         let machine = Machine::new(
@@ -331,8 +334,8 @@ impl Stage for RealStage {
 }
 
 /// A virtual machine of one vCPU, and its address space.
-// In the order they must be dropped in: a vCPU waits for commands until its line is gone, and the machine for the vCPU;
-// the machine's memory is last.
+// In the order they must be dropped in: a vCPU waits for commands until its line is gone, and the machine for
+// the vCPU; the machine's memory is last.
 #[derive(Debug)]
 pub struct RealActor<P> {
     line: Mutex<Line>,
@@ -375,8 +378,8 @@ impl<P: CowPolicy> Actor<P> for RealActor<P> {
     }
 }
 
-/// The part of a window that is an address space's, from page `first` on. `wrap` may do with it as it likes: the actor keeps
-/// the window mapped.
+/// The part of a window that is an address space's, from page `first` on. `wrap` may do with it as it likes:
+/// the actor keeps the window mapped.
 struct OffsetWindow {
     window: Arc<Window>,
     first: Gfn,

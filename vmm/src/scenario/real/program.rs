@@ -1,7 +1,9 @@
-//! What every guest of a stage has beside its address space: page tables and the puppet, in frames of the stage's own.
+//! What every guest of a stage has beside its address space: page tables and the puppet, in
+//! frames of the stage's own.
 //!
-//! All guests see the same frames. The puppet writes nothing but its mailbox and what it is told to, so its code is read-only. Its
-//! page tables are not: with nested paging a walk of them counts as a write. All bits that a walk sets are set from the start.
+//! All guests see the same frames. The puppet writes nothing but its mailbox and what it is told to, so its
+//! code is read-only. Its page tables are not: with nested paging a walk of them counts as a write. All bits
+//! that a walk sets are set from the start.
 
 use std::sync::Arc;
 
@@ -50,8 +52,8 @@ impl Program {
         Gfn(Gfn::of_gpa(IMAGE_GPA).0 + image_pages(image))
     }
 
-    /// Loads `image` and page tables, for guests whose memory ends before page `end`, into the frames from `first` on, which have
-    /// memory, all zeros.
+    /// Loads `image` and page tables, for guests whose memory ends before page `end`, into the frames from
+    /// `first` on, which have memory, all zeros.
     pub(super) fn load(
         physmap: Arc<PhysMap>,
         first: Pfn,

@@ -12,7 +12,8 @@ pub(super) const SCENARIOS: &[Scenario] = &[
     Scenario {
         id: "D1",
         title: "a device holds a page over a fork, the parent writes",
-        about: "H3: to v5.8 the parent got the copy, and the device kept the child's page. Now fork copies for the child (T11).",
+        about: "H3: to v5.8 the parent got the copy, and the device kept the child's page. Now fork copies \
+                for the child (T11).",
         steps: &[
             Write(P, 0),
             Take(P, 0, PinWrite),
@@ -45,7 +46,8 @@ pub(super) const SCENARIOS: &[Scenario] = &[
     Scenario {
         id: "D3",
         title: "a writer's hold that is no pin, then a fork, the parent writes, the device writes",
-        about: "H20: nothing protects FOLL_GET over a fork, by design. The device writes into what is now the child's page.",
+        about: "H20: nothing protects FOLL_GET over a fork, by design. The device writes into what is now \
+                the child's page.",
         steps: &[
             Write(P, 0),
             Take(P, 0, GetWrite),
@@ -63,7 +65,8 @@ pub(super) const SCENARIOS: &[Scenario] = &[
     Scenario {
         id: "D3b",
         title: "D3, but the child ends before the parent writes",
-        about: "The page is possibly shared now, and the hold is a second reference: a copy, under all but mapcount.",
+        about: "The page is possibly shared now, and the hold is a second reference: a copy, under all but \
+                mapcount.",
         steps: &[
             Write(P, 0),
             Take(P, 0, GetWrite),
@@ -113,7 +116,8 @@ pub(super) const SCENARIOS: &[Scenario] = &[
     Scenario {
         id: "D6",
         title: "1,024 readers of one page, in a process that has pinned another, then a fork",
-        about: "Where a pin is 1,024 references, so many readers look like one: a copy too many, and still right.",
+        about: "Where a pin is 1,024 references, so many readers look like one: a copy too many, and still \
+                right.",
         steps: &[
             Write(P, 0),
             Write(P, 1),
@@ -140,9 +144,10 @@ pub(super) const SCENARIOS: &[Scenario] = &[
     Scenario {
         id: "D7",
         title: "a pinned page of a huge folio over a fork",
-        about: "Fork splits the entry, copies the pinned page for the child and shares the rest. The kernel copies all 512 pages, because it counts \
-                pins by folio; PROTOCOL.md expects that, and coherence and isolation do not need it: holds are counted by page here. A \
-                split that counts references anew takes the bit from the pinned page, and this very fork shares it.",
+        about: "Fork splits the entry, copies the pinned page for the child and shares the rest. The kernel \
+                copies all 512 pages, because it counts pins by folio; PROTOCOL.md expects that, and \
+                coherence and isolation do not need it: holds are counted by page here. A split that counts \
+                references anew takes the bit from the pinned page, and this very fork shares it.",
         steps: &[
             Write(P, 0),
             Write(P, 1),
@@ -171,7 +176,8 @@ pub(super) const SCENARIOS: &[Scenario] = &[
     Scenario {
         id: "D8",
         title: "D7 with the folio in small entries",
-        about: "As D7. The kernel copies every page that is exclusive, because one of their folio is pinned; here only the pinned one.",
+        about: "As D7. The kernel copies every page that is exclusive, because one of their folio is \
+                pinned; here only the pinned one.",
         steps: &[
             Write(P, 0),
             Write(P, 1),

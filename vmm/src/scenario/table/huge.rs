@@ -12,8 +12,9 @@ pub(super) const SCENARIOS: &[Scenario] = &[
     Scenario {
         id: "F1",
         title: "a huge entry is split, then all is written",
-        about: "The bit spreads to every page (4.10), so no write copies. PROTOCOL.md has refcount copy, since a folio in small entries has as many \
-                references as pages; here it is frames by then, each with a count of its own.",
+        about: "The bit spreads to every page (4.10), so no write copies. PROTOCOL.md has refcount copy, \
+                since a folio in small entries has as many references as pages; here it is frames by then, \
+                each with a count of its own.",
         steps: &[
             Write(P, 0),
             Write(P, 1),
@@ -63,8 +64,8 @@ pub(super) const SCENARIOS: &[Scenario] = &[
     Scenario {
         id: "F4",
         title: "a huge entry is split under a device's pin",
-        about: "The bit must spread as it is. Where it is computed from the reference count, as the sketch has it, the pin counts as a sharer: \
-                the page loses the bit that the pin was granted by.",
+        about: "The bit must spread as it is. Where it is computed from the reference count, as the sketch \
+                has it, the pin counts as a sharer: the page loses the bit that the pin was granted by.",
         steps: &[
             Write(P, 0),
             Write(P, 1),
@@ -87,8 +88,9 @@ pub(super) const SCENARIOS: &[Scenario] = &[
     Scenario {
         id: "F5",
         title: "a folio with a pinned page is taken apart",
-        about: "The pinned page is not moved and not given back; the others may be, and the folio is in small entries then (4.11). Nothing that \
-                stands for its whole is refused here: it is frames, and the pin is on one of them.",
+        about: "The pinned page is not moved and not given back; the others may be, and the folio is in \
+                small entries then (4.11). Nothing that stands for its whole is refused here: it is frames, \
+                and the pin is on one of them.",
         steps: &[
             Write(P, 0),
             Write(P, 1),
@@ -115,7 +117,8 @@ pub(super) const SCENARIOS: &[Scenario] = &[
     Scenario {
         id: "F8",
         title: "small pages become a huge folio, then fork",
-        about: "The bit of the new huge entry is shared by the fork like any other. Here no page moves, where the kernel copies into a new folio.",
+        about: "The bit of the new huge entry is shared by the fork like any other. Here no page moves, \
+                where the kernel copies into a new folio.",
         steps: &[
             Write(P, 0),
             Write(P, 1),
@@ -140,8 +143,9 @@ pub(super) const SCENARIOS: &[Scenario] = &[
     Scenario {
         id: "F10",
         title: "small pages that are held become a folio",
-        about: "The kernel's collapse moves the pages, so it must refuse, and PROTOCOL.md has it so. Here no frame moves: the huge entry is \
-                there again, the holds stay what they were, and the next fork splits it and copies the pinned page.",
+        about: "The kernel's collapse moves the pages, so it must refuse, and PROTOCOL.md has it so. Here \
+                no frame moves: the huge entry is there again, the holds stay what they were, and the next \
+                fork splits it and copies the pinned page.",
         steps: &[
             Write(P, 0),
             Write(P, 1),
@@ -176,8 +180,9 @@ pub(super) const SCENARIOS: &[Scenario] = &[
     Scenario {
         id: "F14a",
         title: "A3 on the last page left of a huge folio",
-        about: "No part of the folio that is gone counts: the last holder of the page writes in place. (Linux does so again: reuse of pages of a \
-                large folio came with v6.15, and leaves out a folio with one page left.)",
+        about: "No part of the folio that is gone counts: the last holder of the page writes in place. \
+                (Linux does so again: reuse of pages of a large folio came with v6.15, and leaves out a \
+                folio with one page left.)",
         steps: &[
             Write(P, 1),
             DiscardRest(P, 1),

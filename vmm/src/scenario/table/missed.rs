@@ -12,8 +12,8 @@ pub(super) const SCENARIOS: &[Scenario] = &[
     Scenario {
         id: "B1",
         title: "the child holds a page as a reader, unmaps it, and the parent writes",
-        about: "CVE-2020-29374 (H1): only mappings are counted, so the parent writes in place and the child reads \
-                its secret through a pipe.",
+        about: "CVE-2020-29374 (H1): only mappings are counted, so the parent writes in place and the child \
+                reads its secret through a pipe.",
         steps: &[
             Write(P, 0),
             Fork,
@@ -44,7 +44,8 @@ pub(super) const SCENARIOS: &[Scenario] = &[
     Scenario {
         id: "B3",
         title: "the parent's reader holds a page over a fork, the parent unmaps it, the child writes",
-        about: "B1 the other way round. Breaking COW for readers (v5.8) does not help: it was taken before the fork.",
+        about: "B1 the other way round. Breaking COW for readers (v5.8) does not help: it was taken before \
+                the fork.",
         steps: &[
             Write(P, 0),
             Take(P, 0, GetRead),
@@ -74,8 +75,9 @@ pub(super) const SCENARIOS: &[Scenario] = &[
     Scenario {
         id: "B5",
         title: "B1 on a huge folio",
-        about: "H12: as shipped to v5.17, refcount still went by mappings here, and leaked; ours does not. A write fault that cannot prove \
-                that all of the folio is its own splits the entry and copies one page.",
+        about: "H12: as shipped to v5.17, refcount still went by mappings here, and leaked; ours does not. \
+                A write fault that cannot prove that all of the folio is its own splits the entry and \
+                copies one page.",
         steps: &[
             Write(P, 0),
             Write(P, 1),
@@ -95,8 +97,8 @@ pub(super) const SCENARIOS: &[Scenario] = &[
     Scenario {
         id: "B8",
         title: "the child's device pins a page for reading, the child ends, and the parent writes",
-        about: "B1 with a pin: it made the child's page exclusive first, so the child had a copy (T8). The child ends, where \
-                PROTOCOL.md has it unmap the page: a pinned page is not discarded here.",
+        about: "B1 with a pin: it made the child's page exclusive first, so the child had a copy (T8). The \
+                child ends, where PROTOCOL.md has it unmap the page: a pinned page is not discarded here.",
         steps: &[
             Write(P, 0),
             Fork,

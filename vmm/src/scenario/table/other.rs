@@ -12,7 +12,8 @@ pub(super) const SCENARIOS: &[Scenario] = &[
     Scenario {
         id: "H-a",
         title: "fork, then a debugger writes to the parent's read-only page",
-        about: "COW is broken first, the page stays read-only; proof that it may be written is the bit (H18).",
+        about: "COW is broken first, the page stays read-only; proof that it may be written is the bit \
+                (H18).",
         steps: &[
             Write(P, 0),
             Fork,

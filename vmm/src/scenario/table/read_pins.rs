@@ -48,7 +48,8 @@ pub(super) const SCENARIOS: &[Scenario] = &[
     Scenario {
         id: "E1h",
         title: "E1 on a huge folio",
-        about: "To unshare a page of a shared folio splits the entry and copies that page, not the folio (T8).",
+        about: "To unshare a page of a shared folio splits the entry and copies that page, not the folio \
+                (T8).",
         steps: &[
             Write(P, 0),
             Write(P, 1),
@@ -107,7 +108,8 @@ pub(super) const SCENARIOS: &[Scenario] = &[
     Scenario {
         id: "E5",
         title: "untouched memory is pinned for reading, then written",
-        about: "H17: the zero frame must not be pinned in the page's place. Linux does it right since v6.2 (84209e87c696).",
+        about: "H17: the zero frame must not be pinned in the page's place. Linux does it right since v6.2 \
+                (84209e87c696).",
         steps: &[Take(P, 0, PinRead), Is(P, 0, RX), Write(P, 0), HoldReads(0)],
         copies: Some(0),
         expected: Expected::each([Div, Ok, Div, Div, Ok]),
@@ -116,8 +118,8 @@ pub(super) const SCENARIOS: &[Scenario] = &[
     Scenario {
         id: "E5h",
         title: "E5 on memory for a huge folio",
-        about: "The first touch gets all of it a folio, read-only and exclusive. (F15 has the kernel's huge zero page, which is none of the \
-                page's own either.)",
+        about: "The first touch gets all of it a folio, read-only and exclusive. (F15 has the kernel's huge \
+                zero page, which is none of the page's own either.)",
         steps: &[
             Take(P, 1, PinRead),
             IsHuge(P, 1),
@@ -134,7 +136,8 @@ pub(super) const SCENARIOS: &[Scenario] = &[
     Scenario {
         id: "E8",
         title: "fork, a reader takes the shared page, the parent writes",
-        about: "FOLL_GET promises no coherence: the reader keeps the old page. That nothing leaks is all it promises.",
+        about: "FOLL_GET promises no coherence: the reader keeps the old page. That nothing leaks is all it \
+                promises.",
         steps: &[
             Write(P, 0),
             Fork,

@@ -12,7 +12,8 @@ pub(super) const SCENARIOS: &[Scenario] = &[
     Scenario {
         id: "S1",
         title: "a snapshot, then the guest writes",
-        about: "The snapshot has no vCPUs, so it is given the copy, and the guest keeps its frame (SharersMove).",
+        about: "The snapshot has no vCPUs, so it is given the copy, and the guest keeps its frame \
+                (SharersMove).",
         steps: &[Write(P, 0), Snapshot, Write(P, 0), Read(S, 0), Read(P, 0)],
         copies: Some(1),
         ..PLAIN
@@ -88,7 +89,8 @@ pub(super) const SCENARIOS: &[Scenario] = &[
     Scenario {
         id: "S6",
         title: "a pinned folio, huge again past a snapshot",
-        about: "The snapshot is given the copies, so the guest's frames stay where they are and one huge entry maps them again, with the pin on one.",
+        about: "The snapshot is given the copies, so the guest's frames stay where they are and one huge \
+                entry maps them again, with the pin on one.",
         steps: &[
             Write(P, 0),
             Write(P, 1),

@@ -32,8 +32,9 @@ pub(super) const SCENARIOS: &[Scenario] = &[
     Scenario {
         id: "C2",
         title: "a read from disk is in flight, the page is write-protected, the parent writes beside it",
-        about: "H5: O_DIRECT of old held pages without pinning them; what the disk delivers is lost. The kernel is asked with a read from a real \
-                disk, round after round, since no step can have it wait.",
+        about: "H5: O_DIRECT of old held pages without pinning them; what the disk delivers is lost. The \
+                kernel is asked with a read from a real disk, round after round, since no step can have it \
+                wait.",
         steps: &[
             Write(P, 0),
             Take(P, 0, GetWrite),
@@ -148,7 +149,8 @@ pub(super) const SCENARIOS: &[Scenario] = &[
     Scenario {
         id: "C13",
         title: "a pinned page is to be given back to the host",
-        about: "Refused here. Linux lets MADV_DONTNEED have its way: the device keeps an orphan, and its contract has ended (T25).",
+        about: "Refused here. Linux lets MADV_DONTNEED have its way: the device keeps an orphan, and its \
+                contract has ended (T25).",
         steps: &[
             Write(P, 0),
             Take(P, 0, PinWrite),

@@ -10,7 +10,8 @@ use crate::check::Oracle;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum Injection {
-    /// A fork shares frames that devices have pinned, instead of copying them at once [caught by: coherence, isolation]
+    /// A fork shares frames that devices have pinned, instead of copying them at once [caught
+    /// by: coherence, isolation]
     SharePinned,
     /// The pages that vCPUs count their operations in stay writable after a snapshot [caught by: isolation]
     SkipWriteProtect,
@@ -28,7 +29,8 @@ pub enum Injection {
     StaleRegisters,
     /// One vCPU's registers and pages are captured from an earlier instant than the others' [caught by: cut]
     SkewVcpus,
-    /// One page that is written all the time is kept back from the answers of dirty tracking [caught by: tracking]
+    /// One page that is written all the time is kept back from the answers of dirty
+    /// tracking [caught by: tracking]
     ForgetDirty,
 }
 
@@ -82,8 +84,8 @@ impl Injection {
         matches!(self, Self::SharePinned | Self::RunDevices | Self::LeakPin)
     }
 
-    /// Whether a guest shows the fault only if its memory, registers and requests are known beforehand, or how many operations it has
-    /// done. A pin that is left shows whatever the guest does.
+    /// Whether a guest shows the fault only if its memory, registers and requests are known beforehand, or
+    /// how many operations it has done. A pin that is left shows whatever the guest does.
     pub(super) const fn needs_payload(self) -> bool {
         !matches!(self, Self::LeakPin)
     }

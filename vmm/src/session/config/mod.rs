@@ -51,8 +51,8 @@ pub struct Config {
     pub restore_every: u64,
     /// Number of DMA devices.
     pub dma_devices: u64,
-    /// Buffers each device registers: it holds them pinned from one request to another. Every second one is for reading only, and is released
-    /// and registered anew over and over; the others are held to the end.
+    /// Buffers each device registers: it holds them pinned from one request to another. Every second one is
+    /// for reading only, and is released and registered anew over and over; the others are held to the end.
     pub registered_buffers: u64,
     /// How vCPUs choose the pages they write.
     #[serde(with = "pattern")]
@@ -70,7 +70,8 @@ pub struct Config {
     // As for the policy.
     #[serde(default)]
     pub page_size: PageSize,
-    /// Whether a thread copies after each snapshot what the guest writes between all of them, before the guest faults on it.
+    /// Whether a thread copies after each snapshot what the guest writes between all of them,
+    /// before the guest faults on it.
     // As for the policy.
     #[serde(default)]
     pub copy_ahead: bool,

@@ -40,7 +40,8 @@ pub struct SnapshotCounts {
     /// No longer kept though they should have been: the guest needed the memory.
     #[serde(default)]
     pub dropped: u64,
-    /// Those of them in which a device was in the middle of a request: it did not reach the end of it in time.
+    /// Those of them in which a device was in the middle of a request: it did not
+    /// reach the end of it in time.
     #[serde(default)]
     pub in_flight: u64,
 }

@@ -53,7 +53,8 @@ impl EndedBy {
 pub struct Platform {
     /// The kind of KVM: `pvm`, `vmx`, `svm`, or `unknown`.
     pub kvm: String,
-    /// How it translates a guest's addresses: `npt`, `ept-ad` (with accessed and dirty bits), `ept`, `shadow`, or `unknown`.
+    /// How it translates a guest's addresses: `npt`, `ept-ad` (with accessed and dirty bits),
+    /// `ept`, `shadow`, or `unknown`.
     // Reports of before it was asked for have none.
     #[serde(default = "unknown")]
     pub paging: String,
@@ -91,9 +92,11 @@ pub struct Report {
     pub policy: String,
     /// What it amounts to.
     pub verdict: Verdict,
-    /// Why the run could not finish. The first line is a sentence; more may follow, such as a crashed guest's registers.
+    /// Why the run could not finish. The first line is a sentence; more may follow, such as a
+    /// crashed guest's registers.
     pub error: Option<String>,
-    /// What was not checked though it must be, and what to do about it. A run without violations is not ok then.
+    /// What was not checked though it must be, and what to do about it. A run without
+    /// violations is not ok then.
     #[serde(default)]
     pub unchecked: Vec<String>,
     /// What ended the run.

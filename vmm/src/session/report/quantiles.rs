@@ -3,7 +3,8 @@
 use hdrhistogram::Histogram;
 use serde::{Deserialize, Serialize};
 
-/// Quantiles of a time, in microseconds with one decimal; `None`, and `null` in JSON, if nothing was measured.
+/// Quantiles of a time, in microseconds with one decimal; `None`, and `null` in
+/// JSON, if nothing was measured.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Quantiles {
     /// The median.

@@ -20,8 +20,8 @@ pub enum Verdict {
 }
 
 impl Verdict {
-    /// The verdict on a run. A violation outweighs an error: memory gone wrong is what makes a guest crash. `unchecked` says what was not
-    /// looked at though it must be.
+    /// The verdict on a run. A violation outweighs an error: memory gone wrong is what makes a guest crash.
+    /// `unchecked` says what was not looked at though it must be.
     pub const fn of(
         violations: &ViolationCounts,
         error: Option<&str>,
