@@ -260,7 +260,7 @@ fn measure_all(
                     continue;
                 }
                 Err(VmError::Interrupted) => return Ended::Interrupted,
-                // It is the same everywhere.
+                // Why it cannot run here is the same in every setting: said once.
                 Err(VmError::Technique(TechniqueError::Unavailable { why })) => {
                     (technique.name().to_owned(), why)
                 }

@@ -44,7 +44,7 @@ pub struct Mark {
     large: Vec<Range<usize>>,
 }
 
-/// What is allocated now. `None` where nobody counts.
+/// Bytes that are allocated now. `None` where [`Counting`] is not the global allocator.
 pub fn mark() -> Option<Mark> {
     INSTALLED.load(Ordering::Relaxed).then(|| Mark {
         small: SMALL.load(Ordering::Relaxed),

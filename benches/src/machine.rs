@@ -1,4 +1,4 @@
-//! What this machine does without a guest: what measurements are put beside.
+//! What this machine does without a guest, to compare measurements with.
 #![expect(unsafe_code, reason = "copies memory it has mapped")]
 
 use std::hint::black_box;

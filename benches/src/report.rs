@@ -195,7 +195,7 @@ impl Report {
     /// Reads what [`Report::write`] wrote.
     ///
     /// # Errors
-    /// The host's, or that it is something else.
+    /// The host's, or that the file is no report.
     pub fn read(path: &Path) -> io::Result<Self> {
         Ok(serde_json::from_slice(&fs::read(path)?)?)
     }
@@ -225,7 +225,7 @@ fn temporary(path: &Path) -> io::Result<tempfile::NamedTempFile> {
         // What any new file gets; the umask takes its part. Temporary files are private otherwise.
         .permissions(fs::Permissions::from_mode(0o666))
         .tempfile_in(directory(path))
-        // The error names a file that nobody asked for.
+        // The error would name the temporary file, which the user did not ask for.
         .map_err(|error| error.kind().into())
 }
 

@@ -8,7 +8,7 @@ use crate::report::{Cell, Rate, Report, Setting};
 use crate::technique::Kind;
 use crate::verdict::{Bound, Verdict};
 
-/// From this load on others take part in what is measured.
+/// From this load on other programs take CPU time that is then missing in the measurements.
 const BUSY: f64 = 0.5;
 
 /// All of `report`.

@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 /// A target, and what was found.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Verdict {
-    /// What is asked of.
+    /// The number that the target is about.
     pub what: String,
     /// Which side of the limit is good.
     pub bound: Bound,

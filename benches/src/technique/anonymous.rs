@@ -17,7 +17,7 @@ use super::{Device, TechniqueError, host};
 
 /// `MADV_COLLAPSE` (Linux 6.1), which rustix does not name.
 const MADV_COLLAPSE: i32 = 25;
-/// How often it is tried.
+/// How often a collapse into a huge page is tried.
 const COLLAPSE_TRIES: u32 = 4;
 
 /// The pages the host is asked to use.

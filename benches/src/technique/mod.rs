@@ -179,7 +179,7 @@ impl Kind {
         }
     }
 
-    /// What it is, and whose, in a line.
+    /// What it does, and which project does so, in a line.
     pub const fn about(self) -> &'static str {
         match self {
             Self::Ours => "this repository, as it comes",
@@ -194,7 +194,7 @@ impl Kind {
         }
     }
 
-    /// Whether it is measured if nobody says what to measure.
+    /// Whether it is measured by default.
     pub const fn is_default(self) -> bool {
         match self {
             Self::Ours | Self::Ours4k | Self::Fork | Self::ForkThp | Self::Uffd | Self::Copy => {

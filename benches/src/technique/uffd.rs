@@ -84,7 +84,7 @@ pub(super) struct Uffd {
     handler: Option<JoinHandle<()>>,
 }
 
-/// What the handler thread has too.
+/// The side of the handler thread, which the snapshots share.
 struct FaultHandler {
     uffd: OwnedFd,
     memory: Arc<Anonymous>,

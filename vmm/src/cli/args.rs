@@ -198,7 +198,7 @@ pub(crate) struct Args {
     pub(crate) verbose: u8,
 }
 
-/// What else the program does.
+/// What the program does besides running a guest.
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
     Compare(CompareArgs),

@@ -155,7 +155,7 @@ impl Comparison {
     }
 }
 
-/// Tells one scenario step by step, and what it comes to elsewhere.
+/// Tells one scenario step by step, and its verdict under every other policy and on the kernel.
 fn narrate(scenario: &Scenario, args: &CompareArgs) -> Result<Verdict, Failure> {
     let policy = args.policy;
     let by_the_bit = args.on != PlayedOn::Kernel && policy.goes_by_the_bit();

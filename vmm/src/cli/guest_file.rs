@@ -15,7 +15,7 @@ const LONGEST: u64 = 256 << 20;
 pub(super) fn read(path: &Path) -> io::Result<Vec<u8>> {
     // Before it is opened: to open a pipe waits for somebody, and to open a device may do things.
     length(&fs::metadata(path)?)?;
-    // It may have become something else.
+    // Between the look at the path and opening it, another file may have come there.
     let file = OpenOptions::new()
         .read(true)
         .custom_flags(libc::O_NONBLOCK)

@@ -1,4 +1,4 @@
-//! Output that somebody reads, perhaps.
+//! Output that never waits for its reader.
 //!
 //! Nobody has to read what this program prints: a pipe may be full, a terminal stopped by Ctrl-S, and then a
 //! write waits for ever. So a thread of its own writes, from a queue that has an end: what does not fit is
@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 /// Bytes that may wait to be written, beyond one text of any length.
 const MOST_WAITING: usize = 256 << 10;
-/// Bytes written at a time: so often it is seen whether somebody reads.
+/// Bytes written at a time. After each piece it is known that somebody still reads.
 const PIECE: usize = 4096;
 
 /// A place to write to. Clones share it; with the last of them the file is closed, once all is written.

@@ -26,7 +26,7 @@ const fn column(policy: Policy) -> &'static str {
     }
 }
 
-/// Every scenario there is, and those that are not.
+/// The scenarios, and those of PROTOCOL.md that are left out, with the reason.
 pub(super) fn list() -> String {
     let mut text = String::new();
     for scenario in SCENARIOS {

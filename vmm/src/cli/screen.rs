@@ -114,7 +114,7 @@ impl Screen {
     /// Waits for what was written last, if somebody reads it.
     pub(crate) fn finish(&self) {
         if let Some(outlet) = &self.outlet {
-            // There is nobody to be told.
+            // Standard error is where an error would be told.
             let _ = outlet.finish(LAST_WORDS);
         }
     }

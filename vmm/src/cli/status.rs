@@ -41,7 +41,7 @@ pub(crate) struct Status {
     stop: Arc<AtomicBool>,
     stop_noted: bool,
     next_line: Duration,
-    /// The style of the block says so too.
+    /// A violation was seen, and the block is styled for it.
     violated: bool,
     /// Violations seen, by position in [`Oracle::ALL`].
     seen: [u64; Oracle::ALL.len()],

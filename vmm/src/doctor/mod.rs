@@ -38,7 +38,7 @@ pub enum Grade {
 pub struct Finding {
     /// What was looked at, in a word.
     pub name: &'static str,
-    /// How good it is.
+    /// Whether it is fine, worse than it could be, or in the way of any run.
     pub grade: Grade,
     /// What was found.
     pub found: String,

@@ -67,7 +67,7 @@ fn mappings(budget: &MappingBudget) -> Finding {
     }
 }
 
-/// Starts `count` threads that are there at once, and ends them.
+/// Starts `count` threads that exist at the same time, and ends them.
 fn start_threads(count: u64) -> io::Result<()> {
     let mut started = Vec::new();
     for _ in 0..count {
@@ -160,7 +160,7 @@ fn signals(status: &str) -> Finding {
             "signals",
             "SIGINT, SIGTERM and SIGHUP end a run with its report",
         ),
-        // As `nohup` does it, so it is meant.
+        // The program was started with the signal ignored, as `nohup` does: that is meant so.
         _ => Finding::ok(
             "signals",
             format!(

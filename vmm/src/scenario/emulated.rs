@@ -281,7 +281,7 @@ impl<P: CowPolicy, S: Stage> Performer for Emulated<P, S> {
 /// Refuses one change of page tables, some time from now.
 #[derive(Debug)]
 struct Refusal {
-    /// Changes that are granted before; `u64::MAX` is all.
+    /// Changes that are granted before one is refused; `u64::MAX` refuses none.
     granted: AtomicU64,
 }
 
@@ -353,7 +353,7 @@ impl Mmu for Refusing {
     }
 }
 
-/// Nobody runs in such an address space.
+/// The MMU of an address space in which no CPU runs.
 struct NoMmu;
 
 impl Mmu for NoMmu {

@@ -3,7 +3,7 @@
 use super::host::{self, Host, Processor};
 use super::task::{Extent, Suite};
 
-/// A host, and what of the tasks it is for.
+/// A host, and the tasks that are run on it.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Assignment {
     pub(crate) host: &'static Host,
@@ -43,7 +43,7 @@ pub(crate) fn by_hand(host: &'static Host, suites: &[Suite]) -> Vec<Assignment> 
         .collect()
 }
 
-/// A visit that has a command of somebody's own to run.
+/// `host` without any of our tasks, for a command that the user gave.
 pub(crate) fn for_a_command(host: &'static Host) -> Assignment {
     Assignment {
         host,

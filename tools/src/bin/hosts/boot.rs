@@ -22,7 +22,7 @@ use super::watch::{self, Limits, WatchError};
 /// A file to bring along.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Extra {
-    /// Where it is here.
+    /// Path on this machine.
     pub(crate) from: PathBuf,
     /// Its absolute path in the host.
     pub(crate) to: String,
@@ -88,7 +88,7 @@ pub(crate) struct HostRun {
     pub(crate) done: Vec<Done>,
     /// By the clock on the wall, from making its file system until it was off.
     pub(crate) took: Duration,
-    /// Why that are not all.
+    /// Why some tasks did not come to an end, if so.
     pub(crate) trouble: Option<BootError>,
 }
 
@@ -245,7 +245,7 @@ impl Prepared {
         let results = self.machine.results();
         let watched = watch::watch(&mut self.command, &results, &self.limits, stop, tell);
         watched.map_err(|trouble| match trouble {
-            // Nobody needs to look at what somebody has ended.
+            // The user has ended it: there is no fault to look for.
             WatchError::Interrupted => BootError::Interrupted,
             trouble => {
                 let mut last = watch::last_lines(&self.machine.complaints(), 5);

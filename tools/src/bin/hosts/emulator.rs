@@ -149,7 +149,7 @@ impl Machine {
             "debug: action=ignore".to_owned(),
         ];
         let settings = write("bochsrc", &(settings.join("\n") + "\n"))?;
-        // It is a debugger, and told to go on.
+        // This build of Bochs begins in its debugger, which is told to go on.
         let commands = write("commands", "c\n")?;
         let mut command = child("TERM");
         bochs.with_libraries(&mut command);

@@ -118,7 +118,7 @@ fn without_symbols(path: &Path) -> Result<Vec<u8>, InitramfsError> {
         strip.status().ok()?.success().then_some(())?;
         fs::read(file.path()).ok()
     };
-    // What is no program, or meets no such tool, is taken as it is.
+    // A file that is no program, or a machine without the tool: the file is taken as it is.
     stripped().map_or_else(|| read(path), Ok)
 }
 

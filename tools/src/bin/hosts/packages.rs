@@ -29,7 +29,7 @@ enum Content {
     /// Packages with programs that run here, and the libraries these need.
     Programs {
         packages: &'static [&'static str],
-        /// What does as well, if it is installed.
+        /// An installed program that does as well as the package.
         programs: &'static [&'static str],
     },
     /// A kernel and its modules.
@@ -90,7 +90,7 @@ pub(crate) const LINUX_6_12: Set = Set {
 /// The metapackage that depends on the newest kernel.
 const NEWEST_KERNEL: &str = "linux-image-amd64";
 
-/// Why packages are not there.
+/// Why packages cannot be had.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum PackageError {
     #[error("no folder to keep packages in: set XDG_CACHE_HOME or HOME")]
@@ -149,7 +149,7 @@ pub(crate) struct Store {
     apt: Option<Apt>,
 }
 
-/// A set that is there.
+/// A set that is downloaded and unpacked.
 #[derive(Clone, Debug)]
 pub(crate) struct Unpacked {
     /// What would be `/`, had it been installed.

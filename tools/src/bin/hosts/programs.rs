@@ -42,7 +42,7 @@ pub(crate) enum BuildError {
 pub(crate) enum Wanted {
     /// `vmm` alone.
     Program,
-    /// Tests, too.
+    /// The program and the tests.
     Tests,
 }
 
@@ -99,7 +99,7 @@ fn cargo(arguments: &[&str]) -> Result<String, BuildError> {
 #[derive(Debug, PartialEq, Eq)]
 struct Artifact {
     name: String,
-    /// What it is, or is the unit tests of: `bin`, `test`, `lib`, ...
+    /// The kind of target that it is, or is the unit tests of: `bin`, `test`, `lib`, ...
     kind: String,
     path: PathBuf,
 }

@@ -152,7 +152,7 @@ fn replaced(text: &str, found: &str) -> Option<String> {
 fn write_whole(path: &Path, text: &str) -> io::Result<()> {
     let mut file = NamedTempFile::new_in(path.parent().unwrap_or(Path::new(".")))?;
     file.write_all(text.as_bytes())?;
-    // Its permissions are those of a file that is nobody else's business.
+    // A temporary file is readable by its owner alone: it gets the permissions of the old one.
     fs::set_permissions(file.path(), fs::metadata(path)?.permissions())?;
     file.persist(path)?;
     Ok(())

@@ -10,7 +10,7 @@ use super::programs::LIBRARY;
 /// A command to run in a host.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Task {
-    /// What it is of; nothing for a command that was given by hand.
+    /// The suite it is of; `None` for a command that was given by hand.
     pub(crate) suite: Option<Suite>,
     /// The program and its arguments, as they are in the host.
     pub(crate) command: Vec<String>,
@@ -20,7 +20,7 @@ pub(crate) struct Task {
     pub(crate) limit: Duration,
 }
 
-/// What is looked at.
+/// A group of tasks that is asked for by one name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
 pub(crate) enum Suite {
     /// The main job: one and two vCPUs, every pattern

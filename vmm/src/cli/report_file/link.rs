@@ -14,7 +14,7 @@ use super::error::ReportFileError;
 /// Links that are followed, one after the other: as many as the kernel does.
 const MOST_LINKS: usize = 40;
 
-/// What is at the end of all links.
+/// What a path leads to when all links are followed.
 pub(super) enum Followed {
     /// A path that is no link. There need not be a file.
     File(PathBuf),

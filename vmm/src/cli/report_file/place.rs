@@ -14,10 +14,10 @@ use super::super::PATIENCE;
 use super::super::outlet::Outlet;
 use super::error::ReportFileError;
 
-/// Between two looks whether somebody has come to read a pipe.
+/// Time between two looks whether a pipe has a reader.
 const LOOK_EVERY: Duration = Duration::from_millis(20);
 
-/// What is there, and so how it is written.
+/// How a report is written, which depends on what is at its path.
 #[derive(Debug)]
 pub(super) enum Place {
     /// A regular file, or none yet: replaced in one step by one like `old`.
@@ -133,7 +133,7 @@ fn temporary(directory: &Path, old: Option<&Metadata>) -> io::Result<tempfile::N
         // What any new file gets; the umask takes its part. Temporary files are private otherwise.
         .permissions(Permissions::from_mode(0o666))
         .tempfile_in(directory)
-        // The error names a file that nobody asked for.
+        // The error would name the temporary file, which the user did not ask for.
         .map_err(|error| io::Error::from(error.kind()))?;
     if let Some(old) = old {
         let new = file.as_file().metadata()?;
@@ -184,7 +184,7 @@ fn send(open: OwnedFd, json: Vec<u8>) -> io::Result<()> {
     let outlet = Outlet::to_file(open)?;
     outlet.send(json);
     match outlet.finish(PATIENCE) {
-        // Whoever read it has seen enough.
+        // The reader has gone, as `head` does: that is no error.
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
         written => written,
     }

@@ -187,7 +187,7 @@ pub(super) extern "C" fn live(kit: &Kit) {
                 )),
             },
             Some(ActorCommand::Exit) => break,
-            // Nobody asked the child anything yet.
+            // The child has nothing to answer: it was asked nothing yet.
             Some(ActorCommand::Fork) => match actor.fork(value) {
                 Ok(Duplicate::Copy) => continue,
                 Ok(Duplicate::Original(pid)) => Ok(pid),
@@ -456,7 +456,7 @@ fn receive(commands: RawFd) -> Option<Message> {
     Some(message)
 }
 
-/// Answers. Says whether there was somebody to answer to.
+/// Answers. `false` if the controller has closed its end.
 fn send(commands: RawFd, reply: &Reply) -> bool {
     let len = size_of::<Reply>();
     let mut done = 0;

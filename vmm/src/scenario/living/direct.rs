@@ -133,7 +133,7 @@ impl Device {
         self.start(block)?;
         let disturbed = self.disturb(round, disturbance, mark);
         let raced = self.ring.completion().is_empty();
-        // Whatever else failed: nothing is under way after this.
+        // Whether or not something failed, no request is under way after this.
         self.finish()?;
         disturbed?;
         race.rounds += 1;

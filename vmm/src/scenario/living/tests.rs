@@ -15,7 +15,7 @@ fn living() -> Living {
     Living::new(Memory::Base).expect("a process can be made")
 }
 
-/// A performer whose P may be pinned, or `None`, which is said.
+/// A performer whose P may be pinned. `None` if this host has no io_uring, which is printed.
 fn with_pins() -> Option<Living> {
     let living = living();
     match living.why_no_pins() {

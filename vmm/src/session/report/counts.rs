@@ -1,4 +1,4 @@
-//! How often what was done, and what it took.
+//! Counters: how often each thing was done, and the memory it took.
 
 use std::time::Duration;
 

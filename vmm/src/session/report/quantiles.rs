@@ -1,4 +1,4 @@
-//! Times of many, as quantiles.
+//! Quantiles of many times.
 
 use hdrhistogram::Histogram;
 use serde::{Deserialize, Serialize};
