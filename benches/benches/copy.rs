@@ -1,4 +1,5 @@
-//! Copies of 2 MiB, in the ways there are: what `FrameMemory::copy_run` is to use. From memory that is in no cache to memory that is in none.
+//! Copies of 2 MiB, in the ways there are: what `FrameMemory::copy_run` is to use. From memory that is in no
+//! cache to memory that is in none.
 #![expect(unsafe_code, reason = "instructions that have no safe name")]
 
 use std::arch::x86_64::{
@@ -46,8 +47,9 @@ fn streamed(from: &[u8], to: &mut [u8], prefetches: bool) {
     assert!(from.len() == to.len() && from.len().is_multiple_of(LINE));
     assert!(from.as_ptr().addr().is_multiple_of(WORD) && to.as_ptr().addr().is_multiple_of(WORD));
     for at in (0..from.len()).step_by(LINE) {
-        // SAFETY: all of the line lies in both slices, which are aligned: just checked. What is asked for ahead may lie beyond
-        // them: that is a hint and never a fault. The stores are ordered before whatever follows by the fence below.
+        // SAFETY: all of the line lies in both slices, which are aligned: just checked. What is asked for
+        // ahead may lie beyond them: that is a hint and never a fault. The stores are ordered before whatever
+        // follows by the fence below.
         unsafe {
             let (from, to) = (from.as_ptr().add(at), to.as_mut_ptr().add(at));
             if prefetches {

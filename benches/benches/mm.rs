@@ -27,8 +27,8 @@ fn pin(c: &mut Criterion) {
     }
     // Time of a call, over all threads: with two that do not disturb each other it is half of that with one.
     //
-    // Each thread has a region of its own, as the buffers of two devices are in different places. Pages side by side have their words side
-    // by side, eight to a cache line: what that costs is the last bench.
+    // Each thread has a region of its own, as the buffers of two devices are in different places. Pages side
+    // by side have their words side by side, eight to a cache line: what that costs is the last bench.
     for (name, space) in [("huge folio", &huge), ("base pages", &small)] {
         for pages in [1, 16, REGION] {
             group.throughput(Throughput::Elements(pages));

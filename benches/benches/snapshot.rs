@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use benches::heap::{self, Counting};
 use benches::machine::Machine;
-use benches::measure::{Plan, measure};
+use benches::measure::{Sampling, measure};
 use benches::report::{self, Platform, Report, Skipped, check_writable, pattern_name};
 use benches::technique::{Kind, TechniqueError};
 use benches::vm::{GuestConfig, VmError};
@@ -33,8 +33,8 @@ const GIB: u64 = 1 << 30;
 
 /// Measure snapshots of the same guest under each technique.
 ///
-/// The guest writes one word a page as fast as it can. Each technique takes the same snapshots of it, one after the
-/// other on this machine; what is printed are the times, and their ratios to ours.
+/// The guest writes one word a page as fast as it can. Each technique takes the same snapshots of it, one
+/// after the other on this machine; what is printed are the times, and their ratios to ours.
 #[derive(Debug, Parser)]
 #[command(name = "snapshot", max_term_width = 100, after_long_help = techniques())]
 struct Args {
@@ -77,16 +77,22 @@ struct Args {
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     hot: Option<u64>,
 
-    /// In the pattern hot, one write of this many is elsewhere. A vCPU writes tens of millions of pages a second: one in ten would
-    /// leave nothing cold
-    #[arg(long, value_name = "N", default_value = "10000", value_parser = clap::value_parser!(u64).range(2..))]
+    /// In the pattern hot, one write of this many is elsewhere. A vCPU writes tens of millions of pages a
+    /// second: one in ten would leave nothing cold
+    #[arg(
+        long,
+        value_name = "N",
+        default_value = "10000",
+        value_parser = clap::value_parser!(u64).range(2..)
+    )]
     cold_every: u64,
 
     /// A device writes guest memory beside the vCPUs
     #[arg(long)]
     dma: bool,
 
-    /// The whole matrix: 256M, 1G, 4G, 8G; all patterns; 1 and 2 vCPUs; with and without a device. Takes hours
+    /// The whole matrix: 256M, 1G, 4G, 8G; all patterns; 1 and 2 vCPUs; with and
+    /// without a device. Takes hours
     #[arg(long)]
     all: bool,
 
@@ -150,7 +156,7 @@ fn run(args: &Args) -> Result<(), Error> {
     }
     let kvm = Kvm::open()?;
     let stop = stop_flag().map_err(Error::Signals)?;
-    let plan = Plan {
+    let sampling = Sampling {
         rounds: args.rounds,
         quiet: Duration::from_secs(1),
         rates: args
@@ -169,9 +175,9 @@ fn run(args: &Args) -> Result<(), Error> {
         some => some.to_vec(),
     };
     let configs = configs(args);
-    let progress = Progress::new(configs.len() * techniques.len());
+    let display = ProgressDisplay::new(configs.len() * techniques.len());
 
-    progress.step("the machine");
+    display.step("the machine");
     let mut report = Report {
         version: env!("CARGO_PKG_VERSION").to_owned(),
         platform: Platform::of(kvm.platform()),
@@ -185,12 +191,12 @@ fn run(args: &Args) -> Result<(), Error> {
         &kvm,
         &configs,
         &techniques,
-        &plan,
+        &sampling,
         &stop,
-        &progress,
+        &display,
         &mut report,
     );
-    progress.finish();
+    display.finish();
     report.targets = targets::judge(&report);
     // What there is is worth having, however it ended.
     if !report.cells.is_empty() {
@@ -225,9 +231,9 @@ fn measure_all(
     kvm: &Kvm,
     configs: &[GuestConfig],
     techniques: &[Kind],
-    plan: &Plan,
+    sampling: &Sampling,
     stop: &AtomicBool,
-    progress: &Progress,
+    display: &ProgressDisplay,
     report: &mut Report,
 ) -> Ended {
     let mut failed = 0;
@@ -235,7 +241,7 @@ fn measure_all(
         for &technique in techniques {
             let is_skipped = |skipped: &Skipped| skipped.what == technique.name();
             if report.skipped.iter().any(is_skipped) {
-                progress.next();
+                display.next();
                 continue;
             }
             let cell = format!(
@@ -245,16 +251,16 @@ fn measure_all(
                 config.vcpus,
                 if config.dma { ", DMA" } else { "" }
             );
-            progress.begin(&cell);
-            let mut step = |step: &str| progress.step(&format!("{cell}: {step}"));
-            let (what, why) = match measure(kvm, technique, config, plan, stop, &mut step) {
+            display.begin(&cell);
+            let mut step = |step: &str| display.step(&format!("{cell}: {step}"));
+            let (what, why) = match measure(kvm, technique, config, sampling, stop, &mut step) {
                 Ok(measured) => {
                     report.cells.push(measured);
-                    progress.next();
+                    display.next();
                     continue;
                 }
                 Err(VmError::Interrupted) => return Ended::Interrupted,
-                // It is the same everywhere.
+                // Why it cannot run here is the same in every setting: said once.
                 Err(VmError::Technique(TechniqueError::Unavailable { why })) => {
                     (technique.name().to_owned(), why)
                 }
@@ -264,9 +270,9 @@ fn measure_all(
                     (cell, chain(&error))
                 }
             };
-            progress.say(&format!("left out: {what}: {why}"));
+            display.say(&format!("left out: {what}: {why}"));
             report.skipped.push(Skipped { what, why });
-            progress.next();
+            display.next();
         }
     }
     match failed {
@@ -322,7 +328,8 @@ fn print(text: &str) -> Result<(), Error> {
     }
 }
 
-/// A flag that the first SIGINT or SIGTERM sets. The second one ends the process; children that are snapshots end with it.
+/// A flag that the first SIGINT or SIGTERM sets. The second one ends the process; children that
+/// are snapshots end with it.
 fn stop_flag() -> io::Result<Arc<AtomicBool>> {
     let stop = Arc::new(AtomicBool::new(false));
     for signal in [SIGINT, SIGTERM] {
@@ -333,11 +340,11 @@ fn stop_flag() -> io::Result<Arc<AtomicBool>> {
 }
 
 /// Says on standard error how far it is: a bar on a terminal, else a line for everything that is begun.
-struct Progress {
+struct ProgressDisplay {
     bar: Option<ProgressBar>,
 }
 
-impl Progress {
+impl ProgressDisplay {
     fn new(cells: usize) -> Self {
         let terminal =
             io::stderr().is_terminal() && env::var_os("TERM").is_some_and(|term| term != "dumb");

@@ -1,4 +1,5 @@
-//! Tests that measure the memory of this process, and those that take and give back so much of it that they would be measured too.
+//! Tests that measure the memory of this process, and those that take and give back so much of it that
+//! they would be measured too.
 
 use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 

@@ -82,8 +82,8 @@ pub fn write(space: &AddressSpace<Exclusive>, pages: Range<u64>) -> io::Result<(
         .try_for_each(|gfn| space.write_fault(gfn).map(drop).map_err(io::Error::other))
 }
 
-/// Forks the address space `rounds` times, each time with the pages of `written` writable and all others as the fork before
-/// left them, and says how long the forks took. One fork before them is not counted.
+/// Forks the address space `rounds` times, each time with the pages of `written` writable and all others as
+/// the fork before left them, and says how long the forks took. One fork before them is not counted.
 ///
 /// # Errors
 /// If a fork fails, or a fault can't be resolved.

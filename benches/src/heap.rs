@@ -1,8 +1,9 @@
 //! How much memory the program's tables take: what was allocated, and how much of that has memory behind it.
 //!
-//! A program that wants to know makes [`Counting`] its global allocator. Memory that is mapped (guest memory, frames) is not counted.
-//! Of what was allocated small all is taken to be there. What was allocated large (tables for all of guest memory and every copy
-//! there could be) gets memory from the kernel page by page when it is first touched: the kernel is asked how many pages that are.
+//! A program that wants to know makes [`Counting`] its global allocator. Memory that is mapped (guest memory,
+//! frames) is not counted. Of what was allocated small all is taken to be there. What was allocated large
+//! (tables for all of guest memory and every copy there could be) gets memory from the kernel page by page
+//! when it is first touched: the kernel is asked how many pages that are.
 #![expect(unsafe_code, reason = "an allocator")]
 
 use std::alloc::{GlobalAlloc, Layout, System};
@@ -12,14 +13,15 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 
-/// From this size on the kernel's pages are counted. The system's allocator gives what is as large mappings of its own
-/// ([`keep_large_apart`]).
+/// From this size on the kernel's pages are counted. The system's allocator gives what is as large mappings
+/// of its own ([`keep_large_apart`]).
 const LARGE: usize = 128 << 10;
 const PAGE: usize = 4096;
 
 static SMALL: AtomicU64 = AtomicU64::new(0);
 static INSTALLED: AtomicBool = AtomicBool::new(false);
-/// Large allocations: first address, 0 for a place that is free, and length. What finds no place is counted as small.
+/// Large allocations: first address, 0 for a place that is free, and length. What finds no
+/// place is counted as small.
 static PLACES: [(AtomicUsize, AtomicUsize); 256] =
     [const { (AtomicUsize::new(0), AtomicUsize::new(0)) }; 256];
 
@@ -27,8 +29,8 @@ static PLACES: [(AtomicUsize, AtomicUsize); 256] =
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Counting;
 
-/// Has what is large be a mapping of its own each time. Else the system's allocator learns from the first that is freed to keep
-/// such memory, and what was touched for one guest would count for the next.
+/// Has what is large be a mapping of its own each time. Else the system's allocator learns from the first
+/// that is freed to keep such memory, and what was touched for one guest would count for the next.
 pub fn keep_large_apart() {
     // SAFETY: it changes a setting of the allocator, under its own lock.
     let set = unsafe { libc::mallopt(libc::M_MMAP_THRESHOLD, LARGE as libc::c_int) };
@@ -42,7 +44,7 @@ pub struct Mark {
     large: Vec<Range<usize>>,
 }
 
-/// What is allocated now. `None` where nobody counts.
+/// Bytes that are allocated now. `None` where [`Counting`] is not the global allocator.
 pub fn mark() -> Option<Mark> {
     INSTALLED.load(Ordering::Relaxed).then(|| Mark {
         small: SMALL.load(Ordering::Relaxed),
@@ -94,8 +96,8 @@ impl Made {
     }
 }
 
-/// Bytes of the pages of `range` that have memory behind them, or had and are swapped out. A page that was only read counts, though the
-/// kernel has the same zeros behind all of those.
+/// Bytes of the pages of `range` that have memory behind them, or had and are swapped out. A page that was
+/// only read counts, though the kernel has the same zeros behind all of those.
 fn resident(range: &Range<usize>) -> io::Result<u64> {
     let pages = range.start / PAGE..range.end.div_ceil(PAGE);
     // Eight bytes a page; bit 63 says present, bit 62 swapped (Documentation/admin-guide/mm/pagemap.rst).

@@ -9,6 +9,7 @@
 //! | [`machine`] | what this machine does without a guest: plain copies, pins |
 //! | [`report`] | the numbers of a run, and the file they are kept in |
 //! | [`targets`] | what the numbers should be |
+//! | [`verdict`] | one target, and whether it was met |
 //! | [`text`] | the same for people |
 //! | [`summary`], [`footprint`], [`heap`] | percentiles; memory of processes; memory of tables |
 //!
@@ -26,4 +27,5 @@ pub mod summary;
 pub mod targets;
 pub mod technique;
 pub mod text;
+pub mod verdict;
 pub mod vm;

@@ -1,4 +1,4 @@
-//! What this machine does without a guest: what measurements are put beside.
+//! What this machine does without a guest, to compare measurements with.
 #![expect(unsafe_code, reason = "copies memory it has mapped")]
 
 use std::hint::black_box;
@@ -24,7 +24,8 @@ const TRIES: usize = 5;
 /// What the machine does.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Machine {
-    /// Copying memory that is there already to memory that is there already, one thread, 2 MiB at a time: µs for 4 KiB.
+    /// Copying memory that is there already to memory that is there already, one thread, 2
+    /// MiB at a time: µs for 4 KiB.
     pub copy_us_per_page: f64,
     /// Pinning and unpinning a page on the fast path, one thread: ns.
     pub pin_ns: f64,
@@ -80,8 +81,9 @@ fn copy() -> io::Result<Duration> {
     Ok(time)
 }
 
-/// Seconds of a pin and unpin with one thread, and with two at once. Their pages are two regions apart, as the buffers of two devices are:
-/// what pages have side by side in a table, eight to a cache line, is not shared.
+/// Seconds of a pin and unpin with one thread, and with two at once. Their pages are two regions
+/// apart, as the buffers of two devices are: what pages have side by side in a table, eight to a
+/// cache line, is not shared.
 fn pins() -> io::Result<(f64, f64)> {
     let space = space_without_window(2048)?;
     let pin = |gfn: u64| {

@@ -3,14 +3,20 @@
 //! | number | what it is |
 //! |---|---|
 //! | pause | from the kick to the last vCPU about to run again |
-//! | stall | what the guest lost: the time from the lap in which the technique began to prepare for the snapshot to the end of the one after that in which it was taken, less as many usual laps. The pause is in it. Of several vCPUs, the one that lost most |
-//! | longest gap | the longest time between two writes in these laps, by the guest's own clock. Usually the pause is in it |
-//! | per page | what all vCPUs lost without the pause, by the number of different pages they wrote from the snapshot to the end of these laps: the time to touch a page again |
+//! | stall | what the guest lost, the pause with it (below); of several vCPUs, the one that lost most |
+//! | longest gap | the longest time between two writes, by the guest's own clock; usually the pause |
+//! | per page | what all vCPUs lost without the pause, by the number of different pages they wrote |
 //! | share | writes a second with a snapshot every so often, as a share of those before the first snapshot |
 //!
-//! The usual lap is the median before the first snapshot: a technique that leaves the guest slower than it was pays for that.
-//! Between two snapshots the guest does a few laps, whatever time they take it. Memory is brought back to its best between two snapshots ([`Technique::settle`](crate::technique::Technique::settle)),
-//! except while writes a second are counted.
+//! A snapshot is felt from the lap in which the technique begins to prepare for it to the end of the lap
+//! after the one in which it is taken. The stall is the time of these laps, less as many usual ones; the
+//! longest gap is looked for in them. Time per page counts the pages written from the snapshot to the end of
+//! them: it is the time to touch a page again.
+//!
+//! The usual lap is the median before the first snapshot: a technique that leaves the guest slower than it
+//! was pays for that. Between two snapshots the guest does a few laps, whatever time they take it. Memory is
+//! brought back to its best between two snapshots
+//! ([`Technique::settle`](crate::technique::Technique::settle)), except while writes a second are counted.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -42,7 +48,7 @@ const SLICE: Duration = Duration::from_millis(20);
 
 /// How much is measured.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Plan {
+pub struct Sampling {
     /// Snapshots whose pause and stall are measured.
     pub rounds: u64,
     /// How long the guest is watched without a snapshot, at least.
@@ -61,7 +67,7 @@ pub fn measure(
     kvm: &Kvm,
     kind: Kind,
     config: &GuestConfig,
-    plan: &Plan,
+    sampling: &Sampling,
     stop: &AtomicBool,
     step: &mut dyn FnMut(&str),
 ) -> Result<Cell, VmError> {
@@ -82,7 +88,7 @@ pub fn measure(
     vm.wait("touching its memory", stop, |_, vcpu| Ok(vcpu.resident))?;
     step("quiet");
     run.rest(REST)?;
-    let quiet = run.speed(|| run.pause_until(Instant::now() + plan.quiet))?;
+    let quiet = run.speed(|| run.pause_until(Instant::now() + sampling.quiet))?;
     let usual = run.usual()?;
     let mut empty = Vec::new();
     for _ in 0..EMPTY {
@@ -97,8 +103,12 @@ pub fn measure(
     let mut touched = Vec::new();
     let mut copied = Vec::new();
     let mut missed = 0;
-    while pauses.len() < plan.rounds {
-        step(&format!("snapshot {} of {}", pauses.len() + 1, plan.rounds));
+    while pauses.len() < sampling.rounds {
+        step(&format!(
+            "snapshot {} of {}",
+            pauses.len() + 1,
+            sampling.rounds
+        ));
         vm.technique().settle()?;
         run.rest(REST)?;
         let copied_before = vm.technique().copied();
@@ -138,11 +148,11 @@ pub fn measure(
     }
 
     let mut rates = Vec::new();
-    for &rate in &plan.rates {
+    for &rate in &sampling.rates {
         step(&format!("{rate} snapshots a second"));
         vm.technique().settle()?;
         run.rest(REST)?;
-        rates.push(run.at_rate(rate, quiet, plan)?);
+        rates.push(run.at_rate(rate, quiet, sampling)?);
     }
     vm.check()?;
     Ok(Cell {
@@ -202,7 +212,8 @@ impl Run<'_> {
         self.wait_laps("a sweep", &self.vm.progress()?, laps)
     }
 
-    /// Waits until every vCPU has done `laps` laps more than at `since`, the one it was in then being the first.
+    /// Waits until every vCPU has done `laps` laps more than at `since`, the one it
+    /// was in then being the first.
     fn wait_laps(&self, what: &'static str, since: &[Progress], laps: u64) -> Result<(), VmError> {
         self.vm.wait(what, self.stop, |vcpu, progress| {
             Ok(progress.laps >= since[vcpu].laps + laps)
@@ -233,8 +244,8 @@ impl Run<'_> {
             .collect()
     }
 
-    /// Waits for the laps that a snapshot is felt in, and says what the vCPUs felt of it. `None` if the host was too late to
-    /// see one of them: it has other things to do too.
+    /// Waits for the laps that a snapshot is felt in, and says what the vCPUs felt of it. `None` if the host
+    /// was too late to see one of them: it has other things to do too.
     fn felt(&self, snapshot: &Snapshot<'_>, usual: &[Usual]) -> Result<Option<Felt>, VmError> {
         let what = "its first sweep after a snapshot";
         // Each vCPU's are kept as soon as they are there: another may take a thousand times as long.
@@ -270,11 +281,11 @@ impl Run<'_> {
     }
 
     /// How fast the guest writes with `rate` snapshots a second, `quiet` being its writes a second without.
-    fn at_rate(&self, rate: f64, quiet: f64, plan: &Plan) -> Result<Rate, VmError> {
+    fn at_rate(&self, rate: f64, quiet: f64, sampling: &Sampling) -> Result<Rate, VmError> {
         let mut pauses = Times::default();
         let mut taken = 0;
         let begin = Instant::now();
-        let end = begin + plan.rate_time;
+        let end = begin + sampling.rate_time;
         let with = self.speed(|| {
             let mut due = begin;
             let mut last = None;

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::machine::Machine;
 use crate::summary::Summary;
-use crate::targets::Verdict;
+use crate::verdict::Verdict;
 
 /// A run.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -41,7 +41,8 @@ pub struct Platform {
     pub kernel: String,
     /// CPUs.
     pub cpus: usize,
-    /// Programs that ran or wanted to when this began (the load of the last minute): with any, the numbers are theirs too.
+    /// Programs that ran or wanted to when this began (the load of the last minute): with any,
+    /// the numbers are theirs too.
     pub load: f64,
 }
 
@@ -194,7 +195,7 @@ impl Report {
     /// Reads what [`Report::write`] wrote.
     ///
     /// # Errors
-    /// The host's, or that it is something else.
+    /// The host's, or that the file is no report.
     pub fn read(path: &Path) -> io::Result<Self> {
         Ok(serde_json::from_slice(&fs::read(path)?)?)
     }
@@ -224,7 +225,7 @@ fn temporary(path: &Path) -> io::Result<tempfile::NamedTempFile> {
         // What any new file gets; the umask takes its part. Temporary files are private otherwise.
         .permissions(fs::Permissions::from_mode(0o666))
         .tempfile_in(directory(path))
-        // The error names a file that nobody asked for.
+        // The error would name the temporary file, which the user did not ask for.
         .map_err(|error| error.kind().into())
 }
 
@@ -255,6 +256,7 @@ pub fn pattern_of(name: &str) -> Option<Pattern> {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
+    use crate::verdict::Bound;
 
     /// A cell with every number different, scaled by `scale`.
     pub(crate) fn cell(technique: &str, memory: u64, pattern: &str, scale: f64) -> Cell {
@@ -332,7 +334,15 @@ pub(crate) mod tests {
             // By a power of two: reading a number is not exact to the last bit.
             cell("fork", 256 << 20, "hot", 16.0),
         ]);
-        written.targets = crate::targets::judge(&written);
+        written.targets = [Some(0.25), None]
+            .map(|found| Verdict {
+                what: "pause: ours / fork".to_owned(),
+                bound: Bound::AtMost,
+                limit: 0.5,
+                found,
+                where_: "1024 MiB, hot, 1 vcpus".to_owned(),
+            })
+            .to_vec();
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("report.json");
         check_writable(&path).unwrap();

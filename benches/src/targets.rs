@@ -1,60 +1,15 @@
-//! What the numbers should be, and whether they are. All but a few are ratios of one run: they say something on any machine.
+//! What the numbers should be. All but a few are ratios of one run: they say something on any machine.
 //!
-//! A target that several settings of a run speak to is judged by the worst of them. Runs with a device are not judged. Of several
-//! snapshots the median counts.
-
-use serde::{Deserialize, Serialize};
+//! A target that several settings of a run speak to is judged by the worst of them. Runs with a device are
+//! not judged. Of several snapshots the median counts.
 
 use crate::report::{Cell, Report, Setting};
 use crate::technique::Kind;
+use crate::verdict::{Bound, Verdict};
 
 const GIB: u64 = 1 << 30;
 /// What the sweep of the stall's target is.
 const SWEEP: u64 = 128 << 20;
-
-/// A target, and what was found.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Verdict {
-    /// What is asked of.
-    pub what: String,
-    /// Which side of the limit is good.
-    pub bound: Bound,
-    /// The limit.
-    pub limit: f64,
-    /// What was found. `None` if the run does not say.
-    pub found: Option<f64>,
-    /// Where it was found, or what a run must have to say.
-    pub where_: String,
-}
-
-/// Which side of a limit is good.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Bound {
-    /// The limit and below.
-    AtMost,
-    /// The limit and above.
-    AtLeast,
-}
-
-impl Verdict {
-    /// Whether it was met. `None` if the run does not say.
-    pub fn met(&self) -> Option<bool> {
-        self.found.map(|found| match self.bound {
-            Bound::AtMost => found <= self.limit,
-            Bound::AtLeast => found >= self.limit,
-        })
-    }
-
-    /// By what factor it was missed, if it was.
-    pub fn missed_by(&self) -> Option<f64> {
-        let found = self.found.filter(|_| self.met() == Some(false))?;
-        Some(match self.bound {
-            Bound::AtMost => found / self.limit,
-            Bound::AtLeast => self.limit / found,
-        })
-    }
-}
 
 /// Judges a run.
 pub fn judge(report: &Report) -> Vec<Verdict> {

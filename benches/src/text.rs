@@ -5,10 +5,10 @@ use std::fmt::Write;
 use vmm::cli::units::{bytes, count, micros};
 
 use crate::report::{Cell, Rate, Report, Setting};
-use crate::targets::{Bound, Verdict};
 use crate::technique::Kind;
+use crate::verdict::{Bound, Verdict};
 
-/// From this load on others take part in what is measured.
+/// From this load on other programs take CPU time that is then missing in the measurements.
 const BUSY: f64 = 0.5;
 
 /// All of `report`.

@@ -376,7 +376,7 @@ fn orders(layout: &Layout, config: &GuestConfig) -> Option<Vec<SweepOrders>> {
                 hot: config.hot / PAGE_SIZE / vcpus,
                 cold_every: config.cold_every,
             };
-            guest::sweep::Order::new(choice)?;
+            guest::sweep::Route::new(choice)?;
             Some(SweepOrders {
                 first: layout.hammer_base + border(vcpu) * REGION_SIZE,
                 resident,

@@ -26,7 +26,8 @@ impl<const BYTES: u64> Area<BYTES> {
     /// The area at `gpa`, a multiple of 8.
     ///
     /// # Safety
-    /// `gpa..gpa + BYTES` must be mapped guest memory that is reached through areas only: no Rust object lies there.
+    /// `gpa..gpa + BYTES` must be mapped guest memory that is reached through areas only:
+    /// no Rust object lies there.
     pub const unsafe fn new(gpa: u64) -> Self {
         Self { gpa }
     }

@@ -152,7 +152,8 @@ impl Driver {
         result
     }
 
-    /// Gives every idle slot a request and rings once, if that is worth a doorbell: half of the slots are idle.
+    /// Gives every idle slot a request and rings once, if that is worth a doorbell:
+    /// half of the slots are idle.
     fn post_idle_slots(&mut self) {
         let idle = (0..self.slots)
             .filter(|&slot| self.usable & (1 << slot) != 0)
@@ -300,8 +301,9 @@ impl Slot {
         }
     }
 
-    /// What to ask for next: the other direction. A buffer that is registered for reading is read once, released and
-    /// registered again: a snapshot may come in between, and then the device is to hold a page that is shared.
+    /// What to ask for next: the other direction. A buffer that is registered for reading is read
+    /// once, released and registered again: a snapshot may come in between, and then the device is to
+    /// hold a page that is shared.
     fn next_kind(&self) -> RequestKind {
         match self.kind() {
             Some(RequestKind::RegisterForReading) => return RequestKind::RegisteredFromGuest,

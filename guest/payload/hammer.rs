@@ -32,7 +32,8 @@ impl Hammer {
         }
     }
 
-    /// Does the next operation of `vcpu`: the page must hold what its last writer wrote, and gets all its words anew.
+    /// Does the next operation of `vcpu`: the page must hold what its last writer wrote,
+    /// and gets all its words anew.
     pub fn operate(&self, vcpu: &mut Vcpu) {
         let op = vcpu.op();
         let slot = self.schedule.slot_of(op);

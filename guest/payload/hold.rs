@@ -1,4 +1,5 @@
-//! Registers that hold what a formula says (`registers`), so that a snapshot or a restore that loses one is seen.
+//! Registers that hold what a formula says (`registers`), so that a snapshot or a
+//! restore that loses one is seen.
 
 use core::arch::x86_64::{__cpuid, __cpuid_count};
 use core::arch::{asm, global_asm};
@@ -45,7 +46,8 @@ pub enum Rewritten {
 /// Checks that `page` holds the words `old`, and writes `new`, while the registers hold `held`.
 pub fn rewrite(page: Area<PAGE_SIZE>, old: Words, new: Words, held: &Held) -> Rewritten {
     let jobs = [old.first, old.step, new.first, new.step];
-    // SAFETY: the page is an area of the guest's, as `Area::new` demands; the tables are alive. The function follows the C ABI.
+    // SAFETY: the page is an area of the guest's, as `Area::new` demands; the tables are alive. The
+    // function follows the C ABI.
     match unsafe { hold_page(page.gpa(0), &jobs, held) } {
         0 => Rewritten::Rightly,
         1 => Rewritten::Not,
@@ -53,7 +55,8 @@ pub fn rewrite(page: Area<PAGE_SIZE>, old: Words, new: Words, held: &Held) -> Re
     }
 }
 
-/// Where the check of a page begins, where writing it does, and where that ends. The registers hold what they should in between.
+/// Where the check of a page begins, where writing it does, and where that ends. The registers hold
+/// what they should in between.
 pub fn addresses() -> [u64; 3] {
     [
         (&raw const hold_check).addr() as u64,
@@ -69,8 +72,8 @@ unsafe extern "C" {
     static hold_written: u8;
 }
 
-// RAX, RCX, RSI and RDI go through the page: word, eighths left, step, address. None of the instructions that write it changes a
-// flag, and `loop` does not either. RSP is as in the caller, less what is pushed.
+// RAX, RCX, RSI and RDI go through the page: word, eighths left, step, address. None of the instructions that
+// write it changes a flag, and `loop` does not either. RSP is as in the caller, less what is pushed.
 global_asm!(
     ".macro eight what:vararg",
     ".irp at, 0, 8, 16, 24, 32, 40, 48, 56",
@@ -212,8 +215,8 @@ pub fn families() -> u64 {
 
 /// Sets what is always held, in the order in which the VMM expects it.
 pub fn set(held: &Held, families: u64) {
-    // SAFETY: no compiled code uses these registers, nor does any mode that they set concern it: it has no arithmetic on floating-point
-    // numbers.
+    // SAFETY: no compiled code uses these registers, nor does any mode that they set concern it: it has no
+    // arithmetic on floating-point numbers.
     unsafe {
         asm!(
             "movq mm0, [{h} + {mmx}]",
@@ -248,7 +251,8 @@ pub fn set(held: &Held, families: u64) {
     }
 }
 
-/// The first register of those that are always held which is not as it was set: what it should be, and what it is.
+/// The first register of those that are always held which is not as it was set: what it
+/// should be, and what it is.
 pub fn first_lost(held: &Held, families: u64) -> Option<(u64, u64)> {
     let mut found = *held;
     // SAFETY: reads registers into `found`.

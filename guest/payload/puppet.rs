@@ -1,7 +1,8 @@
-//! A guest that does one access to memory after another, as it is told: a puppet. The ABI (`Mail`) has its half of the contract.
+//! A guest that does one access to memory after another, as it is told: a puppet. The ABI (`Mail`) has
+//! its half of the contract.
 //!
-//! It lives in registers alone. It has no stack, no data and nothing to remember, so that the only memory it ever
-//! writes, its mailbox aside, is what it was told to write, and it can be started anew at any time.
+//! It lives in registers alone. It has no stack, no data and nothing to remember, so that the only memory it
+//! ever writes, its mailbox aside, is what it was told to write, and it can be started anew at any time.
 
 #![no_std]
 #![no_main]

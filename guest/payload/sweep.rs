@@ -1,5 +1,6 @@
-//! A guest to measure with: every vCPU writes one word a page over its share of memory for ever, as fast as it can, and keeps
-//! what it saw of the time. The shared file `sweep` has the order of the writes and the notes.
+//! A guest to measure with: every vCPU writes one word a page over its share of memory for ever,
+//! as fast as it can, and keeps what it saw of the time. The shared file `sweep` has the order of
+//! the writes and the notes.
 //!
 //! It has nothing to check and no devices to drive, so that a pause or a fault is all that can slow it down.
 
@@ -21,14 +22,14 @@ mod rt;
 use core::arch::x86_64::_rdtsc;
 
 use abi::{BootInfo, PAGE_SIZE};
-use sweep::{LAPS, Lap, Order, SweepOrders, SweepPage};
+use sweep::{LAPS, Lap, Route, SweepOrders, SweepPage};
 
 /// What vCPU `index` does; called by `rt` on every vCPU.
 fn run(boot: &BootInfo, index: u64) -> ! {
     let page = boot.layout.vcpu_page(index) as *mut SweepPage;
     // SAFETY: the VMM laid this page out for this vCPU alone and has written its orders.
     let orders = unsafe { (&raw const (*page).orders).read() };
-    let Some(mut order) = Order::new(orders.choice) else {
+    let Some(mut route) = Route::new(orders.choice) else {
         panic!("no order of writes is {:?}", orders.choice);
     };
     if orders.lap == 0 {
@@ -49,7 +50,7 @@ fn run(boot: &BootInfo, index: u64) -> ! {
     for laps in 0.. {
         for _ in 0..orders.lap {
             lap.ops += 1;
-            write(&orders, order.next_page(), lap.ops);
+            write(&orders, route.next_page(), lap.ops);
             // SAFETY: as above.
             unsafe { (&raw mut (*page).ops).write_volatile(lap.ops) };
             let at = now();
@@ -68,7 +69,8 @@ fn run(boot: &BootInfo, index: u64) -> ! {
     panic!("the laps are used up");
 }
 
-/// Writes a word in page `page` of this vCPU's share: another one from page to page, so that not all are in the same cache set.
+/// Writes a word in page `page` of this vCPU's share: another one from page to page, so that not all
+/// are in the same cache set.
 #[inline]
 fn write(orders: &SweepOrders, page: u64, word: u64) {
     let gpa = orders.first + page * PAGE_SIZE + page % 64 * 64;

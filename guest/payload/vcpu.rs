@@ -84,7 +84,8 @@ impl Vcpu {
         vcpu
     }
 
-    /// Says that from here on this vCPU's memory, and that of the devices it drives, is what the formulas say.
+    /// Says that from here on this vCPU's memory, and that of the devices it drives,
+    /// is what the formulas say.
     pub fn announce_formula(&self) {
         let at = offset_of!(VcpuPage, formula) as u64;
         self.page.write(at, FOLLOWS_FORMULA);

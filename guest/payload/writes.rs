@@ -109,11 +109,10 @@ const WRITES: &[Write] = &[
         )
     }),
     inside("mov with base, index and displacement", |at| {
-        puts(
-            at,
-            V,
-            |at| execute!("mov [{at} + {i}*8 + 0x12340020], {v}"; at = in(reg) at.wrapping_sub(0x1234_0000), i = in(reg) -4i64, v = in(reg) V),
-        )
+        puts(at, V, |at| {
+            execute!("mov [{at} + {i}*8 + 0x12340020], {v}";
+                at = in(reg) at.wrapping_sub(0x1234_0000), i = in(reg) -4i64, v = in(reg) V)
+        })
     }),
     inside("mov with an index and no base", |at| {
         puts(
@@ -307,14 +306,20 @@ const WRITES: &[Write] = &[
         changes(
             at,
             |old: u64| old | 1 << 9,
-            |at| execute!("bts [{at}], {bit}"; at = in(reg) at.wrapping_sub(0x4000), bit = in(reg) 8 * 0x4000 + 9i64),
+            |at| {
+                execute!("bts [{at}], {bit}";
+                    at = in(reg) at.wrapping_sub(0x4000), bit = in(reg) 8 * 0x4000 + 9i64)
+            },
         )
     }),
     inside("btc m32, r32 far before its address", |at| {
         changes(
             at,
             |old: u32| old ^ 1 << 9,
-            |at| execute!("btc [{at}], {bit:e}"; at = in(reg) at.wrapping_add(0x4000), bit = in(reg) 9 - 8 * 0x4000i64),
+            |at| {
+                execute!("btc [{at}], {bit:e}";
+                    at = in(reg) at.wrapping_add(0x4000), bit = in(reg) 9 - 8 * 0x4000i64)
+            },
         )
     }),
     inside("lock btr m64, r64", |at| {
@@ -426,11 +431,10 @@ const WRITES: &[Write] = &[
         )
     }),
     across("rep stosb downwards across pages", |at| {
-        puts(
-            at.wrapping_sub(20),
-            [V as u8; 40],
-            |at| execute!("std", "rep stosb", "cld"; inout("rdi") at.wrapping_add(39) => _, inout("rcx") 40u64 => _, in("al") V as u8),
-        )
+        puts(at.wrapping_sub(20), [V as u8; 40], |at| {
+            execute!("std", "rep stosb", "cld";
+                inout("rdi") at.wrapping_add(39) => _, inout("rcx") 40u64 => _, in("al") V as u8)
+        })
     }),
     inside("movsq", |at| {
         puts(
@@ -440,60 +444,54 @@ const WRITES: &[Write] = &[
         )
     }),
     across("rep movsb across pages", |at| {
-        puts(
-            at.wrapping_sub(15),
-            FOUR,
-            |at| execute!("rep movsb"; inout("rdi") at => _, inout("rsi") &FOUR => _, inout("rcx") 32u64 => _),
-        )
+        puts(at.wrapping_sub(15), FOUR, |at| {
+            execute!("rep movsb";
+                inout("rdi") at => _, inout("rsi") &FOUR => _, inout("rcx") 32u64 => _)
+        })
     }),
     across("rep movsq downwards across pages", |at| {
         puts(at.wrapping_sub(12), FOUR, |at| {
-            execute!("std", "rep movsq", "cld"; inout("rdi") at.wrapping_add(24) => _, inout("rsi") &FOUR[3] => _,
+            execute!("std", "rep movsq", "cld";
+                inout("rdi") at.wrapping_add(24) => _, inout("rsi") &FOUR[3] => _,
                 inout("rcx") 4u64 => _)
         })
     }),
     // The stack, moved to where the test is.
     inside("push r64", |at| {
-        puts(
-            at,
-            V,
-            |at| execute!("xchg rsp, {at}", "push {v}", "mov rsp, {at}"; at = inout(reg) at.wrapping_add(8) => _, v = in(reg) V),
-        )
+        puts(at, V, |at| {
+            execute!("xchg rsp, {at}", "push {v}", "mov rsp, {at}";
+                at = inout(reg) at.wrapping_add(8) => _, v = in(reg) V)
+        })
     }),
     inside("push imm8", |at| {
-        puts(
-            at,
-            -7i64,
-            |at| execute!("xchg rsp, {at}", "push -7", "mov rsp, {at}"; at = inout(reg) at.wrapping_add(8) => _),
-        )
+        puts(at, -7i64, |at| {
+            execute!("xchg rsp, {at}", "push -7", "mov rsp, {at}";
+                at = inout(reg) at.wrapping_add(8) => _)
+        })
     }),
     inside("push r16", |at| {
-        puts(
-            at,
-            V as u16,
-            |at| execute!("xchg rsp, {at}", "push {v:x}", "mov rsp, {at}"; at = inout(reg) at.wrapping_add(2) => _, v = in(reg) V),
-        )
+        puts(at, V as u16, |at| {
+            execute!("xchg rsp, {at}", "push {v:x}", "mov rsp, {at}";
+                at = inout(reg) at.wrapping_add(2) => _, v = in(reg) V)
+        })
     }),
     inside("push m64", |at| {
-        puts(
-            at,
-            FOUR[2],
-            |at| execute!("xchg rsp, {at}", "push qword ptr [{p}]", "mov rsp, {at}"; at = inout(reg) at.wrapping_add(8) => _, p = in(reg) &FOUR[2]),
-        )
+        puts(at, FOUR[2], |at| {
+            execute!("xchg rsp, {at}", "push qword ptr [{p}]", "mov rsp, {at}";
+                at = inout(reg) at.wrapping_add(8) => _, p = in(reg) &FOUR[2])
+        })
     }),
     across("push r64 across pages", |at| {
-        puts(
-            at.wrapping_sub(4),
-            V,
-            |at| execute!("xchg rsp, {at}", "push {v}", "mov rsp, {at}"; at = inout(reg) at.wrapping_add(8) => _, v = in(reg) V),
-        )
+        puts(at.wrapping_sub(4), V, |at| {
+            execute!("xchg rsp, {at}", "push {v}", "mov rsp, {at}";
+                at = inout(reg) at.wrapping_add(8) => _, v = in(reg) V)
+        })
     }),
     across("push r64 below a page", |at| {
-        puts(
-            at.wrapping_sub(8),
-            V,
-            |at| execute!("xchg rsp, {at}", "push {v}", "mov rsp, {at}"; at = inout(reg) at.wrapping_add(8) => _, v = in(reg) V),
-        )
+        puts(at.wrapping_sub(8), V, |at| {
+            execute!("xchg rsp, {at}", "push {v}", "mov rsp, {at}";
+                at = inout(reg) at.wrapping_add(8) => _, v = in(reg) V)
+        })
     }),
     inside("pushfq", |at| {
         const CARRY_AND_FIXED: u64 = 3;
@@ -503,7 +501,7 @@ const WRITES: &[Write] = &[
             |_| 0u64,
             |at| {
                 execute!("xchg rsp, {at}", "stc", "pushfq", "mov {f}, [rsp]",
-                "mov rsp, {at}"; at = inout(reg) at.wrapping_add(8) => _, f = out(reg) flags);
+                    "mov rsp, {at}"; at = inout(reg) at.wrapping_add(8) => _, f = out(reg) flags);
                 execute!("mov qword ptr [{at}], 0"; at = in(reg) at);
             },
         ) && flags & CARRY_AND_FIXED == CARRY_AND_FIXED
@@ -528,7 +526,8 @@ const WRITES: &[Write] = &[
         let mut target = 0u64;
         test_call(at, |at| {
             execute!("lea {t}, [rip + 2f]", "mov [{p}], {t}", "xchg rsp, {at}",
-                "call qword ptr [{p}]", "2:", "mov rsp, {at}"; at = inout(reg) at.wrapping_add(8) => _, t = out(reg) _, p = in(reg) &raw mut target);
+                "call qword ptr [{p}]", "2:", "mov rsp, {at}"; at = inout(reg) at.wrapping_add(8) => _,
+                t = out(reg) _, p = in(reg) &raw mut target);
             target
         })
     }),
@@ -556,67 +555,60 @@ const WRITES: &[Write] = &[
     }),
     // The address is formed with the stack pointer as it is after the pop.
     inside("pop m64 with the stack pointer as its base", |at| {
-        puts(
-            at,
-            V,
-            |at| execute!("sub {i}, rsp", "push {v}", "pop qword ptr [rsp + {i}]"; i = inout(reg) at => _, v = in(reg) V),
-        )
+        puts(at, V, |at| {
+            execute!("sub {i}, rsp", "push {v}", "pop qword ptr [rsp + {i}]";
+                i = inout(reg) at => _, v = in(reg) V)
+        })
     }),
     // Vectors.
     inside("movd m32, xmm", |at| {
-        puts(
-            at,
-            VECTOR as u32,
-            |at| execute!("movdqu {x}, [{p}]", "movd [{at}], {x}"; at = in(reg) at, p = in(reg) &VECTOR, x = out(xmm_reg) _),
-        )
+        puts(at, VECTOR as u32, |at| {
+            execute!("movdqu {x}, [{p}]", "movd [{at}], {x}";
+                at = in(reg) at, p = in(reg) &VECTOR, x = out(xmm_reg) _)
+        })
     }),
     inside("movq m64, xmm", |at| {
-        puts(
-            at,
-            VECTOR as u64,
-            |at| execute!("movdqu {x}, [{p}]", "movq [{at}], {x}"; at = in(reg) at, p = in(reg) &VECTOR, x = out(xmm_reg) _),
-        )
+        puts(at, VECTOR as u64, |at| {
+            execute!("movdqu {x}, [{p}]", "movq [{at}], {x}";
+                at = in(reg) at, p = in(reg) &VECTOR, x = out(xmm_reg) _)
+        })
     }),
     inside("movhps m64, xmm", |at| {
-        puts(
-            at,
-            (VECTOR >> 64) as u64,
-            |at| execute!("movdqu {x}, [{p}]", "movhps [{at}], {x}"; at = in(reg) at, p = in(reg) &VECTOR, x = out(xmm_reg) _),
-        )
+        puts(at, (VECTOR >> 64) as u64, |at| {
+            execute!("movdqu {x}, [{p}]", "movhps [{at}], {x}";
+                at = in(reg) at, p = in(reg) &VECTOR, x = out(xmm_reg) _)
+        })
     }),
     inside("movaps m128, xmm", |at| {
-        puts(
-            at,
-            VECTOR,
-            |at| execute!("movdqu {x}, [{p}]", "movaps [{at}], {x}"; at = in(reg) at, p = in(reg) &VECTOR, x = out(xmm_reg) _),
-        )
+        puts(at, VECTOR, |at| {
+            execute!("movdqu {x}, [{p}]", "movaps [{at}], {x}";
+                at = in(reg) at, p = in(reg) &VECTOR, x = out(xmm_reg) _)
+        })
     }),
     inside("movntdq m128, xmm", |at| {
-        puts(
-            at,
-            VECTOR,
-            |at| execute!("movdqu {x}, [{p}]", "movntdq [{at}], {x}", "sfence"; at = in(reg) at, p = in(reg) &VECTOR, x = out(xmm_reg) _),
-        )
+        puts(at, VECTOR, |at| {
+            execute!("movdqu {x}, [{p}]", "movntdq [{at}], {x}", "sfence";
+                at = in(reg) at, p = in(reg) &VECTOR, x = out(xmm_reg) _)
+        })
     }),
     across("movdqu m128, xmm across pages", |at| {
-        puts(
-            at.wrapping_sub(7),
-            VECTOR,
-            |at| execute!("movdqu {x}, [{p}]", "movdqu [{at}], {x}"; at = in(reg) at, p = in(reg) &VECTOR, x = out(xmm_reg) _),
-        )
+        puts(at.wrapping_sub(7), VECTOR, |at| {
+            execute!("movdqu {x}, [{p}]", "movdqu [{at}], {x}";
+                at = in(reg) at, p = in(reg) &VECTOR, x = out(xmm_reg) _)
+        })
     }),
     across("movups m128, xmm across pages", |at| {
-        puts(
-            at.wrapping_sub(15),
-            VECTOR,
-            |at| execute!("movdqu {x}, [{p}]", "movups [{at}], {x}"; at = in(reg) at, p = in(reg) &VECTOR, x = out(xmm_reg) _),
-        )
+        puts(at.wrapping_sub(15), VECTOR, |at| {
+            execute!("movdqu {x}, [{p}]", "movups [{at}], {x}";
+                at = in(reg) at, p = in(reg) &VECTOR, x = out(xmm_reg) _)
+        })
     }),
     // Writes where RDI points, the bytes whose mask has its top bit set.
     inside("maskmovdqu", |at| {
         const LOW_BYTES: u128 = 0x8080_8080;
         puts(at, VECTOR as u32, |at| {
-            execute!("movdqu {x}, [{p}]", "movdqu {m}, [{q}]", "maskmovdqu {x}, {m}", "sfence"; p = in(reg) &VECTOR, q = in(reg) &LOW_BYTES, in("rdi") at,
+            execute!("movdqu {x}, [{p}]", "movdqu {m}, [{q}]", "maskmovdqu {x}, {m}", "sfence";
+                p = in(reg) &VECTOR, q = in(reg) &LOW_BYTES, in("rdi") at,
                 x = out(xmm_reg) _, m = out(xmm_reg) _)
         })
     }),
@@ -638,7 +630,8 @@ const WRITES: &[Write] = &[
     inside("fstp m64", |at| {
         const ONE: u64 = 0x3ff0_0000_0000_0000;
         puts(at, ONE, |at| {
-            execute!("fld1", "fstp qword ptr [{at}]"; at = in(reg) at, out("st(0)") _, out("st(1)") _, out("st(2)") _, out("st(3)") _,
+            execute!("fld1", "fstp qword ptr [{at}]";
+                at = in(reg) at, out("st(0)") _, out("st(1)") _, out("st(2)") _, out("st(3)") _,
                 out("st(4)") _, out("st(5)") _, out("st(6)") _, out("st(7)") _)
         })
     }),

@@ -15,23 +15,26 @@
 //! | `rflags` | IOPL 3, interrupts on |
 //! | others | 0 |
 //!
-//! SSE is on. No interrupt ever comes. `syscall` and `int` are not available, there is no IDT: any exception is a triple fault
-//! and ends the run as a guest crash. A guest ends by writing to [`PORT_EXIT`], never by `hlt`.
+//! SSE is on. No interrupt ever comes. `syscall` and `int` are not available, there is no IDT: any
+//! exception is a triple fault and ends the run as a guest crash. A guest ends by writing to
+//! [`PORT_EXIT`], never by `hlt`.
 //!
 //! # Memory map
 //! ```text
 //! 0x0000_0000  never written (a null pointer reads zeros here, it does not trap); see below
 //! 0x0000_1000  BootInfo
 //! 0x0000_2000  the I/O bitmap that allows `out` where IOPL is not kept: a page that must stay zero
-//! 0x0001_0000  page tables, built by the VMM with accessed and dirty bits set; read-only to the guest by agreement
+//! 0x0001_0000  page tables, built by the VMM with accessed and dirty bits set; read-only to the guest by
+//!              agreement
 //! 0x0010_0000  stacks, 64 KiB a vCPU, MAX_VCPUS of them
 //! 0x0020_0000  the ELF image
 //! Layout       vCPU pages, device areas, hammered memory: see Layout, which is computed by the VMM and
 //!              handed over in BootInfo
 //! ```
 //!
-//! The page at 0x2000 is there for PVM, which does not honour IOPL in ring 3 but looks into the I/O bitmap of the
-//! task-state segment. The task register has its base there and a limit of a page: zeros are a bitmap that allows the ports.
+//! The page at 0x2000 is there for PVM, which does not honour IOPL in ring 3 but looks into the I/O bitmap
+//! of the task-state segment. The task register has its base there and a limit of a page: zeros are a
+//! bitmap that allows the ports.
 //!
 //! # Ports
 //! All are written with a 32-bit `out`; a pointer is a gpa below 4 GiB.
@@ -42,7 +45,7 @@
 //! | [`PORT_EXIT`] | exit status; 0 is success. Ends this run for all vCPUs |
 //! | [`PORT_PANIC`] | gpa of a [`Text`] that says where and why; ends the run as a guest crash |
 //! | [`PORT_FAILURE`] | gpa of a [`Failure`]: a check of the guest did not hold. The guest runs on |
-//! | [`PORT_DOORBELL_EXIT`]` + d` | rings device `d`; the vCPU thread takes the requests and pins their buffers |
+//! | [`PORT_DOORBELL_EXIT`]` + d` | rings device `d`; the vCPU thread takes requests and pins their buffers |
 //! | [`PORT_DOORBELL_EVENT`]` + d` | rings device `d` through an ioeventfd; the device thread does the same |
 //!
 //! # Devices
@@ -52,8 +55,9 @@
 //!
 //! # The operation counter
 //! A hammering guest keeps the number of the operation it is doing in **MM7**. No compiler uses the MMX
-//! registers, so it is there whatever the vCPU was doing when it was stopped, and every snapshot's XSAVE
-//! area has it: when MM7 is `n`, operations `0..n` are complete, `n` may be done in part, and none beyond it has begun.
+//! registers, so it is there whatever the vCPU was doing when it was stopped, and every snapshot's
+//! XSAVE area has it: when MM7 is `n`, operations `0..n` are complete, `n` may be done in part, and
+//! none beyond it has begun.
 
 /// Bytes in a page, and in a frame.
 pub const PAGE_SIZE: u64 = 4096;
@@ -150,8 +154,8 @@ pub struct Layout {
     pub devices: u64,
     /// Registered buffers of each device.
     pub registered: u64,
-    /// Gpa of the first vCPU's [`VcpuPage`]; they lie [`VCPU_STRIDE`] apart. They have a region of their own, in which nothing
-    /// is pinned.
+    /// Gpa of the first vCPU's [`VcpuPage`]; they lie [`VCPU_STRIDE`] apart. They have a region of their own,
+    /// in which nothing is pinned.
     pub vcpu_base: u64,
     /// Gpa of the first device area; they lie [`DEVICE_STRIDE`] apart.
     pub device_base: u64,
@@ -252,12 +256,13 @@ pub struct VcpuPage {
     pub last_tsc: u64,
     /// Checks of the guest's own that did not hold.
     pub failures: u64,
-    /// [`FOLLOWS_FORMULA`] once this vCPU's hammered pages and devices follow `guest::formula`: the VMM then checks
-    /// them in every snapshot. Else it only checks that snapshots do not change.
+    /// [`FOLLOWS_FORMULA`] once this vCPU's hammered pages and devices follow `guest::formula`: the VMM then
+    /// checks them in every snapshot. Else it only checks that snapshots do not change.
     pub formula: u64,
     /// Which registers this vCPU holds by formula: the bits that `guest::registers` has. 0 is none.
     pub held: u64,
-    /// Gpas of the code that holds them over a page: where the check of the page begins, where writing it begins, and where that ends.
+    /// Gpas of the code that holds them over a page: where the check of the page begins, where writing it
+    /// begins, and where that ends.
     pub holds: [u64; 3],
     /// What the others have left here, by vCPU.
     pub marks: [Mark; MAX_VCPUS as usize],
@@ -268,8 +273,9 @@ pub struct VcpuPage {
     pub gaps: [Gap; GAP_BUCKETS],
 }
 
-/// A mark that one vCPU leaves in another's page, so that it can be told whether both were captured at one instant: at no instant
-/// is there a mark of an operation that its vCPU has not done yet (Lamport, 1978). A cache line each, so that nobody waits.
+/// A mark that one vCPU leaves in another's page, so that it can be told whether both were captured at one
+/// instant: at no instant is there a mark of an operation that its vCPU has not done yet (Lamport, 1978). A
+/// cache line each, so that nobody waits.
 #[repr(C, align(64))]
 #[derive(Clone, Copy, Debug)]
 pub struct Mark {
@@ -385,7 +391,8 @@ pub const SLOT_STRIDE: u64 = 64;
 pub const AREA_BUFFERS: u64 = 8 * PAGE_SIZE;
 /// Bytes from one buffer to the next: its pages are its own.
 pub const BUFFER_STRIDE: u64 = 4 * PAGE_SIZE;
-/// Offset of the bytes a device transfers in a buffer. What lies before them on the page is the guest's: the *margin*.
+/// Offset of the bytes a device transfers in a buffer. What lies before them on the page is
+/// the guest's: the *margin*.
 pub const DATA_OFFSET: u64 = 512;
 /// Bytes a device transfers. They end in the middle of the last page; the rest of that page is margin too.
 pub const DATA_LEN: u64 = 3 * PAGE_SIZE - 1024;
@@ -497,7 +504,8 @@ impl RequestKind {
 pub struct Status {
     /// The request's `seq`.
     pub seq: u64,
-    /// [`STATUS_PENDING`] (written by the guest), [`STATUS_OK`], [`STATUS_MISMATCH`] or [`STATUS_BAD_REQUEST`].
+    /// [`STATUS_PENDING`] (written by the guest), [`STATUS_OK`], [`STATUS_MISMATCH`]
+    /// or [`STATUS_BAD_REQUEST`].
     pub code: u32,
     /// [`STATUS_MISMATCH`]: byte offset in the data of the first wrong word.
     pub offset: u32,
@@ -530,9 +538,9 @@ pub struct DriverPage {
 
 /// What one slot is doing.
 ///
-/// While `state` is [`SLOT_POSTED`] the buffer's content is known: the *poison* of `seq` until a device
-/// has done a to-guest request, the *data* of `seq` from then on, and from the start for a from-guest request.
-/// Of a request that is no transfer it is not: the bytes are as they were.
+/// While `state` is [`SLOT_POSTED`] the buffer's content is known: the *poison* of `seq` until a device has
+/// done a to-guest request, the *data* of `seq` from then on, and from the start for a from-guest request. Of
+/// a request that is no transfer it is not: the bytes are as they were.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct DriverSlot {
@@ -542,7 +550,8 @@ pub struct DriverSlot {
     pub kind: u32,
     /// [`SLOT_IDLE`] or [`SLOT_POSTED`].
     pub state: u32,
-    /// How many times the guest has begun to rewrite the slot's margins: their words are of this count or of the one before.
+    /// How many times the guest has begun to rewrite the slot's margins: their words are of this
+    /// count or of the one before.
     pub margin: u64,
     /// Unused.
     pub reserved: u64,
@@ -553,8 +562,8 @@ pub const SLOT_IDLE: u32 = 0;
 /// The slot's request is on its way: content as [`DriverSlot`] says.
 pub const SLOT_POSTED: u32 = 1;
 
-/// Port by which the puppet says how far it is ([`SAYS_READY`], [`SAYS_DONE`]) and asks for its next command. The `out` returns when a
-/// command is in its mailbox.
+/// Port by which the puppet says how far it is ([`SAYS_READY`], [`SAYS_DONE`]) and asks for its next command.
+/// The `out` returns when a command is in its mailbox.
 pub const PORT_MAIL: u16 = 0x530;
 /// Where the puppet has its mailbox, a [`Mail`]: where others have stacks, since it has none.
 pub const MAIL_GPA: u64 = STACKS_GPA;

@@ -135,7 +135,8 @@ pub const fn register_word(key: u64, word: u64) -> u64 {
     key.wrapping_add(word.wrapping_mul(BUFFER_STEP))
 }
 
-/// The vCPU in whose page vCPU `from` leaves its mark when it has done `ops` operations. `None` if it is alone.
+/// The vCPU in whose page vCPU `from` leaves its mark when it has done `ops`
+/// operations. `None` if it is alone.
 ///
 /// All others in turn, so that every two know of each other after as many operations as there are vCPUs.
 pub const fn mark_target(vcpus: u64, from: u64, ops: u64) -> Option<u64> {
@@ -145,8 +146,8 @@ pub const fn mark_target(vcpus: u64, from: u64, ops: u64) -> Option<u64> {
     }
 }
 
-/// The mark of vCPU `from`, which has done `ops` operations, in the page of vCPU `to`: how many it had done when it left one there. 0
-/// if it has not.
+/// The mark of vCPU `from`, which has done `ops` operations, in the page of vCPU `to`: how many it had done
+/// when it left one there. 0 if it has not.
 pub const fn last_mark(vcpus: u64, from: u64, to: u64, ops: u64) -> u64 {
     if vcpus < 2 || from == to {
         return 0;
@@ -173,11 +174,12 @@ pub const fn margin_word(seed: u64, device: u64, slot: u64, count: u64, word: u6
 /// Both directions are closed formulas: their cost does not depend on the number of operations.
 #[derive(Clone, Debug)]
 pub struct Schedule {
-    order: Order,
+    order: SlotOrder,
 }
 
+/// In which order slots are written.
 #[derive(Clone, Debug)]
-enum Order {
+enum SlotOrder {
     /// Slot after slot: [`Pattern::Dense`] and [`Pattern::Sparse`], which differ in where the slots lie.
     InTurn(NonZeroU64),
     /// [`Pattern::Uniform`].
@@ -197,17 +199,17 @@ impl Schedule {
         let slots = NonZeroU64::new(slots).unwrap_or(NonZeroU64::MIN);
         let shuffle = |slots, set| Shuffle::new(slots, buffer_key(ORDER, seed, vcpu, set));
         let order = match pattern {
-            Pattern::Dense | Pattern::Sparse => Order::InTurn(slots),
-            Pattern::Uniform => Order::Shuffled(shuffle(slots, 0)),
+            Pattern::Dense | Pattern::Sparse => SlotOrder::InTurn(slots),
+            Pattern::Uniform => SlotOrder::Shuffled(shuffle(slots, 0)),
             Pattern::Hot => {
                 let hot = NonZeroU64::new(slots.get() / HOT_CYCLE).unwrap_or(NonZeroU64::MIN);
                 match NonZeroU64::new(slots.get() - hot.get()) {
-                    Some(cold) => Order::HotCold {
+                    Some(cold) => SlotOrder::HotCold {
                         hot: shuffle(hot, 1),
                         cold: shuffle(cold, 2),
                     },
                     // A single slot: there is nothing to be cold.
-                    None => Order::Shuffled(shuffle(hot, 1)),
+                    None => SlotOrder::Shuffled(shuffle(hot, 1)),
                 }
             }
         };
@@ -217,9 +219,9 @@ impl Schedule {
     /// The slot that operation `op` writes.
     pub fn slot_of(&self, op: u64) -> u64 {
         match &self.order {
-            Order::InTurn(slots) => op % *slots,
-            Order::Shuffled(shuffle) => shuffle.slot_of(op),
-            Order::HotCold { hot, cold } => {
+            SlotOrder::InTurn(slots) => op % *slots,
+            SlotOrder::Shuffled(shuffle) => shuffle.slot_of(op),
+            SlotOrder::HotCold { hot, cold } => {
                 let (cycle, turn) = (op / HOT_CYCLE, op % HOT_CYCLE);
                 if turn < HOT_SHARE {
                     hot.slot_of(cycle * HOT_SHARE + turn)
@@ -234,15 +236,15 @@ impl Schedule {
     /// the vCPU does not own.
     pub fn last_writer(&self, slot: u64, ops: u64) -> Option<u64> {
         match &self.order {
-            Order::InTurn(slots) => {
+            SlotOrder::InTurn(slots) => {
                 if slot >= slots.get() {
                     return None;
                 }
                 let since_first = ops.checked_sub(slot + 1)?;
                 Some(slot + since_first / *slots * slots.get())
             }
-            Order::Shuffled(shuffle) => shuffle.last_writer(slot, ops),
-            Order::HotCold { hot, cold } => {
+            SlotOrder::Shuffled(shuffle) => shuffle.last_writer(slot, ops),
+            SlotOrder::HotCold { hot, cold } => {
                 let (cycles, turns) = (ops / HOT_CYCLE, ops % HOT_CYCLE);
                 match slot.checked_sub(hot.slots.get()) {
                     None => {
@@ -260,7 +262,8 @@ impl Schedule {
     }
 }
 
-/// A set of slots in which index after index writes every slot once an epoch, each epoch in an order of its own.
+/// A set of slots in which index after index writes every slot once an epoch, each
+/// epoch in an order of its own.
 ///
 /// The order is a keyed permutation of the next power of two, walked until it falls inside the set. Each
 /// of its rounds can be undone (addition, multiplication by an odd number, and an xor with a shift of at
@@ -439,7 +442,8 @@ mod tests {
         let slots = 20_000;
         let schedule = Schedule::new(Pattern::Uniform, slots, 5, 2);
         let other = Schedule::new(Pattern::Uniform, slots, 5, 3);
-        // Each of these counts is about 1 for random orders; 2 is expected of the first, which has two neighbours.
+        // Each of these counts is about 1 for random orders; 2 is expected of the first,
+        // which has two neighbours.
         let neighbours = (1..slots)
             .filter(|&op| schedule.slot_of(op).abs_diff(schedule.slot_of(op - 1)) == 1)
             .count();

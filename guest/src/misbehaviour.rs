@@ -19,8 +19,8 @@ pub enum Misbehaviour {
     StoreBeyondMemory = 6,
     /// Writes to port 0x999, which is nobody's; exits with status 0 if it can.
     UnknownPort = 7,
-    /// Prints a text that begins beyond memory and has a huge length, one that begins inside and ends
-    /// beyond, and one whose [`Text`](crate::abi::Text) is beyond memory itself; exits with status 0 if it can.
+    /// Prints a text that begins beyond memory and has a huge length, one that begins inside and ends beyond,
+    /// and one whose [`Text`](crate::abi::Text) is beyond memory itself; exits with status 0 if it can.
     WildText = 8,
     /// Rings both doorbells of a device that there is not; exits with status 0 if it can.
     WildDoorbell = 9,

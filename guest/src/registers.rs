@@ -1,9 +1,10 @@
 //! What a hammering guest holds in its registers, as a formula of the operation it is doing.
 //!
-//! Registers are words of a key, as pages are ([`crate::formula`]). Some are *always* held, since no compiled code of the guest
-//! uses them: they are set anew right after the counter in MM7, in the order of [`Held`], so that a snapshot
-//! may find the last of them still at the operation before. The others are held *while a page is checked and written*, which is one
-//! piece of assembly: between the addresses that `VcpuPage::holds` has.
+//! Registers are words of a key, as pages are ([`crate::formula`]). Some are *always* held, since no
+//! compiled code of the guest uses them: they are set anew right after the counter in MM7, in the order
+//! of [`Held`], so that a snapshot may find the last of them still at the operation before. The others
+//! are held *while a page is checked and written*, which is one piece of assembly: between the addresses
+//! that `VcpuPage::holds` has.
 //!
 //! | register | held | of the word |
 //! |---|---|---|

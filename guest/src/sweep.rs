@@ -1,8 +1,9 @@
 //! What the measuring guest does: which page it writes next, and what it keeps of its own times.
 //!
-//! Each vCPU has a share of the memory and writes one word a page in it, in an [`Order`], for ever. It reads the time-stamp counter after
-//! every write, so that whatever stops it, for however short, is seen as a gap between two writes. Writes are counted in *laps* of a
-//! fixed number: a lap is what the guest's lost time is measured in.
+//! Each vCPU has a share of the memory and writes one word a page in it, along a [`Route`], for ever. It
+//! reads the time-stamp counter after every write, so that whatever stops it, for however short, is seen
+//! as a gap between two writes. Writes are counted in *laps* of a fixed number: a lap is what the guest's
+//! lost time is measured in.
 //!
 //! Not covered: this guest checks nothing. What its memory holds follows no formula; the payload is for that.
 
@@ -25,7 +26,7 @@ pub struct SweepOrders {
     pub lap: u64,
 }
 
-/// The numbers of an [`Order`].
+/// The numbers of a [`Route`].
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Choice {
@@ -39,7 +40,8 @@ pub struct Choice {
     pub cold_every: u64,
 }
 
-/// What a vCPU says of itself, and its orders. Lies where other guests have their `VcpuPage`, and spans several pages as that does.
+/// What a vCPU says of itself, and its orders. Lies where other guests have their `VcpuPage`, and spans
+/// several pages as that does.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct SweepPage {
@@ -51,7 +53,8 @@ pub struct SweepPage {
     pub ops: u64,
     /// Laps done.
     pub laps: u64,
-    /// The last laps: lap `n` is at `n % LAPS`, from when [`SweepPage::laps`] is beyond `n` to when it is beyond `n + LAPS - 1`.
+    /// The last laps: lap `n` is at `n % LAPS`, from when [`SweepPage::laps`] is beyond `n` to when it
+    /// is beyond `n + LAPS - 1`.
     pub ring: [Lap; LAPS as usize],
 }
 
@@ -76,7 +79,7 @@ const _: () = assert!(size_of::<SweepPage>() as u64 <= VCPU_STRIDE);
 
 /// The pages a vCPU writes, one after the other.
 #[derive(Clone, Debug)]
-pub struct Order {
+pub struct Route {
     pattern: Pattern,
     choice: Choice,
     at: u64,
@@ -84,8 +87,9 @@ pub struct Order {
     others: Shuffle,
 }
 
-impl Order {
-    /// The order that `choice` asks for, from its beginning. `None` if there is none such: no such pattern, or nothing to choose from.
+impl Route {
+    /// The route that `choice` asks for, from its beginning. `None` if there is none such: no such pattern,
+    /// or nothing to choose from.
     pub const fn new(choice: Choice) -> Option<Self> {
         let Some(pattern) = Pattern::from_raw(choice.pattern) else {
             return None;
@@ -138,7 +142,7 @@ impl Order {
 }
 
 impl Choice {
-    /// How many different pages the writes from number `from` up to `to` go to, if this is an [`Order`].
+    /// How many different pages the writes from number `from` up to `to` go to, if this is a [`Route`].
     pub const fn distinct(&self, from: u64, to: u64) -> u64 {
         let writes = to.saturating_sub(from);
         match Pattern::from_raw(self.pattern) {
@@ -156,7 +160,8 @@ const fn min(a: u64, b: u64) -> u64 {
     if a < b { a } else { b }
 }
 
-/// The numbers below `len` in an order without a pattern that caches or prefetchers know, each once before any is there again.
+/// The numbers below `len` in an order without a pattern that caches or prefetchers know, each once
+/// before any is there again.
 #[derive(Clone, Copy, Debug)]
 struct Shuffle {
     len: u64,
@@ -251,10 +256,10 @@ mod tests {
             for pages in [512, 1000, 4096] {
                 let choice = choice(pattern, pages);
                 for (from, to) in [(0, 100), (9, 651), (777, 3000), (5, 20_000)] {
-                    let mut order = Order::new(choice).unwrap();
+                    let mut route = Route::new(choice).unwrap();
                     let mut seen = HashSet::new();
                     for op in 0..to {
-                        let page = order.next_page();
+                        let page = route.next_page();
                         assert!(page < pages);
                         if op >= from {
                             seen.insert(page);
@@ -273,15 +278,15 @@ mod tests {
     #[test]
     fn nine_writes_of_ten_are_hot() {
         let choice = choice(Pattern::Hot, 4096);
-        let mut order = Order::new(choice).unwrap();
-        let hot = (0..10_000).filter(|_| order.next_page() < choice.hot);
+        let mut route = Route::new(choice).unwrap();
+        let hot = (0..10_000).filter(|_| route.next_page() < choice.hot);
         assert_eq!(hot.count(), 9_000);
     }
 
     #[test]
     fn sparse_writes_one_page_of_every_region() {
-        let mut order = Order::new(choice(Pattern::Sparse, 8 * 512)).unwrap();
-        let regions = (0..16).map(|_| order.next_page() / 512);
+        let mut route = Route::new(choice(Pattern::Sparse, 8 * 512)).unwrap();
+        let regions = (0..16).map(|_| route.next_page() / 512);
         assert!(regions.eq((0..8).chain(0..8)));
     }
 
@@ -290,14 +295,14 @@ mod tests {
         let refused = |change: fn(&mut Choice)| {
             let mut choice = choice(Pattern::Hot, 4096);
             change(&mut choice);
-            Order::new(choice).is_none()
+            Route::new(choice).is_none()
         };
         assert!(!refused(|_| ()));
         assert!(refused(|choice| choice.pattern = 4));
         assert!(refused(|choice| choice.hot = 0));
         assert!(refused(|choice| choice.hot = 4096));
         assert!(refused(|choice| choice.cold_every = 1));
-        assert!(Order::new(choice(Pattern::Sparse, 511)).is_none());
-        assert!(Order::new(choice(Pattern::Dense, 0)).is_none());
+        assert!(Route::new(choice(Pattern::Sparse, 511)).is_none());
+        assert!(Route::new(choice(Pattern::Dense, 0)).is_none());
     }
 }

@@ -1,4 +1,5 @@
-//! The choice of a copy-on-write policy when the program runs. The policies themselves are in [`mm`](palimpsest::mm).
+//! The choice of a copy-on-write policy when the program runs. The policies themselves are
+//! in [`mm`](palimpsest::mm).
 
 use std::fmt;
 
@@ -16,7 +17,8 @@ use palimpsest::mm::{
 pub enum Policy {
     /// Linux to v5.7: one mapping or a copy [fails: isolation, coherence]
     Mapcount,
-    /// Linux v5.7.3 and v5.8: mapcount, and readers from outside break COW like writers [fails: isolation, coherence]
+    /// Linux v5.7.3 and v5.8: mapcount, and readers from outside break COW like writers
+    /// [fails: isolation, coherence]
     MapcountForcedBreak,
     /// Linux v5.9 to v5.18: one reference or a copy [fails: coherence]
     Refcount,

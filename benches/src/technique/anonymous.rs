@@ -17,7 +17,7 @@ use super::{Device, TechniqueError, host};
 
 /// `MADV_COLLAPSE` (Linux 6.1), which rustix does not name.
 const MADV_COLLAPSE: i32 = 25;
-/// How often it is tried.
+/// How often a collapse into a huge page is tried.
 const COLLAPSE_TRIES: u32 = 4;
 
 /// The pages the host is asked to use.
@@ -111,8 +111,8 @@ impl Anonymous {
             .map_err(host("populate guest memory"))
     }
 
-    /// Makes every 2 MiB that is in small pages one huge page again. A page that somebody holds just then is tried again, and
-    /// left as it is if that does not help: khugepaged would come back to it too.
+    /// Makes every 2 MiB that is in small pages one huge page again. A page that somebody holds just then is
+    /// tried again, and left as it is if that does not help: khugepaged would come back to it too.
     pub(super) fn collapse(&self) -> Result<(), TechniqueError> {
         let regions = (0..self.len).step_by(REGION_SIZE as usize);
         // A last part of a region has no huge page.
@@ -143,7 +143,8 @@ impl Anonymous {
             "{range:x?} is not in the memory"
         );
         loop {
-            // SAFETY: the range is in the mapping. What is dropped by an advice is nobody's: there are no references into it.
+            // SAFETY: the range is in the mapping. What is dropped by an advice is nobody's: there
+            // are no references into it.
             let done = unsafe {
                 libc::madvise(
                     self.base.as_ptr().add(range.start as usize).cast(),

@@ -1,7 +1,7 @@
 //! Stop and copy: Firecracker's full snapshot, into memory instead of a file.
 //!
-//! Better than theirs: the destination has its memory already, so that nothing is allocated or zeroed in the pause, both sides are in huge
-//! pages, and all cores copy.
+//! Better than theirs: the destination has its memory already, so that nothing is allocated or zeroed in the
+//! pause, both sides are in huge pages, and all cores copy.
 #![expect(unsafe_code, reason = "copies guest memory")]
 
 use std::ops::Range;
@@ -42,8 +42,9 @@ impl StopAndCopy {
         let regions = self.memory.bytes().div_ceil(REGION_SIZE);
         let border = |n: u64| (regions * n / self.threads * REGION_SIZE).min(self.memory.bytes());
         let (start, end) = (border(index) as usize, border(index + 1) as usize);
-        // SAFETY: the range is in both mappings, which do not overlap. vCPUs and devices are stopped, so nobody writes
-        // to the source, and the destination is this thread's part alone: there is one snapshot at a time.
+        // SAFETY: the range is in both mappings, which do not overlap. vCPUs and devices are
+        // stopped, so nobody writes to the source, and the destination is this thread's part alone:
+        // there is one snapshot at a time.
         unsafe {
             ptr::copy_nonoverlapping(
                 self.memory.base().as_ptr().add(start),

@@ -1,12 +1,14 @@
-//! `fork()` of the VMM: the child is the snapshot. The kernel write-protects and shares every page, and copies it when a vCPU
-//! writes it, inside KVM_RUN: nothing of ours is in the way.
+//! `fork()` of the VMM: the child is the snapshot. The kernel write-protects and shares every page, and
+//! copies it when a vCPU writes it, inside KVM_RUN: nothing of ours is in the way.
 //!
-//! With transparent huge pages the fork copies 512 times fewer entries. The first write to a shared huge page splits it, and from then on
-//! its 4 KiB pages are copied one by one. Between two measurements it is put together again (`settle`), so that the pause
-//! is that of a guest in huge pages every time: khugepaged would need minutes for that.
+//! With transparent huge pages the fork copies 512 times fewer entries. The first write to a shared huge
+//! page splits it, and from then on its 4 KiB pages are copied one by one. Between two measurements it is
+//! put together again (`settle`), so that the pause is that of a guest in huge pages every time: khugepaged
+//! would need minutes for that.
 //!
-//! A device that writes through the mapping has no guarantee here: what it writes between the fork and the first fault of its page is
-//! right, but a page that the *kernel* holds for it (io_uring, vhost, VFIO) would be the matter of Linux's own rules.
+//! A device that writes through the mapping has no guarantee here: what it writes between the fork and the
+//! first fault of its page is right, but a page that the *kernel* holds for it (io_uring, vhost, VFIO) would
+//! be the matter of Linux's own rules.
 #![expect(
     unsafe_code,
     reason = "forks a process with many threads, and reads another's memory"
@@ -56,7 +58,8 @@ impl Technique for Fork {
         }))
     }
 
-    /// The kernel does not say. Whoever wants to know looks at how much memory the two processes have that they do not share.
+    /// The kernel does not say. Whoever wants to know looks at how much memory the two processes
+    /// have that they do not share.
     fn copied(&self) -> Option<u64> {
         None
     }
@@ -83,8 +86,9 @@ impl Child {
     fn fork() -> io::Result<Self> {
         // SAFETY: asks for nothing but a number.
         let parent = unsafe { libc::syscall(libc::SYS_getpid) };
-        // SAFETY: as fork(2), without what the C library does around it: no handlers run and no locks are taken, in neither process.
-        // The child runs on a copy of this stack, calls nothing but the kernel, and never returns from `hold`.
+        // SAFETY: as fork(2), without what the C library does around it: no handlers run and no locks are
+        // taken, in neither process. The child runs on a copy of this stack, calls nothing but the kernel,
+        // and never returns from `hold`.
         match unsafe { libc::syscall(libc::SYS_clone, libc::SIGCHLD, 0, 0, 0, 0) } {
             -1 => Err(io::Error::last_os_error()),
             0 => hold(parent),
@@ -95,10 +99,11 @@ impl Child {
     }
 }
 
-/// What the child does. It must allocate nothing and take no lock: another thread may have been holding it when the process was copied.
+/// What the child does. It must allocate nothing and take no lock: another thread may have been holding it
+/// when the process was copied.
 fn hold(parent: libc::c_long) -> ! {
-    // SAFETY: system calls with numbers for arguments. Descriptors are closed in this process alone; nothing here uses them, and so
-    // no file, pipe or VM is kept open by the snapshot.
+    // SAFETY: system calls with numbers for arguments. Descriptors are closed in this process alone; nothing
+    // here uses them, and so no file, pipe or VM is kept open by the snapshot.
     unsafe {
         libc::syscall(libc::SYS_prctl, libc::PR_SET_PDEATHSIG, libc::SIGKILL);
         // The parent may have died before that.

@@ -1,14 +1,14 @@
 //! Ways to take a snapshot of a running guest, behind one trait: ours, and those it is measured against.
 //!
-//! Each is as good as the projects that use it make it, or better where that was easy: what they do beside (writing
-//! a file, compressing, a network) is left out. Every snapshot of every technique is guest memory at one instant and stays so for as
-//! long as it lives; `tests` holds each of them to it. One snapshot lives at a time: the one before is dropped before
-//! the next is taken, outside the pause.
+//! Each is as good as the projects that use it make it, or better where that was easy: what they do beside
+//! (writing a file, compressing, a network) is left out. Every snapshot of every technique is guest memory at
+//! one instant and stays so for as long as it lives; `tests` holds each of them to it. One snapshot lives at
+//! a time: the one before is dropped before the next is taken, outside the pause.
 //!
 //! | file | technique | whose |
 //! |---|---|---|
 //! | `ours` | shadow page table and window, copy-on-write resolved on the vCPU's thread | this repository |
-//! | `fork` | `fork()` of the VMM: the kernel's copy-on-write under KVM | fork-server fuzzers, and what the issue of forking VMs begins with |
+//! | `fork` | `fork()` of the VMM: the kernel's copy-on-write under KVM | fork-server fuzzers |
 //! | `uffd` | userfaultfd write-protect and a handler thread | QEMU's background snapshot, forkd |
 //! | `copy` | stop, copy everything, go on | Firecracker's full snapshot |
 //!
@@ -42,7 +42,8 @@ pub trait Technique: Send + Sync {
     /// Guest memory, for whoever loads a program into it, and for faults that KVM hands to the VMM.
     fn ram(&self) -> Arc<dyn GuestRam>;
 
-    /// Puts memory behind `gpas`, as a guest that writes them all does, but faster. What lies in no such range may be left out of snapshots.
+    /// Puts memory behind `gpas`, as a guest that writes them all does, but faster. What lies in no such
+    /// range may be left out of snapshots.
     fn populate(&self, gpas: Range<u64>) -> Result<(), TechniqueError>;
 
     /// Does what can be done for the next snapshot while the guest still runs.
@@ -178,7 +179,7 @@ impl Kind {
         }
     }
 
-    /// What it is, and whose, in a line.
+    /// What it does, and which project does so, in a line.
     pub const fn about(self) -> &'static str {
         match self {
             Self::Ours => "this repository, as it comes",
@@ -193,7 +194,7 @@ impl Kind {
         }
     }
 
-    /// Whether it is measured if nobody says what to measure.
+    /// Whether it is measured by default.
     pub const fn is_default(self) -> bool {
         match self {
             Self::Ours | Self::Ours4k | Self::Fork | Self::ForkThp | Self::Uffd | Self::Copy => {

@@ -1,11 +1,12 @@
-//! userfaultfd write-protect: QEMU's background snapshot (`migration/ram.c`, `ram_write_tracking_start`), and what forkd does.
+//! userfaultfd write-protect: QEMU's background snapshot (`migration/ram.c`,
+//! `ram_write_tracking_start`), and what forkd does.
 //!
-//! While vCPUs are stopped all of memory is write-protected with one ioctl. A vCPU that writes then waits in the kernel, inside KVM_RUN; a
-//! thread of the VMM reads the faults, as many at a time as there are, copies each page to the snapshot and takes its protection
-//! away, which wakes the vCPU.
+//! While vCPUs are stopped all of memory is write-protected with one ioctl. A vCPU that writes then waits in
+//! the kernel, inside KVM_RUN; a thread of the VMM reads the faults, as many at a time as there are, copies
+//! each page to the snapshot and takes its protection away, which wakes the vCPU.
 //!
-//! What QEMU does beside is left out, to its advantage: it also walks all of memory and writes it to a file, on the same thread that
-//! resolves faults.
+//! What QEMU does beside is left out, to its advantage: it also walks all of memory and writes it to a file,
+//! on the same thread that resolves faults.
 #![expect(
     unsafe_code,
     reason = "userfaultfd's ioctls, and copies of guest memory"
@@ -78,24 +79,24 @@ const BATCH: usize = 64;
 const LOOK_UP: i32 = 50;
 
 pub(super) struct Uffd {
-    shared: Arc<Shared>,
+    shared: Arc<FaultHandler>,
     pages: PageSize,
     handler: Option<JoinHandle<()>>,
 }
 
-/// What the handler thread has too.
-struct Shared {
+/// The side of the handler thread, which the snapshots share.
+struct FaultHandler {
     uffd: OwnedFd,
     memory: Arc<Anonymous>,
     /// The snapshot's copies, at the same offsets. What was not copied has no memory here.
     copies: Arc<Anonymous>,
     /// Also what makes a snapshot one instant: a fault is resolved before it, or after it.
-    state: Mutex<State>,
+    state: Mutex<SnapshotState>,
     copied: AtomicU64,
     stop: AtomicBool,
 }
 
-struct State {
+struct SnapshotState {
     /// There is a snapshot.
     active: bool,
     /// By page, whether it was copied for the snapshot.
@@ -104,11 +105,11 @@ struct State {
 
 impl Uffd {
     pub(super) fn new(memory: u64, pages: PageSize) -> Result<Self, TechniqueError> {
-        let shared = Arc::new(Shared {
+        let shared = Arc::new(FaultHandler {
             uffd: open()?,
             memory: Anonymous::new(memory, pages)?,
             copies: Anonymous::new(memory, PageSize::Small)?,
-            state: Mutex::new(State {
+            state: Mutex::new(SnapshotState {
                 active: false,
                 copied: vec![false; (memory / PAGE_SIZE) as usize],
             }),
@@ -121,7 +122,8 @@ impl Uffd {
             mode: UFFDIO_REGISTER_MODE_WP,
             ioctls: 0,
         };
-        // SAFETY: the struct is the ioctl's; the range is guest memory, whose faults the handler resolves until it is gone.
+        // SAFETY: the struct is the ioctl's; the range is guest memory, whose faults the handler
+        // resolves until it is gone.
         unsafe {
             ioctl(
                 &shared.uffd,
@@ -172,12 +174,12 @@ fn open() -> Result<OwnedFd, TechniqueError> {
     }
 }
 
-impl Shared {
+impl FaultHandler {
     fn start(&self) -> u64 {
         self.memory.base().as_ptr().expose_provenance() as u64
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, SnapshotState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -241,14 +243,15 @@ impl Shared {
         }
     }
 
-    /// Copies the page at host address `address` to the snapshot, if there is one that lacks it, and lets it be written.
+    /// Copies the page at host address `address` to the snapshot, if there is one that lacks
+    /// it, and lets it be written.
     fn resolve(&self, address: u64) -> io::Result<()> {
         let offset = (address - self.start()) / PAGE_SIZE * PAGE_SIZE;
         let mut state = self.lock();
         let page = (offset / PAGE_SIZE) as usize;
         if state.active && !state.copied[page] {
-            // SAFETY: the page is in both mappings, which do not overlap. It is protected, so nobody writes to it; the
-            // copy is looked at with `state` locked only.
+            // SAFETY: the page is in both mappings, which do not overlap. It is protected, so nobody writes
+            // to it; the copy is looked at with `state` locked only.
             unsafe {
                 ptr::copy_nonoverlapping(
                     self.memory.base().as_ptr().add(offset as usize),
@@ -272,7 +275,8 @@ impl Technique for Uffd {
         Arc::clone(&self.shared.memory) as _
     }
 
-    /// All of memory must be there before it is protected: what is not is not protected either. QEMU reads every page first.
+    /// All of memory must be there before it is protected: what is not is not protected either.
+    /// QEMU reads every page first.
     fn populate(&self, gpas: Range<u64>) -> Result<(), TechniqueError> {
         self.shared.memory.populate(gpas)
     }
@@ -320,7 +324,7 @@ impl Drop for Uffd {
 }
 
 /// The snapshot: what was copied, and for the rest guest memory, which is still protected.
-struct Protected<'a>(&'a Shared);
+struct Protected<'a>(&'a FaultHandler);
 
 impl Taken for Protected<'_> {
     fn read(&self, gpa: u64, buf: &mut [u8]) -> Result<(), TechniqueError> {
@@ -349,7 +353,8 @@ impl Drop for Protected<'_> {
         state.active = false;
         state.copied.fill(false);
         drop(state);
-        // Pages that are protected still are let go when they are written, and are protected again by the next snapshot anyway.
+        // Pages that are protected still are let go when they are written, and are protected again by
+        // the next snapshot anyway.
         if let Err(error) = self.0.copies.discard() {
             eprintln!("warning: {error}");
         }

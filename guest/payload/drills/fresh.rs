@@ -4,7 +4,7 @@
 //! untouched: it write-protects the tables, and the CPU, or a host that shadows the tables, has to write to
 //! them all the same.
 
-use super::tables::{ACCESSED, ANY_USE, Batch, DIRTY, ENTRIES, WINDOW_PAGES, Window};
+use super::tables::{ACCESSED, ANY_USE, Batch, DIRTY, ENTRIES, FRESH_TABLES, FreshAddresses};
 use super::{Vcpu, read, write};
 use crate::abi::PAGE_SIZE;
 use crate::cpu::{self, Feature};
@@ -13,7 +13,7 @@ use crate::{console, rt};
 
 /// Pages of a piece: the first has the tables, the second is mapped.
 const PIECE: u64 = 16;
-const _: () = assert!(WINDOW_PAGES <= PIECE);
+const _: () = assert!(FRESH_TABLES <= PIECE);
 /// The most addresses that a touch needs.
 const MOST: u64 = 8;
 /// `mov rax, rdi; ret`.
@@ -86,7 +86,8 @@ const TOUCHES: [Touch; 10] = [
         sets: WRITE,
         needs: None,
         touch: |gva, page, salt| {
-            execute!("xchg rsp, {at}", "push {v}", "mov rsp, {at}"; at = inout(reg) gva + WORD_AT + 8 => _, v = in(reg) salt);
+            execute!("xchg rsp, {at}", "push {v}", "mov rsp, {at}";
+                at = inout(reg) gva + WORD_AT + 8 => _, v = in(reg) salt);
             read(page + WORD_AT) == salt
         },
     },
@@ -130,7 +131,8 @@ const TOUCHES: [Touch; 10] = [
         needs: None,
         touch: |gva, page, salt| {
             const XMM3: u64 = 160 + 3 * 16;
-            execute!("movq xmm3, {v}", "fxsave64 [{at}]"; v = in(reg) salt, at = in(reg) gva + PAGE_SIZE - 128, out("xmm3") _);
+            execute!("movq xmm3, {v}", "fxsave64 [{at}]";
+                v = in(reg) salt, at = in(reg) gva + PAGE_SIZE - 128, out("xmm3") _);
             read(page + PAGE_SIZE - 128 + XMM3) == salt
         },
     },
@@ -142,7 +144,8 @@ const TOUCHES: [Touch; 10] = [
         touch: |gva, page, _| {
             let offsets: [u64; 4] = core::array::from_fn(|page| page as u64 * PAGE_SIZE);
             let mut gathered = [0u64; 4];
-            execute!("vmovdqu ymm2, [{o}]", "vpcmpeqd ymm3, ymm3, ymm3", "vpgatherqq ymm1, [{at} + ymm2], ymm3", "vmovdqu [{g}], ymm1";
+            execute!("vmovdqu ymm2, [{o}]", "vpcmpeqd ymm3, ymm3, ymm3",
+                "vpgatherqq ymm1, [{at} + ymm2], ymm3", "vmovdqu [{g}], ymm1";
                 o = in(reg) &offsets, g = in(reg) &raw mut gathered, at = in(reg) gva + WORD_AT,
                 out("xmm1") _, out("xmm2") _, out("xmm3") _);
             gathered == offsets.map(|offset| read(page + offset + WORD_AT))
@@ -156,8 +159,10 @@ const TOUCHES: [Touch; 10] = [
         touch: |gva, page, salt| {
             let offsets: [u64; 8] = core::array::from_fn(|page| page as u64 * PAGE_SIZE);
             let values = offsets.map(|offset| salt ^ offset);
-            execute!("vmovdqu64 zmm1, [{v}]", "vmovdqu64 zmm2, [{o}]", "kxnorw k1, k1, k1", "vpscatterqq [{at} + zmm2]{{k1}}, zmm1";
-                v = in(reg) &values, o = in(reg) &offsets, at = in(reg) gva + WORD_AT, out("xmm1") _, out("xmm2") _);
+            execute!("vmovdqu64 zmm1, [{v}]", "vmovdqu64 zmm2, [{o}]", "kxnorw k1, k1, k1",
+                "vpscatterqq [{at} + zmm2]{{k1}}, zmm1";
+                v = in(reg) &values, o = in(reg) &offsets, at = in(reg) gva + WORD_AT, out("xmm1") _,
+                out("xmm2") _);
             values == offsets.map(|offset| read(page + offset + WORD_AT))
         },
     },
@@ -166,14 +171,14 @@ const TOUCHES: [Touch; 10] = [
 /// Touches one or more fresh pages every round, and looks what became of their entries.
 pub fn run(mut vcpu: Vcpu<'_>) -> ! {
     let ground = vcpu.ground(PIECE);
-    let mut window = Window::new(vcpu.index, ground.piece(0));
+    let mut addresses = FreshAddresses::new(vcpu.index, ground.piece(0));
     let frames = ground.piece(1);
     let frame = |slot: u64| frames + slot % PIECE * PAGE_SIZE;
     for slot in 0..PIECE {
         write(frame(slot) + CODE_AT, CODE);
     }
     let untouched = |slot| frame(slot) | ANY_USE;
-    while let Some(batch) = window.next_pages(0, untouched) {
+    while let Some(batch) = addresses.next_pages(0, untouched) {
         let mut slot = 0;
         while slot < ENTRIES {
             let touch = &TOUCHES[vcpu.rounds as usize % TOUCHES.len()];

@@ -6,7 +6,9 @@
 
 use core::arch::x86_64::_rdtsc;
 
-use super::tables::{ACCESSED, ANY_USE, Batch, DIRTY, ENTRIES, LARGE, WINDOW_PAGES, Window};
+use super::tables::{
+    ACCESSED, ANY_USE, Batch, DIRTY, ENTRIES, FRESH_TABLES, FreshAddresses, LARGE,
+};
 use super::{Vcpu, read, write};
 use crate::abi::{PAGE_SIZE, REGION_SIZE};
 use crate::{console, rt};
@@ -76,12 +78,12 @@ pub fn run(mut vcpu: Vcpu<'_>) -> ! {
     }
 
     let tables = ground.piece(0);
-    let notes = tables + WINDOW_PAGES * PAGE_SIZE;
-    let mut window = Window::new(vcpu.index, tables);
+    let notes = tables + FRESH_TABLES * PAGE_SIZE;
+    let mut addresses = FreshAddresses::new(vcpu.index, tables);
     let nothing = |_| 0;
     let (Some(small), Some(large)) = (
-        window.next_pages(ACCESSED, nothing),
-        window.next_large_pages(ACCESSED, nothing),
+        addresses.next_pages(ACCESSED, nothing),
+        addresses.next_large_pages(ACCESSED, nothing),
     ) else {
         panic!("a new window has no addresses");
     };
@@ -97,9 +99,9 @@ pub fn run(mut vcpu: Vcpu<'_>) -> ! {
         let (slot, is_large) = (vcpu.rounds / 2 % ENTRIES, vcpu.rounds % 2 == 1);
         if slot == 0 && vcpu.rounds >= 2 * ENTRIES {
             let next = if is_large {
-                window.next_large_pages(ACCESSED, nothing)
+                addresses.next_large_pages(ACCESSED, nothing)
             } else {
-                window.next_pages(ACCESSED, nothing)
+                addresses.next_pages(ACCESSED, nothing)
             };
             let Some(batch) = next else {
                 console::print(format_args!(

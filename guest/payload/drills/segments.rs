@@ -25,11 +25,10 @@ pub const STORES: &[Store] = &[
     ),
     inside("mov gs:[base + index*8 + disp32], r64", |at, salt| {
         set_gs(at.wrapping_sub(0x5000));
-        puts(
-            at,
-            salt,
-            |_| execute!("mov gs:[{b} + {i}*8 + 0x3000], {v}"; b = in(reg) 0x2100u64, i = in(reg) -0x20i64, v = in(reg) salt),
-        )
+        puts(at, salt, |_| {
+            execute!("mov gs:[{b} + {i}*8 + 0x3000], {v}";
+                b = in(reg) 0x2100u64, i = in(reg) -0x20i64, v = in(reg) salt)
+        })
     }),
     inside("mov fs:[r32], r64", |at, salt| {
         set_fs(at.wrapping_sub(0xffff_f000));
@@ -46,7 +45,10 @@ pub const STORES: &[Store] = &[
             changes(
                 at,
                 |old: u64| old.wrapping_add(salt),
-                |_| execute!("add gs:[{b:e} + {i:e}*4], {v}"; b = in(reg) GARBAGE | 0xffff_fff0, i = in(reg) GARBAGE | 0x10, v = in(reg) salt),
+                |_| {
+                    execute!("add gs:[{b:e} + {i:e}*4], {v}";
+                        b = in(reg) GARBAGE | 0xffff_fff0, i = in(reg) GARBAGE | 0x10, v = in(reg) salt)
+                },
             )
         },
     ),
@@ -55,7 +57,10 @@ pub const STORES: &[Store] = &[
         changes(
             at,
             |old: u64| old.wrapping_add(salt),
-            |_| execute!("lock xadd fs:[{o:e} + 0x10], {v}"; o = in(reg) GARBAGE | 0x10, v = inout(reg) salt => _),
+            |_| {
+                execute!("lock xadd fs:[{o:e} + 0x10], {v}";
+                    o = in(reg) GARBAGE | 0x10, v = inout(reg) salt => _)
+            },
         )
     }),
     inside("mov fs:[moffs64], rax", |at, salt| {

@@ -44,7 +44,8 @@ pub const STORES: &[Store] = &[
             |old: u64| old,
             |_| {
                 pushed = puts(at, frame, |_| {
-                    execute!("xchg rsp, rdi", "xchg rbp, rsi", "enter 8192, 0", "mov rbp, rsi", "mov rsp, rdi";
+                    execute!("xchg rsp, rdi", "xchg rbp, rsi", "enter 8192, 0", "mov rbp, rsi",
+                        "mov rsp, rdi";
                     inout("rdi") at.wrapping_add(8) => _, inout("rsi") frame => _)
                 });
             },
@@ -74,16 +75,16 @@ pub const STORES: &[Store] = &[
         );
         execute!("mov {fs:e}, fs"; fs = out(reg) fs);
         spoiled
-            && puts(
-                at.wrapping_sub(4),
-                fs,
-                |at| execute!("xchg rsp, {at}", ".byte 0x0f, 0xa0", "mov rsp, {at}"; at = inout(reg) at.wrapping_add(8) => _),
-            )
+            && puts(at.wrapping_sub(4), fs, |at| {
+                execute!("xchg rsp, {at}", ".byte 0x0f, 0xa0", "mov rsp, {at}";
+                    at = inout(reg) at.wrapping_add(8) => _)
+            })
     }),
     across("call and ret across pages", |at, salt| {
         let mut sum = 0u64;
         // The return address is taken off again, by which it was right.
-        execute!("xchg rsp, {at}", "call 2f", "jmp 3f", "2:", "lea {s}, [{v} + 1]", "ret", "3:", "mov rsp, {at}";
+        execute!("xchg rsp, {at}", "call 2f", "jmp 3f", "2:", "lea {s}, [{v} + 1]", "ret", "3:",
+            "mov rsp, {at}";
             at = inout(reg) at.wrapping_add(4) => _, v = in(reg) salt, s = out(reg) sum);
         sum == salt.wrapping_add(1)
     }),

@@ -85,7 +85,8 @@ fn copy_words(to: u64, from: u64, words: u64) {
 
 fn copy_words_downwards(to: u64, from: u64, words: u64) {
     let last = 8 * (words - 1);
-    string!("std", "rep movsq", "cld"; inout("rdi") to + last => _, inout("rsi") from + last => _, inout("rcx") words => _)
+    string!("std", "rep movsq", "cld";
+        inout("rdi") to + last => _, inout("rsi") from + last => _, inout("rcx") words => _)
 }
 
 fn copy_bytes(to: u64, from: u64, bytes: u64) {
@@ -98,12 +99,14 @@ fn fill(to: u64, word: u64, words: u64) {
 
 fn all_are(at: u64, word: u64, words: u64) -> bool {
     let equal: u8;
-    string!("repe scasq", "sete {e}"; inout("rdi") at => _, in("rax") word, inout("rcx") words => _, e = out(reg_byte) equal);
+    string!("repe scasq", "sete {e}";
+        inout("rdi") at => _, in("rax") word, inout("rcx") words => _, e = out(reg_byte) equal);
     equal != 0
 }
 
 fn equal(a: u64, b: u64, words: u64) -> bool {
     let equal: u8;
-    string!("repe cmpsq", "sete {e}"; inout("rdi") a => _, inout("rsi") b => _, inout("rcx") words => _, e = out(reg_byte) equal);
+    string!("repe cmpsq", "sete {e}";
+        inout("rdi") a => _, inout("rsi") b => _, inout("rcx") words => _, e = out(reg_byte) equal);
     equal != 0
 }

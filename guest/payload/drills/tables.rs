@@ -39,16 +39,16 @@ const ROOT_SHIFT: u32 = 39;
 const GIB_SHIFT: u32 = 30;
 const REGION_SHIFT: u32 = 21;
 const PAGE_SHIFT: u32 = 12;
-/// Of the tables below a window's root entry, those for small pages come first, those for large ones are
-/// behind.
+/// Of the tables below the root entry of [`FreshAddresses`], those for small pages come first, those for
+/// large ones are behind.
 const FIRST_LARGE: u64 = ENTRIES / 2;
 
-/// Pages that a [`Window`] needs for its tables.
-pub const WINDOW_PAGES: u64 = 4;
+/// Pages that [`FreshAddresses`] need for their tables.
+pub const FRESH_TABLES: u64 = 4;
 
 /// Addresses of the guest's own, 512 at a time, that have never been in use: no CPU can have a stale
 /// translation of them, so none needs to be flushed, which ring 3 could not do.
-pub struct Window {
+pub struct FreshAddresses {
     /// The lowest address.
     base: u64,
     /// A table of each level below the root, and a directory of large pages.
@@ -61,11 +61,11 @@ pub struct Window {
     large_batches: u64,
 }
 
-impl Window {
-    /// A window for vCPU `vcpu`, with its tables in the [`WINDOW_PAGES`] pages from `tables` on.
+impl FreshAddresses {
+    /// Those of vCPU `vcpu`, with their tables in the [`FRESH_TABLES`] pages from `tables` on.
     pub fn new(vcpu: u64, tables: u64) -> Self {
         let root_entry = 1 + vcpu;
-        for word in 0..WINDOW_PAGES * PAGE_SIZE / 8 {
+        for word in 0..FRESH_TABLES * PAGE_SIZE / 8 {
             write(tables + 8 * word, 0);
         }
         write(

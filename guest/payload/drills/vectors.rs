@@ -11,27 +11,24 @@ use crate::effect::{changes, execute, puts};
 pub const MASKED: &[Store] = &[
     across("vmovdqu m256, ymm across pages", |at, salt| {
         let value = words(salt);
-        puts(
-            at.wrapping_sub(9),
-            value,
-            |at| execute!("vmovdqu ymm1, [{p}]", "vmovdqu [{at}], ymm1"; p = in(reg) &value, at = in(reg) at, out("xmm1") _),
-        )
+        puts(at.wrapping_sub(9), value, |at| {
+            execute!("vmovdqu ymm1, [{p}]", "vmovdqu [{at}], ymm1";
+                p = in(reg) &value, at = in(reg) at, out("xmm1") _)
+        })
     }),
     inside("vmovntdq m256, ymm", |at, salt| {
         let value = words(salt);
-        puts(
-            at,
-            value,
-            |at| execute!("vmovdqu ymm1, [{p}]", "vmovntdq [{at}], ymm1", "sfence"; p = in(reg) &value, at = in(reg) at, out("xmm1") _),
-        )
+        puts(at, value, |at| {
+            execute!("vmovdqu ymm1, [{p}]", "vmovntdq [{at}], ymm1", "sfence";
+                p = in(reg) &value, at = in(reg) at, out("xmm1") _)
+        })
     }),
     inside("vextracti128 m128, ymm, imm8", |at, salt| {
         let value = words(salt);
-        puts(
-            at,
-            [value[2], value[3]],
-            |at| execute!("vmovdqu ymm1, [{p}]", "vextracti128 [{at}], ymm1, 1"; p = in(reg) &value, at = in(reg) at, out("xmm1") _),
-        )
+        puts(at, [value[2], value[3]], |at| {
+            execute!("vmovdqu ymm1, [{p}]", "vextracti128 [{at}], ymm1, 1";
+                p = in(reg) &value, at = in(reg) at, out("xmm1") _)
+        })
     }),
     // Elements that are masked off must not be written, wherever they are.
     across("vpmaskmovq m256, ymm, ymm across pages", |at, salt| {
@@ -59,7 +56,7 @@ fn masked(at: *mut u8, salt: u64, mask: u64) -> bool {
         },
         |at| {
             execute!("vmovdqu ymm1, [{p}]", "vmovdqu ymm2, [{m}]", "vpmaskmovq [{at}], ymm2, ymm1";
-            p = in(reg) &value, m = in(reg) &masks, at = in(reg) at, out("xmm1") _, out("xmm2") _)
+                p = in(reg) &value, m = in(reg) &masks, at = in(reg) at, out("xmm1") _, out("xmm2") _)
         },
     )
 }
@@ -79,7 +76,8 @@ pub const SCATTER: &[Store] = &[
             let left: u64;
             execute!("vmovdqu64 zmm1, [{p}]", "vmovdqu64 zmm2, [{o}]", "kmovw k1, {m:e}",
                 "vpscatterqq [{at} + zmm2*8]{{k1}}, zmm1", "kmovw {left:e}, k1";
-                p = in(reg) &value, o = in(reg) &offsets, m = in(reg) mask, at = in(reg) at, left = out(reg) left,
+                p = in(reg) &value, o = in(reg) &offsets, m = in(reg) mask, at = in(reg) at,
+                left = out(reg) left,
                 out("xmm1") _, out("xmm2") _);
             left
         }) && gathers(at, &offsets, &places)
@@ -94,7 +92,8 @@ pub const SCATTER: &[Store] = &[
             let left: u64;
             execute!("vmovdqu32 zmm1, [{p}]", "vmovdqu32 zmm2, [{o}]", "kmovw k1, {m:e}",
                 "vpscatterdd [{at} + zmm2]{{k1}}, zmm1", "kmovw {left:e}, k1";
-                p = in(reg) &value, o = in(reg) &offsets, m = in(reg) mask, at = in(reg) at, left = out(reg) left,
+                p = in(reg) &value, o = in(reg) &offsets, m = in(reg) mask, at = in(reg) at,
+                left = out(reg) left,
                 out("xmm1") _, out("xmm2") _);
             left
         })
@@ -110,7 +109,8 @@ pub const SCATTER: &[Store] = &[
             let left: u64;
             execute!("vmovdqu64 zmm1, [{p}]", "vbroadcasti64x4 zmm17, [{o}]", "kmovw k1, {m:e}",
                 "vpscatterdq [{at} + ymm17]{{k1}}, zmm1", "kmovw {left:e}, k1";
-                p = in(reg) &value, o = in(reg) &offsets, m = in(reg) mask, at = in(reg) at, left = out(reg) left,
+                p = in(reg) &value, o = in(reg) &offsets, m = in(reg) mask, at = in(reg) at,
+                left = out(reg) left,
                 out("xmm1") _);
             left
         })
@@ -194,7 +194,8 @@ fn scatters<T: Copy + PartialEq, const N: usize>(
 /// Whether a gather finds at `places`, by their distance from `at` in words, what is there.
 fn gathers(at: *mut u8, offsets: &[i64; 8], places: &[*mut u8; 8]) -> bool {
     let mut gathered = [0u64; 8];
-    execute!("vmovdqu64 zmm2, [{o}]", "kxnorw k1, k1, k1", "vpgatherqq zmm1{{k1}}, [{at} + zmm2*8]", "vmovdqu64 [{g}], zmm1";
+    execute!("vmovdqu64 zmm2, [{o}]", "kxnorw k1, k1, k1", "vpgatherqq zmm1{{k1}}, [{at} + zmm2*8]",
+        "vmovdqu64 [{g}], zmm1";
         o = in(reg) offsets, g = in(reg) &raw mut gathered, at = in(reg) at, out("xmm1") _, out("xmm2") _);
     // SAFETY: as for scatters.
     gathered == places.map(|place| unsafe { place.cast::<u64>().read_volatile() })

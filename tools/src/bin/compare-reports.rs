@@ -1,6 +1,7 @@
 //! Puts several reports of `vmm --report` side by side.
 //!
-//! The first is what the others are compared with. Whether a larger number is better or worse is for the reader to say.
+//! The first is what the others are compared with. Whether a larger number is better or worse
+//! is for the reader to say.
 
 use std::{
     fs,

@@ -40,7 +40,9 @@ Exit codes:
 
 /// Snapshot a running KVM guest while devices do DMA into it, and check every snapshot bit for bit.
 ///
-/// Boots a guest that writes its memory in a way that can be predicted, takes copy-on-write snapshots of it while it runs, compares each with what memory must have held at that instant, and rewinds the guest to some of them. At the end it says what was found.
+/// Boots a guest that writes its memory in a way that can be predicted, takes copy-on-write snapshots of it
+/// while it runs, compares each with what memory must have held at that instant, and rewinds the guest to
+/// some of them. At the end it says what was found.
 #[derive(Debug, Parser)]
 #[command(
     name = "vmm",
@@ -56,11 +58,23 @@ pub(crate) struct Args {
     pub(crate) command: Option<Command>,
 
     /// The program to run: the built-in `payload`, or an ELF that follows the guest ABI
-    #[arg(long, value_name = "payload|FILE", default_value = "payload", help_heading = "Guest", value_parser = parse_guest)]
+    #[arg(
+        long,
+        value_name = "payload|FILE",
+        default_value = "payload",
+        help_heading = "Guest",
+        value_parser = parse_guest
+    )]
     guest: GuestSource,
 
     /// Memory of the guest
-    #[arg(long, value_name = "SIZE", default_value = "256M", help_heading = "Guest", value_parser = parse_size)]
+    #[arg(
+        long,
+        value_name = "SIZE",
+        default_value = "256M",
+        help_heading = "Guest",
+        value_parser = parse_size
+    )]
     memory: u64,
 
     /// vCPUs of the guest
@@ -68,7 +82,13 @@ pub(crate) struct Args {
     vcpus: u64,
 
     /// How vCPUs choose the pages they write
-    #[arg(long, value_name = "PATTERN", default_value = "uniform", help_heading = "Guest", value_parser = pattern_parser())]
+    #[arg(
+        long,
+        value_name = "PATTERN",
+        default_value = "uniform",
+        help_heading = "Guest",
+        value_parser = pattern_parser()
+    )]
     pattern: Pattern,
 
     /// Seed of everything that is chosen; a run with the same seed writes the same memory [default: random]
@@ -79,12 +99,19 @@ pub(crate) struct Args {
     #[arg(long, value_name = "N", default_value_t = 2, help_heading = "Devices")]
     dma_devices: u64,
 
-    /// Buffers each device holds pinned from request to request; every second one only to read, now and then anew
+    /// Buffers each device holds pinned from request to request; every second one only
+    /// to read, now and then anew
     #[arg(long, value_name = "N", default_value_t = 4, help_heading = "Devices")]
     registered_buffers: u64,
 
     /// Time from one snapshot to the next
-    #[arg(long, value_name = "TIME", default_value = "20ms", help_heading = "Snapshots", value_parser = parse_time)]
+    #[arg(
+        long,
+        value_name = "TIME",
+        default_value = "20ms",
+        help_heading = "Snapshots",
+        value_parser = parse_time
+    )]
     snapshot_every: Duration,
 
     /// Snapshots kept alive at once; the oldest makes room for the next
@@ -106,7 +133,13 @@ pub(crate) struct Args {
     restore_every: u64,
 
     /// How long to run [default: 10s]
-    #[arg(long, value_name = "TIME", help_heading = "Run", conflicts_with = "snapshots", value_parser = parse_time)]
+    #[arg(
+        long,
+        value_name = "TIME",
+        help_heading = "Run",
+        conflicts_with = "snapshots",
+        value_parser = parse_time
+    )]
     duration: Option<Duration>,
 
     /// Run until this many snapshots are taken, instead of for a time
@@ -117,7 +150,8 @@ pub(crate) struct Args {
     #[arg(long, value_name = "FAULT", help_heading = "Run")]
     inject: Option<Injection>,
 
-    /// Ask every TIME which pages were written, beside the running guest, as a live migration does [default: never]
+    /// Ask every TIME which pages were written, beside the running guest, as a live
+    /// migration does [default: never]
     #[arg(long, value_name = "TIME", help_heading = "Memory", value_parser = parse_time)]
     track_dirty: Option<Duration>,
 
@@ -130,9 +164,16 @@ pub(crate) struct Args {
     )]
     page_size: PageSize,
 
-    /// Whether a thread copies, after each snapshot, what the guest writes between all of them, before the guest faults on it. It
-    /// takes what CPU time the vCPUs leave
-    #[arg(long, value_name = "WHETHER", default_value = "on", value_parser = parse_switch, action = clap::ArgAction::Set, help_heading = "Memory")]
+    /// Whether a thread copies, after each snapshot, what the guest writes between all of them, before the
+    /// guest faults on it. It takes what CPU time the vCPUs leave
+    #[arg(
+        long,
+        value_name = "WHETHER",
+        default_value = "on",
+        value_parser = parse_switch,
+        action = clap::ArgAction::Set,
+        help_heading = "Memory"
+    )]
     copy_ahead: bool,
 
     /// Rules by which pages are shared and copied
@@ -157,7 +198,7 @@ pub(crate) struct Args {
     pub(crate) verbose: u8,
 }
 
-/// What else the program does.
+/// What the program does besides running a guest.
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
     Compare(CompareArgs),
@@ -166,7 +207,8 @@ pub(crate) enum Command {
 
 /// Find out what this machine can and cannot do for a run, and what to do about it
 ///
-/// Tries each thing a run needs: KVM, memory and who limits it, huge pages, mappings, threads, files, signals. Exits with 0 if `vmm` without flags can run here, and with 1 if not.
+/// Tries each thing a run needs: KVM, memory and who limits it, huge pages, mappings, threads, files,
+/// signals. Exits with 0 if `vmm` without flags can run here, and with 1 if not.
 #[derive(Debug, clap::Args)]
 pub(crate) struct DoctorArgs {
     /// Print JSON instead of the screen
@@ -176,7 +218,9 @@ pub(crate) struct DoctorArgs {
 
 /// Race the copy-on-write policies of three generations of Linux, and act their historical bugs out
 ///
-/// Runs the same guest, devices and snapshots under each policy, then every scenario under each policy and on the kernel of this host, and prints one screen. Exits with 0 if every policy behaved as its table says, wrong ones included, and with 3 if not.
+/// Runs the same guest, devices and snapshots under each policy, then every scenario under each policy and on
+/// the kernel of this host, and prints one screen. Exits with 0 if every policy behaved as its table says,
+/// wrong ones included, and with 3 if not.
 #[derive(Debug, clap::Args)]
 pub(crate) struct CompareArgs {
     /// How long to race under each policy

@@ -8,11 +8,11 @@ use serde::Serialize;
 
 use super::args::{CompareArgs, PlayedOn};
 use super::scenario_text;
-use super::status::Screen;
+use super::screen::Screen;
 use super::units::exact_time;
 use super::{Failure, interrupt, print, race_text};
 use crate::policy::Policy;
-use crate::scenario::engine::{Moment, Outcome};
+use crate::scenario::engine::{Moment, ScenarioOutcome};
 use crate::scenario::real::RealStage;
 use crate::scenario::script::Scenario;
 use crate::scenario::soft::SoftStage;
@@ -155,7 +155,7 @@ impl Comparison {
     }
 }
 
-/// Tells one scenario step by step, and what it comes to elsewhere.
+/// Tells one scenario step by step, and its verdict under every other policy and on the kernel.
 fn narrate(scenario: &Scenario, args: &CompareArgs) -> Result<Verdict, Failure> {
     let policy = args.policy;
     let by_the_bit = args.on != PlayedOn::Kernel && policy.goes_by_the_bit();
@@ -191,8 +191,10 @@ fn narrate(scenario: &Scenario, args: &CompareArgs) -> Result<Verdict, Failure> 
         + &scenario_text::moral(&outcome, expected, may)
         + &scenario_text::elsewhere(&row);
     let as_expected = match (&outcome, args.on) {
-        (Outcome::CannotAsk(_), _) => true,
-        (Outcome::Played { verdict, .. }, PlayedOn::Kernel) => scenario.kernel_agrees(*verdict),
+        (ScenarioOutcome::CannotAsk(_), _) => true,
+        (ScenarioOutcome::Played { verdict, .. }, PlayedOn::Kernel) => {
+            scenario.kernel_agrees(*verdict)
+        }
         (outcome, _) => expected.is_none() || outcome.verdict() == expected,
     };
     if args.json {
@@ -205,8 +207,10 @@ fn narrate(scenario: &Scenario, args: &CompareArgs) -> Result<Verdict, Failure> 
         return Ok(Verdict::Ok);
     }
     match outcome {
-        Outcome::Failed(why) if !row.misbehaved() => Err(Failure::NotPlayed { why }),
-        Outcome::Played { .. } | Outcome::CannotAsk(_) if as_expected && !row.misbehaved() => {
+        ScenarioOutcome::Failed(why) if !row.misbehaved() => Err(Failure::NotPlayed { why }),
+        ScenarioOutcome::Played { .. } | ScenarioOutcome::CannotAsk(_)
+            if as_expected && !row.misbehaved() =>
+        {
             let why = row.failure().unwrap_or_default();
             Err(Failure::NotPlayed { why })
         }

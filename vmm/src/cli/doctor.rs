@@ -3,7 +3,7 @@
 use std::io;
 
 use super::args::DoctorArgs;
-use super::status::Colours;
+use super::screen::Colours;
 use super::{Failure, print};
 use crate::doctor::{Examination, Finding, Grade, examine};
 use crate::session::config::Config;
@@ -54,7 +54,7 @@ fn row(finding: &Finding, colours: Colours) -> String {
         Grade::Worse => ("worse", 33),
         Grade::No => ("no", 31),
     };
-    // Padded before it is coloured: colours have no width.
+    // Padded before it is coloured: escape sequences would count as width.
     let grade = match colours {
         Colours::On => format!("\x1b[{colour}m{grade:<5}\x1b[0m"),
         Colours::Off => format!("{grade:<5}"),

@@ -10,11 +10,12 @@ use super::units::bytes;
 /// No program is longer, debug information and all.
 const LONGEST: u64 = 256 << 20;
 
-/// Reads the file at `path`. No more of it than a program may have, and of a file without a length, as the kernel makes them, nothing.
+/// Reads the file at `path`. No more of it than a program may have, and of a file without a length, as the
+/// kernel makes them, nothing.
 pub(super) fn read(path: &Path) -> io::Result<Vec<u8>> {
     // Before it is opened: to open a pipe waits for somebody, and to open a device may do things.
     length(&fs::metadata(path)?)?;
-    // It may have become something else.
+    // Between the look at the path and opening it, another file may have come there.
     let file = OpenOptions::new()
         .read(true)
         .custom_flags(libc::O_NONBLOCK)

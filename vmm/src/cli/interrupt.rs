@@ -11,9 +11,11 @@ use signal_hook::{
     flag,
 };
 
-/// A flag that the first SIGINT, SIGTERM or SIGHUP sets. The second one ends the process, as if nobody had caught it.
+/// A flag that the first SIGINT, SIGTERM or SIGHUP sets. The second one ends the process,
+/// as if nobody had caught it.
 ///
-/// One that was ignored when the program started stays ignored: `nohup`, and a shell that puts a program in the background, mean it so.
+/// One that was ignored when the program started stays ignored: `nohup`, and a shell that puts a program in
+/// the background, mean it so.
 pub(crate) fn stop_flag() -> io::Result<Arc<AtomicBool>> {
     let stop = Arc::new(AtomicBool::new(false));
     for signal in [SIGINT, SIGTERM, SIGHUP] {
@@ -28,7 +30,8 @@ pub(crate) fn stop_flag() -> io::Result<Arc<AtomicBool>> {
     Ok(stop)
 }
 
-/// Has a file that grows beyond `ulimit -f` be an error of the call that makes it grow, and not the end of the program without a word.
+/// Has a file that grows beyond `ulimit -f` be an error of the call that makes it grow, and not the end of
+/// the program without a word.
 pub(crate) fn ignore_file_size_signal() {
     // SAFETY: no handler is set, so none runs; nothing else in the program sets one for this signal.
     // It fails for signals that cannot be ignored, and this one can.

@@ -8,10 +8,13 @@ mod doctor;
 mod guest_file;
 mod interrupt;
 mod outlet;
+mod printable;
+mod progress_text;
 mod race_text;
 mod report_file;
 mod report_text;
 mod scenario_text;
+mod screen;
 mod status;
 mod terminal;
 pub mod units;
@@ -30,7 +33,8 @@ use self::{
     args::{Args, Command},
     outlet::Outlet,
     report_file::{ReportFile, ReportFileError},
-    status::{Colours, Screen, Status},
+    screen::{Colours, Screen},
+    status::Status,
 };
 use crate::session::{
     self,

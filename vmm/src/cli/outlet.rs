@@ -1,8 +1,9 @@
-//! Output that somebody reads, perhaps.
+//! Output that never waits for its reader.
 //!
-//! Nobody has to read what this program prints: a pipe may be full, a terminal stopped by Ctrl-S, and then a write waits for ever. So a
-//! thread of its own writes, from a queue that has an end: what does not fit is dropped and counted, whoever prints never waits, and
-//! at the end the rest is waited for as long as somebody takes some of it.
+//! Nobody has to read what this program prints: a pipe may be full, a terminal stopped by Ctrl-S, and then a
+//! write waits for ever. So a thread of its own writes, from a queue that has an end: what does not fit is
+//! dropped and counted, whoever prints never waits, and at the end the rest is waited for as long as
+//! somebody takes some of it.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -14,7 +15,7 @@ use std::time::{Duration, Instant};
 
 /// Bytes that may wait to be written, beyond one text of any length.
 const MOST_WAITING: usize = 256 << 10;
-/// Bytes written at a time: so often it is seen whether somebody reads.
+/// Bytes written at a time. After each piece it is known that somebody still reads.
 const PIECE: usize = 4096;
 
 /// A place to write to. Clones share it; with the last of them the file is closed, once all is written.
@@ -25,7 +26,7 @@ pub(crate) struct Outlet {
 
 /// What the writing thread shares with those who send.
 #[derive(Debug)]
-struct Sender(Arc<Shared>);
+struct Sender(Arc<TextQueue>);
 
 impl Drop for Sender {
     fn drop(&mut self) {
@@ -35,14 +36,14 @@ impl Drop for Sender {
 }
 
 #[derive(Debug)]
-struct Shared {
-    state: Mutex<State>,
+struct TextQueue {
+    state: Mutex<QueueState>,
     changed: Condvar,
 }
 
 #[derive(Debug, Default)]
-struct State {
-    queue: VecDeque<Vec<u8>>,
+struct QueueState {
+    texts: VecDeque<Vec<u8>>,
     /// Bytes in the queue, and of the text that is being written.
     waiting: usize,
     /// Texts that were dropped, and those of them that the reader was not told of.
@@ -56,8 +57,8 @@ struct State {
     is_closed: bool,
 }
 
-impl Shared {
-    fn lock(&self) -> MutexGuard<'_, State> {
+impl TextQueue {
+    fn lock(&self) -> MutexGuard<'_, QueueState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -76,26 +77,26 @@ impl Outlet {
     /// # Errors
     /// If the host gives no thread.
     pub(crate) fn to_file(file: OwnedFd) -> io::Result<Self> {
-        let shared = Arc::new(Shared {
+        let queue = Arc::new(TextQueue {
             state: Mutex::default(),
             changed: Condvar::new(),
         });
-        let queue = Arc::clone(&shared);
+        let writers = Arc::clone(&queue);
         thread::Builder::new()
             .name("output".to_owned())
-            .spawn(move || write_all(&queue, File::from(file)))?;
+            .spawn(move || write_all(&writers, File::from(file)))?;
         Ok(Self {
-            sender: Arc::new(Sender(shared)),
+            sender: Arc::new(Sender(queue)),
         })
     }
 
-    fn shared(&self) -> &Shared {
+    fn queue(&self) -> &TextQueue {
         &self.sender.0
     }
 
     /// Has `text` written, unless too much waits already: then it is dropped and counted.
     pub(crate) fn send(&self, text: impl Into<Vec<u8>>) {
-        let mut state = self.shared().lock();
+        let mut state = self.queue().lock();
         let told = (state.untold > 0).then(|| {
             let texts = state.untold;
             format!("[{texts} lines lost here: nobody read them]\n").into_bytes()
@@ -108,15 +109,15 @@ impl Outlet {
         state.untold = 0;
         for text in told.into_iter().chain([text.into()]) {
             state.waiting += text.len();
-            state.queue.push_back(text);
+            state.texts.push_back(text);
         }
         drop(state);
-        self.shared().changed.notify_all();
+        self.queue().changed.notify_all();
     }
 
     /// Texts that were dropped so far.
     pub(crate) fn lost(&self) -> u64 {
-        self.shared().lock().lost
+        self.queue().lock().lost
     }
 
     /// Waits until all is written, or nobody takes any of it for `patience`.
@@ -124,7 +125,7 @@ impl Outlet {
     /// # Errors
     /// The first that a write had, or that nobody reads.
     pub(crate) fn finish(&self, patience: Duration) -> io::Result<()> {
-        let mut state = self.shared().lock();
+        let mut state = self.queue().lock();
         let mut last = (state.waiting, Instant::now());
         loop {
             if let Some(error) = state.error.take() {
@@ -146,21 +147,21 @@ impl Outlet {
                 );
                 return Err(io::Error::new(io::ErrorKind::TimedOut, what));
             };
-            let waited = self.shared().changed.wait_timeout(state, left);
+            let waited = self.queue().changed.wait_timeout(state, left);
             state = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
     }
 }
 
 /// Writes what comes. May live until the process ends: stuck in a write that nobody can end.
-fn write_all(shared: &Shared, mut file: File) {
-    let mut state = shared.lock();
+fn write_all(queue: &TextQueue, mut file: File) {
+    let mut state = queue.lock();
     loop {
-        let Some(text) = state.queue.pop_front() else {
+        let Some(text) = state.texts.pop_front() else {
             if state.is_closed {
                 return;
             }
-            let waited = shared.changed.wait(state);
+            let waited = queue.changed.wait(state);
             state = waited.unwrap_or_else(PoisonError::into_inner);
             continue;
         };
@@ -171,17 +172,17 @@ fn write_all(shared: &Shared, mut file: File) {
             if result.is_err() {
                 break;
             }
-            shared.lock().waiting -= piece.len();
-            shared.changed.notify_all();
+            queue.lock().waiting -= piece.len();
+            queue.changed.notify_all();
         }
-        state = shared.lock();
+        state = queue.lock();
         if let Err(error) = result {
-            state.lost += 1 + state.queue.len() as u64;
-            state.queue.clear();
+            state.lost += 1 + state.texts.len() as u64;
+            state.texts.clear();
             state.waiting = 0;
             state.error = Some(error);
             state.is_over = true;
-            shared.changed.notify_all();
+            queue.changed.notify_all();
             return;
         }
     }

@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use super::status::printable;
+use super::printable::printable;
 use super::units::{bytes, count, exact_time, micros};
 use crate::policy::Policy;
 use crate::session::compare::{Race, Raced};

@@ -3,7 +3,7 @@
 use std::fmt::Write;
 
 use super::{
-    status::printable,
+    printable::printable,
     units::{bytes, count, exact_time, micros},
 };
 use crate::session::{

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt::Write;
 
 use crate::policy::Policy;
-use crate::scenario::engine::{Moment, Outcome};
+use crate::scenario::engine::{Moment, ScenarioOutcome};
 use crate::scenario::performer::{PageView, Who};
 use crate::scenario::script::Scenario;
 use crate::scenario::survey::{Row, Survey};
@@ -26,7 +26,7 @@ const fn column(policy: Policy) -> &'static str {
     }
 }
 
-/// Every scenario there is, and those that are not.
+/// The scenarios, and those of PROTOCOL.md that are left out, with the reason.
 pub(super) fn list() -> String {
     let mut text = String::new();
     for scenario in SCENARIOS {
@@ -89,7 +89,7 @@ pub(super) fn table(survey: &Survey) -> String {
                 in_words(&row.kernel)
             );
         }
-        if let Outcome::CannotAsk(why) = &row.kernel {
+        if let ScenarioOutcome::CannotAsk(why) = &row.kernel {
             unasked.entry(why).or_default().push(row.id);
         }
     }
@@ -125,11 +125,11 @@ pub(super) fn table(survey: &Survey) -> String {
 }
 
 /// The verdict, marked if it is not the expected one.
-fn mark(outcome: &Outcome, as_expected: bool) -> String {
+fn mark(outcome: &ScenarioOutcome, as_expected: bool) -> String {
     let name = match outcome {
-        Outcome::Played { verdict, .. } => verdict.name(),
-        Outcome::CannotAsk(_) => "-",
-        Outcome::Failed(_) => "error",
+        ScenarioOutcome::Played { verdict, .. } => verdict.name(),
+        ScenarioOutcome::CannotAsk(_) => "-",
+        ScenarioOutcome::Failed(_) => "error",
     };
     format!("{name}{}", if as_expected { "" } else { "!" })
 }
@@ -144,12 +144,12 @@ fn mark_of_kernel(row: &Row) -> String {
     mark(&row.kernel, row.kernel_agrees != Some(false)) + differs
 }
 
-fn in_words(outcome: &Outcome) -> String {
+fn in_words(outcome: &ScenarioOutcome) -> String {
     match outcome {
-        Outcome::Played {
+        ScenarioOutcome::Played {
             verdict, findings, ..
         } => format!("{verdict}: {}", findings.join("; ")),
-        Outcome::CannotAsk(why) | Outcome::Failed(why) => why.clone(),
+        ScenarioOutcome::CannotAsk(why) | ScenarioOutcome::Failed(why) => why.clone(),
     }
 }
 
@@ -207,9 +207,13 @@ fn describe(who: Who, page: u64, view: &PageView, by_the_bit: bool) -> String {
 }
 
 /// The end of a story. `may` says why it may be another end than the expected one, if it may.
-pub(super) fn moral(outcome: &Outcome, expected: Option<Verdict>, may: Option<&str>) -> String {
+pub(super) fn moral(
+    outcome: &ScenarioOutcome,
+    expected: Option<Verdict>,
+    may: Option<&str>,
+) -> String {
     match outcome {
-        Outcome::Played {
+        ScenarioOutcome::Played {
             verdict, copies, ..
         } => {
             let copies = copies.map_or_else(String::new, |n| format!(", {n} pages copied"));
@@ -226,8 +230,8 @@ pub(super) fn moral(outcome: &Outcome, expected: Option<Verdict>, may: Option<&s
                 verdict.meaning()
             )
         }
-        Outcome::CannotAsk(why) => format!("\nno verdict: it cannot be asked: {why}\n"),
-        Outcome::Failed(why) => format!("\nno verdict: {why}\n"),
+        ScenarioOutcome::CannotAsk(why) => format!("\nno verdict: it cannot be asked: {why}\n"),
+        ScenarioOutcome::Failed(why) => format!("\nno verdict: {why}\n"),
     }
 }
 
@@ -311,7 +315,7 @@ mod tests {
     fn a_kernel_that_differs_as_it_may_is_marked_and_says_why() {
         let mut survey = survey(&["C13"]);
         // Whatever the kernel here does: one that grants it.
-        survey.rows[0].kernel = Outcome::Played {
+        survey.rows[0].kernel = ScenarioOutcome::Played {
             verdict: Verdict::NotRefused,
             findings: vec![],
             copies: None,

@@ -79,7 +79,7 @@ fn split(text: &str) -> Result<(&str, &str), ParseError> {
         .find(|c: char| !c.is_ascii_digit() && c != '.')
         .unwrap_or(text.len());
     let (number, unit) = text.split_at(end);
-    // As f64 takes "." and "1.", but what does it mean?
+    // f64 would take "." and "1.", too. Here both are mistakes.
     let (whole, fraction) = number.split_once('.').unwrap_or((number, "0"));
     if whole.is_empty() || fraction.is_empty() || fraction.contains('.') {
         return Err(ParseError::NoNumber);

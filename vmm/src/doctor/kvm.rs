@@ -1,4 +1,4 @@
-//! Which KVM is it, does it make a virtual machine, which registers can it not save?
+//! KVM: which one it is, whether it makes a virtual machine, and which registers it cannot save.
 
 use super::Finding;
 use palimpsest::causes::chain;

@@ -1,4 +1,4 @@
-//! Is there enough memory, who limits it, and is it huge?
+//! Memory: whether there is enough, who limits it, and whether it comes in huge pages.
 
 use std::io;
 

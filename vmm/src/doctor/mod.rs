@@ -1,7 +1,8 @@
 //! What this machine can and cannot do for a run, found out by trying wherever that is possible.
 //!
-//! Each check is a [`Finding`]: fine, worse than it could be, or the reason why nothing will run; with what to do about it. Nothing that
-//! is found is kept: a VM, a file in memory and some threads are made and gone again.
+//! Each check is a [`Finding`]: fine, worse than it could be, or the reason why nothing will run;
+//! with what to do about it. Nothing that is found is kept: a VM, a file in memory and some
+//! threads are made and gone again.
 //!
 //! | file | asks |
 //! |---|---|
@@ -37,7 +38,7 @@ pub enum Grade {
 pub struct Finding {
     /// What was looked at, in a word.
     pub name: &'static str,
-    /// How good it is.
+    /// Whether it is fine, worse than it could be, or in the way of any run.
     pub grade: Grade,
     /// What was found.
     pub found: String,

@@ -13,8 +13,8 @@ use palimpsest::kvm::Platform;
 
 /// Threads of a run besides those of vCPUs and devices.
 const OTHER_THREADS: u64 = 4;
-/// Files of a run besides those of vCPUs and devices: standard streams and one of them once more, KVM, the VM, the physmap, and one that is
-/// read or written now and then.
+/// Files of a run besides those of vCPUs and devices: standard streams and one of them once more, KVM, the
+/// VM, the physmap, and one that is read or written now and then.
 const OTHER_FILES: u64 = 8;
 /// Files of a vCPU, or of a device.
 const FILES_EACH: u64 = 1;
@@ -67,7 +67,7 @@ fn mappings(budget: &MappingBudget) -> Finding {
     }
 }
 
-/// Starts `count` threads that are there at once, and ends them.
+/// Starts `count` threads that exist at the same time, and ends them.
 fn start_threads(count: u64) -> io::Result<()> {
     let mut started = Vec::new();
     for _ in 0..count {
@@ -160,7 +160,7 @@ fn signals(status: &str) -> Finding {
             "signals",
             "SIGINT, SIGTERM and SIGHUP end a run with its report",
         ),
-        // As `nohup` does it, so it is meant.
+        // The program was started with the signal ignored, as `nohup` does: that is meant so.
         _ => Finding::ok(
             "signals",
             format!(

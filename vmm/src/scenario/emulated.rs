@@ -189,7 +189,8 @@ impl<P: CowPolicy, S: Stage> Performer for Emulated<P, S> {
             .map_err(refused)
     }
 
-    /// A write fault on the page that takes all of its region with it: the one thing that makes regions huge again.
+    /// A write fault on the page that takes all of its region with it: the one thing that
+    /// makes regions huge again.
     fn collapse(&mut self, who: Who, page: Page) -> Result<(), NotDone> {
         let actor = self.actor(who)?;
         let (space, gfn) = (actor.space(), actor.gfn(page));
@@ -227,7 +228,8 @@ impl<P: CowPolicy, S: Stage> Performer for Emulated<P, S> {
             .map_err(refused)
     }
 
-    /// Fills two address spaces of somebody else's: one takes all that was never used, its copy all that was given back.
+    /// Fills two address spaces of somebody else's: one takes all that was never used, its
+    /// copy all that was given back.
     fn exhaust_memory(&mut self) -> Result<(), NotDone> {
         let pool = self.stage.pool();
         let pages = pool.usage().limit;
@@ -279,7 +281,7 @@ impl<P: CowPolicy, S: Stage> Performer for Emulated<P, S> {
 /// Refuses one change of page tables, some time from now.
 #[derive(Debug)]
 struct Refusal {
-    /// Changes that are granted before; `u64::MAX` is all.
+    /// Changes that are granted before one is refused; `u64::MAX` refuses none.
     granted: AtomicU64,
 }
 
@@ -351,7 +353,7 @@ impl Mmu for Refusing {
     }
 }
 
-/// Nobody runs in such an address space.
+/// The MMU of an address space in which no CPU runs.
 struct NoMmu;
 
 impl Mmu for NoMmu {

@@ -1,7 +1,7 @@
 //! Scenarios: the historical bugs of copy-on-write, acted out step by step (PROTOCOL.md 8).
 //!
-//! Nothing in here knows the outcome of a step: the table says what is done, a performer does it, and the engine compares what
-//! memory holds with what was written.
+//! Nothing in here knows the outcome of a step: the table says what is done, a performer does it, and the
+//! engine compares what memory holds with what was written.
 //!
 //! | file | concept |
 //! |---|---|
@@ -32,7 +32,7 @@ mod tests;
 pub mod verdict;
 
 use self::emulated::Emulated;
-use self::engine::{Moment, Outcome, play};
+use self::engine::{Moment, ScenarioOutcome, play};
 use self::living::{DirectRace, Disturbance, o_direct_race};
 use self::performer::NotDone;
 use self::script::Scenario;
@@ -46,14 +46,14 @@ pub fn emulate<S: Stage>(
     scenario: &Scenario,
     policy: Policy,
     watch: &mut dyn FnMut(&Moment<'_>),
-) -> Outcome {
+) -> ScenarioOutcome {
     struct Play<'a, S> {
         scenario: &'a Scenario,
         stage: S,
         watch: &'a mut dyn FnMut(&Moment<'_>),
     }
     impl<S: Stage> Play<'_, S> {
-        fn play<P: CowPolicy>(self, make: impl Fn() -> P + 'static) -> Outcome {
+        fn play<P: CowPolicy>(self, make: impl Fn() -> P + 'static) -> ScenarioOutcome {
             match Emulated::new(self.stage, Box::new(make)) {
                 Ok(mut performer) => play(
                     self.scenario,
@@ -61,13 +61,13 @@ pub fn emulate<S: Stage>(
                     P::GOES_BY_THE_BIT,
                     self.watch,
                 ),
-                Err(error) => Outcome::Failed(palimpsest::causes::chain(&*error)),
+                Err(error) => ScenarioOutcome::Failed(palimpsest::causes::chain(&*error)),
             }
         }
     }
     impl<S: Stage> UnderPolicy for Play<'_, S> {
-        type Output = Outcome;
-        fn under<P: CowPolicy>(self, make: fn() -> P) -> Outcome {
+        type Output = ScenarioOutcome;
+        fn under<P: CowPolicy>(self, make: fn() -> P) -> ScenarioOutcome {
             if self.scenario.kernels_pin_count {
                 self.play(move || Biased::new(make()))
             } else {
@@ -81,35 +81,38 @@ pub fn emulate<S: Stage>(
             stage,
             watch,
         }),
-        Err(error) => Outcome::Failed(palimpsest::causes::chain(&*error)),
+        Err(error) => ScenarioOutcome::Failed(palimpsest::causes::chain(&*error)),
     }
 }
 
 /// Plays a scenario on the kernel this host runs on, with processes. `watch` is told of every step.
-pub fn ask_the_kernel(scenario: &Scenario, watch: &mut dyn FnMut(&Moment<'_>)) -> Outcome {
+pub fn ask_the_kernel(scenario: &Scenario, watch: &mut dyn FnMut(&Moment<'_>)) -> ScenarioOutcome {
     if let Some(disturbance) = scenario.kernel_races {
         return race_the_kernel(disturbance, watch);
     }
     match living::Living::new(scenario.memory) {
         Ok(mut kernel) => play(scenario, &mut kernel, false, watch),
         Err(error @ living::LivingError::NoHugePages(_)) => {
-            Outcome::CannotAsk(palimpsest::causes::chain(&error))
+            ScenarioOutcome::CannotAsk(palimpsest::causes::chain(&error))
         }
-        Err(error) => Outcome::Failed(palimpsest::causes::chain(&error)),
+        Err(error) => ScenarioOutcome::Failed(palimpsest::causes::chain(&error)),
     }
 }
 
 /// Rounds of a race of the living kernel. One alone shows the bug of old, if the device is not done too soon.
 const ROUNDS: u64 = 200;
 
-fn race_the_kernel(disturbance: Disturbance, watch: &mut dyn FnMut(&Moment<'_>)) -> Outcome {
+fn race_the_kernel(
+    disturbance: Disturbance,
+    watch: &mut dyn FnMut(&Moment<'_>),
+) -> ScenarioOutcome {
     let race = match o_direct_race(ROUNDS, disturbance) {
         Ok(race) => race,
-        Err(NotDone::CannotAsk(why)) => return Outcome::CannotAsk(why.to_owned()),
-        Err(error) => return Outcome::Failed(error.to_string()),
+        Err(NotDone::CannotAsk(why)) => return ScenarioOutcome::CannotAsk(why.to_owned()),
+        Err(error) => return ScenarioOutcome::Failed(error.to_string()),
     };
     let outcome = judge_race(race);
-    if let Outcome::Played { findings, .. } = &outcome {
+    if let ScenarioOutcome::Played { findings, .. } = &outcome {
         watch(&Moment {
             number: None,
             text: format!(
@@ -124,9 +127,11 @@ fn race_the_kernel(disturbance: Disturbance, watch: &mut dyn FnMut(&Moment<'_>))
 }
 
 /// What a race comes to. The device and the CPU write one page: what either lost went to a copy.
-fn judge_race(race: DirectRace) -> Outcome {
+fn judge_race(race: DirectRace) -> ScenarioOutcome {
     if race.raced == 0 {
-        return Outcome::CannotAsk("the disk is always done before the CPU writes".to_owned());
+        return ScenarioOutcome::CannotAsk(
+            "the disk is always done before the CPU writes".to_owned(),
+        );
     }
     let mut findings = Vec::new();
     for (lost, whose) in [(race.lost_dma, "the device"), (race.lost_cpu, "the CPU")] {
@@ -134,7 +139,7 @@ fn judge_race(race: DirectRace) -> Outcome {
             findings.push(format!("what {whose} wrote was lost in {lost} rounds"));
         }
     }
-    Outcome::Played {
+    ScenarioOutcome::Played {
         verdict: if findings.is_empty() {
             Verdict::Ok
         } else {

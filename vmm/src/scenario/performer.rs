@@ -72,16 +72,18 @@ pub enum NotDone {
 /// What is known about a page of an address space at one instant. For people, and to count copies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PageView {
-    /// The frame it is in, `None` for memory that was never touched; in any numbering that tells frames apart.
+    /// The frame it is in, `None` for memory that was never touched; in any
+    /// numbering that tells frames apart.
     pub frame: Option<Pfn>,
     /// Its entry and the state of its frame, where the performer can see them.
     pub inside: Option<(Entry, FrameState)>,
 }
 
-/// Does the steps of a scenario. Memory is zero at first; a page is written and read as one 64-bit word, its first.
+/// Does the steps of a scenario. Memory is zero at first; a page is written and read as
+/// one 64-bit word, its first.
 ///
-/// A method for an address space that is not there, or a hold that was released, is a mistake in the scenario:
-/// [`NotDone::Failed`].
+/// A method for an address space that is not there, or a hold that was released, is a mistake in the
+/// scenario: [`NotDone::Failed`].
 pub trait Performer {
     /// A CPU of `who` writes.
     fn write(&mut self, who: Who, page: Page, value: u64) -> Result<(), NotDone>;
@@ -136,7 +138,8 @@ pub trait Performer {
     /// Gives all of the folio back that page `page` is in, but the page.
     fn discard_rest(&mut self, who: Who, page: Page) -> Result<(), NotDone>;
 
-    /// Has the folio that page `page` is in mapped by a huge entry again. Refused if it cannot be: it may have become writable then.
+    /// Has the folio that page `page` is in mapped by a huge entry again. Refused if it cannot be: it may
+    /// have become writable then.
     fn collapse(&mut self, who: Who, page: Page) -> Result<(), NotDone>;
 
     /// Moves a page to another frame (compaction, migration).

@@ -20,13 +20,16 @@ pub struct Scenario {
     pub steps: &'static [Step],
     /// How many pages must be copied at most. More is an unnecessary copy.
     pub copies: Option<u64>,
-    /// Whether holds that promise no coherence (`FOLL_GET`) are nevertheless held to it, to show that they do not.
+    /// Whether holds that promise no coherence (`FOLL_GET`) are nevertheless held to it,
+    /// to show that they do not.
     pub gets_must_follow: bool,
-    /// Whether pins are counted as the kernel does it for small folios, so that 1,024 references look like one.
+    /// Whether pins are counted as the kernel does it for small folios, so that 1,024
+    /// references look like one.
     pub kernels_pin_count: bool,
     /// What is to come of it.
     pub expected: Expected,
-    /// What is done on the living kernel instead of the steps, where a step can't wait for a device: a race with `O_DIRECT`.
+    /// What is done on the living kernel instead of the steps, where a step can't wait for a
+    /// device: a race with `O_DIRECT`.
     pub kernel_races: Option<Disturbance>,
     /// What the living kernel may come to instead of what our `exclusive` does, and why.
     pub kernel_may: Option<(Verdict, &'static str)>,
@@ -43,7 +46,8 @@ impl Scenario {
         self.expected.exclusive == Some(verdict) || self.why_kernel_may(verdict).is_some()
     }
 
-    /// Why the living kernel may come to `verdict`, which is not that of our `exclusive`; `None` if it is, or if it may not.
+    /// Why the living kernel may come to `verdict`, which is not that of our `exclusive`; `None`
+    /// if it is, or if it may not.
     pub fn why_kernel_may(&self, verdict: Verdict) -> Option<&'static str> {
         let (may, why) = self.kernel_may?;
         (self.expected.exclusive != Some(verdict) && may == verdict).then_some(why)
@@ -80,7 +84,8 @@ impl Expected {
         }
     }
 
-    /// In the order of [`Policy::ALL`], but that [`Policy::SeedRecompute`] is as [`Policy::Seed`]: they differ in huge folios only.
+    /// In the order of [`Policy::ALL`], but that [`Policy::SeedRecompute`] is as [`Policy::Seed`]: they
+    /// differ in huge folios only.
     pub const fn each(verdicts: [Verdict; 5]) -> Self {
         let [mapcount, forced_break, refcount, seed, exclusive] = verdicts;
         Self {

@@ -11,16 +11,16 @@ pub type StageError = Box<dyn std::error::Error + Send + Sync>;
 /// Puts itself between an address space and its MMU.
 pub type Wrap<'a> = &'a dyn Fn(Box<dyn Mmu>) -> Box<dyn Mmu>;
 
-/// A machine for scenarios: frames, and actors that run in address spaces. [`super::soft::SoftStage`] is a model of one,
-/// [`super::real::RealStage`] has vCPUs.
+/// A machine for scenarios: frames, and actors that run in address spaces. [`super::soft::SoftStage`] is a
+/// model of one, [`super::real::RealStage`] has vCPUs.
 pub trait Stage: Sized {
     /// Its name in reports.
     const NAME: &'static str;
     /// A running address space.
     type Actor<P: CowPolicy>: Actor<P>;
 
-    /// A stage with its own frames, on which the pages of an actor are in `memory`. With [`Memory::Huge`] they are all in
-    /// one folio, and an address space is of one folio.
+    /// A stage with its own frames, on which the pages of an actor are in `memory`. With [`Memory::Huge`]
+    /// they are all in one folio, and an address space is of one folio.
     ///
     /// # Errors
     /// If this machine has not what it needs.
@@ -48,7 +48,8 @@ pub trait Stage: Sized {
     fn store(&self, frame: Pfn, value: u64);
 }
 
-/// A running address space and its CPU. Dropping it ends both; pins and holds taken through the space live on.
+/// A running address space and its CPU. Dropping it ends both; pins and holds taken
+/// through the space live on.
 pub trait Actor<P: CowPolicy> {
     /// The address space.
     fn space(&self) -> &AddressSpace<P>;

@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 
-use super::engine::Outcome;
+use super::engine::ScenarioOutcome;
 use super::script::Scenario;
 use super::stage::Stage;
 use super::table::SCENARIOS;
@@ -33,7 +33,7 @@ pub struct Row {
     /// Under each policy it is for.
     pub policies: Vec<Cell>,
     /// On the living kernel.
-    pub kernel: Outcome,
+    pub kernel: ScenarioOutcome,
     /// Whether the kernel came to what it may; `None` if it can't be asked.
     pub kernel_agrees: Option<bool>,
     /// Why the kernel may come to something else than our `exclusive`, if it did.
@@ -48,7 +48,7 @@ pub struct Cell {
     /// What the table says.
     pub expected: Verdict,
     /// What was computed.
-    pub outcome: Outcome,
+    pub outcome: ScenarioOutcome,
 }
 
 impl Cell {
@@ -77,9 +77,9 @@ impl Row {
         };
         let kernel = ask_the_kernel(scenario, &mut |_| {});
         let kernel_agrees = match &kernel {
-            Outcome::Played { verdict, .. } => Some(scenario.kernel_agrees(*verdict)),
-            Outcome::CannotAsk(_) => None,
-            Outcome::Failed(_) => Some(false),
+            ScenarioOutcome::Played { verdict, .. } => Some(scenario.kernel_agrees(*verdict)),
+            ScenarioOutcome::CannotAsk(_) => None,
+            ScenarioOutcome::Failed(_) => Some(false),
         };
         let kernel_differs = kernel.verdict().and_then(|v| scenario.why_kernel_may(v));
         Self {
@@ -118,14 +118,15 @@ impl Row {
         policies
             .chain([("the kernel", &self.kernel)])
             .find_map(|(by, outcome)| match outcome {
-                Outcome::Failed(why) => Some(format!("{} under {by}: {why}", self.id)),
+                ScenarioOutcome::Failed(why) => Some(format!("{} under {by}: {why}", self.id)),
                 _ => None,
             })
     }
 }
 
 impl Survey {
-    /// Plays every scenario, each on a new stage. `tick` is told which one is next; if it says `false` the survey ends there.
+    /// Plays every scenario, each on a new stage. `tick` is told which one is next; if it says
+    /// `false` the survey ends there.
     pub fn take<S: Stage>(tick: &mut dyn FnMut(&Scenario) -> bool) -> Self {
         Self {
             stage: S::NAME,

@@ -1,4 +1,4 @@
-use super::engine::Outcome;
+use super::engine::ScenarioOutcome;
 use super::performer::Hold::{GetRead, PinRead, PinWrite};
 use super::performer::Who::{C, P};
 use super::performer::{Hold, HoldId, Memory, NotDone, Page, PageView, Performer, Who};
@@ -11,7 +11,7 @@ use super::verdict::Verdict;
 use super::*;
 
 /// What comes of steps under the exclusive policy, on the software MMU.
-fn outcome(steps: &'static [Step], copies: Option<u64>) -> Outcome {
+fn outcome(steps: &'static [Step], copies: Option<u64>) -> ScenarioOutcome {
     let scenario = Scenario {
         id: "X",
         title: "",
@@ -146,9 +146,11 @@ fn a_step_that_fails_unexpectedly_is_no_verdict() {
         Step::Take(P, 0, PinRead),
         Step::Migrate(P, 0),
     ];
-    assert!(matches!(outcome(STEPS, None), Outcome::Failed(why) if why.contains("busy")));
+    assert!(matches!(outcome(STEPS, None), ScenarioOutcome::Failed(why) if why.contains("busy")));
     const NOBODY: &[Step] = &[Step::Write(C, 0)];
-    assert!(matches!(outcome(NOBODY, None), Outcome::Failed(why) if why.contains("does not run")));
+    assert!(
+        matches!(outcome(NOBODY, None), ScenarioOutcome::Failed(why) if why.contains("does not run"))
+    );
 }
 
 #[test]
@@ -263,14 +265,14 @@ fn the_verdict_is_what_memory_holds() {
     const PARTED: &[Step] = &[Step::Write(P, 0), Step::Fork, Step::Write(C, 1)];
     assert_eq!(verdict(2, PARTED), Some(Verdict::Leaked));
     // Without a look at the frames nothing is said about copies.
-    let Outcome::Played { copies, .. } = play_with(2, TWO_WRITES) else {
+    let ScenarioOutcome::Played { copies, .. } = play_with(2, TWO_WRITES) else {
         panic!("played");
     };
     assert_eq!(copies, None);
     const CANNOT: &[Step] = &[Step::Migrate(P, 0)];
     assert_eq!(
         play_with(0, CANNOT),
-        Outcome::CannotAsk("it lies".to_owned())
+        ScenarioOutcome::CannotAsk("it lies".to_owned())
     );
 }
 
@@ -320,8 +322,10 @@ fn the_living_kernel_agrees_with_exclusive() {
         let outcome = ask_the_kernel(scenario, &mut |_| {});
         println!("{}: {outcome:?}", scenario.id);
         match &outcome {
-            Outcome::CannotAsk(_) => {}
-            Outcome::Played { verdict, .. } if scenario.kernel_agrees(*verdict) => played += 1,
+            ScenarioOutcome::CannotAsk(_) => {}
+            ScenarioOutcome::Played { verdict, .. } if scenario.kernel_agrees(*verdict) => {
+                played += 1
+            }
             _ => wrong.push(format!("{}: {outcome:?}", scenario.id)),
         }
     }
@@ -351,7 +355,10 @@ fn a_race_says_what_was_lost_and_nothing_if_there_was_none() {
         assert_eq!(judge_race(lost).verdict(), Some(Verdict::Diverged));
     }
     let too_fast = DirectRace { raced: 0, ..race };
-    assert!(matches!(judge_race(too_fast), Outcome::CannotAsk(_)));
+    assert!(matches!(
+        judge_race(too_fast),
+        ScenarioOutcome::CannotAsk(_)
+    ));
 }
 
 #[test]

@@ -1,8 +1,9 @@
 //! What a run needs of the host's memory, and what it may take.
 //!
-//! The guest has its own memory once, in time. Between two snapshots it may write all of it, and each page it writes is copied for the
-//! snapshot: that is as much again. With less than both a run would stop somewhere in the middle, so it is refused at the start. With
-//! more, snapshots are kept for as long as there is room for the guest to write all of its memory once more (`drive`).
+//! The guest has its own memory once, in time. Between two snapshots it may write all of it, and each page it
+//! writes is copied for the snapshot: that is as much again. With less than both a run would stop somewhere
+//! in the middle, so it is refused at the start. With more, snapshots are kept for as long as there is room
+//! for the guest to write all of its memory once more (`drive`).
 
 use std::fmt;
 
@@ -13,24 +14,27 @@ use palimpsest::host::{Limiter, Limits, MappingBudget, Room};
 
 /// The program itself, its threads and what libraries take.
 const PROGRAM: u64 = 16 << 20;
-/// Addresses of a thread's stack, and private memory by the kernel's count though hardly any of it is touched.
+/// Addresses of a thread's stack, and private memory by the kernel's count though
+/// hardly any of it is touched.
 const STACK: u64 = 2 << 20;
 /// Addresses that the C library takes for what a thread allocates, whether it does or not.
 const ARENA: u64 = 64 << 20;
-/// Threads besides those of vCPUs and devices: the main one, the checker, the one that copies ahead, and those that write output.
+/// Threads besides those of vCPUs and devices: the main one, the checker, the one that copies ahead,
+/// and those that write output.
 const OTHER_THREADS: u64 = 6;
 /// Frames of the pool beyond those of guest and snapshots: the zero frame, and folios that are used in part.
 const SPARE: u64 = 4 << 20;
 /// Bytes of a frame's words, in tables of all frames.
 const FRAME_WORDS: u64 = 16;
-/// Bytes of a guest page's entries: in the shadow page table, in those of snapshots that differ in it, and in the kernel's for window,
-/// physmap and guest.
+/// Bytes of a guest page's entries: in the shadow page table, in those of snapshots that differ in it, and in
+/// the kernel's for window, physmap and guest.
 const PAGE_ENTRIES: u64 = 48;
 /// Bytes that the kernel takes for a mapping.
 const MAPPING: u64 = 256;
 /// Bytes that the checker knows of a page, of the snapshots that it looks at.
 const CHECKED_PAGE: u64 = 16;
-/// Snapshots beyond those kept that may have copies of their own: taken, but not checked yet, or no longer kept, but not dropped yet.
+/// Snapshots beyond those kept that may have copies of their own: taken, but not checked yet, or no longer
+/// kept, but not dropped yet.
 const ON_THE_WAY: u64 = 4;
 /// What the frame pool has beyond that.
 const EXTRA: u64 = 64 << 20;
@@ -230,7 +234,8 @@ impl Plan {
     }
 }
 
-/// The largest guest, in whole regions, that runs within `limits` if all else is as `config` says, which asks for more; `None` if none does.
+/// The largest guest, in whole regions, that runs within `limits` if all else is as `config` says, which asks
+/// for more; `None` if none does.
 pub fn largest_guest(config: &Config, limits: &Limits) -> Option<Size> {
     let runs = |regions: u64| {
         let memory = regions * REGION_SIZE;

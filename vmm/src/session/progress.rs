@@ -47,8 +47,8 @@ pub struct Progress {
 
 /// Somebody who watches a run.
 ///
-/// A session calls these from its own thread, never from that of a vCPU or a device, and from one thread at a time.
-/// None of them may block for long: snapshots wait meanwhile.
+/// A session calls these from its own thread, never from that of a vCPU or a device, and from one thread at a
+/// time. None of them may block for long: snapshots wait meanwhile.
 pub trait Observer: Send {
     /// Called about ten times a second.
     fn progress(&mut self, progress: &Progress);

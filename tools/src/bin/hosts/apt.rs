@@ -1,4 +1,5 @@
-//! Packages, by `apt-get`, without installing any and without being root: apt gets lists and a cache of its own.
+//! Packages, by `apt-get`, without installing any and without being root: apt gets
+//! lists and a cache of its own.
 
 use std::fs;
 use std::io;

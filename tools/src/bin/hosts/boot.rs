@@ -22,7 +22,7 @@ use super::watch::{self, Limits, WatchError};
 /// A file to bring along.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Extra {
-    /// Where it is here.
+    /// Path on this machine.
     pub(crate) from: PathBuf,
     /// Its absolute path in the host.
     pub(crate) to: String,
@@ -79,7 +79,7 @@ pub(crate) struct Done {
 
 /// What a host was to do, and has done.
 #[derive(Debug)]
-pub(crate) struct Outcome {
+pub(crate) struct HostRun {
     pub(crate) host: &'static Host,
     pub(crate) tasks: Vec<Task>,
     /// Its kernel and processor, as it says itself.
@@ -88,7 +88,7 @@ pub(crate) struct Outcome {
     pub(crate) done: Vec<Done>,
     /// By the clock on the wall, from making its file system until it was off.
     pub(crate) took: Duration,
-    /// Why that are not all.
+    /// Why some tasks did not come to an end, if so.
     pub(crate) trouble: Option<BootError>,
 }
 
@@ -100,7 +100,7 @@ pub(crate) trait Listener {
     fn done(&mut self, task: &Task, done: &Done);
 }
 
-impl Outcome {
+impl HostRun {
     /// That of a host that has done nothing yet.
     pub(crate) fn new(host: &'static Host, tasks: Vec<Task>) -> Self {
         Self {
@@ -132,16 +132,16 @@ impl Outcome {
 
 impl Visit<'_> {
     /// Boots the host, runs the tasks there, and waits for its end.
-    pub(crate) fn run(self, stop: &AtomicBool, listener: &mut dyn Listener) -> Outcome {
+    pub(crate) fn run(self, stop: &AtomicBool, listener: &mut dyn Listener) -> HostRun {
         let started = Instant::now();
         let prepared = self.prepare();
-        let mut outcome = Outcome::new(self.host, self.tasks);
-        outcome.trouble = match prepared {
-            Ok(prepared) => prepared.run(&mut outcome, stop, listener).err(),
+        let mut run = HostRun::new(self.host, self.tasks);
+        run.trouble = match prepared {
+            Ok(prepared) => prepared.run(&mut run, stop, listener).err(),
             Err(error) => Some(error),
         };
-        outcome.took = started.elapsed();
-        outcome
+        run.took = started.elapsed();
+        run
     }
 
     fn prepare(&self) -> Result<Prepared, BootError> {
@@ -211,7 +211,7 @@ struct Prepared {
 impl Prepared {
     fn run(
         mut self,
-        outcome: &mut Outcome,
+        run: &mut HostRun,
         stop: &AtomicBool,
         listener: &mut dyn Listener,
     ) -> Result<(), BootError> {
@@ -222,7 +222,7 @@ impl Prepared {
         let mut output = Vec::new();
         let mut begun = Duration::ZERO;
         let tell = |event: &Event| match event {
-            Event::Host(about) => outcome.about.clone_from(about),
+            Event::Host(about) => run.about.clone_from(about),
             Event::Begun(_, at) => begun = *at,
             Event::Line(line) => {
                 listener.line(line);
@@ -235,9 +235,9 @@ impl Prepared {
                     took: at.saturating_sub(begun),
                     output: std::mem::take(&mut output),
                 };
-                if let Some(task) = outcome.tasks.get(*number) {
+                if let Some(task) = run.tasks.get(*number) {
                     listener.done(task, &done);
-                    outcome.done.push(done);
+                    run.done.push(done);
                 }
             }
             Event::Ready(_) | Event::NoKvm | Event::Done(_) => {}
@@ -245,7 +245,7 @@ impl Prepared {
         let results = self.machine.results();
         let watched = watch::watch(&mut self.command, &results, &self.limits, stop, tell);
         watched.map_err(|trouble| match trouble {
-            // Nobody needs to look at what somebody has ended.
+            // The user has ended it: there is no fault to look for.
             WatchError::Interrupted => BootError::Interrupted,
             trouble => {
                 let mut last = watch::last_lines(&self.machine.complaints(), 5);
@@ -278,14 +278,14 @@ mod tests {
             let task = Task::given(&["vmm".to_owned()]);
             vec![task.clone(), task.expecting(3)]
         };
-        let outcome = |done: &[Done]| Outcome {
+        let run = |done: &[Done]| HostRun {
             done: done.to_vec(),
-            ..Outcome::new(&host::ALL[0], tasks())
+            ..HostRun::new(&host::ALL[0], tasks())
         };
-        assert!(outcome(&[done(0, 0), done(1, 3)]).is_right());
-        assert!(!outcome(&[done(0, 0), done(1, 0)]).is_right());
-        assert!(!outcome(&[done(0, 0)]).is_right(), "one is missing");
-        let mut ended = outcome(&[done(0, 0), done(1, 3)]);
+        assert!(run(&[done(0, 0), done(1, 3)]).is_right());
+        assert!(!run(&[done(0, 0), done(1, 0)]).is_right());
+        assert!(!run(&[done(0, 0)]).is_right(), "one is missing");
+        let mut ended = run(&[done(0, 0), done(1, 3)]);
         ended.trouble = Some(BootError::Interrupted);
         assert!(!ended.is_right());
     }

@@ -74,7 +74,8 @@ fn write_entry(
         io::Error::new(io::ErrorKind::InvalidInput, name)
     })?;
     let name_size = path.len() + 1;
-    // Inode, mode, user, group, links, time, size, device (two), device of a node (two), size of the name, checksum.
+    // Inode, mode, user, group, links, time, size, device (two), device of a node (two),
+    // size of the name, checksum.
     let fields = [
         number,
         mode,

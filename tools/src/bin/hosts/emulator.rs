@@ -102,7 +102,8 @@ impl Machine {
         command.arg("-initrd").arg(self.initramfs());
         command.args([
             "-append",
-            // On a machine that is busy a tick may not come before the kernel has stopped waiting for it, and panics.
+            // On a machine that is busy a tick may not come before the kernel has stopped
+            // waiting for it, and panics.
             "console=ttyS0 quiet panic=-1 mitigations=off no_timer_check tsc=reliable",
         ]);
         command.args(["-nodefaults", "-no-reboot", "-display", "none"]);
@@ -148,7 +149,7 @@ impl Machine {
             "debug: action=ignore".to_owned(),
         ];
         let settings = write("bochsrc", &(settings.join("\n") + "\n"))?;
-        // It is a debugger, and told to go on.
+        // This build of Bochs begins in its debugger, which is told to go on.
         let commands = write("commands", "c\n")?;
         let mut command = child("TERM");
         bochs.with_libraries(&mut command);
@@ -211,7 +212,8 @@ impl Machine {
     }
 }
 
-/// A command, to be completed, that takes what CPU time others leave and does not outlive this program: it is sent `signal` then.
+/// A command, to be completed, that takes what CPU time others leave and does not outlive this program:
+/// it is sent `signal` then.
 fn child(signal: &str) -> Command {
     let mut command = Command::new("nice");
     command.args(["-n", "10", "setpriv", "--pdeathsig", signal]);

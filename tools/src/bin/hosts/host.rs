@@ -16,7 +16,7 @@ pub(crate) struct Host {
     pub(crate) parameter: &'static str,
 }
 
-/// Whose virtualization is emulated, which is also by which emulator.
+/// Whose virtualization is emulated. It decides the emulator, too.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Processor {
     /// SVM, by QEMU.

@@ -1,4 +1,5 @@
-//! The file system a host starts with, and all it has: tools, modules, our programs with their libraries, and what to run.
+//! The file system a host starts with, and all it has: tools, modules, our programs with their
+//! libraries, and what to run.
 
 use std::fs::{self, File};
 use std::io::{self, BufWriter};
@@ -117,7 +118,7 @@ fn without_symbols(path: &Path) -> Result<Vec<u8>, InitramfsError> {
         strip.status().ok()?.success().then_some(())?;
         fs::read(file.path()).ok()
     };
-    // What is no program, or meets no such tool, is taken as it is.
+    // A file that is no program, or a machine without the tool: the file is taken as it is.
     stripped().map_or_else(|| read(path), Ok)
 }
 

@@ -1,11 +1,13 @@
 //! Boots hosts with another KVM than this machine's, in emulators, and runs the workspace's programs there.
 //!
-//! A host's kernel and tools are Debian packages, unpacked in a cache ([`packages`]). Its file system is made on the spot
-//! ([`initramfs`]), with our programs and what they are to do ([`task`]). Results come out of its second serial port ([`results`]).
+//! A host's kernel and tools are Debian packages, unpacked in a cache ([`packages`]). Its file system is made
+//! on the spot ([`initramfs`]), with our programs and what they are to do ([`task`]). Results come out of its
+//! second serial port ([`results`]).
 //!
 //! An emulated host shows what is right and what is wrong, not what is fast.
 
 mod apt;
+mod assignment;
 mod boot;
 mod cpio;
 mod emulator;
@@ -14,7 +16,7 @@ mod initramfs;
 mod libraries;
 mod modules;
 mod packages;
-mod plan;
+
 mod programs;
 mod record;
 mod results;
@@ -38,13 +40,13 @@ use signal_hook::flag;
 use vmm::cli::chain;
 use vmm::cli::units::parse_time;
 
-use boot::{Extra, Listener, Outcome, Visit};
+use assignment::Assignment;
+use boot::{Extra, HostRun, Listener, Visit};
 use host::Host;
 use packages::{PackageError, Store};
-use plan::Plan;
 use programs::{BuildError, Wanted};
 use record::RecordError;
-use task::{Part, Task};
+use task::{Suite, Task};
 
 const AFTER_HELP: &str = "\
 Examples:
@@ -76,20 +78,20 @@ struct Args {
     hosts: Vec<&'static Host>,
 
     /// Boot every host, and keep the results in docs/platforms.md
-    #[arg(long, conflicts_with_all = ["command", "parts"])]
+    #[arg(long, conflicts_with_all = ["command", "suites"])]
     all: bool,
 
     /// What there is time for with every change: AMD with nested paging, and less of it without
-    #[arg(long, conflicts_with_all = ["command", "parts"])]
+    #[arg(long, conflicts_with_all = ["command", "suites"])]
     ci: bool,
 
     /// List the hosts
-    #[arg(long, conflicts_with_all = ["command", "parts", "files"])]
+    #[arg(long, conflicts_with_all = ["command", "suites", "files"])]
     list: bool,
 
     /// Try only this; may be given several times
     #[arg(long = "part", value_name = "PART", conflicts_with = "command")]
-    parts: Vec<Part>,
+    suites: Vec<Suite>,
 
     /// A file to bring along, with its libraries if it is a program [default DEST: /NAME]
     #[arg(long = "file", value_name = "PATH[=DEST]", value_parser = parse_extra)]
@@ -147,45 +149,53 @@ fn run(args: &Args) -> Result<Verdict, Failure> {
     }
     let stop = stop_flag().map_err(Failure::Signals)?;
     let store = Store::open()?;
-    let plans = args.plans();
-    let programs = programs::build(args.wanted(&plans))?;
-    let visit = |plan: &Plan| {
+    let assignments = args.assignments();
+    let programs = programs::build(args.wanted(&assignments))?;
+    let visit = |assignment: &Assignment| {
         let visit = Visit {
-            host: plan.host,
+            host: assignment.host,
             store: &store,
             programs: &programs,
             extras: &args.files,
-            tasks: args.tasks(plan, &programs.names()),
+            tasks: args.tasks(assignment, &programs.names()),
         };
-        say(&format!("{}: {}", plan.host.name, plan.host.about));
-        let outcome = visit.run(&stop, args.listener(plan).as_mut());
-        if let Some(trouble) = &outcome.trouble {
-            say(&format!("error: {}: {}", plan.host.name, chain(trouble)));
+        say(&format!(
+            "{}: {}",
+            assignment.host.name, assignment.host.about
+        ));
+        let run = visit.run(&stop, args.listener(assignment).as_mut());
+        if let Some(trouble) = &run.trouble {
+            say(&format!(
+                "error: {}: {}",
+                assignment.host.name,
+                chain(trouble)
+            ));
         }
         if args.command.is_empty() {
-            screen::print(&screen::conclusion(&outcome));
+            screen::print(&screen::conclusion(&run));
         }
-        outcome
+        run
     };
-    let outcomes = side_by_side(&plans, args.at_once(), &stop, visit);
+    let runs = side_by_side(&assignments, args.at_once(), &stop, visit);
     if stop.load(Ordering::Relaxed) {
         return Ok(Verdict::Wrong);
     }
-    if args.command.is_empty() && outcomes.len() > 1 {
-        screen::print(&format!("\n{}", record::table(&outcomes)));
+    if args.command.is_empty() && runs.len() > 1 {
+        screen::print(&format!("\n{}", record::table(&runs)));
     }
     if args.all {
-        let path = record::keep(&outcomes)?;
+        let path = record::keep(&runs)?;
         say(&format!("kept in {}", path.display()));
     }
-    if outcomes.iter().all(Outcome::is_right) {
+    if runs.iter().all(HostRun::is_right) {
         Ok(Verdict::Right)
     } else {
         Ok(Verdict::Wrong)
     }
 }
 
-/// Makes all `visits`, `at_once` at the same time, until there is reason to stop. What came of them, in their order.
+/// Makes all `visits`, `at_once` at the same time, until there is reason to stop. What
+/// came of them, in their order.
 fn side_by_side<V: Sync, O: Send>(
     visits: &[V],
     at_once: usize,
@@ -193,16 +203,16 @@ fn side_by_side<V: Sync, O: Send>(
     make: impl Fn(&V) -> O + Sync,
 ) -> Vec<O> {
     let next = AtomicUsize::new(0);
-    let outcomes = Mutex::new(Vec::from_iter(visits.iter().map(|_| None)));
+    let runs = Mutex::new(Vec::from_iter(visits.iter().map(|_| None)));
     let make_some = || {
         while !stop.load(Ordering::Relaxed) {
             let number = next.fetch_add(1, Ordering::Relaxed);
             let Some(visit) = visits.get(number) else {
                 break;
             };
-            let outcome = make(visit);
-            let mut outcomes = outcomes.lock().unwrap_or_else(PoisonError::into_inner);
-            outcomes[number] = Some(outcome);
+            let run = make(visit);
+            let mut runs = runs.lock().unwrap_or_else(PoisonError::into_inner);
+            runs[number] = Some(run);
         }
     };
     thread::scope(|scope| {
@@ -211,14 +221,13 @@ fn side_by_side<V: Sync, O: Send>(
         }
         make_some();
     });
-    let outcomes = outcomes
-        .into_inner()
-        .unwrap_or_else(PoisonError::into_inner);
-    outcomes.into_iter().flatten().collect()
+    let runs = runs.into_inner().unwrap_or_else(PoisonError::into_inner);
+    runs.into_iter().flatten().collect()
 }
 
 impl Args {
-    /// Hosts that are emulated at the same time: each takes a CPU. What a command of one's own prints is not to be mixed with another's.
+    /// Hosts that are emulated at the same time: each takes a CPU. What a command of one's own prints is not
+    /// to be mixed with another's.
     fn at_once(&self) -> usize {
         if self.command.is_empty() {
             thread::available_parallelism().map_or(1, NonZero::get)
@@ -227,9 +236,9 @@ impl Args {
         }
     }
 
-    fn plans(&self) -> Vec<Plan> {
+    fn assignments(&self) -> Vec<Assignment> {
         if self.ci {
-            return plan::for_every_change();
+            return assignment::for_every_change();
         }
         let hosts = if self.all {
             host::ALL.iter().collect()
@@ -237,35 +246,35 @@ impl Args {
             self.hosts.clone()
         };
         if !self.command.is_empty() {
-            return hosts.into_iter().map(plan::for_a_command).collect();
+            return hosts.into_iter().map(assignment::for_a_command).collect();
         }
-        let plans = |host: &'static Host| plan::by_hand(host, &self.parts);
-        hosts.into_iter().flat_map(plans).collect()
+        let assignments = |host: &'static Host| assignment::by_hand(host, &self.suites);
+        hosts.into_iter().flat_map(assignments).collect()
     }
 
-    fn wanted(&self, plans: &[Plan]) -> Wanted {
-        let tests = |plan: &Plan| plan.parts.contains(&Part::Tests);
-        if self.command.is_empty() && plans.iter().any(tests) {
+    fn wanted(&self, assignments: &[Assignment]) -> Wanted {
+        let tests = |assignment: &Assignment| assignment.suites.contains(&Suite::Tests);
+        if self.command.is_empty() && assignments.iter().any(tests) {
             Wanted::Tests
         } else {
             Wanted::Program
         }
     }
 
-    fn tasks(&self, plan: &Plan, tests: &[String]) -> Vec<Task> {
+    fn tasks(&self, assignment: &Assignment, tests: &[String]) -> Vec<Task> {
         if self.command.is_empty() {
-            let tasks = |&part| task::tasks(part, plan.extent, tests);
-            plan.parts.iter().flat_map(tasks).collect()
+            let tasks = |&suite| task::tasks(suite, assignment.extent, tests);
+            assignment.suites.iter().flat_map(tasks).collect()
         } else {
             let task = Task::given(&self.command).expecting(self.expect);
             vec![task.within(self.limit.unwrap_or(task::LIMIT))]
         }
     }
 
-    fn listener(&self, plan: &Plan) -> Box<dyn Listener> {
+    fn listener(&self, assignment: &Assignment) -> Box<dyn Listener> {
         if self.command.is_empty() {
             Box::new(screen::Verdicts {
-                host: plan.host.name,
+                host: assignment.host.name,
             })
         } else {
             Box::new(screen::Passage)
@@ -378,9 +387,9 @@ mod tests {
             "leak-pin",
         ];
         let args = parse(&flags);
-        let plans = args.plans();
-        assert_eq!(args.wanted(&plans), Wanted::Program);
-        let tasks = args.tasks(&plans[0], &[]);
+        let assignments = args.assignments();
+        assert_eq!(args.wanted(&assignments), Wanted::Program);
+        let tasks = args.tasks(&assignments[0], &[]);
         assert_eq!(tasks.len(), 1);
         assert_eq!(tasks[0].title(), "vmm --inject leak-pin");
         assert_eq!(tasks[0].expected, 3);
@@ -391,7 +400,7 @@ mod tests {
     fn tests_are_built_only_where_they_run() {
         let wanted = |flags: &[&str]| {
             let args = parse(flags);
-            args.wanted(&args.plans())
+            args.wanted(&args.assignments())
         };
         assert_eq!(wanted(&["--ci"]), Wanted::Tests);
         assert_eq!(wanted(&["--all"]), Wanted::Tests);

@@ -1,7 +1,8 @@
-//! What hosts are made of: Debian packages, downloaded and unpacked in a folder of the user's cache, each set of them once.
+//! What hosts are made of: Debian packages, downloaded and unpacked in a folder of the user's
+//! cache, each set of them once.
 //!
-//! A set is unpacked beside its place and then renamed into it, so a folder that is there is whole, whatever became of an
-//! earlier attempt. To have one fetched anew, remove its folder.
+//! A set is unpacked beside its place and then renamed into it, so a folder that is there is whole, whatever
+//! became of an earlier attempt. To have one fetched anew, remove its folder.
 
 use std::env;
 use std::ffi::OsStr;
@@ -28,7 +29,7 @@ enum Content {
     /// Packages with programs that run here, and the libraries these need.
     Programs {
         packages: &'static [&'static str],
-        /// What does as well, if it is installed.
+        /// An installed program that does as well as the package.
         programs: &'static [&'static str],
     },
     /// A kernel and its modules.
@@ -89,7 +90,7 @@ pub(crate) const LINUX_6_12: Set = Set {
 /// The metapackage that depends on the newest kernel.
 const NEWEST_KERNEL: &str = "linux-image-amd64";
 
-/// Why packages are not there.
+/// Why packages cannot be had.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum PackageError {
     #[error("no folder to keep packages in: set XDG_CACHE_HOME or HOME")]
@@ -148,7 +149,7 @@ pub(crate) struct Store {
     apt: Option<Apt>,
 }
 
-/// A set that is there.
+/// A set that is downloaded and unpacked.
 #[derive(Clone, Debug)]
 pub(crate) struct Unpacked {
     /// What would be `/`, had it been installed.
@@ -198,7 +199,8 @@ impl Store {
     }
 }
 
-/// Makes the folder `place` of what `make` puts into an empty one, all of it or nothing. Only with the store's lock.
+/// Makes the folder `place` of what `make` puts into an empty one, all of it or nothing.
+/// Only with the store's lock.
 fn fill(
     place: &Path,
     make: impl FnOnce(&Path) -> Result<(), PackageError>,

@@ -42,11 +42,12 @@ pub(crate) enum BuildError {
 pub(crate) enum Wanted {
     /// `vmm` alone.
     Program,
-    /// Tests, too.
+    /// The program and the tests.
     Tests,
 }
 
-/// Builds what is `wanted`. As part of the workspace, so that what its tests have built is not built anew with fewer features.
+/// Builds what is `wanted`. As part of the workspace, so that what its tests have built is not built
+/// anew with fewer features.
 pub(crate) fn build(wanted: Wanted) -> Result<Programs, BuildError> {
     let said = cargo(match wanted {
         Wanted::Program => &["build", "--workspace", "--bin", "vmm"],
@@ -98,7 +99,7 @@ fn cargo(arguments: &[&str]) -> Result<String, BuildError> {
 #[derive(Debug, PartialEq, Eq)]
 struct Artifact {
     name: String,
-    /// What it is, or is the unit tests of: `bin`, `test`, `lib`, ...
+    /// The kind of target that it is, or is the unit tests of: `bin`, `test`, `lib`, ...
     kind: String,
     path: PathBuf,
 }

@@ -7,9 +7,9 @@ use std::process::{Command, Stdio};
 
 use tempfile::NamedTempFile;
 
-use super::boot::Outcome;
+use super::boot::HostRun;
 use super::programs::workspace;
-use super::task::Part;
+use super::task::Suite;
 
 const BEGIN: &str = "<!-- What `hosts --all` found begins here. -->\n";
 const END: &str = "<!-- What `hosts --all` found ends here. -->\n";
@@ -25,8 +25,8 @@ pub(crate) enum RecordError {
     NoPlace { path: PathBuf },
 }
 
-/// A table of what hosts have done: a line for each, a column for each part.
-pub(crate) fn table(outcomes: &[Outcome]) -> String {
+/// A table of what hosts have done: a line for each, a column for each suite.
+pub(crate) fn table(runs: &[HostRun]) -> String {
     let mut rows = vec![vec![
         "host".to_owned(),
         "main job".to_owned(),
@@ -36,22 +36,22 @@ pub(crate) fn table(outcomes: &[Outcome]) -> String {
         "time".to_owned(),
         "kernel and processor".to_owned(),
     ]];
-    for outcome in outcomes {
-        let mut row = vec![outcome.host.name.to_owned()];
-        row.extend(Part::ALL.map(|part| tally(outcome, part)));
-        row.push(format!("{:.0} s", outcome.took.as_secs_f64()));
-        row.push(outcome.about.clone());
+    for run in runs {
+        let mut row = vec![run.host.name.to_owned()];
+        row.extend(Suite::ALL.map(|suite| tally(run, suite)));
+        row.push(format!("{:.0} s", run.took.as_secs_f64()));
+        row.push(run.about.clone());
         rows.push(row);
     }
     aligned(&rows)
 }
 
-/// How many tasks of `part` went as they must, of how many.
-fn tally(outcome: &Outcome, part: Part) -> String {
-    let all = outcome.tasks.iter().filter(|task| task.part == Some(part));
-    let right = outcome
+/// How many tasks of `suite` went as they must, of how many.
+fn tally(run: &HostRun, suite: Suite) -> String {
+    let all = run.tasks.iter().filter(|task| task.suite == Some(suite));
+    let right = run
         .right()
-        .filter(|done| outcome.task(done).part == Some(part));
+        .filter(|done| run.task(done).suite == Some(suite));
     match all.count() {
         0 => "-".to_owned(),
         all => format!("{} of {all}", right.count()),
@@ -81,12 +81,12 @@ fn aligned(rows: &[Vec<String>]) -> String {
 }
 
 /// What went wrong, a line each, as Markdown. Nothing if nothing did.
-fn wrongs(outcomes: &[Outcome]) -> String {
+fn wrongs(runs: &[HostRun]) -> String {
     let mut text = String::new();
-    for outcome in outcomes {
-        let name = outcome.host.name;
-        for done in &outcome.done {
-            let task = outcome.task(done);
+    for run in runs {
+        let name = run.host.name;
+        for done in &run.done {
+            let task = run.task(done);
             if done.code != task.expected {
                 let (title, code, expected) = (task.title(), done.code, task.expected);
                 text.push_str(&format!(
@@ -94,7 +94,7 @@ fn wrongs(outcomes: &[Outcome]) -> String {
                 ));
             }
         }
-        if let Some(trouble) = &outcome.trouble {
+        if let Some(trouble) = &run.trouble {
             let trouble = trouble.to_string();
             let first = trouble.lines().next().unwrap_or_default();
             text.push_str(&format!("- {name}: {first}\n"));
@@ -104,13 +104,13 @@ fn wrongs(outcomes: &[Outcome]) -> String {
 }
 
 /// Puts what hosts have done in the document, in place of what was there from the last time.
-pub(crate) fn keep(outcomes: &[Outcome]) -> Result<PathBuf, RecordError> {
+pub(crate) fn keep(runs: &[HostRun]) -> Result<PathBuf, RecordError> {
     let path = workspace().join("docs/platforms.md");
-    let wrongs = match wrongs(outcomes).as_str() {
+    let wrongs = match wrongs(runs).as_str() {
         "" => "Everything went as it must.\n".to_owned(),
         wrongs => format!("What did not:\n{wrongs}"),
     };
-    let found = format!("{}\n{}\n{wrongs}", stamp(), table(outcomes));
+    let found = format!("{}\n{}\n{wrongs}", stamp(), table(runs));
     let text = fs::read_to_string(&path).map_err(|source| RecordError::Read {
         path: path.clone(),
         source,
@@ -152,7 +152,7 @@ fn replaced(text: &str, found: &str) -> Option<String> {
 fn write_whole(path: &Path, text: &str) -> io::Result<()> {
     let mut file = NamedTempFile::new_in(path.parent().unwrap_or(Path::new(".")))?;
     file.write_all(text.as_bytes())?;
-    // Its permissions are those of a file that is nobody else's business.
+    // A temporary file is readable by its owner alone: it gets the permissions of the old one.
     fs::set_permissions(file.path(), fs::metadata(path)?.permissions())?;
     file.persist(path)?;
     Ok(())
@@ -184,7 +184,7 @@ mod tests {
 
     #[test]
     fn a_host_that_stopped_half_way_shows_in_table_and_list() {
-        let tasks = task::tasks(Part::Faults, Extent::Full, &[]);
+        let tasks = task::tasks(Suite::Faults, Extent::Full, &[]);
         let (count, expected) = (tasks.len(), tasks[0].expected);
         let done = |task, code| Done {
             task,
@@ -192,14 +192,14 @@ mod tests {
             took: Duration::ZERO,
             output: Vec::new(),
         };
-        let outcome = Outcome {
+        let run = HostRun {
             done: vec![done(0, expected), done(1, 0)],
             trouble: Some(BootError::Interrupted),
-            ..Outcome::new(&host::ALL[0], tasks)
+            ..HostRun::new(&host::ALL[0], tasks)
         };
-        let outcomes = [outcome];
-        assert!(table(&outcomes).contains(&format!("| -        | 1 of {count} |")));
-        let wrongs = wrongs(&outcomes);
+        let runs = [run];
+        assert!(table(&runs).contains(&format!("| -        | 1 of {count} |")));
+        let wrongs = wrongs(&runs);
         assert!(wrongs.contains("exit code 0, not 3"), "{wrongs}");
         assert!(wrongs.ends_with("- amd: interrupted\n"), "{wrongs}");
     }

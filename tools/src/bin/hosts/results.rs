@@ -1,6 +1,7 @@
 //! What a host says on its second serial port, which has the results of the tasks and nothing else.
 //!
-//! `inside/init.sh` writes lines. One that begins with `@` is its own; one with a dot is what a task has printed; all else is padding.
+//! `inside/init.sh` writes lines. One that begins with `@` is its own; one with a dot is what a task has
+//! printed; all else is padding.
 
 use std::time::Duration;
 

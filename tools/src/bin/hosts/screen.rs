@@ -2,9 +2,9 @@
 
 use std::io::{self, Write};
 
-use super::boot::{Done, Listener, Outcome};
+use super::boot::{Done, HostRun, Listener};
 use super::say;
-use super::task::{KILLED, Part, Task};
+use super::task::{KILLED, Suite, Task};
 
 /// Prints how tasks end, and the output of those that do not end well.
 #[derive(Debug)]
@@ -51,7 +51,7 @@ fn verdict(host: &str, task: &Task, done: &Done) -> String {
         let mut text = format!("  ok     {took:>6.1} s  {host}: {title}");
         // What a test has left out is not to look like a test that passed.
         for line in &done.output {
-            if task.part == Some(Part::Tests) && line.contains(": skipped: ") {
+            if task.suite == Some(Suite::Tests) && line.contains(": skipped: ") {
                 text.push_str(&format!("\n                   {line}"));
             }
         }
@@ -78,17 +78,17 @@ fn ended(task: &Task, done: &Done) -> String {
 }
 
 /// A line on a host that has ended.
-pub(crate) fn conclusion(outcome: &Outcome) -> String {
-    let about = match outcome.about.as_str() {
+pub(crate) fn conclusion(run: &HostRun) -> String {
+    let about = match run.about.as_str() {
         "" => String::new(),
         about => format!("; {about}"),
     };
     format!(
         "{}: {} of {} as they must be, in {:.0} s{about}",
-        outcome.host.name,
-        outcome.right().count(),
-        outcome.tasks.len(),
-        outcome.took.as_secs_f64()
+        run.host.name,
+        run.right().count(),
+        run.tasks.len(),
+        run.took.as_secs_f64()
     )
 }
 
@@ -139,7 +139,7 @@ mod tests {
 
     #[test]
     fn tests_that_were_skipped_are_named() {
-        let tasks = task::tasks(Part::Tests, task::Extent::Full, &["cli".to_owned()]);
+        let tasks = task::tasks(Suite::Tests, task::Extent::Full, &["cli".to_owned()]);
         let lines = ["four_gibibytes_run: skipped: too little", "test a ... ok"];
         let text = verdict("amd", &tasks[0], &done(0, 1, &lines));
         assert!(text.contains("skipped: too little"), "{text}");

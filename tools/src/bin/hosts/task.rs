@@ -10,8 +10,8 @@ use super::programs::LIBRARY;
 /// A command to run in a host.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Task {
-    /// What it is of; nothing for a command that was given by hand.
-    pub(crate) part: Option<Part>,
+    /// The suite it is of; `None` for a command that was given by hand.
+    pub(crate) suite: Option<Suite>,
     /// The program and its arguments, as they are in the host.
     pub(crate) command: Vec<String>,
     /// The exit code that is right.
@@ -20,9 +20,9 @@ pub(crate) struct Task {
     pub(crate) limit: Duration,
 }
 
-/// What is looked at.
+/// A group of tasks that is asked for by one name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
-pub(crate) enum Part {
+pub(crate) enum Suite {
     /// The main job: one and two vCPUs, every pattern
     Main,
     /// Every fault that can be injected
@@ -33,7 +33,7 @@ pub(crate) enum Part {
     Tests,
 }
 
-impl Part {
+impl Suite {
     pub(crate) const ALL: [Self; 4] = [Self::Main, Self::Faults, Self::Compare, Self::Tests];
 }
 
@@ -48,7 +48,8 @@ pub(crate) enum Extent {
     Sample,
 }
 
-/// The tests that take a slow host long: of the screen, the command line and scenarios, which are much the same on all.
+/// The tests that take a slow host long: of the screen, the command line and scenarios, which
+/// are much the same on all.
 const LONG: [&str; 2] = ["cli", "compare"];
 
 /// Tests of which the emulator of a processor is at fault if they fail, and why.
@@ -68,18 +69,18 @@ impl Task {
     /// A command given by hand.
     pub(crate) fn given(command: &[String]) -> Self {
         Self {
-            part: None,
+            suite: None,
             command: command.to_vec(),
             expected: 0,
             limit: LIMIT,
         }
     }
 
-    fn of(part: Part, command: &[&str]) -> Self {
+    fn of(suite: Suite, command: &[&str]) -> Self {
         let command = Vec::from_iter(command.iter().map(|&word| word.to_owned()));
-        let part = Some(part);
+        let suite = Some(suite);
         Self {
-            part,
+            suite,
             ..Self::given(&command)
         }
     }
@@ -100,13 +101,13 @@ impl Task {
     }
 }
 
-/// All tasks of `part`. `tests` names the tests there are.
-pub(crate) fn tasks(part: Part, extent: Extent, tests: &[String]) -> Vec<Task> {
-    match part {
-        Part::Main => main_job(),
-        Part::Faults => faults(extent),
-        Part::Compare => compare(extent),
-        Part::Tests => tests
+/// All tasks of `suite`. `tests` names the tests there are.
+pub(crate) fn tasks(suite: Suite, extent: Extent, tests: &[String]) -> Vec<Task> {
+    match suite {
+        Suite::Main => main_job(),
+        Suite::Faults => faults(extent),
+        Suite::Compare => compare(extent),
+        Suite::Tests => tests
             .iter()
             .filter(|name| extent == Extent::Full || !LONG.contains(&name.as_str()))
             .map(|name| test(name))
@@ -119,7 +120,7 @@ fn main_job() -> Vec<Task> {
         let command = format!(
             "vmm --memory 32M --snapshots 20 --seed 1 --track-dirty 50ms --vcpus {vcpus} --pattern {pattern}"
         );
-        Task::of(Part::Main, &Vec::from_iter(command.split(' ')))
+        Task::of(Suite::Main, &Vec::from_iter(command.split(' ')))
     };
     let patterns = ["dense", "uniform", "hot", "sparse"];
     let jobs = |vcpus| patterns.map(|pattern| job(vcpus, pattern));
@@ -145,7 +146,7 @@ fn faults(extent: Extent) -> Vec<Task> {
             command.extend(["--track-dirty", "50ms"]);
         }
         command.extend(["--inject", fault.name()]);
-        Task::of(Part::Faults, &command).expecting(FOUND)
+        Task::of(Suite::Faults, &command).expecting(FOUND)
     };
     Injection::ALL.into_iter().map(fault).collect()
 }
@@ -153,7 +154,7 @@ fn faults(extent: Extent) -> Vec<Task> {
 fn compare(extent: Extent) -> Vec<Task> {
     let command = |flags: &str| {
         let command = format!("vmm compare {flags}");
-        Task::of(Part::Compare, &Vec::from_iter(command.split(' ')))
+        Task::of(Suite::Compare, &Vec::from_iter(command.split(' ')))
     };
     match extent {
         // A slow guest needs long to show what a wrong policy does to it.
@@ -174,7 +175,7 @@ fn test(name: &str) -> Task {
     }
     let at_fault = EMULATOR.iter().filter(|(program, _)| *program == name);
     command.extend(at_fault.flat_map(|(_, test)| ["--skip", test]));
-    Task::of(Part::Tests, &command).within(5 * LIMIT)
+    Task::of(Suite::Tests, &command).within(5 * LIMIT)
 }
 
 #[cfg(test)]
@@ -196,8 +197,8 @@ mod tests {
     #[test]
     fn there_is_time_for_some_tests_with_every_change_and_for_all_by_hand() {
         let names = ["cli", "leftovers", LIBRARY].map(str::to_owned);
-        assert_eq!(tasks(Part::Tests, Extent::Full, &names).len(), 3);
-        let soon = tasks(Part::Tests, Extent::Short, &names);
+        assert_eq!(tasks(Suite::Tests, Extent::Full, &names).len(), 3);
+        let soon = tasks(Suite::Tests, Extent::Short, &names);
         let titles = Vec::from_iter(soon.iter().map(Task::title));
         assert_eq!(titles.len(), 2);
         assert!(

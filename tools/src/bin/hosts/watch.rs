@@ -1,4 +1,5 @@
-//! An emulator at work: what it says is read as it comes, and one that hangs, or is not wanted any more, is killed.
+//! An emulator at work: what it says is read as it comes, and one that hangs, or is not
+//! wanted any more, is killed.
 
 use std::fs::{self, File};
 use std::io::{self, Read};
@@ -84,7 +85,7 @@ pub(crate) fn watch(
     let mut phase = Phase::Boots;
     let mut since = Instant::now();
     loop {
-        // Asked first: what is read after the end is all there is.
+        // Asked before the output is read: what is read after the end is complete then.
         let ended = emulator.0.try_wait().map_err(WatchError::Read)?;
         let mut bytes = Vec::new();
         file.read_to_end(&mut bytes).map_err(WatchError::Read)?;

@@ -16,7 +16,8 @@ const MARGIN: f64 = 28.0;
 /// From one line of the legend to the next.
 const LEGEND_STEP: f64 = 22.0;
 
-/// Colours that people who see few of them can tell apart (Okabe and Ito), and a shape each for those who see none.
+/// Colours that people who see few of them can tell apart (Okabe and Ito), and a shape
+/// each for those who see none.
 const STYLES: [(&str, Shape); 8] = [
     ("#0072b2", Shape::Circle),
     ("#56b4e9", Shape::Square),

@@ -1,5 +1,5 @@
-//! Plots what `cargo bench -p benches --bench snapshot -- --json` has measured: pause against memory size, and the guest's speed against
-//! snapshots a second, one line a technique.
+//! Plots what `cargo bench -p benches --bench snapshot -- --json` has measured: pause against memory size,
+//! and the guest's speed against snapshots a second, one line a technique.
 
 mod chart;
 

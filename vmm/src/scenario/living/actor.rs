@@ -1,11 +1,13 @@
 //! What runs in the processes of a scenario.
 //!
-//! An actor is a bare copy of a process with many threads, of which only the one that forked is left: a lock that another
-//! thread held stays held for ever. So the code here **allocates nothing, takes no lock and does not panic**. It has its stack, the
-//! arena and system calls, and it does one order after the other until its channel ends, which is also what happens when the
-//! controller dies. `PR_SET_PDEATHSIG` would not do: it goes by the thread that forked, not by its process.
+//! An actor is a bare copy of a process with many threads, of which only the one that forked is left: a lock
+//! that another thread held stays held for ever. So the code here **allocates nothing, takes no lock and does
+//! not panic**. It has its stack, the arena and system calls, and it does one command after the other until
+//! its channel ends, which is also what happens when the controller dies. `PR_SET_PDEATHSIG` would not do: it
+//! goes by the thread that forked, not by its process.
 //!
-//! Signals are blocked, so that no handler of the controller runs here; a fault in spite of that ends the process.
+//! Signals are blocked, so that no handler of the controller runs here; a fault in spite
+//! of that ends the process.
 #![expect(
     unsafe_code,
     reason = "a process without a runtime: it has system calls and raw memory"
@@ -23,7 +25,8 @@ use super::super::performer::{Memory, PAGES, Page};
 pub(super) const HOLDS: usize = 8;
 /// How often P can fork.
 pub(super) const FORKS: usize = 8;
-/// Distance of two pages: each has a huge page's worth of addresses to itself, so that it can be moved (see [`Order::Move`]).
+/// Distance of two pages: each has a huge page's worth of addresses to itself, so that it can be moved
+/// (see [`ActorCommand::Move`]).
 pub(super) const STRIDE: u64 = 2 << 20;
 /// Bytes of a page.
 pub(super) const PAGE_BYTES: u64 = 4096;
@@ -46,14 +49,14 @@ const ARENA_BYTES: usize = ((PAGES + 1) * STRIDE) as usize;
 /// What an actor can be told to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u64)]
-pub(super) enum Order {
+pub(super) enum ActorCommand {
     /// Say whether the process is ready, and where its arena is.
     Begin,
     /// Write `value`.
     Write,
     /// Read.
     Read,
-    /// Fork. The child takes its orders from channel `value`; the answer is its process id.
+    /// Fork. The child takes its commands from channel `value`; the answer is its process id.
     Fork,
     /// End. The answer is the end of the channel.
     Exit,
@@ -69,8 +72,8 @@ pub(super) enum Order {
     Allow,
     /// `MADV_DONTNEED`.
     Discard,
-    /// Move to another frame: collapse the 2 MiB around the page into a huge page, which copies it, split that again, and
-    /// give back all of it but the page.
+    /// Move to another frame: collapse the 2 MiB around the page into a huge page, which copies it, split
+    /// that again, and give back all of it but the page.
     Move,
     /// Collapse the first 2 MiB of the arena into a huge page.
     Collapse,
@@ -78,7 +81,7 @@ pub(super) enum Order {
     DiscardRest,
 }
 
-impl Order {
+impl ActorCommand {
     const ALL: [Self; 14] = [
         Self::Begin,
         Self::Write,
@@ -97,11 +100,13 @@ impl Order {
     ];
 
     fn of(word: u64) -> Option<Self> {
-        Self::ALL.into_iter().find(|order| *order as u64 == word)
+        Self::ALL
+            .into_iter()
+            .find(|command| *command as u64 == word)
     }
 }
 
-/// An order on its way: what, which page, which value.
+/// A command on its way: what, which page, which value.
 pub(super) type Message = [u64; 3];
 /// The answer: an `errno` or 0, and a value.
 pub(super) type Reply = [u64; 2];
@@ -112,7 +117,7 @@ pub(super) struct Kit {
     /// What the pages are in.
     pub(super) memory: Memory,
     /// P's own channel.
-    pub(super) orders: RawFd,
+    pub(super) commands: RawFd,
     /// Channels for the children.
     pub(super) channels: [RawFd; FORKS],
     /// Pipes to splice pages into.
@@ -134,11 +139,12 @@ pub(super) enum Duplicate {
 /// `fork()` without the C library's part in it, with more `flags`.
 ///
 /// # Safety
-/// The copy must stay within what the module's documentation allows, and must not return to code that does not.
+/// The copy must stay within what the module's documentation allows, and must not
+/// return to code that does not.
 pub(super) unsafe fn duplicate(flags: c_int) -> io::Result<Duplicate> {
     let flags = c_long::from(flags | libc::SIGCHLD);
-    // SAFETY: without CLONE_VM the copy has memory and a stack of its own; the rest is the caller's promise. The arguments
-    // but the flags are zero, so their order, which differs between machines, does not matter.
+    // SAFETY: without CLONE_VM the copy has memory and a stack of its own; the rest is the caller's promise.
+    // The arguments but the flags are zero, so their order, which differs between machines, does not matter.
     let pid = unsafe { libc::syscall(libc::SYS_clone, flags, 0_usize, 0_usize, 0_usize, 0_usize) };
     match check(pid)? {
         0 => Ok(Duplicate::Copy),
@@ -163,37 +169,38 @@ fn invalid() -> io::Error {
 
 /// The life of P, and of C after it. To be called in the copy that [`duplicate`] made.
 ///
-/// `extern "C"`, so that a panic, which must not happen, aborts instead of unwinding into the controller's code.
+/// `extern "C"`, so that a panic, which must not happen, aborts instead of unwinding
+/// into the controller's code.
 pub(super) extern "C" fn live(kit: &Kit) {
     let mut actor = Actor {
         kit,
-        orders: kit.orders,
+        commands: kit.commands,
         arena: ptr::null_mut(),
     };
     let ready = close_all_but(&kit.keep).and_then(|()| actor.begin());
-    while let Some([order, page, value]) = receive(actor.orders) {
-        let outcome = match Order::of(order) {
-            Some(Order::Begin) => match &ready {
+    while let Some([command, page, value]) = receive(actor.commands) {
+        let outcome = match ActorCommand::of(command) {
+            Some(ActorCommand::Begin) => match &ready {
                 Ok(()) => Ok(actor.arena.addr() as u64),
                 Err(error) => Err(io::Error::from_raw_os_error(
                     error.raw_os_error().unwrap_or(libc::EIO),
                 )),
             },
-            Some(Order::Exit) => break,
-            // Nobody asked the child anything yet.
-            Some(Order::Fork) => match actor.fork(value) {
+            Some(ActorCommand::Exit) => break,
+            // The child has nothing to answer: it was asked nothing yet.
+            Some(ActorCommand::Fork) => match actor.fork(value) {
                 Ok(Duplicate::Copy) => continue,
                 Ok(Duplicate::Original(pid)) => Ok(pid),
                 Err(error) => Err(error),
             },
-            Some(order) => actor.obey(order, page, value),
+            Some(command) => actor.obey(command, page, value),
             None => Err(invalid()),
         };
         let reply = match outcome {
             Ok(value) => [0, value],
             Err(error) => [error.raw_os_error().unwrap_or(libc::EIO) as u64, 0],
         };
-        if !send(actor.orders, &reply) {
+        if !send(actor.commands, &reply) {
             break;
         }
     }
@@ -208,7 +215,7 @@ pub(super) extern "C" fn stand_by(gate: RawFd) {
 
 struct Actor<'a> {
     kit: &'a Kit,
-    orders: RawFd,
+    commands: RawFd,
     arena: *mut u8,
 }
 
@@ -234,7 +241,7 @@ impl Actor<'_> {
         let up = start.addr().wrapping_neg() % STRIDE as usize;
         self.arena = start.wrapping_add(up);
         self.advise(0, ARENA_BYTES, libc::MADV_NOHUGEPAGE)?;
-        self.obey(Order::Read, ZERO, 0).map(drop)
+        self.obey(ActorCommand::Read, ZERO, 0).map(drop)
     }
 
     fn word(&self, page: Page) -> io::Result<*mut u64> {
@@ -248,19 +255,20 @@ impl Actor<'_> {
         place(self.kit.memory, page) as usize
     }
 
-    fn obey(&mut self, order: Order, page: Page, value: u64) -> io::Result<u64> {
+    fn obey(&mut self, command: ActorCommand, page: Page, value: u64) -> io::Result<u64> {
         let word = self.word(page)?;
         let offset = self.offset(page);
         let one = PAGE_BYTES as usize;
         let read_write = libc::PROT_READ | libc::PROT_WRITE;
-        match order {
-            // SAFETY: a word of the arena, which is mapped readable and writable between orders and which no Rust reference points to.
-            Order::Write => unsafe { word.write_volatile(value) },
+        match command {
+            // SAFETY: a word of the arena, which is mapped readable and writable between commands and which
+            // no Rust reference points to.
+            ActorCommand::Write => unsafe { word.write_volatile(value) },
             // SAFETY: as above.
-            Order::Read => return Ok(unsafe { word.read_volatile() }),
-            Order::Splice => self.splice(word, value)?,
-            Order::Register => self.register(word, value)?,
-            Order::Protect => match self.kit.memory {
+            ActorCommand::Read => return Ok(unsafe { word.read_volatile() }),
+            ActorCommand::Splice => self.splice(word, value)?,
+            ActorCommand::Register => self.register(word, value)?,
+            ActorCommand::Protect => match self.kit.memory {
                 Memory::Base => {
                     self.protect(0, ARENA_BYTES, libc::PROT_READ)?;
                     self.protect(0, ARENA_BYTES, read_write)?;
@@ -275,29 +283,29 @@ impl Actor<'_> {
                     }
                 }
             },
-            Order::Forbid => self.protect(offset, one, libc::PROT_READ)?,
-            Order::Allow => self.protect(offset, one, read_write)?,
-            Order::Discard => self.advise(offset, one, libc::MADV_DONTNEED)?,
-            Order::Move => self.relocate(offset)?,
-            Order::Collapse => {
+            ActorCommand::Forbid => self.protect(offset, one, libc::PROT_READ)?,
+            ActorCommand::Allow => self.protect(offset, one, read_write)?,
+            ActorCommand::Discard => self.advise(offset, one, libc::MADV_DONTNEED)?,
+            ActorCommand::Move => self.relocate(offset)?,
+            ActorCommand::Collapse => {
                 let huge = STRIDE as usize;
                 self.advise(0, huge, libc::MADV_HUGEPAGE)?;
                 self.collapse(0, huge)?;
             }
-            Order::DiscardRest => {
+            ActorCommand::DiscardRest => {
                 let behind = offset + one;
                 if offset > 0 {
                     self.advise(0, offset, libc::MADV_DONTNEED)?;
                 }
                 self.advise(behind, STRIDE as usize - behind, libc::MADV_DONTNEED)?;
             }
-            Order::Begin | Order::Fork | Order::Exit => return Err(invalid()),
+            ActorCommand::Begin | ActorCommand::Fork | ActorCommand::Exit => return Err(invalid()),
         }
         Ok(0)
     }
 
-    /// P forks. The child is the controller's child, not P's, so that it can be waited for when P is gone, and closes P's channel, so
-    /// that P's end is seen.
+    /// P forks. The child is the controller's child, not P's, so that it can be waited for when P is gone,
+    /// and closes P's channel, so that P's end is seen.
     fn fork(&mut self, channel: u64) -> io::Result<Duplicate> {
         let fd = usize::try_from(channel)
             .ok()
@@ -307,8 +315,8 @@ impl Actor<'_> {
         let side = unsafe { duplicate(libc::CLONE_PARENT)? };
         match side {
             Duplicate::Copy => {
-                close(self.orders);
-                self.orders = fd;
+                close(self.commands);
+                self.commands = fd;
             }
             Duplicate::Original(_) => close(fd),
         }
@@ -337,8 +345,8 @@ impl Actor<'_> {
         let ring = pick(rings, ring)?;
         let part = iovec(word, PAGE_BYTES as usize);
         let part = &raw const part;
-        // SAFETY: the kernel reads the one iovec. That devices may write the page from now on is what was asked for: nobody
-        // has a reference to it.
+        // SAFETY: the kernel reads the one iovec. That devices may write the page from now on is what was
+        // asked for: nobody has a reference to it.
         let result = unsafe {
             libc::syscall(
                 libc::SYS_io_uring_register,
@@ -363,7 +371,8 @@ impl Actor<'_> {
         check(unsafe { libc::madvise(start, len, advice) }).map(drop)
     }
 
-    /// See [`Order::Move`]. A collapse refuses a page that anything but page tables refers to, as migration does.
+    /// See [`ActorCommand::Move`]. A collapse refuses a page that anything but page tables
+    /// refers to, as migration does.
     fn relocate(&self, offset: usize) -> io::Result<()> {
         let (one, huge) = (PAGE_BYTES as usize, STRIDE as usize);
         self.advise(offset, huge, libc::MADV_HUGEPAGE)?;
@@ -410,8 +419,8 @@ fn close(fd: RawFd) {
     unsafe { libc::close(fd) };
 }
 
-/// Closes every file but `keep`, which is sorted. Above all the controller's ends of channels: while an actor has one, the
-/// controller's death is not seen.
+/// Closes every file but `keep`, which is sorted. Above all the controller's ends of channels: while an actor
+/// has one, the controller's death is not seen.
 fn close_all_but(keep: &[RawFd]) -> io::Result<()> {
     let mut first = 0_u32;
     for &fd in keep {
@@ -429,15 +438,15 @@ fn close_range(first: u32, last: u32) -> io::Result<()> {
     check(unsafe { libc::syscall(libc::SYS_close_range, first, last, 0_u32) }).map(drop)
 }
 
-/// The next order, `None` at the end of the channel.
-fn receive(orders: RawFd) -> Option<Message> {
+/// The next command, `None` at the end of the channel.
+fn receive(commands: RawFd) -> Option<Message> {
     let mut message: Message = [0; 3];
     let len = size_of::<Message>();
     let mut done = 0;
     while done < len {
         let at = message.as_mut_ptr().cast::<u8>().wrapping_add(done);
         // SAFETY: the rest of `message`, which any bytes are valid for.
-        match check(unsafe { libc::read(orders, at.cast(), len - done) } as i64) {
+        match check(unsafe { libc::read(commands, at.cast(), len - done) } as i64) {
             Ok(0) => return None,
             Ok(count) => done += count as usize,
             Err(error) if error.raw_os_error() == Some(libc::EINTR) => {}
@@ -447,14 +456,14 @@ fn receive(orders: RawFd) -> Option<Message> {
     Some(message)
 }
 
-/// Answers. Says whether there was somebody to answer to.
-fn send(orders: RawFd, reply: &Reply) -> bool {
+/// Answers. `false` if the controller has closed its end.
+fn send(commands: RawFd, reply: &Reply) -> bool {
     let len = size_of::<Reply>();
     let mut done = 0;
     while done < len {
         let at = reply.as_ptr().cast::<u8>().wrapping_add(done);
         // SAFETY: the rest of `reply`.
-        match check(unsafe { libc::write(orders, at.cast(), len - done) } as i64) {
+        match check(unsafe { libc::write(commands, at.cast(), len - done) } as i64) {
             Ok(count) => done += count as usize,
             Err(error) if error.raw_os_error() == Some(libc::EINTR) => {}
             Err(_) => return false,

@@ -1,11 +1,13 @@
-//! A race that steps can't have: `O_DIRECT` into a page that the CPU writes while it is write-protected (PROTOCOL.md C2, H5).
+//! A race that steps can't have: `O_DIRECT` into a page that the CPU writes while it is
+//! write-protected (PROTOCOL.md C2, H5).
 //!
-//! A device reads from disk into the first 512 bytes of a page, at the end of a longer read that keeps it busy. While it is at that, the page is write-protected and unprotected
-//! again, and the CPU writes the last bytes of it. A kernel that takes the device's reference for a sharer copies the page
-//! for the CPU, and what the device writes is lost. With a fork in between, the copy must go to the child.
+//! A device reads from disk into the first 512 bytes of a page, at the end of a longer read that keeps it
+//! busy. While it is at that, the page is write-protected and unprotected again, and the CPU writes the last
+//! bytes of it. A kernel that takes the device's reference for a sharer copies the page for the CPU, and what
+//! the device writes is lost. With a fork in between, the copy must go to the child.
 //!
-//! Before Linux 6.5 `O_DIRECT` took `FOLL_GET` and did not pin, so a fork in the race loses writes there, as is documented
-//! (PROTOCOL.md D3).
+//! Before Linux 6.5 `O_DIRECT` took `FOLL_GET` and did not pin, so a fork in the race loses writes there, as
+//! is documented (PROTOCOL.md D3).
 #![expect(unsafe_code, reason = "a page that a device and the CPU write at once")]
 
 use std::env;
@@ -30,8 +32,8 @@ use super::uring::{complete, ring, submit};
 
 /// What a device reads into the page in a round.
 const BLOCK: usize = 512;
-/// What it reads before that, to be busy for a while: all but one of the pages that fit into one request, since only a single request
-/// holds its pages from the start.
+/// What it reads before that, to be busy for a while: all but one of the pages that fit into one request,
+/// since only a single request holds its pages from the start.
 const AHEAD: usize = 255 * PAGE_BYTES as usize;
 /// Blocks of the file that rounds end with, all different.
 const BLOCKS: u64 = 128;
@@ -64,8 +66,9 @@ pub struct DirectRace {
 /// Races a device with the CPU for `rounds` rounds, in this process.
 ///
 /// # Errors
-/// [`NotDone::CannotAsk`] if there is no io_uring, or no file system that does `O_DIRECT` to a disk below the directory for
-/// temporary files, this one, or `/var/tmp`; [`NotDone::Failed`] if the host has not enough of something.
+/// [`NotDone::CannotAsk`] if there is no io_uring, or no file system that does `O_DIRECT` to a disk
+/// below the directory for temporary files, this one, or `/var/tmp`; [`NotDone::Failed`] if the host
+/// has not enough of something.
 pub fn o_direct_race(rounds: u64, disturbance: Disturbance) -> Result<DirectRace, NotDone> {
     let mut device = Device {
         ring: ring().map_err(NotDone::CannotAsk)?,
@@ -130,7 +133,7 @@ impl Device {
         self.start(block)?;
         let disturbed = self.disturb(round, disturbance, mark);
         let raced = self.ring.completion().is_empty();
-        // Whatever else failed: nothing is under way after this.
+        // Whether or not something failed, no request is under way after this.
         self.finish()?;
         disturbed?;
         race.rounds += 1;
@@ -173,7 +176,8 @@ impl Device {
     }
 }
 
-/// A file of blocks below `place`, opened for `O_DIRECT`; `None` if it is not on a disk. It has no name any more.
+/// A file of blocks below `place`, opened for `O_DIRECT`; `None` if it is not on a
+/// disk. It has no name any more.
 fn open(place: &Path) -> io::Result<Option<File>> {
     const TMPFS: u32 = 0x0102_1994;
     const RAMFS: u32 = 0x8584_58f6;
@@ -194,7 +198,8 @@ fn open(place: &Path) -> io::Result<Option<File>> {
         .map(Some)
 }
 
-/// A process that shares all memory with this one, copy-on-write, and does nothing. It is gone when this is dropped.
+/// A process that shares all memory with this one, copy-on-write, and does nothing. It is
+/// gone when this is dropped.
 struct Bystander {
     gate: Option<PipeWriter>,
     child: Child,
@@ -221,15 +226,16 @@ impl Drop for Bystander {
     }
 }
 
-/// A page that a device writes at one end and the CPU at the other; and before it, memory for what is read ahead of it.
+/// A page that a device writes at one end and the CPU at the other; and before it, memory for
+/// what is read ahead of it.
 struct TornPage(*mut u8);
 
 impl TornPage {
     const LEN: usize = AHEAD + PAGE_BYTES as usize;
 
     fn new() -> io::Result<Self> {
-        // SAFETY: a new mapping where there is room for one; and it is told to be of small pages, and not to be copied by forks but
-        // for the page.
+        // SAFETY: a new mapping where there is room for one; and it is told to be of small pages, and not to
+        // be copied by forks but for the page.
         unsafe {
             let start = mmap_anonymous(
                 ptr::null_mut(),

@@ -1,44 +1,35 @@
-//! The kernel this host runs on as a performer: P and C are processes, and the copy-on-write is the kernel's own.
+//! The kernel this host runs on as a performer: P and C are processes, and the
+//! copy-on-write is the kernel's own.
 //!
-//! Nothing is played here: an address space is a process's, a fork is `clone` without `CLONE_VM`, and what a step cannot be done with
-//! is [`NotDone::CannotAsk`].
+//! Nothing is played here: an address space is a process's, a fork is `clone` without `CLONE_VM`, and what a
+//! step cannot be done with is [`NotDone::CannotAsk`].
 //!
 //! ```text
-//!   controller ── orders ──> P ── clone ──> C <── orders ── controller
-//!       │                    │ vmsplice     │
-//!       ├─ pipes <───────────┴──────────────┤        transient readers
-//!       └─ rings <─── register a page ──────┘        devices
+//!   controller ── commands ──> P ── clone ──> C <── commands ── controller
+//!       │                      │ vmsplice     │
+//!       ├─ pipes <─────────────┴──────────────┤        transient readers
+//!       └─ rings <──── register a page ───────┘        devices
 //! ```
 //!
 //! | file | concept |
 //! |---|---|
+//! | `steps` | what is done for each step |
 //! | `actor` | what runs in the processes |
-//! | `process` | the controller's side of one: orders, answers, its end |
+//! | `process` | the controller's side of one: commands, answers, its end |
 //! | `pipe` | transient readers |
 //! | `uring` | devices |
 //! | `pagemap` | which frame a page is in |
 //! | `direct` | a race of `O_DIRECT` with the CPU, which is how the kernel plays C2: [`o_direct_race`] |
 //!
-//! | step | what is done |
-//! |---|---|
-//! | write, read | in the process |
-//! | fork | in P; C is a child of the controller, so that it may outlive P |
-//! | take, [`Hold::GetRead`] | `vmsplice` of the word into a pipe of the controller |
-//! | take, [`Hold::PinWrite`] | the page becomes the registered buffer of a ring of the controller |
-//! | protect | `mprotect` of all pages read-only, and back, one by one where they are in a huge page, which splits its entry; the kernel may map exclusive dirty pages writable again at once (PROTOCOL.md T22) |
-//! | discard | `MADV_DONTNEED` |
-//! | migrate | not compaction, which is for root and for the whole host, but a collapse into a huge page (`MADV_COLLAPSE`), which is split again: the page is in another frame, and a page that anything but one page table refers to is refused as migration refuses it |
-//! | collapse, and pages in a huge page | `MADV_COLLAPSE` of 2 MiB |
-//! | discard_rest | `MADV_DONTNEED` of the 2 MiB but the page |
-//! | force_write | the controller writes `/proc/<pid>/mem` while the page is read-only |
-//!
-//! Nothing here needs privilege; without it [`Performer::view`] knows no frames that are there, as the kernel hides their numbers.
+//! Nothing here needs privilege; without it [`super::performer::Performer::view`] knows no frames that are
+//! there, as the kernel hides their numbers.
 
 mod actor;
 mod direct;
 mod pagemap;
 mod pipe;
 mod process;
+mod steps;
 mod uring;
 
 #[cfg(test)]
@@ -46,18 +37,16 @@ mod tests;
 
 use std::array;
 use std::collections::BTreeMap;
-use std::fs::OpenOptions;
-use std::io::{self, ErrorKind};
+use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 
-use self::actor::{FORKS, HOLDS, Kit, Order, ZERO, place};
+use self::actor::{ActorCommand, FORKS, HOLDS, Kit, ZERO, place};
 use self::pagemap::Entry;
 use self::pipe::Splice;
-use self::process::{OrderError, Process, channel};
+use self::process::{ActorError, Process, channel};
 use self::uring::PinRing;
-use super::performer::{Hold, HoldId, Memory, NotDone, PAGES, Page, PageView, Performer, Who};
+use super::performer::{HoldId, Memory, NotDone, PAGES, Page, Who};
 use palimpsest::mm::Pfn;
 
 pub use self::direct::{DirectRace, Disturbance, o_direct_race};
@@ -120,7 +109,7 @@ impl Living {
     /// What this host does not let a process have. That there is no io_uring is no error:
     /// see [`Living::why_no_pins`].
     pub fn new(memory: Memory) -> Result<Self, LivingError> {
-        let (orders, orders_end) = channel().map_err(LivingError::Files)?;
+        let (commands, commands_end) = channel().map_err(LivingError::Files)?;
         let (channels, ends): (Vec<UnixStream>, Vec<OwnedFd>) = (0..FORKS)
             .map(|_| channel())
             .collect::<io::Result<Vec<_>>>()
@@ -132,22 +121,22 @@ impl Living {
             .collect::<io::Result<Vec<_>>>()
             .map_err(LivingError::Files)?;
         let rings: Result<Vec<_>, _> = (0..HOLDS).map(|_| PinRing::new()).collect();
-        let kit = kit(memory, &orders_end, &ends, &pipes, rings.as_deref().ok());
+        let kit = kit(memory, &commands_end, &ends, &pipes, rings.as_deref().ok());
 
-        let mut parent = Process::first(orders, &kit).map_err(LivingError::Process)?;
+        let mut parent = Process::first(commands, &kit).map_err(LivingError::Process)?;
         // From here on a channel ends with the process that has its other end.
-        drop((orders_end, ends));
+        drop((commands_end, ends));
         let arena = parent
-            .ask(Order::Begin, 0, 0)
+            .ask(ActorCommand::Begin, 0, 0)
             .map_err(|error| LivingError::NotReady(error.to_string()))?;
         if memory == Memory::Huge {
             // There must be a page to begin with.
             let made = parent
-                .ask(Order::Write, 0, 0)
-                .and_then(|_| parent.ask(Order::Collapse, 0, 0));
+                .ask(ActorCommand::Write, 0, 0)
+                .and_then(|_| parent.ask(ActorCommand::Collapse, 0, 0));
             match made {
                 Ok(_) => {}
-                Err(OrderError::Call(error)) => return Err(LivingError::NoHugePages(error)),
+                Err(ActorError::Call(error)) => return Err(LivingError::NoHugePages(error)),
                 Err(error) => return Err(LivingError::NotReady(error.to_string())),
             }
         }
@@ -177,8 +166,8 @@ impl Living {
         self.living(who).map(Process::pid)
     }
 
-    /// Whether one page table alone maps the page's frame, `None` if that can't be seen. A frame that is not shared need not be
-    /// exclusive: the kernel shows its exclusive bit to nobody.
+    /// Whether one page table alone maps the page's frame, `None` if that can't be seen. A frame that is not
+    /// shared need not be exclusive: the kernel shows its exclusive bit to nobody.
     pub fn is_mapped_once(&self, who: Who, page: Page) -> Option<bool> {
         self.entry(who, page).map(Entry::is_mapped_once)
     }
@@ -204,7 +193,7 @@ impl Living {
         }
     }
 
-    fn process(&mut self, who: Who) -> Result<&mut Process, OrderError> {
+    fn process(&mut self, who: Who) -> Result<&mut Process, ActorError> {
         match who {
             Who::P => self.parent.as_mut(),
             Who::C => self.child.as_mut(),
@@ -213,9 +202,15 @@ impl Living {
         .ok_or_else(|| not_there(who))
     }
 
-    fn order(&mut self, who: Who, order: Order, page: Page, value: u64) -> Result<u64, OrderError> {
-        self.address(page).map_err(OrderError::Call)?;
-        self.process(who)?.ask(order, page, value)
+    fn command(
+        &mut self,
+        who: Who,
+        command: ActorCommand,
+        page: Page,
+        value: u64,
+    ) -> Result<u64, ActorError> {
+        self.address(page).map_err(ActorError::Call)?;
+        self.process(who)?.ask(command, page, value)
     }
 
     /// The first of the pipes or rings, as `place` says, that no hold is in.
@@ -243,8 +238,9 @@ impl Living {
 }
 
 impl Drop for Living {
-    /// Gives registered buffers back. A ring that is closed with one does so when the kernel finds the time, and until then
-    /// its pages count against what the user may lock: the next performer would be short of it.
+    /// Gives registered buffers back. A ring that is closed with one does so when the kernel
+    /// finds the time, and until then its pages count against what the user may lock: the next
+    /// performer would be short of it.
     fn drop(&mut self) {
         let Ok(rings) = &self.rings else { return };
         for held in self.holds.values() {
@@ -259,20 +255,20 @@ impl Drop for Living {
 /// What the actors inherit.
 fn kit(
     memory: Memory,
-    orders: &OwnedFd,
+    commands: &OwnedFd,
     channels: &[OwnedFd],
     pipes: &[Splice],
     rings: Option<&[PinRing]>,
 ) -> Kit {
     let mut kit = Kit {
         memory,
-        orders: orders.as_raw_fd(),
+        commands: commands.as_raw_fd(),
         channels: array::from_fn(|index| channels[index].as_raw_fd()),
         pipes: array::from_fn(|index| pipes[index].actors_end()),
         rings: rings.map(|rings| array::from_fn(|index| rings[index].file())),
         keep: Vec::new(),
     };
-    kit.keep.push(kit.orders);
+    kit.keep.push(kit.commands);
     kit.keep.extend(kit.channels);
     kit.keep.extend(kit.pipes);
     kit.keep.extend(kit.rings.into_iter().flatten());
@@ -280,8 +276,8 @@ fn kit(
     kit
 }
 
-fn not_there(who: Who) -> OrderError {
-    OrderError::Gone {
+fn not_there(who: Who) -> ActorError {
+    ActorError::Gone {
         who,
         how: "is not there".to_owned(),
     }
@@ -289,264 +285,4 @@ fn not_there(who: Who) -> OrderError {
 
 fn failed(error: io::Error) -> NotDone {
     NotDone::Failed(error.to_string())
-}
-
-impl Performer for Living {
-    fn write(&mut self, who: Who, page: Page, value: u64) -> Result<(), NotDone> {
-        self.order(who, Order::Write, page, value)?;
-        Ok(())
-    }
-
-    fn read(&mut self, who: Who, page: Page) -> Result<u64, NotDone> {
-        Ok(self.order(who, Order::Read, page, 0)?)
-    }
-
-    fn fork(&mut self) -> Result<(), NotDone> {
-        if self.child.is_some() {
-            return Err(NotDone::Failed("C is there already".to_owned()));
-        }
-        self.process(Who::P)?;
-        let (index, orders) = self.channels.pop_first().ok_or(NotDone::CannotAsk(
-            "there are channels for only eight forks of P",
-        ))?;
-        let pid = match self.order(Who::P, Order::Fork, 0, index) {
-            Ok(pid) => pid,
-            Err(OrderError::Call(error)) if is_shortage(&error) => {
-                self.channels.insert(index, orders);
-                return Err(NotDone::Refused(error.to_string()));
-            }
-            Err(error) => return Err(error.into()),
-        };
-        let child = self
-            .child
-            .insert(Process::child(pid, orders).map_err(failed)?);
-        child.ask(Order::Begin, 0, 0)?;
-        Ok(())
-    }
-
-    fn snapshot(&mut self) -> Result<(), NotDone> {
-        Err(NotDone::CannotAsk("a process has no frozen fork"))
-    }
-
-    fn restore(&mut self) -> Result<(), NotDone> {
-        Err(NotDone::CannotAsk("a process has no frozen fork"))
-    }
-
-    fn exit(&mut self, who: Who) -> Result<(), NotDone> {
-        let process = match who {
-            Who::P => self.parent.take(),
-            Who::C => self.child.take(),
-            Who::S => None,
-        };
-        Ok(process.ok_or_else(|| not_there(who))?.end()?)
-    }
-
-    fn take(&mut self, id: HoldId, who: Who, page: Page, hold: Hold) -> Result<(), NotDone> {
-        if self.holds.contains_key(&id) {
-            return Err(NotDone::Failed(format!("hold {id} is held already")));
-        }
-        let held = match hold {
-            Hold::GetRead => {
-                let pipe = self.vacant(|held| match held {
-                    Held::Spliced { pipe } => Some(*pipe),
-                    Held::Registered { .. } => None,
-                })?;
-                self.order(who, Order::Splice, page, pipe as u64)?;
-                Held::Spliced { pipe }
-            }
-            Hold::PinWrite => {
-                let ring = self.vacant(|held| match held {
-                    Held::Spliced { .. } => None,
-                    Held::Registered { ring, .. } => Some(*ring),
-                })?;
-                let address = self.address(page).map_err(failed)?;
-                self.ring(ring)?;
-                match self.order(who, Order::Register, page, ring as u64) {
-                    Ok(_) => Held::Registered { ring, address },
-                    Err(OrderError::Call(error)) if is_shortage(&error) => {
-                        return Err(NotDone::CannotAsk(
-                            "this user may not lock the memory that a registered buffer is in (ulimit -l)",
-                        ));
-                    }
-                    Err(error) => return Err(error.into()),
-                }
-            }
-            Hold::PinRead => {
-                return Err(NotDone::CannotAsk(
-                    "only RDMA, VFIO, vDPA and video devices take a long-term pin for reading; io_uring always pins for writing",
-                ));
-            }
-            Hold::GetWrite => {
-                return Err(NotDone::CannotAsk(
-                    "O_DIRECT pins since Linux 6.5 (see C2); what still takes FOLL_GET for writing is direct I/O on network file systems",
-                ));
-            }
-        };
-        self.holds.insert(id, held);
-        Ok(())
-    }
-
-    fn read_hold(&mut self, id: HoldId) -> Result<u64, NotDone> {
-        match self.held(id)? {
-            Held::Spliced { pipe } => self.pipes[pipe].peek(),
-            Held::Registered { ring, address } => self.ring(ring)?.load(address),
-        }
-        .map_err(failed)
-    }
-
-    fn write_hold(&mut self, id: HoldId, value: u64) -> Result<(), NotDone> {
-        match self.held(id)? {
-            Held::Spliced { .. } => Err(NotDone::Failed(format!("hold {id} is for reading"))),
-            Held::Registered { ring, address } => {
-                self.ring(ring)?.store(address, value).map_err(failed)
-            }
-        }
-    }
-
-    fn release(&mut self, id: HoldId) -> Result<(), NotDone> {
-        match self.held(id)? {
-            Held::Spliced { pipe } => self.pipes[pipe].empty(),
-            Held::Registered { ring, .. } => self.ring(ring)?.unregister(),
-        }
-        .map_err(failed)?;
-        self.holds.remove(&id);
-        Ok(())
-    }
-
-    fn protect(&mut self, who: Who) -> Result<(), NotDone> {
-        self.order(who, Order::Protect, 0, 0)?;
-        Ok(())
-    }
-
-    fn discard(&mut self, who: Who, page: Page) -> Result<(), NotDone> {
-        self.order(who, Order::Discard, page, 0)?;
-        Ok(())
-    }
-
-    fn discard_rest(&mut self, who: Who, page: Page) -> Result<(), NotDone> {
-        self.order(who, Order::DiscardRest, page, 0)?;
-        Ok(())
-    }
-
-    fn collapse(&mut self, who: Who, page: Page) -> Result<(), NotDone> {
-        match self.order(who, Order::Collapse, page, 0) {
-            Ok(_) => Ok(()),
-            Err(OrderError::Call(error)) if is_refusal(&error) => {
-                Err(NotDone::Refused(error.to_string()))
-            }
-            Err(error) => Err(error.into()),
-        }
-    }
-
-    fn migrate(&mut self, who: Who, page: Page) -> Result<(), NotDone> {
-        self.address(page).map_err(failed)?;
-        if self.memory == Memory::Huge {
-            return Err(NotDone::CannotAsk(
-                "only compaction, which is for root and for the whole host, moves a page out of a huge one",
-            ));
-        }
-        self.process(who)?;
-        let Some(entry) = self.entry(who, page) else {
-            return Err(NotDone::CannotAsk(
-                "the kernel does not show whose pages are shared (/proc/<pid>/pagemap)",
-            ));
-        };
-        if entry.is_empty() || entry.frame().is_some() && entry.frame() == self.zero_frame {
-            return Err(NotDone::Refused("there is nothing to move".to_owned()));
-        }
-        if !entry.is_mapped_once() {
-            // A collapse would make a copy of it.
-            return Err(NotDone::CannotAsk(
-                "only compaction, which is for root and for the whole host, moves a page that is shared",
-            ));
-        }
-        match self.order(who, Order::Move, page, 0) {
-            Ok(_) => Ok(()),
-            Err(OrderError::Call(error)) => match error.raw_os_error() {
-                Some(libc::EAGAIN) => {
-                    Err(NotDone::Refused("something refers to the page".to_owned()))
-                }
-                Some(libc::EINVAL) => Err(NotDone::CannotAsk(
-                    "this kernel has no MADV_COLLAPSE (Linux 6.1, with transparent huge pages)",
-                )),
-                _ => Err(failed(error)),
-            },
-            Err(error) => Err(error.into()),
-        }
-    }
-
-    fn merge(&mut self, _one: (Who, Page), _other: (Who, Page)) -> Result<(), NotDone> {
-        Err(NotDone::CannotAsk(
-            "KSM is switched on by root, for the whole host, and merges when it likes",
-        ))
-    }
-
-    fn force_write(&mut self, who: Who, page: Page, value: u64) -> Result<(), NotDone> {
-        let address = self.address(page).map_err(failed)?;
-        let memory = self
-            .process(who)?
-            .open("mem", OpenOptions::new().write(true))
-            .map_err(|error| match error.kind() {
-                ErrorKind::PermissionDenied => NotDone::CannotAsk(
-                    "this process may not write its child's memory (ptrace scope, or a security module)",
-                ),
-                _ => failed(error),
-            })?;
-        self.order(who, Order::Forbid, page, 0)?;
-        let written = memory.write_all_at(&value.to_ne_bytes(), address);
-        self.order(who, Order::Allow, page, 0)?;
-        written.map_err(|error| match error.raw_os_error() {
-            Some(libc::EIO) => NotDone::CannotAsk(
-                "this kernel does not override protections for /proc/<pid>/mem (proc_mem.force_override)",
-            ),
-            _ => failed(error),
-        })
-    }
-
-    fn exhaust_memory(&mut self) -> Result<(), NotDone> {
-        Err(NotDone::CannotAsk(
-            "no limit on a process makes just the copy of a page fail",
-        ))
-    }
-
-    fn free_memory(&mut self) -> Result<(), NotDone> {
-        Err(NotDone::CannotAsk(
-            "no limit on a process makes just the copy of a page fail",
-        ))
-    }
-
-    fn refuse_mmu(&mut self, _after: u64) -> Result<(), NotDone> {
-        Err(NotDone::CannotAsk(
-            "a processor does not refuse a change of page tables",
-        ))
-    }
-
-    fn view(&mut self, who: Who, page: Page) -> Option<PageView> {
-        let entry = self.entry(who, page)?;
-        let frame = match entry.frame() {
-            _ if entry.is_empty() => None,
-            // Read and never written.
-            Some(frame) if Some(frame) == self.zero_frame => None,
-            Some(frame) => Some(frame),
-            // Hidden, or in swap.
-            None => return None,
-        };
-        Some(PageView {
-            frame,
-            inside: None,
-        })
-    }
-}
-
-/// Whether a collapse was refused: something refers to a page, or there is no huge page to be had.
-fn is_refusal(error: &io::Error) -> bool {
-    matches!(
-        error.raw_os_error(),
-        Some(libc::EAGAIN | libc::EBUSY | libc::ENOMEM | libc::EINVAL)
-    )
-}
-
-/// Whether something was refused for want of memory, or of leave to have more of it.
-fn is_shortage(error: &io::Error) -> bool {
-    matches!(error.raw_os_error(), Some(libc::ENOMEM | libc::EAGAIN))
 }

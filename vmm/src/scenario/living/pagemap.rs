@@ -37,7 +37,8 @@ impl Entry {
         (self.0 & Self::PRESENT != 0 && frame != 0).then_some(Pfn(frame))
     }
 
-    /// Whether there is a frame and one page table maps it. This is not the exclusive bit, which the kernel shows to nobody.
+    /// Whether there is a frame and one page table maps it. This is not the exclusive bit, which
+    /// the kernel shows to nobody.
     pub(super) fn is_mapped_once(self) -> bool {
         self.0 & (Self::PRESENT | Self::MAPPED_ONCE) == Self::PRESENT | Self::MAPPED_ONCE
     }

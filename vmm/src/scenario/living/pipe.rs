@@ -7,8 +7,9 @@ use std::os::fd::{AsRawFd, RawFd};
 
 const WORD: usize = size_of::<u64>();
 
-/// A pipe that an actor may `vmsplice` the first word of a page into: `FOLL_GET` for reading, for as long as it is not read.
-/// The controller has the only reading end, so the hold outlives the process it was taken through.
+/// A pipe that an actor may `vmsplice` the first word of a page into: `FOLL_GET` for reading, for
+/// as long as it is not read. The controller has the only reading end, so the hold outlives the
+/// process it was taken through.
 #[derive(Debug)]
 pub(super) struct Splice {
     reader: PipeReader,
@@ -27,7 +28,8 @@ impl Splice {
         self.writer.as_raw_fd()
     }
 
-    /// What the page holds now. Reading takes a page out of a pipe, so it is done in a second pipe that refers to it too.
+    /// What the page holds now. Reading takes a page out of a pipe, so it is done in a second
+    /// pipe that refers to it too.
     pub(super) fn peek(&self) -> io::Result<u64> {
         let (mut reader, writer) = io::pipe()?;
         // SAFETY: both are pipes that live for the call; memory is not touched.

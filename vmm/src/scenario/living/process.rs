@@ -1,4 +1,4 @@
-//! The controller's side of a process: orders, answers, and its end.
+//! The controller's side of a process: commands, answers, and its end.
 #![expect(unsafe_code, reason = "makes a process that is no program")]
 
 use std::fs;
@@ -14,7 +14,7 @@ use rustix::io::Errno;
 use rustix::process::{Pid, Signal, WaitOptions, kill_process, waitpid};
 
 use super::super::performer::{NotDone, Page, Who};
-use super::actor::{self, Duplicate, Kit, Message, Order, Reply};
+use super::actor::{self, ActorCommand, Duplicate, Kit, Message, Reply};
 
 /// How long an answer may take. Nothing that is asked for takes a thousandth of it.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -27,9 +27,9 @@ pub(super) fn channel() -> io::Result<(UnixStream, OwnedFd)> {
     Ok((ours, theirs.into()))
 }
 
-/// Why an order was not carried out.
+/// Why a command was not carried out.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum OrderError {
+pub(super) enum ActorError {
     /// The system call it stands for failed.
     #[error(transparent)]
     Call(io::Error),
@@ -38,8 +38,8 @@ pub(super) enum OrderError {
     Gone { who: Who, how: String },
 }
 
-impl From<OrderError> for NotDone {
-    fn from(error: OrderError) -> Self {
+impl From<ActorError> for NotDone {
+    fn from(error: ActorError) -> Self {
         Self::Failed(error.to_string())
     }
 }
@@ -85,14 +85,19 @@ impl Process {
         options.open(format!("/proc/{}/{name}", self.pid()))
     }
 
-    /// Has it do `order`.
-    pub(super) fn ask(&mut self, order: Order, page: Page, value: u64) -> Result<u64, OrderError> {
+    /// Has it do `command`.
+    pub(super) fn ask(
+        &mut self,
+        command: ActorCommand,
+        page: Page,
+        value: u64,
+    ) -> Result<u64, ActorError> {
         if let Some(how) = &self.child.ended {
             return Err(self.gone(how.clone()));
         }
-        match self.exchange([order as u64, page, value]) {
+        match self.exchange([command as u64, page, value]) {
             Ok([0, value]) => Ok(value),
-            Ok([errno, _]) => Err(OrderError::Call(io::Error::from_raw_os_error(
+            Ok([errno, _]) => Err(ActorError::Call(io::Error::from_raw_os_error(
                 i32::try_from(errno).unwrap_or(i32::MAX),
             ))),
             Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {
@@ -108,9 +113,9 @@ impl Process {
     }
 
     /// Has it end, and waits for that: its memory is gone when this returns.
-    pub(super) fn end(mut self) -> Result<(), OrderError> {
-        match self.ask(Order::Exit, 0, 0) {
-            Err(OrderError::Gone { how, .. }) if how == ENDED_WELL => Ok(()),
+    pub(super) fn end(mut self) -> Result<(), ActorError> {
+        match self.ask(ActorCommand::Exit, 0, 0) {
+            Err(ActorError::Gone { how, .. }) if how == ENDED_WELL => Ok(()),
             Err(error) => Err(error),
             Ok(_) => Err(self.gone("did not end when told to".to_owned())),
         }
@@ -125,8 +130,8 @@ impl Process {
         self.child.wait()
     }
 
-    fn gone(&self, how: String) -> OrderError {
-        OrderError::Gone { who: self.who, how }
+    fn gone(&self, how: String) -> ActorError {
+        ActorError::Gone { who: self.who, how }
     }
 
     fn exchange(&mut self, message: Message) -> io::Result<Reply> {

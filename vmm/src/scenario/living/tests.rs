@@ -1,9 +1,11 @@
-//! The performer does what it says, on whatever kernel this is: isolation and coherence as PROTOCOL.md has them for a kernel of
-//! today. What an old kernel, or one that withholds an interface, can't be asked is said and left out.
+//! The performer does what it says, on whatever kernel this is: isolation and coherence as PROTOCOL.md
+//! has them for a kernel of today. What an old kernel, or one that withholds an interface, can't be
+//! asked is said and left out.
 
 use std::fs;
 use std::path::Path;
 
+use super::super::performer::{Hold, PageView, Performer};
 use super::actor::STRIDE;
 use super::*;
 
@@ -13,7 +15,7 @@ fn living() -> Living {
     Living::new(Memory::Base).expect("a process can be made")
 }
 
-/// A performer whose P may be pinned, or `None`, which is said.
+/// A performer whose P may be pinned. `None` if this host has no io_uring, which is printed.
 fn with_pins() -> Option<Living> {
     let living = living();
     match living.why_no_pins() {
@@ -132,8 +134,8 @@ fn living_huge() -> Option<Living> {
     }
 }
 
-/// Kilobytes of a process's pages that are in huge pages. What it has of the controller besides, which is a copy of everything,
-/// is the kernel's to make huge and split at any time.
+/// Kilobytes of a process's pages that are in huge pages. What it has of the controller besides, which is a
+/// copy of everything, is the kernel's to make huge and split at any time.
 fn huge_kib(living: &Living, who: Who) -> u64 {
     let hex = |text: &str| u64::from_str_radix(text, 16).ok();
     let pid = living.process_id(who).unwrap();

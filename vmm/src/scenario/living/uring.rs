@@ -1,9 +1,9 @@
 //! Devices: a page that is the registered buffer of an io_uring.
 //!
-//! The controller makes the rings before P is there, and the actors inherit them, since a ring can't be sent to another process. An
-//! actor registers a page of its own; from then on whoever submits a fixed operation to the ring reads or writes that page,
-//! named by its address in the actor, whatever becomes of the actor's memory. A ring has one table of
-//! buffers, so each hold has a ring.
+//! The controller makes the rings before P is there, and the actors inherit them, since a ring can't be sent
+//! to another process. An actor registers a page of its own; from then on whoever submits a fixed operation
+//! to the ring reads or writes that page, named by its address in the actor, whatever becomes of the actor's
+//! memory. A ring has one table of buffers, so each hold has a ring.
 #![expect(unsafe_code, reason = "submits operations on another process's memory")]
 
 use std::io::{self, Write};
@@ -19,7 +19,8 @@ const WORD: u32 = size_of::<u64>() as u32;
 /// The position of a file that has none.
 const NO_POSITION: u64 = u64::MAX;
 
-/// A ring that an actor may register a page with: `FOLL_PIN | FOLL_LONGTERM | FOLL_WRITE` (`io_pin_pages`, `io_uring/memmap.c`).
+/// A ring that an actor may register a page with: `FOLL_PIN | FOLL_LONGTERM | FOLL_WRITE`
+/// (`io_pin_pages`, `io_uring/memmap.c`).
 pub(super) struct PinRing(IoUring);
 
 impl PinRing {
@@ -53,8 +54,9 @@ impl PinRing {
     }
 
     fn transfer(&mut self, entry: &Entry) -> io::Result<()> {
-        // SAFETY: the kernel takes the address for a place in the registered buffer and refuses any other; that page is held
-        // by the ring and is no memory of this process. The file is open until the operation is done.
+        // SAFETY: the kernel takes the address for a place in the registered buffer and refuses any
+        // other; that page is held by the ring and is no memory of this process. The file is open
+        // until the operation is done.
         unsafe { submit(&mut self.0, entry)? };
         match complete(&mut self.0)? {
             count if count == WORD => Ok(()),

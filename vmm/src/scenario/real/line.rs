@@ -1,7 +1,8 @@
 //! Commands to a guest, and its answers.
 //!
-//! The guest asks for a command by an `out`, and its thread waits in the handler of that port until there is one, puts it into
-//! the guest's mailbox and lets it go on. The next `out` is the answer. A vCPU that ends instead answers with how it ended.
+//! The guest asks for a command by an `out`, and its thread waits in the handler of that port until there is
+//! one, puts it into the guest's mailbox and lets it go on. The next `out` is the answer. A vCPU that ends
+//! instead answers with how it ended.
 //!
 //! ```text
 //!   Line::ask ── Command ──> Ports::out ── mailbox, return from `out` ──> guest: one access

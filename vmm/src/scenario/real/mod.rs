@@ -1,13 +1,15 @@
 //! A stage with vCPUs: scenarios on the real window, under real virtual machines.
 //!
 //! What it guarantees
-//! - A CPU access of a scenario is one instruction of a guest. A write to a page that the window shows read-only is a write fault of
-//!   KVM's, resolved on the vCPU's thread by [`AddressSpace::write_fault`], as in any other run.
-//! - **Nothing but the scenario's pages is subject to the policy on the stage.** The guest program, its page tables and
-//!   its mailbox are in the window, but not in the address space: no fork shares them, no write to them needs a
-//!   frame. So a guest obeys even when there is no memory left, and whatever a wrong policy does to the pages it is tried on.
-//! - What goes wrong is an error with the reason, and no access waits for ever: a vCPU that crashed, or whose fault could not be resolved, has
-//!   ended, and says so from then on.
+//! - A CPU access of a scenario is one instruction of a guest. A write to a page that the window shows
+//!   read-only is a write fault of KVM's, resolved on the vCPU's thread by
+//!   [`AddressSpace::write_fault`], as in any other run.
+//! - **Nothing but the scenario's pages is subject to the policy on the stage.** The guest program, its page
+//!   tables and its mailbox are in the window, but not in the address space: no fork shares them, no write to
+//!   them needs a frame. So a guest obeys even when there is no memory left, and whatever a wrong policy does
+//!   to the pages it is tried on.
+//! - What goes wrong is an error with the reason, and no access waits for ever: a vCPU that crashed, or whose
+//!   fault could not be resolved, has ended, and says so from then on.
 //!
 //! ```text
 //!   gpa 0x00000  ┐ the address space: pages of the scenario from FIRST on, the rest untouched
@@ -15,7 +17,8 @@
 //!   gpa 0x10000  ┘ page tables  ┐
 //!   gpa 0x100000   mailbox      │ frames of the stage's own, which the pool does not know
 //!   gpa 0x200000   program      ┘
-//!   gpa 0x400000   the address space, if it is of one huge folio: one region of the window, and pages of the scenario at SPREAD
+//!   gpa 0x400000   the address space, if it is of one huge folio: one region of the window, and pages of
+//!                  the scenario at SPREAD
 //! ```
 //!
 //! | file | concept |
@@ -69,7 +72,7 @@ const FOLIO_LIMIT: u64 = 8;
 
 /// The memory of the guests of a stage.
 #[derive(Clone, Copy, Debug)]
-struct Plan {
+struct StageLayout {
     memory: Memory,
     /// The first page of the address space, in the window.
     first: Gfn,
@@ -81,7 +84,7 @@ struct Plan {
     frames: u64,
 }
 
-impl Plan {
+impl StageLayout {
     /// Beside a program that ends before page `end`.
     fn new(memory: Memory, end: Gfn) -> Self {
         let (first, pages, limit) = match memory {
@@ -161,8 +164,8 @@ pub enum RealError {
     },
 }
 
-/// A stage whose actors are virtual machines of one vCPU. It is for one scenario: frames and homes are few, and not used again. There is none without a
-/// KVM that can be used.
+/// A stage whose actors are virtual machines of one vCPU. It is for one scenario: frames and homes are few,
+/// and not used again. There is none without a KVM that can be used.
 #[derive(Debug)]
 pub struct RealStage {
     kvm: Kvm,
@@ -170,7 +173,7 @@ pub struct RealStage {
     physmap: Arc<PhysMap>,
     budget: Arc<MappingBudget>,
     program: Arc<Program>,
-    plan: Plan,
+    layout: StageLayout,
     /// The first guest's mailbox; those of the others follow.
     mailboxes: Pfn,
     /// Guests there ever were.
@@ -203,16 +206,16 @@ impl RealStage {
             Protection::ReadWrite,
         )?;
         let window = Arc::new(window);
-        let part = Part {
+        let shown = OffsetWindow {
             window: Arc::clone(&window),
-            first: self.plan.first,
+            first: self.layout.first,
         };
-        let space = Arc::new(make(wrap(Box::new(part)))?);
+        let space = Arc::new(make(wrap(Box::new(shown)))?);
         let memory = GuestMemory {
             ram: Ram::new(Arc::clone(&space) as _, Arc::clone(&self.physmap)),
             space: Arc::clone(&space),
             program: Arc::clone(&self.program),
-            plan: self.plan,
+            layout: self.layout,
         };
         let (line, ports, on_stop) = line::connect(mailbox);
         let machine = Machine::new(
@@ -228,7 +231,7 @@ impl RealStage {
             line: Mutex::new(line),
             machine,
             space,
-            plan: self.plan,
+            layout: self.layout,
         };
         let rip = self.program.entry();
         actor.machine.start(|vcpu| boot::entry(rip, vcpu))?;
@@ -260,17 +263,17 @@ impl Stage for RealStage {
         let kvm = Kvm::open()?;
         let image = boot::parse(guest::PUPPET)?;
         let programs = Program::frames(&image);
-        let plan = Plan::new(memory, Program::end_of(&image));
+        let layout = StageLayout::new(memory, Program::end_of(&image));
         let reserve = |source| RealError::Reserve {
             what: "frames",
             source,
         };
         // Behind the pool's frames are those of the stage itself.
-        let first = Pfn(plan.frames);
-        let physmap = PhysMap::new(plan.frames + programs + GUESTS).map_err(reserve)?;
+        let first = Pfn(layout.frames);
+        let physmap = PhysMap::new(layout.frames + programs + GUESTS).map_err(reserve)?;
         physmap.commit(first, programs).map_err(reserve)?;
-        let pool = FramePool::new(Arc::clone(&physmap) as _, plan.frames, plan.limit)?;
-        let end = plan.end(Program::end_of(&image));
+        let pool = FramePool::new(Arc::clone(&physmap) as _, layout.frames, layout.limit)?;
+        let end = layout.end(Program::end_of(&image));
         let program = Program::load(Arc::clone(&physmap), first, &image, end)?;
         Ok(Self {
             kvm,
@@ -278,7 +281,7 @@ impl Stage for RealStage {
             physmap,
             budget: Arc::new(MappingBudget::of_this_process()),
             program: Arc::new(program),
-            plan,
+            layout,
             mailboxes: Pfn(first.0 + programs),
             guests: AtomicU64::new(0),
         })
@@ -293,7 +296,7 @@ impl Stage for RealStage {
         policy: P,
         wrap: Wrap<'_>,
     ) -> Result<Self::Actor<P>, StageError> {
-        let (pool, pages) = (Arc::clone(&self.pool), self.plan.pages);
+        let (pool, pages) = (Arc::clone(&self.pool), self.layout.pages);
         self.actor(wrap, |mmu| Ok(AddressSpace::new(pool, policy, mmu, pages)?))
     }
 
@@ -303,7 +306,7 @@ impl Stage for RealStage {
         policy: P,
         wrap: Wrap<'_>,
     ) -> Result<Self::Actor<P>, StageError> {
-        let (pages, space) = (frozen.pages(), self.plan.pages);
+        let (pages, space) = (frozen.pages(), self.layout.pages);
         if pages != space {
             return Err(RealError::Foreign { pages, space }.into());
         }
@@ -322,14 +325,14 @@ impl Stage for RealStage {
 }
 
 /// A virtual machine of one vCPU, and its address space.
-// In the order they must be dropped in: a vCPU waits for commands until its line is gone, and the machine for the vCPU;
-// the machine's memory is last.
+// In the order they must be dropped in: a vCPU waits for commands until its line is gone, and the machine for
+// the vCPU; the machine's memory is last.
 #[derive(Debug)]
 pub struct RealActor<P: CowPolicy> {
     line: Mutex<Line>,
     machine: Machine,
     space: Arc<AddressSpace<P>>,
-    plan: Plan,
+    layout: StageLayout,
 }
 
 impl<P: CowPolicy> RealActor<P> {
@@ -350,35 +353,35 @@ impl<P: CowPolicy> Actor<P> for RealActor<P> {
     }
 
     fn gfn(&self, page: u64) -> Gfn {
-        self.plan.gfn(page)
+        self.layout.gfn(page)
     }
 
     fn cpu_write(&self, page: u64, value: u64) -> Result<(), StageError> {
-        let gpa = self.plan.gpa(page)?;
+        let gpa = self.layout.gpa(page)?;
         self.ask(Command::Write { gpa, value })?;
         Ok(())
     }
 
     fn cpu_read(&self, page: u64) -> Result<u64, StageError> {
-        let gpa = self.plan.gpa(page)?;
+        let gpa = self.layout.gpa(page)?;
         Ok(self.ask(Command::Read { gpa })?)
     }
 }
 
-/// The part of a window that is an address space's, from page `first` on. `wrap` may do with it as it likes: the actor keeps
-/// the window mapped.
-struct Part {
+/// The part of a window that is an address space's, from page `first` on. `wrap` may do with it as it likes:
+/// the actor keeps the window mapped.
+struct OffsetWindow {
     window: Arc<Window>,
     first: Gfn,
 }
 
-impl Part {
+impl OffsetWindow {
     fn at(&self, gfn: Gfn) -> Gfn {
         Gfn(self.first.0 + gfn.0)
     }
 }
 
-impl Mmu for Part {
+impl Mmu for OffsetWindow {
     fn map(
         &self,
         first: Gfn,
@@ -403,13 +406,13 @@ struct GuestMemory<P> {
     space: Arc<AddressSpace<P>>,
     ram: Ram,
     program: Arc<Program>,
-    plan: Plan,
+    layout: StageLayout,
 }
 
 impl<P> GuestMemory<P> {
     /// Where `gpa` is in the address space, if it is there.
     fn in_space(&self, gpa: u64) -> Option<u64> {
-        let page = self.plan.page_of(Gfn::of_gpa(gpa).0)?;
+        let page = self.layout.page_of(Gfn::of_gpa(gpa).0)?;
         Some(page.gpa() + gpa % PAGE_SIZE)
     }
 }
@@ -420,12 +423,12 @@ impl<P: CowPolicy> GuestRam for GuestMemory<P> {
     }
 
     fn write_fault(&self, gfn: u64) -> Result<bool, MemoryError> {
-        match self.plan.page_of(gfn) {
+        match self.layout.page_of(gfn) {
             Some(page) => Ok(self.space.write_fault(page)? != Resolution::AlreadyWritable),
             // Nothing becomes writable there.
             None if self.program.is_writable(Gfn(gfn)) => Ok(false),
             None => {
-                let (gfn, pages) = (Gfn(gfn), self.plan.pages);
+                let (gfn, pages) = (Gfn(gfn), self.layout.pages);
                 Err(format!("{gfn:?} is beside the address space, which has {pages} pages").into())
             }
         }

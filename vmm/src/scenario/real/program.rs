@@ -1,7 +1,9 @@
-//! What every guest of a stage has beside its address space: page tables and the puppet, in frames of the stage's own.
+//! What every guest of a stage has beside its address space: page tables and the puppet, in
+//! frames of the stage's own.
 //!
-//! All guests see the same frames. The puppet writes nothing but its mailbox and what it is told to, so its code is read-only. Its
-//! page tables are not: with nested paging a walk of them counts as a write. All bits that a walk sets are set from the start.
+//! All guests see the same frames. The puppet writes nothing but its mailbox and what it is told to, so its
+//! code is read-only. Its page tables are not: with nested paging a walk of them counts as a write. All bits
+//! that a walk sets are set from the start.
 
 use std::sync::Arc;
 
@@ -19,7 +21,7 @@ const TABLES: u64 = 3;
 #[derive(Debug)]
 pub(super) struct Program {
     physmap: Arc<PhysMap>,
-    parts: [Part; 2],
+    runs: [FrameRun; 2],
     entry: u64,
     /// The page behind all that a guest has.
     end: Gfn,
@@ -27,14 +29,14 @@ pub(super) struct Program {
 
 /// Pages of guest memory that are in frames which follow each other.
 #[derive(Clone, Copy, Debug)]
-struct Part {
+struct FrameRun {
     first: Gfn,
     frame: Pfn,
     pages: u64,
     protection: Protection,
 }
 
-impl Part {
+impl FrameRun {
     fn has(&self, gfn: Gfn) -> bool {
         (self.first.0..self.first.0 + self.pages).contains(&gfn.0)
     }
@@ -51,8 +53,8 @@ impl Program {
         Gfn(Gfn::of_gpa(IMAGE_GPA).0 + image_pages(image))
     }
 
-    /// Loads `image` and page tables, for guests whose memory ends before page `end`, into the frames from `first` on, which have
-    /// memory, all zeros.
+    /// Loads `image` and page tables, for guests whose memory ends before page `end`, into the frames from
+    /// `first` on, which have memory, all zeros.
     pub(super) fn load(
         physmap: Arc<PhysMap>,
         first: Pfn,
@@ -61,14 +63,14 @@ impl Program {
     ) -> Result<Self, BootError> {
         let program = Self {
             physmap,
-            parts: [
-                Part {
+            runs: [
+                FrameRun {
                     first: Gfn::of_gpa(PAGE_TABLES_GPA),
                     frame: first,
                     pages: TABLES,
                     protection: Protection::ReadWrite,
                 },
-                Part {
+                FrameRun {
                     first: Gfn::of_gpa(IMAGE_GPA),
                     frame: Pfn(first.0 + TABLES),
                     pages: image_pages(image),
@@ -90,23 +92,23 @@ impl Program {
 
     /// Makes `window` show it.
     pub(super) fn show(&self, window: &Window) -> Result<(), MmuError> {
-        self.parts
+        self.runs
             .iter()
-            .try_for_each(|part| window.map(part.first, part.frame, part.pages, part.protection))
+            .try_for_each(|run| window.map(run.first, run.frame, run.pages, run.protection))
     }
 
     /// Whether `gfn` is of it and can be written.
     pub(super) fn is_writable(&self, gfn: Gfn) -> bool {
-        let writable = |part: &Part| part.protection == Protection::ReadWrite && part.has(gfn);
-        self.parts.iter().any(writable)
+        let writable = |run: &FrameRun| run.protection == Protection::ReadWrite && run.has(gfn);
+        self.runs.iter().any(writable)
     }
 
     /// Where the `len` bytes at `gpa`, which lie in one page, are in the physmap.
     fn find(&self, gpa: u64, len: usize) -> Result<(Pfn, u64), MemoryError> {
         let (gfn, offset) = (Gfn::of_gpa(gpa), gpa % PAGE_SIZE);
-        let frame = self.parts.iter().find_map(|part| {
-            let page = gfn.0.checked_sub(part.first.0)?;
-            (page < part.pages).then_some(Pfn(part.frame.0 + page))
+        let frame = self.runs.iter().find_map(|run| {
+            let page = gfn.0.checked_sub(run.first.0)?;
+            (page < run.pages).then_some(Pfn(run.frame.0 + page))
         });
         frame
             .filter(|_| len as u64 <= PAGE_SIZE - offset)

@@ -1,6 +1,7 @@
 //! Tests on real KVM.
 //!
-//! Without a usable `/dev/kvm` they say that they were skipped; with `CI=true` in the environment that is a failure.
+//! Without a usable `/dev/kvm` they say that they were skipped; with `CI=true` in the
+//! environment that is a failure.
 
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -130,7 +131,8 @@ impl Mmu for Unseen {
     }
 }
 
-/// Uses up all memory for as long as the address spaces it returns live: first what was never used, then what was given back.
+/// Uses up all memory for as long as the address spaces it returns live: first what was never used,
+/// then what was given back.
 fn exhaust(stage: &RealStage) -> Vec<AddressSpace<Exclusive>> {
     let pool = Arc::clone(stage.pool());
     let space =

@@ -3,59 +3,20 @@
 //! [`Report`] is also the format of `--report`: field names are the JSON's, and a field is never renamed or
 //! removed, only added. Times in it name their unit.
 
-use std::time::Duration;
+mod counts;
+mod quantiles;
+mod verdict;
 
-use hdrhistogram::Histogram;
 use serde::{Deserialize, Serialize};
 
+pub use self::counts::{
+    DirtyCounts, DmaCounts, FaultCounts, GuestCounts, MemoryPeaks, PinCounts, SnapshotCounts,
+};
+pub use self::quantiles::{Quantiles, nanoseconds};
+pub use self::verdict::Verdict;
 use super::config::Config;
 pub use crate::check::{Oracle, Violation, ViolationCounts};
 use palimpsest::kvm;
-
-/// What a run amounts to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Verdict {
-    /// Everything asked for was done and no oracle saw a violation.
-    Ok,
-    /// An oracle saw a violation.
-    Violated,
-    /// The run could not finish.
-    Error,
-    /// There was nothing that an oracle could have seen a violation in, or not enough.
-    #[serde(rename = "nothing-checked")]
-    NothingChecked,
-}
-
-impl Verdict {
-    /// The verdict on a run. A violation outweighs an error: memory gone wrong is what makes a guest crash. `unchecked` says what was not
-    /// looked at though it must be.
-    pub const fn of(
-        violations: &ViolationCounts,
-        error: Option<&str>,
-        unchecked: &[String],
-    ) -> Self {
-        if violations.total() > 0 {
-            Self::Violated
-        } else if error.is_some() {
-            Self::Error
-        } else if !unchecked.is_empty() {
-            Self::NothingChecked
-        } else {
-            Self::Ok
-        }
-    }
-
-    /// The verdict's name in the report.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::Ok => "ok",
-            Self::Violated => "violated",
-            Self::Error => "error",
-            Self::NothingChecked => "nothing-checked",
-        }
-    }
-}
 
 /// What ended a run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -92,7 +53,8 @@ impl EndedBy {
 pub struct Platform {
     /// The kind of KVM: `pvm`, `vmx`, `svm`, or `unknown`.
     pub kvm: String,
-    /// How it translates a guest's addresses: `npt`, `ept-ad` (with accessed and dirty bits), `ept`, `shadow`, or `unknown`.
+    /// How it translates a guest's addresses: `npt`, `ept-ad` (with accessed and dirty bits),
+    /// `ept`, `shadow`, or `unknown`.
     // Reports of before it was asked for have none.
     #[serde(default = "unknown")]
     pub paging: String,
@@ -117,187 +79,6 @@ impl From<&kvm::Platform> for Platform {
     }
 }
 
-/// What the guest got done.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct GuestCounts {
-    /// Operations of all vCPUs.
-    pub ops: u64,
-    /// The same, a second of the run.
-    pub ops_per_s: f64,
-}
-
-impl GuestCounts {
-    /// `ops` operations in `time`.
-    pub fn over(ops: u64, time: Duration) -> Self {
-        let seconds = time.as_secs_f64();
-        Self {
-            ops,
-            ops_per_s: if seconds > 0.0 {
-                (ops as f64 / seconds * 10.0).round() / 10.0
-            } else {
-                0.0
-            },
-        }
-    }
-}
-
-/// Quantiles of a time, in microseconds with one decimal; `None`, and `null` in JSON, if nothing was measured.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct Quantiles {
-    /// The median.
-    pub p50: Option<f64>,
-    /// What 99 of 100 do not exceed.
-    pub p99: Option<f64>,
-    /// The longest.
-    pub max: Option<f64>,
-}
-
-impl Quantiles {
-    /// Quantiles of a histogram of **nanoseconds**, such as [`nanoseconds`] makes.
-    pub fn of(histogram: &Histogram<u64>) -> Self {
-        if histogram.is_empty() {
-            return Self::default();
-        }
-        let micros = |nanos: u64| Some((nanos as f64 / 100.0).round() / 10.0);
-        Self {
-            p50: micros(histogram.value_at_quantile(0.5)),
-            p99: micros(histogram.value_at_quantile(0.99)),
-            max: micros(histogram.max()),
-        }
-    }
-}
-
-/// An empty histogram of nanoseconds up to an hour, three digits of each kept. Record with
-/// [`Histogram::saturating_record`]; [`Quantiles::of`] reads it.
-pub fn nanoseconds() -> Histogram<u64> {
-    Histogram::new_with_bounds(1, 3_600_000_000_000, 3).expect("constant bounds are valid")
-}
-
-/// Snapshots, by what was done with them.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct SnapshotCounts {
-    /// Taken.
-    pub taken: u64,
-    /// Checked, every page of them.
-    pub checked: u64,
-    /// Restored.
-    pub restored: u64,
-    /// No longer kept though they should have been: the guest needed the memory.
-    #[serde(default)]
-    pub dropped: u64,
-    /// Those of them in which a device was in the middle of a request: it did not reach the end of it in time.
-    #[serde(default)]
-    pub in_flight: u64,
-}
-
-/// Page faults, by how they were resolved.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct FaultCounts {
-    /// A write that kept its frame: it was the last owner.
-    pub reused: u64,
-    /// A write that got a copy.
-    pub copied: u64,
-    /// A read pin that got a frame of its own.
-    pub unshared: u64,
-    /// Copies a fork made at once, of pinned pages.
-    pub eager_copied: u64,
-    /// A write to memory that was never touched.
-    pub zero_filled: u64,
-    /// Pages copied beside one that was written, with all of their region.
-    #[serde(default)]
-    pub neighbours: u64,
-    /// Regions of 2 MiB that were copied whole.
-    #[serde(default)]
-    pub whole: u64,
-    /// Huge entries that became small ones.
-    #[serde(default)]
-    pub split: u64,
-    /// Pages and regions that were copied ahead of the guest's writes, at no fault.
-    #[serde(default)]
-    pub ahead: u64,
-    /// Faults of vCPUs whose page KVM named.
-    #[serde(default)]
-    pub by_kvm: u64,
-    /// Faults of vCPUs that were about what their instruction wrote.
-    #[serde(default)]
-    pub by_operand: u64,
-    /// Faults of vCPUs that were about a page table walked for their instruction.
-    #[serde(default)]
-    pub by_walk: u64,
-    /// Faults of vCPUs that were about what the delivery of an event needs.
-    #[serde(default)]
-    pub by_event: u64,
-    /// Faults of vCPUs for which the regions around them were made writable.
-    #[serde(default)]
-    pub by_region: u64,
-    /// Faults of vCPUs for which a region farther away was made writable, on the way through all of memory.
-    #[serde(default)]
-    pub by_all: u64,
-    /// Stores that KVM emulated and could not do itself.
-    #[serde(default)]
-    pub emulated: u64,
-}
-
-impl FaultCounts {
-    /// Faults of all kinds. Eager copies are none: fork makes them, nobody waits at a page.
-    pub const fn total(&self) -> u64 {
-        self.reused + self.copied + self.unshared + self.zero_filled
-    }
-}
-
-/// Pages pinned, by the way it was done.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct PinCounts {
-    /// Without a lock.
-    pub fast: u64,
-    /// Under the region's lock.
-    pub slow: u64,
-    /// For registered buffers.
-    pub registered: u64,
-}
-
-impl PinCounts {
-    /// Pins taken by either path.
-    pub const fn total(&self) -> u64 {
-        self.fast + self.slow
-    }
-}
-
-/// Transfers of the devices.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct DmaCounts {
-    /// Requests that wrote guest memory.
-    pub to_guest: u64,
-    /// Requests that read guest memory.
-    pub from_guest: u64,
-    /// Bytes of both.
-    pub bytes: u64,
-}
-
-/// Dirty tracking, beside the running guest.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct DirtyCounts {
-    /// How often it was asked which pages were written.
-    pub rounds: u64,
-    /// Pages in the answers.
-    pub pages: u64,
-}
-
-/// What a run cost the host at its worst.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct MemoryPeaks {
-    /// Frames in use at once.
-    pub frames_peak: u64,
-    /// The same in bytes.
-    pub bytes_peak: u64,
-    /// Bytes of host memory that frames had at once, in use or not.
-    pub committed_peak: u64,
-    /// Mappings of this process at once.
-    pub vmas_peak: u64,
-    /// The most the kernel allows: `vm.max_map_count`.
-    pub vmas_limit: u64,
-}
-
 /// What a run found.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Report {
@@ -311,9 +92,11 @@ pub struct Report {
     pub policy: String,
     /// What it amounts to.
     pub verdict: Verdict,
-    /// Why the run could not finish. The first line is a sentence; more may follow, such as a crashed guest's registers.
+    /// Why the run could not finish. The first line is a sentence; more may follow, such as a
+    /// crashed guest's registers.
     pub error: Option<String>,
-    /// What was not checked though it must be, and what to do about it. A run without violations is not ok then.
+    /// What was not checked though it must be, and what to do about it. A run without
+    /// violations is not ok then.
     #[serde(default)]
     pub unchecked: Vec<String>,
     /// What ended the run.
@@ -586,53 +369,6 @@ pub(crate) mod tests {
                 "{oracle}"
             );
         }
-    }
-
-    #[test]
-    fn a_violation_outweighs_an_error() {
-        let clean = ViolationCounts::default();
-        let mut seen = clean;
-        seen.add(Oracle::Life);
-        let unchecked = ["no snapshot was taken".to_owned()];
-        assert_eq!(Verdict::of(&clean, None, &[]), Verdict::Ok);
-        assert_eq!(Verdict::of(&clean, Some("crash"), &[]), Verdict::Error);
-        assert_eq!(Verdict::of(&seen, None, &[]), Verdict::Violated);
-        assert_eq!(
-            Verdict::of(&seen, Some("crash"), &unchecked),
-            Verdict::Violated
-        );
-        // What was not checked is news only if all else went well.
-        assert_eq!(
-            Verdict::of(&clean, Some("crash"), &unchecked),
-            Verdict::Error
-        );
-        assert_eq!(
-            Verdict::of(&clean, None, &unchecked),
-            Verdict::NothingChecked
-        );
-    }
-
-    #[test]
-    fn quantiles_are_microseconds_with_one_decimal() {
-        let mut histogram = nanoseconds();
-        assert_eq!(Quantiles::of(&histogram), Quantiles::default());
-        for _ in 0..98 {
-            histogram.saturating_record(12_300);
-        }
-        histogram.saturating_record(50_000);
-        histogram.saturating_record(2_000_000);
-        let quantiles = Quantiles::of(&histogram);
-        assert_eq!(quantiles.p50, Some(12.3));
-        assert_eq!(quantiles.p99, Some(50.0));
-        // A histogram rounds up to the end of its bucket, a thousandth at most.
-        let max = quantiles.max.unwrap();
-        assert!((2_000.0..2_002.0).contains(&max), "{max}");
-    }
-
-    #[test]
-    fn operations_a_second_is_never_infinite() {
-        assert_eq!(GuestCounts::over(5, Duration::ZERO).ops_per_s, 0.0);
-        assert_eq!(GuestCounts::over(5, Duration::from_secs(2)).ops_per_s, 2.5);
     }
 
     #[test]

@@ -1,16 +1,11 @@
-//! What a run is asked to do, and the limits it is held to.
-//!
-//! A [`Config`] that [`Config::validate`] let pass can still fail to start: a guest image larger than the
-//! one assumed here leaves less room, and the host's memory may be gone a moment later. Both are found, and
-//! said, when the run starts.
+//! What makes no sense in a [`Config`], or is more than the host can give.
 
-use std::{fmt, path::PathBuf, time::Duration};
+use std::time::Duration;
 
-use guest::abi::{self, Layout, Pattern};
-use serde::{Deserialize, Serialize};
+use guest::abi::{self, Layout};
 
-use super::need::{NeedError, Plan};
-use crate::check::Oracle;
+use super::super::need::{NeedError, Plan};
+use super::{Config, GuestSource, Injection, RunLength, Size};
 use crate::policy::Policy;
 use palimpsest::host::Limits;
 
@@ -19,238 +14,6 @@ const ASSUMED_IMAGE_END: u64 = 4 << 20;
 
 /// No time in a [`Config`] is longer, so that adding one to a clock never overflows.
 const LONGEST: Duration = Duration::from_secs(365 * 24 * 60 * 60);
-
-/// Everything that decides how a run goes. Two runs with equal configurations do the same work.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Config {
-    /// The program the guest runs.
-    pub guest: GuestSource,
-    /// Bytes of guest memory.
-    #[serde(rename = "memory_bytes")]
-    pub memory: u64,
-    /// Number of vCPUs.
-    pub vcpus: u64,
-    /// When the run is over.
-    pub length: RunLength,
-    /// Time from one snapshot to the next.
-    #[serde(rename = "snapshot_every_s", with = "seconds")]
-    pub snapshot_every: Duration,
-    /// Snapshots that are alive at once; the oldest is dropped for the next.
-    pub keep: usize,
-    /// After every this many snapshots the guest is rewound to one of those kept; 0 is never.
-    pub restore_every: u64,
-    /// Number of DMA devices.
-    pub dma_devices: u64,
-    /// Buffers each device registers: it holds them pinned from one request to another. Every second one is for reading only, and is released
-    /// and registered anew over and over; the others are held to the end.
-    pub registered_buffers: u64,
-    /// How vCPUs choose the pages they write.
-    #[serde(with = "pattern")]
-    pub pattern: Pattern,
-    /// Seed of every formula and of every choice the session makes.
-    pub seed: u64,
-    /// Time from one question for the pages written since to the next; `None` asks nothing.
-    #[serde(rename = "track_dirty_s", with = "optional_seconds", default)]
-    pub track_dirty: Option<Duration>,
-    /// The copy-on-write policy that memory is kept by.
-    // Reports of before there was a choice have none.
-    #[serde(default)]
-    pub policy: Policy,
-    /// Largest pages that memory is kept in.
-    // As for the policy.
-    #[serde(default)]
-    pub page_size: PageSize,
-    /// Whether a thread copies after each snapshot what the guest writes between all of them, before the guest faults on it.
-    // As for the policy.
-    #[serde(default)]
-    pub copy_ahead: bool,
-    /// Whether core dumps of this process have the guest's memory in them.
-    // As for the policy.
-    #[serde(default)]
-    pub dump_guest_memory: bool,
-    /// The fault to inject, if any.
-    pub inject: Option<Injection>,
-}
-
-/// Largest pages that guest memory is kept in, protected by and copied in.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
-pub enum PageSize {
-    /// Huge pages, split where pages are written one by one: short pauses, and memory by 2 MiB
-    #[default]
-    #[serde(rename = "2M")]
-    #[value(name = "2M")]
-    Huge,
-    /// Base pages alone: memory by the page, and a fault for each that is written
-    #[serde(rename = "4K")]
-    #[value(name = "4K")]
-    Base,
-}
-
-impl fmt::Display for PageSize {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Huge => "2M",
-            Self::Base => "4K",
-        })
-    }
-}
-
-/// Where the guest program comes from.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum GuestSource {
-    /// The built-in payload.
-    Payload,
-    /// An ELF that follows the ABI.
-    // Serde refuses paths that are not UTF-8. A report must not be lost over one.
-    File(#[serde(serialize_with = "lossy_path")] PathBuf),
-}
-
-impl fmt::Display for GuestSource {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Payload => f.write_str("payload"),
-            Self::File(path) => path.display().fmt(f),
-        }
-    }
-}
-
-/// When a run is over, if nothing ends it before.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub enum RunLength {
-    /// After this much time.
-    #[serde(rename = "duration_s", with = "seconds")]
-    Duration(Duration),
-    /// After this many snapshots.
-    #[serde(rename = "snapshots")]
-    Snapshots(u64),
-}
-
-/// A fault put into the implementation, to see that an oracle catches it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
-#[serde(rename_all = "kebab-case")]
-pub enum Injection {
-    /// A fork shares frames that devices have pinned, instead of copying them at once [caught by: coherence, isolation]
-    SharePinned,
-    /// The pages that vCPUs count their operations in stay writable after a snapshot [caught by: isolation]
-    SkipWriteProtect,
-    /// Devices are not stopped for a snapshot, and complete requests in the middle of it [caught by: cut]
-    RunDevices,
-    /// A write to a shared frame takes the frame over without a copy [caught by: isolation]
-    ReuseShared,
-    /// One pin is never released [caught by: accounting]
-    LeakPin,
-    /// A restore leaves one page as it was, which the guest will look at soon [caught by: life]
-    StalePage,
-    /// vCPU registers are captured only after the vCPUs ran on [caught by: cut]
-    LateRegisters,
-    /// The extended registers of a vCPU are captured from an earlier instant [caught by: cut]
-    StaleRegisters,
-    /// One vCPU's registers and pages are captured from an earlier instant than the others' [caught by: cut]
-    SkewVcpus,
-    /// One page that is written all the time is kept back from the answers of dirty tracking [caught by: tracking]
-    ForgetDirty,
-}
-
-impl Injection {
-    /// Every fault there is.
-    pub const ALL: [Self; 10] = [
-        Self::SharePinned,
-        Self::SkipWriteProtect,
-        Self::RunDevices,
-        Self::ReuseShared,
-        Self::LeakPin,
-        Self::StalePage,
-        Self::LateRegisters,
-        Self::StaleRegisters,
-        Self::SkewVcpus,
-        Self::ForgetDirty,
-    ];
-
-    /// The fault's name, as `--inject` takes it.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::SharePinned => "share-pinned",
-            Self::SkipWriteProtect => "skip-write-protect",
-            Self::RunDevices => "run-devices",
-            Self::ReuseShared => "reuse-shared",
-            Self::LeakPin => "leak-pin",
-            Self::StalePage => "stale-page",
-            Self::LateRegisters => "late-registers",
-            Self::StaleRegisters => "stale-registers",
-            Self::SkewVcpus => "skew-vcpus",
-            Self::ForgetDirty => "forget-dirty",
-        }
-    }
-
-    /// The oracle this fault is there to trip. Others may see it too.
-    pub const fn caught_by(self) -> Oracle {
-        match self {
-            Self::SharePinned => Oracle::Coherence,
-            Self::SkipWriteProtect | Self::ReuseShared => Oracle::Isolation,
-            Self::RunDevices | Self::LateRegisters | Self::StaleRegisters | Self::SkewVcpus => {
-                Oracle::Cut
-            }
-            Self::LeakPin => Oracle::Accounting,
-            Self::StalePage => Oracle::Life,
-            Self::ForgetDirty => Oracle::Tracking,
-        }
-    }
-
-    /// Whether the fault is about DMA, so that without devices it never happens.
-    const fn needs_devices(self) -> bool {
-        matches!(self, Self::SharePinned | Self::RunDevices | Self::LeakPin)
-    }
-
-    /// Whether a guest shows the fault only if its memory, registers and requests are known beforehand, or how many operations it has
-    /// done. A pin that is left shows whatever the guest does.
-    const fn needs_payload(self) -> bool {
-        !matches!(self, Self::LeakPin)
-    }
-
-    /// Whether the fault is about dirty tracking.
-    const fn needs_tracking(self) -> bool {
-        matches!(self, Self::ForgetDirty)
-    }
-
-    /// Whether the fault is the exclusive policy done wrong.
-    const fn needs_exclusive(self) -> bool {
-        matches!(self, Self::SharePinned | Self::ReuseShared)
-    }
-
-    /// Whether the fault is about restoring, so that without restores it never happens.
-    const fn needs_restores(self) -> bool {
-        matches!(self, Self::StalePage)
-    }
-}
-
-impl fmt::Display for Injection {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(self.name())
-    }
-}
-
-/// The name of `pattern`, as `--pattern` takes it.
-pub const fn pattern_name(pattern: Pattern) -> &'static str {
-    match pattern {
-        Pattern::Dense => "dense",
-        Pattern::Uniform => "uniform",
-        Pattern::Hot => "hot",
-        Pattern::Sparse => "sparse",
-    }
-}
-
-/// The pattern called `name`, if there is one.
-pub fn pattern_named(name: &str) -> Option<Pattern> {
-    [
-        Pattern::Dense,
-        Pattern::Uniform,
-        Pattern::Hot,
-        Pattern::Sparse,
-    ]
-    .into_iter()
-    .find(|pattern| pattern_name(*pattern) == name)
-}
 
 /// Why a [`Config`] is refused. Each names the flag and the limit.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -454,7 +217,7 @@ impl Config {
     }
 
     /// The least memory that a guest of this shape has room in. Counts are in range.
-    pub(super) fn smallest_guest(&self) -> u64 {
+    pub(in crate::session) fn smallest_guest(&self) -> u64 {
         // Where the hammered memory begins does not depend on how much there is, so the largest guest
         // tells what the smallest one needs.
         self.layout_in(abi::MAX_MEMORY)
@@ -496,110 +259,13 @@ fn validate_time(flag: &'static str, time: Duration) -> Result<(), ConfigError> 
     }
 }
 
-/// A number of bytes, displayed exactly, in the largest unit that divides it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Size(pub u64);
-
-impl fmt::Display for Size {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        const UNITS: [(&str, u32); 3] = [("GiB", 30), ("MiB", 20), ("KiB", 10)];
-        for (unit, shift) in UNITS {
-            if self.0 != 0 && self.0.trailing_zeros() >= shift {
-                return write!(f, "{} {unit}", self.0 >> shift);
-            }
-        }
-        write!(f, "{} B", self.0)
-    }
-}
-
-/// Durations as seconds.
-mod seconds {
-    use std::time::Duration;
-
-    use serde::{Deserialize, Deserializer, Serializer, de::Error};
-
-    pub(super) fn serialize<S: Serializer>(value: &Duration, to: S) -> Result<S::Ok, S::Error> {
-        to.serialize_f64(value.as_secs_f64())
-    }
-
-    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Duration, D::Error> {
-        Duration::try_from_secs_f64(f64::deserialize(from)?).map_err(D::Error::custom)
-    }
-}
-
-/// Durations that may be missing as seconds, or `null`.
-mod optional_seconds {
-    use std::time::Duration;
-
-    use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error};
-
-    pub(super) fn serialize<S: Serializer>(
-        value: &Option<Duration>,
-        to: S,
-    ) -> Result<S::Ok, S::Error> {
-        value.map(|time| time.as_secs_f64()).serialize(to)
-    }
-
-    pub(super) fn deserialize<'de, D: Deserializer<'de>>(
-        from: D,
-    ) -> Result<Option<Duration>, D::Error> {
-        Option::<f64>::deserialize(from)?
-            .map(|seconds| Duration::try_from_secs_f64(seconds).map_err(D::Error::custom))
-            .transpose()
-    }
-}
-
-/// Patterns by name.
-mod pattern {
-    use guest::abi::Pattern;
-    use serde::{Deserialize, Deserializer, Serializer, de::Error};
-
-    pub(super) fn serialize<S: Serializer>(value: &Pattern, to: S) -> Result<S::Ok, S::Error> {
-        to.serialize_str(super::pattern_name(*value))
-    }
-
-    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Pattern, D::Error> {
-        let name = String::deserialize(from)?;
-        super::pattern_named(&name)
-            .ok_or_else(|| D::Error::custom(format_args!("unknown pattern {name:?}")))
-    }
-}
-
-fn lossy_path<S: serde::Serializer>(path: &std::path::Path, to: S) -> Result<S::Ok, S::Error> {
-    to.serialize_str(&path.to_string_lossy())
-}
-
 #[cfg(test)]
-pub(crate) mod tests {
-    use clap::ValueEnum;
-
+mod tests {
+    use super::super::tests::example;
     use super::*;
 
     fn host() -> Limits {
         Limits::of_host(2 << 30)
-    }
-
-    /// What the command line gives when nothing is asked for.
-    pub(crate) fn example() -> Config {
-        Config {
-            guest: GuestSource::Payload,
-            memory: 256 << 20,
-            vcpus: 2,
-            length: RunLength::Duration(Duration::from_secs(10)),
-            snapshot_every: Duration::from_millis(20),
-            keep: 4,
-            restore_every: 10,
-            dma_devices: 2,
-            registered_buffers: 4,
-            pattern: Pattern::Uniform,
-            seed: 7,
-            track_dirty: None,
-            policy: Policy::Exclusive,
-            page_size: PageSize::Huge,
-            copy_ahead: false,
-            dump_guest_memory: false,
-            inject: None,
-        }
     }
 
     fn refusal(change: impl FnOnce(&mut Config)) -> String {
@@ -778,69 +444,6 @@ pub(crate) mod tests {
                 ..config
             };
             assert_eq!(payload.validate(&host()), Ok(()), "{fault}");
-        }
-    }
-
-    #[test]
-    fn a_fault_has_one_name_everywhere() {
-        assert_eq!(Injection::value_variants(), Injection::ALL);
-        for fault in Injection::ALL {
-            let value = fault.to_possible_value().unwrap();
-            assert_eq!(value.get_name(), fault.name());
-            assert_eq!(serde_json::to_value(fault).unwrap(), fault.name());
-            let help = value.get_help().unwrap().to_string();
-            let (_, oracles) = help.split_once("[caught by: ").unwrap();
-            assert!(oracles.starts_with(fault.caught_by().name()), "{help}");
-        }
-    }
-
-    #[test]
-    fn a_configuration_survives_json() {
-        let mut config = example();
-        for (length, inject) in [
-            (RunLength::Snapshots(3), None),
-            (
-                RunLength::Duration(Duration::from_micros(1_234_567)),
-                Some(Injection::LeakPin),
-            ),
-        ] {
-            config.length = length;
-            config.inject = inject;
-            config.track_dirty = inject.map(|_| Duration::from_micros(7_500));
-            config.guest = GuestSource::File("a.elf".into());
-            let json = serde_json::to_string(&config).unwrap();
-            assert_eq!(serde_json::from_str::<Config>(&json).unwrap(), config);
-        }
-    }
-
-    #[test]
-    fn a_configuration_of_before_there_was_a_choice_can_be_read() {
-        let mut json = serde_json::to_value(example()).unwrap();
-        for key in ["policy", "track_dirty_s", "page_size", "copy_ahead"] {
-            json.as_object_mut().unwrap().remove(key).unwrap();
-        }
-        let read: Config = serde_json::from_value(json).unwrap();
-        assert_eq!(read, example());
-    }
-
-    #[test]
-    fn a_path_that_is_not_utf8_does_not_lose_the_report() {
-        use std::{ffi::OsStr, os::unix::ffi::OsStrExt};
-        let guest = GuestSource::File(OsStr::from_bytes(b"a\xff.elf").into());
-        assert!(serde_json::to_string(&guest).is_ok());
-    }
-
-    #[test]
-    fn sizes_are_exact() {
-        for (bytes, text) in [
-            (0, "0 B"),
-            (1023, "1023 B"),
-            (3 << 10, "3 KiB"),
-            (256 << 20, "256 MiB"),
-            (1 << 40, "1024 GiB"),
-            ((1 << 30) + 512, "1073742336 B"),
-        ] {
-            assert_eq!(Size(bytes).to_string(), text);
         }
     }
 }

@@ -1,27 +1,39 @@
 //! Runs a scenario with a performer and computes what came of it.
 //!
-//! The engine keeps, beside the performer, what each page of each address space *should* hold: the list of values it had. Every
-//! write uses a value of its own, so a value that is read says who wrote it and when:
+//! The engine keeps, beside the performer, what each page of each address space *should* hold: the list of
+//! values it had. Every write uses a value of its own, so a value that is read says who wrote it and when:
 //! * what the page holds now: right;
 //! * what the page held once: who reads it and the page have parted ([`Verdict::Diverged`]);
 //! * what another page or address space was given after they parted: [`Verdict::Leaked`];
 //! * anything else: [`Verdict::Broken`].
 //!
 //! After the last step every page of everybody, and every hold, is read once more.
+//!
+//! | file | concept |
+//! |---|---|
+//! | `judge` | what a value, an entry or a bit says, against what it should |
+//! | `copies` | pages that were copied |
+//! | `words` | steps and holds in words |
+
+mod copies;
+mod judge;
+mod words;
 
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+pub use self::words::kind;
+use self::words::words;
 use super::performer::{Hold, HoldId, NotDone, PAGES, Page, PageView, Performer, Who};
-use super::script::{Scenario, Slot, Step};
+use super::script::{Scenario, Step};
 use super::verdict::Verdict;
 use palimpsest::mm::{FrameState, Pfn};
 
 /// What came of a scenario.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Outcome {
+pub enum ScenarioOutcome {
     /// It was played to its end.
     Played {
         /// The worst that was seen.
@@ -37,7 +49,7 @@ pub enum Outcome {
     Failed(String),
 }
 
-impl Outcome {
+impl ScenarioOutcome {
     /// The verdict, if there is one.
     pub fn verdict(&self) -> Option<Verdict> {
         match self {
@@ -60,13 +72,14 @@ pub struct Moment<'a> {
     pub views: Vec<(Who, Page, PageView)>,
 }
 
-/// Plays `scenario`. `by_the_bit` says whether the exclusive bit means anything; `watch` is told of every step.
+/// Plays `scenario`. `by_the_bit` says whether the exclusive bit means anything;
+/// `watch` is told of every step.
 pub fn play(
     scenario: &Scenario,
     performer: &mut dyn Performer,
     by_the_bit: bool,
     watch: &mut dyn FnMut(&Moment<'_>),
-) -> Outcome {
+) -> ScenarioOutcome {
     let mut play = Play {
         scenario,
         performer,
@@ -82,13 +95,13 @@ pub fn play(
         findings: Vec::new(),
     };
     match play.run(watch) {
-        Ok(()) => Outcome::Played {
+        Ok(()) => ScenarioOutcome::Played {
             verdict: play.verdict,
             findings: play.findings,
             copies: play.copies,
         },
-        Err(NotDone::CannotAsk(reason)) => Outcome::CannotAsk(reason.to_owned()),
-        Err(error) => Outcome::Failed(error.to_string()),
+        Err(NotDone::CannotAsk(reason)) => ScenarioOutcome::CannotAsk(reason.to_owned()),
+        Err(error) => ScenarioOutcome::Failed(error.to_string()),
     }
 }
 
@@ -368,8 +381,8 @@ impl Play<'_> {
         }
     }
 
-    /// What an operation that is refused must not change: all that is known of pages, but how many of them an entry maps. A huge folio may be
-    /// in small entries then (PROTOCOL.md F5).
+    /// What an operation that is refused must not change: all that is known of pages, but how many of them an
+    /// entry maps. A huge folio may be in small entries then (PROTOCOL.md F5).
     fn essence(&mut self) -> Vec<Essence> {
         let inside = |view: PageView| {
             let (entry, state) = view.inside?;
@@ -424,166 +437,6 @@ impl Play<'_> {
         }
     }
 
-    /// What `value` says about who reads it where `who`'s page `page` is what should be seen.
-    fn judge(&mut self, reader: &str, who: Who, page: Page, value: u64, stale_is_fine: bool) {
-        let own = self.truth.get(&(who, page));
-        let own: &[u64] = own.map_or(&[], |v| v.as_slice());
-        let now = own.last().copied().unwrap_or_default();
-        if value == now {
-            return;
-        }
-        if own.contains(&value) {
-            if !stale_is_fine {
-                let what =
-                    format!("{reader} sees {value}, which was there once; it should see {now}");
-                self.find(Verdict::Diverged, what);
-            }
-            return;
-        }
-        let wrote = |(_, values): &(&(Who, Page), &Vec<u64>)| values.contains(&value);
-        let found = match self.truth.iter().find(wrote) {
-            Some(((other, at), _)) => (
-                Verdict::Leaked,
-                format!(
-                    "{reader} sees {value}, which is {other:?}'s, of page {at}; it should see {now}"
-                ),
-            ),
-            None => (
-                Verdict::Broken,
-                format!("{reader} sees {value}, which nobody wrote there; it should see {now}"),
-            ),
-        };
-        self.find(found.0, found.1);
-    }
-
-    fn judge_page(&mut self, who: Who, page: Page, value: u64) {
-        self.judge(&format!("{who:?}'s page {page}"), who, page, value, false);
-    }
-
-    fn judge_hold(&mut self, id: HoldId, value: u64) {
-        let Some(held) = self.holds.get(&id) else {
-            return;
-        };
-        let follows = held.hold.is_pin() || self.scenario.gets_must_follow;
-        let (who, page, stale_is_fine) = (held.who, held.page, !(follows && held.attached));
-        let since_taken = |v: &Vec<u64>| v[held.since..].contains(&value);
-        let too_old = !self.truth.get(&(who, page)).is_some_and(since_taken);
-        let reader = self.name_of(id);
-        self.judge(&reader, who, page, value, stale_is_fine && !too_old);
-    }
-
-    /// I3: a pinned page is exclusive until it is unpinned or gone.
-    fn judge_release(&mut self, id: HoldId) {
-        let Some(held) = self.holds.get(&id) else {
-            return;
-        };
-        if !(self.by_the_bit && held.hold.is_pin() && held.attached) {
-            return;
-        }
-        let (who, page) = (held.who, held.page);
-        if let Some((_, state)) = self.performer.view(who, page).and_then(|v| v.inside)
-            && !state.is_exclusive()
-        {
-            let what = format!(
-                "{} is given back, and the frame is not exclusive",
-                self.name_of(id)
-            );
-            self.find(Verdict::Broken, what);
-        }
-    }
-
-    fn judge_slot(&mut self, who: Who, page: Page, slot: Slot) {
-        let Some((entry, state)) = self.inside(who, page) else {
-            return;
-        };
-        let found = match (
-            entry.is_present(),
-            entry.is_writable(),
-            state.is_exclusive(),
-        ) {
-            (false, ..) => Slot::Zero,
-            (_, true, true) => Slot::WX,
-            (_, false, true) => Slot::RX,
-            (_, false, false) => Slot::RS,
-            (_, true, false) => Slot::WS,
-        };
-        if found != slot {
-            let what = format!("page {page} of {who:?} is {found:?}, and should be {slot:?}");
-            self.find(Verdict::Broken, what);
-        }
-    }
-
-    fn judge_size(&mut self, who: Who, page: Page, is_huge: bool) {
-        let Some((entry, _)) = self.inside(who, page) else {
-            return;
-        };
-        if entry.is_huge() != is_huge {
-            let kind = |is_huge| if is_huge { "a huge" } else { "a small" };
-            let what = format!(
-                "{} entry maps page {page} of {who:?}, and {} one should",
-                kind(entry.is_huge()),
-                kind(is_huge)
-            );
-            self.find(Verdict::Broken, what);
-        }
-    }
-
-    fn judge_clean(&mut self, who: Who, page: Page) {
-        if self
-            .inside(who, page)
-            .is_some_and(|(entry, _)| entry.is_dirty())
-        {
-            let what = format!("page {page} of {who:?} counts as written, and was not");
-            self.find(Verdict::Broken, what);
-        }
-    }
-
-    fn inside(
-        &mut self,
-        who: Who,
-        page: Page,
-    ) -> Option<(palimpsest::mm::Entry, palimpsest::mm::FrameState)> {
-        if !self.by_the_bit {
-            return None;
-        }
-        self.performer.view(who, page)?.inside
-    }
-
-    /// Counts the pages that are in another frame than before: each is a copy, unless the step moved it there.
-    fn note_frames(&mut self, step: Option<&Step>) {
-        let mut frames = BTreeMap::new();
-        for who in self.alive.clone() {
-            for page in 0..PAGES {
-                let Some(view) = self.performer.view(who, page) else {
-                    self.copies = None;
-                    return;
-                };
-                frames.insert((who, page), view.frame);
-            }
-        }
-        let moved = |at: &(Who, Page)| match step {
-            Some(Step::Migrate(who, page)) => *at == (*who, *page),
-            // The kernel's moves all of it. Ours moves nothing.
-            Some(Step::Collapse(who, _)) => at.0 == *who,
-            Some(Step::Merge(one, other)) => at == one || at == other,
-            _ => false,
-        };
-        let mut copied = 0;
-        for (at, &frame) in &frames {
-            let before = match self.frames.get(at) {
-                Some(&before) => before,
-                // A child's page that is not in its parent's frame was copied by the fork.
-                None => frames.get(&(Who::P, at.1)).copied().flatten(),
-            };
-            let differs = matches!((before, frame), (Some(a), Some(b)) if a != b);
-            copied += u64::from(differs && !moved(at));
-        }
-        if let Some(copies) = &mut self.copies {
-            *copies += copied;
-        }
-        self.frames = frames;
-    }
-
     fn look_at_everything(&mut self) -> Result<(), NotDone> {
         for who in self.alive.clone() {
             for page in 0..PAGES {
@@ -597,28 +450,6 @@ impl Play<'_> {
             self.judge_hold(id, value);
         }
         Ok(())
-    }
-}
-
-/// What a kind of hold is called.
-pub const fn kind(hold: Hold) -> &'static str {
-    match hold {
-        Hold::GetRead => "a reader's hold",
-        Hold::GetWrite => "a writer's hold",
-        Hold::PinRead => "a pin for reading",
-        Hold::PinWrite => "a pin for writing",
-    }
-}
-
-fn words(step: &Step) -> String {
-    match step {
-        Step::Fork => "P forks".to_owned(),
-        Step::Discard(who, page) => format!("{who:?} gives page {page} back to the host"),
-        Step::Migrate(who, page) => format!("page {page} of {who:?} moves to another frame"),
-        Step::Merge((a, m), (b, n)) => {
-            format!("page {m} of {a:?} and page {n} of {b:?} are merged")
-        }
-        other => format!("{other:?}"),
     }
 }
 
