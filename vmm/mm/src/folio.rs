@@ -37,7 +37,8 @@
 //! copied and no hold is touched by any of this.
 
 use super::addr::{Access, Pfn};
-use super::frame::{Field, FrameState, FrameTable, GETS, MAPS, PINS, Released};
+use super::frame::{FrameTable, Released};
+use super::frame_state::{Field, FrameState, GETS, MAPS, PINS};
 use super::policy::{CowPolicy, without};
 use super::safeguard::{Safeguard, is_left_out};
 use super::sync::{Ordering, fence};

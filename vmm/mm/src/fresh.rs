@@ -4,7 +4,8 @@ use std::sync::Arc;
 
 use super::addr::Pfn;
 use super::commit::Taken;
-use super::frame::{FrameState, Released};
+use super::frame::Released;
+use super::frame_state::FrameState;
 use super::hold::Get;
 use super::policy::CowPolicy;
 use super::pool::FramePool;

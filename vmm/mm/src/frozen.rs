@@ -24,7 +24,7 @@ use std::ptr;
 use std::sync::Arc;
 
 use super::addr::{Gfn, Order, Pfn};
-use super::frame::FrameState;
+use super::frame_state::FrameState;
 use super::pool::FramePool;
 use super::space::OutOfRange;
 use super::sync::{Mutex, MutexGuard, lock};

@@ -13,7 +13,8 @@
 //!
 //! | file | concept |
 //! |---|---|
-//! | `frame` | the packed word of a frame, its states, the atomic transitions |
+//! | `frame_state` | the packed word of a frame, and its states |
+//! | `frame` | the words of all frames, and their atomic transitions |
 //! | `folio` | frames that are mapped, shared and written as one; holds on their pages |
 //! | `policy` | the rules: may share, may write in place, may pin |
 //! | `mapped` | the shadow page table and the MMU, changed as one; what becomes of a change that is refused |
@@ -61,6 +62,7 @@ mod folio;
 mod force;
 mod fork;
 mod frame;
+mod frame_state;
 mod fresh;
 mod frozen;
 mod get;
@@ -93,7 +95,7 @@ pub use addr::{Access, Gfn, Order, PAGE_SIZE, Pfn, Protection, REGION_PAGES};
 pub use dirty::PageSet;
 pub use fault::{Fault, Resolution};
 pub use fork::ForkError;
-pub use frame::FrameState;
+pub use frame_state::FrameState;
 pub use frozen::Frozen;
 pub use hold::{Get, Pin, PinnedRun};
 pub use mmu::{FrameMemory, Mmu, MmuError};

@@ -7,7 +7,7 @@
 //! reference count (PROTOCOL.md 5.2, 4.11).
 
 use super::addr::Gfn;
-use super::frame::FrameState;
+use super::frame_state::FrameState;
 use super::mmu::MmuError;
 use super::pool::AllocError;
 use super::space::OutOfRange;

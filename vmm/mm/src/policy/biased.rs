@@ -1,7 +1,7 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::super::addr::Access;
-use super::super::frame::FrameState;
+use super::super::frame_state::FrameState;
 use super::CowPolicy;
 
 /// What a pin adds to the kernel's reference count (`GUP_PIN_COUNTING_BIAS`).

@@ -1,5 +1,5 @@
 use super::super::addr::Access;
-use super::super::frame::FrameState;
+use super::super::frame_state::FrameState;
 use super::CowPolicy;
 
 /// Linux to v5.7: one mapping or a copy, and fork shares everything.

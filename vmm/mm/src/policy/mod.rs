@@ -29,8 +29,8 @@ pub use refcount::Refcount;
 pub use seed::{Seed, SeedRecompute};
 
 use super::addr::Access;
-use super::frame::FrameState;
-use super::safeguard::Safeguard;
+use super::frame_state::FrameState;
+use super::safeguard::{self, Safeguard};
 
 /// The decisions of a copy-on-write scheme, each a function of one frame's state.
 ///
@@ -74,5 +74,12 @@ pub(super) const fn without<P: CowPolicy>(safeguard: Safeguard) -> bool {
     match P::WITHOUT {
         Some(omitted) => omitted as u8 == safeguard as u8,
         None => false,
+    }
+}
+
+/// Has code that knows no policy leave out what `P` does.
+pub(super) fn leave_out<P: CowPolicy>() {
+    if let Some(safeguard) = P::WITHOUT {
+        safeguard::leave_out(safeguard);
     }
 }

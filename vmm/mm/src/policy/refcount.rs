@@ -1,5 +1,5 @@
 use super::super::addr::Access;
-use super::super::frame::FrameState;
+use super::super::frame_state::FrameState;
 use super::CowPolicy;
 
 /// Linux v5.9 to v5.18: one reference or a copy (09854ba94c6a), pinned pages copied at fork (70e806e4e645).

@@ -1,5 +1,5 @@
 use super::super::addr::Access;
-use super::super::frame::FrameState;
+use super::super::frame_state::FrameState;
 use super::{CowPolicy, Exclusive};
 
 /// The sketch this project started from (J. Gunthorpe, December 2021): the exclusive bit, and pins that do
