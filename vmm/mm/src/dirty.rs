@@ -23,10 +23,11 @@ use std::slice;
 use std::sync::atomic::Ordering;
 
 use super::addr::Gfn;
+use super::entry::Entry;
+use super::mapped::table::RegionGuard;
 use super::mmu::MmuError;
 use super::policy::CowPolicy;
 use super::space::AddressSpace;
-use super::table::{Entry, RegionGuard};
 
 /// A set of pages: one bit each.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -19,12 +19,13 @@ use std::sync::Weak;
 use std::sync::atomic::Ordering;
 
 use super::addr::{Gfn, Pfn};
+use super::entry::Entry;
 use super::fresh::Fresh;
 use super::mapped::Counted;
+use super::mapped::table::RegionGuard;
 use super::policy::{CowPolicy, without};
 use super::safeguard::Safeguard;
 use super::space::{AddressSpace, Counters, FaultError, in_range};
-use super::table::{Entry, RegionGuard};
 
 /// How a write fault was resolved.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -20,15 +20,16 @@ use std::sync::atomic::Ordering;
 
 use super::addr::{Gfn, Pfn};
 use super::ahead::Piece;
+use super::entry::Entry;
 use super::frozen::{Frozen, FrozenChunk, FrozenChunks, FrozenFrames, FrozenRegion};
 use super::mapped::Counted;
+use super::mapped::table::RegionGuard;
 use super::mmu::{Mmu, MmuError};
 use super::policy::{CowPolicy, without};
 use super::pool::AllocError;
 use super::safeguard::Safeguard;
 use super::space::{AddressSpace, Counters};
 use super::sync::lock;
-use super::table::{Entry, RegionGuard};
 
 /// Huge entries and chunks that [`AddressSpace::prepare_fork`] forks at once, or a few more, while faults in their regions wait.
 const PREPARE_AT_ONCE: usize = 16;

@@ -24,11 +24,11 @@ use std::ptr;
 use std::sync::Arc;
 
 use super::addr::{Gfn, Order, Pfn};
+use super::entry::Entry;
 use super::frame_state::FrameState;
 use super::pool::FramePool;
 use super::space::OutOfRange;
 use super::sync::{Mutex, MutexGuard, lock};
-use super::table::Entry;
 
 /// Regions that a node of the tree has.
 const FAN_OUT: usize = 64;

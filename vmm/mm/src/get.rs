@@ -10,14 +10,15 @@
 use std::sync::Arc;
 
 use super::addr::{Access, Gfn};
+use super::entry::Entry;
 use super::fault::Intent;
 use super::frozen::Frozen;
 use super::hold::Get;
+use super::mapped::table::Table;
 use super::policy::{CowPolicy, Exclusive, without};
 use super::pool::FramePool;
 use super::safeguard::Safeguard;
 use super::space::{AddressSpace, FaultError, OutOfRange, in_range};
-use super::table::{Entry, Table};
 
 impl<P: CowPolicy> AddressSpace<P> {
     /// Takes a transient hold on the frame of a page. For [`Access::Write`] COW is broken first: what is written through the

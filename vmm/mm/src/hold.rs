@@ -7,13 +7,13 @@ use std::sync::Arc;
 
 use super::addr::{Access, Pfn};
 use super::commit::Supply;
+use super::entry::Entry;
 use super::folio::{Hold, may_pin};
 use super::frame::{FrameTable, Released};
 use super::frame_state::FrameState;
 use super::policy::CowPolicy;
 use super::pool::FramePool;
 use super::stripe::{Apart, Striped};
-use super::table::Entry;
 
 /// What a hold needs of its pool, and keeps for as long as it lasts, pool or no pool.
 ///

@@ -18,7 +18,8 @@
 //! | `folio` | frames that are mapped, shared and written as one; holds on their pages |
 //! | `policy` | the rules: may share, may write in place, may pin |
 //! | `mapped` | the shadow page table and the MMU, changed as one; what becomes of a change that is refused |
-//! | `mapped/table` | the entries and their region locks |
+//! | `entry` | what a shadow page table says of a page |
+//! | `mapped/table` | all entries of a space, and their region locks |
 //! | `pool` | all frames of a process, and the limit of their memory |
 //! | `allocator` | who has which frame, and which frames have memory |
 //! | `commit` | asking the host for memory and giving it back, with no lock held |
@@ -57,6 +58,7 @@ mod bits;
 mod commit;
 mod dirty;
 mod discard;
+mod entry;
 mod fault;
 mod folio;
 mod force;
@@ -84,8 +86,6 @@ mod space;
 mod stripe;
 mod sync;
 
-use mapped::table;
-
 #[cfg(all(test, not(any(loom, shuttle))))]
 mod model;
 #[cfg(all(test, not(any(loom, shuttle))))]
@@ -93,6 +93,7 @@ mod tests;
 
 pub use addr::{Access, Gfn, Order, PAGE_SIZE, Pfn, Protection, REGION_PAGES};
 pub use dirty::PageSet;
+pub use entry::Entry;
 pub use fault::{Fault, Resolution};
 pub use fork::ForkError;
 pub use frame_state::FrameState;
@@ -108,4 +109,3 @@ pub use rearrange::RearrangeError;
 pub use restore::RestoreError;
 pub use safeguard::Safeguard;
 pub use space::{AddressSpace, FaultError, MmStats, OutOfRange};
-pub use table::Entry;

@@ -12,10 +12,10 @@ use std::sync::{Arc, Weak};
 
 use super::addr::Gfn;
 use super::frozen::{FrozenChunks, FrozenRegion, FrozenTable};
+use super::mapped::table::RegionGuard;
 use super::policy::CowPolicy;
 use super::space::AddressSpace;
 use super::sync::lock;
-use super::table::RegionGuard;
 
 pub(super) struct Lineage {
     /// The regions of the last snapshot that show what the space still shows.

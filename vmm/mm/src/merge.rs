@@ -13,13 +13,14 @@ use std::slice;
 use std::sync::Arc;
 
 use super::addr::Gfn;
+use super::entry::Entry;
 use super::mapped::Counted;
+use super::mapped::table::RegionGuard;
 use super::mmu::MmuError;
 use super::policy::{CowPolicy, without};
 use super::rearrange::RearrangeError;
 use super::safeguard::Safeguard;
 use super::space::{AddressSpace, in_range};
-use super::table::{Entry, RegionGuard};
 
 impl<P: CowPolicy> AddressSpace<P> {
     /// Lets page `other_gfn` of `other` share the frame of page `gfn` of this space, if they hold the same bytes.

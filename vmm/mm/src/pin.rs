@@ -20,12 +20,12 @@
 //! So a run is looked up once, counted in the statistics once, and if a huge entry maps it there is one barrier for it (`folio.rs`).
 
 use super::addr::{Access, Gfn};
+use super::entry::Entry;
 use super::fault::Intent;
 use super::hold::{Pin, PinnedRun};
 use super::policy::{CowPolicy, without};
 use super::safeguard::Safeguard;
 use super::space::{AddressSpace, Counters, FaultError, in_range};
-use super::table::Entry;
 
 /// Why a page could not be pinned. Nothing is held.
 #[derive(Debug, thiserror::Error)]

@@ -15,10 +15,10 @@ use std::sync::Arc;
 use super::addr::Pfn;
 use super::fault::Intent;
 use super::frozen::{Frozen, FrozenRegion};
+use super::mapped::table::RegionGuard;
 use super::policy::CowPolicy;
 use super::space::{AddressSpace, FaultError};
 use super::sync::lock;
-use super::table::RegionGuard;
 
 /// Why a restore failed. The address space is part old, part new: it must not run on.
 #[derive(Debug, thiserror::Error)]

@@ -7,16 +7,17 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64 as Counter, Ordering};
 use super::addr::Gfn;
 use super::ahead::Written;
 use super::dirty::PageSet;
+use super::entry::Entry;
 use super::frozen::FrozenTable;
 use super::home::Home;
 use super::lineage::Lineage;
 use super::mapped::Mapped;
+use super::mapped::table::{RegionGuard, Table};
 use super::mmu::{Mmu, MmuError};
 use super::policy::{CowPolicy, leave_out};
 use super::pool::{AllocError, FramePool};
 use super::stripe::StripedCounter;
 use super::sync::{Mutex, lock};
-use super::table::{Entry, RegionGuard, Table};
 
 /// Small breaks that cost as much as that of a whole region, until somebody has measured it.
 const WHOLE_PRICE: u32 = 8;

@@ -37,10 +37,11 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use super::addr::{Gfn, Pfn, Protection};
 use super::dirty::PageSet;
+use super::entry::Entry;
 use super::fresh::{Fresh, FreshFolio};
 use super::mmu::{Mmu, MmuError};
 use super::sync::{RwLock, RwLockReadGuard, RwLockWriteGuard, read, write};
-use table::{Entry, RegionGuard, Table};
+use table::{RegionGuard, Table};
 
 /// The two sides.
 pub(super) struct Mapped {
