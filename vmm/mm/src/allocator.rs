@@ -26,11 +26,25 @@
 
 use super::addr::{Order, Pfn};
 use super::bits::{BitSet, words_of};
-use super::pool::PoolUsage;
 
 /// Huge folios' worth of a home that are given memory at a time: most of what making host memory huge costs is for the call. Of other
 /// frames, what is made ready before somebody is in a hurry, and what is kept so.
 pub(super) const COMMIT_FOLIOS: u64 = 8;
+
+/// How many frames are in which condition.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PoolUsage {
+    /// Allocated now.
+    pub in_use: u64,
+    /// Allocated at the worst moment.
+    pub peak: u64,
+    /// With memory behind them, or about to get it.
+    pub committed: u64,
+    /// The same at the worst moment.
+    pub committed_peak: u64,
+    /// The most that may have memory behind them.
+    pub limit: u64,
+}
 
 pub(super) struct Allocator {
     frames: u64,

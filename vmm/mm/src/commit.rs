@@ -13,13 +13,38 @@
 //! call, but for as many as are made ready at a time. So memory that each snapshot uses for a while stays, and what one of them has
 //! needed once goes.
 
+use std::io;
 use std::sync::Arc;
 
-use super::addr::Pfn;
+use super::addr::{PAGE_SIZE, Pfn};
 use super::allocator::{Allocator, Claim, Surplus, Unavailable};
 use super::mmu::FrameMemory;
-use super::pool::AllocError;
 use super::sync::{Condvar, Mutex, MutexGuard, lock, wait};
+
+/// Why there was no frame.
+#[derive(Debug, thiserror::Error)]
+pub enum AllocError {
+    /// The pool's own limit.
+    #[error("out of memory: all {} MiB of the frame pool are in use", (limit * PAGE_SIZE) >> 20)]
+    Limit {
+        /// Frames the pool may commit.
+        limit: u64,
+    },
+    /// The pool has no run of frame numbers that long.
+    #[error("the frame pool has no room for a home of {pages} pages")]
+    Home {
+        /// Pages asked for.
+        pages: u64,
+    },
+    /// The host has no memory left.
+    #[error("out of memory: the host gave no memory for {count} more frames")]
+    Host {
+        /// Frames asked for.
+        count: u64,
+        /// The host's reason.
+        source: io::Error,
+    },
+}
 
 /// The allocator, and the host's memory.
 pub(super) struct Supply {
@@ -99,12 +124,14 @@ impl Supply {
     }
 
     /// Makes a home of `pages` frames, if need be when the host has answered about those that are in the way.
-    pub(super) fn make_home(&self, pages: u64) -> Option<Pfn> {
+    pub(super) fn make_home(&self, pages: u64) -> Result<Pfn, AllocError> {
         let mut allocator = self.lock();
         loop {
-            let home = allocator.make_home(pages);
-            if home.is_some() || !allocator.is_asking() {
-                return home;
+            if let Some(home) = allocator.make_home(pages) {
+                return Ok(home);
+            }
+            if !allocator.is_asking() {
+                return Err(AllocError::Home { pages });
             }
             allocator = wait(&self.settled, allocator);
         }
@@ -180,7 +207,8 @@ impl Supply {
         }
     }
 
-    pub(super) fn free(&self, pfn: Pfn) {
-        self.lock().release(pfn, 1);
+    /// Frees `count` frames from `first` on.
+    pub(super) fn free(&self, first: Pfn, count: u64) {
+        self.lock().release(first, count);
     }
 }

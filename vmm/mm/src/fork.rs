@@ -20,13 +20,13 @@ use std::sync::atomic::Ordering;
 
 use super::addr::{Gfn, Pfn};
 use super::ahead::Piece;
+use super::commit::AllocError;
 use super::entry::Entry;
 use super::frozen::{Frozen, FrozenChunk, FrozenChunks, FrozenFrames, FrozenRegion};
 use super::mapped::Counted;
 use super::mapped::table::RegionGuard;
 use super::mmu::{Mmu, MmuError};
 use super::policy::{CowPolicy, without};
-use super::pool::AllocError;
 use super::safeguard::Safeguard;
 use super::space::{AddressSpace, Counters};
 use super::sync::lock;

@@ -10,22 +10,21 @@
 use std::sync::Arc;
 
 use super::addr::Pfn;
-use super::pool::{AllocError, FramePool};
+use super::commit::{AllocError, Supply};
 
 /// A run of frames reserved for one address space; frame `first + i` is for page `i`.
 pub(super) struct Home {
-    pool: Arc<FramePool>,
+    supply: Arc<Supply>,
     first: Pfn,
     pages: u64,
 }
 
 impl Home {
-    /// Reserves `pages` frames of `pool`.
-    pub(super) fn reserve(pool: &Arc<FramePool>, pages: u64) -> Result<Self, AllocError> {
-        let first = pool.supply().make_home(pages);
+    /// Reserves `pages` of the frames that `supply` has.
+    pub(super) fn reserve(supply: &Arc<Supply>, pages: u64) -> Result<Self, AllocError> {
         Ok(Self {
-            pool: Arc::clone(pool),
-            first: first.ok_or(AllocError::Home { pages })?,
+            first: supply.make_home(pages)?,
+            supply: Arc::clone(supply),
             pages,
         })
     }
@@ -44,6 +43,6 @@ impl Home {
 
 impl Drop for Home {
     fn drop(&mut self) {
-        self.pool.supply().lock().end_home(self.first, self.pages);
+        self.supply.lock().end_home(self.first, self.pages);
     }
 }

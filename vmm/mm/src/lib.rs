@@ -23,6 +23,7 @@
 //! | `pool` | all frames of a process, and the limit of their memory |
 //! | `allocator` | who has which frame, and which frames have memory |
 //! | `commit` | asking the host for memory and giving it back, with no lock held |
+//! | `pool_ref` | how handles on frames outlive the pool |
 //! | `home` | the frames each address space has for its own |
 //! | `fresh`, `hold` | the handles: frames between two owners; what devices and readers have of frames |
 //! | `bits` | sets of small numbers |
@@ -78,6 +79,7 @@ mod mmu;
 mod pin;
 mod policy;
 mod pool;
+mod pool_ref;
 mod rearrange;
 mod restore;
 mod safeguard;
@@ -92,6 +94,8 @@ mod model;
 mod tests;
 
 pub use addr::{Access, Gfn, Order, PAGE_SIZE, Pfn, Protection, REGION_PAGES};
+pub use allocator::PoolUsage;
+pub use commit::AllocError;
 pub use dirty::PageSet;
 pub use entry::Entry;
 pub use fault::{Fault, Resolution};
@@ -104,7 +108,7 @@ pub use pin::PinError;
 pub use policy::{
     Biased, CowPolicy, Exclusive, Mapcount, MapcountForcedBreak, Refcount, Seed, SeedRecompute,
 };
-pub use pool::{AllocError, FramePool, PoolUsage};
+pub use pool::FramePool;
 pub use rearrange::RearrangeError;
 pub use restore::RestoreError;
 pub use safeguard::Safeguard;

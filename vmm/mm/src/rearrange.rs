@@ -7,9 +7,9 @@
 //! reference count (PROTOCOL.md 5.2, 4.11).
 
 use super::addr::Gfn;
+use super::commit::AllocError;
 use super::frame_state::FrameState;
 use super::mmu::MmuError;
-use super::pool::AllocError;
 use super::space::OutOfRange;
 
 /// Why pages were left where they are. Nothing has changed.

@@ -8,11 +8,12 @@ use std::io;
 use std::sync::Arc;
 
 use super::addr::{Gfn, Order, Pfn, Protection};
+use super::commit::AllocError;
 use super::frozen::Frozen;
 use super::hold::{Get, Pin};
 use super::mmu::{FrameMemory, Mmu, MmuError};
 use super::policy::CowPolicy;
-use super::pool::{AllocError, FramePool};
+use super::pool::FramePool;
 use super::space::{AddressSpace, FaultError};
 use super::sync::{AtomicU64, Ordering, RwLock, read, write, zeroed};
 

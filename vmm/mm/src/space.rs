@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64 as Counter, Ordering};
 
 use super::addr::Gfn;
 use super::ahead::Written;
+use super::commit::AllocError;
 use super::dirty::PageSet;
 use super::entry::Entry;
 use super::frozen::FrozenTable;
@@ -15,7 +16,7 @@ use super::mapped::Mapped;
 use super::mapped::table::{RegionGuard, Table};
 use super::mmu::{Mmu, MmuError};
 use super::policy::{CowPolicy, leave_out};
-use super::pool::{AllocError, FramePool};
+use super::pool::FramePool;
 use super::stripe::StripedCounter;
 use super::sync::{Mutex, lock};
 
