@@ -29,6 +29,16 @@ impl fmt::Debug for Gfn {
     }
 }
 
+/// A guest frame number beyond the end of the address space.
+#[derive(Debug, thiserror::Error, Clone, Copy, PartialEq, Eq)]
+#[error("{gfn:?} is beyond the end of guest memory, which has {pages} pages")]
+pub struct OutOfRange {
+    /// The page asked for.
+    pub gfn: Gfn,
+    /// How many there are.
+    pub pages: u64,
+}
+
 /// Number of a frame in the pool; its bytes lie at `pfn * PAGE_SIZE` of the physmap.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Pfn(pub u64);

@@ -15,7 +15,8 @@ use super::adapt::is_proof;
 use super::addr::Gfn;
 use super::fault::Intent;
 use super::policy::CowPolicy;
-use super::space::{AddressSpace, Counters};
+use super::space::AddressSpace;
+use super::stats::Counters;
 use super::sync::lock;
 
 /// A page, or a region that a huge entry maps.

@@ -4,7 +4,7 @@ use super::addr::Gfn;
 use super::fresh::Isolated;
 use super::policy::CowPolicy;
 use super::rearrange::RearrangeError;
-use super::space::{AddressSpace, in_range};
+use super::space::AddressSpace;
 
 impl<P: CowPolicy> AddressSpace<P> {
     /// Gives `count` pages from `first` on back: they read as zeros from now on, and cost nothing until they are
@@ -20,7 +20,7 @@ impl<P: CowPolicy> AddressSpace<P> {
             return Ok(0);
         };
         let last = Gfn(first.0.saturating_add(last));
-        in_range(&self.mapped.table, last)?;
+        self.mapped.table.in_range(last)?;
         let _no_fork = self.mapped.enter()?;
         // In order, as `merge` takes its two. Everybody else has one at a time.
         let mut regions: Vec<_> = (self.mapped.table.region_of(first)

@@ -18,14 +18,17 @@
 use std::sync::Weak;
 use std::sync::atomic::Ordering;
 
-use super::addr::{Gfn, Pfn};
+use super::addr::{Gfn, OutOfRange, Pfn};
+use super::commit::AllocError;
 use super::entry::Entry;
 use super::fresh::Fresh;
 use super::mapped::Counted;
 use super::mapped::table::RegionGuard;
+use super::mmu::MmuError;
 use super::policy::{CowPolicy, without};
 use super::safeguard::Safeguard;
-use super::space::{AddressSpace, Counters, FaultError, in_range};
+use super::space::AddressSpace;
+use super::stats::Counters;
 
 /// How a write fault was resolved.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,6 +54,21 @@ pub struct Fault {
     pub resolution: Resolution,
     /// Whether the rest of the region was made writable, too, at the cost of copies.
     pub is_whole: bool,
+}
+
+/// Why a fault, an unshare or a slow pin could not be resolved. Nothing has changed, except that a region may
+/// have been resolved in part.
+#[derive(Debug, thiserror::Error)]
+pub enum FaultError {
+    /// No such page.
+    #[error(transparent)]
+    OutOfRange(#[from] OutOfRange),
+    /// No frame for the copy.
+    #[error(transparent)]
+    Alloc(#[from] AllocError),
+    /// The MMU could not be changed.
+    #[error(transparent)]
+    Mmu(#[from] MmuError),
 }
 
 /// What a break is for.
@@ -91,7 +109,7 @@ impl<P: CowPolicy> AddressSpace<P> {
     /// # Errors
     /// As [`AddressSpace::write_fault`].
     pub fn resolve_write(&self, gfn: Gfn) -> Result<Fault, FaultError> {
-        in_range(&self.mapped.table, gfn)?;
+        self.mapped.table.in_range(gfn)?;
         let _no_fork = (!without::<P>(Safeguard::FaultWaitsForFork))
             .then(|| self.mapped.enter())
             .transpose()?;
@@ -132,7 +150,7 @@ impl<P: CowPolicy> AddressSpace<P> {
     /// # Errors
     /// As [`AddressSpace::write_fault`].
     pub fn unshare(&self, gfn: Gfn) -> Result<(), FaultError> {
-        in_range(&self.mapped.table, gfn)?;
+        self.mapped.table.in_range(gfn)?;
         let _no_fork = self.mapped.enter()?;
         let mut region = self.mapped.table.lock_of(gfn);
         let resolution = self.resolve(&mut region, gfn, Intent::Unshare)?;

@@ -28,7 +28,8 @@ use super::mapped::table::RegionGuard;
 use super::mmu::{Mmu, MmuError};
 use super::policy::{CowPolicy, without};
 use super::safeguard::Safeguard;
-use super::space::{AddressSpace, Counters};
+use super::space::AddressSpace;
+use super::stats::Counters;
 use super::sync::lock;
 
 /// Huge entries and chunks that [`AddressSpace::prepare_fork`] forks at once, or a few more, while faults in their regions wait.

@@ -23,11 +23,10 @@ use std::mem;
 use std::ptr;
 use std::sync::Arc;
 
-use super::addr::{Gfn, Order, Pfn};
+use super::addr::{Gfn, Order, OutOfRange, Pfn};
 use super::entry::Entry;
 use super::frame_state::FrameState;
 use super::pool::FramePool;
-use super::space::OutOfRange;
 use super::sync::{Mutex, MutexGuard, lock};
 
 /// Regions that a node of the tree has.

@@ -76,6 +76,8 @@ mod mapped;
 mod merge;
 mod migrate;
 mod mmu;
+mod open;
+mod page_set;
 mod pin;
 mod policy;
 mod pool;
@@ -85,6 +87,7 @@ mod restore;
 mod safeguard;
 pub mod soft;
 mod space;
+mod stats;
 mod stripe;
 mod sync;
 
@@ -93,17 +96,17 @@ mod model;
 #[cfg(all(test, not(any(loom, shuttle))))]
 mod tests;
 
-pub use addr::{Access, Gfn, Order, PAGE_SIZE, Pfn, Protection, REGION_PAGES};
+pub use addr::{Access, Gfn, Order, OutOfRange, PAGE_SIZE, Pfn, Protection, REGION_PAGES};
 pub use allocator::PoolUsage;
 pub use commit::AllocError;
-pub use dirty::PageSet;
 pub use entry::Entry;
-pub use fault::{Fault, Resolution};
+pub use fault::{Fault, FaultError, Resolution};
 pub use fork::ForkError;
 pub use frame_state::FrameState;
 pub use frozen::Frozen;
 pub use hold::{Get, Pin, PinnedRun};
 pub use mmu::{FrameMemory, Mmu, MmuError};
+pub use page_set::PageSet;
 pub use pin::PinError;
 pub use policy::{
     Biased, CowPolicy, Exclusive, Mapcount, MapcountForcedBreak, Refcount, Seed, SeedRecompute,
@@ -112,4 +115,5 @@ pub use pool::FramePool;
 pub use rearrange::RearrangeError;
 pub use restore::RestoreError;
 pub use safeguard::Safeguard;
-pub use space::{AddressSpace, FaultError, MmStats, OutOfRange};
+pub use space::AddressSpace;
+pub use stats::MmStats;

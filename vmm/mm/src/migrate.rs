@@ -11,7 +11,7 @@ use super::addr::{Gfn, Pfn};
 use super::policy::{CowPolicy, without};
 use super::rearrange::RearrangeError;
 use super::safeguard::Safeguard;
-use super::space::{AddressSpace, in_range};
+use super::space::AddressSpace;
 
 impl<P: CowPolicy> AddressSpace<P> {
     /// Moves page `gfn` to another frame and says which: its home if that is free, so that the page and its neighbours
@@ -21,7 +21,7 @@ impl<P: CowPolicy> AddressSpace<P> {
     /// [`RearrangeError::Busy`] if anybody but this page's entry holds the frame, a device, a reader or a
     /// snapshot; or if there is no frame, or the MMU refuses. Nothing has changed then.
     pub fn migrate(&self, gfn: Gfn) -> Result<Pfn, RearrangeError> {
-        in_range(&self.mapped.table, gfn)?;
+        self.mapped.table.in_range(gfn)?;
         let _no_fork = self.mapped.enter()?;
         let mut region = self.mapped.table.lock_of(gfn);
         if !region.get(gfn).is_present() {

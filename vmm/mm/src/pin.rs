@@ -21,11 +21,12 @@
 
 use super::addr::{Access, Gfn};
 use super::entry::Entry;
-use super::fault::Intent;
+use super::fault::{FaultError, Intent};
 use super::hold::{Pin, PinnedRun};
 use super::policy::{CowPolicy, without};
 use super::safeguard::Safeguard;
-use super::space::{AddressSpace, Counters, FaultError, in_range};
+use super::space::AddressSpace;
+use super::stats::Counters;
 
 /// Why a page could not be pinned. Nothing is held.
 #[derive(Debug, thiserror::Error)]
@@ -47,7 +48,7 @@ impl<P: CowPolicy> AddressSpace<P> {
     /// # Errors
     /// As [`AddressSpace::write_fault`], or if the frame has 2^20 - 1 pins.
     pub fn pin(&self, gfn: Gfn, access: Access) -> Result<Pin, PinError> {
-        in_range(&self.mapped.table, gfn).map_err(FaultError::from)?;
+        self.mapped.table.in_range(gfn).map_err(FaultError::from)?;
         let access = self.policy.lookup(access);
         let run = match self.pin_fast(gfn, 1, access) {
             Some(run) => run,
@@ -70,7 +71,7 @@ impl<P: CowPolicy> AddressSpace<P> {
             return Ok(Vec::new());
         };
         let last = Gfn(first.0.saturating_add(rest));
-        in_range(&self.mapped.table, last).map_err(FaultError::from)?;
+        self.mapped.table.in_range(last).map_err(FaultError::from)?;
         let access = self.policy.lookup(access);
         let mut runs: Vec<PinnedRun> = Vec::new();
         let mut at = first;

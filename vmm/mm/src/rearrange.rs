@@ -6,11 +6,10 @@
 //! operation is refused with everything as it was (I10). It is what the kernel does with a cleared entry and a frozen
 //! reference count (PROTOCOL.md 5.2, 4.11).
 
-use super::addr::Gfn;
+use super::addr::{Gfn, OutOfRange};
 use super::commit::AllocError;
 use super::frame_state::FrameState;
 use super::mmu::MmuError;
-use super::space::OutOfRange;
 
 /// Why pages were left where they are. Nothing has changed.
 #[derive(Debug, thiserror::Error)]

@@ -13,11 +13,11 @@ use std::cell::Cell;
 use std::sync::Arc;
 
 use super::addr::Pfn;
-use super::fault::Intent;
+use super::fault::{FaultError, Intent};
 use super::frozen::{Frozen, FrozenRegion};
 use super::mapped::table::RegionGuard;
 use super::policy::CowPolicy;
-use super::space::{AddressSpace, FaultError};
+use super::space::AddressSpace;
 use super::sync::lock;
 
 /// Why a restore failed. The address space is part old, part new: it must not run on.

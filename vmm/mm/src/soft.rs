@@ -9,12 +9,13 @@ use std::sync::Arc;
 
 use super::addr::{Gfn, Order, Pfn, Protection};
 use super::commit::AllocError;
+use super::fault::FaultError;
 use super::frozen::Frozen;
 use super::hold::{Get, Pin};
 use super::mmu::{FrameMemory, Mmu, MmuError};
 use super::policy::CowPolicy;
 use super::pool::FramePool;
-use super::space::{AddressSpace, FaultError};
+use super::space::AddressSpace;
 use super::sync::{AtomicU64, Ordering, RwLock, read, write, zeroed};
 
 /// Frames of one word each.

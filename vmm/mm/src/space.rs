@@ -2,12 +2,11 @@
 
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64 as Counter, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
-use super::addr::Gfn;
+use super::addr::{Gfn, OutOfRange};
 use super::ahead::Written;
 use super::commit::AllocError;
-use super::dirty::PageSet;
 use super::entry::Entry;
 use super::frozen::FrozenTable;
 use super::home::Home;
@@ -15,9 +14,10 @@ use super::lineage::Lineage;
 use super::mapped::Mapped;
 use super::mapped::table::{RegionGuard, Table};
 use super::mmu::{Mmu, MmuError};
+use super::page_set::PageSet;
 use super::policy::{CowPolicy, leave_out};
 use super::pool::FramePool;
-use super::stripe::StripedCounter;
+use super::stats::{Counters, MmStats};
 use super::sync::{Mutex, lock};
 
 /// Small breaks that cost as much as that of a whole region, until somebody has measured it.
@@ -55,31 +55,6 @@ pub struct AddressSpace<P> {
     pub(super) tracks_dirty: AtomicBool,
     /// Whether somebody breaks ahead of the writes (`ahead.rs`).
     pub(super) notes_writes: AtomicBool,
-}
-
-/// A page number beyond the end of the address space.
-#[derive(Debug, thiserror::Error, Clone, Copy, PartialEq, Eq)]
-#[error("{gfn:?} is beyond the end of guest memory, which has {pages} pages")]
-pub struct OutOfRange {
-    /// The page asked for.
-    pub gfn: Gfn,
-    /// How many there are.
-    pub pages: u64,
-}
-
-/// Why a fault, an unshare or a slow pin could not be resolved. Nothing has changed, except that a region may
-/// have been resolved in part.
-#[derive(Debug, thiserror::Error)]
-pub enum FaultError {
-    /// No such page.
-    #[error(transparent)]
-    OutOfRange(#[from] OutOfRange),
-    /// No frame for the copy.
-    #[error(transparent)]
-    Alloc(#[from] AllocError),
-    /// The MMU could not be changed.
-    #[error(transparent)]
-    Mmu(#[from] MmuError),
 }
 
 impl<P: CowPolicy> AddressSpace<P> {
@@ -155,7 +130,8 @@ impl<P: CowPolicy> AddressSpace<P> {
 
     /// The entry of a page just now.
     pub fn entry(&self, gfn: Gfn) -> Result<Entry, OutOfRange> {
-        in_range(&self.mapped.table, gfn).map(|()| self.mapped.table.peek(gfn))
+        self.mapped.table.in_range(gfn)?;
+        Ok(self.mapped.table.peek(gfn))
     }
 
     /// What the next fork would take over from the last of a page (the holder of its mapping), and the frame it has for it.
@@ -183,15 +159,6 @@ impl<P: CowPolicy> AddressSpace<P> {
     /// What was done so far.
     pub fn stats(&self) -> MmStats {
         self.counters.read()
-    }
-}
-
-pub(super) fn in_range(table: &Table, gfn: Gfn) -> Result<(), OutOfRange> {
-    let pages = table.pages();
-    if gfn.0 < pages {
-        Ok(())
-    } else {
-        Err(OutOfRange { gfn, pages })
     }
 }
 
@@ -229,83 +196,4 @@ impl<P> fmt::Debug for AddressSpace<P> {
             .field("stats", &self.counters.read())
             .finish()
     }
-}
-
-/// Statistics only: nothing is ordered by them.
-#[derive(Default)]
-pub(super) struct Counters {
-    pub(super) reused: Counter,
-    pub(super) writer_moved: Counter,
-    pub(super) sharers_moved: Counter,
-    pub(super) zero_filled: Counter,
-    pub(super) unshared: Counter,
-    pub(super) neighbours: Counter,
-    pub(super) eager_copied: Counter,
-    pub(super) copied: Counter,
-    pub(super) whole: Counter,
-    pub(super) split: Counter,
-    pub(super) formed: Counter,
-    pub(super) ahead: Counter,
-    /// The one that counts what has no lock.
-    pub(super) pins_fast: StripedCounter,
-    pub(super) pins_slow: Counter,
-}
-
-impl Counters {
-    pub(super) fn add(counter: &Counter) {
-        counter.fetch_add(1, Ordering::Relaxed);
-    }
-
-    fn read(&self) -> MmStats {
-        let get = |c: &Counter| c.load(Ordering::Relaxed);
-        MmStats {
-            reused: get(&self.reused),
-            writer_moved: get(&self.writer_moved),
-            sharers_moved: get(&self.sharers_moved),
-            zero_filled: get(&self.zero_filled),
-            unshared: get(&self.unshared),
-            neighbours: get(&self.neighbours),
-            eager_copied: get(&self.eager_copied),
-            copied: get(&self.copied),
-            whole: get(&self.whole),
-            split: get(&self.split),
-            formed: get(&self.formed),
-            ahead: get(&self.ahead),
-            pins_fast: self.pins_fast.sum(),
-            pins_slow: get(&self.pins_slow),
-        }
-    }
-}
-
-/// What an address space has done since it was made.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct MmStats {
-    /// Write faults that found the frame exclusive, or its holder the last, and copied nothing.
-    pub reused: u64,
-    /// COW breaks that gave the writer the copy.
-    pub writer_moved: u64,
-    /// COW breaks that gave the snapshots the copy.
-    pub sharers_moved: u64,
-    /// First writes to memory that was never touched.
-    pub zero_filled: u64,
-    /// COW breaks and first touches on behalf of a reading pin.
-    pub unshared: u64,
-    /// Pages resolved beside one that faulted, to save faults or mappings.
-    pub neighbours: u64,
-    /// Pages that fork copied because a device held them.
-    pub eager_copied: u64,
-    /// Pages that breaks copied, for whoever they were.
-    pub copied: u64,
-    /// Regions that were broken whole.
-    pub whole: u64,
-    /// Huge entries that became small ones.
-    pub split: u64,
-    /// Small entries of a region that became a huge one again.
-    pub formed: u64,
-    /// Pages, and regions that a huge entry maps, that were broken before the guest wrote to them.
-    pub ahead: u64,
-    /// Pins taken without a lock.
-    pub pins_fast: u64,
-    /// Pins that had to take the lock.
-    pub pins_slow: u64,
 }

@@ -36,10 +36,10 @@ use std::slice;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use super::addr::{Gfn, Pfn, Protection};
-use super::dirty::PageSet;
 use super::entry::Entry;
 use super::fresh::{Fresh, FreshFolio};
 use super::mmu::{Mmu, MmuError};
+use super::page_set::PageSet;
 use super::sync::{RwLock, RwLockReadGuard, RwLockWriteGuard, read, write};
 use table::{RegionGuard, Table};
 

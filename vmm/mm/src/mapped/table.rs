@@ -8,7 +8,7 @@ use std::ops::{Range, RangeInclusive};
 use std::sync::Weak;
 
 use super::super::adapt::{Breaks, Habit};
-use super::super::addr::{Gfn, Order, Pfn};
+use super::super::addr::{Gfn, Order, OutOfRange, Pfn};
 use super::super::entry::Entry;
 use super::super::frozen::{FrozenChunks, FrozenRegion};
 use super::super::sync::{AtomicU64, Mutex, MutexGuard, Ordering, lock, zeroed};
@@ -63,6 +63,16 @@ impl Table {
 
     pub(in super::super) fn regions(&self) -> usize {
         self.regions.len()
+    }
+
+    /// Whether there is such a page.
+    pub(in super::super) fn in_range(&self, gfn: Gfn) -> Result<(), OutOfRange> {
+        let pages = self.pages();
+        if gfn.0 < pages {
+            Ok(())
+        } else {
+            Err(OutOfRange { gfn, pages })
+        }
     }
 
     /// Which region a page lies in.
