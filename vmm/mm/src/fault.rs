@@ -94,9 +94,9 @@ impl<P: CowPolicy> AddressSpace<P> {
     /// Resolves a write to page `gfn` through a read-only mapping: on return the page is exclusive and
     /// writable, or was so already.
     ///
-    /// More of its region may be made writable with it: all of it if that is as good as free (a huge entry that nobody shares), if the
-    /// region has cost enough small breaks (`adapt.rs`), or if the MMU is crowded, so that the region needs one mapping
-    /// rather than up to 512.
+    /// More of its region may be made writable with it: all of it if that is as good as free (a huge entry that nobody
+    /// shares), if the predictor says so (`predictor/breaks.rs`), or if the MMU is crowded, so that the region needs one
+    /// mapping rather than up to 512.
     ///
     /// # Errors
     /// If there is no such page, no frame, or the MMU refuses.
@@ -139,10 +139,7 @@ impl<P: CowPolicy> AddressSpace<P> {
         self.uses_huge
             && region.is_full()
             && !self.tracks_dirty.load(Ordering::Relaxed)
-            && region
-                .state
-                .breaks
-                .wants_whole(self.whole_price.load(Ordering::Relaxed))
+            && self.predictor.breaks_whole(&region.state.history)
     }
 
     /// Makes page `gfn` exclusive without making it writable, as a reading pin needs it.
@@ -214,7 +211,7 @@ impl<P: CowPolicy> AddressSpace<P> {
         let resolution = if self.pool.frames().try_reuse(pfn, &self.policy).is_ok() {
             Resolution::Reused
         } else {
-            region.state.breaks.count_small();
+            region.state.history.broke_page();
             if self.move_sharers(region, gfn, pfn)? {
                 Resolution::SharersMoved
             } else {
@@ -262,7 +259,7 @@ impl<P: CowPolicy> AddressSpace<P> {
             return Ok(None);
         };
         if resolution != Resolution::Reused {
-            region.state.breaks.count_whole();
+            region.state.history.broke_whole();
             Counters::add(&self.counters.whole);
         }
         if intent == Intent::Write && resolution != Resolution::WriterMoved {
@@ -326,7 +323,7 @@ impl<P: CowPolicy> AddressSpace<P> {
                 }),
         };
         if done.is_ok() {
-            region.state.breaks.count_whole();
+            region.state.history.broke_whole();
             Counters::add(&self.counters.whole);
         }
     }

@@ -16,10 +16,8 @@
 //! stopped cannot tear the child's pages, since no frame is shared while anybody may write it.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use super::addr::{Gfn, Pfn};
-use super::ahead::Piece;
 use super::commit::AllocError;
 use super::entry::Entry;
 use super::frozen::{Frozen, FrozenChunk, FrozenChunks, FrozenFrames, FrozenRegion};
@@ -27,6 +25,7 @@ use super::mapped::Counted;
 use super::mapped::table::RegionGuard;
 use super::mmu::{Mmu, MmuError};
 use super::policy::{CowPolicy, without};
+use super::predictor::{Candidate, Leaf};
 use super::safeguard::Safeguard;
 use super::space::AddressSpace;
 use super::stats::Counters;
@@ -95,13 +94,12 @@ impl<P: CowPolicy> AddressSpace<P> {
         lineage.unchanged = table.clone();
         lineage.changed.clear();
         for (region, shared) in regions.iter_mut().zip(shared) {
-            region.state.habit.forked(fork);
+            region.state.history.forked(fork);
             if let Some(kept) = shared.kept {
                 let index = region.index();
                 lineage.unchanged.replace(index, None);
                 lineage.changed.push(index);
-                // As `open` does, which will not be called.
-                region.state.breaks.begin(index, fork);
+                region.state.history.remains_changed(index, fork);
                 region.state.kept = kept;
                 shared.frozen.iter().for_each(|f| region.remember(f));
             } else {
@@ -109,9 +107,7 @@ impl<P: CowPolicy> AddressSpace<P> {
             }
         }
         drop(lineage);
-        if self.notes_writes.load(Ordering::Relaxed) {
-            lock(&self.written).note(fork, written);
-        }
+        self.predictor.forked(fork, written);
         Ok(Arc::new(Frozen {
             pool: Arc::clone(&self.pool),
             table,
@@ -139,7 +135,7 @@ impl<P: CowPolicy> AddressSpace<P> {
             changed.sort_unstable();
             let regions = changed.iter().map(|&index| self.mapped.table.lock(index));
             let mut left = regions
-                .filter(|region| !region.state.habit.is_rare(fork))
+                .filter(|region| self.predictor.is_left_to_fork(&candidate(region), fork))
                 .map(|region| region.open_chunks().count())
                 .sum();
             let (mut rest, mut prepared) = (changed.as_slice(), 0);
@@ -162,24 +158,18 @@ impl<P: CowPolicy> AddressSpace<P> {
             return (regions.len(), 0);
         };
         let fork = lock(&self.lineage).forks + 1;
-        let enough = self.left_to_fork.load(Ordering::Relaxed) as usize;
         let (mut looked_at, mut pieces) = (0, 0);
         let mut chosen = Vec::new();
         for &index in regions {
             let region = self.mapped.table.lock(index);
             looked_at += 1;
             let chunks = region.open_chunks().count();
-            let is_rare = region.huge().is_some() || region.state.habit.is_rare(fork);
             if region.state.is_changed
-                && (is_rare || *left > enough)
                 && region.is_full()
-                && region
-                    .state
-                    .habit
-                    .may_prepare(index, region.huge().is_some(), fork)
+                && self.predictor.prepares(&candidate(&region), fork, *left)
                 && self.is_unheld(&region)
             {
-                if !is_rare {
+                if self.predictor.is_left_to_fork(&candidate(&region), fork) {
                     *left = left.saturating_sub(chunks);
                 }
                 pieces += chunks.max(1);
@@ -200,7 +190,7 @@ impl<P: CowPolicy> AddressSpace<P> {
                 // Held since, if it was kept.
                 if shared.kept.is_none() {
                     region.close();
-                    region.state.habit.prepared(fork);
+                    region.state.history.prepared(fork);
                     done.push((region.index(), shared.frozen));
                 }
             }
@@ -213,9 +203,7 @@ impl<P: CowPolicy> AddressSpace<P> {
             lineage.unchanged.replace(index, frozen);
         }
         drop(lineage);
-        if !written.is_empty() {
-            lock(&self.written).note_prepared(&written);
-        }
+        self.predictor.prepared(&written);
         (looked_at, prepared)
     }
 
@@ -234,7 +222,7 @@ impl<P: CowPolicy> AddressSpace<P> {
     fn share_regions(
         &self,
         regions: &mut [RegionGuard<'_>],
-        written: &mut Vec<Piece>,
+        written: &mut Vec<Leaf>,
     ) -> Result<Vec<Shared>, ForkError> {
         if without::<P>(Safeguard::ProtectedBeforeShared) {
             let shared = self.share_all(regions)?;
@@ -365,7 +353,7 @@ impl<P: CowPolicy> AddressSpace<P> {
     fn write_protect(
         &self,
         regions: &mut [RegionGuard<'_>],
-        written: &mut Vec<Piece>,
+        written: &mut Vec<Leaf>,
     ) -> Result<(), ForkError> {
         // The first page of a run and the last, and which region the first is in.
         let mut run: Option<(usize, Gfn, Gfn)> = None;
@@ -404,12 +392,12 @@ impl<P: CowPolicy> AddressSpace<P> {
         regions: &mut [RegionGuard<'_>],
         first: Gfn,
         last: Gfn,
-        written: &mut Vec<Piece>,
+        written: &mut Vec<Leaf>,
     ) -> Result<(), ForkError> {
-        let notes_writes = self.notes_writes.load(Ordering::Relaxed);
+        let notes_writes = self.predictor.notes_writes();
         let mut note = |first, is_huge| {
             if notes_writes {
-                written.push(Piece { first, is_huge });
+                written.push(Leaf { first, is_huge });
             }
         };
         self.mapped
@@ -505,6 +493,15 @@ impl<P: CowPolicy> AddressSpace<P> {
         } else {
             Adopted::InPart
         })
+    }
+}
+
+/// What the predictor is asked about a region that has changed.
+fn candidate<'a>(region: &'a RegionGuard<'_>) -> Candidate<'a> {
+    Candidate {
+        history: &region.state.history,
+        index: region.index(),
+        is_huge: region.huge().is_some(),
     }
 }
 

@@ -30,7 +30,7 @@
 //! | `space` | live address spaces; lock order |
 //! | `frozen` | snapshots, and what they share with each other |
 //! | `lineage` | what the next fork takes over from the last one |
-//! | `adapt` | how much a break copies |
+//! | `predictor` | what the guest will write: how much a break copies, what is prepared |
 //! | `ahead` | breaks before the guest asks for them |
 //! | `fault` | write fault and unshare: how a page becomes exclusive, and who gets the copy |
 //! | `pin` | pins: the path without a lock and the one with |
@@ -51,7 +51,6 @@
 
 #![forbid(unsafe_code)]
 
-mod adapt;
 mod addr;
 mod ahead;
 mod allocator;
@@ -82,6 +81,7 @@ mod pin;
 mod policy;
 mod pool;
 mod pool_ref;
+mod predictor;
 mod rearrange;
 mod restore;
 mod safeguard;

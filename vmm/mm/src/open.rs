@@ -38,8 +38,7 @@ impl<P: CowPolicy> AddressSpace<P> {
             lineage.changed.push(index);
             (lineage.unchanged.replace(index, None), lineage.forks)
         };
-        region.state.habit.changed(forks);
-        region.state.breaks.begin(index, forks);
+        region.state.history.changed(index, forks);
         if let Some(frozen) = frozen {
             region.state.kept = frozen.lock().chunks().cloned().unwrap_or_default();
             region.remember(&frozen);

@@ -2,10 +2,9 @@
 
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::AtomicBool;
 
 use super::addr::{Gfn, OutOfRange};
-use super::ahead::Written;
 use super::commit::AllocError;
 use super::entry::Entry;
 use super::frozen::FrozenTable;
@@ -17,13 +16,9 @@ use super::mmu::{Mmu, MmuError};
 use super::page_set::PageSet;
 use super::policy::{CowPolicy, leave_out};
 use super::pool::FramePool;
+use super::predictor::Predictor;
 use super::stats::{Counters, MmStats};
 use super::sync::{Mutex, lock};
-
-/// Small breaks that cost as much as that of a whole region, until somebody has measured it.
-const WHOLE_PRICE: u32 = 8;
-/// Chunks that a fork may have to do: less than a millisecond's work.
-const LEFT_TO_FORK: u32 = 256;
 
 /// The memory of a running VM: a shadow page table and the [`Mmu`] that mirrors it.
 ///
@@ -32,7 +27,7 @@ const LEFT_TO_FORK: u32 = 256;
 /// 1. `Mapped::enter`: shared by faults and slow pins, alone by fork and restore (the
 ///    kernel's `mmap_lock`).
 /// 2. the lock of one region of this space (the kernel's page-table lock).
-/// 3. `lineage`, what the next fork takes over; and `written`. Never both.
+/// 3. `lineage`, what the next fork takes over; and the predictor's own. Never both.
 /// 4. the lock of the same region of one snapshot at a time.
 /// 5. the pool's allocator.
 ///
@@ -43,18 +38,12 @@ pub struct AddressSpace<P> {
     pub(super) mapped: Mapped,
     pub(super) home: Home,
     pub(super) lineage: Mutex<Lineage>,
-    pub(super) written: Mutex<Written>,
+    pub(super) predictor: Predictor,
     pub(super) counters: Counters,
     /// Whether memory that is touched first gets a huge folio.
     pub(super) uses_huge: bool,
-    /// What the break of a whole region costs, in small ones.
-    pub(super) whole_price: AtomicU32,
-    /// How many chunks that change before every fork are left to it, though it is prepared.
-    pub(super) left_to_fork: AtomicU32,
     /// Whether somebody has asked which pages were written: from then on that is told page by page.
     pub(super) tracks_dirty: AtomicBool,
-    /// Whether somebody breaks ahead of the writes (`ahead.rs`).
-    pub(super) notes_writes: AtomicBool,
 }
 
 impl<P: CowPolicy> AddressSpace<P> {
@@ -74,16 +63,13 @@ impl<P: CowPolicy> AddressSpace<P> {
         Ok(Self {
             home: pool.reserve(pages)?,
             lineage: Mutex::new(Lineage::new(table.regions())),
-            written: Mutex::default(),
+            predictor: Predictor::learning(),
             pool,
             policy,
             mapped: Mapped::new(table, mmu),
             counters: Counters::default(),
             uses_huge: true,
-            whole_price: AtomicU32::new(WHOLE_PRICE),
-            left_to_fork: AtomicU32::new(LEFT_TO_FORK),
             tracks_dirty: AtomicBool::new(false),
-            notes_writes: AtomicBool::new(false),
         })
     }
 
@@ -94,10 +80,17 @@ impl<P: CowPolicy> AddressSpace<P> {
         self
     }
 
-    /// Sets what the break of a whole region costs: as much as `small` breaks of a page. What it costs is measured by whoever handles
-    /// the faults. At 0 every break is of a whole region.
+    /// The same, with a predictor that need not learn: for tests.
+    #[cfg(test)]
+    pub(super) fn with_predictor(mut self, predictor: Predictor) -> Self {
+        self.predictor = predictor;
+        self
+    }
+
+    /// Sets what the break of a whole region costs: as much as `small` breaks of a page. What it costs is measured by
+    /// whoever handles the faults. At 0 every break is of a whole region.
     pub fn set_whole_price(&self, small: u32) {
-        self.whole_price.store(small, Ordering::Relaxed);
+        self.predictor.set_whole_price(small);
     }
 
     /// Has [`AddressSpace::take_protected`] know what becomes read-only from now on.
@@ -115,7 +108,7 @@ impl<P: CowPolicy> AddressSpace<P> {
     /// Sets how many chunks (16 pages each, of regions that are mapped page by page and change before every fork) may have changed without
     /// [`AddressSpace::prepare_fork`] doing anything about them.
     pub fn leave_to_fork(&self, chunks: u32) {
-        self.left_to_fork.store(chunks, Ordering::Relaxed);
+        self.predictor.leave_to_fork(chunks);
     }
 
     /// Number of pages.

@@ -7,10 +7,10 @@
 use std::ops::{Range, RangeInclusive};
 use std::sync::Weak;
 
-use super::super::adapt::{Breaks, Habit};
 use super::super::addr::{Gfn, Order, OutOfRange, Pfn};
 use super::super::entry::Entry;
 use super::super::frozen::{FrozenChunks, FrozenRegion};
+use super::super::predictor::History;
 use super::super::sync::{AtomicU64, Mutex, MutexGuard, Ordering, lock, zeroed};
 
 /// The entries of one address space.
@@ -40,8 +40,8 @@ pub(in super::super) struct RegionState {
     pub(in super::super) kept: FrozenChunks,
     /// The snapshots' regions that may share frames with this one.
     pub(in super::super) sharers: Vec<Weak<FrozenRegion>>,
-    pub(in super::super) breaks: Breaks,
-    pub(in super::super) habit: Habit,
+    /// The predictor's record of it.
+    pub(in super::super) history: History,
 }
 
 impl Table {

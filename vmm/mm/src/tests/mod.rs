@@ -9,6 +9,7 @@
 //! | `allocator` | who has which frame, against a plain list
 //! | `commit` | who waits for the host, and what goes back to it
 //! | `pool` | where frames come from, and what happens at the limit |
+//! | `predictor` | what is done with predictions, whatever they are |
 //! | `prepare` | forks that are prepared: how much at once, and how often again |
 //! | `protected` | which pages became read-only |
 //! | `values` | addresses, entries and frame states |
@@ -30,6 +31,7 @@ mod merge;
 mod migrate;
 mod policies;
 mod pool;
+mod predictor;
 mod prepare;
 mod protected;
 mod refused;
