@@ -49,7 +49,7 @@ pub enum Resolution {
 
 /// How a write fault was resolved, and how much of the region with it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Fault {
+pub struct FaultOutcome {
     /// The page.
     pub resolution: Resolution,
     /// Whether the rest of the region was made writable, too, at the cost of copies.
@@ -108,7 +108,7 @@ impl<P: CowPolicy> AddressSpace<P> {
     ///
     /// # Errors
     /// As [`AddressSpace::write_fault`].
-    pub fn resolve_write(&self, gfn: Gfn) -> Result<Fault, FaultError> {
+    pub fn resolve_write(&self, gfn: Gfn) -> Result<FaultOutcome, FaultError> {
         self.mapped.table.in_range(gfn)?;
         let _no_fork = (!without::<P>(Safeguard::FaultWaitsForFork))
             .then(|| self.mapped.enter())
@@ -128,7 +128,7 @@ impl<P: CowPolicy> AddressSpace<P> {
                 self.mapped.check()?;
             }
         }
-        Ok(Fault {
+        Ok(FaultOutcome {
             resolution,
             is_whole,
         })

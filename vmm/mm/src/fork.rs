@@ -38,7 +38,7 @@ const PREPARE_AT_ONCE: usize = 16;
 type Copies = Vec<(Pfn, Pfn)>;
 
 /// What a snapshot has of a region: shared, or copied where a device holds it.
-struct Shared {
+struct ForkedRegion {
     /// Nothing of a region in which there is nothing.
     frozen: Option<Arc<FrozenRegion>>,
     /// If the next snapshot cannot have the same: those of its chunks that it can have.
@@ -223,7 +223,7 @@ impl<P: CowPolicy> AddressSpace<P> {
         &self,
         regions: &mut [RegionGuard<'_>],
         written: &mut Vec<Leaf>,
-    ) -> Result<Vec<Shared>, ForkError> {
+    ) -> Result<Vec<ForkedRegion>, ForkError> {
         if without::<P>(Safeguard::ProtectedBeforeShared) {
             let shared = self.share_all(regions)?;
             self.write_protect(regions, written)?;
@@ -234,7 +234,7 @@ impl<P: CowPolicy> AddressSpace<P> {
     }
 
     /// Pass 2.
-    fn share_all(&self, regions: &mut [RegionGuard<'_>]) -> Result<Vec<Shared>, ForkError> {
+    fn share_all(&self, regions: &mut [RegionGuard<'_>]) -> Result<Vec<ForkedRegion>, ForkError> {
         let mut copies = Copies::new();
         let shared: Result<_, _> = regions
             .iter_mut()
@@ -249,7 +249,7 @@ impl<P: CowPolicy> AddressSpace<P> {
         &self,
         region: &mut RegionGuard<'_>,
         copies: &mut Copies,
-    ) -> Result<Shared, ForkError> {
+    ) -> Result<ForkedRegion, ForkError> {
         let first = region.first();
         // Sharing what is writable still.
         let too_early = without::<P>(Safeguard::ProtectedBeforeShared);
@@ -263,7 +263,7 @@ impl<P: CowPolicy> AddressSpace<P> {
                     .try_share_huge(head, &self.policy)
                     .is_ok()
             {
-                return Ok(Shared {
+                return Ok(ForkedRegion {
                     frozen: frozen(FrozenFrames::Huge(head)),
                     kept: None,
                 });
@@ -296,7 +296,7 @@ impl<P: CowPolicy> AddressSpace<P> {
             copied.into_iter().for_each(|index| kept[index] = None);
             Some(kept)
         };
-        Ok(Shared {
+        Ok(ForkedRegion {
             frozen: frozen(FrozenFrames::Small(chunks)).filter(|_| !is_empty),
             kept,
         })

@@ -100,7 +100,7 @@ pub use addr::{Access, Gfn, Order, OutOfRange, PAGE_SIZE, Pfn, Protection, REGIO
 pub use allocator::PoolUsage;
 pub use commit::AllocError;
 pub use entry::Entry;
-pub use fault::{Fault, FaultError, Resolution};
+pub use fault::{FaultError, FaultOutcome, Resolution};
 pub use fork::ForkError;
 pub use frame_state::FrameState;
 pub use frozen::Frozen;

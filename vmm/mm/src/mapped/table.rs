@@ -18,12 +18,13 @@ pub(in super::super) struct Table {
     /// Small entries. Those of a region with a huge entry mean nothing, and those of a region that always had one were never touched: they
     /// are as long as a page of the host, and cost no memory (`sync::zeroed`).
     entries: Box<[AtomicU64]>,
-    regions: Box<[Region]>,
+    regions: Box<[ShadowRegion]>,
     /// How large a region is.
     order: Order,
 }
 
-struct Region {
+/// A region of the table: beside its small entries, what there is once for all of it.
+struct ShadowRegion {
     /// The huge entry, if it is present.
     huge: AtomicU64,
     state: Mutex<RegionState>,
@@ -46,7 +47,7 @@ pub(in super::super) struct RegionState {
 
 impl Table {
     pub(in super::super) fn new(pages: u64, order: Order) -> Self {
-        let region = |_| Region {
+        let region = |_| ShadowRegion {
             huge: AtomicU64::new(0),
             state: Mutex::new(RegionState::default()),
         };
