@@ -1,11 +1,14 @@
 //! Sets of guest pages.
 
 use super::addr::Gfn;
+use super::bits::BitSet;
 
 /// A set of pages: one bit each.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PageSet {
-    words: Vec<u64>,
+    set: BitSet,
+    /// The pages from here on are never in it.
+    end: Gfn,
     len: u64,
 }
 
@@ -13,14 +16,15 @@ impl PageSet {
     /// None of the first `pages` pages.
     pub(super) fn new(pages: u64) -> Self {
         Self {
-            words: vec![0; pages.div_ceil(64) as usize],
+            set: BitSet::new(pages),
+            end: Gfn(pages),
             len: 0,
         }
     }
 
     pub(super) fn insert(&mut self, gfn: Gfn) {
         self.len += u64::from(!self.contains(gfn));
-        self.words[(gfn.0 / 64) as usize] |= 1 << (gfn.0 % 64);
+        self.set.set(gfn.0, true);
     }
 
     /// How many pages are in it.
@@ -35,17 +39,11 @@ impl PageSet {
 
     /// Whether a page is in it. Pages beyond the end of the address space are not.
     pub fn contains(&self, gfn: Gfn) -> bool {
-        self.words
-            .get((gfn.0 / 64) as usize)
-            .is_some_and(|word| word >> (gfn.0 % 64) & 1 != 0)
+        gfn < self.end && self.set.get(gfn.0)
     }
 
     /// Its pages, in order.
     pub fn iter(&self) -> impl Iterator<Item = Gfn> + '_ {
-        self.words.iter().enumerate().flat_map(|(index, &word)| {
-            (0..64)
-                .filter(move |bit| word >> bit & 1 != 0)
-                .map(move |bit| Gfn(index as u64 * 64 + bit))
-        })
+        self.set.iter().map(Gfn)
     }
 }
