@@ -89,8 +89,9 @@ impl Order {
         1 << self.0
     }
 
-    /// The pieces that snapshots have a folio's pages in, when these are mapped one by one: as many pieces as each has pages, or about, so
-    /// that neither to look through all pieces nor through all pages of some costs much.
+    /// The pieces that snapshots have a folio's pages in, when these are mapped one by one: as many pieces as
+    /// each has pages, or about, so that neither to look through all pieces nor through all pages of some
+    /// costs much.
     pub(super) const fn chunk(self) -> Self {
         Self(self.0 / 2)
     }

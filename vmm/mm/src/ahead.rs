@@ -1,7 +1,9 @@
-//! Breaks ahead of the writes: what the guest writes between all forks is copied while it does something else.
+//! Breaks ahead of the writes: what the guest writes between all forks is copied while it does something
+//! else.
 //!
-//! A break on a vCPU costs the guest an exit and a fault more than the copy does. Who has a CPU to spare breaks beforehand
-//! what will be written anyway: [`AddressSpace::break_ahead`], called again and again after a fork by a thread of its own.
+//! A break on a vCPU costs the guest an exit and a fault more than the copy does. Who has a CPU to spare
+//! breaks beforehand what will be written anyway: [`AddressSpace::break_ahead`], called again and again after
+//! a fork by a thread of its own.
 //!
 //! What that is, is the predictor's to say (`predictor/working_set.rs`).
 
@@ -19,9 +21,9 @@ impl<P: CowPolicy> AddressSpace<P> {
         self.predictor.note_writes();
     }
 
-    /// Makes a page or a region that was written before each of the last two forks writable again, at the cost of a copy:
-    /// 4 KiB or 2 MiB. Says whether there may be more. A fork waits for it, and a fault in the same region does: not for a
-    /// thread at a low priority to call.
+    /// Makes a page or a region that was written before each of the last two forks writable again, at the
+    /// cost of a copy: 4 KiB or 2 MiB. Says whether there may be more. A fork waits for it, and a fault in
+    /// the same region does: not for a thread at a low priority to call.
     ///
     /// Never needed: what cannot be broken here is left to the fault.
     pub fn break_ahead(&self) -> bool {

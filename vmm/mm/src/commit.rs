@@ -1,17 +1,19 @@
 //! Memory for frames: what the allocator has to ask the host for, and what goes back.
 //!
-//! To give memory to 2 MiB takes the host a millisecond, and to take it back nearly as long. It is **never asked with the allocator's
-//! lock held**: frames are claimed, the lock is let go, the host is asked, and then the frames are their owner's, or free again.
-//! Whoever needs other frames goes on meanwhile; who needs just these, or the last there are, waits until that is decided.
+//! To give memory to 2 MiB takes the host a millisecond, and to take it back nearly as long. It is **never
+//! asked with the allocator's lock held**: frames are claimed, the lock is let go, the host is asked, and
+//! then the frames are their owner's, or free again. Whoever needs other frames goes on meanwhile; who needs
+//! just these, or the last there are, waits until that is decided.
 //!
 //! # At the limit
-//! Memory that is free outside homes is used first. If there is none, what homes have and nobody uses goes back to the host, to make
-//! room: an allocation fails only if every frame for which there may be memory is in use, or the host refuses.
+//! Memory that is free outside homes is used first. If there is none, what homes have and nobody uses goes
+//! back to the host, to make room: an allocation fails only if every frame for which there may be memory is
+//! in use, or the host refuses.
 //!
 //! # What nobody uses goes back
-//! [`Supply::give_back_surplus`], which is called before each snapshot, gives back the runs that were free all the time since the last
-//! call, but for as many as are made ready at a time. So memory that each snapshot uses for a while stays, and what one of them has
-//! needed once goes.
+//! [`Supply::give_back_surplus`], which is called before each snapshot, gives back the runs that were free
+//! all the time since the last call, but for as many as are made ready at a time. So memory that each
+//! snapshot uses for a while stays, and what one of them has needed once goes.
 
 use std::io;
 use std::sync::Arc;
@@ -97,7 +99,8 @@ impl Supply {
         }
     }
 
-    /// As [`Supply::take`], but makes no room: `None` if somebody has one of the frames, or there is no memory for all of them.
+    /// As [`Supply::take`], but makes no room: `None` if somebody has one of the frames, or there is no
+    /// memory for all of them.
     pub(super) fn try_take(
         &self,
         claim: impl Fn(&mut Allocator) -> Result<Claim, Unavailable>,
@@ -137,7 +140,8 @@ impl Supply {
         }
     }
 
-    /// Has memory ready for whoever needs a frame or a folio next, and may be in a hurry. What there is no memory for is left to them.
+    /// Has memory ready for whoever needs a frame or a folio next, and may be in a hurry. What there is no
+    /// memory for is left to them.
     pub(super) fn provide(&self) {
         for prepare in [Allocator::prepare_single, Allocator::prepare_folios] {
             let claim = prepare(&mut self.lock());

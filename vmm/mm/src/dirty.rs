@@ -1,8 +1,8 @@
 //! Dirty tracking: which pages were written since one last asked (PROTOCOL.md T21, 4.14).
 //!
-//! Pages are write-protected **without intent to copy**: the exclusive bit stays, so the next write finds it and copies
-//! nothing (T3), and a device that holds the page keeps it. Whoever makes a page writable, or changes its
-//! content behind the guest's back, marks its entry.
+//! Pages are write-protected **without intent to copy**: the exclusive bit stays, so the next write finds it
+//! and copies nothing (T3), and a device that holds the page keeps it. Whoever makes a page writable, or
+//! changes its content behind the guest's back, marks its entry.
 //!
 //! ```text
 //!   entry        frame       take_dirty()             next write
@@ -12,12 +12,13 @@
 //!   ro           any         not reported             as any write
 //! ```
 //!
-//! A device writes through its pin and not through the entry, as does a host writer through its hold. So a page whose frame is
-//! pinned or held is reported **and stays marked**: it is reported once more after they have let go. Who only reads is not
-//! told apart from who writes: such a page is reported though nobody wrote it, and never the other way round.
+//! A device writes through its pin and not through the entry, as does a host writer through its hold. So a
+//! page whose frame is pinned or held is reported **and stays marked**: it is reported once more after they
+//! have let go. Who only reads is not told apart from who writes: such a page is reported though nobody wrote
+//! it, and never the other way round.
 //!
-//! Answers are by page. What was written before anybody asked is told by region where a huge entry maps it: all of it counts as
-//! written. From the first answer on regions that are written are split, and stay so.
+//! Answers are by page. What was written before anybody asked is told by region where a huge entry maps it:
+//! all of it counts as written. From the first answer on regions that are written are split, and stay so.
 
 use std::slice;
 use std::sync::atomic::Ordering;
@@ -33,8 +34,8 @@ use super::space::AddressSpace;
 impl<P: CowPolicy> AddressSpace<P> {
     /// The pages written since this was last called, or ever; and arms itself for the next call.
     ///
-    /// A write by a vCPU is in exactly one answer. A page that was pinned or held is in one answer too many rather than in none. May run beside
-    /// vCPUs and devices: faults in one region at a time wait.
+    /// A write by a vCPU is in exactly one answer. A page that was pinned or held is in one answer too many
+    /// rather than in none. May run beside vCPUs and devices: faults in one region at a time wait.
     ///
     /// # Errors
     /// If the MMU refuses. What would have been answered is in the next answer.
@@ -65,7 +66,8 @@ impl<P: CowPolicy> AddressSpace<P> {
         Ok(dirty)
     }
 
-    /// From the first writable page to the last, in one call: pages between them are read-only already, or untouched and stay so.
+    /// From the first writable page to the last, in one call: pages between them are read-only already, or
+    /// untouched and stay so.
     fn write_protect_region(&self, region: &mut RegionGuard<'_>) -> Result<(), MmuError> {
         let is_writable = |gfn: &Gfn| region.get(*gfn).is_writable();
         let mut writable = region.pages().filter(is_writable);
@@ -83,8 +85,8 @@ impl<P: CowPolicy> AddressSpace<P> {
             return;
         }
         region.unmark(gfn);
-        // A pin taken without a lock either is counted here or finds the entry changed. A hold for writing was
-        // taken under the region's lock, and is counted if it is still there.
+        // A pin taken without a lock either is counted here or finds the entry changed. A hold for writing
+        // was taken under the region's lock, and is counted if it is still there.
         if entry.is_present() && !self.pool.frames().settled::<P>(entry.pfn()).is_idle() {
             region.mark(gfn);
         }

@@ -4,8 +4,8 @@ use std::fmt;
 
 use super::addr::{Pfn, Protection};
 
-/// One entry, laid out as an x86 page-table entry is: bit 0 present, bit 1 writable, bit 6 dirty, bit 7 part of a huge entry, the
-/// frame number from bit 12 on.
+/// One entry, laid out as an x86 page-table entry is: bit 0 present, bit 1 writable, bit 6 dirty, bit 7 part
+/// of a huge entry, the frame number from bit 12 on.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct Entry(u64);
 
@@ -16,8 +16,8 @@ const HUGE: u64 = 1 << 7;
 const FRAME_SHIFT: u32 = 12;
 
 impl Entry {
-    /// Memory nobody ever wrote: reads as zeros, owns no frame (states `NONE` and `ZERO` of PROTOCOL.md 3.1 in one,
-    /// since a window shows zeros without a fault).
+    /// Memory nobody ever wrote: reads as zeros, owns no frame (states `NONE` and `ZERO` of PROTOCOL.md 3.1
+    /// in one, since a window shows zeros without a fault).
     pub const UNTOUCHED: Self = Self(0);
 
     /// Memory that was given back: untouched again, and reading differently than before.
@@ -45,8 +45,8 @@ impl Entry {
     pub(super) const fn huge_writable(head: Pfn) -> Self {
         Self(Self::writable(head).0 | HUGE)
     }
-    /// What a huge entry says of the page `index` pages further on; what a small one of that page would say, if it were alike and in the
-    /// frame as many further on.
+    /// What a huge entry says of the page `index` pages further on; what a small one of that page would say,
+    /// if it were alike and in the frame as many further on.
     pub(super) const fn page(self, index: u64) -> Self {
         Self(self.0 + (index << FRAME_SHIFT))
     }

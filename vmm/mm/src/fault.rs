@@ -81,7 +81,8 @@ pub(super) enum Intent {
 }
 
 impl Intent {
-    /// The page of `before` in its new frame. To unshare is not to write: it leaves the page as clean or dirty as it was.
+    /// The page of `before` in its new frame. To unshare is not to write: it leaves the page as clean or
+    /// dirty as it was.
     fn entry(self, before: Entry, pfn: Pfn) -> Entry {
         match self {
             Self::Write => Entry::writable(pfn),
@@ -94,9 +95,9 @@ impl<P: CowPolicy> AddressSpace<P> {
     /// Resolves a write to page `gfn` through a read-only mapping: on return the page is exclusive and
     /// writable, or was so already.
     ///
-    /// More of its region may be made writable with it: all of it if that is as good as free (a huge entry that nobody
-    /// shares), if the predictor says so (`predictor/breaks.rs`), or if the MMU is crowded, so that the region needs one
-    /// mapping rather than up to 512.
+    /// More of its region may be made writable with it: all of it if that is as good as free (a huge entry
+    /// that nobody shares), if the predictor says so (`predictor/breaks.rs`), or if the MMU is crowded, so
+    /// that the region needs one mapping rather than up to 512.
     ///
     /// # Errors
     /// If there is no such page, no frame, or the MMU refuses.
@@ -134,7 +135,8 @@ impl<P: CowPolicy> AddressSpace<P> {
         })
     }
 
-    /// Whether the next break should take all of the region. Not if somebody wants to know which *pages* are written.
+    /// Whether the next break should take all of the region. Not if somebody wants to know which *pages* are
+    /// written.
     fn wants_whole(&self, region: &RegionGuard<'_>) -> bool {
         self.uses_huge
             && region.is_full()
@@ -225,8 +227,8 @@ impl<P: CowPolicy> AddressSpace<P> {
         Ok(resolution)
     }
 
-    /// A break of a region that a huge entry maps, read-only: of all of it, or of nothing (`None`), and then page by page. If `is_whole`,
-    /// whatever that costs. The caller has opened the region.
+    /// A break of a region that a huge entry maps, read-only: of all of it, or of nothing (`None`), and then
+    /// page by page. If `is_whole`, whatever that costs. The caller has opened the region.
     pub(super) fn resolve_huge(
         &self,
         region: &mut RegionGuard<'_>,
@@ -270,7 +272,8 @@ impl<P: CowPolicy> AddressSpace<P> {
         Ok(Some(resolution))
     }
 
-    /// As [`AddressSpace::move_writer`], for a whole region: to its home, if that is free. Says whether it is.
+    /// As [`AddressSpace::move_writer`], for a whole region: to its home, if that is free. Says whether it
+    /// is.
     fn move_writer_huge(
         &self,
         region: &mut RegionGuard<'_>,
@@ -287,8 +290,9 @@ impl<P: CowPolicy> AddressSpace<P> {
         Ok(true)
     }
 
-    /// Makes all pages of a region writable that are not, so that one mapping does for them and nothing in it faults again. If
-    /// mappings are short, pages that were never touched get frames as well: that spends memory to save mappings.
+    /// Makes all pages of a region writable that are not, so that one mapping does for them and nothing in it
+    /// faults again. If mappings are short, pages that were never touched get frames as well: that spends
+    /// memory to save mappings.
     ///
     /// Nobody asked for any of it, so a page for which there is no memory is left as it is.
     fn resolve_rest(&self, region: &mut RegionGuard<'_>, also_untouched: bool) {
@@ -346,7 +350,8 @@ impl<P: CowPolicy> AddressSpace<P> {
         Ok(Some(fresh))
     }
 
-    /// Maps pages to the frames that were filled for them, writable, with few calls. In the order of [`AddressSpace::move_writer`].
+    /// Maps pages to the frames that were filled for them, writable, with few calls. In the order of
+    /// [`AddressSpace::move_writer`].
     fn map_moved(
         &self,
         region: &mut RegionGuard<'_>,
@@ -386,7 +391,8 @@ impl<P: CowPolicy> AddressSpace<P> {
         Ok(())
     }
 
-    /// The folio that a region is in, page by page and in order, if every page is writable or among `in_place`.
+    /// The folio that a region is in, page by page and in order, if every page is writable or among
+    /// `in_place`.
     fn folio_of(&self, region: &RegionGuard<'_>, in_place: &[Gfn]) -> Option<Pfn> {
         let head = region.get(region.first()).pfn();
         let mut in_place = in_place.iter().peekable();
@@ -406,8 +412,9 @@ impl<P: CowPolicy> AddressSpace<P> {
 
     /// Maps a region by a huge entry again whose pages are all exclusive, in the folio at `head`.
     ///
-    /// The MMU maps it anew, though nothing but rights differ: a host that has split its own huge mapping for a page that was protected
-    /// by itself does not join it again, and would have the guest fault 512 times where one would do.
+    /// The MMU maps it anew, though nothing but rights differ: a host that has split its own huge mapping for
+    /// a page that was protected by itself does not join it again, and would have the guest fault 512 times
+    /// where one would do.
     fn form_huge(&self, region: &mut RegionGuard<'_>, head: Pfn) -> Result<(), FaultError> {
         let (first, count) = (region.first(), region.len());
         self.mapped
@@ -419,7 +426,8 @@ impl<P: CowPolicy> AddressSpace<P> {
         Ok(())
     }
 
-    /// T1, and T8 for memory that was never touched. The first touch of a region gets all of it a huge folio, if that can be had.
+    /// T1, and T8 for memory that was never touched. The first touch of a region gets all of it a huge folio,
+    /// if that can be had.
     fn fill_zero(
         &self,
         region: &mut RegionGuard<'_>,
@@ -447,7 +455,8 @@ impl<P: CowPolicy> AddressSpace<P> {
         Ok(Resolution::ZeroFilled)
     }
 
-    /// Points every snapshot that shares a page of the region at a copy, whatever that costs; says whether nobody else does.
+    /// Points every snapshot that shares a page of the region at a copy, whatever that costs; says whether
+    /// nobody else does.
     pub(super) fn move_all_sharers(&self, region: &RegionGuard<'_>) -> Result<bool, FaultError> {
         if self.move_sharers_huge(region)? {
             return Ok(true);
@@ -462,8 +471,9 @@ impl<P: CowPolicy> AddressSpace<P> {
         Ok(true)
     }
 
-    /// Points every snapshot at a copy of the region's folio in one piece: a folio as well, so that they keep their shape, too. `false`,
-    /// and nothing has changed, if there is no folio for it, or if anything has pages of it but huge entries of snapshots.
+    /// Points every snapshot at a copy of the region's folio in one piece: a folio as well, so that they keep
+    /// their shape, too. `false`, and nothing has changed, if there is no folio for it, or if anything has
+    /// pages of it but huge entries of snapshots.
     fn move_sharers_huge(&self, region: &RegionGuard<'_>) -> Result<bool, FaultError> {
         let Some(head) = region.huge().map(Entry::pfn) else {
             return Ok(false);
@@ -506,9 +516,9 @@ impl<P: CowPolicy> AddressSpace<P> {
         Ok(true)
     }
 
-    /// Points every snapshot that shares `pfn` for page `gfn` at a copy. Says whether the frame is exclusive to this space
-    /// then: not if anything but a snapshot's mapping holds it. Of a page that a huge entry maps, only whether no
-    /// snapshot is left.
+    /// Points every snapshot that shares `pfn` for page `gfn` at a copy. Says whether the frame is exclusive
+    /// to this space then: not if anything but a snapshot's mapping holds it. Of a page that a huge entry
+    /// maps, only whether no snapshot is left.
     ///
     /// The bytes cannot change while they are copied: the frame is not exclusive, so no entry maps it
     /// writable and no pin on it exists.
@@ -537,9 +547,9 @@ impl<P: CowPolicy> AddressSpace<P> {
         let mut copy = Some(copy);
         for snapshot in sharing() {
             let mut theirs = snapshot.lock();
-            // Only we move it, under our own region's lock, and it cannot be dropped while it is upgraded. Another space that has it
-            // among its sharers, too, does not map the frame: it would have been counted. Those that have it in common with one that was
-            // moved before are not here any more.
+            // Only we move it, under our own region's lock, and it cannot be dropped while it is upgraded.
+            // Another space that has it among its sharers, too, does not map the frame: it would have been
+            // counted. Those that have it in common with one that was moved before are not here any more.
             debug_assert_eq!(theirs.get(gfn).pfn(), pfn, "{gfn:?} of a snapshot moved");
             if self.pool.frames().try_map_held(copied_to).is_ok() {
                 theirs.move_page(gfn, copied_to);

@@ -6,11 +6,11 @@ use super::policy::CowPolicy;
 use super::space::AddressSpace;
 
 impl<P: CowPolicy> AddressSpace<P> {
-    /// Writes `bytes` into page `gfn`, from byte `offset` on, as a debugger does to set a breakpoint: COW is broken, but the page
-    /// does not become writable for the guest.
+    /// Writes `bytes` into page `gfn`, from byte `offset` on, as a debugger does to set a breakpoint: COW is
+    /// broken, but the page does not become writable for the guest.
     ///
-    /// The page must be **exclusive** before it is written: that is the proof that COW was broken. Linux once took "dirty" for
-    /// it, which others can set (5535be309971). vCPUs that run may see half of the bytes.
+    /// The page must be **exclusive** before it is written: that is the proof that COW was broken. Linux once
+    /// took "dirty" for it, which others can set (5535be309971). vCPUs that run may see half of the bytes.
     ///
     /// # Errors
     /// As [`AddressSpace::write_fault`].

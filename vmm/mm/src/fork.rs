@@ -5,12 +5,13 @@
 //!    entry. The bit stays: read-only and exclusive is a normal state, and a fork that fails here costs
 //!    the guest a few faults that copy nothing.
 //! 2. **Share.** For every page that is read-only now: clear the bit and add the child's mapping, in one
-//!    step. A page that is writable still (a device holds it), or whose frame refuses (it was pinned since), is
-//!    copied for the child at once, and the parent's entry is not touched.
+//!    step. A page that is writable still (a device holds it), or whose frame refuses (it was pinned since),
+//!    is copied for the child at once, and the parent's entry is not touched.
 //!
-//! Only what has changed since the last fork is looked at (`lineage.rs`): the rest is possibly shared already, and the
-//! child has it in common with the last one. A region that a huge entry maps is shared as one; if a device holds pages of it, the
-//! entry is split first, and just those pages are copied. (The kernel copies all 512: it counts pins by folio.)
+//! Only what has changed since the last fork is looked at (`lineage.rs`): the rest is possibly shared
+//! already, and the child has it in common with the last one. A region that a huge entry maps is shared as
+//! one; if a device holds pages of it, the entry is split first, and just those pages are copied. (The kernel
+//! copies all 512: it counts pins by folio.)
 //!
 //! Protecting before sharing is what J. Horn proposed for Linux in June 2025: a writer that was not
 //! stopped cannot tear the child's pages, since no frame is shared while anybody may write it.
@@ -31,7 +32,8 @@ use super::space::AddressSpace;
 use super::stats::Counters;
 use super::sync::lock;
 
-/// Huge entries and chunks that [`AddressSpace::prepare_fork`] forks at once, or a few more, while faults in their regions wait.
+/// Huge entries and chunks that [`AddressSpace::prepare_fork`] forks at once, or a few more, while faults in
+/// their regions wait.
 const PREPARE_AT_ONCE: usize = 16;
 
 /// Frames, and those they are to be copied to.
@@ -115,11 +117,13 @@ impl<P: CowPolicy> AddressSpace<P> {
         }))
     }
 
-    /// Does what the next [`AddressSpace::fork`] would have to do, while the guest runs: forks what has changed, for nobody. What was shared
-    /// so is what that fork takes over if it does not change again; and if it does, the guest finds itself alone and copies nothing
-    /// (PROTOCOL.md T4), but has had a fault more. So it is done where it pays (`adapt.rs`), and again, for what the guest has
-    /// written meanwhile, as long as that becomes less. Of what changes before every fork, page by page, so much is left to it as does not make it long
-    /// ([`AddressSpace::leave_to_fork`]): write-protecting a page costs a guest that runs several times what it costs one that stands still.
+    /// Does what the next [`AddressSpace::fork`] would have to do, while the guest runs: forks what has
+    /// changed, for nobody. What was shared so is what that fork takes over if it does not change again; and
+    /// if it does, the guest finds itself alone and copies nothing (PROTOCOL.md T4), but has had a fault
+    /// more. So it is done where it pays (`adapt.rs`), and again, for what the guest has written meanwhile,
+    /// as long as that becomes less. Of what changes before every fork, page by page, so much is left to it
+    /// as does not make it long ([`AddressSpace::leave_to_fork`]): write-protecting a page costs a guest that
+    /// runs several times what it costs one that stands still.
     ///
     /// Has memory ready for the copies of pinned pages, too.
     ///
@@ -151,8 +155,9 @@ impl<P: CowPolicy> AddressSpace<P> {
         }
     }
 
-    /// Looks at the first of `regions`, in order, and forks those for which it pays, for nobody. Says how many it has looked at and how many
-    /// it has forked. Faults in them wait meanwhile. `left` are the chunks of regions that change before every fork and are left to it.
+    /// Looks at the first of `regions`, in order, and forks those for which it pays, for nobody. Says how
+    /// many it has looked at and how many it has forked. Faults in them wait meanwhile. `left` are the chunks
+    /// of regions that change before every fork and are left to it.
     fn prepare_some(&self, regions: &[usize], left: &mut usize) -> (usize, usize) {
         let Ok(_no_fork) = self.mapped.enter() else {
             return (regions.len(), 0);
@@ -207,8 +212,8 @@ impl<P: CowPolicy> AddressSpace<P> {
         (looked_at, prepared)
     }
 
-    /// Whether nobody holds what has changed in a region. What is pinned would be copied, for nobody; and what is written through a hold would
-    /// be lost before the fork.
+    /// Whether nobody holds what has changed in a region. What is pinned would be copied, for nobody; and
+    /// what is written through a hold would be lost before the fork.
     fn is_unheld(&self, region: &RegionGuard<'_>) -> bool {
         let is_idle = |gfn| self.pool.state(region.get(gfn).pfn()).is_idle();
         match region.huge() {
@@ -217,8 +222,8 @@ impl<P: CowPolicy> AddressSpace<P> {
         }
     }
 
-    /// Both passes, for regions that have changed, in order: all that are writable, or neighbours. What was writable is added to `written`,
-    /// in order, if anybody wants to know.
+    /// Both passes, for regions that have changed, in order: all that are writable, or neighbours. What was
+    /// writable is added to `written`, in order, if anybody wants to know.
     fn share_regions(
         &self,
         regions: &mut [RegionGuard<'_>],
@@ -286,7 +291,8 @@ impl<P: CowPolicy> AddressSpace<P> {
             };
         }
         let is_empty = chunks.iter().all(Option::is_none);
-        // A region shorter than a folio is forked anew each time: the counts of a small space are then what its entries say.
+        // A region shorter than a folio is forked anew each time: the counts of a small space are then what
+        // its entries say.
         let kept = if !region.is_full() {
             Some(FrozenChunks::default())
         } else if copied.is_empty() {
@@ -407,8 +413,8 @@ impl<P: CowPolicy> AddressSpace<P> {
             .map_err(ForkError::WriteProtect)
     }
 
-    /// A running clone of a snapshot: a live address space that shares the snapshot's frames. `mmu` shows zeros, read-only,
-    /// everywhere.
+    /// A running clone of a snapshot: a live address space that shares the snapshot's frames. `mmu` shows
+    /// zeros, read-only, everywhere.
     ///
     /// # Errors
     /// If the pool has no room for the clone's home, or `mmu` refuses.
@@ -432,7 +438,8 @@ impl<P: CowPolicy> AddressSpace<P> {
                     true => clone.adopt(&mut to, gfn, entry.pfn()),
                     false => Ok(Adopted::Shared),
                 };
-                // A break must not move the snapshot between the look and the share: the frame would be the writer's.
+                // A break must not move the snapshot between the look and the share: the frame would be the
+                // writer's.
                 let page = if without::<P>(Safeguard::CloneUnderLock) {
                     let entry = from.lock().get(gfn);
                     adopt(entry)
@@ -453,7 +460,8 @@ impl<P: CowPolicy> AddressSpace<P> {
         Ok(clone)
     }
 
-    /// Maps the folio of a snapshot's region at the same region of this space, read-only. The region was untouched.
+    /// Maps the folio of a snapshot's region at the same region of this space, read-only. The region was
+    /// untouched.
     fn adopt_huge(&self, region: &mut RegionGuard<'_>, head: Pfn) -> Result<Adopted, ForkError> {
         let frames = self.pool.frames();
         if frames.try_share_huge(head, &self.policy).is_err() {

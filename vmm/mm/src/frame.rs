@@ -47,8 +47,8 @@ const fn order<P: CowPolicy>(safeguard: Safeguard) -> (Ordering, Ordering) {
 
 /// The packed words of all frames, and of all huge folios.
 ///
-/// It is as long as there are frame numbers. What was never used of it costs no memory (`sync::zeroed`), a page of the host for each folio's
-/// worth of frames.
+/// It is as long as there are frame numbers. What was never used of it costs no memory (`sync::zeroed`), a
+/// page of the host for each folio's worth of frames.
 pub(super) struct FrameTable {
     words: Box<[AtomicU64]>,
     /// One for each run of frames that could be a huge folio (`folio.rs`).
@@ -70,7 +70,8 @@ impl FrameTable {
         self.words.len() as u64
     }
 
-    /// What is known of a frame, by whatever entries it is mapped. If that is being changed from huge to small or back, a mixture.
+    /// What is known of a frame, by whatever entries it is mapped. If that is being changed from huge to
+    /// small or back, a mixture.
     pub(super) fn state(&self, pfn: Pfn) -> FrameState {
         let own = self.own_state(pfn);
         if own.is_part() {
@@ -102,8 +103,8 @@ impl FrameTable {
     ///   mapping back here. A pin that finds the frame exclusive again for somebody else comes after that in
     ///   the word's order, so its re-read of the entry (`pin.rs`) sees the new entry. Without acquire here
     ///   it could read the old one and grant a pin on another's frame.
-    /// * *reuse* against *the last other mapping going away*: a space unmaps its readers' window before it gives the
-    ///   mapping back (PROTOCOL.md 5.4), so a writer that finds itself alone has no reader left.
+    /// * *reuse* against *the last other mapping going away*: a space unmaps its readers' window before it
+    ///   gives the mapping back (PROTOCOL.md 5.4), so a writer that finds itself alone has no reader left.
     pub(super) fn update(
         &self,
         pfn: Pfn,
@@ -134,8 +135,8 @@ impl FrameTable {
 
     /// The state at the end of all changes so far: a change made later sees all that the caller did before.
     ///
-    /// A load will not do where the caller has changed an entry and asks who pinned the frame through it: the load may be
-    /// done before the store is seen, and the pin's re-read before the pin is (PROTOCOL.md 5.2).
+    /// A load will not do where the caller has changed an entry and asks who pinned the frame through it: the
+    /// load may be done before the store is seen, and the pin's re-read before the pin is (PROTOCOL.md 5.2).
     pub(super) fn settled<P: CowPolicy>(&self, pfn: Pfn) -> FrameState {
         if without::<P>(Safeguard::PinsCountedInOrder) {
             return self.state(pfn);
@@ -172,7 +173,8 @@ impl FrameTable {
         without::<P>(safeguard).then(|| self.state(pfn))
     }
 
-    /// One more mapping, possibly shared, of a frame that nobody but mappings holds. Says whether it was exclusive.
+    /// One more mapping, possibly shared, of a frame that nobody but mappings holds. Says whether it was
+    /// exclusive.
     pub(super) fn try_share_idle(&self, pfn: Pfn) -> Result<bool, FrameState> {
         self.update(pfn, |s| {
             s.is_idle()
@@ -192,9 +194,9 @@ impl FrameTable {
         debug_assert!(result.is_ok());
     }
 
-    /// Turns the caller's mapping into a hold if `may` agrees. A frame that nothing maps can neither be pinned nor
-    /// held, so if it was the only mapping the frame is nobody's until [`FrameTable::put_back`]: what the kernel
-    /// does by freezing the reference count. Says whether it was exclusive.
+    /// Turns the caller's mapping into a hold if `may` agrees. A frame that nothing maps can neither be
+    /// pinned nor held, so if it was the only mapping the frame is nobody's until [`FrameTable::put_back`]:
+    /// what the kernel does by freezing the reference count. Says whether it was exclusive.
     pub(super) fn try_isolate<P: CowPolicy>(
         &self,
         pfn: Pfn,
@@ -238,8 +240,8 @@ impl FrameTable {
         .map(drop)
     }
 
-    /// Makes the frame exclusive to the one mapping the caller holds, if `policy` says that it may be written in place
-    /// (PROTOCOL.md T3, T4, T7).
+    /// Makes the frame exclusive to the one mapping the caller holds, if `policy` says that it may be written
+    /// in place (PROTOCOL.md T3, T4, T7).
     pub(super) fn try_reuse(&self, pfn: Pfn, policy: &impl CowPolicy) -> Result<(), FrameState> {
         // What is part of a folio is mapped by a huge entry too: not ours, which would not come here.
         self.update(pfn, |s| {
@@ -248,7 +250,8 @@ impl FrameTable {
         .map(drop)
     }
 
-    /// Takes a pin if `policy` grants one on the frame as it is (PROTOCOL.md 3: a pin may only be taken on an exclusive frame).
+    /// Takes a pin if `policy` grants one on the frame as it is (PROTOCOL.md 3: a pin may only be taken on an
+    /// exclusive frame).
     pub(super) fn try_pin<P: CowPolicy>(
         &self,
         pfn: Pfn,

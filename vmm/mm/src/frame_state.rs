@@ -5,15 +5,15 @@
 //! |---|---|---|---|---|
 //! | 0 | 0 | 0 | no | **free**, or allocated and not mapped yet |
 //! | 1 | any | any | yes | **exclusive**: one address space owns it; COW is disabled; pins are granted |
-//! | 1 or more | any | 0 | no | **possibly shared**: nobody may write it; a break reuses it if it is provably the last |
-//! | 0 | any | any | no | **held**: an orphan that was unmapped while held, or a copy that is not mapped yet; freed by the last holder |
+//! | 1 or more | any | 0 | no | **possibly shared**: not to be written; a break reuses it if it is the last |
+//! | 0 | any | any | no | **held**: an orphan, or a copy that is not mapped yet; freed by the last holder |
 //!
 //! Never: exclusive with `maps != 1`; a pin *granted* on a frame that is not exclusive (the weaker policies
 //! do that, which is their bug).
 //!
-//! A frame may also be mapped as a part of a **huge folio** (`folio.rs`): its word has the *part* mark then, which counts as one
-//! more mapping, and the folio's word says how many huge entries there are and whether they are exclusive. Holds are counted
-//! here all the same, page by page.
+//! A frame may also be mapped as a part of a **huge folio** (`folio.rs`): its word has the *part* mark then,
+//! which counts as one more mapping, and the folio's word says how many huge entries there are and whether
+//! they are exclusive. Holds are counted here all the same, page by page.
 
 use std::fmt;
 
@@ -65,8 +65,8 @@ impl FrameState {
         self.0
     }
 
-    /// Shadow page-table entries that map the frame, over all address spaces. While it is part of a folio that huge entries
-    /// map, they count as one in the frame's own word.
+    /// Shadow page-table entries that map the frame, over all address spaces. While it is part of a folio
+    /// that huge entries map, they count as one in the frame's own word.
     pub const fn maps(self) -> u64 {
         MAPS.of(self.0) + PART.of(self.0)
     }
@@ -74,7 +74,8 @@ impl FrameState {
     pub(super) const fn is_part(self) -> bool {
         PART.of(self.0) != 0
     }
-    /// The state of a page, from its own word and what its folio's says: `huge` entries map it, exclusively or not.
+    /// The state of a page, from its own word and what its folio's says: `huge` entries map it, exclusively
+    /// or not.
     pub(super) const fn in_folio(self, huge: u64, exclusive: bool) -> Self {
         let maps = MAPS.of(self.0) + huge;
         let rest = self.0 & !(MAPS.max() << MAPS.shift) & !PART.one() & !EXCLUSIVE.one();

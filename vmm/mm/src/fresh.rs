@@ -108,8 +108,8 @@ pub(super) struct Isolated {
 }
 
 impl Isolated {
-    /// Takes the caller's mapping of `pfn` away if `may` agrees, and holds the frame: nobody can pin or hold it then if
-    /// that was its only mapping.
+    /// Takes the caller's mapping of `pfn` away if `may` agrees, and holds the frame: nobody can pin or hold
+    /// it then if that was its only mapping.
     pub(super) fn try_take<P: CowPolicy>(
         pool: PoolRef,
         pfn: Pfn,

@@ -21,8 +21,9 @@ use super::safeguard::Safeguard;
 use super::space::AddressSpace;
 
 impl<P: CowPolicy> AddressSpace<P> {
-    /// Takes a transient hold on the frame of a page. For [`Access::Write`] COW is broken first: what is written through the
-    /// hold is seen by the guest **until the next fork**, which does not know of it (PROTOCOL.md D3).
+    /// Takes a transient hold on the frame of a page. For [`Access::Write`] COW is broken first: what is
+    /// written through the hold is seen by the guest **until the next fork**, which does not know of it
+    /// (PROTOCOL.md D3).
     ///
     /// # Errors
     /// For reading, only if there is no such page; for writing as [`AddressSpace::write_fault`].

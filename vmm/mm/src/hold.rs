@@ -10,8 +10,8 @@ use super::frame_state::FrameState;
 use super::policy::CowPolicy;
 use super::pool_ref::PoolRef;
 
-/// A device's hold on a frame (`FOLL_PIN`): the frame stays this page of its address space, whatever forks and
-/// faults do, until the handle is dropped.
+/// A device's hold on a frame (`FOLL_PIN`): the frame stays this page of its address space, whatever forks
+/// and faults do, until the handle is dropped.
 #[derive(Debug)]
 pub struct Pin(PinnedRun);
 
@@ -37,8 +37,8 @@ pub struct PinnedRun {
 }
 
 impl PinnedRun {
-    /// Takes pins, if `policy` grants them, on the page of `entry`, and of a huge entry on pages that follow in its folio:
-    /// on `count` in all, or on none. The zero frame's pins are not counted (PROTOCOL.md 4.15).
+    /// Takes pins, if `policy` grants them, on the page of `entry`, and of a huge entry on pages that follow
+    /// in its folio: on `count` in all, or on none. The zero frame's pins are not counted (PROTOCOL.md 4.15).
     #[inline]
     pub(super) fn try_take<P: CowPolicy>(
         pool: PoolRef,

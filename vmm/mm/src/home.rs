@@ -1,11 +1,11 @@
 //! Homes: the run of frames that each address space has for its own.
 //!
-//! The frame for guest page `gfn` is `home + gfn` for as long as nothing forces it elsewhere. Neighbouring guest pages are then
-//! neighbours in the physmap, one mapping of the window covers them, and a first touch finds its frame by arithmetic. Frames of a home that
-//! were never touched have no memory.
+//! The frame for guest page `gfn` is `home + gfn` for as long as nothing forces it elsewhere. Neighbouring
+//! guest pages are then neighbours in the physmap, one mapping of the window covers them, and a first touch
+//! finds its frame by arithmetic. Frames of a home that were never touched have no memory.
 //!
-//! A home ends with its address space. Its frames are anybody's then, those that snapshots still share when the last of them lets go;
-//! and where all are free there may be another home.
+//! A home ends with its address space. Its frames are anybody's then, those that snapshots still share when
+//! the last of them lets go; and where all are free there may be another home.
 
 use std::sync::Arc;
 

@@ -1,15 +1,19 @@
 //! The protocol: frames, shadow page tables, faults, pins, forks.
 //!
-//! **Guarantee.** After [`AddressSpace::fork`] nothing that the parent, its devices or another fork writes is ever seen in the
-//! child (isolation), and a page that a device holds pinned stays the page the guest sees (coherence).
-//! Both rest on one bit a frame, *exclusive*, and four rules:
+//! **Guarantee.** After [`AddressSpace::fork`] nothing that the parent, its devices or another fork writes is
+//! ever seen in the child (isolation), and a page that a device holds pinned stays the page the guest sees
+//! (coherence). Both rest on one bit a frame, *exclusive*, and four rules:
 //!
-//! 1. A writable entry implies an exclusive frame. The reverse does not hold: read-only and exclusive is normal.
-//! 2. A write to an exclusive frame never copies. A write to any other copies, unless the writer is provably the last holder.
+//! 1. A writable entry implies an exclusive frame. The reverse does not hold: read-only and exclusive is
+//!    normal.
+//! 2. A write to an exclusive frame never copies. A write to any other copies, unless the writer is provably
+//!    the last holder.
 //! 3. A pin is only granted on an exclusive frame.
-//! 4. A frame stops being exclusive only when it is shared, and a pinned frame is not shared: fork copies it at once instead.
+//! 4. A frame stops being exclusive only when it is shared, and a pinned frame is not shared: fork copies it
+//!    at once instead.
 //!
-//! They are the Linux kernel's since v5.19 (`PageAnonExclusive`; David Hildenbrand, 6c287605fd56 and a7f226604170).
+//! They are the Linux kernel's since v5.19 (`PageAnonExclusive`; David Hildenbrand, 6c287605fd56 and
+//! a7f226604170).
 //!
 //! | file | concept |
 //! |---|---|

@@ -1,12 +1,13 @@
 //! What the next fork takes over from the last one.
 //!
-//! A region that nobody has changed since a fork is possibly shared, all of it, and some snapshot's region shows just what
-//! it shows: the next snapshot gets the same one. So an address space keeps the table of its last snapshot, without the
-//! regions that have changed since, and the list of those. Of a region that is mapped page by page and has changed in some places it keeps
-//! the chunks that have not: the next snapshot's region is made of these and of new ones.
+//! A region that nobody has changed since a fork is possibly shared, all of it, and some snapshot's region
+//! shows just what it shows: the next snapshot gets the same one. So an address space keeps the table of its
+//! last snapshot, without the regions that have changed since, and the list of those. Of a region that is
+//! mapped page by page and has changed in some places it keeps the chunks that have not: the next snapshot's
+//! region is made of these and of new ones.
 //!
-//! What is kept is *closed*: read-only, not exclusive, and counted once more than anybody needs, so that it must be *opened* (`open.rs`) before
-//! anything else is done to it.
+//! What is kept is *closed*: read-only, not exclusive, and counted once more than anybody needs, so that it
+//! must be *opened* (`open.rs`) before anything else is done to it.
 
 use std::sync::Arc;
 

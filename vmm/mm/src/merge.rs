@@ -23,12 +23,12 @@ use super::safeguard::Safeguard;
 use super::space::AddressSpace;
 
 impl<P: CowPolicy> AddressSpace<P> {
-    /// Lets page `other_gfn` of `other` share the frame of page `gfn` of this space, if they hold the same bytes.
-    /// The two spaces may be one.
+    /// Lets page `other_gfn` of `other` share the frame of page `gfn` of this space, if they hold the same
+    /// bytes. The two spaces may be one.
     ///
     /// # Errors
-    /// If the pages differ; [`RearrangeError::Busy`] if a device or a reader holds either frame; if a page was never
-    /// touched; or the MMU refuses. Nothing has changed then.
+    /// If the pages differ; [`RearrangeError::Busy`] if a device or a reader holds either frame; if a page
+    /// was never touched; or the MMU refuses. Nothing has changed then.
     pub fn merge(&self, gfn: Gfn, other: &Self, other_gfn: Gfn) -> Result<(), RearrangeError> {
         self.mapped.table.in_range(gfn)?;
         other.mapped.table.in_range(other_gfn)?;

@@ -14,8 +14,8 @@ use super::safeguard::Safeguard;
 use super::space::AddressSpace;
 
 impl<P: CowPolicy> AddressSpace<P> {
-    /// Moves page `gfn` to another frame and says which: its home if that is free, so that the page and its neighbours
-    /// need one mapping again, else any. A page that was never touched stays so.
+    /// Moves page `gfn` to another frame and says which: its home if that is free, so that the page and its
+    /// neighbours need one mapping again, else any. A page that was never touched stays so.
     ///
     /// # Errors
     /// [`RearrangeError::Busy`] if anybody but this page's entry holds the frame, a device, a reader or a

@@ -12,7 +12,8 @@ use super::sync::lock;
 impl<P: CowPolicy> AddressSpace<P> {
     /// To be called before a page changes: its frame, what is in it, or who may write it.
     ///
-    /// If no snapshot has use for what the last one had here, that one's mappings go, so that the space finds itself alone.
+    /// If no snapshot has use for what the last one had here, that one's mappings go, so that the space finds
+    /// itself alone.
     pub(super) fn open(&self, region: &mut RegionGuard<'_>, gfn: Gfn) {
         self.open_region(region);
         let chunk = region.chunk_of(gfn);
@@ -47,8 +48,8 @@ impl<P: CowPolicy> AddressSpace<P> {
         }
     }
 
-    /// Keeps what the last snapshot has of a region and shows just as the region does, which was in small entries only since it
-    /// changed: all but the chunk of page `gfn`, which is about to change or just has.
+    /// Keeps what the last snapshot has of a region and shows just as the region does, which was in small
+    /// entries only since it changed: all but the chunk of page `gfn`, which is about to change or just has.
     pub(super) fn keep_chunks(&self, region: &mut RegionGuard<'_>, gfn: Gfn) {
         let Some(frozen) = region.state.sharers.last().and_then(Weak::upgrade) else {
             return;

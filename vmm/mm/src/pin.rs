@@ -13,11 +13,13 @@
 //! It takes no lock and needs no fence. What the kernel's sequence count does against fork, the
 //! compare-and-swap does: fork clears the bit in the same word, so either fork comes first and there is no
 //! bit, or the pin does and fork sees it. The re-read is for a frame that was freed and became another
-//! page's, exclusive again, between the first two lines. Both are model-checked in `tests/loom`, with and without.
+//! page's, exclusive again, between the first two lines. Both are model-checked in `tests/loom`, with and
+//! without.
 //!
-//! Neighbouring pages are pinned a *run* at a time: pages of one region that are in neighbouring frames, by entries that are alike. Each
-//! line is done for all of them before the next is: what a pin does between two lines, or how long it waits there, was free before.
-//! So a run is looked up once, counted in the statistics once, and if a huge entry maps it there is one barrier for it (`folio.rs`).
+//! Neighbouring pages are pinned a *run* at a time: pages of one region that are in neighbouring frames, by
+//! entries that are alike. Each line is done for all of them before the next is: what a pin does between two
+//! lines, or how long it waits there, was free before. So a run is looked up once, counted in the statistics
+//! once, and if a huge entry maps it there is one barrier for it (`folio.rs`).
 
 use super::addr::{Access, Gfn};
 use super::entry::Entry;
@@ -91,7 +93,8 @@ impl<P: CowPolicy> AddressSpace<P> {
         Ok(runs)
     }
 
-    /// Pins a run of at most `most` pages from `gfn` on, all in its region. `None` if `gfn` itself can't be pinned so.
+    /// Pins a run of at most `most` pages from `gfn` on, all in its region. `None` if `gfn` itself can't be
+    /// pinned so.
     #[inline]
     fn pin_fast(&self, gfn: Gfn, most: u64, access: Access) -> Option<PinnedRun> {
         let huge = self.mapped.table.peek_huge(gfn);

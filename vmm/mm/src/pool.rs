@@ -1,11 +1,12 @@
 //! The frame pool: all frames of a process, and the memory they may have.
 //!
-//! An address space has a *home* (`home.rs`): a frame for each of its pages, where the page is for as long as nothing forces it elsewhere.
-//! All other frames (copies for snapshots, mostly) come from the rest of the pool. Which frame is whose is `allocator.rs`; how
-//! frames come to have memory is `commit.rs`; the handles by which they are held are `fresh.rs` and `hold.rs`.
+//! An address space has a *home* (`home.rs`): a frame for each of its pages, where the page is for as long as
+//! nothing forces it elsewhere. All other frames (copies for snapshots, mostly) come from the rest of the
+//! pool. Which frame is whose is `allocator.rs`; how frames come to have memory is `commit.rs`; the handles
+//! by which they are held are `fresh.rs` and `hold.rs`.
 //!
-//! Memory is asked for in whole runs as long as a huge folio, and more of them at a time in a home, so that the host can give it in
-//! huge pages (PLATFORM.md, "Huge frames without privilege").
+//! Memory is asked for in whole runs as long as a huge folio, and more of them at a time in a home, so that
+//! the host can give it in huge pages (PLATFORM.md, "Huge frames without privilege").
 
 use std::fmt;
 use std::sync::Arc;
@@ -129,8 +130,8 @@ impl FramePool {
         Ok(Fresh::of_allocated(self.reference(), taken.first))
     }
 
-    /// The frames of a huge folio for the pages from `index` on: their homes. `None` if one of them is in use, or there is not memory
-    /// for all of them. With whatever is in them.
+    /// The frames of a huge folio for the pages from `index` on: their homes. `None` if one of them is in
+    /// use, or there is not memory for all of them. With whatever is in them.
     pub(super) fn allocate_huge(
         &self,
         home: &Home,
@@ -142,20 +143,22 @@ impl FramePool {
         Ok(taken.map(|taken| FreshFolio::of_allocated(self.reference(), &taken)))
     }
 
-    /// The frames of a huge folio for anything. `None` if there is no such run, or not memory for all of it. With whatever is in them.
+    /// The frames of a huge folio for anything. `None` if there is no such run, or not memory for all of it.
+    /// With whatever is in them.
     pub(super) fn allocate_folio(&self) -> Result<Option<FreshFolio>, AllocError> {
         let taken = self.supply.try_take(Allocator::claim_folio)?;
         Ok(taken.map(|taken| FreshFolio::of_allocated(self.reference(), &taken)))
     }
 
-    /// Has memory ready for whoever needs a frame or a folio next, which may be in a hurry, and gives back to the host what nobody has
-    /// used for a while. What there is no memory for is left to them.
+    /// Has memory ready for whoever needs a frame or a folio next, which may be in a hurry, and gives back to
+    /// the host what nobody has used for a while. What there is no memory for is left to them.
     pub(super) fn provide(&self) {
         self.supply.provide();
         self.supply.give_back_surplus();
     }
 
-    /// A frame for page `index` that is filled with zeros: its home if that is free, so that neighbours stay neighbours, else any.
+    /// A frame for page `index` that is filled with zeros: its home if that is free, so that neighbours stay
+    /// neighbours, else any.
     pub(super) fn allocate_zeroed(&self, home: &Home, index: u64) -> Result<Fresh, AllocError> {
         let (fresh, is_zero) = self.allocate_home(home, index)?;
         if !is_zero {

@@ -13,9 +13,10 @@ use super::stripe::Striped;
 
 /// A counted reference to what a handle on a frame needs of the frame's pool.
 ///
-/// Every handle takes one and gives it back. If all of them changed one count, two devices on different pages would fight
-/// for its cache line. So a pool has a count for each stripe of threads, as the kernel's `percpu_ref` has one for each CPU.
-/// A handle that is dropped on another thread gives back the reference it was made with.
+/// Every handle takes one and gives it back. If all of them changed one count, two devices on different pages
+/// would fight for its cache line. So a pool has a count for each stripe of threads, as the kernel's
+/// `percpu_ref` has one for each CPU. A handle that is dropped on another thread gives back the reference it
+/// was made with.
 #[derive(Clone)]
 pub(super) struct PoolRef(Arc<CachePadded<Parts>>);
 

@@ -87,8 +87,8 @@ impl<P: CowPolicy> AddressSpace<P> {
         self
     }
 
-    /// Sets what the break of a whole region costs: as much as `small` breaks of a page. What it costs is measured by
-    /// whoever handles the faults. At 0 every break is of a whole region.
+    /// Sets what the break of a whole region costs: as much as `small` breaks of a page. What it costs is
+    /// measured by whoever handles the faults. At 0 every break is of a whole region.
     pub fn set_whole_price(&self, small: u32) {
         self.predictor.set_whole_price(small);
     }
@@ -98,15 +98,15 @@ impl<P: CowPolicy> AddressSpace<P> {
         self.mapped.note_protected();
     }
 
-    /// The pages that a fork, a restore or dirty tracking has made read-only since this was last called, and those that a restore has changed
-    /// and that are read-only: what was writable or different, and may not be written now. Some may be writable again. None if nobody has
-    /// asked for it to be noted.
+    /// The pages that a fork, a restore or dirty tracking has made read-only since this was last called, and
+    /// those that a restore has changed and that are read-only: what was writable or different, and may not
+    /// be written now. Some may be writable again. None if nobody has asked for it to be noted.
     pub fn take_protected(&self) -> Option<PageSet> {
         self.mapped.take_protected()
     }
 
-    /// Sets how many chunks (16 pages each, of regions that are mapped page by page and change before every fork) may have changed without
-    /// [`AddressSpace::prepare_fork`] doing anything about them.
+    /// Sets how many chunks (16 pages each, of regions that are mapped page by page and change before every
+    /// fork) may have changed without [`AddressSpace::prepare_fork`] doing anything about them.
     pub fn leave_to_fork(&self, chunks: u32) {
         self.predictor.leave_to_fork(chunks);
     }
@@ -127,7 +127,8 @@ impl<P: CowPolicy> AddressSpace<P> {
         Ok(self.mapped.table.peek(gfn))
     }
 
-    /// What the next fork would take over from the last of a page (the holder of its mapping), and the frame it has for it.
+    /// What the next fork would take over from the last of a page (the holder of its mapping), and the frame
+    /// it has for it.
     #[cfg(all(test, not(loom)))]
     pub(super) fn kept(&self, gfn: Gfn) -> Option<(usize, super::addr::Pfn)> {
         let region = self.mapped.table.lock_of(gfn);
@@ -156,8 +157,8 @@ impl<P: CowPolicy> AddressSpace<P> {
 }
 
 impl<P: CowPolicy> AddressSpace<P> {
-    /// Maps a region that has a huge entry by small ones instead: what they say is the same, and nothing is copied (PROTOCOL.md 4.10).
-    /// The MMU need not know.
+    /// Maps a region that has a huge entry by small ones instead: what they say is the same, and nothing is
+    /// copied (PROTOCOL.md 4.10). The MMU need not know.
     pub(super) fn split(&self, region: &mut RegionGuard<'_>) {
         if let Some(huge) = region.huge() {
             self.pool.frames().split_mapping(huge.pfn(), |page| {
@@ -170,8 +171,8 @@ impl<P: CowPolicy> AddressSpace<P> {
 }
 
 impl<P> Drop for AddressSpace<P> {
-    /// Frames that are still pinned live on as orphans until their pins are dropped. The caller has stopped the
-    /// vCPUs: the MMU is not changed.
+    /// Frames that are still pinned live on as orphans until their pins are dropped. The caller has stopped
+    /// the vCPUs: the MMU is not changed.
     fn drop(&mut self) {
         let pool = &self.pool;
         self.mapped.dismantle(|entry| match entry.is_huge() {

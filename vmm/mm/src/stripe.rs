@@ -1,7 +1,8 @@
-//! What all threads change all the time, in several copies, so that two threads hardly ever change the same cache line.
+//! What all threads change all the time, in several copies, so that two threads hardly ever change the same
+//! cache line.
 //!
-//! Which copy a thread uses matters for its speed and for nothing else: threads are numbered as they come, and share a copy when there
-//! are more of them than copies.
+//! Which copy a thread uses matters for its speed and for nothing else: threads are numbered as they come,
+//! and share a copy when there are more of them than copies.
 
 use std::cell::Cell;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};

@@ -22,11 +22,10 @@
 //! - Everything else is undone, or else finished.
 //!
 //! **Broken** is for good: nothing is changed any more and every operation answers the cause, so no vCPU has
-//! another fault resolved (only what takes no lock goes on: a pin of a page that it may pin as it is), and who
-//! drives them is to stop them
-//! ([`AddressSpace::check`](super::AddressSpace::check)). Until it does, nothing gets worse. What vCPUs may
-//! write through the MMU is exclusive, nothing shares it any more, and frames that the MMU may show live as
-//! long as the MMU.
+//! another fault resolved (only what takes no lock goes on: a pin of a page that it may pin as it is), and
+//! who drives them is to stop them ([`AddressSpace::check`](super::AddressSpace::check)). Until it does,
+//! nothing gets worse. What vCPUs may write through the MMU is exclusive, nothing shares it any more, and
+//! frames that the MMU may show live as long as the MMU.
 
 pub(super) mod table;
 

@@ -1,8 +1,8 @@
 //! The shadow page table: for each guest page the frame it is in and whether vCPUs may write it.
 //!
-//! It has two levels. A **region** is as many pages as a huge folio has (2 MiB), and is mapped by one *huge* entry or by a small
-//! entry for each of its pages. An entry is one atomic word. It is **changed only under the lock of its region** and may be read
-//! without one (the fast path of a pin does).
+//! It has two levels. A **region** is as many pages as a huge folio has (2 MiB), and is mapped by one *huge*
+//! entry or by a small entry for each of its pages. An entry is one atomic word. It is **changed only under
+//! the lock of its region** and may be read without one (the fast path of a pin does).
 
 use std::ops::{Range, RangeInclusive};
 use std::sync::Weak;
@@ -15,8 +15,8 @@ use super::super::sync::{AtomicU64, Mutex, MutexGuard, Ordering, lock, zeroed};
 
 /// The entries of one address space.
 pub(in super::super) struct Table {
-    /// Small entries. Those of a region with a huge entry mean nothing, and those of a region that always had one were never touched: they
-    /// are as long as a page of the host, and cost no memory (`sync::zeroed`).
+    /// Small entries. Those of a region with a huge entry mean nothing, and those of a region that always had
+    /// one were never touched: they are as long as a page of the host, and cost no memory (`sync::zeroed`).
     entries: Box<[AtomicU64]>,
     regions: Box<[ShadowRegion]>,
     /// How large a region is.
@@ -37,7 +37,8 @@ pub(in super::super) struct RegionState {
     touched: usize,
     /// Whether anything has changed since the last fork (`lineage.rs`).
     pub(in super::super) is_changed: bool,
-    /// Of a region that has changed: the chunks of the last snapshot that show what it still shows. Empty if there are none.
+    /// Of a region that has changed: the chunks of the last snapshot that show what it still shows. Empty if
+    /// there are none.
     pub(in super::super) kept: FrozenChunks,
     /// The snapshots' regions that may share frames with this one.
     pub(in super::super) sharers: Vec<Weak<FrozenRegion>>,
@@ -84,8 +85,8 @@ impl Table {
     /// Reads an entry without a lock: a hint, until something pins it down.
     ///
     /// Acquire pairs with the release in [`RegionGuard::set`]: who sees an entry sees its frame initialised
-    /// and mapped. While a region changes from huge to small entries or back, an old small entry may be read: its frame's word
-    /// says that it means nothing.
+    /// and mapped. While a region changes from huge to small entries or back, an old small entry may be read:
+    /// its frame's word says that it means nothing.
     pub(in super::super) fn peek(&self, gfn: Gfn) -> Entry {
         match self.peek_huge(gfn) {
             Some(entry) => entry,
@@ -106,7 +107,8 @@ impl Table {
             .then(|| huge.page(gfn.0 - self.order.floor(gfn.0)))
     }
 
-    /// What [`Table::peek`] looks at then. Time may pass between the two, so one look at the huge entry does for many pages.
+    /// What [`Table::peek`] looks at then. Time may pass between the two, so one look at the huge entry does
+    /// for many pages.
     #[inline]
     pub(in super::super) fn peek_small(&self, gfn: Gfn) -> Entry {
         Entry::of_word(self.entries[gfn.0 as usize].load(Ordering::Acquire))
@@ -222,7 +224,8 @@ impl RegionGuard<'_> {
         !matches!(self.state.kept.get(chunk), Some(Some(_)))
     }
 
-    /// The chunks of a region that has changed, but for those that have not. None of a region that a huge entry maps.
+    /// The chunks of a region that has changed, but for those that have not. None of a region that a huge
+    /// entry maps.
     pub(in super::super) fn open_chunks(&self) -> impl Iterator<Item = usize> + use<'_> {
         let is_open = |&chunk: &usize| self.is_open(chunk);
         let chunks = if self.huge().is_some() {
@@ -260,8 +263,8 @@ impl RegionGuard<'_> {
 
     /// Publishes a small entry. Only [`Mapped`](super::Mapped) may: it has the MMU show the same.
     ///
-    /// Release pairs with the acquire in [`Table::peek`]. It is also the store that a pin's re-read looks for:
-    /// it comes before the old frame's mapping is given back (`FrameTable::update`, second partner).
+    /// Release pairs with the acquire in [`Table::peek`]. It is also the store that a pin's re-read looks
+    /// for: it comes before the old frame's mapping is given back (`FrameTable::update`, second partner).
     pub(super) fn set(&mut self, gfn: Gfn, entry: Entry) {
         debug_assert!(self.huge().is_none() && !entry.is_huge());
         let before = self.get(gfn);

@@ -1,14 +1,16 @@
 //! How much of a region a COW break copies: a page, or all of it.
 //!
-//! A small break costs a fault; a whole region costs the copy of 512 pages, which is a few faults' worth. Which is better is
-//! known only afterwards, so this is the ski rental problem: small breaks first, and when they have cost as much as the
-//! region would have, the rest of it at once. That is never worse than twice the better of the two.
+//! A small break costs a fault; a whole region costs the copy of 512 pages, which is a few faults' worth.
+//! Which is better is known only afterwards, so this is the ski rental problem: small breaks first, and when
+//! they have cost as much as the region would have, the rest of it at once. That is never worse than twice
+//! the better of the two.
 //!
-//! A guest that waits for its faults writes less before the next fork than it would: what a region has cost before the
-//! forks so far is therefore held against it, the less the longer ago. So few breaks before each fork add up to as many as
-//! many before one.
+//! A guest that waits for its faults writes less before the next fork than it would: what a region has cost
+//! before the forks so far is therefore held against it, the less the longer ago. So few breaks before each
+//! fork add up to as many as many before one.
 //!
-//! A region that was broken whole the last times is broken whole at its first fault, and put to the proof every few forks.
+//! A region that was broken whole the last times is broken whole at its first fault, and put to the proof
+//! every few forks.
 
 use super::probe::is_probe;
 
@@ -30,8 +32,8 @@ pub(super) struct Breaks {
 }
 
 impl Breaks {
-    /// A change of region number `index` after fork number `fork`: the first since then, or since it was forked early. What
-    /// was written while nobody shared it says nothing of how it is written.
+    /// A change of region number `index` after fork number `fork`: the first since then, or since it was
+    /// forked early. What was written while nobody shared it says nothing of how it is written.
     pub(super) fn begin(&mut self, index: usize, fork: u64) {
         if self.since == fork + 1 {
             return;
@@ -51,7 +53,8 @@ impl Breaks {
         };
     }
 
-    /// Whether the next break should take the whole region, when one of all costs as much as `price` small ones.
+    /// Whether the next break should take the whole region, when one of all costs as much as `price` small
+    /// ones.
     pub(super) fn wants_whole(&self, price: u32) -> bool {
         self.was_whole && !self.is_probe || self.carried + self.small >= price
     }

@@ -1,18 +1,19 @@
-//! Before which forks a region changes, and whether it pays to fork it before the pause: it does if nothing of it changes
-//! between that and the fork.
+//! Before which forks a region changes, and whether it pays to fork it before the pause: it does if nothing
+//! of it changes between that and the fork.
 
-/// Times in a row that it was in vain to fork a region early that is mapped page by page, from which on that is tried less
-/// and less often.
+/// Times in a row that it was in vain to fork a region early that is mapped page by page, from which on that
+/// is tried less and less often.
 const IN_VAIN_SMALL: u8 = 2;
 
-/// The same for a region that a huge entry maps. To fork it costs the pause little, and a fault more costs the guest as much
-/// for either.
+/// The same for a region that a huge entry maps. To fork it costs the pause little, and a fault more costs
+/// the guest as much for either.
 const IN_VAIN_HUGE: u8 = 1;
 
 /// At the least once in two to the power of so many forks.
 const SELDOM: u8 = 6;
 
-/// Forks in a row before which a region changed, from which on it is taken to change before the next one as well.
+/// Forks in a row before which a region changed, from which on it is taken to change before the next one as
+/// well.
 const FREQUENT: u8 = 2;
 
 /// Before which forks one region changed, and whether it has paid to fork it early.
@@ -43,7 +44,8 @@ impl Changes {
         self.row < FREQUENT || self.last + 1 < fork
     }
 
-    /// It has changed before fork number `fork`, which shares it, or for which that is done early. Said once or more.
+    /// It has changed before fork number `fork`, which shares it, or for which that is done early. Said once
+    /// or more.
     pub(super) fn forked(&mut self, fork: u64) {
         if self.last != fork {
             let follows = self.last + 1 == fork;
@@ -65,7 +67,8 @@ impl Changes {
         }
     }
 
-    /// The region changes, for the first time since it was forked early or by fork number `forks`, the last there was.
+    /// The region changes, for the first time since it was forked early or by fork number `forks`, the last
+    /// there was.
     pub(super) fn changed(&mut self, forks: u64) {
         if self.prepared > forks {
             if !self.is_in_vain {

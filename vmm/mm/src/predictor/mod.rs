@@ -1,19 +1,19 @@
-//! What an address space predicts of its guest's writes: how much a break copies, what is forked before the pause, and
-//! what is broken before the guest asks for it.
+//! What an address space predicts of its guest's writes: how much a break copies, what is forked before the
+//! pause, and what is broken before the guest asks for it.
 //!
 //! **Guarantee.** Nothing rests on a prediction. One that is wrong costs a copy or a fault, and never a page.
 //!
-//! An address space has one [`Predictor`], and for each region a [`History`], which is the predictor's record of it. An
-//! operation says what it has done, and asks what to do:
+//! An address space has one [`Predictor`], and for each region a [`History`], which is the predictor's record
+//! of it. An operation says what it has done, and asks what to do:
 //!
 //! | question | asked by | answered by |
 //! |---|---|---|
 //! | [`Predictor::breaks_whole`] | a fault | `breaks`: the small breaks of the region, by ski rental |
 //! | [`Predictor::prepares`] | `prepare_fork` | `changes`: before which forks the region changed |
-//! | [`Predictor::next_ahead`] | `break_ahead` | `working_set`: what was written before each of the last two forks |
+//! | [`Predictor::next_ahead`] | `break_ahead` | `working_set`: what was written before the last two forks |
 //!
-//! What is taken for granted is looked at again every few forks (`probe`). Tests can have a predictor that learns nothing
-//! and always answers the same (`Predictor::fixed`).
+//! What is taken for granted is looked at again every few forks (`probe`). Tests can have a predictor that
+//! learns nothing and always answers the same (`Predictor::fixed`).
 
 mod breaks;
 mod changes;
@@ -122,13 +122,14 @@ impl Predictor {
         region.breaks.wants_whole(price)
     }
 
-    /// Whether a region changes before every fork, page by page, and so is not worth forking early. It is left to fork number
-    /// `fork`, as long as not too much is.
+    /// Whether a region changes before every fork, page by page, and so is not worth forking early. It is
+    /// left to fork number `fork`, as long as not too much is.
     pub(super) fn is_left_to_fork(&self, region: &Candidate<'_>, fork: u64) -> bool {
         !region.is_huge && !region.history.changes.is_rare(fork)
     }
 
-    /// Whether it pays to fork a region early, for fork number `fork`, to which `left` chunks would be left now.
+    /// Whether it pays to fork a region early, for fork number `fork`, to which `left` chunks would be left
+    /// now.
     pub(super) fn prepares(&self, region: &Candidate<'_>, fork: u64, left: usize) -> bool {
         #[cfg(test)]
         if let Some(fixed) = &self.fixed {
@@ -165,8 +166,8 @@ impl Predictor {
 }
 
 impl History {
-    /// Region number `index` changes, for the first time since it was forked early or by fork number `forks`, the last there
-    /// was.
+    /// Region number `index` changes, for the first time since it was forked early or by fork number `forks`,
+    /// the last there was.
     pub(super) fn changed(&mut self, index: usize, forks: u64) {
         self.changes.changed(forks);
         self.breaks.begin(index, forks);
@@ -177,8 +178,8 @@ impl History {
         self.changes.forked(fork);
     }
 
-    /// The next fork cannot take over region number `index` from fork number `fork`: it counts as changed at once, and
-    /// [`History::changed`] will not be called.
+    /// The next fork cannot take over region number `index` from fork number `fork`: it counts as changed at
+    /// once, and [`History::changed`] will not be called.
     pub(super) fn remains_changed(&mut self, index: usize, fork: u64) {
         self.breaks.begin(index, fork);
     }

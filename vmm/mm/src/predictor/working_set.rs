@@ -1,8 +1,8 @@
 //! The working set: what the guest writes before every fork, as far as forks know.
 //!
-//! That is what was writable at the last fork and at the one before. What was broken ahead is writable at the next fork whether
-//! the guest wrote it or not, so every few forks nothing is broken ahead, and what is not written any more is found out: what
-//! the guest does not write is copied so many times at most.
+//! That is what was writable at the last fork and at the one before. What was broken ahead is writable at the
+//! next fork whether the guest wrote it or not, so every few forks nothing is broken ahead, and what is not
+//! written any more is found out: what the guest does not write is copied so many times at most.
 
 use std::collections::VecDeque;
 use std::mem;

@@ -141,7 +141,8 @@ fn a_region_is_broken_ahead_whole_though_its_faults_would_not_be() {
     w.settle();
 }
 
-/// What is broken ahead is writable at the next fork whoever wrote it: only where nothing is broken ahead is it seen that nobody does.
+/// What is broken ahead is writable at the next fork whoever wrote it: only where nothing is broken ahead is
+/// it seen that nobody does.
 #[test]
 fn what_is_not_written_any_more_is_found_out() {
     let w = world();

@@ -77,7 +77,8 @@ fn what_is_broken_ahead_is_what_the_predictor_says() {
     for fork in 0..FORKS {
         let frozen = vm.space.fork().unwrap();
         if fork == 0 {
-            // A leaf of another size than the entry is passed over: from here on the third region is in small entries.
+            // A leaf of another size than the entry is passed over: from here on the third region is in small
+            // entries.
             vm.cpu_write(Gfn(8), 1).unwrap();
         }
         while vm.space.break_ahead() {}
