@@ -15,40 +15,41 @@
 //! They are the Linux kernel's since v5.19 (`PageAnonExclusive`; David Hildenbrand, 6c287605fd56 and
 //! a7f226604170).
 //!
+//! From the ground up, each file uses those above it in this table and none below:
+//!
 //! | file | concept |
 //! |---|---|
+//! | `addr` | page and frame numbers; sizes |
+//! | `sync`, `stripe`, `bits` | atomics and locks; counts that threads do not meet on; sets of numbers |
+//! | `mmu` | what is asked of the outside: two small traits |
+//! | `safeguard` | the orderings and re-checks all of this rests on, by name |
+//! | `entry`, `page_set`, `stats` | what a table says of a page; sets of pages; what was done so far |
 //! | `frame_state` | the packed word of a frame, and its states |
-//! | `frame` | the words of all frames, and their atomic transitions |
-//! | `folio` | frames that are mapped, shared and written as one; holds on their pages |
 //! | `policy` | the rules: may share, may write in place, may pin |
-//! | `mapped` | the shadow page table and the MMU, changed as one; what becomes of a change that is refused |
-//! | `entry` | what a shadow page table says of a page |
-//! | `mapped/table` | all entries of a space, and their region locks |
-//! | `pool` | all frames of a process, and the limit of their memory |
+//! | `predictor` | what the guest will write: how much is copied at once, and what beforehand |
 //! | `allocator` | who has which frame, and which frames have memory |
 //! | `commit` | asking the host for memory and giving it back, with no lock held |
-//! | `pool_ref` | how handles on frames outlive the pool |
 //! | `home` | the frames each address space has for its own |
-//! | `fresh`, `hold` | the handles: frames between two owners; what devices and readers have of frames |
-//! | `bits` | sets of small numbers |
-//! | `space` | live address spaces; lock order |
+//! | `frame` | the words of all frames, and their atomic transitions |
+//! | `folio` | frames that are mapped, shared and written as one; holds on their pages |
+//! | `pool_ref` | how what somebody has of a pool outlives it |
+//! | `hold`, `fresh` | the handles: what devices and readers have of frames; frames between two owners |
+//! | `pool` | all frames of a process, and the limit of their memory |
 //! | `frozen` | snapshots, and what they share with each other |
+//! | `mapped/table` | the entries of a space, and the locks of its regions |
+//! | `mapped` | the table and the MMU, changed as one; what becomes of a change that is refused |
 //! | `lineage` | what the next fork takes over from the last one |
-//! | `predictor` | what the guest will write: how much a break copies, what is prepared |
-//! | `ahead` | breaks before the guest asks for them |
+//! | `space` | live address spaces; lock order |
+//! | `open` | what comes before every change of a page |
 //! | `fault` | write fault and unshare: how a page becomes exclusive, and who gets the copy |
-//! | `pin` | pins: the path without a lock and the one with |
-//! | `fork` | share everything, copy what is pinned |
-//! | `restore` | back to a snapshot, in place |
-//! | `get` | transient holds, the weaker kind of pin |
 //! | `dirty` | which pages were written since? Write-protection without intent to copy |
+//! | `fork` | share everything, copy what is pinned |
 //! | `rearrange` | how a page is taken out of its frame while devices may hold it |
 //! | `discard`, `migrate`, `merge` | a balloon, compaction, deduplication |
-//! | `force` | a debugger's write |
-//! | `safeguard` | the orderings and re-checks all of this rests on, by name |
-//! | `stripe` | counts that threads do not meet on |
+//! | `ahead` | breaks before the guest asks for them |
+//! | `pin`, `get` | pins, without a lock and with one; transient holds, the weaker kind |
+//! | `restore`, `force` | back to a snapshot, in place; a debugger's write |
 //! | [`soft`] | a software MMU, for tests and model checkers |
-//! | `mmu` | what is asked of the outside: two small traits |
 //!
 //! There are no system calls in here, no KVM and no threads: the window of a running VM, a software model and
 //! a model checker are interchangeable under it.
@@ -99,6 +100,10 @@ mod sync;
 mod model;
 #[cfg(all(test, not(any(loom, shuttle))))]
 mod tests;
+/// The example of the README, compiled and run.
+#[cfg(all(doctest, not(any(loom, shuttle))))]
+#[doc = include_str!("../README.md")]
+mod readme {}
 
 pub use addr::{Access, Gfn, Order, OutOfRange, PAGE_SIZE, Pfn, Protection, REGION_PAGES};
 pub use allocator::PoolUsage;
