@@ -154,6 +154,7 @@ impl Get {
     }
 
     /// Takes a transient hold on the page of `entry`. The zero frame is held by nobody and always there.
+    #[inline]
     pub(super) fn try_take<P: CowPolicy>(pool: PoolRef, entry: Entry) -> Result<Self, FrameState> {
         let pfn = entry.pfn();
         let any = |_| true;

@@ -232,6 +232,7 @@ impl FramePool {
     }
 
     /// Takes a transient hold on the page that `entry` maps: [`Get::try_take`].
+    #[inline]
     pub(super) fn try_get<P: CowPolicy>(&self, entry: Entry) -> Result<Get, FrameState> {
         Get::try_take::<P>(self.reference(), entry)
     }
