@@ -44,6 +44,7 @@ doctest = false
 [workspace]
 
 [dependencies]
+$(version_of crossbeam-utils)
 $(version_of thiserror)
 $(version_of zerocopy)
 

@@ -29,6 +29,16 @@ impl fmt::Debug for Gfn {
     }
 }
 
+/// A guest frame number beyond the end of the address space.
+#[derive(Debug, thiserror::Error, Clone, Copy, PartialEq, Eq)]
+#[error("{gfn:?} is beyond the end of guest memory, which has {pages} pages")]
+pub struct OutOfRange {
+    /// The page asked for.
+    pub gfn: Gfn,
+    /// How many there are.
+    pub pages: u64,
+}
+
 /// Number of a frame in the pool; its bytes lie at `pfn * PAGE_SIZE` of the physmap.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Pfn(pub u64);
@@ -79,8 +89,9 @@ impl Order {
         1 << self.0
     }
 
-    /// The pieces that snapshots have a folio's pages in, when these are mapped one by one: as many pieces as each has pages, or about, so
-    /// that neither to look through all pieces nor through all pages of some costs much.
+    /// The pieces that snapshots have a folio's pages in, when these are mapped one by one: as many pieces as
+    /// each has pages, or about, so that neither to look through all pieces nor through all pages of some
+    /// costs much.
     pub(super) const fn chunk(self) -> Self {
         Self(self.0 / 2)
     }

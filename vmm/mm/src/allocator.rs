@@ -8,11 +8,13 @@
 //! | free and committed | yes | at once |
 //! | allocated | yes, or the host is being asked | no |
 //!
-//! [`Allocator::claim`] is the only way from free to allocated, and looks at the bits of the frames it takes. What chooses frames
-//! (the sets of runs) only proposes: a wrong proposal is refused there, so no frame has two owners.
+//! [`Allocator::claim`] is the only way from free to allocated, and looks at the bits of the frames it takes.
+//! What chooses frames (the sets of runs) only proposes: a wrong proposal is refused there, so no frame has
+//! two owners.
 //!
-//! **The host is asked by somebody else** (`commit.rs`), without the lock that this is behind. So a frame that needs the host is
-//! *in transit* meanwhile: allocated for everybody else, and the memory for it counted as if it were there.
+//! **The host is asked by somebody else** (`commit.rs`), without the lock that this is behind. So a frame
+//! that needs the host is *in transit* meanwhile: allocated for everybody else, and the memory for it counted
+//! as if it were there.
 //!
 //! ```text
 //!   claim ──> in transit ──> finish: what was asked for is its owner's; what was committed ahead is free and committed
@@ -20,17 +22,32 @@
 //!   give back: free and committed ──> in transit ──> free
 //! ```
 //!
-//! A *run* is as many frames as a huge folio has, and begins at a multiple of that. A frame of a *home* is for its page alone. Single
-//! frames come from runs that are in use already, if there is one, so that whole runs are left for folios; and everything comes from
-//! the lowest place there is, so that what is used lies together.
+//! A *run* is as many frames as a huge folio has, and begins at a multiple of that. A frame of a *home* is
+//! for its page alone. Single frames come from runs that are in use already, if there is one, so that whole
+//! runs are left for folios; and everything comes from the lowest place there is, so that what is used lies
+//! together.
 
 use super::addr::{Order, Pfn};
 use super::bits::{BitSet, words_of};
-use super::pool::PoolUsage;
 
-/// Huge folios' worth of a home that are given memory at a time: most of what making host memory huge costs is for the call. Of other
-/// frames, what is made ready before somebody is in a hurry, and what is kept so.
+/// Huge folios' worth of a home that are given memory at a time: most of what making host memory huge costs
+/// is for the call. Of other frames, what is made ready before somebody is in a hurry, and what is kept so.
 pub(super) const COMMIT_FOLIOS: u64 = 8;
+
+/// How many frames are in which condition.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PoolUsage {
+    /// Allocated now.
+    pub in_use: u64,
+    /// Allocated at the worst moment.
+    pub peak: u64,
+    /// With memory behind them, or about to get it.
+    pub committed: u64,
+    /// The same at the worst moment.
+    pub committed_peak: u64,
+    /// The most that may have memory behind them.
+    pub limit: u64,
+}
 
 pub(super) struct Allocator {
     frames: u64,
@@ -182,7 +199,8 @@ impl Allocator {
         self.claim(head, self.folio.pages(), self.folio.pages())
     }
 
-    /// The `count` frames from `first` on, of a home. If they have no memory, it is asked for up to the `most`th.
+    /// The `count` frames from `first` on, of a home. If they have no memory, it is asked for up to the
+    /// `most`th.
     pub(super) fn claim_home(
         &mut self,
         first: Pfn,
@@ -208,8 +226,8 @@ impl Allocator {
         self.claim(head, 0, most).ok()
     }
 
-    /// Takes `count` free frames from `first` on, and for the host's sake those that follow and have no memory either, up to
-    /// the `most`th.
+    /// Takes `count` free frames from `first` on, and for the host's sake those that follow and have no
+    /// memory either, up to the `most`th.
     fn claim(&mut self, first: Pfn, count: u64, most: u64) -> Result<Claim, Unavailable> {
         if self.allocated.ones(first.0, count) > 0 {
             return Err(Unavailable::Taken);
@@ -302,7 +320,8 @@ impl Allocator {
         self.blank.set_run(first.0, count, false);
     }
 
-    /// What may go back to the host: of the runs that were whole and had memory ever since somebody asked this last, all but a few.
+    /// What may go back to the host: of the runs that were whole and had memory ever since somebody asked
+    /// this last, all but a few.
     pub(super) fn take_surplus(&mut self) -> Vec<Surplus> {
         let surplus = self.idle_since.saturating_sub(COMMIT_FOLIOS);
         // What is used next is at the other end.
@@ -355,8 +374,8 @@ impl Allocator {
         self.look_at_runs_of(first, count);
     }
 
-    /// Makes a home of `pages` frames, of which none is in use: of frames without memory, if it can be, so that the host can give it in
-    /// one piece. One that is as long as a folio begins with one.
+    /// Makes a home of `pages` frames, of which none is in use: of frames without memory, if it can be, so
+    /// that the host can give it in one piece. One that is as long as a folio begins with one.
     pub(super) fn make_home(&mut self, pages: u64) -> Option<Pfn> {
         let is_free = |first, count| {
             self.allocated.ones(first, count) == 0 && self.homes.ones(first, count) == 0

@@ -1,6 +1,7 @@
 //! Sets of small numbers: a bit for each.
 
 /// A set of numbers below a bound.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct BitSet(Vec<u64>);
 
 impl BitSet {

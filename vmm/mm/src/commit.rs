@@ -1,25 +1,52 @@
 //! Memory for frames: what the allocator has to ask the host for, and what goes back.
 //!
-//! To give memory to 2 MiB takes the host a millisecond, and to take it back nearly as long. It is **never asked with the allocator's
-//! lock held**: frames are claimed, the lock is let go, the host is asked, and then the frames are their owner's, or free again.
-//! Whoever needs other frames goes on meanwhile; who needs just these, or the last there are, waits until that is decided.
+//! To give memory to 2 MiB takes the host a millisecond, and to take it back nearly as long. It is **never
+//! asked with the allocator's lock held**: frames are claimed, the lock is let go, the host is asked, and
+//! then the frames are their owner's, or free again. Whoever needs other frames goes on meanwhile; who needs
+//! just these, or the last there are, waits until that is decided.
 //!
 //! # At the limit
-//! Memory that is free outside homes is used first. If there is none, what homes have and nobody uses goes back to the host, to make
-//! room: an allocation fails only if every frame for which there may be memory is in use, or the host refuses.
+//! Memory that is free outside homes is used first. If there is none, what homes have and nobody uses goes
+//! back to the host, to make room: an allocation fails only if every frame for which there may be memory is
+//! in use, or the host refuses.
 //!
 //! # What nobody uses goes back
-//! [`Supply::give_back_surplus`], which is called before each snapshot, gives back the runs that were free all the time since the last
-//! call, but for as many as are made ready at a time. So memory that each snapshot uses for a while stays, and what one of them has
-//! needed once goes.
+//! [`Supply::give_back_surplus`], which is called before each snapshot, gives back the runs that were free
+//! all the time since the last call, but for as many as are made ready at a time. So memory that each
+//! snapshot uses for a while stays, and what one of them has needed once goes.
 
+use std::io;
 use std::sync::Arc;
 
-use super::addr::Pfn;
+use super::addr::{PAGE_SIZE, Pfn};
 use super::allocator::{Allocator, Claim, Surplus, Unavailable};
 use super::mmu::FrameMemory;
-use super::pool::AllocError;
 use super::sync::{Condvar, Mutex, MutexGuard, lock, wait};
+
+/// Why there was no frame.
+#[derive(Debug, thiserror::Error)]
+pub enum AllocError {
+    /// The pool's own limit.
+    #[error("out of memory: all {} MiB of the frame pool are in use", (limit * PAGE_SIZE) >> 20)]
+    Limit {
+        /// Frames the pool may commit.
+        limit: u64,
+    },
+    /// The pool has no run of frame numbers that long.
+    #[error("the frame pool has no room for a home of {pages} pages")]
+    Home {
+        /// Pages asked for.
+        pages: u64,
+    },
+    /// The host has no memory left.
+    #[error("out of memory: the host gave no memory for {count} more frames")]
+    Host {
+        /// Frames asked for.
+        count: u64,
+        /// The host's reason.
+        source: io::Error,
+    },
+}
 
 /// The allocator, and the host's memory.
 pub(super) struct Supply {
@@ -72,7 +99,8 @@ impl Supply {
         }
     }
 
-    /// As [`Supply::take`], but makes no room: `None` if somebody has one of the frames, or there is no memory for all of them.
+    /// As [`Supply::take`], but makes no room: `None` if somebody has one of the frames, or there is no
+    /// memory for all of them.
     pub(super) fn try_take(
         &self,
         claim: impl Fn(&mut Allocator) -> Result<Claim, Unavailable>,
@@ -99,18 +127,21 @@ impl Supply {
     }
 
     /// Makes a home of `pages` frames, if need be when the host has answered about those that are in the way.
-    pub(super) fn make_home(&self, pages: u64) -> Option<Pfn> {
+    pub(super) fn make_home(&self, pages: u64) -> Result<Pfn, AllocError> {
         let mut allocator = self.lock();
         loop {
-            let home = allocator.make_home(pages);
-            if home.is_some() || !allocator.is_asking() {
-                return home;
+            if let Some(home) = allocator.make_home(pages) {
+                return Ok(home);
+            }
+            if !allocator.is_asking() {
+                return Err(AllocError::Home { pages });
             }
             allocator = wait(&self.settled, allocator);
         }
     }
 
-    /// Has memory ready for whoever needs a frame or a folio next, and may be in a hurry. What there is no memory for is left to them.
+    /// Has memory ready for whoever needs a frame or a folio next, and may be in a hurry. What there is no
+    /// memory for is left to them.
     pub(super) fn provide(&self) {
         for prepare in [Allocator::prepare_single, Allocator::prepare_folios] {
             let claim = prepare(&mut self.lock());
@@ -180,7 +211,8 @@ impl Supply {
         }
     }
 
-    pub(super) fn free(&self, pfn: Pfn) {
-        self.lock().release(pfn, 1);
+    /// Frees `count` frames from `first` on.
+    pub(super) fn free(&self, first: Pfn, count: u64) {
+        self.lock().release(first, count);
     }
 }

@@ -1,8 +1,8 @@
 //! Dirty tracking: which pages were written since one last asked (PROTOCOL.md T21, 4.14).
 //!
-//! Pages are write-protected **without intent to copy**: the exclusive bit stays, so the next write finds it and copies
-//! nothing (T3), and a device that holds the page keeps it. Whoever makes a page writable, or changes its
-//! content behind the guest's back, marks its entry.
+//! Pages are write-protected **without intent to copy**: the exclusive bit stays, so the next write finds it
+//! and copies nothing (T3), and a device that holds the page keeps it. Whoever makes a page writable, or
+//! changes its content behind the guest's back, marks its entry.
 //!
 //! ```text
 //!   entry        frame       take_dirty()             next write
@@ -12,75 +12,30 @@
 //!   ro           any         not reported             as any write
 //! ```
 //!
-//! A device writes through its pin and not through the entry, as does a host writer through its hold. So a page whose frame is
-//! pinned or held is reported **and stays marked**: it is reported once more after they have let go. Who only reads is not
-//! told apart from who writes: such a page is reported though nobody wrote it, and never the other way round.
+//! A device writes through its pin and not through the entry, as does a host writer through its hold. So a
+//! page whose frame is pinned or held is reported **and stays marked**: it is reported once more after they
+//! have let go. Who only reads is not told apart from who writes: such a page is reported though nobody wrote
+//! it, and never the other way round.
 //!
-//! Answers are by page. What was written before anybody asked is told by region where a huge entry maps it: all of it counts as
-//! written. From the first answer on regions that are written are split, and stay so.
+//! Answers are by page. What was written before anybody asked is told by region where a huge entry maps it:
+//! all of it counts as written. From the first answer on regions that are written are split, and stay so.
 
 use std::slice;
 use std::sync::atomic::Ordering;
 
 use super::addr::Gfn;
+use super::entry::Entry;
+use super::mapped::table::RegionGuard;
 use super::mmu::MmuError;
+use super::page_set::PageSet;
 use super::policy::CowPolicy;
 use super::space::AddressSpace;
-use super::table::{Entry, RegionGuard};
-
-/// A set of pages: one bit each.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct PageSet {
-    words: Vec<u64>,
-    len: u64,
-}
-
-impl PageSet {
-    /// None of the first `pages` pages.
-    pub(super) fn new(pages: u64) -> Self {
-        Self {
-            words: vec![0; pages.div_ceil(64) as usize],
-            len: 0,
-        }
-    }
-
-    pub(super) fn insert(&mut self, gfn: Gfn) {
-        self.len += u64::from(!self.contains(gfn));
-        self.words[(gfn.0 / 64) as usize] |= 1 << (gfn.0 % 64);
-    }
-
-    /// How many pages are in it.
-    pub fn len(&self) -> u64 {
-        self.len
-    }
-
-    /// Whether it is empty.
-    pub fn is_empty(&self) -> bool {
-        self.len == 0
-    }
-
-    /// Whether a page is in it. Pages beyond the end of the address space are not.
-    pub fn contains(&self, gfn: Gfn) -> bool {
-        self.words
-            .get((gfn.0 / 64) as usize)
-            .is_some_and(|word| word >> (gfn.0 % 64) & 1 != 0)
-    }
-
-    /// Its pages, in order.
-    pub fn iter(&self) -> impl Iterator<Item = Gfn> + '_ {
-        self.words.iter().enumerate().flat_map(|(index, &word)| {
-            (0..64)
-                .filter(move |bit| word >> bit & 1 != 0)
-                .map(move |bit| Gfn(index as u64 * 64 + bit))
-        })
-    }
-}
 
 impl<P: CowPolicy> AddressSpace<P> {
     /// The pages written since this was last called, or ever; and arms itself for the next call.
     ///
-    /// A write by a vCPU is in exactly one answer. A page that was pinned or held is in one answer too many rather than in none. May run beside
-    /// vCPUs and devices: faults in one region at a time wait.
+    /// A write by a vCPU is in exactly one answer. A page that was pinned or held is in one answer too many
+    /// rather than in none. May run beside vCPUs and devices: faults in one region at a time wait.
     ///
     /// # Errors
     /// If the MMU refuses. What would have been answered is in the next answer.
@@ -111,7 +66,8 @@ impl<P: CowPolicy> AddressSpace<P> {
         Ok(dirty)
     }
 
-    /// From the first writable page to the last, in one call: pages between them are read-only already, or untouched and stay so.
+    /// From the first writable page to the last, in one call: pages between them are read-only already, or
+    /// untouched and stay so.
     fn write_protect_region(&self, region: &mut RegionGuard<'_>) -> Result<(), MmuError> {
         let is_writable = |gfn: &Gfn| region.get(*gfn).is_writable();
         let mut writable = region.pages().filter(is_writable);
@@ -129,8 +85,8 @@ impl<P: CowPolicy> AddressSpace<P> {
             return;
         }
         region.unmark(gfn);
-        // A pin taken without a lock either is counted here or finds the entry changed. A hold for writing was
-        // taken under the region's lock, and is counted if it is still there.
+        // A pin taken without a lock either is counted here or finds the entry changed. A hold for writing
+        // was taken under the region's lock, and is counted if it is still there.
         if entry.is_present() && !self.pool.frames().settled::<P>(entry.pfn()).is_idle() {
             region.mark(gfn);
         }

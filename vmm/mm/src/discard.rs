@@ -1,26 +1,29 @@
-//! Discard: memory the guest has no use for goes back to the host (a balloon; `MADV_DONTNEED`; PROTOCOL.md T25).
+//! Discard: memory the guest has no use for goes back to the host (a balloon; `MADV_DONTNEED`; PROTOCOL.md
+//! T25).
 
 use super::addr::Gfn;
 use super::fresh::Isolated;
 use super::policy::CowPolicy;
 use super::rearrange::RearrangeError;
-use super::space::{AddressSpace, in_range};
+use super::space::AddressSpace;
 
 impl<P: CowPolicy> AddressSpace<P> {
-    /// Gives `count` pages from `first` on back: they read as zeros from now on, and cost nothing until they are
-    /// written again. Frames that nobody else has lose their memory to the host. Says how many pages had one.
+    /// Gives `count` pages from `first` on back: they read as zeros from now on, and cost nothing until they
+    /// are written again. Frames that nobody else has lose their memory to the host. Says how many pages had
+    /// one.
     ///
-    /// Pages that a device holds are refused. Linux would leave the device an orphan, a frame that is nobody's page any more:
-    /// a balloon that does so corrupts its guest. Readers keep what they hold.
+    /// Pages that a device holds are refused. Linux would leave the device an orphan, a frame that is
+    /// nobody's page any more: a balloon that does so corrupts its guest. Readers keep what they hold.
     ///
     /// # Errors
-    /// [`RearrangeError::Busy`] if a device holds one of them, or if the MMU refuses. Nothing has changed then, in any of them.
+    /// [`RearrangeError::Busy`] if a device holds one of them, or if the MMU refuses. Nothing has changed
+    /// then, in any of them.
     pub fn discard(&self, first: Gfn, count: u64) -> Result<u64, RearrangeError> {
         let Some(last) = count.checked_sub(1) else {
             return Ok(0);
         };
         let last = Gfn(first.0.saturating_add(last));
-        in_range(&self.mapped.table, last)?;
+        self.mapped.table.in_range(last)?;
         let _no_fork = self.mapped.enter()?;
         // In order, as `merge` takes its two. Everybody else has one at a time.
         let mut regions: Vec<_> = (self.mapped.table.region_of(first)

@@ -18,13 +18,17 @@
 use std::sync::Weak;
 use std::sync::atomic::Ordering;
 
-use super::addr::{Gfn, Pfn};
+use super::addr::{Gfn, OutOfRange, Pfn};
+use super::commit::AllocError;
+use super::entry::Entry;
 use super::fresh::Fresh;
 use super::mapped::Counted;
+use super::mapped::table::RegionGuard;
+use super::mmu::MmuError;
 use super::policy::{CowPolicy, without};
 use super::safeguard::Safeguard;
-use super::space::{AddressSpace, Counters, FaultError, in_range};
-use super::table::{Entry, RegionGuard};
+use super::space::AddressSpace;
+use super::stats::Counters;
 
 /// How a write fault was resolved.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,11 +49,26 @@ pub enum Resolution {
 
 /// How a write fault was resolved, and how much of the region with it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Fault {
+pub struct FaultOutcome {
     /// The page.
     pub resolution: Resolution,
     /// Whether the rest of the region was made writable, too, at the cost of copies.
     pub is_whole: bool,
+}
+
+/// Why a fault, an unshare or a slow pin could not be resolved. Nothing has changed, except that a region may
+/// have been resolved in part.
+#[derive(Debug, thiserror::Error)]
+pub enum FaultError {
+    /// No such page.
+    #[error(transparent)]
+    OutOfRange(#[from] OutOfRange),
+    /// No frame for the copy.
+    #[error(transparent)]
+    Alloc(#[from] AllocError),
+    /// The MMU could not be changed.
+    #[error(transparent)]
+    Mmu(#[from] MmuError),
 }
 
 /// What a break is for.
@@ -62,7 +81,8 @@ pub(super) enum Intent {
 }
 
 impl Intent {
-    /// The page of `before` in its new frame. To unshare is not to write: it leaves the page as clean or dirty as it was.
+    /// The page of `before` in its new frame. To unshare is not to write: it leaves the page as clean or
+    /// dirty as it was.
     fn entry(self, before: Entry, pfn: Pfn) -> Entry {
         match self {
             Self::Write => Entry::writable(pfn),
@@ -75,9 +95,9 @@ impl<P: CowPolicy> AddressSpace<P> {
     /// Resolves a write to page `gfn` through a read-only mapping: on return the page is exclusive and
     /// writable, or was so already.
     ///
-    /// More of its region may be made writable with it: all of it if that is as good as free (a huge entry that nobody shares), if the
-    /// region has cost enough small breaks (`adapt.rs`), or if the MMU is crowded, so that the region needs one mapping
-    /// rather than up to 512.
+    /// More of its region may be made writable with it: all of it if that is as good as free (a huge entry
+    /// that nobody shares), if the predictor says so (`predictor/breaks.rs`), or if the MMU is crowded, so
+    /// that the region needs one mapping rather than up to 512.
     ///
     /// # Errors
     /// If there is no such page, no frame, or the MMU refuses.
@@ -89,8 +109,8 @@ impl<P: CowPolicy> AddressSpace<P> {
     ///
     /// # Errors
     /// As [`AddressSpace::write_fault`].
-    pub fn resolve_write(&self, gfn: Gfn) -> Result<Fault, FaultError> {
-        in_range(&self.mapped.table, gfn)?;
+    pub fn resolve_write(&self, gfn: Gfn) -> Result<FaultOutcome, FaultError> {
+        self.mapped.table.in_range(gfn)?;
         let _no_fork = (!without::<P>(Safeguard::FaultWaitsForFork))
             .then(|| self.mapped.enter())
             .transpose()?;
@@ -109,21 +129,19 @@ impl<P: CowPolicy> AddressSpace<P> {
                 self.mapped.check()?;
             }
         }
-        Ok(Fault {
+        Ok(FaultOutcome {
             resolution,
             is_whole,
         })
     }
 
-    /// Whether the next break should take all of the region. Not if somebody wants to know which *pages* are written.
+    /// Whether the next break should take all of the region. Not if somebody wants to know which *pages* are
+    /// written.
     fn wants_whole(&self, region: &RegionGuard<'_>) -> bool {
         self.uses_huge
             && region.is_full()
             && !self.tracks_dirty.load(Ordering::Relaxed)
-            && region
-                .state
-                .breaks
-                .wants_whole(self.whole_price.load(Ordering::Relaxed))
+            && self.predictor.breaks_whole(&region.state.history)
     }
 
     /// Makes page `gfn` exclusive without making it writable, as a reading pin needs it.
@@ -131,7 +149,7 @@ impl<P: CowPolicy> AddressSpace<P> {
     /// # Errors
     /// As [`AddressSpace::write_fault`].
     pub fn unshare(&self, gfn: Gfn) -> Result<(), FaultError> {
-        in_range(&self.mapped.table, gfn)?;
+        self.mapped.table.in_range(gfn)?;
         let _no_fork = self.mapped.enter()?;
         let mut region = self.mapped.table.lock_of(gfn);
         let resolution = self.resolve(&mut region, gfn, Intent::Unshare)?;
@@ -195,7 +213,7 @@ impl<P: CowPolicy> AddressSpace<P> {
         let resolution = if self.pool.frames().try_reuse(pfn, &self.policy).is_ok() {
             Resolution::Reused
         } else {
-            region.state.breaks.count_small();
+            region.state.history.broke_page();
             if self.move_sharers(region, gfn, pfn)? {
                 Resolution::SharersMoved
             } else {
@@ -209,8 +227,8 @@ impl<P: CowPolicy> AddressSpace<P> {
         Ok(resolution)
     }
 
-    /// A break of a region that a huge entry maps, read-only: of all of it, or of nothing (`None`), and then page by page. If `is_whole`,
-    /// whatever that costs. The caller has opened the region.
+    /// A break of a region that a huge entry maps, read-only: of all of it, or of nothing (`None`), and then
+    /// page by page. If `is_whole`, whatever that costs. The caller has opened the region.
     pub(super) fn resolve_huge(
         &self,
         region: &mut RegionGuard<'_>,
@@ -243,7 +261,7 @@ impl<P: CowPolicy> AddressSpace<P> {
             return Ok(None);
         };
         if resolution != Resolution::Reused {
-            region.state.breaks.count_whole();
+            region.state.history.broke_whole();
             Counters::add(&self.counters.whole);
         }
         if intent == Intent::Write && resolution != Resolution::WriterMoved {
@@ -254,7 +272,8 @@ impl<P: CowPolicy> AddressSpace<P> {
         Ok(Some(resolution))
     }
 
-    /// As [`AddressSpace::move_writer`], for a whole region: to its home, if that is free. Says whether it is.
+    /// As [`AddressSpace::move_writer`], for a whole region: to its home, if that is free. Says whether it
+    /// is.
     fn move_writer_huge(
         &self,
         region: &mut RegionGuard<'_>,
@@ -271,8 +290,9 @@ impl<P: CowPolicy> AddressSpace<P> {
         Ok(true)
     }
 
-    /// Makes all pages of a region writable that are not, so that one mapping does for them and nothing in it faults again. If
-    /// mappings are short, pages that were never touched get frames as well: that spends memory to save mappings.
+    /// Makes all pages of a region writable that are not, so that one mapping does for them and nothing in it
+    /// faults again. If mappings are short, pages that were never touched get frames as well: that spends
+    /// memory to save mappings.
     ///
     /// Nobody asked for any of it, so a page for which there is no memory is left as it is.
     fn resolve_rest(&self, region: &mut RegionGuard<'_>, also_untouched: bool) {
@@ -307,7 +327,7 @@ impl<P: CowPolicy> AddressSpace<P> {
                 }),
         };
         if done.is_ok() {
-            region.state.breaks.count_whole();
+            region.state.history.broke_whole();
             Counters::add(&self.counters.whole);
         }
     }
@@ -330,7 +350,8 @@ impl<P: CowPolicy> AddressSpace<P> {
         Ok(Some(fresh))
     }
 
-    /// Maps pages to the frames that were filled for them, writable, with few calls. In the order of [`AddressSpace::move_writer`].
+    /// Maps pages to the frames that were filled for them, writable, with few calls. In the order of
+    /// [`AddressSpace::move_writer`].
     fn map_moved(
         &self,
         region: &mut RegionGuard<'_>,
@@ -370,7 +391,8 @@ impl<P: CowPolicy> AddressSpace<P> {
         Ok(())
     }
 
-    /// The folio that a region is in, page by page and in order, if every page is writable or among `in_place`.
+    /// The folio that a region is in, page by page and in order, if every page is writable or among
+    /// `in_place`.
     fn folio_of(&self, region: &RegionGuard<'_>, in_place: &[Gfn]) -> Option<Pfn> {
         let head = region.get(region.first()).pfn();
         let mut in_place = in_place.iter().peekable();
@@ -390,8 +412,9 @@ impl<P: CowPolicy> AddressSpace<P> {
 
     /// Maps a region by a huge entry again whose pages are all exclusive, in the folio at `head`.
     ///
-    /// The MMU maps it anew, though nothing but rights differ: a host that has split its own huge mapping for a page that was protected
-    /// by itself does not join it again, and would have the guest fault 512 times where one would do.
+    /// The MMU maps it anew, though nothing but rights differ: a host that has split its own huge mapping for
+    /// a page that was protected by itself does not join it again, and would have the guest fault 512 times
+    /// where one would do.
     fn form_huge(&self, region: &mut RegionGuard<'_>, head: Pfn) -> Result<(), FaultError> {
         let (first, count) = (region.first(), region.len());
         self.mapped
@@ -403,7 +426,8 @@ impl<P: CowPolicy> AddressSpace<P> {
         Ok(())
     }
 
-    /// T1, and T8 for memory that was never touched. The first touch of a region gets all of it a huge folio, if that can be had.
+    /// T1, and T8 for memory that was never touched. The first touch of a region gets all of it a huge folio,
+    /// if that can be had.
     fn fill_zero(
         &self,
         region: &mut RegionGuard<'_>,
@@ -431,7 +455,8 @@ impl<P: CowPolicy> AddressSpace<P> {
         Ok(Resolution::ZeroFilled)
     }
 
-    /// Points every snapshot that shares a page of the region at a copy, whatever that costs; says whether nobody else does.
+    /// Points every snapshot that shares a page of the region at a copy, whatever that costs; says whether
+    /// nobody else does.
     pub(super) fn move_all_sharers(&self, region: &RegionGuard<'_>) -> Result<bool, FaultError> {
         if self.move_sharers_huge(region)? {
             return Ok(true);
@@ -446,8 +471,9 @@ impl<P: CowPolicy> AddressSpace<P> {
         Ok(true)
     }
 
-    /// Points every snapshot at a copy of the region's folio in one piece: a folio as well, so that they keep their shape, too. `false`,
-    /// and nothing has changed, if there is no folio for it, or if anything has pages of it but huge entries of snapshots.
+    /// Points every snapshot at a copy of the region's folio in one piece: a folio as well, so that they keep
+    /// their shape, too. `false`, and nothing has changed, if there is no folio for it, or if anything has
+    /// pages of it but huge entries of snapshots.
     fn move_sharers_huge(&self, region: &RegionGuard<'_>) -> Result<bool, FaultError> {
         let Some(head) = region.huge().map(Entry::pfn) else {
             return Ok(false);
@@ -490,9 +516,9 @@ impl<P: CowPolicy> AddressSpace<P> {
         Ok(true)
     }
 
-    /// Points every snapshot that shares `pfn` for page `gfn` at a copy. Says whether the frame is exclusive to this space
-    /// then: not if anything but a snapshot's mapping holds it. Of a page that a huge entry maps, only whether no
-    /// snapshot is left.
+    /// Points every snapshot that shares `pfn` for page `gfn` at a copy. Says whether the frame is exclusive
+    /// to this space then: not if anything but a snapshot's mapping holds it. Of a page that a huge entry
+    /// maps, only whether no snapshot is left.
     ///
     /// The bytes cannot change while they are copied: the frame is not exclusive, so no entry maps it
     /// writable and no pin on it exists.
@@ -521,9 +547,9 @@ impl<P: CowPolicy> AddressSpace<P> {
         let mut copy = Some(copy);
         for snapshot in sharing() {
             let mut theirs = snapshot.lock();
-            // Only we move it, under our own region's lock, and it cannot be dropped while it is upgraded. Another space that has it
-            // among its sharers, too, does not map the frame: it would have been counted. Those that have it in common with one that was
-            // moved before are not here any more.
+            // Only we move it, under our own region's lock, and it cannot be dropped while it is upgraded.
+            // Another space that has it among its sharers, too, does not map the frame: it would have been
+            // counted. Those that have it in common with one that was moved before are not here any more.
             debug_assert_eq!(theirs.get(gfn).pfn(), pfn, "{gfn:?} of a snapshot moved");
             if self.pool.frames().try_map_held(copied_to).is_ok() {
                 theirs.move_page(gfn, copied_to);

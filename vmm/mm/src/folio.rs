@@ -1,17 +1,17 @@
 //! Huge folios: frames that are mapped, shared and written as one.
 //!
-//! A huge folio is a run of frames, 512 of them and aligned, that some address space maps by **one** huge entry. A word of
-//! its own then says what the frames' words would have to say 512 times:
+//! A huge folio is a run of frames, 512 of them and aligned, that some address space maps by **one** huge
+//! entry. A word of its own then says what the frames' words would have to say 512 times:
 //!
 //! | word | counts | decides |
 //! |---|---|---|
 //! | of the folio | huge entries; the exclusive bit | may it be shared, written, pinned |
 //! | of each frame | small entries; readers and devices; that it is part of a folio | which *pages* are held |
 //!
-//! Holds are counted **by page**, where the kernel counts a large folio's together (`folio->_pincount`): a fork that meets
-//! a pinned folio copies the pinned pages and no others. What that costs is that a question about the whole folio ("is any
-//! page pinned?") is not answered by one word. Who asks it and who takes a hold meet in the store-buffering pair of PROTOCOL.md
-//! 5.2 instead:
+//! Holds are counted **by page**, where the kernel counts a large folio's together (`folio->_pincount`): a
+//! fork that meets a pinned folio copies the pinned pages and no others. What that costs is that a question
+//! about the whole folio ("is any page pinned?") is not answered by one word. Who asks it and who takes a
+//! hold meet in the store-buffering pair of PROTOCOL.md 5.2 instead:
 //! ```text
 //!   hold (a pin through a huge entry)          share (fork), reuse (write fault)
 //!   1 folio: still allowed? mark "by page"     1 folio: clear the bit       (share)
@@ -19,25 +19,29 @@
 //!   3 full barrier                             3 frames: any hold? undo
 //!   4 folio: still allowed? else undo
 //! ```
-//! Either the hold is seen in 3, or the change is seen in 4. A hold that is undone may be seen as well: a copy too many.
+//! Either the hold is seen in 3, or the change is seen in 4. A hold that is undone may be seen as well: a
+//! copy too many.
 //!
-//! Holds on several pages of a folio do step 2 for each page and the others once. The pair is the same for each of the pages: its count
-//! comes before the one barrier, and the look at the folio after.
+//! Holds on several pages of a folio do step 2 for each page and the others once. The pair is the same for
+//! each of the pages: its count comes before the one barrier, and the look at the folio after.
 //!
 //! "By page" says that a hold on a page may have been granted: a folio without it is not looked through.
 //!
-//! A folio may end between steps 1 and 2, and its frames may be another folio by step 2: the hold is counted there, and step 4 finds no
-//! mark and takes it back. So a page's count may be other than zero for a moment whatever the folio's word says, and the word of a frame that is part
-//! of a folio is only ever changed by compare-and-swap. A frame that is not part of one, and that nothing maps, nobody can count on.
+//! A folio may end between steps 1 and 2, and its frames may be another folio by step 2: the hold is counted
+//! there, and step 4 finds no mark and takes it back. So a page's count may be other than zero for a moment
+//! whatever the folio's word says, and the word of a frame that is part of a folio is only ever changed by
+//! compare-and-swap. A frame that is not part of one, and that nothing maps, nobody can count on.
 //!
 //! # One table maps it by a huge entry, another page by page
-//! Splitting a mapping is the business of one table: its 512 small entries are counted in the frames' words, and there is one
-//! huge entry less in the folio's. While any huge entry is left the frames stay *part* of the folio, which makes a small entry's
-//! page possibly shared whatever else is counted. When the last goes, the folio dissolves: nothing but 512 frames is left. Nothing is
-//! copied and no hold is touched by any of this.
+//! Splitting a mapping is the business of one table: its 512 small entries are counted in the frames' words,
+//! and there is one huge entry less in the folio's. While any huge entry is left the frames stay *part* of
+//! the folio, which makes a small entry's page possibly shared whatever else is counted. When the last goes,
+//! the folio dissolves: nothing but 512 frames is left. Nothing is copied and no hold is touched by any of
+//! this.
 
 use super::addr::{Access, Pfn};
-use super::frame::{Field, FrameState, FrameTable, GETS, MAPS, PINS, Released};
+use super::frame::{FrameTable, Released};
+use super::frame_state::{Field, FrameState, GETS, MAPS, PINS};
 use super::policy::{CowPolicy, without};
 use super::safeguard::{Safeguard, is_left_out};
 use super::sync::{Ordering, fence};
@@ -139,7 +143,8 @@ impl FrameTable {
         }
     }
 
-    /// The first mapping, by a huge entry, of frames that were just allocated and that nothing holds: exclusive.
+    /// The first mapping, by a huge entry, of frames that were just allocated and that nothing holds:
+    /// exclusive.
     pub(super) fn map_fresh_huge(&self, head: Pfn) {
         for pfn in self.pages_of(head) {
             debug_assert_eq!(
@@ -154,8 +159,9 @@ impl FrameTable {
         debug_assert_eq!(result, Ok(FolioState::NONE));
     }
 
-    /// Shares the folio with one more huge entry, if `policy` allows that for each of its pages. Refused, with nothing changed, if
-    /// not: with the state of the first page that stands in the way (PROTOCOL.md 4.3, 4.9).
+    /// Shares the folio with one more huge entry, if `policy` allows that for each of its pages. Refused,
+    /// with nothing changed, if not: with the state of the first page that stands in the way (PROTOCOL.md
+    /// 4.3, 4.9).
     ///
     /// The caller keeps every entry that maps it from changing; holds come and go.
     pub(super) fn try_share_huge<P: CowPolicy>(
@@ -189,11 +195,11 @@ impl FrameTable {
         }
     }
 
-    /// Makes the folio exclusive to the one huge entry that the caller has, if `policy` says that each page may be written in
-    /// place (PROTOCOL.md 3.3).
+    /// Makes the folio exclusive to the one huge entry that the caller has, if `policy` says that each page
+    /// may be written in place (PROTOCOL.md 3.3).
     ///
-    /// Who held one of its pages through another's entry did so before that entry went, so before the count fell to one: the word is
-    /// looked at first, then the pages, and the word must not have changed since.
+    /// Who held one of its pages through another's entry did so before that entry went, so before the count
+    /// fell to one: the word is looked at first, then the pages, and the word must not have changed since.
     pub(super) fn try_reuse_huge<P: CowPolicy>(
         &self,
         head: Pfn,
@@ -216,7 +222,8 @@ impl FrameTable {
         }
     }
 
-    /// One more huge entry, possibly shared, for a folio that the caller maps by one. Refused if the counter is full.
+    /// One more huge entry, possibly shared, for a folio that the caller maps by one. Refused if the counter
+    /// is full.
     pub(super) fn try_map_again_huge(&self, head: Pfn) -> Result<(), FrameState> {
         self.update_folio(head, |f| {
             debug_assert!(f.maps() > 0, "{head:?} is not held");
@@ -226,7 +233,8 @@ impl FrameTable {
         .map_err(|f| f.page(FrameState::FREE))
     }
 
-    /// Whether nothing but `huge` huge entries has any page of a folio: nobody holds one or maps it by a small entry.
+    /// Whether nothing but `huge` huge entries has any page of a folio: nobody holds one or maps it by a
+    /// small entry.
     pub(super) fn is_mapped_huge_only<P: CowPolicy>(&self, head: Pfn, huge: u64) -> bool {
         let folio = self.folio_state(head);
         let only = |page: FrameState| page.refs() == huge;
@@ -265,9 +273,9 @@ impl FrameTable {
             .find(|&page| !is_fine(page))
     }
 
-    /// Steps 1 and 2 of holds through a huge entry, on `count` pages of a folio from `first` on. Counts the holds of as many, up to the first
-    /// that can't be held, and says how many. Whoever gets any counted must ask [`FrameTable::are_pages_held`], and give them back if the
-    /// answer is no.
+    /// Steps 1 and 2 of holds through a huge entry, on `count` pages of a folio from `first` on. Counts the
+    /// holds of as many, up to the first that can't be held, and says how many. Whoever gets any counted must
+    /// ask [`FrameTable::are_pages_held`], and give them back if the answer is no.
     pub(super) fn hold_pages(
         &self,
         first: Pfn,
@@ -312,11 +320,12 @@ impl FrameTable {
         }
     }
 
-    /// Turns the caller's huge entry into small ones: of each page one. Holds are not touched. If it was the last huge entry, `is_exclusive`
-    /// says of each page, with the folio's bit for its own, whether it has the bit: the bit spreads (PROTOCOL.md 4.10,
-    /// [`CowPolicy::is_exclusive_after_split`]).
+    /// Turns the caller's huge entry into small ones: of each page one. Holds are not touched. If it was the
+    /// last huge entry, `is_exclusive` says of each page, with the folio's bit for its own, whether it has
+    /// the bit: the bit spreads (PROTOCOL.md 4.10, [`CowPolicy::is_exclusive_after_split`]).
     pub(super) fn split_mapping(&self, head: Pfn, is_exclusive: impl Fn(FrameState) -> bool) {
-        // Frames are part of the folio until it dissolves: till then nobody takes a small entry for the only one.
+        // Frames are part of the folio until it dissolves: till then nobody takes a small entry for the only
+        // one.
         self.mark_by_page(head);
         for pfn in self.pages_of(head) {
             let result = self.update(pfn, |s| s.plus(&MAPS));
@@ -331,8 +340,8 @@ impl FrameTable {
         }
     }
 
-    /// The last huge entry is gone, and with it the word: no hold is granted through it any more. `is_exclusive` says which pages
-    /// have the bit now.
+    /// The last huge entry is gone, and with it the word: no hold is granted through it any more.
+    /// `is_exclusive` says which pages have the bit now.
     fn dissolve(
         &self,
         head: Pfn,
@@ -344,8 +353,8 @@ impl FrameTable {
                 .for_each(|pfn| self.set_own(pfn, FrameState::FREE));
             return Dissolved::Free;
         }
-        // Also of a folio that was never marked "by page": who marked the one that was here before may count its hold only now, to take
-        // it back when it has looked again.
+        // Also of a folio that was never marked "by page": who marked the one that was here before may count
+        // its hold only now, to take it back when it has looked again.
         let free: Vec<Pfn> = self
             .pages_of(head)
             .filter(|&pfn| {
@@ -368,9 +377,9 @@ impl FrameTable {
         }
     }
 
-    /// Makes a folio of frames each of which is exclusive to the caller's one small entry, and maps it by the huge entry that the
-    /// caller puts in their place. Holds stay what they are: no frame moves (the kernel's collapse moves all, and so must refuse
-    /// them). Refused, with nothing changed, if a frame is not so.
+    /// Makes a folio of frames each of which is exclusive to the caller's one small entry, and maps it by the
+    /// huge entry that the caller puts in their place. Holds stay what they are: no frame moves (the kernel's
+    /// collapse moves all, and so must refuse them). Refused, with nothing changed, if a frame is not so.
     pub(super) fn try_form_huge(&self, head: Pfn) -> Result<(), FrameState> {
         let alone = |s: FrameState| s.is_exclusive() && s.maps() == 1 && !s.is_part();
         for pfn in self.pages_of(head) {
@@ -379,12 +388,14 @@ impl FrameTable {
                 return Err(own);
             }
         }
-        // An exclusive frame stays so while its entry is not changed, which is the caller's to keep from happening.
+        // An exclusive frame stays so while its entry is not changed, which is the caller's to keep from
+        // happening.
         let result = self.update_folio(head, |f| f.plus_map().map(FolioState::exclusive));
         debug_assert_eq!(result, Ok(FolioState::NONE));
         let mut is_held = false;
         for pfn in self.pages_of(head) {
-            // From here on no hold is granted through a small entry that somebody read a while ago: there is no bit.
+            // From here on no hold is granted through a small entry that somebody read a while ago: there is
+            // no bit.
             let result = self.update(pfn, |s| Some(s.minus(&MAPS).possibly_shared().part()));
             is_held |= result.is_ok_and(|change| !change.before.is_idle());
         }

@@ -1,16 +1,16 @@
 //! A debugger's write: into a page the guest may not write (`FOLL_FORCE`; PROTOCOL.md 4.7, H-a).
 
 use super::addr::{Gfn, PAGE_SIZE};
-use super::fault::Intent;
+use super::fault::{FaultError, Intent};
 use super::policy::CowPolicy;
-use super::space::{AddressSpace, FaultError, in_range};
+use super::space::AddressSpace;
 
 impl<P: CowPolicy> AddressSpace<P> {
-    /// Writes `bytes` into page `gfn`, from byte `offset` on, as a debugger does to set a breakpoint: COW is broken, but the page
-    /// does not become writable for the guest.
+    /// Writes `bytes` into page `gfn`, from byte `offset` on, as a debugger does to set a breakpoint: COW is
+    /// broken, but the page does not become writable for the guest.
     ///
-    /// The page must be **exclusive** before it is written: that is the proof that COW was broken. Linux once took "dirty" for
-    /// it, which others can set (5535be309971). vCPUs that run may see half of the bytes.
+    /// The page must be **exclusive** before it is written: that is the proof that COW was broken. Linux once
+    /// took "dirty" for it, which others can set (5535be309971). vCPUs that run may see half of the bytes.
     ///
     /// # Errors
     /// As [`AddressSpace::write_fault`].
@@ -23,7 +23,7 @@ impl<P: CowPolicy> AddressSpace<P> {
             "{} bytes at offset {offset} are not in a page",
             bytes.len()
         );
-        in_range(&self.mapped.table, gfn)?;
+        self.mapped.table.in_range(gfn)?;
         let _no_fork = self.mapped.enter()?;
         let mut region = self.mapped.table.lock_of(gfn);
         let resolution = self.resolve(&mut region, gfn, Intent::Unshare)?;

@@ -5,39 +5,42 @@
 //!    entry. The bit stays: read-only and exclusive is a normal state, and a fork that fails here costs
 //!    the guest a few faults that copy nothing.
 //! 2. **Share.** For every page that is read-only now: clear the bit and add the child's mapping, in one
-//!    step. A page that is writable still (a device holds it), or whose frame refuses (it was pinned since), is
-//!    copied for the child at once, and the parent's entry is not touched.
+//!    step. A page that is writable still (a device holds it), or whose frame refuses (it was pinned since),
+//!    is copied for the child at once, and the parent's entry is not touched.
 //!
-//! Only what has changed since the last fork is looked at (`lineage.rs`): the rest is possibly shared already, and the
-//! child has it in common with the last one. A region that a huge entry maps is shared as one; if a device holds pages of it, the
-//! entry is split first, and just those pages are copied. (The kernel copies all 512: it counts pins by folio.)
+//! Only what has changed since the last fork is looked at (`lineage.rs`): the rest is possibly shared
+//! already, and the child has it in common with the last one. A region that a huge entry maps is shared as
+//! one; if a device holds pages of it, the entry is split first, and just those pages are copied. (The kernel
+//! copies all 512: it counts pins by folio.)
 //!
 //! Protecting before sharing is what J. Horn proposed for Linux in June 2025: a writer that was not
 //! stopped cannot tear the child's pages, since no frame is shared while anybody may write it.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use super::addr::{Gfn, Pfn};
-use super::ahead::Piece;
+use super::commit::AllocError;
+use super::entry::Entry;
 use super::frozen::{Frozen, FrozenChunk, FrozenChunks, FrozenFrames, FrozenRegion};
 use super::mapped::Counted;
+use super::mapped::table::RegionGuard;
 use super::mmu::{Mmu, MmuError};
 use super::policy::{CowPolicy, without};
-use super::pool::AllocError;
+use super::predictor::{Candidate, Leaf};
 use super::safeguard::Safeguard;
-use super::space::{AddressSpace, Counters};
+use super::space::AddressSpace;
+use super::stats::Counters;
 use super::sync::lock;
-use super::table::{Entry, RegionGuard};
 
-/// Huge entries and chunks that [`AddressSpace::prepare_fork`] forks at once, or a few more, while faults in their regions wait.
+/// Huge entries and chunks that [`AddressSpace::prepare_fork`] forks at once, or a few more, while faults in
+/// their regions wait.
 const PREPARE_AT_ONCE: usize = 16;
 
 /// Frames, and those they are to be copied to.
 type Copies = Vec<(Pfn, Pfn)>;
 
 /// What a snapshot has of a region: shared, or copied where a device holds it.
-struct Shared {
+struct ForkedRegion {
     /// Nothing of a region in which there is nothing.
     frozen: Option<Arc<FrozenRegion>>,
     /// If the next snapshot cannot have the same: those of its chunks that it can have.
@@ -93,13 +96,12 @@ impl<P: CowPolicy> AddressSpace<P> {
         lineage.unchanged = table.clone();
         lineage.changed.clear();
         for (region, shared) in regions.iter_mut().zip(shared) {
-            region.state.habit.forked(fork);
+            region.state.history.forked(fork);
             if let Some(kept) = shared.kept {
                 let index = region.index();
                 lineage.unchanged.replace(index, None);
                 lineage.changed.push(index);
-                // As `open` does, which will not be called.
-                region.state.breaks.begin(index, fork);
+                region.state.history.remains_changed(index, fork);
                 region.state.kept = kept;
                 shared.frozen.iter().for_each(|f| region.remember(f));
             } else {
@@ -107,9 +109,7 @@ impl<P: CowPolicy> AddressSpace<P> {
             }
         }
         drop(lineage);
-        if self.notes_writes.load(Ordering::Relaxed) {
-            lock(&self.written).note(fork, written);
-        }
+        self.predictor.forked(fork, written);
         Ok(Arc::new(Frozen {
             pool: Arc::clone(&self.pool),
             table,
@@ -117,11 +117,13 @@ impl<P: CowPolicy> AddressSpace<P> {
         }))
     }
 
-    /// Does what the next [`AddressSpace::fork`] would have to do, while the guest runs: forks what has changed, for nobody. What was shared
-    /// so is what that fork takes over if it does not change again; and if it does, the guest finds itself alone and copies nothing
-    /// (PROTOCOL.md T4), but has had a fault more. So it is done where it pays (`adapt.rs`), and again, for what the guest has
-    /// written meanwhile, as long as that becomes less. Of what changes before every fork, page by page, so much is left to it as does not make it long
-    /// ([`AddressSpace::leave_to_fork`]): write-protecting a page costs a guest that runs several times what it costs one that stands still.
+    /// Does what the next [`AddressSpace::fork`] would have to do, while the guest runs: forks what has
+    /// changed, for nobody. What was shared so is what that fork takes over if it does not change again; and
+    /// if it does, the guest finds itself alone and copies nothing (PROTOCOL.md T4), but has had a fault
+    /// more. So it is done where it pays (`adapt.rs`), and again, for what the guest has written meanwhile,
+    /// as long as that becomes less. Of what changes before every fork, page by page, so much is left to it
+    /// as does not make it long ([`AddressSpace::leave_to_fork`]): write-protecting a page costs a guest that
+    /// runs several times what it costs one that stands still.
     ///
     /// Has memory ready for the copies of pinned pages, too.
     ///
@@ -137,7 +139,7 @@ impl<P: CowPolicy> AddressSpace<P> {
             changed.sort_unstable();
             let regions = changed.iter().map(|&index| self.mapped.table.lock(index));
             let mut left = regions
-                .filter(|region| !region.state.habit.is_rare(fork))
+                .filter(|region| self.predictor.is_left_to_fork(&candidate(region), fork))
                 .map(|region| region.open_chunks().count())
                 .sum();
             let (mut rest, mut prepared) = (changed.as_slice(), 0);
@@ -153,31 +155,26 @@ impl<P: CowPolicy> AddressSpace<P> {
         }
     }
 
-    /// Looks at the first of `regions`, in order, and forks those for which it pays, for nobody. Says how many it has looked at and how many
-    /// it has forked. Faults in them wait meanwhile. `left` are the chunks of regions that change before every fork and are left to it.
+    /// Looks at the first of `regions`, in order, and forks those for which it pays, for nobody. Says how
+    /// many it has looked at and how many it has forked. Faults in them wait meanwhile. `left` are the chunks
+    /// of regions that change before every fork and are left to it.
     fn prepare_some(&self, regions: &[usize], left: &mut usize) -> (usize, usize) {
         let Ok(_no_fork) = self.mapped.enter() else {
             return (regions.len(), 0);
         };
         let fork = lock(&self.lineage).forks + 1;
-        let enough = self.left_to_fork.load(Ordering::Relaxed) as usize;
         let (mut looked_at, mut pieces) = (0, 0);
         let mut chosen = Vec::new();
         for &index in regions {
             let region = self.mapped.table.lock(index);
             looked_at += 1;
             let chunks = region.open_chunks().count();
-            let is_rare = region.huge().is_some() || region.state.habit.is_rare(fork);
             if region.state.is_changed
-                && (is_rare || *left > enough)
                 && region.is_full()
-                && region
-                    .state
-                    .habit
-                    .may_prepare(index, region.huge().is_some(), fork)
+                && self.predictor.prepares(&candidate(&region), fork, *left)
                 && self.is_unheld(&region)
             {
-                if !is_rare {
+                if self.predictor.is_left_to_fork(&candidate(&region), fork) {
                     *left = left.saturating_sub(chunks);
                 }
                 pieces += chunks.max(1);
@@ -198,7 +195,7 @@ impl<P: CowPolicy> AddressSpace<P> {
                 // Held since, if it was kept.
                 if shared.kept.is_none() {
                     region.close();
-                    region.state.habit.prepared(fork);
+                    region.state.history.prepared(fork);
                     done.push((region.index(), shared.frozen));
                 }
             }
@@ -211,14 +208,12 @@ impl<P: CowPolicy> AddressSpace<P> {
             lineage.unchanged.replace(index, frozen);
         }
         drop(lineage);
-        if !written.is_empty() {
-            lock(&self.written).note_prepared(&written);
-        }
+        self.predictor.prepared(&written);
         (looked_at, prepared)
     }
 
-    /// Whether nobody holds what has changed in a region. What is pinned would be copied, for nobody; and what is written through a hold would
-    /// be lost before the fork.
+    /// Whether nobody holds what has changed in a region. What is pinned would be copied, for nobody; and
+    /// what is written through a hold would be lost before the fork.
     fn is_unheld(&self, region: &RegionGuard<'_>) -> bool {
         let is_idle = |gfn| self.pool.state(region.get(gfn).pfn()).is_idle();
         match region.huge() {
@@ -227,13 +222,13 @@ impl<P: CowPolicy> AddressSpace<P> {
         }
     }
 
-    /// Both passes, for regions that have changed, in order: all that are writable, or neighbours. What was writable is added to `written`,
-    /// in order, if anybody wants to know.
+    /// Both passes, for regions that have changed, in order: all that are writable, or neighbours. What was
+    /// writable is added to `written`, in order, if anybody wants to know.
     fn share_regions(
         &self,
         regions: &mut [RegionGuard<'_>],
-        written: &mut Vec<Piece>,
-    ) -> Result<Vec<Shared>, ForkError> {
+        written: &mut Vec<Leaf>,
+    ) -> Result<Vec<ForkedRegion>, ForkError> {
         if without::<P>(Safeguard::ProtectedBeforeShared) {
             let shared = self.share_all(regions)?;
             self.write_protect(regions, written)?;
@@ -244,7 +239,7 @@ impl<P: CowPolicy> AddressSpace<P> {
     }
 
     /// Pass 2.
-    fn share_all(&self, regions: &mut [RegionGuard<'_>]) -> Result<Vec<Shared>, ForkError> {
+    fn share_all(&self, regions: &mut [RegionGuard<'_>]) -> Result<Vec<ForkedRegion>, ForkError> {
         let mut copies = Copies::new();
         let shared: Result<_, _> = regions
             .iter_mut()
@@ -259,7 +254,7 @@ impl<P: CowPolicy> AddressSpace<P> {
         &self,
         region: &mut RegionGuard<'_>,
         copies: &mut Copies,
-    ) -> Result<Shared, ForkError> {
+    ) -> Result<ForkedRegion, ForkError> {
         let first = region.first();
         // Sharing what is writable still.
         let too_early = without::<P>(Safeguard::ProtectedBeforeShared);
@@ -273,7 +268,7 @@ impl<P: CowPolicy> AddressSpace<P> {
                     .try_share_huge(head, &self.policy)
                     .is_ok()
             {
-                return Ok(Shared {
+                return Ok(ForkedRegion {
                     frozen: frozen(FrozenFrames::Huge(head)),
                     kept: None,
                 });
@@ -296,7 +291,8 @@ impl<P: CowPolicy> AddressSpace<P> {
             };
         }
         let is_empty = chunks.iter().all(Option::is_none);
-        // A region shorter than a folio is forked anew each time: the counts of a small space are then what its entries say.
+        // A region shorter than a folio is forked anew each time: the counts of a small space are then what
+        // its entries say.
         let kept = if !region.is_full() {
             Some(FrozenChunks::default())
         } else if copied.is_empty() {
@@ -306,7 +302,7 @@ impl<P: CowPolicy> AddressSpace<P> {
             copied.into_iter().for_each(|index| kept[index] = None);
             Some(kept)
         };
-        Ok(Shared {
+        Ok(ForkedRegion {
             frozen: frozen(FrozenFrames::Small(chunks)).filter(|_| !is_empty),
             kept,
         })
@@ -363,7 +359,7 @@ impl<P: CowPolicy> AddressSpace<P> {
     fn write_protect(
         &self,
         regions: &mut [RegionGuard<'_>],
-        written: &mut Vec<Piece>,
+        written: &mut Vec<Leaf>,
     ) -> Result<(), ForkError> {
         // The first page of a run and the last, and which region the first is in.
         let mut run: Option<(usize, Gfn, Gfn)> = None;
@@ -402,12 +398,12 @@ impl<P: CowPolicy> AddressSpace<P> {
         regions: &mut [RegionGuard<'_>],
         first: Gfn,
         last: Gfn,
-        written: &mut Vec<Piece>,
+        written: &mut Vec<Leaf>,
     ) -> Result<(), ForkError> {
-        let notes_writes = self.notes_writes.load(Ordering::Relaxed);
+        let notes_writes = self.predictor.notes_writes();
         let mut note = |first, is_huge| {
             if notes_writes {
-                written.push(Piece { first, is_huge });
+                written.push(Leaf { first, is_huge });
             }
         };
         self.mapped
@@ -417,8 +413,8 @@ impl<P: CowPolicy> AddressSpace<P> {
             .map_err(ForkError::WriteProtect)
     }
 
-    /// A running clone of a snapshot: a live address space that shares the snapshot's frames. `mmu` shows zeros, read-only,
-    /// everywhere.
+    /// A running clone of a snapshot: a live address space that shares the snapshot's frames. `mmu` shows
+    /// zeros, read-only, everywhere.
     ///
     /// # Errors
     /// If the pool has no room for the clone's home, or `mmu` refuses.
@@ -442,7 +438,8 @@ impl<P: CowPolicy> AddressSpace<P> {
                     true => clone.adopt(&mut to, gfn, entry.pfn()),
                     false => Ok(Adopted::Shared),
                 };
-                // A break must not move the snapshot between the look and the share: the frame would be the writer's.
+                // A break must not move the snapshot between the look and the share: the frame would be the
+                // writer's.
                 let page = if without::<P>(Safeguard::CloneUnderLock) {
                     let entry = from.lock().get(gfn);
                     adopt(entry)
@@ -463,7 +460,8 @@ impl<P: CowPolicy> AddressSpace<P> {
         Ok(clone)
     }
 
-    /// Maps the folio of a snapshot's region at the same region of this space, read-only. The region was untouched.
+    /// Maps the folio of a snapshot's region at the same region of this space, read-only. The region was
+    /// untouched.
     fn adopt_huge(&self, region: &mut RegionGuard<'_>, head: Pfn) -> Result<Adopted, ForkError> {
         let frames = self.pool.frames();
         if frames.try_share_huge(head, &self.policy).is_err() {
@@ -503,6 +501,15 @@ impl<P: CowPolicy> AddressSpace<P> {
         } else {
             Adopted::InPart
         })
+    }
+}
+
+/// What the predictor is asked about a region that has changed.
+fn candidate<'a>(region: &'a RegionGuard<'_>) -> Candidate<'a> {
+    Candidate {
+        history: &region.state.history,
+        index: region.index(),
+        is_huge: region.huge().is_some(),
     }
 }
 

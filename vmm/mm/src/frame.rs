@@ -8,163 +8,12 @@
 //! `page->flags`, a bias in `_refcount`) and needs full barriers on both sides, a sequence count against
 //! fork and a sticky `MMF_HAS_PINNED` flag to get the same (PROTOCOL.md 5.2, 5.3). See
 //! `docs/decisions/0001-one-word-a-frame.md`.
-//!
-//! # States of a frame
-//! | maps | gets | pins | exclusive | state |
-//! |---|---|---|---|---|
-//! | 0 | 0 | 0 | no | **free**, or allocated and not mapped yet |
-//! | 1 | any | any | yes | **exclusive**: one address space owns it; COW is disabled; pins are granted |
-//! | 1 or more | any | 0 | no | **possibly shared**: nobody may write it; a break reuses it if it is provably the last |
-//! | 0 | any | any | no | **held**: an orphan that was unmapped while held, or a copy that is not mapped yet; freed by the last holder |
-//!
-//! Never: exclusive with `maps != 1`; a pin *granted* on a frame that is not exclusive (the weaker policies
-//! do that, which is their bug).
-//!
-//! A frame may also be mapped as a part of a **huge folio** (`folio.rs`): its word has the *part* mark then, which counts as one
-//! more mapping, and the folio's word says how many huge entries there are and whether they are exclusive. Holds are counted
-//! here all the same, page by page.
 
-use std::fmt;
-
-use super::addr::Order;
-use super::addr::{Access, Pfn};
+use super::addr::{Access, Order, Pfn};
+use super::frame_state::{FrameState, GETS, MAPS, PINS};
 use super::policy::{CowPolicy, without};
 use super::safeguard::Safeguard;
 use super::sync::{AtomicU64, Ordering, zeroed};
-
-/// A field of the packed word: `bits` bits from bit `shift` on.
-pub(super) struct Field {
-    shift: u32,
-    bits: u32,
-}
-
-impl Field {
-    pub(super) const fn after(previous: &Field, bits: u32) -> Self {
-        Self {
-            shift: previous.shift + previous.bits,
-            bits,
-        }
-    }
-    pub(super) const fn max(&self) -> u64 {
-        (1 << self.bits) - 1
-    }
-    pub(super) const fn one(&self) -> u64 {
-        1 << self.shift
-    }
-    pub(super) const fn of(&self, word: u64) -> u64 {
-        (word >> self.shift) & self.max()
-    }
-}
-
-pub(super) const MAPS: Field = Field { shift: 0, bits: 24 };
-pub(super) const GETS: Field = Field::after(&MAPS, 16);
-pub(super) const PINS: Field = Field::after(&GETS, 20);
-const EXCLUSIVE: Field = Field::after(&PINS, 1);
-/// Part of a huge folio that somebody maps by a huge entry.
-const PART: Field = Field::after(&EXCLUSIVE, 1);
-const _: () = assert!(PART.shift + PART.bits <= 64);
-
-/// What is known of a frame at one instant: a value of its packed word.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub struct FrameState(u64);
-
-impl FrameState {
-    pub(super) const FREE: Self = Self(0);
-    /// Part of a huge folio, and nothing else.
-    pub(super) const FOLIO_PART: Self = Self(PART.one());
-
-    /// Shadow page-table entries that map the frame, over all address spaces. While it is part of a folio that huge entries
-    /// map, they count as one in the frame's own word.
-    pub const fn maps(self) -> u64 {
-        MAPS.of(self.0) + PART.of(self.0)
-    }
-    /// Whether huge entries map it, among others perhaps.
-    pub(super) const fn is_part(self) -> bool {
-        PART.of(self.0) != 0
-    }
-    /// The state of a page, from its own word and what its folio's says: `huge` entries map it, exclusively or not.
-    pub(super) const fn in_folio(self, huge: u64, exclusive: bool) -> Self {
-        let maps = MAPS.of(self.0) + huge;
-        let rest = self.0 & !(MAPS.max() << MAPS.shift) & !PART.one() & !EXCLUSIVE.one();
-        Self(rest | maps | if exclusive { EXCLUSIVE.one() } else { 0 })
-    }
-    pub(super) const fn part(self) -> Self {
-        Self(self.0 | PART.one())
-    }
-    pub(super) const fn whole(self) -> Self {
-        Self(self.0 & !PART.one())
-    }
-    /// Transient readers (`FOLL_GET`).
-    pub const fn gets(self) -> u64 {
-        GETS.of(self.0)
-    }
-    /// Device holds (`FOLL_PIN`), exact.
-    pub const fn pins(self) -> u64 {
-        PINS.of(self.0)
-    }
-    /// All holds together: what the kernel calls the reference count.
-    pub const fn refs(self) -> u64 {
-        self.maps() + self.gets() + self.pins()
-    }
-    /// The exclusive bit (`PageAnonExclusive`): one address space owns the frame, COW is disabled.
-    pub const fn is_exclusive(self) -> bool {
-        EXCLUSIVE.of(self.0) != 0
-    }
-
-    /// The same with another number of pins.
-    ///
-    /// # Panics
-    /// If the field does not hold so many.
-    pub const fn with_pins(self, pins: u64) -> Self {
-        assert!(pins <= PINS.max());
-        Self(self.0 & !(PINS.max() << PINS.shift) | pins << PINS.shift)
-    }
-
-    pub(super) const fn exclusive(self) -> Self {
-        Self(self.0 | EXCLUSIVE.one())
-    }
-    pub(super) const fn possibly_shared(self) -> Self {
-        Self(self.0 & !EXCLUSIVE.one())
-    }
-    /// Whether mappings are all that holds it.
-    pub(super) const fn is_idle(self) -> bool {
-        self.gets() == 0 && self.pins() == 0
-    }
-
-    /// After a mapping went: what nobody maps belongs to no address space (I2).
-    fn unmapped(self) -> Self {
-        if self.maps() == 0 {
-            self.possibly_shared()
-        } else {
-            self
-        }
-    }
-
-    pub(super) fn plus(self, field: &Field) -> Option<Self> {
-        (field.of(self.0) < field.max()).then(|| Self(self.0 + field.one()))
-    }
-    pub(super) fn minus(self, field: &Field) -> Self {
-        debug_assert!(field.of(self.0) > 0, "count below zero: {self:?}");
-        Self(self.0 - field.one())
-    }
-}
-
-impl fmt::Debug for FrameState {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "{{maps {}, gets {}, pins {}, {}}}",
-            self.maps(),
-            self.gets(),
-            self.pins(),
-            if self.is_exclusive() {
-                "exclusive"
-            } else {
-                "possibly shared"
-            }
-        )
-    }
-}
 
 /// Whether a hold that was given back was the last one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -198,8 +47,8 @@ const fn order<P: CowPolicy>(safeguard: Safeguard) -> (Ordering, Ordering) {
 
 /// The packed words of all frames, and of all huge folios.
 ///
-/// It is as long as there are frame numbers. What was never used of it costs no memory (`sync::zeroed`), a page of the host for each folio's
-/// worth of frames.
+/// It is as long as there are frame numbers. What was never used of it costs no memory (`sync::zeroed`), a
+/// page of the host for each folio's worth of frames.
 pub(super) struct FrameTable {
     words: Box<[AtomicU64]>,
     /// One for each run of frames that could be a huge folio (`folio.rs`).
@@ -221,7 +70,8 @@ impl FrameTable {
         self.words.len() as u64
     }
 
-    /// What is known of a frame, by whatever entries it is mapped. If that is being changed from huge to small or back, a mixture.
+    /// What is known of a frame, by whatever entries it is mapped. If that is being changed from huge to
+    /// small or back, a mixture.
     pub(super) fn state(&self, pfn: Pfn) -> FrameState {
         let own = self.own_state(pfn);
         if own.is_part() {
@@ -234,12 +84,12 @@ impl FrameTable {
 
     /// The frame's own word.
     pub(super) fn own_state(&self, pfn: Pfn) -> FrameState {
-        FrameState(self.words[pfn.0 as usize].load(Ordering::Acquire))
+        FrameState::of_word(self.words[pfn.0 as usize].load(Ordering::Acquire))
     }
 
     /// Replaces the word of a frame that nobody else can be changing.
     pub(super) fn set_own(&self, pfn: Pfn, state: FrameState) {
-        self.words[pfn.0 as usize].store(state.0, Ordering::Release);
+        self.words[pfn.0 as usize].store(state.word(), Ordering::Release);
     }
 
     /// Replaces the state by `next(state)` until that succeeds or `next` declines.
@@ -253,8 +103,8 @@ impl FrameTable {
     ///   mapping back here. A pin that finds the frame exclusive again for somebody else comes after that in
     ///   the word's order, so its re-read of the entry (`pin.rs`) sees the new entry. Without acquire here
     ///   it could read the old one and grant a pin on another's frame.
-    /// * *reuse* against *the last other mapping going away*: a space unmaps its readers' window before it gives the
-    ///   mapping back (PROTOCOL.md 5.4), so a writer that finds itself alone has no reader left.
+    /// * *reuse* against *the last other mapping going away*: a space unmaps its readers' window before it
+    ///   gives the mapping back (PROTOCOL.md 5.4), so a writer that finds itself alone has no reader left.
     pub(super) fn update(
         &self,
         pfn: Pfn,
@@ -272,11 +122,11 @@ impl FrameTable {
         let word = &self.words[pfn.0 as usize];
         let mut seen = word.load(look);
         loop {
-            let before = FrameState(seen);
+            let before = FrameState::of_word(seen);
             let Some(after) = next(before) else {
                 return Err(before);
             };
-            match word.compare_exchange_weak(seen, after.0, success, look) {
+            match word.compare_exchange_weak(seen, after.word(), success, look) {
                 Ok(_) => return Ok(Change { before, after }),
                 Err(now) => seen = now,
             }
@@ -285,13 +135,13 @@ impl FrameTable {
 
     /// The state at the end of all changes so far: a change made later sees all that the caller did before.
     ///
-    /// A load will not do where the caller has changed an entry and asks who pinned the frame through it: the load may be
-    /// done before the store is seen, and the pin's re-read before the pin is (PROTOCOL.md 5.2).
+    /// A load will not do where the caller has changed an entry and asks who pinned the frame through it: the
+    /// load may be done before the store is seen, and the pin's re-read before the pin is (PROTOCOL.md 5.2).
     pub(super) fn settled<P: CowPolicy>(&self, pfn: Pfn) -> FrameState {
         if without::<P>(Safeguard::PinsCountedInOrder) {
             return self.state(pfn);
         }
-        FrameState(self.words[pfn.0 as usize].fetch_or(0, Ordering::AcqRel))
+        FrameState::of_word(self.words[pfn.0 as usize].fetch_or(0, Ordering::AcqRel))
     }
 
     /// The first mapping of a frame that was just allocated: exclusive from birth (PROTOCOL.md T1, I4).
@@ -323,7 +173,8 @@ impl FrameTable {
         without::<P>(safeguard).then(|| self.state(pfn))
     }
 
-    /// One more mapping, possibly shared, of a frame that nobody but mappings holds. Says whether it was exclusive.
+    /// One more mapping, possibly shared, of a frame that nobody but mappings holds. Says whether it was
+    /// exclusive.
     pub(super) fn try_share_idle(&self, pfn: Pfn) -> Result<bool, FrameState> {
         self.update(pfn, |s| {
             s.is_idle()
@@ -343,9 +194,9 @@ impl FrameTable {
         debug_assert!(result.is_ok());
     }
 
-    /// Turns the caller's mapping into a hold if `may` agrees. A frame that nothing maps can neither be pinned nor
-    /// held, so if it was the only mapping the frame is nobody's until [`FrameTable::put_back`]: what the kernel
-    /// does by freezing the reference count. Says whether it was exclusive.
+    /// Turns the caller's mapping into a hold if `may` agrees. A frame that nothing maps can neither be
+    /// pinned nor held, so if it was the only mapping the frame is nobody's until [`FrameTable::put_back`]:
+    /// what the kernel does by freezing the reference count. Says whether it was exclusive.
     pub(super) fn try_isolate<P: CowPolicy>(
         &self,
         pfn: Pfn,
@@ -389,8 +240,8 @@ impl FrameTable {
         .map(drop)
     }
 
-    /// Makes the frame exclusive to the one mapping the caller holds, if `policy` says that it may be written in place
-    /// (PROTOCOL.md T3, T4, T7).
+    /// Makes the frame exclusive to the one mapping the caller holds, if `policy` says that it may be written
+    /// in place (PROTOCOL.md T3, T4, T7).
     pub(super) fn try_reuse(&self, pfn: Pfn, policy: &impl CowPolicy) -> Result<(), FrameState> {
         // What is part of a folio is mapped by a huge entry too: not ours, which would not come here.
         self.update(pfn, |s| {
@@ -399,7 +250,8 @@ impl FrameTable {
         .map(drop)
     }
 
-    /// Takes a pin if `policy` grants one on the frame as it is (PROTOCOL.md 3: a pin may only be taken on an exclusive frame).
+    /// Takes a pin if `policy` grants one on the frame as it is (PROTOCOL.md 3: a pin may only be taken on an
+    /// exclusive frame).
     pub(super) fn try_pin<P: CowPolicy>(
         &self,
         pfn: Pfn,

@@ -1,25 +1,25 @@
 //! Frames between two owners: just allocated, or taken out of their page.
 
-use std::sync::Arc;
-
 use super::addr::Pfn;
 use super::commit::Taken;
-use super::frame::{FrameState, Released};
+use super::frame::Released;
+use super::frame_state::FrameState;
 use super::hold::Get;
 use super::policy::CowPolicy;
-use super::pool::FramePool;
+use super::pool_ref::PoolRef;
 
 /// A frame that was allocated and belongs to nobody yet. Dropping it frees it.
 pub(super) struct Fresh {
-    pool: Arc<FramePool>,
+    pool: PoolRef,
     pfn: Pfn,
     owned_elsewhere: bool,
 }
 
 impl Fresh {
-    pub(super) fn new(pool: &Arc<FramePool>, pfn: Pfn) -> Self {
+    /// Of a frame that was allocated.
+    pub(super) fn of_allocated(pool: PoolRef, pfn: Pfn) -> Self {
         Self {
-            pool: Arc::clone(pool),
+            pool,
             pfn,
             owned_elsewhere: false,
         }
@@ -40,7 +40,7 @@ impl Fresh {
     pub(super) fn into_held(mut self) -> Get {
         self.pool.frames().hold_fresh(self.pfn);
         self.owned_elsewhere = true;
-        Get::new(&self.pool, self.pfn)
+        Get::of_counted(self.pool.clone(), self.pfn)
     }
 }
 
@@ -54,16 +54,17 @@ impl Drop for Fresh {
 
 /// A huge folio that was allocated and belongs to nobody yet. Dropping it frees it.
 pub(super) struct FreshFolio {
-    pool: Arc<FramePool>,
+    pool: PoolRef,
     head: Pfn,
     is_blank: bool,
     owned_elsewhere: bool,
 }
 
 impl FreshFolio {
-    pub(super) fn new(pool: &Arc<FramePool>, taken: &Taken) -> Self {
+    /// Of frames that were allocated.
+    pub(super) fn of_allocated(pool: PoolRef, taken: &Taken) -> Self {
         Self {
-            pool: Arc::clone(pool),
+            pool,
             head: taken.first,
             is_blank: taken.is_blank,
             owned_elsewhere: false,
@@ -100,13 +101,29 @@ impl Drop for FreshFolio {
 
 /// A frame that was taken out of its page and is not in another yet. Dropping it lets it go.
 pub(super) struct Isolated {
-    pool: Arc<FramePool>,
+    pool: PoolRef,
     pfn: Pfn,
     was_exclusive: bool,
     owned_elsewhere: bool,
 }
 
 impl Isolated {
+    /// Takes the caller's mapping of `pfn` away if `may` agrees, and holds the frame: nobody can pin or hold
+    /// it then if that was its only mapping.
+    pub(super) fn try_take<P: CowPolicy>(
+        pool: PoolRef,
+        pfn: Pfn,
+        may: impl Fn(FrameState) -> bool,
+    ) -> Result<Self, FrameState> {
+        let was_exclusive = pool.frames().try_isolate::<P>(pfn, may)?;
+        Ok(Self {
+            pool,
+            pfn,
+            was_exclusive,
+            owned_elsewhere: false,
+        })
+    }
+
     /// Maps it again, for the page it was taken out of, as it was.
     pub(super) fn put_back(mut self) {
         self.pool.frames().put_back(self.pfn, self.was_exclusive);
@@ -125,23 +142,5 @@ impl Drop for Isolated {
         if !self.owned_elsewhere && self.pool.frames().put(self.pfn) == Released::Last {
             self.pool.free(self.pfn);
         }
-    }
-}
-
-impl FramePool {
-    /// Takes the caller's mapping of `pfn` away if `may` agrees, and holds the frame: nobody can pin or hold it then if
-    /// that was its only mapping.
-    pub(super) fn isolate<P: CowPolicy>(
-        self: &Arc<Self>,
-        pfn: Pfn,
-        may: impl Fn(FrameState) -> bool,
-    ) -> Result<Isolated, FrameState> {
-        let was_exclusive = self.frames().try_isolate::<P>(pfn, may)?;
-        Ok(Isolated {
-            pool: Arc::clone(self),
-            pfn,
-            was_exclusive,
-            owned_elsewhere: false,
-        })
     }
 }

@@ -6,34 +6,36 @@
 //!   Frozen 2 ──> root ──> node 0' ──> region 0'  region 1   ...      region 0 changed between the two
 //!                     └─> node 1 (the same)
 //! ```
-//! A region is mapped by one huge entry, or in *chunks* of some pages each, and different regions may have chunks in common:
+//! A region is mapped by one huge entry, or in *chunks* of some pages each, and different regions may have
+//! chunks in common:
 //!
 //! ```text
 //!   region 0  ──> chunk 0   chunk 1   ...
 //!   region 0' ──> chunk 0'  chunk 1   ...      a page of chunk 0 changed between the two
 //! ```
-//! A chunk, or the huge entry of a region, holds one mapping of each of its frames, however many snapshots it belongs to. So a fork pays
-//! for the chunks that changed since the last and for little else, and a COW break that moves the sharers moves a page once for all of them.
+//! A chunk, or the huge entry of a region, holds one mapping of each of its frames, however many snapshots it
+//! belongs to. So a fork pays for the chunks that changed since the last and for little else, and a COW break
+//! that moves the sharers moves a page once for all of them.
 //!
-//! A snapshot is never written, but not bound to frames either: when a running space writes to a page that only snapshots
-//! share with it, *they* are given the copy (`fault.rs`).
+//! A snapshot is never written, but not bound to frames either: when a running space writes to a page that
+//! only snapshots share with it, *they* are given the copy (`fault.rs`).
 
 use std::fmt;
 use std::mem;
 use std::ptr;
 use std::sync::Arc;
 
-use super::addr::{Gfn, Order, Pfn};
-use super::frame::FrameState;
+use super::addr::{Gfn, Order, OutOfRange, Pfn};
+use super::entry::Entry;
+use super::frame_state::FrameState;
 use super::pool::FramePool;
-use super::space::OutOfRange;
 use super::sync::{Mutex, MutexGuard, lock};
-use super::table::Entry;
 
 /// Regions that a node of the tree has.
 const FAN_OUT: usize = 64;
 
-/// A snapshot of an address space: its pages as they were at one instant. It has no vCPUs and is never written.
+/// A snapshot of an address space: its pages as they were at one instant. It has no vCPUs and is never
+/// written.
 pub struct Frozen {
     pub(super) pool: Arc<FramePool>,
     pub(super) table: FrozenTable,
@@ -56,8 +58,8 @@ impl Frozen {
         self.entry(gfn).map(Entry::pfn)
     }
 
-    /// Calls `look` with the frame a page is in, which stays there and as it is for the length of the call. A break of
-    /// the page waits meanwhile: be short.
+    /// Calls `look` with the frame a page is in, which stays there and as it is for the length of the call. A
+    /// break of the page waits meanwhile: be short.
     pub fn with_frame<R>(&self, gfn: Gfn, look: impl FnOnce(Pfn) -> R) -> Result<R, OutOfRange> {
         self.with_entry(gfn, |entry| look(entry.pfn()))
     }
@@ -104,8 +106,8 @@ impl fmt::Debug for Frozen {
     }
 }
 
-/// The regions of a snapshot: a tree whose parts are shared, so that it is copied by copying its root and changed by copying the
-/// way to the change. A region that was never touched is not there.
+/// The regions of a snapshot: a tree whose parts are shared, so that it is copied by copying its root and
+/// changed by copying the way to the change. A region that was never touched is not there.
 #[derive(Clone, Default)]
 pub(super) struct FrozenTable {
     root: Arc<Vec<Option<Arc<Node>>>>,
@@ -256,7 +258,8 @@ impl FrozenGuard<'_> {
         }
     }
 
-    /// The entry of a page just now. Another region's guard may change it, if the two have the chunk in common.
+    /// The entry of a page just now. Another region's guard may change it, if the two have the chunk in
+    /// common.
     pub(super) fn get(&self, gfn: Gfn) -> Entry {
         self.with(gfn, |entry| entry)
     }
@@ -271,7 +274,8 @@ impl FrozenGuard<'_> {
         }
     }
 
-    /// Shows page `gfn` in another frame, whose mapping is counted, and gives the mapping of the old one back.
+    /// Shows page `gfn` in another frame, whose mapping is counted, and gives the mapping of the old one
+    /// back.
     pub(super) fn move_page(&mut self, gfn: Gfn, to: Pfn) {
         let region = self.region;
         if let FrozenFrames::Huge(head) = *self.frames {
@@ -290,7 +294,8 @@ impl FrozenGuard<'_> {
         }
     }
 
-    /// Shows the whole region, which a huge entry maps, in another folio, whose mapping is counted, and gives the mapping of the old one back.
+    /// Shows the whole region, which a huge entry maps, in another folio, whose mapping is counted, and gives
+    /// the mapping of the old one back.
     pub(super) fn move_folio(&mut self, to: Pfn) {
         if let FrozenFrames::Huge(head) = &mut *self.frames {
             let from = mem::replace(head, to);
@@ -302,7 +307,8 @@ impl FrozenGuard<'_> {
 /// The most pages of a chunk.
 const CHUNK_PAGES: usize = Order::HUGE.chunk().pages() as usize;
 
-/// Some pages of one or more regions. It holds a mapping of every frame it shows, and gives them back when it goes.
+/// Some pages of one or more regions. It holds a mapping of every frame it shows, and gives them back when it
+/// goes.
 pub(super) struct FrozenChunk {
     pool: Arc<FramePool>,
     /// [`Pfn::ZERO`] for a page that was never touched, and beyond the end.
@@ -310,8 +316,8 @@ pub(super) struct FrozenChunk {
 }
 
 impl FrozenChunk {
-    /// A chunk whose pages are in `frames`, [`Pfn::ZERO`] for those that were never touched. Their mappings are counted
-    /// already. None if there is nothing in it.
+    /// A chunk whose pages are in `frames`, [`Pfn::ZERO`] for those that were never touched. Their mappings
+    /// are counted already. None if there is nothing in it.
     pub(super) fn new(
         pool: &Arc<FramePool>,
         frames: impl IntoIterator<Item = Pfn>,

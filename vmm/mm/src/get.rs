@@ -9,19 +9,21 @@
 
 use std::sync::Arc;
 
-use super::addr::{Access, Gfn};
-use super::fault::Intent;
+use super::addr::{Access, Gfn, OutOfRange};
+use super::entry::Entry;
+use super::fault::{FaultError, Intent};
 use super::frozen::Frozen;
 use super::hold::Get;
+use super::mapped::table::Table;
 use super::policy::{CowPolicy, Exclusive, without};
 use super::pool::FramePool;
 use super::safeguard::Safeguard;
-use super::space::{AddressSpace, FaultError, OutOfRange, in_range};
-use super::table::{Entry, Table};
+use super::space::AddressSpace;
 
 impl<P: CowPolicy> AddressSpace<P> {
-    /// Takes a transient hold on the frame of a page. For [`Access::Write`] COW is broken first: what is written through the
-    /// hold is seen by the guest **until the next fork**, which does not know of it (PROTOCOL.md D3).
+    /// Takes a transient hold on the frame of a page. For [`Access::Write`] COW is broken first: what is
+    /// written through the hold is seen by the guest **until the next fork**, which does not know of it
+    /// (PROTOCOL.md D3).
     ///
     /// # Errors
     /// For reading, only if there is no such page; for writing as [`AddressSpace::write_fault`].
@@ -33,7 +35,7 @@ impl<P: CowPolicy> AddressSpace<P> {
     }
 
     fn get_to_write(&self, gfn: Gfn) -> Result<Get, FaultError> {
-        in_range(&self.mapped.table, gfn)?;
+        self.mapped.table.in_range(gfn)?;
         let _no_fork = self.mapped.enter()?;
         let mut region = self.mapped.table.lock_of(gfn);
         let resolution = self.resolve(&mut region, gfn, Intent::Write)?;
@@ -55,7 +57,7 @@ impl Frozen {
 
 /// A reader's hold is the same under all policies: `P` says only what a model checker leaves out.
 fn get<P: CowPolicy>(pool: &Arc<FramePool>, table: &Table, gfn: Gfn) -> Result<Get, OutOfRange> {
-    in_range(table, gfn)?;
+    table.in_range(gfn)?;
     let entry = table.peek(gfn);
     if let Ok(hold) = pool.try_get::<P>(entry)
         // The frame may have left this page, and become another's, before it was held.

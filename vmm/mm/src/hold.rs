@@ -2,54 +2,16 @@
 //!
 //! A hold outlives the address space it was taken through, and keeps what it needs of the pool.
 
-use std::fmt;
-use std::sync::Arc;
-
 use super::addr::{Access, Pfn};
-use super::commit::Supply;
+use super::entry::Entry;
 use super::folio::{Hold, may_pin};
-use super::frame::{FrameState, FrameTable, Released};
+use super::frame::Released;
+use super::frame_state::FrameState;
 use super::policy::CowPolicy;
-use super::pool::FramePool;
-use super::stripe::{Apart, Striped};
-use super::table::Entry;
+use super::pool_ref::PoolRef;
 
-/// What a hold needs of its pool, and keeps for as long as it lasts, pool or no pool.
-///
-/// Every hold counts itself in and out of the lease that it has. Were that one count for all, it would be the one cache line that two
-/// devices on different pages fight for: so there is a lease for each stripe of threads, and who drops a hold on another thread than took
-/// it gives back the one it was taken with.
-pub(super) struct Lease {
-    frames: Arc<FrameTable>,
-    supply: Arc<Supply>,
-}
-
-/// The leases of a pool.
-pub(super) type Leases = Striped<Arc<Apart<Lease>>>;
-
-impl Lease {
-    pub(super) fn for_all(frames: &Arc<FrameTable>, supply: &Arc<Supply>) -> Leases {
-        Striped::new(|| {
-            Arc::new(Apart(Self {
-                frames: Arc::clone(frames),
-                supply: Arc::clone(supply),
-            }))
-        })
-    }
-
-    fn free(&self, pfn: Pfn) {
-        self.supply.free(pfn);
-    }
-}
-
-impl fmt::Debug for Lease {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Lease").finish_non_exhaustive()
-    }
-}
-
-/// A device's hold on a frame (`FOLL_PIN`): the frame stays this page of its address space, whatever forks and
-/// faults do, until the handle is dropped.
+/// A device's hold on a frame (`FOLL_PIN`): the frame stays this page of its address space, whatever forks
+/// and faults do, until the handle is dropped.
 #[derive(Debug)]
 pub struct Pin(PinnedRun);
 
@@ -69,12 +31,47 @@ impl Pin {
 /// As [`Pin`], of neighbouring pages that are in neighbouring frames: one handle for all of them.
 #[derive(Debug)]
 pub struct PinnedRun {
-    lease: Arc<Apart<Lease>>,
+    pool: PoolRef,
     first: Pfn,
     count: u64,
 }
 
 impl PinnedRun {
+    /// Takes pins, if `policy` grants them, on the page of `entry`, and of a huge entry on pages that follow
+    /// in its folio: on `count` in all, or on none. The zero frame's pins are not counted (PROTOCOL.md 4.15).
+    #[inline]
+    pub(super) fn try_take<P: CowPolicy>(
+        pool: PoolRef,
+        entry: Entry,
+        count: u64,
+        access: Access,
+        policy: &P,
+    ) -> Result<Self, FrameState> {
+        let pfn = entry.pfn();
+        let may = may_pin(policy, access);
+        // Dropping it is the undo.
+        let mut run = Self {
+            pool,
+            first: pfn,
+            count: 0,
+        };
+        if entry.is_huge() {
+            run.count = run.pool.frames().hold_pages(pfn, count, Hold::Pin, &may);
+            if run.count < count || !run.pool.frames().are_pages_held::<P>(pfn, may) {
+                return Err(run.pool.frames().state(pfn));
+            }
+            return Ok(run);
+        }
+        debug_assert_eq!(count, 1);
+        if pfn != Pfn::ZERO {
+            run.pool.frames().try_pin(pfn, access, policy)?;
+        } else if !may(run.pool.frames().state(pfn)) {
+            return Err(run.pool.frames().state(pfn));
+        }
+        run.count = 1;
+        Ok(run)
+    }
+
     /// The pinned frames, in the order of their pages.
     pub fn pfns(&self) -> impl Iterator<Item = Pfn> + use<> {
         self.first.run(self.count)
@@ -94,7 +91,7 @@ impl PinnedRun {
     ) -> bool {
         let next = Pfn(self.first.0 + self.count);
         debug_assert!(entry.pfn() == next && !entry.is_huge());
-        let granted = self.lease.0.frames.try_pin(next, access, policy).is_ok();
+        let granted = self.pool.frames().try_pin(next, access, policy).is_ok();
         self.count += u64::from(granted);
         granted
     }
@@ -104,7 +101,7 @@ impl PinnedRun {
     pub(super) fn into_pins(mut self) -> Vec<Pin> {
         let of_one = |first| {
             Pin(Self {
-                lease: Arc::clone(&self.lease),
+                pool: self.pool.clone(),
                 first,
                 count: 1,
             })
@@ -126,10 +123,9 @@ impl PinnedRun {
     /// Lets go of all pages but the first `count`.
     #[inline]
     pub(super) fn truncate(&mut self, count: u64) {
-        let Lease { frames, .. } = &self.lease.0;
         for pfn in self.pfns().skip(count as usize) {
-            if pfn != Pfn::ZERO && frames.unpin(pfn) == Released::Last {
-                self.lease.0.free(pfn);
+            if pfn != Pfn::ZERO && self.pool.frames().unpin(pfn) == Released::Last {
+                self.pool.free(pfn);
             }
         }
         self.count = self.count.min(count);
@@ -147,17 +143,34 @@ impl Drop for PinnedRun {
 /// taken through *or older*, never another's. It does not keep the frame in its place.
 #[derive(Debug)]
 pub struct Get {
-    lease: Arc<Apart<Lease>>,
+    pool: PoolRef,
     pfn: Pfn,
 }
 
 impl Get {
     /// Of a frame on which a hold was counted.
-    pub(super) fn new(pool: &FramePool, pfn: Pfn) -> Self {
-        Self {
-            lease: pool.lease(),
-            pfn,
+    pub(super) fn of_counted(pool: PoolRef, pfn: Pfn) -> Self {
+        Self { pool, pfn }
+    }
+
+    /// Takes a transient hold on the page of `entry`. The zero frame is held by nobody and always there.
+    #[inline]
+    pub(super) fn try_take<P: CowPolicy>(pool: PoolRef, entry: Entry) -> Result<Self, FrameState> {
+        let pfn = entry.pfn();
+        let any = |_| true;
+        if entry.is_huge() {
+            if pool.frames().hold_pages(pfn, 1, Hold::Get, any) == 0 {
+                return Err(pool.frames().state(pfn));
+            }
+        } else if pfn != Pfn::ZERO {
+            pool.frames().try_get::<P>(pfn)?;
         }
+        let get = Self::of_counted(pool, pfn);
+        let frames = get.pool.frames();
+        if entry.is_huge() && !frames.are_pages_held::<P>(pfn, any) {
+            return Err(frames.state(pfn));
+        }
+        Ok(get)
     }
 
     /// The held frame.
@@ -168,63 +181,8 @@ impl Get {
 
 impl Drop for Get {
     fn drop(&mut self) {
-        let lease = &self.lease.0;
-        if self.pfn != Pfn::ZERO && lease.frames.put(self.pfn) == Released::Last {
-            lease.free(self.pfn);
+        if self.pfn != Pfn::ZERO && self.pool.frames().put(self.pfn) == Released::Last {
+            self.pool.free(self.pfn);
         }
-    }
-}
-
-impl FramePool {
-    /// Takes pins, if `policy` grants them, on the page of `entry`, and of a huge entry on pages that follow in its folio: on `count` in
-    /// all, or on none. The zero frame's pins are not counted (PROTOCOL.md 4.15).
-    pub(super) fn try_pin<P: CowPolicy>(
-        &self,
-        entry: Entry,
-        count: u64,
-        access: Access,
-        policy: &P,
-    ) -> Result<PinnedRun, FrameState> {
-        let pfn = entry.pfn();
-        let may = may_pin(policy, access);
-        // Dropping it is the undo.
-        let mut run = PinnedRun {
-            lease: self.lease(),
-            first: pfn,
-            count: 0,
-        };
-        if entry.is_huge() {
-            run.count = self.frames().hold_pages(pfn, count, Hold::Pin, &may);
-            if run.count < count || !self.frames().are_pages_held::<P>(pfn, may) {
-                return Err(self.frames().state(pfn));
-            }
-            return Ok(run);
-        }
-        debug_assert_eq!(count, 1);
-        if pfn != Pfn::ZERO {
-            self.frames().try_pin(pfn, access, policy)?;
-        } else if !may(self.frames().state(pfn)) {
-            return Err(self.frames().state(pfn));
-        }
-        run.count = 1;
-        Ok(run)
-    }
-
-    /// Takes a transient hold on the page of `entry`. The zero frame is held by nobody and always there.
-    pub(super) fn try_get<P: CowPolicy>(&self, entry: Entry) -> Result<Get, FrameState> {
-        let pfn = entry.pfn();
-        let any = |_| true;
-        if entry.is_huge() {
-            if self.frames().hold_pages(pfn, 1, Hold::Get, any) == 0 {
-                return Err(self.frames().state(pfn));
-            }
-        } else if pfn != Pfn::ZERO {
-            self.frames().try_get::<P>(pfn)?;
-        }
-        let get = Get::new(self, pfn);
-        if entry.is_huge() && !self.frames().are_pages_held::<P>(pfn, any) {
-            return Err(self.frames().state(pfn));
-        }
-        Ok(get)
     }
 }

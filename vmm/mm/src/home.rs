@@ -1,31 +1,30 @@
 //! Homes: the run of frames that each address space has for its own.
 //!
-//! The frame for guest page `gfn` is `home + gfn` for as long as nothing forces it elsewhere. Neighbouring guest pages are then
-//! neighbours in the physmap, one mapping of the window covers them, and a first touch finds its frame by arithmetic. Frames of a home that
-//! were never touched have no memory.
+//! The frame for guest page `gfn` is `home + gfn` for as long as nothing forces it elsewhere. Neighbouring
+//! guest pages are then neighbours in the physmap, one mapping of the window covers them, and a first touch
+//! finds its frame by arithmetic. Frames of a home that were never touched have no memory.
 //!
-//! A home ends with its address space. Its frames are anybody's then, those that snapshots still share when the last of them lets go;
-//! and where all are free there may be another home.
+//! A home ends with its address space. Its frames are anybody's then, those that snapshots still share when
+//! the last of them lets go; and where all are free there may be another home.
 
 use std::sync::Arc;
 
 use super::addr::Pfn;
-use super::pool::{AllocError, FramePool};
+use super::commit::{AllocError, Supply};
 
 /// A run of frames reserved for one address space; frame `first + i` is for page `i`.
 pub(super) struct Home {
-    pool: Arc<FramePool>,
+    supply: Arc<Supply>,
     first: Pfn,
     pages: u64,
 }
 
 impl Home {
-    /// Reserves `pages` frames of `pool`.
-    pub(super) fn reserve(pool: &Arc<FramePool>, pages: u64) -> Result<Self, AllocError> {
-        let first = pool.supply().make_home(pages);
+    /// Reserves `pages` of the frames that `supply` has.
+    pub(super) fn reserve(supply: &Arc<Supply>, pages: u64) -> Result<Self, AllocError> {
         Ok(Self {
-            pool: Arc::clone(pool),
-            first: first.ok_or(AllocError::Home { pages })?,
+            first: supply.make_home(pages)?,
+            supply: Arc::clone(supply),
             pages,
         })
     }
@@ -44,6 +43,6 @@ impl Home {
 
 impl Drop for Home {
     fn drop(&mut self) {
-        self.pool.supply().lock().end_home(self.first, self.pages);
+        self.supply.lock().end_home(self.first, self.pages);
     }
 }

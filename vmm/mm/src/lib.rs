@@ -1,54 +1,61 @@
 //! The protocol: frames, shadow page tables, faults, pins, forks.
 //!
-//! **Guarantee.** After [`AddressSpace::fork`] nothing that the parent, its devices or another fork writes is ever seen in the
-//! child (isolation), and a page that a device holds pinned stays the page the guest sees (coherence).
-//! Both rest on one bit a frame, *exclusive*, and four rules:
+//! **Guarantee.** After [`AddressSpace::fork`] nothing that the parent, its devices or another fork writes is
+//! ever seen in the child (isolation), and a page that a device holds pinned stays the page the guest sees
+//! (coherence). Both rest on one bit a frame, *exclusive*, and four rules:
 //!
-//! 1. A writable entry implies an exclusive frame. The reverse does not hold: read-only and exclusive is normal.
-//! 2. A write to an exclusive frame never copies. A write to any other copies, unless the writer is provably the last holder.
+//! 1. A writable entry implies an exclusive frame. The reverse does not hold: read-only and exclusive is
+//!    normal.
+//! 2. A write to an exclusive frame never copies. A write to any other copies, unless the writer is provably
+//!    the last holder.
 //! 3. A pin is only granted on an exclusive frame.
-//! 4. A frame stops being exclusive only when it is shared, and a pinned frame is not shared: fork copies it at once instead.
+//! 4. A frame stops being exclusive only when it is shared, and a pinned frame is not shared: fork copies it
+//!    at once instead.
 //!
-//! They are the Linux kernel's since v5.19 (`PageAnonExclusive`; David Hildenbrand, 6c287605fd56 and a7f226604170).
+//! They are the Linux kernel's since v5.19 (`PageAnonExclusive`; David Hildenbrand, 6c287605fd56 and
+//! a7f226604170).
+//!
+//! From the ground up, each file uses those above it in this table and none below:
 //!
 //! | file | concept |
 //! |---|---|
-//! | `frame` | the packed word of a frame, its states, the atomic transitions |
-//! | `folio` | frames that are mapped, shared and written as one; holds on their pages |
+//! | `addr` | page and frame numbers; sizes |
+//! | `sync`, `stripe`, `bits` | atomics and locks; counts that threads do not meet on; sets of numbers |
+//! | `mmu` | what is asked of the outside: two small traits |
+//! | `safeguard` | the orderings and re-checks all of this rests on, by name |
+//! | `entry`, `page_set`, `stats` | what a table says of a page; sets of pages; what was done so far |
+//! | `frame_state` | the packed word of a frame, and its states |
 //! | `policy` | the rules: may share, may write in place, may pin |
-//! | `mapped` | the shadow page table and the MMU, changed as one; what becomes of a change that is refused |
-//! | `mapped/table` | the entries and their region locks |
-//! | `pool` | all frames of a process, and the limit of their memory |
+//! | `predictor` | what the guest will write: how much is copied at once, and what beforehand |
 //! | `allocator` | who has which frame, and which frames have memory |
 //! | `commit` | asking the host for memory and giving it back, with no lock held |
 //! | `home` | the frames each address space has for its own |
-//! | `fresh`, `hold` | the handles: frames between two owners; what devices and readers have of frames |
-//! | `bits` | sets of small numbers |
-//! | `space` | live address spaces; lock order |
+//! | `frame` | the words of all frames, and their atomic transitions |
+//! | `folio` | frames that are mapped, shared and written as one; holds on their pages |
+//! | `pool_ref` | how what somebody has of a pool outlives it |
+//! | `hold`, `fresh` | the handles: what devices and readers have of frames; frames between two owners |
+//! | `pool` | all frames of a process, and the limit of their memory |
 //! | `frozen` | snapshots, and what they share with each other |
+//! | `mapped/table` | the entries of a space, and the locks of its regions |
+//! | `mapped` | the table and the MMU, changed as one; what becomes of a change that is refused |
 //! | `lineage` | what the next fork takes over from the last one |
-//! | `adapt` | how much a break copies |
-//! | `ahead` | breaks before the guest asks for them |
+//! | `space` | live address spaces; lock order |
+//! | `open` | what comes before every change of a page |
 //! | `fault` | write fault and unshare: how a page becomes exclusive, and who gets the copy |
-//! | `pin` | pins: the path without a lock and the one with |
-//! | `fork` | share everything, copy what is pinned |
-//! | `restore` | back to a snapshot, in place |
-//! | `get` | transient holds, the weaker kind of pin |
 //! | `dirty` | which pages were written since? Write-protection without intent to copy |
+//! | `fork` | share everything, copy what is pinned |
 //! | `rearrange` | how a page is taken out of its frame while devices may hold it |
 //! | `discard`, `migrate`, `merge` | a balloon, compaction, deduplication |
-//! | `force` | a debugger's write |
-//! | `safeguard` | the orderings and re-checks all of this rests on, by name |
-//! | `stripe` | counts that threads do not meet on |
+//! | `ahead` | breaks before the guest asks for them |
+//! | `pin`, `get` | pins, without a lock and with one; transient holds, the weaker kind |
+//! | `restore`, `force` | back to a snapshot, in place; a debugger's write |
 //! | [`soft`] | a software MMU, for tests and model checkers |
-//! | `mmu` | what is asked of the outside: two small traits |
 //!
 //! There are no system calls in here, no KVM and no threads: the window of a running VM, a software model and
 //! a model checker are interchangeable under it.
 
 #![forbid(unsafe_code)]
 
-mod adapt;
 mod addr;
 mod ahead;
 mod allocator;
@@ -56,11 +63,13 @@ mod bits;
 mod commit;
 mod dirty;
 mod discard;
+mod entry;
 mod fault;
 mod folio;
 mod force;
 mod fork;
 mod frame;
+mod frame_state;
 mod fresh;
 mod frozen;
 mod get;
@@ -71,39 +80,49 @@ mod mapped;
 mod merge;
 mod migrate;
 mod mmu;
+mod open;
+mod page_set;
 mod pin;
 mod policy;
 mod pool;
+mod pool_ref;
+mod predictor;
 mod rearrange;
 mod restore;
 mod safeguard;
 pub mod soft;
 mod space;
+mod stats;
 mod stripe;
 mod sync;
-
-use mapped::table;
 
 #[cfg(all(test, not(any(loom, shuttle))))]
 mod model;
 #[cfg(all(test, not(any(loom, shuttle))))]
 mod tests;
+/// The example of the README, compiled and run.
+#[cfg(all(doctest, not(any(loom, shuttle))))]
+#[doc = include_str!("../README.md")]
+mod readme {}
 
-pub use addr::{Access, Gfn, Order, PAGE_SIZE, Pfn, Protection, REGION_PAGES};
-pub use dirty::PageSet;
-pub use fault::{Fault, Resolution};
+pub use addr::{Access, Gfn, Order, OutOfRange, PAGE_SIZE, Pfn, Protection, REGION_PAGES};
+pub use allocator::PoolUsage;
+pub use commit::AllocError;
+pub use entry::Entry;
+pub use fault::{FaultError, FaultOutcome, Resolution};
 pub use fork::ForkError;
-pub use frame::FrameState;
+pub use frame_state::FrameState;
 pub use frozen::Frozen;
 pub use hold::{Get, Pin, PinnedRun};
 pub use mmu::{FrameMemory, Mmu, MmuError};
+pub use page_set::PageSet;
 pub use pin::PinError;
 pub use policy::{
     Biased, CowPolicy, Exclusive, Mapcount, MapcountForcedBreak, Refcount, Seed, SeedRecompute,
 };
-pub use pool::{AllocError, FramePool, PoolUsage};
+pub use pool::FramePool;
 pub use rearrange::RearrangeError;
 pub use restore::RestoreError;
 pub use safeguard::Safeguard;
-pub use space::{AddressSpace, FaultError, MmStats, OutOfRange};
-pub use table::Entry;
+pub use space::AddressSpace;
+pub use stats::MmStats;

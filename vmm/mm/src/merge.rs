@@ -13,24 +13,25 @@ use std::slice;
 use std::sync::Arc;
 
 use super::addr::Gfn;
+use super::entry::Entry;
 use super::mapped::Counted;
+use super::mapped::table::RegionGuard;
 use super::mmu::MmuError;
 use super::policy::{CowPolicy, without};
 use super::rearrange::RearrangeError;
 use super::safeguard::Safeguard;
-use super::space::{AddressSpace, in_range};
-use super::table::{Entry, RegionGuard};
+use super::space::AddressSpace;
 
 impl<P: CowPolicy> AddressSpace<P> {
-    /// Lets page `other_gfn` of `other` share the frame of page `gfn` of this space, if they hold the same bytes.
-    /// The two spaces may be one.
+    /// Lets page `other_gfn` of `other` share the frame of page `gfn` of this space, if they hold the same
+    /// bytes. The two spaces may be one.
     ///
     /// # Errors
-    /// If the pages differ; [`RearrangeError::Busy`] if a device or a reader holds either frame; if a page was never
-    /// touched; or the MMU refuses. Nothing has changed then.
+    /// If the pages differ; [`RearrangeError::Busy`] if a device or a reader holds either frame; if a page
+    /// was never touched; or the MMU refuses. Nothing has changed then.
     pub fn merge(&self, gfn: Gfn, other: &Self, other_gfn: Gfn) -> Result<(), RearrangeError> {
-        in_range(&self.mapped.table, gfn)?;
-        in_range(&other.mapped.table, other_gfn)?;
+        self.mapped.table.in_range(gfn)?;
+        other.mapped.table.in_range(other_gfn)?;
         if !Arc::ptr_eq(&self.pool, &other.pool) {
             return Err(RearrangeError::OtherPool);
         }

@@ -11,17 +11,17 @@ use super::addr::{Gfn, Pfn};
 use super::policy::{CowPolicy, without};
 use super::rearrange::RearrangeError;
 use super::safeguard::Safeguard;
-use super::space::{AddressSpace, in_range};
+use super::space::AddressSpace;
 
 impl<P: CowPolicy> AddressSpace<P> {
-    /// Moves page `gfn` to another frame and says which: its home if that is free, so that the page and its neighbours
-    /// need one mapping again, else any. A page that was never touched stays so.
+    /// Moves page `gfn` to another frame and says which: its home if that is free, so that the page and its
+    /// neighbours need one mapping again, else any. A page that was never touched stays so.
     ///
     /// # Errors
     /// [`RearrangeError::Busy`] if anybody but this page's entry holds the frame, a device, a reader or a
     /// snapshot; or if there is no frame, or the MMU refuses. Nothing has changed then.
     pub fn migrate(&self, gfn: Gfn) -> Result<Pfn, RearrangeError> {
-        in_range(&self.mapped.table, gfn)?;
+        self.mapped.table.in_range(gfn)?;
         let _no_fork = self.mapped.enter()?;
         let mut region = self.mapped.table.lock_of(gfn);
         if !region.get(gfn).is_present() {

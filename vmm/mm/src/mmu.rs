@@ -108,11 +108,12 @@ impl MmuError {
 
 /// The bytes behind the frames.
 pub trait FrameMemory: Send + Sync {
-    /// Makes sure that `count` frames from `first` on have memory behind them. Frames that had none read as zeros.
+    /// Makes sure that `count` frames from `first` on have memory behind them. Frames that had none read as
+    /// zeros.
     fn commit(&self, first: Pfn, count: u64) -> io::Result<()>;
 
-    /// As [`FrameMemory::commit`], for frames that nobody will map by huge entries of an MMU's: in base pages, since to make a huge one
-    /// takes the host milliseconds while all CPUs are busy.
+    /// As [`FrameMemory::commit`], for frames that nobody will map by huge entries of an MMU's: in base
+    /// pages, since to make a huge one takes the host milliseconds while all CPUs are busy.
     fn commit_base_pages(&self, first: Pfn, count: u64) -> io::Result<()> {
         self.commit(first, count)
     }
@@ -121,14 +122,16 @@ pub trait FrameMemory: Send + Sync {
     /// was not stopped and holds a pin on `from`: the copy may be torn then, and nothing else.
     fn copy(&self, from: Pfn, to: Pfn);
 
-    /// Copies the `count` frames from `from` on to those from `to` on, as [`FrameMemory::copy`]. The two do not overlap.
+    /// Copies the `count` frames from `from` on to those from `to` on, as [`FrameMemory::copy`]. The two do
+    /// not overlap.
     fn copy_run(&self, from: Pfn, to: Pfn, count: u64) {
         for (from, to) in from.run(count).zip(to.run(count)) {
             self.copy(from, to);
         }
     }
 
-    /// Copies many frames to many others, each as by [`FrameMemory::copy`], in any order. No frame is there twice.
+    /// Copies many frames to many others, each as by [`FrameMemory::copy`], in any order. No frame is there
+    /// twice.
     fn copy_all(&self, pairs: &[(Pfn, Pfn)]) {
         pairs.iter().for_each(|&(from, to)| self.copy(from, to));
     }
@@ -136,7 +139,8 @@ pub trait FrameMemory: Send + Sync {
     /// Fills a frame with zeros.
     fn zero(&self, frame: Pfn);
 
-    /// Whether two frames hold the same bytes. Nobody writes to either meanwhile, or the answer means nothing.
+    /// Whether two frames hold the same bytes. Nobody writes to either meanwhile, or the answer means
+    /// nothing.
     fn equal(&self, one: Pfn, other: Pfn) -> bool;
 
     /// Writes `bytes` into a frame, from byte `offset` on. They end within the frame.

@@ -13,19 +13,22 @@
 //! It takes no lock and needs no fence. What the kernel's sequence count does against fork, the
 //! compare-and-swap does: fork clears the bit in the same word, so either fork comes first and there is no
 //! bit, or the pin does and fork sees it. The re-read is for a frame that was freed and became another
-//! page's, exclusive again, between the first two lines. Both are model-checked in `tests/loom`, with and without.
+//! page's, exclusive again, between the first two lines. Both are model-checked in `tests/loom`, with and
+//! without.
 //!
-//! Neighbouring pages are pinned a *run* at a time: pages of one region that are in neighbouring frames, by entries that are alike. Each
-//! line is done for all of them before the next is: what a pin does between two lines, or how long it waits there, was free before.
-//! So a run is looked up once, counted in the statistics once, and if a huge entry maps it there is one barrier for it (`folio.rs`).
+//! Neighbouring pages are pinned a *run* at a time: pages of one region that are in neighbouring frames, by
+//! entries that are alike. Each line is done for all of them before the next is: what a pin does between two
+//! lines, or how long it waits there, was free before. So a run is looked up once, counted in the statistics
+//! once, and if a huge entry maps it there is one barrier for it (`folio.rs`).
 
 use super::addr::{Access, Gfn};
-use super::fault::Intent;
+use super::entry::Entry;
+use super::fault::{FaultError, Intent};
 use super::hold::{Pin, PinnedRun};
 use super::policy::{CowPolicy, without};
 use super::safeguard::Safeguard;
-use super::space::{AddressSpace, Counters, FaultError, in_range};
-use super::table::Entry;
+use super::space::AddressSpace;
+use super::stats::Counters;
 
 /// Why a page could not be pinned. Nothing is held.
 #[derive(Debug, thiserror::Error)]
@@ -47,7 +50,7 @@ impl<P: CowPolicy> AddressSpace<P> {
     /// # Errors
     /// As [`AddressSpace::write_fault`], or if the frame has 2^20 - 1 pins.
     pub fn pin(&self, gfn: Gfn, access: Access) -> Result<Pin, PinError> {
-        in_range(&self.mapped.table, gfn).map_err(FaultError::from)?;
+        self.mapped.table.in_range(gfn).map_err(FaultError::from)?;
         let access = self.policy.lookup(access);
         let run = match self.pin_fast(gfn, 1, access) {
             Some(run) => run,
@@ -70,7 +73,7 @@ impl<P: CowPolicy> AddressSpace<P> {
             return Ok(Vec::new());
         };
         let last = Gfn(first.0.saturating_add(rest));
-        in_range(&self.mapped.table, last).map_err(FaultError::from)?;
+        self.mapped.table.in_range(last).map_err(FaultError::from)?;
         let access = self.policy.lookup(access);
         let mut runs: Vec<PinnedRun> = Vec::new();
         let mut at = first;
@@ -90,7 +93,8 @@ impl<P: CowPolicy> AddressSpace<P> {
         Ok(runs)
     }
 
-    /// Pins a run of at most `most` pages from `gfn` on, all in its region. `None` if `gfn` itself can't be pinned so.
+    /// Pins a run of at most `most` pages from `gfn` on, all in its region. `None` if `gfn` itself can't be
+    /// pinned so.
     #[inline]
     fn pin_fast(&self, gfn: Gfn, most: u64, access: Access) -> Option<PinnedRun> {
         let huge = self.mapped.table.peek_huge(gfn);

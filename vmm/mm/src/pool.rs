@@ -1,74 +1,37 @@
 //! The frame pool: all frames of a process, and the memory they may have.
 //!
-//! An address space has a *home* (`home.rs`): a frame for each of its pages, where the page is for as long as nothing forces it elsewhere.
-//! All other frames (copies for snapshots, mostly) come from the rest of the pool. Which frame is whose is `allocator.rs`; how
-//! frames come to have memory is `commit.rs`; the handles by which they are held are `fresh.rs` and `hold.rs`.
+//! An address space has a *home* (`home.rs`): a frame for each of its pages, where the page is for as long as
+//! nothing forces it elsewhere. All other frames (copies for snapshots, mostly) come from the rest of the
+//! pool. Which frame is whose is `allocator.rs`; how frames come to have memory is `commit.rs`; the handles
+//! by which they are held are `fresh.rs` and `hold.rs`.
 //!
-//! Memory is asked for in whole runs as long as a huge folio, and more of them at a time in a home, so that the host can give it in
-//! huge pages (PLATFORM.md, "Huge frames without privilege").
+//! Memory is asked for in whole runs as long as a huge folio, and more of them at a time in a home, so that
+//! the host can give it in huge pages (PLATFORM.md, "Huge frames without privilege").
 
 use std::fmt;
-use std::io;
 use std::sync::Arc;
 
-use super::addr::{Order, PAGE_SIZE, Pfn};
-use super::allocator::{Allocator, COMMIT_FOLIOS, Unavailable};
-use super::commit::Supply;
+use super::addr::{Access, Order, Pfn};
+use super::allocator::{Allocator, COMMIT_FOLIOS, PoolUsage, Unavailable};
+use super::commit::{AllocError, Supply};
+use super::entry::Entry;
 use super::folio::Dissolved;
-use super::frame::{FrameState, FrameTable, Released};
+use super::frame::{FrameTable, Released};
+use super::frame_state::FrameState;
 use super::fresh::{Fresh, FreshFolio, Isolated};
-use super::hold::{Lease, Leases};
+use super::hold::{Get, PinnedRun};
 use super::home::Home;
 use super::mmu::FrameMemory;
 use super::policy::{CowPolicy, without};
+use super::pool_ref::PoolRef;
 use super::safeguard::Safeguard;
-use super::stripe::Apart;
-
-/// Why there was no frame.
-#[derive(Debug, thiserror::Error)]
-pub enum AllocError {
-    /// The pool's own limit.
-    #[error("out of memory: all {} MiB of the frame pool are in use", (limit * PAGE_SIZE) >> 20)]
-    Limit {
-        /// Frames the pool may commit.
-        limit: u64,
-    },
-    /// The pool has no run of frame numbers that long.
-    #[error("the frame pool has no room for a home of {pages} pages")]
-    Home {
-        /// Pages asked for.
-        pages: u64,
-    },
-    /// The host has no memory left.
-    #[error("out of memory: the host gave no memory for {count} more frames")]
-    Host {
-        /// Frames asked for.
-        count: u64,
-        /// The host's reason.
-        source: io::Error,
-    },
-}
+use super::stripe::Striped;
 
 /// All frames of a process.
 pub struct FramePool {
     frames: Arc<FrameTable>,
     supply: Arc<Supply>,
-    leases: Leases,
-}
-
-/// How many frames are in which condition.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct PoolUsage {
-    /// Allocated now.
-    pub in_use: u64,
-    /// Allocated at the worst moment.
-    pub peak: u64,
-    /// With memory behind them, or about to get it.
-    pub committed: u64,
-    /// The same at the worst moment.
-    pub committed_peak: u64,
-    /// The most that may have memory behind them.
-    pub limit: u64,
+    references: Striped<PoolRef>,
 }
 
 impl FramePool {
@@ -105,7 +68,7 @@ impl FramePool {
         let supply = Arc::new(Supply::new(Allocator::new(frames, huge, limit), memory));
         let frames = Arc::new(FrameTable::new(frames, huge));
         Ok(Arc::new(Self {
-            leases: Lease::for_all(&frames, &supply),
+            references: PoolRef::striped(&frames, &supply),
             frames,
             supply,
         }))
@@ -140,14 +103,15 @@ impl FramePool {
         self.supply.memory()
     }
 
+    #[cfg(test)]
     pub(super) fn supply(&self) -> &Supply {
         &self.supply
     }
 
-    /// The calling thread's.
+    /// For a handle that the calling thread makes.
     #[inline]
-    pub(super) fn lease(&self) -> Arc<Apart<Lease>> {
-        Arc::clone(self.leases.mine())
+    fn reference(&self) -> PoolRef {
+        self.references.mine().clone()
     }
 
     /// How large a huge folio is.
@@ -156,48 +120,46 @@ impl FramePool {
     }
 
     /// Reserves a home of `pages` frames.
-    pub(super) fn reserve(self: &Arc<Self>, pages: u64) -> Result<Home, AllocError> {
-        Home::reserve(self, pages)
+    pub(super) fn reserve(&self, pages: u64) -> Result<Home, AllocError> {
+        Home::reserve(&self.supply, pages)
     }
 
     /// A frame for anything: not zeroed.
-    pub(super) fn allocate(self: &Arc<Self>) -> Result<Fresh, AllocError> {
+    pub(super) fn allocate(&self) -> Result<Fresh, AllocError> {
         let taken = self.supply.take(Allocator::claim_single)?;
-        Ok(Fresh::new(self, taken.first))
+        Ok(Fresh::of_allocated(self.reference(), taken.first))
     }
 
-    /// The frames of a huge folio for the pages from `index` on: their homes. `None` if one of them is in use, or there is not memory
-    /// for all of them. With whatever is in them.
+    /// The frames of a huge folio for the pages from `index` on: their homes. `None` if one of them is in
+    /// use, or there is not memory for all of them. With whatever is in them.
     pub(super) fn allocate_huge(
-        self: &Arc<Self>,
+        &self,
         home: &Home,
         index: u64,
     ) -> Result<Option<FreshFolio>, AllocError> {
         let (head, pages) = (home.frame(index), self.huge().pages());
         let most = home.rest(index).min(COMMIT_FOLIOS * pages);
         let taken = self.supply.try_take(|a| a.claim_home(head, pages, most))?;
-        Ok(taken.map(|taken| FreshFolio::new(self, &taken)))
+        Ok(taken.map(|taken| FreshFolio::of_allocated(self.reference(), &taken)))
     }
 
-    /// The frames of a huge folio for anything. `None` if there is no such run, or not memory for all of it. With whatever is in them.
-    pub(super) fn allocate_folio(self: &Arc<Self>) -> Result<Option<FreshFolio>, AllocError> {
+    /// The frames of a huge folio for anything. `None` if there is no such run, or not memory for all of it.
+    /// With whatever is in them.
+    pub(super) fn allocate_folio(&self) -> Result<Option<FreshFolio>, AllocError> {
         let taken = self.supply.try_take(Allocator::claim_folio)?;
-        Ok(taken.map(|taken| FreshFolio::new(self, &taken)))
+        Ok(taken.map(|taken| FreshFolio::of_allocated(self.reference(), &taken)))
     }
 
-    /// Has memory ready for whoever needs a frame or a folio next, which may be in a hurry, and gives back to the host what nobody has
-    /// used for a while. What there is no memory for is left to them.
+    /// Has memory ready for whoever needs a frame or a folio next, which may be in a hurry, and gives back to
+    /// the host what nobody has used for a while. What there is no memory for is left to them.
     pub(super) fn provide(&self) {
         self.supply.provide();
         self.supply.give_back_surplus();
     }
 
-    /// A frame for page `index` that is filled with zeros: its home if that is free, so that neighbours stay neighbours, else any.
-    pub(super) fn allocate_zeroed(
-        self: &Arc<Self>,
-        home: &Home,
-        index: u64,
-    ) -> Result<Fresh, AllocError> {
+    /// A frame for page `index` that is filled with zeros: its home if that is free, so that neighbours stay
+    /// neighbours, else any.
+    pub(super) fn allocate_zeroed(&self, home: &Home, index: u64) -> Result<Fresh, AllocError> {
         let (fresh, is_zero) = self.allocate_home(home, index)?;
         if !is_zero {
             self.memory().zero(fresh.pfn());
@@ -206,34 +168,29 @@ impl FramePool {
     }
 
     /// As [`FramePool::allocate_zeroed`], with whatever is in it.
-    pub(super) fn allocate_near(
-        self: &Arc<Self>,
-        home: &Home,
-        index: u64,
-    ) -> Result<Fresh, AllocError> {
+    pub(super) fn allocate_near(&self, home: &Home, index: u64) -> Result<Fresh, AllocError> {
         self.allocate_home(home, index).map(|(fresh, _)| fresh)
     }
 
     /// Says also whether the frame is known to be all zeros: its memory is new.
-    fn allocate_home(
-        self: &Arc<Self>,
-        home: &Home,
-        index: u64,
-    ) -> Result<(Fresh, bool), AllocError> {
+    fn allocate_home(&self, home: &Home, index: u64) -> Result<(Fresh, bool), AllocError> {
         let pfn = home.frame(index);
         let taken = self.supply.take(|a| match a.claim_home(pfn, 1, 1) {
             Err(Unavailable::Taken | Unavailable::Limit) => a.claim_single(),
             home => home,
         })?;
-        Ok((Fresh::new(self, taken.first), taken.is_blank))
+        Ok((
+            Fresh::of_allocated(self.reference(), taken.first),
+            taken.is_blank,
+        ))
     }
 
     pub(super) fn free(&self, pfn: Pfn) {
-        self.supply.free(pfn);
+        self.supply.free(pfn, 1);
     }
 
     pub(super) fn free_folio(&self, head: Pfn) {
-        self.supply.lock().release(head, self.huge().pages());
+        self.supply.free(head, self.huge().pages());
     }
 
     /// Gives back a mapping of `pfn` by a small entry.
@@ -260,6 +217,33 @@ impl FramePool {
         if self.frames.unmap_unordered(pfn) == Released::Last {
             self.free(pfn);
         }
+    }
+
+    /// Takes pins on pages that `entry` maps: [`PinnedRun::try_take`].
+    #[inline]
+    pub(super) fn try_pin<P: CowPolicy>(
+        &self,
+        entry: Entry,
+        count: u64,
+        access: Access,
+        policy: &P,
+    ) -> Result<PinnedRun, FrameState> {
+        PinnedRun::try_take(self.reference(), entry, count, access, policy)
+    }
+
+    /// Takes a transient hold on the page that `entry` maps: [`Get::try_take`].
+    #[inline]
+    pub(super) fn try_get<P: CowPolicy>(&self, entry: Entry) -> Result<Get, FrameState> {
+        Get::try_take::<P>(self.reference(), entry)
+    }
+
+    /// Takes the caller's mapping of a frame away: [`Isolated::try_take`].
+    pub(super) fn isolate<P: CowPolicy>(
+        &self,
+        pfn: Pfn,
+        may: impl Fn(FrameState) -> bool,
+    ) -> Result<Isolated, FrameState> {
+        Isolated::try_take::<P>(self.reference(), pfn, may)
     }
 
     /// Lets go of isolated frames. The memory of those that nobody else has goes back to the host.

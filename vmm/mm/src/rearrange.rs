@@ -1,16 +1,15 @@
 //! What operations have in common that take a page out of its frame: discard, migrate, merge.
 //!
-//! None of them may touch a frame that a device holds. Each *isolates* the frame first: in one compare-and-swap
-//! the page's mapping becomes a hold, if nobody else is in the way. A frame that nothing maps can be neither
-//! pinned nor held, so whoever comes later waits for the region's lock; whoever came before is counted, and the
-//! operation is refused with everything as it was (I10). It is what the kernel does with a cleared entry and a frozen
-//! reference count (PROTOCOL.md 5.2, 4.11).
+//! None of them may touch a frame that a device holds. Each *isolates* the frame first: in one
+//! compare-and-swap the page's mapping becomes a hold, if nobody else is in the way. A frame that nothing
+//! maps can be neither pinned nor held, so whoever comes later waits for the region's lock; whoever came
+//! before is counted, and the operation is refused with everything as it was (I10). It is what the kernel
+//! does with a cleared entry and a frozen reference count (PROTOCOL.md 5.2, 4.11).
 
-use super::addr::Gfn;
-use super::frame::FrameState;
+use super::addr::{Gfn, OutOfRange};
+use super::commit::AllocError;
+use super::frame_state::FrameState;
 use super::mmu::MmuError;
-use super::pool::AllocError;
-use super::space::OutOfRange;
 
 /// Why pages were left where they are. Nothing has changed.
 #[derive(Debug, thiserror::Error)]

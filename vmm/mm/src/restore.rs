@@ -1,8 +1,9 @@
 //! Restore: an address space goes back to what one of its snapshots holds.
 //!
-//! A page whose frame the snapshot shares still was not written since: nothing is done. Any other is made exclusive, as for a
-//! reading pin, and the snapshot's bytes are copied **into its frame**. So
-//! * the window keeps its shape: a page that has a frame keeps it, at no cost in mappings, and if it was writable it stays so;
+//! A page whose frame the snapshot shares still was not written since: nothing is done. Any other is made
+//! exclusive, as for a reading pin, and the snapshot's bytes are copied **into its frame**. So
+//! * the window keeps its shape: a page that has a frame keeps it, at no cost in mappings, and if it was
+//!   writable it stays so;
 //! * a device that holds a pin on the frame sees what the guest sees (I8): a pin taken through a page is
 //!   that page, before the restore and after;
 //! * other snapshots that shared the frame are given a copy of what it held, as by any break.
@@ -13,12 +14,12 @@ use std::cell::Cell;
 use std::sync::Arc;
 
 use super::addr::Pfn;
-use super::fault::Intent;
+use super::fault::{FaultError, Intent};
 use super::frozen::{Frozen, FrozenRegion};
+use super::mapped::table::RegionGuard;
 use super::policy::CowPolicy;
-use super::space::{AddressSpace, FaultError};
+use super::space::AddressSpace;
 use super::sync::lock;
-use super::table::RegionGuard;
 
 /// Why a restore failed. The address space is part old, part new: it must not run on.
 #[derive(Debug, thiserror::Error)]
@@ -42,7 +43,8 @@ pub enum RestoreError {
 impl<P: CowPolicy> AddressSpace<P> {
     /// Goes back to `snapshot`, which stays as it is and can be restored again.
     ///
-    /// The caller has parked the vCPUs and stopped the devices: nobody writes to the address space or through a pin.
+    /// The caller has parked the vCPUs and stopped the devices: nobody writes to the address space or through
+    /// a pin.
     ///
     /// # Errors
     /// If the sizes or pools differ (nothing has changed then), or there is no memory, or the MMU refuses.

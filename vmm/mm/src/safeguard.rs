@@ -1,10 +1,8 @@
 //! The orderings and re-checks that the protocol rests on, by name.
 //!
-//! Each can be left out with [`CowPolicy::WITHOUT`](super::CowPolicy::WITHOUT), a constant of a type parameter.
-//! `tests/loom` leaves out one after the other: each time loom must find a race that ends badly. `docs/protocol.md` has the
-//! table of which race that is.
-
-use super::policy::CowPolicy;
+//! Each can be left out with [`CowPolicy::WITHOUT`](super::CowPolicy::WITHOUT), a constant of a type
+//! parameter. `tests/loom` leaves out one after the other: each time loom must find a race that ends badly.
+//! `docs/protocol.md` has the table of which race that is.
 
 /// Something that must be done, or be done in this order, for a race to end well.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -20,72 +18,79 @@ pub enum Safeguard {
     PinTestsInTheWord,
     /// `frame.rs`: a frame is shared by the pin count *in the word that it changes*. Partner: a pin.
     ShareTestsInTheWord,
-    /// `frame.rs`: the compare-and-swap that shares a frame acquires. Partner: the release of a device that wrote the
-    /// frame and let go of it; without, the child may be seen as it was before the device wrote, and later as after.
+    /// `frame.rs`: the compare-and-swap that shares a frame acquires. Partner: the release of a device that
+    /// wrote the frame and let go of it; without, the child may be seen as it was before the device wrote,
+    /// and later as after.
     ShareAcquires,
     /// `get.rs`: a hold taken without a lock reads its entry again. Partner: as for a pin.
     GetRereadsEntry,
     /// `frame.rs`: the compare-and-swap that takes a hold acquires. Partner: as for a pin.
     GetAcquires,
-    /// `frame.rs`: a hold is only taken of a frame that something maps. Partner: the frame was freed after the first look
-    /// at the entry; to give the hold back would free it once more.
+    /// `frame.rs`: a hold is only taken of a frame that something maps. Partner: the frame was freed after
+    /// the first look at the entry; to give the hold back would free it once more.
     GetOnlyOfMapped,
     /// `fault.rs`: a fault looks at the entry under the region's lock. Partner: another fault on the page.
     FaultLooksUnderLock,
-    /// `fault.rs`: a fault and a fork exclude each other. Partner: a fork, which takes over regions that have not
-    /// changed, and protects runs of pages across them.
+    /// `fault.rs`: a fault and a fork exclude each other. Partner: a fork, which takes over regions that have
+    /// not changed, and protects runs of pages across them.
     FaultWaitsForFork,
     /// `fault.rs`: the copy is made before the MMU maps it. Partner: a vCPU that reads.
     CopiedBeforeMapped,
     /// `fault.rs`: the MMU is switched to the copy before the old frame's mapping is given back. Partner: the
     /// next to find itself the frame's last holder, who writes it while our vCPUs still read it.
     MmuBeforeUnmap,
-    /// `fault.rs`: the entry is changed before the old frame's mapping is given back. Partner: a pin or a hold
-    /// taken without a lock, whose re-read must see the change.
+    /// `fault.rs`: the entry is changed before the old frame's mapping is given back. Partner: a pin or a
+    /// hold taken without a lock, whose re-read must see the change.
     EntryBeforeUnmap,
     /// `frame.rs`: giving a mapping back releases. Partner: the acquire of a pin or a hold
     /// ([`Safeguard::PinAcquires`] from the other side).
     UnmapReleases,
-    /// `fault.rs`: the copy for the snapshots is held until all of them have it. Partner: the drop of the first.
+    /// `fault.rs`: the copy for the snapshots is held until all of them have it. Partner: the drop of the
+    /// first.
     CopyIsHeld,
-    /// `fault.rs`: after the snapshots have moved, the writer still must prove that it is the last. Partner: a
-    /// reader that took a hold on the frame through a snapshot meanwhile.
+    /// `fault.rs`: after the snapshots have moved, the writer still must prove that it is the last. Partner:
+    /// a reader that took a hold on the frame through a snapshot meanwhile.
     ReuseProvedAgain,
-    /// `fork.rs`: pages are write-protected before any is shared or copied. Partner: a vCPU that was not stopped: the child
-    /// would have its later write and not the earlier.
+    /// `fork.rs`: pages are write-protected before any is shared or copied. Partner: a vCPU that was not
+    /// stopped: the child would have its later write and not the earlier.
     ProtectedBeforeShared,
-    /// `fork.rs`: a clone is made under the locks of its snapshot's regions. Partner: a break that moves the snapshot.
+    /// `fork.rs`: a clone is made under the locks of its snapshot's regions. Partner: a break that moves the
+    /// snapshot.
     CloneUnderLock,
-    /// `migrate.rs`: the frame is made nobody's before it is copied. Partner: a pin or a hold taken without a lock.
+    /// `migrate.rs`: the frame is made nobody's before it is copied. Partner: a pin or a hold taken without a
+    /// lock.
     IsolatedBeforeCopy,
     /// `frame.rs`: a frame is isolated by the counts *in the word that it changes*. Partner: a pin.
     IsolateTestsInTheWord,
-    /// `frame.rs`: the compare-and-swap that isolates a frame acquires. Partner: the release of a device that wrote the
-    /// frame and let go of it; without, the frame may be copied as it was before.
+    /// `frame.rs`: the compare-and-swap that isolates a frame acquires. Partner: the release of a device that
+    /// wrote the frame and let go of it; without, the frame may be copied as it was before.
     IsolateAcquires,
     /// `migrate.rs`: the MMU is write-protected before the frame is copied. Partner: a vCPU that writes.
     WritersStoppedBeforeCopy,
     /// `merge.rs`: contents are compared after both pages have stopped changing. Partner: a vCPU that writes.
     ComparedWhenStill,
-    /// `merge.rs`: the locks of two address spaces are taken in one order. Partner: a merge the other way round.
+    /// `merge.rs`: the locks of two address spaces are taken in one order. Partner: a merge the other way
+    /// round.
     MergeLocksInOrder,
     /// `pool.rs`: memory goes back to the host before its frames are free. Partner: who allocates them next.
     UncommittedBeforeFree,
-    /// `dirty.rs`: pins are counted in the frame's word by a read-modify-write, after the entry was cleaned. Partner: a pin for
-    /// writing taken without a lock (the store-buffering pair of PROTOCOL.md 5.2: entry store and pin load
-    /// against pin store and entry load).
+    /// `dirty.rs`: pins are counted in the frame's word by a read-modify-write, after the entry was cleaned.
+    /// Partner: a pin for writing taken without a lock (the store-buffering pair of PROTOCOL.md 5.2: entry
+    /// store and pin load against pin store and entry load).
     PinsCountedInOrder,
-    /// `folio.rs`: who shares a folio, or takes it over, looks at its pages *after* it has changed, or noted, the folio's word. Partner:
-    /// a hold on a page through a huge entry, which is counted in the page's word.
+    /// `folio.rs`: who shares a folio, or takes it over, looks at its pages *after* it has changed, or noted,
+    /// the folio's word. Partner: a hold on a page through a huge entry, which is counted in the page's word.
     FolioPagesLookedAt,
-    /// `folio.rs`: a full barrier between the change of the folio's word and the look at its pages. Partner: the one between the
-    /// count of a hold and the second look at the folio (the store-buffering pair of PROTOCOL.md 5.2).
+    /// `folio.rs`: a full barrier between the change of the folio's word and the look at its pages. Partner:
+    /// the one between the count of a hold and the second look at the folio (the store-buffering pair of
+    /// PROTOCOL.md 5.2).
     FolioBarrier,
-    /// `folio.rs`: a hold on a page of a folio looks at the folio's word again after it was counted. Partner: fork, which cleared the
-    /// bit before it looked at the pages.
+    /// `folio.rs`: a hold on a page of a folio looks at the folio's word again after it was counted. Partner:
+    /// fork, which cleared the bit before it looked at the pages.
     FolioLookedAtAgain,
-    /// `folio.rs`: a folio's end takes the part mark off each frame's word by compare-and-swap. Partner: a hold that was begun on
-    /// the folio that was in the same frames before, and is counted now and taken back.
+    /// `folio.rs`: a folio's end takes the part mark off each frame's word by compare-and-swap. Partner: a
+    /// hold that was begun on the folio that was in the same frames before, and is counted now and taken
+    /// back.
     DissolvedInTheWord,
 }
 
@@ -136,13 +141,13 @@ const _: () = {
 #[cfg(any(loom, shuttle))]
 static LEFT_OUT: std::sync::atomic::AtomicU8 = std::sync::atomic::AtomicU8::new(u8::MAX);
 
-/// Has code that knows no policy, such as the drop of a snapshot, leave out what `P` does. It counts for the whole process: a model
-/// checker tries one thing in each.
-pub(super) fn leave_out<P: CowPolicy>() {
+/// Leaves `safeguard` out where no policy is known, such as in the drop of a snapshot. It counts for the
+/// whole process: a model checker tries one thing in each.
+pub(super) fn leave_out(safeguard: Safeguard) {
     #[cfg(any(loom, shuttle))]
-    if let Some(safeguard) = P::WITHOUT {
-        LEFT_OUT.store(safeguard as u8, std::sync::atomic::Ordering::Relaxed);
-    }
+    LEFT_OUT.store(safeguard as u8, std::sync::atomic::Ordering::Relaxed);
+    #[cfg(not(any(loom, shuttle)))]
+    let _ = safeguard;
 }
 
 /// As [`without`](super::policy::without), for code that knows no policy.

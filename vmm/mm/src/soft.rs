@@ -8,12 +8,14 @@ use std::io;
 use std::sync::Arc;
 
 use super::addr::{Gfn, Order, Pfn, Protection};
+use super::commit::AllocError;
+use super::fault::FaultError;
 use super::frozen::Frozen;
 use super::hold::{Get, Pin};
 use super::mmu::{FrameMemory, Mmu, MmuError};
 use super::policy::CowPolicy;
-use super::pool::{AllocError, FramePool};
-use super::space::{AddressSpace, FaultError};
+use super::pool::FramePool;
+use super::space::AddressSpace;
 use super::sync::{AtomicU64, Ordering, RwLock, read, write, zeroed};
 
 /// Frames of one word each.

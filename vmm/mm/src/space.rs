@@ -2,27 +2,23 @@
 
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64 as Counter, Ordering};
+use std::sync::atomic::AtomicBool;
 
-use super::addr::Gfn;
-use super::ahead::Written;
-use super::dirty::PageSet;
+use super::addr::{Gfn, OutOfRange};
+use super::commit::AllocError;
+use super::entry::Entry;
 use super::frozen::FrozenTable;
 use super::home::Home;
 use super::lineage::Lineage;
 use super::mapped::Mapped;
+use super::mapped::table::{RegionGuard, Table};
 use super::mmu::{Mmu, MmuError};
-use super::policy::CowPolicy;
-use super::pool::{AllocError, FramePool};
-use super::safeguard::leave_out;
-use super::stripe::StripedCounter;
+use super::page_set::PageSet;
+use super::policy::{CowPolicy, leave_out};
+use super::pool::FramePool;
+use super::predictor::Predictor;
+use super::stats::{Counters, MmStats};
 use super::sync::{Mutex, lock};
-use super::table::{Entry, RegionGuard, Table};
-
-/// Small breaks that cost as much as that of a whole region, until somebody has measured it.
-const WHOLE_PRICE: u32 = 8;
-/// Chunks that a fork may have to do: less than a millisecond's work.
-const LEFT_TO_FORK: u32 = 256;
 
 /// The memory of a running VM: a shadow page table and the [`Mmu`] that mirrors it.
 ///
@@ -31,7 +27,7 @@ const LEFT_TO_FORK: u32 = 256;
 /// 1. `Mapped::enter`: shared by faults and slow pins, alone by fork and restore (the
 ///    kernel's `mmap_lock`).
 /// 2. the lock of one region of this space (the kernel's page-table lock).
-/// 3. `lineage`, what the next fork takes over; and `written`. Never both.
+/// 3. `lineage`, what the next fork takes over; and the predictor's own. Never both.
 /// 4. the lock of the same region of one snapshot at a time.
 /// 5. the pool's allocator.
 ///
@@ -42,43 +38,12 @@ pub struct AddressSpace<P> {
     pub(super) mapped: Mapped,
     pub(super) home: Home,
     pub(super) lineage: Mutex<Lineage>,
-    pub(super) written: Mutex<Written>,
+    pub(super) predictor: Predictor,
     pub(super) counters: Counters,
     /// Whether memory that is touched first gets a huge folio.
     pub(super) uses_huge: bool,
-    /// What the break of a whole region costs, in small ones.
-    pub(super) whole_price: AtomicU32,
-    /// How many chunks that change before every fork are left to it, though it is prepared.
-    pub(super) left_to_fork: AtomicU32,
     /// Whether somebody has asked which pages were written: from then on that is told page by page.
     pub(super) tracks_dirty: AtomicBool,
-    /// Whether somebody breaks ahead of the writes (`ahead.rs`).
-    pub(super) notes_writes: AtomicBool,
-}
-
-/// A page number beyond the end of the address space.
-#[derive(Debug, thiserror::Error, Clone, Copy, PartialEq, Eq)]
-#[error("{gfn:?} is beyond the end of guest memory, which has {pages} pages")]
-pub struct OutOfRange {
-    /// The page asked for.
-    pub gfn: Gfn,
-    /// How many there are.
-    pub pages: u64,
-}
-
-/// Why a fault, an unshare or a slow pin could not be resolved. Nothing has changed, except that a region may
-/// have been resolved in part.
-#[derive(Debug, thiserror::Error)]
-pub enum FaultError {
-    /// No such page.
-    #[error(transparent)]
-    OutOfRange(#[from] OutOfRange),
-    /// No frame for the copy.
-    #[error(transparent)]
-    Alloc(#[from] AllocError),
-    /// The MMU could not be changed.
-    #[error(transparent)]
-    Mmu(#[from] MmuError),
 }
 
 impl<P: CowPolicy> AddressSpace<P> {
@@ -98,16 +63,13 @@ impl<P: CowPolicy> AddressSpace<P> {
         Ok(Self {
             home: pool.reserve(pages)?,
             lineage: Mutex::new(Lineage::new(table.regions())),
-            written: Mutex::default(),
+            predictor: Predictor::learning(),
             pool,
             policy,
             mapped: Mapped::new(table, mmu),
             counters: Counters::default(),
             uses_huge: true,
-            whole_price: AtomicU32::new(WHOLE_PRICE),
-            left_to_fork: AtomicU32::new(LEFT_TO_FORK),
             tracks_dirty: AtomicBool::new(false),
-            notes_writes: AtomicBool::new(false),
         })
     }
 
@@ -118,10 +80,17 @@ impl<P: CowPolicy> AddressSpace<P> {
         self
     }
 
-    /// Sets what the break of a whole region costs: as much as `small` breaks of a page. What it costs is measured by whoever handles
-    /// the faults. At 0 every break is of a whole region.
+    /// The same, with a predictor that need not learn: for tests.
+    #[cfg(test)]
+    pub(super) fn with_predictor(mut self, predictor: Predictor) -> Self {
+        self.predictor = predictor;
+        self
+    }
+
+    /// Sets what the break of a whole region costs: as much as `small` breaks of a page. What it costs is
+    /// measured by whoever handles the faults. At 0 every break is of a whole region.
     pub fn set_whole_price(&self, small: u32) {
-        self.whole_price.store(small, Ordering::Relaxed);
+        self.predictor.set_whole_price(small);
     }
 
     /// Has [`AddressSpace::take_protected`] know what becomes read-only from now on.
@@ -129,17 +98,17 @@ impl<P: CowPolicy> AddressSpace<P> {
         self.mapped.note_protected();
     }
 
-    /// The pages that a fork, a restore or dirty tracking has made read-only since this was last called, and those that a restore has changed
-    /// and that are read-only: what was writable or different, and may not be written now. Some may be writable again. None if nobody has
-    /// asked for it to be noted.
+    /// The pages that a fork, a restore or dirty tracking has made read-only since this was last called, and
+    /// those that a restore has changed and that are read-only: what was writable or different, and may not
+    /// be written now. Some may be writable again. None if nobody has asked for it to be noted.
     pub fn take_protected(&self) -> Option<PageSet> {
         self.mapped.take_protected()
     }
 
-    /// Sets how many chunks (16 pages each, of regions that are mapped page by page and change before every fork) may have changed without
-    /// [`AddressSpace::prepare_fork`] doing anything about them.
+    /// Sets how many chunks (16 pages each, of regions that are mapped page by page and change before every
+    /// fork) may have changed without [`AddressSpace::prepare_fork`] doing anything about them.
     pub fn leave_to_fork(&self, chunks: u32) {
-        self.left_to_fork.store(chunks, Ordering::Relaxed);
+        self.predictor.leave_to_fork(chunks);
     }
 
     /// Number of pages.
@@ -154,10 +123,12 @@ impl<P: CowPolicy> AddressSpace<P> {
 
     /// The entry of a page just now.
     pub fn entry(&self, gfn: Gfn) -> Result<Entry, OutOfRange> {
-        in_range(&self.mapped.table, gfn).map(|()| self.mapped.table.peek(gfn))
+        self.mapped.table.in_range(gfn)?;
+        Ok(self.mapped.table.peek(gfn))
     }
 
-    /// What the next fork would take over from the last of a page (the holder of its mapping), and the frame it has for it.
+    /// What the next fork would take over from the last of a page (the holder of its mapping), and the frame
+    /// it has for it.
     #[cfg(all(test, not(loom)))]
     pub(super) fn kept(&self, gfn: Gfn) -> Option<(usize, super::addr::Pfn)> {
         let region = self.mapped.table.lock_of(gfn);
@@ -185,18 +156,9 @@ impl<P: CowPolicy> AddressSpace<P> {
     }
 }
 
-pub(super) fn in_range(table: &Table, gfn: Gfn) -> Result<(), OutOfRange> {
-    let pages = table.pages();
-    if gfn.0 < pages {
-        Ok(())
-    } else {
-        Err(OutOfRange { gfn, pages })
-    }
-}
-
 impl<P: CowPolicy> AddressSpace<P> {
-    /// Maps a region that has a huge entry by small ones instead: what they say is the same, and nothing is copied (PROTOCOL.md 4.10).
-    /// The MMU need not know.
+    /// Maps a region that has a huge entry by small ones instead: what they say is the same, and nothing is
+    /// copied (PROTOCOL.md 4.10). The MMU need not know.
     pub(super) fn split(&self, region: &mut RegionGuard<'_>) {
         if let Some(huge) = region.huge() {
             self.pool.frames().split_mapping(huge.pfn(), |page| {
@@ -209,8 +171,8 @@ impl<P: CowPolicy> AddressSpace<P> {
 }
 
 impl<P> Drop for AddressSpace<P> {
-    /// Frames that are still pinned live on as orphans until their pins are dropped. The caller has stopped the
-    /// vCPUs: the MMU is not changed.
+    /// Frames that are still pinned live on as orphans until their pins are dropped. The caller has stopped
+    /// the vCPUs: the MMU is not changed.
     fn drop(&mut self) {
         let pool = &self.pool;
         self.mapped.dismantle(|entry| match entry.is_huge() {
@@ -228,83 +190,4 @@ impl<P> fmt::Debug for AddressSpace<P> {
             .field("stats", &self.counters.read())
             .finish()
     }
-}
-
-/// Statistics only: nothing is ordered by them.
-#[derive(Default)]
-pub(super) struct Counters {
-    pub(super) reused: Counter,
-    pub(super) writer_moved: Counter,
-    pub(super) sharers_moved: Counter,
-    pub(super) zero_filled: Counter,
-    pub(super) unshared: Counter,
-    pub(super) neighbours: Counter,
-    pub(super) eager_copied: Counter,
-    pub(super) copied: Counter,
-    pub(super) whole: Counter,
-    pub(super) split: Counter,
-    pub(super) formed: Counter,
-    pub(super) ahead: Counter,
-    /// The one that counts what has no lock.
-    pub(super) pins_fast: StripedCounter,
-    pub(super) pins_slow: Counter,
-}
-
-impl Counters {
-    pub(super) fn add(counter: &Counter) {
-        counter.fetch_add(1, Ordering::Relaxed);
-    }
-
-    fn read(&self) -> MmStats {
-        let get = |c: &Counter| c.load(Ordering::Relaxed);
-        MmStats {
-            reused: get(&self.reused),
-            writer_moved: get(&self.writer_moved),
-            sharers_moved: get(&self.sharers_moved),
-            zero_filled: get(&self.zero_filled),
-            unshared: get(&self.unshared),
-            neighbours: get(&self.neighbours),
-            eager_copied: get(&self.eager_copied),
-            copied: get(&self.copied),
-            whole: get(&self.whole),
-            split: get(&self.split),
-            formed: get(&self.formed),
-            ahead: get(&self.ahead),
-            pins_fast: self.pins_fast.sum(),
-            pins_slow: get(&self.pins_slow),
-        }
-    }
-}
-
-/// What an address space has done since it was made.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct MmStats {
-    /// Write faults that found the frame exclusive, or its holder the last, and copied nothing.
-    pub reused: u64,
-    /// COW breaks that gave the writer the copy.
-    pub writer_moved: u64,
-    /// COW breaks that gave the snapshots the copy.
-    pub sharers_moved: u64,
-    /// First writes to memory that was never touched.
-    pub zero_filled: u64,
-    /// COW breaks and first touches on behalf of a reading pin.
-    pub unshared: u64,
-    /// Pages resolved beside one that faulted, to save faults or mappings.
-    pub neighbours: u64,
-    /// Pages that fork copied because a device held them.
-    pub eager_copied: u64,
-    /// Pages that breaks copied, for whoever they were.
-    pub copied: u64,
-    /// Regions that were broken whole.
-    pub whole: u64,
-    /// Huge entries that became small ones.
-    pub split: u64,
-    /// Small entries of a region that became a huge one again.
-    pub formed: u64,
-    /// Pages, and regions that a huge entry maps, that were broken before the guest wrote to them.
-    pub ahead: u64,
-    /// Pins taken without a lock.
-    pub pins_fast: u64,
-    /// Pins that had to take the lock.
-    pub pins_slow: u64,
 }

@@ -1,18 +1,16 @@
-//! What all threads change all the time, in several copies, so that two threads hardly ever change the same cache line.
+//! What all threads change all the time, in several copies, so that two threads hardly ever change the same
+//! cache line.
 //!
-//! Which copy a thread uses matters for its speed and for nothing else: threads are numbered as they come, and share a copy when there
-//! are more of them than copies.
+//! Which copy a thread uses matters for its speed and for nothing else: threads are numbered as they come,
+//! and share a copy when there are more of them than copies.
 
 use std::cell::Cell;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
+use crossbeam_utils::CachePadded;
+
 /// How many copies there are: as many threads pin pages without meeting.
 const STRIPES: usize = 16;
-
-/// Something that has cache lines of its own. Two of them: processors fetch lines in pairs.
-#[derive(Debug, Default)]
-#[repr(align(128))]
-pub(super) struct Apart<T>(pub(super) T);
 
 /// One `T` for each of a few threads. On the heap: model checkers have small stacks.
 #[derive(Debug)]
@@ -37,16 +35,16 @@ impl<T: Default> Default for Striped<T> {
 }
 
 /// A number that is counted up by many threads and read seldom. Statistics only: nothing is ordered by it.
-pub(super) type StripedCounter = Striped<Apart<AtomicU64>>;
+pub(super) type StripedCounter = Striped<CachePadded<AtomicU64>>;
 
 impl StripedCounter {
     #[inline]
     pub(super) fn add(&self, more: u64) {
-        self.mine().0.fetch_add(more, Ordering::Relaxed);
+        self.mine().fetch_add(more, Ordering::Relaxed);
     }
 
     pub(super) fn sum(&self) -> u64 {
-        self.0.iter().map(|own| own.0.load(Ordering::Relaxed)).sum()
+        self.0.iter().map(|own| own.load(Ordering::Relaxed)).sum()
     }
 }
 
@@ -84,7 +82,7 @@ mod tests {
     #[test]
     fn a_thread_keeps_its_stripe_and_the_next_has_another_line() {
         let striped = StripedCounter::default();
-        let address = |own: &Apart<AtomicU64>| std::ptr::from_ref(own).addr();
+        let address = |own: &CachePadded<AtomicU64>| std::ptr::from_ref(own).addr();
         let (mine, again) = (address(striped.mine()), address(striped.mine()));
         assert_eq!(mine, again);
         let others = std::thread::scope(|scope| {

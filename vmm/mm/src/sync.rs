@@ -1,5 +1,5 @@
-//! The one place where `mm` takes its atomics and locks from: `std`, or under `--cfg loom` and `--cfg shuttle` the crate that
-//! compiles it for a model checker (`tests/loom`, `tests/shuttle`).
+//! The one place where `mm` takes its atomics and locks from: `std`, or under `--cfg loom` and `--cfg
+//! shuttle` the crate that compiles it for a model checker (`tests/loom`, `tests/shuttle`).
 
 #[cfg(any(loom, shuttle))]
 pub(super) use crate::sync::{

@@ -6,7 +6,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use crate::mm::{Fault, Resolution};
+use crate::mm::{FaultOutcome, Resolution};
 
 /// A lower observation counts by one part in so many, a higher one by one in [`RELUCTANCE`], and as twice what was thought at most. What is asked is
 /// what a break costs by itself: now and then the scheduler has somebody else run, another vCPU has the lock, or memory is
@@ -51,7 +51,7 @@ impl Prices {
     }
 
     /// A fault was resolved in so long. Says how many breaks of a page the break of a region is worth, if that is known.
-    pub fn paid(&self, fault: Fault, time: Duration) -> Option<u32> {
+    pub fn paid(&self, fault: FaultOutcome, time: Duration) -> Option<u32> {
         if !matches!(
             fault.resolution,
             Resolution::SharersMoved | Resolution::WriterMoved
@@ -118,8 +118,8 @@ mod tests {
 
     const US: Duration = Duration::from_micros(1);
 
-    fn fault(is_whole: bool) -> Fault {
-        Fault {
+    fn fault(is_whole: bool) -> FaultOutcome {
+        FaultOutcome {
             resolution: Resolution::SharersMoved,
             is_whole,
         }
@@ -162,7 +162,7 @@ mod tests {
     #[test]
     fn what_copies_nothing_has_no_price() {
         let prices = Prices::default();
-        let reused = Fault {
+        let reused = FaultOutcome {
             resolution: Resolution::Reused,
             is_whole: true,
         };

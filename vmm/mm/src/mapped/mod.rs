@@ -11,7 +11,7 @@
 //!   --------------------   ------------------   ----------------------------------------------   ---------------
 //!   Ok                     all                  entries are published                            Ok
 //!   refused                nothing              nothing                                          the error
-//!   refused half-way       some of it,          undone, or finished: of rights, piece by piece   the error, or Ok
+//!   refused half-way       some of it,          undone, or finished: of rights, run by run       the error, or Ok
 //!   (`MmuError::Torn`)     nobody knows which   neither: the space is **broken**                 MmuError::Broken
 //! ```
 //! - **Rights** can go either way for any page: the frame stays, it is this space's alone if the page is or
@@ -22,11 +22,10 @@
 //! - Everything else is undone, or else finished.
 //!
 //! **Broken** is for good: nothing is changed any more and every operation answers the cause, so no vCPU has
-//! another fault resolved (only what takes no lock goes on: a pin of a page that it may pin as it is), and who
-//! drives them is to stop them
-//! ([`AddressSpace::check`](super::AddressSpace::check)). Until it does, nothing gets worse. What vCPUs may
-//! write through the MMU is exclusive, nothing shares it any more, and frames that the MMU may show live as
-//! long as the MMU.
+//! another fault resolved (only what takes no lock goes on: a pin of a page that it may pin as it is), and
+//! who drives them is to stop them ([`AddressSpace::check`](super::AddressSpace::check)). Until it does,
+//! nothing gets worse. What vCPUs may write through the MMU is exclusive, nothing shares it any more, and
+//! frames that the MMU may show live as long as the MMU.
 
 pub(super) mod table;
 
@@ -36,11 +35,12 @@ use std::slice;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use super::addr::{Gfn, Pfn, Protection};
-use super::dirty::PageSet;
+use super::entry::Entry;
 use super::fresh::{Fresh, FreshFolio};
 use super::mmu::{Mmu, MmuError};
+use super::page_set::PageSet;
 use super::sync::{RwLock, RwLockReadGuard, RwLockWriteGuard, read, write};
-use table::{Entry, RegionGuard, Table};
+use table::{RegionGuard, Table};
 
 /// The two sides.
 pub(super) struct Mapped {
@@ -90,7 +90,7 @@ impl Incoming for Counted {
 
 /// Pages that follow each other and are alike, or those of a huge entry.
 #[derive(Clone, Copy)]
-struct Piece {
+struct Run {
     /// Which of the regions of the change.
     region: usize,
     first: Gfn,
@@ -98,7 +98,7 @@ struct Piece {
     is_huge: bool,
 }
 
-impl Piece {
+impl Run {
     fn pages(self) -> RangeInclusive<Gfn> {
         self.first..=Gfn(self.first.0 + self.count - 1)
     }
@@ -272,7 +272,7 @@ impl Mapped {
         }
     }
 
-    /// Some of `pages` may have got the protection `to`. Takes it back from, or else gives it to, each piece
+    /// Some of `pages` may have got the protection `to`. Takes it back from, or else gives it to, each run
     /// of them that was to get it.
     fn settle(
         &self,
@@ -286,19 +286,19 @@ impl Mapped {
             Protection::ReadWrite => Protection::ReadOnly,
         };
         let all = regions.iter().enumerate();
-        let mut unknown: Vec<Piece> = all
-            .flat_map(|(index, region)| pieces(index, region, pages, to))
+        let mut unknown: Vec<Run> = all
+            .flat_map(|(index, region)| runs_to_change(index, region, pages, to))
             .collect();
-        while let Some(piece) = unknown.pop() {
-            let protect = |to| self.mmu.protect(piece.first, piece.count, to);
-            let region = &mut regions[piece.region];
+        while let Some(run) = unknown.pop() {
+            let protect = |to| self.mmu.protect(run.first, run.count, to);
+            let region = &mut regions[run.region];
             if protect(back).is_ok() {
                 if back == Protection::ReadOnly {
-                    mark(region, piece);
+                    mark(region, run);
                 }
             } else if protect(to).is_ok() {
-                self.publish(region, &piece.pages(), to, &mut |_, _| ());
-            } else if let Some(halves) = piece.halves() {
+                self.publish(region, &run.pages(), to, &mut |_, _| ());
+            } else if let Some(halves) = run.halves() {
                 unknown.extend(halves);
             } else {
                 return self.break_for_good(cause);
@@ -471,14 +471,14 @@ impl Mapped {
     }
 }
 
-/// What [`Mapped::publish`] would change, in pieces.
-fn pieces(
+/// What [`Mapped::publish`] would change, run by run.
+fn runs_to_change(
     index: usize,
     region: &RegionGuard<'_>,
     pages: &RangeInclusive<Gfn>,
     to: Protection,
-) -> Vec<Piece> {
-    let piece = |first, count, is_huge| Piece {
+) -> Vec<Run> {
+    let run = |first, count, is_huge| Run {
         region: index,
         first,
         count,
@@ -488,7 +488,7 @@ fn pieces(
     if let Some(huge) = region.huge() {
         let is_in = pages.contains(&region.first()) && differs(huge);
         return is_in
-            .then(|| piece(region.first(), region.len(), true))
+            .then(|| run(region.first(), region.len(), true))
             .into_iter()
             .collect();
     }
@@ -497,14 +497,14 @@ fn pieces(
         .filter(|gfn| pages.contains(gfn) && differs(region.get(*gfn)))
         .collect();
     let runs = changed.chunk_by(|a, b| a.0 + 1 == b.0);
-    runs.map(|run| piece(run[0], run.len() as u64, false))
+    runs.map(|pages| run(pages[0], pages.len() as u64, false))
         .collect()
 }
 
-/// Notes that the pages of a piece may have been written.
-fn mark(region: &mut RegionGuard<'_>, piece: Piece) {
+/// Notes that the pages of a run may have been written.
+fn mark(region: &mut RegionGuard<'_>, run: Run) {
     match region.huge() {
         Some(huge) => region.set_huge(huge.dirtied()),
-        None => piece.each().for_each(|gfn| region.mark(gfn)),
+        None => run.each().for_each(|gfn| region.mark(gfn)),
     }
 }

@@ -1,137 +1,30 @@
 //! The shadow page table: for each guest page the frame it is in and whether vCPUs may write it.
 //!
-//! It has two levels. A **region** is as many pages as a huge folio has (2 MiB), and is mapped by one *huge* entry or by a small
-//! entry for each of its pages. An entry is one atomic word. It is **changed only under the lock of its region** and may be read
-//! without one (the fast path of a pin does).
+//! It has two levels. A **region** is as many pages as a huge folio has (2 MiB), and is mapped by one *huge*
+//! entry or by a small entry for each of its pages. An entry is one atomic word. It is **changed only under
+//! the lock of its region** and may be read without one (the fast path of a pin does).
 
-use std::fmt;
 use std::ops::{Range, RangeInclusive};
 use std::sync::Weak;
 
-use super::super::adapt::{Breaks, Habit};
-use super::super::addr::{Gfn, Order, Pfn, Protection};
+use super::super::addr::{Gfn, Order, OutOfRange, Pfn};
+use super::super::entry::Entry;
 use super::super::frozen::{FrozenChunks, FrozenRegion};
+use super::super::predictor::History;
 use super::super::sync::{AtomicU64, Mutex, MutexGuard, Ordering, lock, zeroed};
-
-/// One entry, laid out as an x86 page-table entry is: bit 0 present, bit 1 writable, bit 6 dirty, bit 7 part of a huge entry, the
-/// frame number from bit 12 on.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub struct Entry(u64);
-
-const PRESENT: u64 = 1;
-const WRITABLE: u64 = 2;
-const DIRTY: u64 = 1 << 6;
-const HUGE: u64 = 1 << 7;
-const FRAME_SHIFT: u32 = 12;
-
-impl Entry {
-    /// Memory nobody ever wrote: reads as zeros, owns no frame (states `NONE` and `ZERO` of PROTOCOL.md 3.1 in one,
-    /// since a window shows zeros without a fault).
-    pub const UNTOUCHED: Self = Self(0);
-
-    /// Memory that was given back: untouched again, and reading differently than before.
-    pub(in super::super) const DISCARDED: Self = Self(DIRTY);
-
-    pub(in super::super) const fn read_only(pfn: Pfn) -> Self {
-        Self(pfn.0 << FRAME_SHIFT | PRESENT)
-    }
-    /// What may be written counts as written: a write leaves no other trace.
-    pub(in super::super) const fn writable(pfn: Pfn) -> Self {
-        Self(pfn.0 << FRAME_SHIFT | PRESENT | WRITABLE | DIRTY)
-    }
-    /// As [`Entry::read_only`], of a whole region; the folio begins at `head`.
-    pub(in super::super) const fn huge_read_only(head: Pfn) -> Self {
-        Self(Self::read_only(head).0 | HUGE)
-    }
-    /// As [`Entry::writable`], of a whole region; the folio begins at `head`.
-    pub(in super::super) const fn huge_writable(head: Pfn) -> Self {
-        Self(Self::writable(head).0 | HUGE)
-    }
-    /// What a huge entry says of the page `index` pages further on; what a small one of that page would say, if it were alike and in the
-    /// frame as many further on.
-    pub(in super::super) const fn page(self, index: u64) -> Self {
-        Self(self.0 + (index << FRAME_SHIFT))
-    }
-    /// The same, as a small entry.
-    pub(in super::super) const fn small(self) -> Self {
-        Self(self.0 & !HUGE)
-    }
-    /// Whether a huge entry maps the page, and the pages beside it.
-    pub const fn is_huge(self) -> bool {
-        self.0 & HUGE != 0
-    }
-    /// The same page in another frame, mapped and present as this one is or may be.
-    pub(in super::super) const fn in_frame(self, pfn: Pfn) -> Self {
-        Self(pfn.0 << FRAME_SHIFT | PRESENT | self.0 & (WRITABLE | DIRTY))
-    }
-    /// The same page, as vCPUs may write it or not.
-    pub(super) const fn protected(self, to: Protection) -> Self {
-        match to {
-            Protection::ReadOnly => self.write_protected(),
-            // What may be written counts as written.
-            Protection::ReadWrite => Self(self.0 | WRITABLE | DIRTY),
-        }
-    }
-    pub(in super::super) const fn write_protected(self) -> Self {
-        Self(self.0 & !WRITABLE)
-    }
-    /// Write-protected, with nothing to report of the past.
-    pub(in super::super) const fn cleaned(self) -> Self {
-        Self(self.0 & !(WRITABLE | DIRTY))
-    }
-    pub(in super::super) const fn dirtied(self) -> Self {
-        Self(self.0 | DIRTY)
-    }
-    /// Whether the page has a frame of its own or shares one with other address spaces.
-    pub const fn is_present(self) -> bool {
-        self.0 & PRESENT != 0
-    }
-    /// Whether vCPUs may write it without a fault. Implies that the frame is exclusive (I1).
-    pub const fn is_writable(self) -> bool {
-        self.0 & WRITABLE != 0
-    }
-    /// Whether the page may have been written since
-    /// [`AddressSpace::take_dirty`](super::super::AddressSpace::take_dirty) last looked. A writable page always
-    /// may have been.
-    pub const fn is_dirty(self) -> bool {
-        self.0 & DIRTY != 0
-    }
-    pub(in super::super) const fn protection(self) -> Protection {
-        if self.is_writable() {
-            Protection::ReadWrite
-        } else {
-            Protection::ReadOnly
-        }
-    }
-    /// The frame its bytes are in: [`Pfn::ZERO`] for memory that was never touched.
-    pub const fn pfn(self) -> Pfn {
-        Pfn(self.0 >> FRAME_SHIFT)
-    }
-}
-
-impl fmt::Debug for Entry {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if !self.is_present() {
-            return f.write_str("untouched");
-        }
-        let right = if self.is_writable() { "rw" } else { "ro" };
-        let huge = if self.is_huge() { " huge" } else { "" };
-        let dirty = if self.is_dirty() { "" } else { " clean" };
-        write!(f, "{:?} {right}{huge}{dirty}", self.pfn())
-    }
-}
 
 /// The entries of one address space.
 pub(in super::super) struct Table {
-    /// Small entries. Those of a region with a huge entry mean nothing, and those of a region that always had one were never touched: they
-    /// are as long as a page of the host, and cost no memory (`sync::zeroed`).
+    /// Small entries. Those of a region with a huge entry mean nothing, and those of a region that always had
+    /// one were never touched: they are as long as a page of the host, and cost no memory (`sync::zeroed`).
     entries: Box<[AtomicU64]>,
-    regions: Box<[Region]>,
+    regions: Box<[ShadowRegion]>,
     /// How large a region is.
     order: Order,
 }
 
-struct Region {
+/// A region of the table: beside its small entries, what there is once for all of it.
+struct ShadowRegion {
     /// The huge entry, if it is present.
     huge: AtomicU64,
     state: Mutex<RegionState>,
@@ -144,17 +37,18 @@ pub(in super::super) struct RegionState {
     touched: usize,
     /// Whether anything has changed since the last fork (`lineage.rs`).
     pub(in super::super) is_changed: bool,
-    /// Of a region that has changed: the chunks of the last snapshot that show what it still shows. Empty if there are none.
+    /// Of a region that has changed: the chunks of the last snapshot that show what it still shows. Empty if
+    /// there are none.
     pub(in super::super) kept: FrozenChunks,
     /// The snapshots' regions that may share frames with this one.
     pub(in super::super) sharers: Vec<Weak<FrozenRegion>>,
-    pub(in super::super) breaks: Breaks,
-    pub(in super::super) habit: Habit,
+    /// The predictor's record of it.
+    pub(in super::super) history: History,
 }
 
 impl Table {
     pub(in super::super) fn new(pages: u64, order: Order) -> Self {
-        let region = |_| Region {
+        let region = |_| ShadowRegion {
             huge: AtomicU64::new(0),
             state: Mutex::new(RegionState::default()),
         };
@@ -173,6 +67,16 @@ impl Table {
         self.regions.len()
     }
 
+    /// Whether there is such a page.
+    pub(in super::super) fn in_range(&self, gfn: Gfn) -> Result<(), OutOfRange> {
+        let pages = self.pages();
+        if gfn.0 < pages {
+            Ok(())
+        } else {
+            Err(OutOfRange { gfn, pages })
+        }
+    }
+
     /// Which region a page lies in.
     pub(in super::super) fn region_of(&self, gfn: Gfn) -> usize {
         self.order.index(gfn.0)
@@ -181,8 +85,8 @@ impl Table {
     /// Reads an entry without a lock: a hint, until something pins it down.
     ///
     /// Acquire pairs with the release in [`RegionGuard::set`]: who sees an entry sees its frame initialised
-    /// and mapped. While a region changes from huge to small entries or back, an old small entry may be read: its frame's word
-    /// says that it means nothing.
+    /// and mapped. While a region changes from huge to small entries or back, an old small entry may be read:
+    /// its frame's word says that it means nothing.
     pub(in super::super) fn peek(&self, gfn: Gfn) -> Entry {
         match self.peek_huge(gfn) {
             Some(entry) => entry,
@@ -198,15 +102,16 @@ impl Table {
             return None;
         }
         let region = &self.regions[self.region_of(gfn)];
-        let huge = Entry(region.huge.load(Ordering::Acquire));
+        let huge = Entry::of_word(region.huge.load(Ordering::Acquire));
         huge.is_present()
             .then(|| huge.page(gfn.0 - self.order.floor(gfn.0)))
     }
 
-    /// What [`Table::peek`] looks at then. Time may pass between the two, so one look at the huge entry does for many pages.
+    /// What [`Table::peek`] looks at then. Time may pass between the two, so one look at the huge entry does
+    /// for many pages.
     #[inline]
     pub(in super::super) fn peek_small(&self, gfn: Gfn) -> Entry {
-        Entry(self.entries[gfn.0 as usize].load(Ordering::Acquire))
+        Entry::of_word(self.entries[gfn.0 as usize].load(Ordering::Acquire))
     }
 
     /// How many pages there are from `gfn` on to the end of its region.
@@ -319,7 +224,8 @@ impl RegionGuard<'_> {
         !matches!(self.state.kept.get(chunk), Some(Some(_)))
     }
 
-    /// The chunks of a region that has changed, but for those that have not. None of a region that a huge entry maps.
+    /// The chunks of a region that has changed, but for those that have not. None of a region that a huge
+    /// entry maps.
     pub(in super::super) fn open_chunks(&self) -> impl Iterator<Item = usize> + use<'_> {
         let is_open = |&chunk: &usize| self.is_open(chunk);
         let chunks = if self.huge().is_some() {
@@ -342,7 +248,7 @@ impl RegionGuard<'_> {
             // Not read: that would put memory behind it, which most regions never need.
             None if self.is_untouched() => Entry::UNTOUCHED,
             // The lock orders this against every store.
-            None => Entry(self.slot(gfn).load(Ordering::Relaxed)),
+            None => Entry::of_word(self.slot(gfn).load(Ordering::Relaxed)),
         }
     }
 
@@ -351,18 +257,18 @@ impl RegionGuard<'_> {
         if !self.is_full() {
             return None;
         }
-        let huge = Entry(self.huge.load(Ordering::Relaxed));
+        let huge = Entry::of_word(self.huge.load(Ordering::Relaxed));
         huge.is_present().then_some(huge)
     }
 
     /// Publishes a small entry. Only [`Mapped`](super::Mapped) may: it has the MMU show the same.
     ///
-    /// Release pairs with the acquire in [`Table::peek`]. It is also the store that a pin's re-read looks for:
-    /// it comes before the old frame's mapping is given back (`FrameTable::update`, second partner).
+    /// Release pairs with the acquire in [`Table::peek`]. It is also the store that a pin's re-read looks
+    /// for: it comes before the old frame's mapping is given back (`FrameTable::update`, second partner).
     pub(super) fn set(&mut self, gfn: Gfn, entry: Entry) {
         debug_assert!(self.huge().is_none() && !entry.is_huge());
         let before = self.get(gfn);
-        self.slot(gfn).store(entry.0, Ordering::Release);
+        self.slot(gfn).store(entry.word(), Ordering::Release);
         self.state.touched = self.state.touched + usize::from(entry != Entry::UNTOUCHED)
             - usize::from(before != Entry::UNTOUCHED);
     }
@@ -370,7 +276,7 @@ impl RegionGuard<'_> {
     /// Publishes a huge entry, in place of another or of the small ones.
     pub(super) fn set_huge(&mut self, entry: Entry) {
         debug_assert!(entry.is_huge() && self.is_full());
-        self.huge.store(entry.0, Ordering::Release);
+        self.huge.store(entry.word(), Ordering::Release);
         self.state.touched = self.entries.len();
     }
 
@@ -378,10 +284,10 @@ impl RegionGuard<'_> {
     pub(in super::super) fn set_small(&mut self) {
         let Some(huge) = self.huge() else { return };
         for (index, slot) in (0..).zip(self.entries) {
-            slot.store(huge.page(index).small().0, Ordering::Release);
+            slot.store(huge.page(index).small().word(), Ordering::Release);
         }
         // After them: who finds no huge entry finds these.
-        self.huge.store(Entry::UNTOUCHED.0, Ordering::Release);
+        self.huge.store(Entry::UNTOUCHED.word(), Ordering::Release);
     }
 
     /// Publishes the huge entry that says what the small ones say, in their place: all are writable, and in
@@ -415,9 +321,9 @@ impl RegionGuard<'_> {
         };
         if !entries.is_empty() {
             for slot in self.entries {
-                slot.store(Entry::UNTOUCHED.0, Ordering::Release);
+                slot.store(Entry::UNTOUCHED.word(), Ordering::Release);
             }
-            self.huge.store(Entry::UNTOUCHED.0, Ordering::Release);
+            self.huge.store(Entry::UNTOUCHED.word(), Ordering::Release);
             self.state.touched = 0;
         }
         entries

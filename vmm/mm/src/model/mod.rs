@@ -1,18 +1,20 @@
 //! Random operations over a few address spaces, against a plain map of page contents, under every policy.
 //!
 //! After **every** operation, whatever the policy:
-//! * each page of each live space and each snapshot reads as the model says: what a vCPU writes is seen by nobody else's;
+//! * each page of each live space and each snapshot reads as the model says: what a vCPU writes is seen by
+//!   nobody else's;
 //! * the counts of every frame are the mappings, pins and holds that are really there;
 //! * a writable entry implies an exclusive frame (I1) and a mark; an exclusive frame has one mapping (I2); no
 //!   frame that two pages map is writable in either (I7); the MMU shows what the table says;
-//! * an answer of `take_dirty` is exactly the pages that were made writable or changed since the last, and those that were
-//!   pinned or held at the last; a page that is not in it has the content it had then;
+//! * an answer of `take_dirty` is exactly the pages that were made writable or changed since the last, and
+//!   those that were pinned or held at the last; a page that is not in it has the content it had then;
 //! * discard, migrate and merge are refused exactly where a pin, a hold or a sharer is in the way.
 //!
 //! At the end everything is dropped, in random order, and every frame is free.
 //!
-//! All of this holds as well where there is **not memory for everything** (`shortage.rs`), from just enough down to none, with a host that
-//! refuses some of it: an operation that says so has changed no page. A space whose restore fails is dropped, as it must not run on.
+//! All of this holds as well where there is **not memory for everything** (`shortage.rs`), from just enough
+//! down to none, with a host that refuses some of it: an operation that says so has changed no page. A space
+//! whose restore fails is dropped, as it must not run on.
 //!
 //! How many runs there are in all the tests together is what `PALIMPSEST_CASES` says, else [`CASES`].
 //!
@@ -28,8 +30,8 @@
 //!
 //! `refusing.rs` has the same operations with an MMU that refuses at random.
 //!
-//! That a policy does *not* keep what `Exclusive` promises is shown as well: the same operations, held to the promises of
-//! `Exclusive`, must fail for every other.
+//! That a policy does *not* keep what `Exclusive` promises is shown as well: the same operations, held to the
+//! promises of `Exclusive`, must fail for every other.
 
 mod ops;
 mod promises;
@@ -500,7 +502,8 @@ impl<P: CowPolicy + Default, R: Promises> Model<P, R> {
         });
     }
 
-    /// `state` is of a frame that `there` hold. Other spaces may keep mappings of it for their next fork besides.
+    /// `state` is of a frame that `there` hold. Other spaces may keep mappings of it for their next fork
+    /// besides.
     fn in_the_way(&self, state: FrameState, there: Holders) {
         let now = Holders::of(state);
         assert_eq!((now.pins, now.gets), (there.pins, there.gets));
@@ -616,7 +619,8 @@ impl<P: CowPolicy + Default, R: Promises> Model<P, R> {
         assert_eq!(entries(), before);
     }
 
-    /// What host writers write from now on is theirs alone, or a snapshot's too: the hold no longer promises anything.
+    /// What host writers write from now on is theirs alone, or a snapshot's too: the hold no longer promises
+    /// anything.
     fn end_host_writes(&mut self, over: impl Fn(&Through) -> bool) {
         for get in &mut self.gets {
             if get.through.as_ref().is_some_and(&over) {
@@ -951,7 +955,8 @@ fn random_operations_show_what_each_policy_lacks() {
     }
 }
 
-/// The shortest way to each broken promise, PROTOCOL.md 8: the policies that take it, and that the right one does not.
+/// The shortest way to each broken promise, PROTOCOL.md 8: the policies that take it, and that the right one
+/// does not.
 #[test]
 fn the_shortest_way_to_each_broken_promise() {
     use Access::{Read, Write};
@@ -1019,7 +1024,8 @@ fn the_shortest_way_to_each_broken_promise() {
     }
 }
 
-/// A clone's page that had to be copied, since a reader's pin kept it from being shared, is not what the snapshot has.
+/// A clone's page that had to be copied, since a reader's pin kept it from being shared, is not what the
+/// snapshot has.
 #[test]
 fn what_a_clone_has_of_its_own_is_in_its_forks() {
     let ops = [

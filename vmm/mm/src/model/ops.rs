@@ -31,7 +31,8 @@ impl Shape {
     }
 }
 
-/// One operation. Numbers say which of the spaces, snapshots, pins or holds there are, modulo how many there are.
+/// One operation. Numbers say which of the spaces, snapshots, pins or holds there are, modulo how many there
+/// are.
 #[derive(Clone, Debug)]
 pub(super) enum Op {
     /// A value that was never written before.

@@ -15,14 +15,16 @@ pub(super) enum Broken {
 
 /// The promises that operations are held to.
 pub(super) trait Promises {
-    /// What is written through a pin or a hold is seen in the page it was taken through, and nowhere else; and pins and
-    /// holds never show what another page's owner wrote.
+    /// What is written through a pin or a hold is seen in the page it was taken through, and nowhere else;
+    /// and pins and holds never show what another page's owner wrote.
     ///
     /// Where this is not promised, a device's write is seen in **every** page that is in the frame at that
-    /// moment, and a hold may show anything. What vCPUs write is isolated from other vCPUs and from snapshots all the same.
+    /// moment, and a hold may show anything. What vCPUs write is isolated from other vCPUs and from snapshots
+    /// all the same.
     const ISOLATES_HOLDERS: bool;
 
-    /// Whether a page may be taken from under a device or a host writer, given how its entry and its frame were before.
+    /// Whether a page may be taken from under a device or a host writer, given how its entry and its frame
+    /// were before.
     fn may_lose(entry: Entry, frame: FrameState) -> bool;
 }
 

@@ -40,7 +40,8 @@ impl Shortage {
         (pool, memory)
     }
 
-    /// What came of an operation: nothing, if there was no memory for it. There must have been a shortage then.
+    /// What came of an operation: nothing, if there was no memory for it. There must have been a shortage
+    /// then.
     pub(super) fn result<T, E: Error>(self, result: Result<T, E>) -> Option<T> {
         result
             .inspect_err(|error| {
@@ -54,7 +55,8 @@ impl Shortage {
     }
 }
 
-/// From what suffices for most down to hardly any, and hosts that refuse nothing, now and then, or most of the time.
+/// From what suffices for most down to hardly any, and hosts that refuse nothing, now and then, or most of
+/// the time.
 pub(super) fn shortage(pages: u64) -> impl Strategy<Value = Shortage> {
     let limit = prop_oneof![Just(FRAMES), (pages..8 * pages), (0..2 * pages),];
     let refused = prop_oneof![

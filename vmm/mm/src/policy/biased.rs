@@ -1,15 +1,15 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::super::addr::Access;
-use super::super::frame::FrameState;
+use super::super::frame_state::FrameState;
 use super::CowPolicy;
 
 /// What a pin adds to the kernel's reference count (`GUP_PIN_COUNTING_BIAS`).
 const BIAS: u64 = 1024;
 
-/// A policy that counts pins as the kernel does for small folios: as 1,024 references each, in the reference count itself
-/// (PROTOCOL.md 2.1). So 1,024 ordinary references look like a pin, and fork makes a copy too many; unless nothing
-/// was ever pinned through the address space (`MMF_HAS_PINNED`).
+/// A policy that counts pins as the kernel does for small folios: as 1,024 references each, in the reference
+/// count itself (PROTOCOL.md 2.1). So 1,024 ordinary references look like a pin, and fork makes a copy too
+/// many; unless nothing was ever pinned through the address space (`MMF_HAS_PINNED`).
 ///
 /// For comparison only: our own pins are counted exactly, in a field of their own.
 #[derive(Debug, Default)]
@@ -32,7 +32,8 @@ impl<P: CowPolicy> CowPolicy for Biased<P> {
     const NAME: &'static str = P::NAME;
     const GOES_BY_THE_BIT: bool = P::GOES_BY_THE_BIT;
 
-    /// The order of the flag and the pin is that of the frame's word: a fork that sees the pin in it sees the flag.
+    /// The order of the flag and the pin is that of the frame's word: a fork that sees the pin in it sees the
+    /// flag.
     fn may_share(&self, frame: FrameState) -> bool {
         let count = frame.maps() + frame.gets() + frame.pins() * BIAS;
         let maybe_pinned = count >= BIAS && self.has_pinned.load(Ordering::Relaxed);

@@ -1,5 +1,5 @@
 use super::super::addr::Access;
-use super::super::frame::FrameState;
+use super::super::frame_state::FrameState;
 use super::CowPolicy;
 
 /// Linux since v5.19: the exclusive bit (6c287605fd56, a7f226604170).

@@ -1,11 +1,11 @@
 use super::super::addr::Access;
-use super::super::frame::FrameState;
+use super::super::frame_state::FrameState;
 use super::CowPolicy;
 
 /// Linux to v5.7: one mapping or a copy, and fork shares everything.
 ///
-/// A reader that is not a mapping is not seen: a page it holds is written in place (**missed COW**, CVE-2020-29374). Fork shares what
-/// devices hold: they write into the snapshot, or lose the page to a copy.
+/// A reader that is not a mapping is not seen: a page it holds is written in place (**missed COW**,
+/// CVE-2020-29374). Fork shares what devices hold: they write into the snapshot, or lose the page to a copy.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Mapcount;
 
@@ -25,8 +25,9 @@ impl CowPolicy for Mapcount {
     }
 }
 
-/// Linux v5.7.3 and v5.8: [`Mapcount`], and a reader from outside is looked up as a writer (17839856fd58), so that
-/// it never holds a shared page. Dropped in v5.9 for what it did to userfaultfd and debuggers (a308c71bf1e6).
+/// Linux v5.7.3 and v5.8: [`Mapcount`], and a reader from outside is looked up as a writer (17839856fd58), so
+/// that it never holds a shared page. Dropped in v5.9 for what it did to userfaultfd and debuggers
+/// (a308c71bf1e6).
 #[derive(Clone, Copy, Debug, Default)]
 pub struct MapcountForcedBreak;
 

@@ -13,8 +13,8 @@
 //! | [`SeedRecompute`] | the same, to the letter | the same; a split of a huge folio counts references anew | the same | as it is |
 //! | [`Exclusive`] | v5.19 on | exclusive, or one reference | not exclusive, or not pinned | only exclusive |
 //!
-//! Only the last is right. The others are here to fail as the kernel did (PROTOCOL.md 6); nothing outside these
-//! files knows which one runs.
+//! Only the last is right. The others are here to fail as the kernel did (PROTOCOL.md 6); nothing outside
+//! these files knows which one runs.
 
 mod biased;
 mod exclusive;
@@ -29,8 +29,8 @@ pub use refcount::Refcount;
 pub use seed::{Seed, SeedRecompute};
 
 use super::addr::Access;
-use super::frame::FrameState;
-use super::safeguard::Safeguard;
+use super::frame_state::FrameState;
+use super::safeguard::{self, Safeguard};
 
 /// The decisions of a copy-on-write scheme, each a function of one frame's state.
 ///
@@ -40,7 +40,8 @@ pub trait CowPolicy: Send + Sync + 'static {
     /// Its name in reports.
     const NAME: &'static str;
 
-    /// Whether the exclusive bit means anything to it. Nothing is decided by this: it says what may be asserted, and shown.
+    /// Whether the exclusive bit means anything to it. Nothing is decided by this: it says what may be
+    /// asserted, and shown.
     const GOES_BY_THE_BIT: bool = false;
 
     /// A safeguard to leave out, so that a model checker shows what it is for. Never set outside tests.
@@ -57,13 +58,15 @@ pub trait CowPolicy: Send + Sync + 'static {
     /// about too: it is never exclusive.
     fn may_pin(&self, frame: FrameState, access: Access) -> bool;
 
-    /// How a page is looked up for a pin or a hold that wants `access`: a scheme may treat readers as writers.
+    /// How a page is looked up for a pin or a hold that wants `access`: a scheme may treat readers as
+    /// writers.
     fn lookup(&self, access: Access) -> Access {
         access
     }
 
-    /// Is this page exclusive, now that the last huge entry of its folio became small ones? `page` says what holds it now,
-    /// and as its bit what the folio's said. The bit spreads as it is (PROTOCOL.md 4.10): whoever holds the page was granted that by it.
+    /// Is this page exclusive, now that the last huge entry of its folio became small ones? `page` says what
+    /// holds it now, and as its bit what the folio's said. The bit spreads as it is (PROTOCOL.md 4.10):
+    /// whoever holds the page was granted that by it.
     fn is_exclusive_after_split(&self, page: FrameState) -> bool {
         page.is_exclusive()
     }
@@ -74,5 +77,12 @@ pub(super) const fn without<P: CowPolicy>(safeguard: Safeguard) -> bool {
     match P::WITHOUT {
         Some(omitted) => omitted as u8 == safeguard as u8,
         None => false,
+    }
+}
+
+/// Has code that knows no policy leave out what `P` does.
+pub(super) fn leave_out<P: CowPolicy>() {
+    if let Some(safeguard) = P::WITHOUT {
+        safeguard::leave_out(safeguard);
     }
 }

@@ -1,6 +1,5 @@
 //! Breaks ahead of the writes: what is known to be written again, and nothing else.
 
-use super::super::ahead::{Piece, Written};
 use super::super::soft::soft_pool_of;
 use super::*;
 
@@ -142,7 +141,8 @@ fn a_region_is_broken_ahead_whole_though_its_faults_would_not_be() {
     w.settle();
 }
 
-/// What is broken ahead is writable at the next fork whoever wrote it: only where nothing is broken ahead is it seen that nobody does.
+/// What is broken ahead is writable at the next fork whoever wrote it: only where nothing is broken ahead is
+/// it seen that nobody does.
 #[test]
 fn what_is_not_written_any_more_is_found_out() {
     let w = world();
@@ -187,24 +187,6 @@ fn what_cannot_be_broken_ahead_is_left_to_the_fault() {
     assert_eq!(w.vm.read_frozen(&frozen, Gfn(5)), 2);
     drop(frozen);
     w.settle();
-}
-
-#[test]
-fn pieces_that_were_written_twice_are_found_in_order() {
-    let pieces = |numbers: &[u64]| -> Vec<Piece> {
-        let piece = |&n: &u64| Piece {
-            first: Gfn(n / 2),
-            is_huge: n % 2 == 1,
-        };
-        numbers.iter().map(piece).collect()
-    };
-    let mut written = Written::default();
-    written.note(1, pieces(&[0, 3, 4, 9]));
-    assert_eq!(written.next(), []);
-    written.note(2, pieces(&[1, 3, 9, 12]));
-    assert_eq!(written.next(), pieces(&[3, 9]));
-    written.note(3, pieces(&[]));
-    assert_eq!(written.next(), []);
 }
 
 /// The guest was faster; or the page is gone.

@@ -2,7 +2,8 @@
 //!
 //! After every step, whatever claims are on their way:
 //! * a claim is of frames that were free, of homes or not as was asked;
-//! * what was asked for is refused only where there is none, or no room for its memory, and "wait" is said only while something is in transit;
+//! * what was asked for is refused only where there is none, or no room for its memory, and "wait" is said
+//!   only while something is in transit;
 //! * what is said to be blank has never been used since it got its memory;
 //! * the counts are what the list says, and memory never exceeds the limit.
 

@@ -9,7 +9,8 @@ use super::super::fresh::FreshFolio;
 use super::refusing::RefusingMemory;
 use super::*;
 
-/// Frames whose memory comes, or goes, when somebody lets it: at each call it says so, and waits for the answer.
+/// Frames whose memory comes, or goes, when somebody lets it: at each call it says so, and waits for the
+/// answer.
 struct SlowHost {
     inner: Arc<SoftMemory>,
     asked: Mutex<Sender<(Pfn, u64)>>,
@@ -98,7 +99,8 @@ impl Drop for Answer {
     }
 }
 
-/// Who needs the very frames that the host is asked about gets them where they belong, and does not go elsewhere.
+/// Who needs the very frames that the host is asked about gets them where they belong, and does not go
+/// elsewhere.
 #[test]
 fn a_page_waits_for_its_home() {
     let (pool, asks, answer) = slow_pool(60);
@@ -121,7 +123,8 @@ fn a_page_waits_for_its_home() {
     });
 }
 
-/// What the host refuses is nobody's and not counted, and who waited for it hears that there is none, or gets what there is.
+/// What the host refuses is nobody's and not counted, and who waited for it hears that there is none, or gets
+/// what there is.
 #[test]
 fn who_waits_for_the_last_memory_gets_it_or_an_error() {
     let (pool, asks, answer) = slow_pool(3);
@@ -198,7 +201,8 @@ fn memory_that_nobody_has_used_for_a_while_goes_back_to_the_host() {
     assert_eq!(committed(), COMMIT_FOLIOS);
     give_back();
     assert_eq!(committed(), COMMIT_FOLIOS);
-    // What the host will not have back is there still, and is offered again when it was idle for another while.
+    // What the host will not have back is there still, and is offered again when it was idle for another
+    // while.
     drop(folios(&pool, most));
     give_back();
     memory.refusals.from(0);

@@ -1,5 +1,5 @@
-//! Huge folios, with four pages each: PROTOCOL.md groups D and F, and what is ours: holds by page, snapshots that have regions in
-//! common, breaks of whole regions.
+//! Huge folios, with four pages each: PROTOCOL.md groups D and F, and what is ours: holds by page, snapshots
+//! that have regions in common, breaks of whole regions.
 
 use super::super::soft::soft_pool_of;
 use super::*;
@@ -203,7 +203,8 @@ fn a_folio_with_a_reader_is_not_copied_in_one_piece() {
     w.settle();
 }
 
-/// What was broken whole the last time is broken whole at its first fault; once in a while it is put to the proof.
+/// What was broken whole the last time is broken whole at its first fault; once in a while it is put to the
+/// proof.
 #[test]
 fn a_region_that_is_always_broken_whole_stays_huge() {
     let w = huge().written();
@@ -264,7 +265,8 @@ fn a_region_nobody_shares_any_more_is_written_without_a_copy() {
     w.settle();
 }
 
-/// F4: a device holds a page of a folio that is split and protected, and the guest writes it. Says whether they still have the same page.
+/// F4: a device holds a page of a folio that is split and protected, and the guest writes it. Says whether
+/// they still have the same page.
 fn stays_together<R: CowPolicy>(policy: R) -> bool {
     let (pool, memory) = soft_pool_of(Order::new(2), 64).unwrap();
     let vm = SoftVm::new(&pool, &memory, policy, REGION).unwrap();
@@ -291,7 +293,8 @@ fn a_split_that_counts_references_anew_loses_a_pin() {
     assert!(!stays_together(SeedRecompute));
 }
 
-/// D7, and better than the kernel: of a folio of which one page is pinned, that page is copied, and the rest shared.
+/// D7, and better than the kernel: of a folio of which one page is pinned, that page is copied, and the rest
+/// shared.
 #[test]
 fn fork_copies_the_pinned_pages_of_a_folio_and_no_others() {
     let w = huge().written();
@@ -321,7 +324,8 @@ fn fork_copies_the_pinned_pages_of_a_folio_and_no_others() {
     w.settle();
 }
 
-/// Pins survive both ways, since no frame moves: where the kernel's collapse, which moves all, must refuse (F10).
+/// Pins survive both ways, since no frame moves: where the kernel's collapse, which moves all, must refuse
+/// (F10).
 #[test]
 fn pins_survive_splits_and_the_making_of_huge_entries() {
     let w = huge().written();
@@ -504,7 +508,8 @@ impl CowPolicy for NotWhatIsHeld {
     }
 }
 
-/// Its own snapshots take over what it shares with the one it was made of, and no region in which a page is its own.
+/// Its own snapshots take over what it shares with the one it was made of, and no region in which a page is
+/// its own.
 #[test]
 fn a_clone_that_was_given_a_copy_of_a_page_forks_that_region_anew() {
     for is_huge in [true, false] {
@@ -584,7 +589,8 @@ fn a_clone_moves_to_its_home_with_one_call() {
     w.settle();
 }
 
-/// Without a folio to copy to, the snapshots are given single frames, and the guest's folio stays together all the same.
+/// Without a folio to copy to, the snapshots are given single frames, and the guest's folio stays together
+/// all the same.
 #[test]
 fn snapshots_are_given_single_frames_if_there_is_no_folio_for_them() {
     // The zero frame and three more, the home, and one too few for another.
@@ -857,7 +863,8 @@ fn to_prepare_a_fork_is_to_fork_what_has_changed() {
     w.settle();
 }
 
-/// Two chunks change before every fork: as many are left to it as it may have. Not what is huge, or changes now and then.
+/// Two chunks change before every fork: as many are left to it as it may have. Not what is huge, or changes
+/// now and then.
 #[test]
 fn what_is_soon_done_is_left_to_the_fork() {
     let w = huge_with(4 * REGION, 64).written();
@@ -1185,7 +1192,8 @@ fn a_run_of_pins_outlives_its_pool() {
     assert_eq!(Arc::strong_count(&memory), 1);
 }
 
-/// A page that two snapshots share, each by a region of its own: both get the copy, and the guest keeps its frame.
+/// A page that two snapshots share, each by a region of its own: both get the copy, and the guest keeps its
+/// frame.
 #[test]
 fn a_break_moves_the_snapshots_of_before_the_last_as_well() {
     let w = huge().written();

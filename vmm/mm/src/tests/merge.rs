@@ -7,7 +7,8 @@ use super::*;
 /// Long enough for a thread to come to where it waits. If it was not, a test sees nothing wrong.
 const WHILE: Duration = Duration::from_millis(50);
 
-/// Two spaces of one pool, and the pages that are merged: of the first space and of the second, or both of the first.
+/// Two spaces of one pool, and the pages that are merged: of the first space and of the second, or both of
+/// the first.
 struct Pair {
     worlds: [World; 2],
     one: (usize, Gfn),

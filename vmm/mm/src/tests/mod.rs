@@ -9,6 +9,7 @@
 //! | `allocator` | who has which frame, against a plain list
 //! | `commit` | who waits for the host, and what goes back to it
 //! | `pool` | where frames come from, and what happens at the limit |
+//! | `predictor` | what is done with predictions, whatever they are |
 //! | `prepare` | forks that are prepared: how much at once, and how often again |
 //! | `protected` | which pages became read-only |
 //! | `values` | addresses, entries and frame states |
@@ -30,6 +31,7 @@ mod merge;
 mod migrate;
 mod policies;
 mod pool;
+mod predictor;
 mod prepare;
 mod protected;
 mod refused;
@@ -147,7 +149,8 @@ impl<R: CowPolicy> World<R> {
 /// All that a failed operation must leave as it was.
 #[derive(PartialEq)]
 struct Picture {
-    /// Of each page of each space: its entry, whether it is marked dirty, what the MMU maps, what a vCPU reads.
+    /// Of each page of each space: its entry, whether it is marked dirty, what the MMU maps, what a vCPU
+    /// reads.
     pages: Vec<(Entry, bool, (Pfn, Protection), u64)>,
     /// Of each frame.
     frames: Vec<FrameState>,
@@ -190,8 +193,9 @@ impl fmt::Debug for Picture {
     }
 }
 
-/// Has the MMU refuse the first call that `operation` makes of it, in a fresh world its second, and so on until it
-/// succeeds. Every failure must leave all as it was, and must not stand in the way of another try. Says how often it failed.
+/// Has the MMU refuse the first call that `operation` makes of it, in a fresh world its second, and so on
+/// until it succeeds. Every failure must leave all as it was, and must not stand in the way of another try.
+/// Says how often it failed.
 fn refused_at_each_call<W, T, E: fmt::Debug>(
     setup: impl Fn() -> W,
     mmu: impl Fn(&W) -> &Refusals,
@@ -216,7 +220,8 @@ fn refused_at_each_call<W, T, E: fmt::Debug>(
     unreachable!("an operation asks the MMU a finite number of times")
 }
 
-/// What `operation` says while somebody else has `locks`. A failure and not a hang if it waits for one of them.
+/// What `operation` says while somebody else has `locks`. A failure and not a hang if it waits for one of
+/// them.
 fn beside<L, T: Send>(locks: L, operation: impl FnOnce() -> T + Send) -> T {
     std::thread::scope(|scope| {
         let operation = scope.spawn(operation);

@@ -33,7 +33,8 @@ fn frame(maps: u64, gets: u64, pins: u64, exclusive: bool) -> FrameState {
     state
 }
 
-/// `may_share`, `may_reuse`, `may_pin` (for reading, which must be as for writing), where they say yes: `s`, `r`, `p`.
+/// `may_share`, `may_reuse`, `may_pin` (for reading, which must be as for writing), where they say yes: `s`,
+/// `r`, `p`.
 fn decisions(policy: &impl CowPolicy, frame: FrameState) -> String {
     let reading = policy.may_pin(frame, Access::Read);
     assert_eq!(reading, policy.may_pin(frame, Access::Write));

@@ -396,7 +396,8 @@ fn a_free_frame_that_somebody_holds_is_a_leftover() {
     assert_eq!(pool.leftovers(9), []);
 }
 
-/// Frames come from runs that are in use already, so that whole runs are left for folios, and are whole again when all are back.
+/// Frames come from runs that are in use already, so that whole runs are left for folios, and are whole again
+/// when all are back.
 #[test]
 fn a_run_whose_frames_are_all_back_is_a_folio_again() {
     let (pool, _) = soft_pool_of(Order::new(2), 40).unwrap();
@@ -566,8 +567,8 @@ fn memory_is_ready_once_it_was_provided() {
     assert_eq!(pool.usage().in_use, 0);
 }
 
-/// What was made ready ahead, and taken at the limit as what there is, was taken a second time once there was room again: two snapshots,
-/// or a snapshot and a guest, had one frame.
+/// What was made ready ahead, and taken at the limit as what there is, was taken a second time once there was
+/// room again: two snapshots, or a snapshot and a guest, had one frame.
 #[test]
 fn no_frame_is_handed_out_twice_at_the_limit() {
     let memory = SoftMemory::new(200);

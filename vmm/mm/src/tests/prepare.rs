@@ -1,4 +1,5 @@
-//! What happens while a fork, or its preparation, is under way: how much is prepared at once and how often again, and who lets go.
+//! What happens while a fork, or its preparation, is under way: how much is prepared at once and how often
+//! again, and who lets go.
 
 use std::sync::{Mutex, OnceLock, Weak};
 
@@ -7,7 +8,8 @@ use super::*;
 
 const REGION: u64 = 4;
 
-/// An MMU whose guest writes to memory while pages are protected: to the first pages of some regions at each call.
+/// An MMU whose guest writes to memory while pages are protected: to the first pages of some regions at each
+/// call.
 #[derive(Default)]
 struct Busy {
     guest: OnceLock<Weak<SoftVm<Exclusive>>>,
@@ -41,8 +43,8 @@ fn write(vm: &SoftVm<Exclusive>, region: u64) {
     vm.cpu_write(Gfn(region * REGION), 1).unwrap();
 }
 
-/// Has the guest write to `regions` regions, and prepares a fork, while it writes to `meanwhile`. Says which runs of regions were
-/// protected, and which regions are writable after.
+/// Has the guest write to `regions` regions, and prepares a fork, while it writes to `meanwhile`. Says which
+/// runs of regions were protected, and which regions are writable after.
 fn prepare(regions: u64, meanwhile: &[&[u64]], is_huge: bool) -> (Vec<(u64, u64)>, Vec<u64>) {
     let (pool, memory) = soft_pool_of(Order::new(2), 512).unwrap();
     let busy = Arc::<Busy>::default();

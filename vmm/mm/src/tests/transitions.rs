@@ -529,7 +529,8 @@ fn a_whole_region_is_made_writable_with_few_calls() {
     // Nothing was touched: the page, and the frames of all others at once.
     let w = world_of(6, 64);
     assert_eq!(crowded_write(&w, Resolution::ZeroFilled), 2);
-    // All are there and nobody else's: the page, and the right to write all others, though one of them is writable already.
+    // All are there and nobody else's: the page, and the right to write all others, though one of them is
+    // writable already.
     let w = world_of(6, 64);
     (0..6).for_each(|n| w.vm.cpu_write(Gfn(n), 5).unwrap());
     drop(w.vm.space.fork().unwrap());

@@ -101,6 +101,6 @@ fn a_pool_spells_its_usage_and_a_pin_its_frame() {
     let pin = w.vm.space.pin(P, Access::Read).unwrap();
     let (pool, pin) = (format!("{:?}", w.pool), format!("{pin:?}"));
     assert!(pool.contains("in_use: 1"), "{pool}");
-    assert!(pin.contains("Lease"), "{pin}");
+    assert!(pin.contains("PoolRef"), "{pin}");
     assert!(pin.contains(&format!("{:?}", w.entry(P).pfn())), "{pin}");
 }
