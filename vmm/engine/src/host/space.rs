@@ -1,7 +1,7 @@
 //! What host code needs of an address space, whatever its copy-on-write policy.
 
 use crate::mm::{
-    Access, AddressSpace, CowPolicy, Fault, FaultError, Get, Gfn, Pin, PinError, PinnedRun,
+    Access, AddressSpace, CowPolicy, FaultError, FaultOutcome, Get, Gfn, Pin, PinError, PinnedRun,
 };
 
 /// An address space as devices and vCPUs see it: pages that can be held, pinned and made writable.
@@ -15,7 +15,7 @@ pub trait Space: Send + Sync {
     ///
     /// # Errors
     /// Its own.
-    fn resolve_write(&self, gfn: Gfn) -> Result<Fault, FaultError>;
+    fn resolve_write(&self, gfn: Gfn) -> Result<FaultOutcome, FaultError>;
 
     /// See [`AddressSpace::set_whole_price`].
     fn set_whole_price(&self, small: u32);
@@ -45,7 +45,7 @@ impl<P: CowPolicy> Space for AddressSpace<P> {
         self.pages()
     }
 
-    fn resolve_write(&self, gfn: Gfn) -> Result<Fault, FaultError> {
+    fn resolve_write(&self, gfn: Gfn) -> Result<FaultOutcome, FaultError> {
         self.resolve_write(gfn)
     }
 
