@@ -15,6 +15,11 @@
 //! script compiles the guests with the same compiler as the rest, for the host's target, whatever flags or
 //! profile the rest is built with.
 
+/// The example of the README, compiled and run.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+mod readme {}
+
 pub mod abi;
 mod drill;
 pub mod formula;
