@@ -1,8 +1,9 @@
 //! Palimpsest forks running virtual machines.
 //!
-//! A snapshot stops the guest for as long as it takes to share its memory copy-on-write, and stays right while devices do
-//! DMA into the guest: pages that a device holds are copied at once, all others are shared, and which is which is
-//! decided by the Linux kernel's exclusive-bit protocol (`PageAnonExclusive`), carried over to a VMM.
+//! A snapshot stops the guest for as long as it takes to share its memory copy-on-write, and stays right
+//! while devices do DMA into the guest: pages that a device holds are copied at once, all others are shared,
+//! and which is which is decided by the Linux kernel's exclusive-bit protocol (`PageAnonExclusive`), carried
+//! over to a VMM.
 //!
 //! ```text
 //!   vm ──> snapshot ──> vcpus, device, saved

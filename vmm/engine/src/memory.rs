@@ -34,7 +34,8 @@ pub enum MemoryError {
     },
 }
 
-/// Frames, the memory behind them, and the mappings that show them: one set for all VMs of a process, and for their snapshots.
+/// Frames, the memory behind them, and the mappings that show them: one set for all VMs of a process, and for
+/// their snapshots.
 #[derive(Clone, Debug)]
 pub struct Frames {
     pool: Arc<FramePool>,
@@ -52,7 +53,8 @@ impl Frames {
         Self::with_limit(frames, frames, Dumps::WithoutGuest)
     }
 
-    /// Room for `frames` frames, of which no more than `limit` have memory at a time; and whether core dumps have them.
+    /// Room for `frames` frames, of which no more than `limit` have memory at a time; and whether core dumps
+    /// have them.
     ///
     /// # Errors
     /// As [`Frames::new`].
@@ -119,7 +121,8 @@ pub struct MemoryOptions {
     pub prices: Option<Prices>,
 }
 
-/// The memory of a VM: an address space, the window that vCPUs see it through, and [`Ram`], by which everybody else does.
+/// The memory of a VM: an address space, the window that vCPUs see it through, and [`Ram`], by which
+/// everybody else does.
 ///
 /// The copy-on-write policy `P` is known to the owner of this, and to nobody who uses it.
 pub struct Memory<P: CowPolicy = Exclusive> {
@@ -141,8 +144,9 @@ impl Memory<Exclusive> {
 }
 
 impl<P: CowPolicy> Memory<P> {
-    /// The same under `policy`, kept as `options` say. `between` may put something between the address space and its window, and gives back
-    /// what the address space is to change: for who wants to watch it, or to have it go wrong.
+    /// The same under `policy`, kept as `options` say. `between` may put something between the address space
+    /// and its window, and gives back what the address space is to change: for who wants to watch it, or to
+    /// have it go wrong.
     ///
     /// # Errors
     /// As [`Memory::new`].

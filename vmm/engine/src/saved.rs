@@ -1,4 +1,5 @@
-//! What a snapshot keeps of a part of a VM: opaque to all but that part, and bytes with a version to whoever stores it.
+//! What a snapshot keeps of a part of a VM: opaque to all but that part, and bytes with a version to whoever
+//! stores it.
 
 use std::any::Any;
 use std::fmt::{self, Debug};
@@ -28,7 +29,8 @@ impl Saved {
         Self::new(Stored { version, bytes })
     }
 
-    /// The state itself, if it was captured by a part whose states are of type `S`. It is not if it was stored since.
+    /// The state itself, if it was captured by a part whose states are of type `S`. It is not if it was
+    /// stored since.
     pub fn get<S: State>(&self) -> Option<&S> {
         let state: &dyn Any = &*self.0;
         state.downcast_ref()

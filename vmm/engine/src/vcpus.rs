@@ -1,7 +1,8 @@
 //! The vCPUs of a VM, whoever runs them.
 //!
-//! A snapshot or a restore needs of them that they stand still, all between two instructions, and that their registers
-//! can be captured and set. [`kvm::Machine`](crate::kvm::Machine) is one that can; somebody's own `KVM_RUN` loop is another.
+//! A snapshot or a restore needs of them that they stand still, all between two instructions, and that their
+//! registers can be captured and set. [`kvm::Machine`](crate::kvm::Machine) is one that can; somebody's own
+//! `KVM_RUN` loop is another.
 
 use std::time::Instant;
 
@@ -59,8 +60,8 @@ pub trait Paused {
     /// If those of one cannot be captured.
     fn states(&mut self) -> Result<Vec<Saved>, VcpusError>;
 
-    /// Pages have become read-only since they stand still, or have changed and are read-only. Called before they run on, if
-    /// they may not lose write access while they run ([`Vcpus::may_lose_write_access`]).
+    /// Pages have become read-only since they stand still, or have changed and are read-only. Called before
+    /// they run on, if they may not lose write access while they run ([`Vcpus::may_lose_write_access`]).
     ///
     /// # Errors
     /// If the guest must not run on.
@@ -72,7 +73,8 @@ pub trait Paused {
     /// If what must be known of memory as it is cannot be found out.
     fn before_restore(&mut self) -> Result<(), VcpusError>;
 
-    /// Sets the registers of each. Memory is what it was when they were captured, since [`Paused::before_restore`].
+    /// Sets the registers of each. Memory is what it was when they were captured, since
+    /// [`Paused::before_restore`].
     ///
     /// # Errors
     /// If those of one cannot be set. None runs on then.

@@ -83,8 +83,8 @@ impl<P: CowPolicy> Builder<P> {
         self
     }
 
-    /// Whether a thread of its own copies, after each snapshot, what the guest has written before all of the last ones. It does unless this
-    /// says otherwise.
+    /// Whether a thread of its own copies, after each snapshot, what the guest has written before all of the
+    /// last ones. It does unless this says otherwise.
     #[must_use]
     pub fn copy_ahead(mut self, copies_ahead: bool) -> Self {
         self.copies_ahead = copies_ahead;
@@ -131,7 +131,8 @@ impl<P: CowPolicy> fmt::Debug for Builder<P> {
     }
 }
 
-/// A virtual machine. Dropping it stops its vCPUs and waits for their threads; then its devices go, and memory last.
+/// A virtual machine. Dropping it stops its vCPUs and waits for their threads; then its devices go, and
+/// memory last.
 // Fields are in that order.
 pub struct Vm<P: CowPolicy = Exclusive> {
     machine: Machine,

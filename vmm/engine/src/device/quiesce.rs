@@ -10,9 +10,10 @@ pub type DeviceError = Box<dyn std::error::Error + Send + Sync>;
 
 /// A device that can be stopped between two requests.
 ///
-/// **What it promises.** While it is stopped every request is all done (its data, its status and its completion are in guest
-/// memory) or none of it is, except one that it was in the middle of when the wait ran out: that one is in its state, and
-/// of its data alone may be a part in memory. Every byte it touches is pinned while it may be touched.
+/// **What it promises.** While it is stopped every request is all done (its data, its status and its
+/// completion are in guest memory) or none of it is, except one that it was in the middle of when the wait
+/// ran out: that one is in its state, and of its data alone may be a part in memory. Every byte it touches is
+/// pinned while it may be touched.
 ///
 /// # Restoring
 /// Memory is rewound between two halves, since it should not be held by requests it knows nothing of:
@@ -20,15 +21,15 @@ pub type DeviceError = Box<dyn std::error::Error + Send + Sync>;
 ///   stop
 ///   release                requests on their way are given up, their pins dropped
 ///   (restore memory)       what is held for good is pinned still: memory is written in place
-///   restore                as saved; requests that were on their way are taken again, from memory as it is now
+///   restore                as saved; requests that were on their way are taken again, from this memory
 ///   resume
 /// ```
 pub trait Quiesce: Send + Sync {
     /// Begins nothing more from now on. Does not wait.
     fn begin_stop(&self);
 
-    /// Waits for the end of what was begun, until `deadline`. Nothing that comes later is completed. Says whether the device
-    /// has reached a boundary. Follows [`Quiesce::begin_stop`].
+    /// Waits for the end of what was begun, until `deadline`. Nothing that comes later is completed. Says
+    /// whether the device has reached a boundary. Follows [`Quiesce::begin_stop`].
     fn finish_stop(&self, deadline: Instant) -> bool;
 
     /// Undoes one [`Quiesce::begin_stop`]. The device goes on when it was the last.
@@ -68,7 +69,8 @@ impl<'a> Stopped<'a> {
         }
     }
 
-    /// Which have reached a boundary in time, in order. The others have a request in flight, and may write to memory still.
+    /// Which have reached a boundary in time, in order. The others have a request in flight, and may write to
+    /// memory still.
     pub fn reached(&self) -> &[bool] {
         &self.reached
     }

@@ -128,8 +128,8 @@ impl Ring {
         Ok(UsedRing { _pinned: pinned })
     }
 
-    /// Puts the chain that begins at `head` into the used ring, with `len` bytes written. Whatever this thread
-    /// wrote before is seen by a guest that sees the entry: the index is stored with release.
+    /// Puts the chain that begins at `head` into the used ring, with `len` bytes written. Whatever this
+    /// thread wrote before is seen by a guest that sees the entry: the index is stored with release.
     ///
     /// A head that is no descriptor at all cannot be completed, and is passed over.
     pub fn complete(&mut self, ram: &Ram, _used: &UsedRing, head: u16, len: u32) {

@@ -1,14 +1,18 @@
-//! The thread that breaks ahead of the guest's writes (`mm/ahead.rs`), with whatever CPU time the guest leaves.
+//! The thread that breaks ahead of the guest's writes (`mm/ahead.rs`), with whatever CPU time the guest
+//! leaves.
 //!
-//! A break holds the lock of its region while 2 MiB are copied, and a fault in that region waits for it. Were the thread at a low priority,
-//! it could be taken off the CPU just then, and the guest would wait until nobody else wants that CPU: priorities are not inherited by who
-//! holds a lock, and without privilege they can be lowered and never raised again. So it takes two threads:
+//! A break holds the lock of its region while 2 MiB are copied, and a fault in that region waits for it. Were
+//! the thread at a low priority, it could be taken off the CPU just then, and the guest would wait until
+//! nobody else wants that CPU: priorities are not inherited by who holds a lock, and without privilege they
+//! can be lowered and never raised again. So it takes two threads:
 //!
-//! * `ahead` does the work, at the priority of everybody else, a *turn* at a time: some pieces, or one that is large.
-//! * `spare` has the lowest priority, holds nothing, and does nothing but to give `ahead` its next turn. When it gets to run there was CPU time
-//!   that nobody wanted.
+//! * `ahead` does the work, at the priority of everybody else, a *turn* at a time: some pieces, or one that
+//!   is large.
+//! * `spare` has the lowest priority, holds nothing, and does nothing but to give `ahead` its next turn. When
+//!   it gets to run there was CPU time that nobody wanted.
 //!
-//! On a machine that is busy there are few turns. What a guest can wait for is the end of one piece that runs like itself.
+//! On a machine that is busy there are few turns. What a guest can wait for is the end of one piece that runs
+//! like itself.
 
 use std::fmt;
 use std::io;
@@ -27,8 +31,8 @@ const NICE: i32 = 19;
 /// How long a turn is, or one piece longer: many times what it costs to give it.
 const TURN: Duration = Duration::from_micros(200);
 
-/// A thread beside the vCPUs that copies, after each snapshot, what the guest has written before all of the last ones, so that
-/// the guest need not fault on it. It ends when this is dropped.
+/// A thread beside the vCPUs that copies, after each snapshot, what the guest has written before all of the
+/// last ones, so that the guest need not fault on it. It ends when this is dropped.
 pub struct Ahead {
     shared: Arc<Shared>,
     worker: Option<JoinHandle<()>>,
@@ -39,7 +43,8 @@ pub struct Ahead {
 struct Shared {
     order: Mutex<Order>,
     changed: Condvar,
-    /// Whether to go on after a piece. Only a hint beside `order`: it saves the thread from locking that every time.
+    /// Whether to go on after a piece. Only a hint beside `order`: it saves the thread from locking that
+    /// every time.
     go_on: AtomicBool,
     turn: Turn,
 }
@@ -84,7 +89,10 @@ impl Ahead {
             .name("spare".to_owned())
             .spawn(move || {
                 if let Err(error) = setpriority_process(None, NICE) {
-                    tracing::debug!(%error, "copies ahead are made whether there is CPU time to spare or not");
+                    tracing::debug!(
+                        %error,
+                        "copies ahead are made whether there is CPU time to spare or not"
+                    );
                 }
                 theirs.turn.give();
             })?;

@@ -3,7 +3,7 @@
 //! | file | concept |
 //! |---|---|
 //! | `physmap` | all frames, mapped once, one after the other: `pfn -> host address`, never remapped |
-//! | `window` | the host addresses a memslot points at; page `gfn` shows the frame the shadow page table says |
+//! | `window` | the host addresses a memslot points at: page `gfn` shows the frame its entry names |
 //! | `budget` | how many mappings the windows of this process may use |
 //! | `maps` | what the kernel says is mapped where |
 //! | `syscalls`, `call` | the system calls that change memory, and their names |

@@ -1,8 +1,9 @@
 //! The physmap: one linear mapping of all frames, the VMM's direct map.
 //!
-//! Where the host gives it, memory is in **huge pages** of 2 MiB: an `mprotect` of 1 GiB, and KVM's flush with it, takes 0.7 ms then rather than
-//! 40 (PLATFORM.md). A memfd has huge pages only if the administrator turns them on; but `MADV_COLLAPSE` makes them of a range that
-//! has a page in it, without privilege, and a window that maps the same range at an aligned address gets them as well.
+//! Where the host gives it, memory is in **huge pages** of 2 MiB: an `mprotect` of 1 GiB, and KVM's flush
+//! with it, takes 0.7 ms then rather than 40 (PLATFORM.md). A memfd has huge pages only if the administrator
+//! turns them on; but `MADV_COLLAPSE` makes them of a range that has a page in it, without privilege, and a
+//! window that maps the same range at an aligned address gets them as well.
 #![expect(unsafe_code, reason = "maps the frame pool and hands out parts of it")]
 
 use std::ffi::c_void;
@@ -32,8 +33,9 @@ use crate::mm::{FrameMemory, PAGE_SIZE, Pfn, Protection, REGION_PAGES};
 /// Frames that are worth a thread of their own: it takes some 50 us to start one, and 0.6 us to copy a frame.
 const COPIES_OF_A_THREAD: usize = 256;
 
-/// The bytes of all frames: an unnamed file in memory, mapped for as long as this lives. Frames get memory by `fallocate` before their first use, so that a host without memory
-/// answers with an error and not with a `SIGBUS`. It is known which have it: a frame that has none cannot be reached from here.
+/// The bytes of all frames: an unnamed file in memory, mapped for as long as this lives. Frames get memory by
+/// `fallocate` before their first use, so that a host without memory answers with an error and not with a
+/// `SIGBUS`. It is known which have it: a frame that has none cannot be reached from here.
 #[derive(Debug)]
 pub struct PhysMap {
     file: OwnedFd,
@@ -63,7 +65,8 @@ impl PhysMap {
     /// As [`PhysMap::new`].
     pub fn with_dumps(frames: u64, dumps: Dumps) -> io::Result<Arc<Self>> {
         let len = frames * PAGE_SIZE;
-        // The call that makes the file longer than this ends the process with a signal, if that is not ignored.
+        // The call that makes the file longer than this ends the process with a signal, if that is not
+        // ignored.
         if getrlimit(Resource::Fsize)
             .current
             .is_some_and(|most| most < len)
@@ -168,8 +171,8 @@ impl PhysMap {
             "{len} bytes at offset {offset} are not in {pfn:?}"
         );
         let frame = self.run(pfn, 1);
-        // SAFETY: the range lies in the frame, which lies in the mapping and has memory: both just checked. The mapping lives as
-        // long as `self` is borrowed.
+        // SAFETY: the range lies in the frame, which lies in the mapping and has memory: both just checked.
+        // The mapping lives as long as `self` is borrowed.
         unsafe { VolatileSlice::with_bitmap(frame.add(offset as usize), len as usize, held, None) }
     }
 
@@ -211,15 +214,16 @@ impl PhysMap {
             return self.allocate(start, len);
         }
         if let Err(error) = self.allocate_huge(whole.start, whole.end - whole.start) {
-            // Now and then one is not to be had, and EINVAL is said of that, too. Never to be had they are on older kernels: on 6.1
-            // it is said of the first, and on 6.12 of some.
+            // EINVAL has two meanings: this one huge page could not be made just now, or this kernel makes
+            // none at all. Linux 6.1 says it of the first one, and 6.12 of some.
             if error.raw_os_error() == Some(libc::EINVAL)
                 && !self.has_given_huge.load(Ordering::Relaxed)
                 && self.huge.swap(false, Ordering::Relaxed)
             {
                 tracing::warn!(
                     %error,
-                    "the host gives no huge pages: guest memory is in pages of 4 KiB, and snapshots stop the guest for longer"
+                    "the host gives no huge pages: guest memory is in pages of 4 KiB, and snapshots stop \
+                     the guest for longer"
                 );
             }
             return self.allocate(start, len);
@@ -237,8 +241,9 @@ impl PhysMap {
 
 /// Does `call` for the `len` bytes from `offset` on, in parts if it is interrupted.
 ///
-/// Kicks of the vCPU whose fault this is interrupt `fallocate`, which then undoes what it has done (`shmem_fallocate` in
-/// `mm/shmem.c`; seen on Linux 6.1, no more on 6.18). On a host that is slower than the kicks come it would never get there, so it is asked for less each time.
+/// Kicks of the vCPU whose fault this is interrupt `fallocate`, which then undoes what it has done
+/// (`shmem_fallocate` in `mm/shmem.c`; seen on Linux 6.1, no more on 6.18). On a host that is slower than the
+/// kicks come it would never get there, so it is asked for less each time.
 fn in_spite_of_signals(
     mut offset: u64,
     len: u64,
@@ -276,7 +281,8 @@ impl Backed {
         }
     }
 
-    /// The words that the bits of a run lie in, and which of their bits those are. Of what is beyond the end, nothing.
+    /// The words that the bits of a run lie in, and a mask of these bits in each. Frames beyond the end are
+    /// left out.
     fn words(&self, first: Pfn, count: u64) -> impl Iterator<Item = (&AtomicU64, u64)> {
         let end = first.0.saturating_add(count).min(self.frames);
         let mut at = first.0;
@@ -327,9 +333,9 @@ impl FrameMemory for PhysMap {
 
     fn copy(&self, from: Pfn, to: Pfn) {
         assert_ne!(from, to, "a frame is not copied to itself");
-        // SAFETY: both are whole frames inside the mapping, with memory, and differ, so they do not overlap. A device that writes to `from`
-        // meanwhile (it was not stopped) makes the copy a mixture, as the trait says; no
-        // reference to either exists.
+        // SAFETY: both are whole frames inside the mapping, with memory, and differ, so they do not overlap.
+        // A device that writes to `from` meanwhile (it was not stopped) makes the copy a mixture, as the
+        // trait says; no reference to either exists.
         unsafe { ptr::copy_nonoverlapping(self.frame(from), self.frame(to), PAGE_SIZE as usize) }
     }
 
@@ -343,7 +349,8 @@ impl FrameMemory for PhysMap {
             "{count} frames from {from:?} to {to:?}"
         );
         let (from, to) = (self.run(from, count), self.run(to, count));
-        // SAFETY: both runs lie inside the mapping and have memory, and they do not overlap: just checked. Otherwise as `copy`.
+        // SAFETY: both runs lie inside the mapping and have memory, and they do not overlap: just checked.
+        // Otherwise as `copy`.
         unsafe { stream::copy(from, to, (count * PAGE_SIZE) as usize) }
     }
 
@@ -367,8 +374,8 @@ impl FrameMemory for PhysMap {
 
     fn equal(&self, one: Pfn, other: Pfn) -> bool {
         let (one, other) = (self.frame(one), self.frame(other));
-        // SAFETY: whole frames inside the mapping, which are aligned. Volatile: somebody may write to them, in
-        // which case the answer means nothing, as the trait says. No reference to either exists.
+        // SAFETY: whole frames inside the mapping, which are aligned. Volatile: somebody may write to them,
+        // in which case the answer means nothing, as the trait says. No reference to either exists.
         (0..PAGE_SIZE as usize / 8).all(|word| unsafe {
             one.cast::<u64>().add(word).read_volatile()
                 == other.cast::<u64>().add(word).read_volatile()

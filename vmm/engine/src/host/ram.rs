@@ -1,8 +1,8 @@
 //! Guest memory by guest-physical address, for host code.
 //!
 //! [`Ram`] is what devices are given. It implements `vm-memory`'s `GuestMemory`, so that `virtio-queue`
-//! drives a ring through it, and **every slice it hands out is pinned for as long as the slice lives**: the pin
-//! travels in the place `vm-memory` has for a dirty bitmap, with the slice and all its parts. Code that
+//! drives a ring through it, and **every slice it hands out is pinned for as long as the slice lives**: the
+//! pin travels in the place `vm-memory` has for a dirty bitmap, with the slice and all its parts. Code that
 //! only knows `GuestMemory` so follows the protocol without knowing of it.
 
 use std::fmt;
@@ -84,8 +84,8 @@ impl Ram {
         &self.prices
     }
 
-    /// Resolves a write of a vCPU to page `gfn`, as [`AddressSpace::write_fault`], and learns what that costs: how much of a region a
-    /// break copies goes by it.
+    /// Resolves a write of a vCPU to page `gfn`, as [`AddressSpace::write_fault`], and learns what that
+    /// costs: how much of a region a break copies goes by it.
     ///
     /// # Errors
     /// As [`AddressSpace::write_fault`].
@@ -123,7 +123,8 @@ impl Ram {
         })
     }
 
-    /// Copies guest memory at `gpa` out, as a transient reader: bytes the guest is writing meanwhile may be old, new or mixed.
+    /// Copies guest memory at `gpa` out, as a transient reader: bytes the guest is writing meanwhile may be
+    /// old, new or mixed.
     ///
     /// # Errors
     /// If the bytes are not all guest memory.
@@ -188,7 +189,8 @@ fn pages(gpa: u64, len: u64) -> impl Iterator<Item = Part> {
     })
 }
 
-/// Bytes of guest memory that are pinned: they stay where they are, and what the guest sees there, until this is dropped.
+/// Bytes of guest memory that are pinned: they stay where they are, and what the guest sees there, until this
+/// is dropped.
 pub struct PinnedBuffer {
     physmap: Arc<PhysMap>,
     runs: Vec<PinnedRun>,

@@ -1,9 +1,9 @@
 //! The window: the host addresses behind a KVM memslot.
 //!
-//! Page `gfn` of the window shows the frame that the shadow page table says, with the protection it says. It is
-//! changed by `mremap` of what the physmap has mapped, and by `mprotect`: KVM's MMU notifier makes every vCPU see the change before
-//! the call returns. Memory nobody ever wrote is a private anonymous mapping without write permission: the
-//! host's own zero page, which costs one mapping for any number of pages.
+//! Page `gfn` of the window shows the frame that the shadow page table says, with the protection it says. It
+//! is changed by `mremap` of what the physmap has mapped, and by `mprotect`: KVM's MMU notifier makes every
+//! vCPU see the change before the call returns. Memory nobody ever wrote is a private anonymous mapping
+//! without write permission: the host's own zero page, which costs one mapping for any number of pages.
 //!
 //! What the host refuses it may have done in part: `mprotect` changes one mapping after the other, and says
 //! that there is no room for more when it comes to the one that must be split (seen on Linux 6.18 with
@@ -41,8 +41,8 @@ pub struct Window {
     shown: Mutex<Vec<Region>>,
 }
 
-/// What the pages of a region show: runs of pages that are alike. A fork of a large guest has to look at many regions, nearly all of which
-/// have one or three.
+/// What the pages of a region show: runs of pages that are alike. A fork of a large guest has to look at many
+/// regions, nearly all of which have one or three.
 #[derive(Clone, Debug)]
 enum Region {
     /// All of it one run.
@@ -122,10 +122,11 @@ fn by_region(pages: Range<u64>) -> impl Iterator<Item = (usize, Range<u64>)> {
     })
 }
 
-/// What a page shows. Neighbours share a mapping if they show the same thing: frames that follow each other, or zeros.
+/// What a page shows. Neighbours share a mapping if they show the same thing: frames that follow each other,
+/// or zeros.
 ///
-/// Packed, since a fork looks at that of every page: bit 0 says that there is a frame, bit 1 that it is writable, the bits from 2 on are
-/// `pfn - gfn`.
+/// Packed, since a fork looks at that of every page: bit 0 says that there is a frame, bit 1 that it is
+/// writable, the bits from 2 on are `pfn - gfn`.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 struct Shown(i64);
 
@@ -214,8 +215,8 @@ impl Window {
         }
     }
 
-    /// Changes what pages `first..first + count` show: books the mappings, lets `apply` do it, and notes it, or
-    /// takes the booking back if that fails.
+    /// Changes what pages `first..first + count` show: books the mappings, lets `apply` do it, and notes it,
+    /// or takes the booking back if that fails.
     fn change(
         &self,
         first: Gfn,
@@ -256,7 +257,8 @@ impl Window {
                 runs.map(move |(run, shown)| (first + run.start..first + run.end, shown))
             });
             let is_torn = !self.is_mapped_as(range.clone(), noted);
-            // Ours is not the only use of mappings, and the limit not all that the host goes by: it may be at its end before we are.
+            // The host may refuse before the budget does: the process has mappings that are no windows', and
+            // the host has other reasons to say that there is no memory.
             let no_room = MmuError::MappingLimit {
                 limit: self.budget.limit().min(self.budget.used_by_all()),
             };
@@ -379,7 +381,8 @@ impl Mmu for Window {
                 "clear",
                 |_| Shown::ZEROS,
                 || {
-                    // SAFETY: `change` has checked that the range is the window's own. Only vCPUs look through it.
+                    // SAFETY: `change` has checked that the range is the window's own. Only vCPUs look
+                    // through it.
                     unsafe {
                         mmap_anonymous(
                             self.address(first),
@@ -426,7 +429,8 @@ impl Drop for Window {
         let pages =
             by_region(0..self.pages).flat_map(|(region, pages)| shown[region].within(pages));
         let _ = self.budget.change(mappings(pages), 0);
-        // SAFETY: the range is the window's own; the VM whose memslot pointed here is gone, or sees nothing from now on.
+        // SAFETY: the range is the window's own; the VM whose memslot pointed here is gone, or sees nothing
+        // from now on.
         let unmapped = unsafe { munmap(self.address(Gfn(0)), self.len() as usize) };
         if let Err(error) = unmapped {
             tracing::warn!(%error, "cannot unmap a window");

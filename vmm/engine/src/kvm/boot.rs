@@ -1,7 +1,8 @@
 //! Puts a guest program into guest memory.
 //!
-//! A program that is no static one, or is linked where none may be, is refused with the reason, before anything is loaded. Of a program only the ELF
-//! header and what is loaded matter: notes, sections and debug information may be anything.
+//! A program that is no static one, or is linked where none may be, is refused with the reason, before
+//! anything is loaded. Of a program only the ELF header and what is loaded matter: notes, sections and debug
+//! information may be anything.
 
 use std::ops::Range;
 
@@ -338,8 +339,8 @@ fn within(
 
 /// Writes page tables for `memory` bytes of guest memory at `gpa`, and returns the gpa behind them.
 ///
-/// They map every address to itself in 2 MiB pages, for ring 3, accessed and dirty bits set. A last partial 2 MiB is mapped
-/// whole: what the guest touches beyond its memory is MMIO, and so a crash.
+/// They map every address to itself in 2 MiB pages, for ring 3, accessed and dirty bits set. A last partial 2
+/// MiB is mapped whole: what the guest touches beyond its memory is MMIO, and so a crash.
 pub fn write_page_tables(ram: &dyn GuestRam, gpa: u64, memory: u64) -> Result<u64, BootError> {
     super::paging::write_page_tables(ram, gpa, memory)
         .map_err(|source| BootError::Memory { gpa, source })

@@ -1,16 +1,17 @@
 //! The handshake between a machine and its vCPU threads.
 //!
-//! Each vCPU has an *order* (run, pause, stop), which its thread looks at before every entry to the guest, and a *slot*,
-//! which says what the thread is doing and what work it has while parked. Registers are read and written by the
-//! vCPU's own thread: it does so while the pauser goes on with its own work, and all vCPUs do so at once.
+//! Each vCPU has an *order* (run, pause, stop), which its thread looks at before every entry to the guest,
+//! and a *slot*, which says what the thread is doing and what work it has while parked. Registers are read
+//! and written by the vCPU's own thread: it does so while the pauser goes on with its own work, and all vCPUs
+//! do so at once.
 //!
 //! ```text
 //!            order = Run                 order = Pause, kick
 //!   Parked ─────────────▶ Running ─────────────▶ Parked ── work: Wanted ▶ Doing ▶ Captured | Done | Failed
 //!      └──── order = Stop ───┴──── or a crash, or an exit ───▶ Ended
 //! ```
-//! Orders change with the slots locked, so that a parked thread cannot miss one; a running thread reads its order without
-//! the lock (see [`kick`](super::kick) for why it cannot miss one either).
+//! Orders change with the slots locked, so that a parked thread cannot miss one; a running thread reads its
+//! order without the lock (see [`kick`](super::kick) for why it cannot miss one either).
 
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard};

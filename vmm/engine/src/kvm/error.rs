@@ -7,8 +7,8 @@ use vmm_sys_util::errno;
 
 use super::memory::MemoryError;
 
-/// How long a vCPU may take to do what it is told. It is in the guest, where a kick reaches it in microseconds, or in
-/// a handler that should not block; the rest is the host being busy.
+/// How long a vCPU may take to do what it is told. It is in the guest, where a kick reaches it in
+/// microseconds, or in a handler that should not block; the rest is the host being busy.
 pub(super) const PATIENCE: Duration = Duration::from_secs(5);
 
 /// The most vCPUs of a machine: their numbers are APIC ids of 8 bits.
@@ -251,8 +251,8 @@ pub enum RunError {
 pub enum FaultError {
     /// The fault comes back although everything it could be about is writable.
     #[error(
-        "write fault at rip {rip:#x} ({instruction}) came back {times} times although all it could be about is \
-         writable; tried: {tried}"
+        "write fault at rip {rip:#x} ({instruction}) came back {times} times although all it could be \
+         about is writable; tried: {tried}"
     )]
     Stuck {
         /// Where.

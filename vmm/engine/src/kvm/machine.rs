@@ -52,7 +52,8 @@ use super::vcpu::{Counters, SyncRegs, Vcpu};
 use super::watch::Watch;
 use crate::vcpus::Capture;
 
-/// Is told on a vCPU's thread that the vCPU has ended by itself, and why. Not called for vCPUs that the machine stops.
+/// Is told on a vCPU's thread that the vCPU has ended by itself, and why. Not called for vCPUs that the
+/// machine stops.
 pub type OnStop = Box<dyn Fn(usize, Outcome) + Send + Sync>;
 
 /// What the vCPUs of a machine have done so far.
@@ -120,7 +121,8 @@ impl Machine {
             memory_size: slot.len(),
             userspace_addr: slot.host_address().as_ptr().expose_provenance() as u64,
         };
-        // SAFETY: the range is the guest's, as a `Memslot` promises, which is kept as long as somebody may go there.
+        // SAFETY: the range is the guest's, as a `Memslot` promises, which is kept as long as somebody may go
+        // there.
         unsafe { vm.set_user_memory_region(region) }.map_err(|source| KvmError::Memory {
             len: slot.len(),
             source,
@@ -235,8 +237,8 @@ impl Machine {
 
     /// Stops all vCPUs at an instruction boundary.
     ///
-    /// Returns when none of them is in the guest or in a handler. If one has ended already, or is stuck in a handler, the others
-    /// run on and the error names it. Must not be called on a vCPU's thread.
+    /// Returns when none of them is in the guest or in a handler. If one has ended already, or is stuck in a
+    /// handler, the others run on and the error names it. Must not be called on a vCPU's thread.
     pub fn pause(&self, capture: Capture) -> Result<Paused<'_>, KvmError> {
         let started = self.started.lock().unwrap_or_else(|e| e.into_inner());
         if !*started {
@@ -308,8 +310,9 @@ impl Machine {
 
     /// Whether memory may become read-only while vCPUs run.
     ///
-    /// Not on SVM without nested paging: nothing is left there of a vCPU in whose page tables KVM has a bit to set and finds them read-only.
-    /// It may while all stand still, if [`Paused::keep_tables_writable`] is called before they run on.
+    /// Not on SVM without nested paging: nothing is left there of a vCPU in whose page tables KVM has a bit
+    /// to set and finds them read-only. It may while all stand still, if [`Paused::keep_tables_writable`] is
+    /// called before they run on.
     pub fn may_lose_write_access(&self) -> bool {
         self.mmu != Mmu::ShadowOnSvm
     }
@@ -357,7 +360,8 @@ impl Machine {
         }
     }
 
-    /// Waits until all vCPUs have ended that have a thread, and says which have. Who was waited for in vain is not waited for again.
+    /// Waits until all vCPUs have ended that have a thread, and says which have. Who was waited for in vain
+    /// is not waited for again.
     fn wait_for_ends(&self) -> Vec<bool> {
         let patience = if self.is_stuck.load(Ordering::Relaxed) {
             Duration::ZERO
@@ -373,7 +377,8 @@ impl Machine {
         slots[..threads].iter().map(has_ended).collect()
     }
 
-    /// Sends every vCPU the signal. What is refused is tried again: by the watch, or when the machine is dropped.
+    /// Sends every vCPU the signal. What is refused is tried again: by the watch, or when the machine is
+    /// dropped.
     fn kick_all(&self) {
         for (vcpu, thread) in self.threads.iter().enumerate() {
             if let Err(error) = kick::kick(thread) {
@@ -403,8 +408,8 @@ impl Machine {
         PageTables::of(vcpus, &*self.ram).map_err(|source| KvmError::Tables { source })
     }
 
-    /// Gives every parked vCPU a job, and waits for all. If one fails, the machine is stopped: its vCPUs are of
-    /// different times now.
+    /// Gives every parked vCPU a job, and waits for all. If one fails, the machine is stopped: its vCPUs are
+    /// of different times now.
     fn do_all(&self, mut job: impl FnMut(usize) -> Job) -> Result<(), KvmError> {
         let mut slots = self.finish_pending()?;
         for (vcpu, slot) in slots.iter_mut().enumerate() {
@@ -451,7 +456,8 @@ impl Machine {
         last_change(&slots).unwrap_or_else(Instant::now)
     }
 
-    /// Makes KVM forget what it keeps of the guest's page tables: it does when the memory that they are in goes.
+    /// Makes KVM forget what it keeps of the guest's page tables: it does when the memory that they are in
+    /// goes.
     fn forget_tables(&self) -> Result<(), KvmError> {
         let gone = kvm_userspace_memory_region {
             memory_size: 0,
@@ -553,7 +559,8 @@ impl Paused<'_> {
         Ok(states)
     }
 
-    /// The guest's page tables as they are: to be asked for before memory is restored, and handed to [`Paused::restore`] after.
+    /// The guest's page tables as they are: to be asked for before memory is restored, and handed to
+    /// [`Paused::restore`] after.
     pub fn page_tables(&self) -> Result<PageTables, KvmError> {
         match self.machine.mmu {
             Mmu::Nested => Ok(PageTables::default()),
@@ -561,7 +568,8 @@ impl Paused<'_> {
         }
     }
 
-    /// Sets the registers of all vCPUs. Memory is the caller's to restore, before; `tables` are those before that.
+    /// Sets the registers of all vCPUs. Memory is the caller's to restore, before; `tables` are those before
+    /// that.
     ///
     /// What the vCPUs and KVM keep of the guest's page tables is forgotten, where these are others now.
     ///
@@ -580,8 +588,9 @@ impl Paused<'_> {
             .do_all(|vcpu| Job::Restore(Box::new(states[vcpu].clone()), clock))
     }
 
-    /// Of pages that are read-only since the vCPUs stand still, or have changed and are read-only, makes those writable in which KVM may have a
-    /// bit to set, where it must not find them read-only ([`Machine::may_lose_write_access`]).
+    /// Of pages that are read-only since the vCPUs stand still, or have changed and are read-only, makes
+    /// those writable in which KVM may have a bit to set, where it must not find them read-only
+    /// ([`Machine::may_lose_write_access`]).
     ///
     /// # Errors
     /// If one cannot be read or made writable. The guest must not run on.
@@ -611,8 +620,9 @@ impl Drop for Paused<'_> {
     }
 }
 
-/// Has KVM come out where it cannot emulate an instruction, instead of giving the guest an exception: with a locked one on a page table that is
-/// read-only it may, when that is writable (`handle_emulation_failure` in `arch/x86/kvm/x86.c`). Before Linux 5.14 it does not know how to.
+/// Has KVM come out where it cannot emulate an instruction, instead of giving the guest an exception: with a
+/// locked one on a page table that is read-only it may, when that is writable (`handle_emulation_failure` in
+/// `arch/x86/kvm/x86.c`). Before Linux 5.14 it does not know how to.
 fn exit_on_emulation_failure(vm: &VmFd) -> Result<(), errno::Error> {
     let cap = KVM_CAP_EXIT_ON_EMULATION_FAILURE;
     if vm.check_extension_raw(cap.into()) == 0 {

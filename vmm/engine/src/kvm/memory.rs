@@ -28,18 +28,21 @@ pub trait GuestRam: Send + Sync {
         self.len() == 0
     }
 
-    /// Makes the page at guest frame `gfn` writable for the guest: a vCPU faulted writing it. `false` if it was
-    /// writable already, because somebody else was first.
+    /// Makes the page at guest frame `gfn` writable for the guest: a vCPU faulted writing it. `false` if it
+    /// was writable already, because somebody else was first.
     fn write_fault(&self, gfn: u64) -> Result<bool, MemoryError>;
 
-    /// Notes that a vCPU was in the guest for so long, from entry to exit: the shortest time is what entry and exit cost.
+    /// Notes that a vCPU was in the guest for so long, from entry to exit: the shortest time is what entry
+    /// and exit cost.
     fn was_entered(&self, _time: Duration) {}
 
-    /// Notes that a vCPU's write fault took so long from its exit to where it can enter again, decoding and registers included.
+    /// Notes that a vCPU's write fault took so long from its exit to where it can enter again, decoding and
+    /// registers included.
     fn was_handled(&self, _time: Duration) {}
 
-    /// Pins the `len` bytes at `gpa` for writing, until what is returned is dropped: the hypervisor writes there behind everybody's back.
-    /// Memory that has no pins says so; then the guest cannot have the hypervisor write.
+    /// Pins the `len` bytes at `gpa` for writing, until what is returned is dropped: the hypervisor writes
+    /// there behind everybody's back. Memory that has no pins says so; then the guest cannot have the
+    /// hypervisor write.
     fn pin(&self, _gpa: u64, _len: u64) -> Result<Box<dyn Any + Send>, MemoryError> {
         Err("this memory cannot be pinned".into())
     }
@@ -84,8 +87,9 @@ impl GuestRam for Ram {
 /// Host memory that a guest has as its own, from gpa 0: what a memslot points at.
 ///
 /// # Safety
-/// For as long as the value lives the range is mapped, and is the guest's: no Rust reference points into it, and nothing
-/// else than guest memory is mapped there. Protections and the pages behind it may change at any time.
+/// For as long as the value lives the range is mapped, and is the guest's: no Rust reference points into it,
+/// and nothing else than guest memory is mapped there. Protections and the pages behind it may change at any
+/// time.
 pub unsafe trait Memslot: Send + Sync {
     /// The first byte, at a page boundary.
     fn host_address(&self) -> NonNull<u8>;
@@ -99,8 +103,8 @@ pub unsafe trait Memslot: Send + Sync {
     }
 }
 
-// SAFETY: a window owns its range, which is unmapped when it is dropped, hands out no references into it, and changes it
-// only as an MMU does.
+// SAFETY: a window owns its range, which is unmapped when it is dropped, hands out no references into it, and
+// changes it only as an MMU does.
 unsafe impl Memslot for Window {
     fn host_address(&self) -> NonNull<u8> {
         let address = ptr::with_exposed_provenance_mut(Self::host_address(self) as usize);

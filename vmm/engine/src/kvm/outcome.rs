@@ -80,7 +80,10 @@ pub enum CrashReason {
     #[error("halted")]
     Halt,
     /// KVM could not emulate an instruction, or met another of its limits.
-    #[error("kvm internal error (suberror {suberror}{})", if *.suberror == 1 { ": emulation failed" } else { "" })]
+    #[error(
+        "kvm internal error (suberror {suberror}{})",
+        if *.suberror == 1 { ": emulation failed" } else { "" }
+    )]
     InternalError {
         /// `KVM_INTERNAL_ERROR_*`.
         suberror: u32,
@@ -114,7 +117,8 @@ impl fmt::Display for Report {
             Some(state) if state.is_as_after_init() => {
                 return write!(
                     f,
-                    "where it was this host does not tell: after a triple fault the vcpu is as after a reset (SVM)"
+                    "where it was this host does not tell: after a triple fault the vcpu is as after \
+                     a reset (SVM)"
                 );
             }
             Some(state) => state.fmt(f)?,

@@ -1,9 +1,10 @@
 //! The guest's page tables: builds the first ones, and walks whatever ones the guest has.
 //!
-//! What is built maps guest-virtual addresses one to one on guest-physical ones in 2 MiB pages, for ring 3, with every
-//! accessed and dirty bit set. So the CPU never has to write to a page table, which keeps page-table pages out of write
-//! faults where it honours the bits; with nested paging every walk counts as a write, whatever they say. A walk therefore
-//! reports every table entry on its way, and which of them it would have to change.
+//! What is built maps guest-virtual addresses one to one on guest-physical ones in 2 MiB pages, for ring 3,
+//! with every accessed and dirty bit set. So the CPU never has to write to a page table, which keeps
+//! page-table pages out of write faults where it honours the bits; with nested paging every walk counts as a
+//! write, whatever they say. A walk therefore reports every table entry on its way, and which of them it
+//! would have to change.
 
 use std::collections::HashSet;
 
@@ -146,8 +147,8 @@ impl<'a> Walker<'a> {
         self.mode != Mode::Legacy
     }
 
-    /// Translates `gva`, and calls `on_step` with every table entry on the way, from the root down. `None` if `gva` is not mapped,
-    /// or a table lies outside of memory; the steps until there were reported.
+    /// Translates `gva`, and calls `on_step` with every table entry on the way, from the root down. `None` if
+    /// `gva` is not mapped, or a table lies outside of memory; the steps until there were reported.
     pub(super) fn translate(
         &self,
         gva: u64,
@@ -200,8 +201,8 @@ impl<'a> Walker<'a> {
         Ok(gpa.is_some() && rights == wanted)
     }
 
-    /// Calls `on_table` with every page of the tables, by its gpa, once for each level that it is used at. `false` if there are more than
-    /// `most`, or they are not walked here.
+    /// Calls `on_table` with every page of the tables, by its gpa, once for each level that it is used at.
+    /// `false` if there are more than `most`, or they are not walked here.
     pub(super) fn tables(
         &self,
         most: usize,
@@ -235,7 +236,8 @@ impl<'a> Walker<'a> {
         Ok(true)
     }
 
-    /// Copies up to `buf.len()` bytes at `gva`, stopping at the first that is not mapped. Returns how many there were.
+    /// Copies up to `buf.len()` bytes at `gva`, stopping at the first that is not mapped. Returns how many
+    /// there were.
     pub(super) fn read(&self, gva: u64, buf: &mut [u8]) -> Result<usize, MemoryError> {
         let mut done = 0;
         while done < buf.len() {
@@ -262,7 +264,8 @@ pub(super) mod tests {
     use std::any::Any;
     use std::sync::{Arc, Mutex};
 
-    /// Guest memory that is only bytes, all of it writable, a list of what is pinned, and one of what was asked to be made writable.
+    /// Guest memory that is only bytes, all of it writable, a list of what is pinned, and one of what was
+    /// asked to be made writable.
     pub(crate) struct Bytes(Mutex<Vec<u8>>, Arc<Mutex<Vec<(u64, u64)>>>, Mutex<Vec<u64>>);
 
     /// A pin of [`Bytes`].

@@ -1,7 +1,7 @@
 //! Opens KVM and says which kind it is.
 //!
-//! Everything that can be known before there is a VM is checked here, so that a machine that cannot run guests says
-//! so in a sentence with something to do in it.
+//! Everything that can be known before there is a VM is checked here, so that a machine that cannot run
+//! guests says so in a sentence with something to do in it.
 
 use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
@@ -37,7 +37,8 @@ pub struct Platform {
 pub enum Paging {
     /// AMD's nested page tables.
     Npt,
-    /// Intel's extended page tables, with accessed and dirty bits: a walk of the guest's tables counts as a write to them.
+    /// Intel's extended page tables, with accessed and dirty bits: a walk of the guest's tables counts as a
+    /// write to them.
     EptAd,
     /// The same without these bits.
     Ept,
@@ -133,25 +134,28 @@ impl fmt::Display for Platform {
 pub enum PlatformError {
     /// There is no `/dev/kvm`, or nothing behind it.
     #[error(
-        "no /dev/kvm: load the kvm module (`modprobe kvm_intel` or `kvm_amd`), and enable virtualisation in the \
-         firmware, or nested virtualisation if this is a virtual machine; in a container, pass `--device /dev/kvm`"
+        "no /dev/kvm: load the kvm module (`modprobe kvm_intel` or `kvm_amd`), and enable virtualisation \
+         in the firmware, or nested virtualisation if this is a virtual machine; in a container, pass \
+         `--device /dev/kvm`"
     )]
     Missing,
     /// `/dev/kvm` is there, but not for this user.
     #[error(
-        "no permission to open /dev/kvm: add yourself to the group kvm (`sudo usermod -aG kvm $USER`) and log in again"
+        "no permission to open /dev/kvm: add yourself to the group kvm (`sudo usermod -aG kvm $USER`) and \
+         log in again"
     )]
     Permission,
     /// `/dev/kvm` is a file of another kind, or another device.
     #[error(
-        "/dev/kvm is {found}, and not the device of KVM: remove it, load the kvm module again, and see that nothing else makes it \
-         (`mknod -m 660 /dev/kvm c 10 232` makes it by hand)"
+        "/dev/kvm is {found}, and not the device of KVM: remove it, load the kvm module again, and see \
+         that nothing else makes it (`mknod -m 660 /dev/kvm c 10 232` makes it by hand)"
     )]
     NotKvm {
         /// What it is.
         found: &'static str,
     },
-    /// Another module (VirtualBox, say) holds the CPU's virtualisation extensions, or the file cannot be opened.
+    /// Another module (VirtualBox, say) holds the CPU's virtualisation extensions, or the file cannot be
+    /// opened.
     #[error("cannot open /dev/kvm")]
     Open {
         /// What the kernel said.
@@ -242,7 +246,8 @@ impl Kvm {
         })
     }
 
-    /// MSRs that can't be saved or set back here: snapshots are without them. Makes a virtual machine to find out.
+    /// MSRs that can't be saved or set back here: snapshots are without them. Makes a virtual machine to find
+    /// out.
     ///
     /// # Errors
     /// If it can't be made.

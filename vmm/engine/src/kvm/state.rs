@@ -1,7 +1,7 @@
 //! All registers of a vCPU: capture, restore, and what crash reports print of them.
 //!
-//! There is no interrupt controller, and so no APIC state. MSRs that the host cannot save or set back are left out and named:
-//! see [`VcpuState::left_out`].
+//! There is no interrupt controller, and so no APIC state. MSRs that the host cannot save or set back are
+//! left out and named: see [`VcpuState::left_out`].
 
 #![expect(unsafe_code, reason = "KVM_SET_XSAVE, whose size the kernel decides")]
 
@@ -23,11 +23,12 @@ use crate::saved::{Saved, State};
 /// What restoring does with the guest's time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Clock {
-    /// The time-stamp counter runs on: for rewinding a machine in place. A guest that measures its own gaps then sees
-    /// how long it stood still, and never sees time run backwards.
+    /// The time-stamp counter runs on: for rewinding a machine in place. A guest that measures its own gaps
+    /// then sees how long it stood still, and never sees time run backwards.
     Keep,
-    /// The time-stamp counter goes back to where it was captured: for a new machine, whose own counter begins at zero.
-    /// Hosts that run the guest on their own counter (PVM) accept this without effect: there the counter is the host's.
+    /// The time-stamp counter goes back to where it was captured: for a new machine, whose own counter begins
+    /// at zero. Hosts that run the guest on their own counter (PVM) accept this without effect: there the
+    /// counter is the host's.
     Rewind,
 }
 
@@ -78,7 +79,8 @@ impl VcpuState {
         postcard::from_bytes(&saved.to_bytes()).map_err(|error| stored(Some(error)))
     }
 
-    /// Sets all registers. `xsave_fits` is the caller's word that the kernel takes no more than 4 KiB of XSAVE area.
+    /// Sets all registers. `xsave_fits` is the caller's word that the kernel takes no more than 4 KiB of
+    /// XSAVE area.
     pub(super) fn restore(
         &self,
         vcpu: &VcpuFd,
@@ -95,8 +97,9 @@ impl VcpuState {
 
         vcpu.set_mp_state(self.mp_state)
             .map_err(StateError::of("multiprocessing state"))?;
-        // Memory was set back by the host's hand, page tables with it, and KVM flushes what the CPU keeps of them only when a
-        // control register changes (`__set_sregs_common` in `arch/x86/kvm/x86.c`). So one does, there and back.
+        // Memory was set back by the host's hand, page tables with it, and KVM flushes what the CPU keeps of
+        // them only when a control register changes (`__set_sregs_common` in `arch/x86/kvm/x86.c`). So one
+        // does, there and back.
         let mut other = self.sregs;
         other.cr4 ^= CR4_PGE;
         vcpu.set_sregs(&other)
@@ -151,8 +154,9 @@ impl VcpuState {
         self.regs.rip
     }
 
-    /// Whether these are the registers that INIT leaves, which no guest here ever has: SVM leaves the vCPU's undefined after a triple
-    /// fault, and KVM resets it (`shutdown_interception` in `arch/x86/kvm/svm/svm.c`).
+    /// Whether these are the registers that INIT leaves, which no guest here ever has: SVM leaves the vCPU's
+    /// undefined after a triple fault, and KVM resets it (`shutdown_interception` in
+    /// `arch/x86/kvm/svm/svm.c`).
     pub(super) fn is_as_after_init(&self) -> bool {
         const RESET_RIP: u64 = 0xfff0;
         const RESET_CS_BASE: u64 = 0xffff_0000;
@@ -234,7 +238,8 @@ impl VcpuState {
         self
     }
 
-    /// Registers that ring 3 cannot set, and that differ from those of `boot`: what they are called, what they are, what they were.
+    /// Registers that ring 3 cannot set, and that differ from those of `boot`: what they are called, what
+    /// they are, what they were.
     pub fn set_by_boot(&self, boot: &Self) -> Vec<(String, String, String)> {
         let (now, then) = (self.set_once(), boot.set_once());
         let mut differ: Vec<_> = now
@@ -311,9 +316,10 @@ impl Privileged {
 
 /// Captures the registers of one vCPU, again and again.
 ///
-/// Every KVM call for a vCPU costs microseconds (about 7 on PVM), in which the guest stands still. So registers that came with
-/// the last exit are taken from there, and those that ring 3 cannot change are read once and kept until they are set:
-/// a guest without descriptor tables and system call entry points has no way out of ring 3.
+/// Every KVM call for a vCPU costs microseconds (about 7 on PVM), in which the guest stands still. So
+/// registers that came with the last exit are taken from there, and those that ring 3 cannot change are read
+/// once and kept until they are set: a guest without descriptor tables and system call entry points has no
+/// way out of ring 3.
 #[derive(Debug)]
 pub(super) struct Capturer {
     msrs: MsrSet,
@@ -331,8 +337,8 @@ impl Capturer {
         }
     }
 
-    /// Reads all registers. `exit` is what came with the last exit, if nothing was set since. The vCPU must have no port
-    /// access half done.
+    /// Reads all registers. `exit` is what came with the last exit, if nothing was set since. The vCPU must
+    /// have no port access half done.
     pub(super) fn capture(
         &mut self,
         vcpu: &VcpuFd,
@@ -438,9 +444,11 @@ fn write_registers(f: &mut fmt::Formatter<'_>, r: &kvm_regs, s: &kvm_sregs) -> f
     Ok(())
 }
 
-/// Proof that the kernel's XSAVE area is no larger than [`XSAVE_BYTES`], so that `KVM_SET_XSAVE` stays inside `kvm_xsave`.
+/// Proof that the kernel's XSAVE area is no larger than [`XSAVE_BYTES`], so that `KVM_SET_XSAVE` stays inside
+/// `kvm_xsave`.
 ///
-/// It is larger only where a process has asked the kernel for dynamically enabled state (AMX), which this one does not.
+/// It is larger only where a process has asked the kernel for dynamically enabled state (AMX), which this one
+/// does not.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct XsaveFits(());
 

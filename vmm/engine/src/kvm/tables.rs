@@ -1,9 +1,10 @@
 //! Whether a restore has changed the guest's page tables.
 //!
-//! Where the MMU is a shadow (PVM; SVM and VMX without nested paging), KVM keeps its own copy of the guest's page tables, made as the
-//! guest writes them. What the host writes it does not notice: after a restore by the host's hand the copy would be of tables that
-//! are no more. So the tables are looked at before and after, and where they differ KVM is made to forget its copy. With nested
-//! paging there is none; the vCPUs' own TLBs are flushed with their registers.
+//! Where the MMU is a shadow (PVM; SVM and VMX without nested paging), KVM keeps its own copy of the guest's
+//! page tables, made as the guest writes them. What the host writes it does not notice: after a restore by
+//! the host's hand the copy would be of tables that are no more. So the tables are looked at before and
+//! after, and where they differ KVM is made to forget its copy. With nested paging there is none; the vCPUs'
+//! own TLBs are flushed with their registers.
 
 use std::collections::HashSet;
 use std::hash::{DefaultHasher, Hasher};
@@ -22,8 +23,8 @@ pub(super) const MOST: usize = 4096;
 pub struct PageTables(Option<u64>);
 
 impl PageTables {
-    /// The tables of vCPUs with these system registers. Unknown, and so never the same as others, if there is a vCPU that can change
-    /// to tables that are not among them.
+    /// The tables of vCPUs with these system registers. Unknown, and so never the same as others, if there is
+    /// a vCPU that can change to tables that are not among them.
     pub(super) fn of<'a>(
         vcpus: impl Iterator<Item = (&'a kvm_sregs, Confined)>,
         ram: &dyn GuestRam,

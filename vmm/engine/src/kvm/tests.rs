@@ -1,6 +1,7 @@
 //! Tests on real KVM, with guests of a few hand-assembled instructions.
 //!
-//! Without a usable `/dev/kvm` they say that they were skipped; with `CI=true` in the environment that is a failure.
+//! Without a usable `/dev/kvm` they say that they were skipped; with `CI=true` in the environment that is a
+//! failure.
 
 #![expect(unsafe_code, reason = "the mappings behind a guest's memory")]
 
@@ -68,7 +69,8 @@ fn from(rip: u64) -> impl Fn(usize) -> Entry {
     move |vcpu| entry(rip, vcpu as u64)
 }
 
-/// Guest memory in a memfd: mapped once for the VMM, and once as the window, page by page read-only or writable.
+/// Guest memory in a memfd: mapped once for the VMM, and once as the window, page by page read-only or
+/// writable.
 struct Ram {
     direct: NonNull<u8>,
     window: NonNull<u8>,
@@ -80,7 +82,8 @@ struct Ram {
     faults: Faults,
 }
 
-// SAFETY: the pointers are to mappings that live as long as this does, and all access through them is volatile.
+// SAFETY: the pointers are to mappings that live as long as this does, and all access through them is
+// volatile.
 unsafe impl Send for Ram {}
 // SAFETY: as above.
 unsafe impl Sync for Ram {}
@@ -559,7 +562,8 @@ fn avx_and_xsave_stores_are_resolved() {
     if xcr0 & 4 == 0 {
         return;
     }
-    // lea rax, [rdi - 8]; vpcmpeqd ymm0, ymm0, ymm0; vmovdqu [rax + 4096], ymm0; vmaskmovps [rax + 0x4000], ymm0, ymm0
+    // lea rax, [rdi - 8]; vpcmpeqd ymm0, ymm0, ymm0; vmovdqu [rax + 4096], ymm0; vmaskmovps [rax + 0x4000],
+    // ymm0, ymm0
     let code: &[u8] = &[
         0x48, 0x8d, 0x47, 0xf8, 0xc5, 0xfd, 0x76, 0xc0, 0xc5, 0xfe, 0x7f, 0x80, 0x00, 0x10, 0x00,
         0x00, 0xc4, 0xe2, 0x7d, 0x2e, 0x80, 0x00, 0x40, 0x00, 0x00,
@@ -694,8 +698,8 @@ fn a_state_that_kvm_refuses_stops_the_machine() {
     });
 }
 
-/// A vCPU that is stopped at an `out` has done all of it or nothing: after every pause, and after every restore of what was
-/// just captured, the numbers go on without a gap or a repeat.
+/// A vCPU that is stopped at an `out` has done all of it or nothing: after every pause, and after every
+/// restore of what was just captured, the numbers go on without a gap or a repeat.
 #[test]
 fn no_port_write_is_lost_or_repeated() {
     let kvm = need_kvm!();
@@ -812,8 +816,9 @@ fn a_fault_that_comes_back_for_ever_is_a_failure() {
     ));
 }
 
-/// Instructions that ring 3 may not execute where the host has UMIP, and that KVM then emulates: stores of 2 bytes come to the VMM
-/// as MMIO at an address that is memory, those of descriptor tables are tried again inside `KVM_RUN` until the page is writable.
+/// Instructions that ring 3 may not execute where the host has UMIP, and that KVM then emulates: stores of 2
+/// bytes come to the VMM as MMIO at an address that is memory, those of descriptor tables are tried again
+/// inside `KVM_RUN` until the page is writable.
 #[test]
 fn stores_that_kvm_emulates_are_carried_out() {
     let kvm = need_kvm!();
@@ -852,8 +857,9 @@ fn stores_that_kvm_emulates_are_carried_out() {
     }
 }
 
-/// A guest that waits for a word at [`FLAG`]. At 1 it sets the entry of its page directory that maps [`ELSEWHERE`] to the word at
-/// [`ENTRY`]; at 1 and at 3 it tells at [`FOUND`] what it reads there, and sets the flag to 2.
+/// A guest that waits for a word at [`FLAG`]. At 1 it sets the entry of its page directory that maps
+/// [`ELSEWHERE`] to the word at [`ENTRY`]; at 1 and at 3 it tells at [`FOUND`] what it reads there, and sets
+/// the flag to 2.
 const TABLE_CHANGER: &[u8] = &[
     0x8b, 0x04, 0x25, 0x00, 0x10, 0x80, 0x00, // wait: mov eax, [FLAG]
     0x83, 0xf8, 0x01, 0x74, 0x09, // cmp eax, 1; je change
@@ -872,7 +878,8 @@ const ENTRY: u64 = FLAG + 16;
 /// The entry of the page directory for 2 MiB that have no memory of their own.
 const SLOT: u64 = PAGE_TABLES_GPA + 0x2000 + 100 * 8;
 
-/// The guest reads by the tables it has after a restore: neither a vCPU's TLB nor KVM's shadow of other tables is left.
+/// The guest reads by the tables it has after a restore: neither a vCPU's TLB nor KVM's shadow of other
+/// tables is left.
 #[test]
 fn a_restore_of_page_tables_is_seen() {
     let kvm = need_kvm!();
@@ -888,7 +895,8 @@ fn a_restore_of_page_tables_is_seen() {
     let paused = guest.machine.pause(Capture::Registers).unwrap();
     let states = paused.states().unwrap();
     drop(paused);
-    // Nothing was read there before the change, so that no old translation can be left that only `invlpg` would end.
+    // Nothing was read there before the change, so that no old translation can be left that only `invlpg`
+    // would end.
     put(FLAG, 1);
     wait_until("change", || guest.ram.word(FLAG) == 2);
     assert_eq!(guest.ram.word(FOUND), 0xbbbb);
@@ -910,7 +918,8 @@ fn a_scatter_reaches_read_only_pages() {
         eprintln!("skipped: this cpu has no scatter");
         return;
     }
-    // kxnorw k1, k1, k1; vmovdqu32 zmm1, [rdi + 0x100]; vpbroadcastd zmm0, edi; vpscatterdd [rdi + zmm1] {k1}, zmm0
+    // kxnorw k1, k1, k1; vmovdqu32 zmm1, [rdi + 0x100]; vpbroadcastd zmm0, edi; vpscatterdd [rdi + zmm1]
+    // {k1}, zmm0
     let code: &[u8] = &[
         0xc5, 0xf4, 0x46, 0xc9, 0x62, 0xf1, 0x7e, 0x48, 0x6f, 0x4f, 0x04, 0x62, 0xf2, 0x7d, 0x48,
         0x7c, 0xc7, 0x62, 0xf2, 0x7d, 0x49, 0xa0, 0x04, 0x0f,
@@ -952,7 +961,8 @@ fn accessed_and_dirty_bits_are_set_in_read_only_tables() {
     assert_eq!(guest.ram.word(slot), clear | 0b110_0000);
 }
 
-/// A signal that is queued would be refused here, as it would be once anybody of the same user has filled the queue.
+/// A signal that is queued would be refused here, as it would be once anybody of the same user has filled the
+/// queue.
 #[test]
 fn kicks_arrive_where_no_signal_can_be_queued() {
     let kvm = need_kvm!();
@@ -1041,8 +1051,8 @@ fn a_doorbell_signals_an_event() {
     assert_eq!(guest.ports.written(), [(0, PORT_EXIT, 42)]);
 }
 
-/// Two vCPUs write the same pages while these are write-protected again and again. At every pause registers and memory agree
-/// on how often.
+/// Two vCPUs write the same pages while these are write-protected again and again. At every pause registers
+/// and memory agree on how often.
 #[test]
 fn two_vcpus_lose_no_increment() {
     let kvm = need_kvm!();
@@ -1088,7 +1098,8 @@ impl<F: Fn() + Send + Sync> PortHandler for Handler<F> {
     }
 }
 
-/// A handler that says when it is called, and then waits until it is told to go on or nobody is left to tell it.
+/// A handler that says when it is called, and then waits until it is told to go on or nobody is left to tell
+/// it.
 fn stuck_handler() -> (Arc<dyn PortHandler>, Receiver<()>, Sender<()>) {
     let (enter, entered) = channel();
     let (release, wait) = channel();

@@ -105,7 +105,8 @@ enum Exit {
     Interrupted,
     /// A port was written.
     Out { port: u16, value: u32 },
-    /// KVM emulates a store to memory that it may not write, and was given it to carry out: see [`Vcpu::store`].
+    /// KVM emulates a store to memory that it may not write, and was given it to carry out: see
+    /// [`Vcpu::store`].
     Store { gpa: u64, data: [u8; 8], len: usize },
     /// KVM emulates a load from memory, and has been given what is there.
     Loaded,
@@ -284,7 +285,8 @@ impl Vcpu {
             },
             Ok(VcpuExit::FailEntry(reason, _)) => Exit::Crash(CrashReason::FailEntry { reason }),
             Ok(VcpuExit::InternalError) => {
-                // SAFETY: the exit is KVM_EXIT_INTERNAL_ERROR, so this is the field of the union that KVM filled.
+                // SAFETY: the exit is KVM_EXIT_INTERNAL_ERROR, so this is the field of the union that KVM
+                // filled.
                 let suberror = unsafe { self.fd.get_kvm_run().__bindgen_anon_1.internal.suberror };
                 Exit::Crash(CrashReason::InternalError { suberror })
             }
@@ -319,7 +321,8 @@ impl Vcpu {
 
     /// Carries out a store that KVM emulates and may not do itself, since the page is read-only.
     ///
-    /// The page is made writable for the guest, so that the next store does not come here, and written where it then is.
+    /// The page is made writable for the guest, so that the next store does not come here, and written where
+    /// it then is.
     fn store(&self, gpa: u64, data: &[u8]) -> Result<(), RunError> {
         self.counters
             .emulated_stores
@@ -333,8 +336,9 @@ impl Vcpu {
         })
     }
 
-    /// After a kick: makes writable what the instruction at RIP writes, as if it had faulted, if KVM may keep the vCPU from getting on:
-    /// it emulates the instruction's store, or the vCPU was kicked out twice in a row with the same registers.
+    /// After a kick: makes writable what the instruction at RIP writes, as if it had faulted, if KVM may keep
+    /// the vCPU from getting on: it emulates the instruction's store, or the vCPU was kicked out twice in a
+    /// row with the same registers.
     fn help_along(&mut self) -> Result<(), RunError> {
         let (regs, sregs) = self.exit_registers()?;
         let same = self.kicked_at.replace(regs) == Some(regs);
@@ -360,8 +364,8 @@ impl Vcpu {
         fault::stalled_on(&fault, &*self.ram).map_err(|source| RunError::Fault { source })
     }
 
-    /// Sets an MSR by which KVM writes to memory, with the page pinned. If that cannot be, the guest gets a #GP, as for any
-    /// value that an MSR does not take.
+    /// Sets an MSR by which KVM writes to memory, with the page pinned. If that cannot be, the guest gets a
+    /// #GP, as for any value that an MSR does not take.
     fn set_msr(&mut self, index: u32, value: u64) {
         let entry = kvm_msr_entry {
             index,
@@ -410,11 +414,12 @@ impl Vcpu {
         before < MOST
     }
 
-    /// After a triple fault: whether it was because a shadow MMU could not set accessed or dirty bits in tables that were read-only,
-    /// and are no more. The vCPU then runs on as if nothing had been.
+    /// After a triple fault: whether it was because a shadow MMU could not set accessed or dirty bits in
+    /// tables that were read-only, and are no more. The vCPU then runs on as if nothing had been.
     ///
-    /// KVM gives the guest a page fault then (`FNAME(update_accessed_dirty_bits)` in `arch/x86/kvm/mmu/paging_tmpl.h`), for which a
-    /// guest without an IDT has no handler. RIP is still at the instruction.
+    /// KVM gives the guest a page fault then (`FNAME(update_accessed_dirty_bits)` in
+    /// `arch/x86/kvm/mmu/paging_tmpl.h`), for which a guest without an IDT has no handler. RIP is still at
+    /// the instruction.
     fn recover(&mut self) -> Result<bool, RunError> {
         if self.mmu != Mmu::Shadow {
             return Ok(false);
@@ -431,8 +436,9 @@ impl Vcpu {
         let gfns = fault::tables_to_update(&fault, &*self.ram);
         let gfns = gfns.map_err(|source| RunError::Fault { source })?;
         if !fault::resolve(&gfns, &*self.ram)? {
-            // Another thread may have made the table writable since, or another vCPU have set the bits. Then there was a page fault just now,
-            // which CR2 tells, since it is 0 before; and the tables know no reason for it.
+            // Another thread may have made the table writable since, or another vCPU have set the bits. Then
+            // there was a page fault just now, which CR2 tells, since it is 0 before; and the tables know no
+            // reason for it.
             let is_over = fault::page_fault_is_over(&fault, &*self.ram);
             let is_over = is_over.map_err(|source| RunError::Fault { source })?;
             if sregs.cr2 == 0 || !is_over || !self.may_have_lost_a_race(&regs) {

@@ -8,18 +8,18 @@
 //!             |<------------------------- pause ----------------->|
 //! ```
 //! 1. vCPUs are kicked out of the guest and stand still; each captures its registers while the rest goes on.
-//! 2. Devices stop between two requests: a completion and its data are both in the snapshot or neither is. A device that
-//!    does not get there in time is recorded as in flight. Their states are captured.
+//! 2. Devices stop between two requests: a completion and its data are both in the snapshot or neither is. A
+//!    device that does not get there in time is recorded as in flight. Their states are captured.
 //! 3. Memory is forked.
 //! 4. The registers are collected; devices go on, then vCPUs.
-//! 5. What the guest writes between all snapshots is copied ahead of it ([`Ahead`]); before the kick that rests, and most of
-//!    what has changed is forked already ([`AddressSpace::prepare_fork`]).
+//! 5. What the guest writes between all snapshots is copied ahead of it ([`Ahead`]); before the kick that
+//!    rests, and most of what has changed is forked already ([`AddressSpace::prepare_fork`]).
 //! 6. Everything else (checking, hashing) happens later, beside the running guest.
 //!
-//! A **restore** rewinds the same VM: vCPUs stand still, devices stop, requests on their way are given up and their pins
-//! dropped; memory goes back (see [`AddressSpace::restore`]); devices take the requests that were on their way in the
-//! snapshot again, from the memory just restored. What they hold for good stays pinned throughout: memory goes back *into*
-//! its frames, so the device and the guest see the same before and after.
+//! A **restore** rewinds the same VM: vCPUs stand still, devices stop, requests on their way are given up and
+//! their pins dropped; memory goes back (see [`AddressSpace::restore`]); devices take the requests that were
+//! on their way in the snapshot again, from the memory just restored. What they hold for good stays pinned
+//! throughout: memory goes back *into* its frames, so the device and the guest see the same before and after.
 //!
 //! Snapshots live in memory only: there is no file format yet.
 
@@ -33,8 +33,8 @@ use crate::mm::{self, AddressSpace, CowPolicy, FaultError, ForkError, Frozen, Pa
 use crate::saved::Saved;
 use crate::vcpus::{Capture, Paused, Vcpus, VcpusError};
 
-/// How long devices may take to reach a boundary for a snapshot. A request is a few microseconds' work; the rest is the
-/// host's scheduling.
+/// How long devices may take to reach a boundary for a snapshot. A request is a few microseconds' work; the
+/// rest is the host's scheduling.
 const BOUNDARY_WAIT: Duration = Duration::from_millis(2);
 /// The same for a restore, which cannot go on without.
 const RESTORE_WAIT: Duration = Duration::from_secs(5);
@@ -181,8 +181,8 @@ impl<P: CowPolicy> Parts<'_, P> {
         self.take_with(Preparation::Early, &|| true, || ())
     }
 
-    /// [`Parts::take`], with two things to be done at the same instant: `may_fork` is asked when nothing runs any more, and
-    /// can call it off; `after_memory` is called when memory was forked and nothing runs yet.
+    /// [`Parts::take`], with two things to be done at the same instant: `may_fork` is asked when nothing runs
+    /// any more, and can call it off; `after_memory` is called when memory was forked and nothing runs yet.
     ///
     /// # Errors
     /// As [`Parts::take`].
@@ -283,8 +283,8 @@ impl<P: CowPolicy> Parts<'_, P> {
         Ok(())
     }
 
-    /// Has `protect` take write access from pages of the running VM: while its vCPUs stand still, where it must not be
-    /// taken from vCPUs that run.
+    /// Has `protect` take write access from pages of the running VM: while its vCPUs stand still, where it
+    /// must not be taken from vCPUs that run.
     ///
     /// # Errors
     /// If the vCPUs cannot be stopped. If they cannot run on, they are stopped for good.

@@ -372,7 +372,8 @@ proptest! {
     }
 }
 
-/// A huge page that is refused where there are some is one that was not to be had just then; where there is none yet, there are none.
+/// A huge page that is refused where there are some is one that was not to be had just then; where there is
+/// none yet, there are none.
 #[test]
 fn one_huge_page_that_is_refused_is_not_the_last() {
     if PhysMap::try_huge().is_err() {

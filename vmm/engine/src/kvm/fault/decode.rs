@@ -1,7 +1,8 @@
 //! The instruction at RIP, and the memory that it uses.
 //!
-//! iced-x86 lists what an instruction reads and writes. What it does not list is added here: `clzero`, tile stores, the
-//! stack check of `enter`, the reach of bit tests. Addresses in vector registers come from the XSAVE area.
+//! iced-x86 lists what an instruction reads and writes. What it does not list is added here: `clzero`, tile
+//! stores, the stack check of `enter`, the reach of bit tests. Addresses in vector registers come from the
+//! XSAVE area.
 
 use std::fmt;
 
@@ -143,7 +144,8 @@ fn bits(sregs: &kvm_sregs) -> u32 {
     }
 }
 
-/// Instructions that show the kernel's addresses: where the host has UMIP, ring 3 cannot execute them and KVM emulates them.
+/// Instructions that show the kernel's addresses: where the host has UMIP, ring 3 cannot execute them and KVM
+/// emulates them.
 fn stored_by(instruction: &Instruction) -> StoredBy {
     match instruction.mnemonic() {
         Mnemonic::Sgdt | Mnemonic::Sidt | Mnemonic::Sldt | Mnemonic::Smsw | Mnemonic::Str => {
@@ -238,16 +240,16 @@ fn add_operands(instruction: &Instruction, fault: &Fault<'_>, accesses: &mut Vec
 /// Bytes of an access.
 fn access_len(used: &UsedMemory, instruction: &Instruction) -> u64 {
     let sizes = [used.memory_size().size(), instruction.memory_size().size()];
-    // A repeated string instruction has no size of its own: one element is what the instruction has. What has none there
-    // either is of the XSAVE family, and so no larger than the area that guests may have.
+    // A repeated string instruction has no size of its own: one element is what the instruction has. What has
+    // none there either is of the XSAVE family, and so no larger than the area that guests may have.
     sizes
         .into_iter()
         .find(|size| *size != 0)
         .unwrap_or(XSAVE_BYTES) as u64
 }
 
-/// What is added to the address of `bts [memory], register` and its like: the register is a signed bit number, and may
-/// reach far beyond the operand.
+/// What is added to the address of `bts [memory], register` and its like: the register is a signed bit
+/// number, and may reach far beyond the operand.
 fn bit_offset(instruction: &Instruction, fault: &Fault<'_>) -> u64 {
     let bit_test = matches!(
         instruction.mnemonic(),
@@ -270,7 +272,8 @@ fn bit_offset(instruction: &Instruction, fault: &Fault<'_>) -> u64 {
     (bit.div_euclid(bytes * 8) * bytes) as u64
 }
 
-/// The value of a general register, or the base of a segment. `None` for vector registers, and for no register.
+/// The value of a general register, or the base of a segment. `None` for vector registers, and for no
+/// register.
 fn register_value(register: Register, regs: &kvm_regs, sregs: &kvm_sregs) -> Option<u64> {
     // In 64-bit mode these have no base.
     let flat = |base| if sregs.cs.l != 0 { 0 } else { base };

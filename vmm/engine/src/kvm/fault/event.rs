@@ -1,8 +1,9 @@
 //! What the delivery of an exception or interrupt needs of memory.
 //!
-//! The CPU reads a gate of the IDT, a segment of the GDT and a stack pointer of the TSS, and pushes a frame on the stack that they
-//! choose (Intel SDM 6.14, *Exception and Interrupt Handling in 64-bit Mode*). With nested paging the walks to all of these are
-//! writes to the page tables. A task's TSS and descriptors may be written, too: busy and accessed bits.
+//! The CPU reads a gate of the IDT, a segment of the GDT and a stack pointer of the TSS, and pushes a frame
+//! on the stack that they choose (Intel SDM 6.14, *Exception and Interrupt Handling in 64-bit Mode*). With
+//! nested paging the walks to all of these are writes to the page tables. A task's TSS and descriptors may be
+//! written, too: busy and accessed bits.
 
 use super::cause::Fault;
 use super::decode::Access;

@@ -1,24 +1,28 @@
 //! Which pages does a vCPU want to write? A ladder of answers.
 //!
-//! KVM says that a vCPU could not write, but not where (`EFAULT`, `exit_reason` 0; see `kvm_handle_error_pfn` in
-//! `arch/x86/kvm/mmu/mmu.c`). RIP is at the instruction that faulted, and the ladder is what it may be about, the likely
-//! and cheap first:
+//! KVM says that a vCPU could not write, but not where (`EFAULT`, `exit_reason` 0; see `kvm_handle_error_pfn`
+//! in `arch/x86/kvm/mmu/mmu.c`). RIP is at the instruction that faulted, and the ladder is what it may be
+//! about, the likely and cheap first:
 //!
 //! | rung | pages |
 //! |---|---|
 //! | [`Rung::Kvm`] | what KVM itself names (`KVM_EXIT_MEMORY_FAULT`) |
-//! | [`Rung::Operand`] | what the instruction at RIP writes, and page tables whose accessed or dirty bits it sets |
-//! | [`Rung::Walk`] | every page-table page on the way to its code, its operands and its stack: with nested paging (NPT, EPT with accessed and dirty bits) the CPU's walk of the guest's tables counts as a write to them, whatever they say |
-//! | [`Rung::Event`] | what the delivery of an exception or interrupt writes and walks: stacks, TSS, IDT, GDT |
+//! | [`Rung::Operand`] | what the instruction at RIP writes, and page tables in which it sets bits |
+//! | [`Rung::Walk`] | every page-table page on the way to its code, its operands and its stack |
+//! | [`Rung::Event`] | what delivering an exception or interrupt writes and walks: stacks, TSS, IDT, GDT |
 //! | [`Rung::Region`] | the 2 MiB around the code, the stack and the operands |
 //! | [`Rung::All`] | all of guest memory, 2 MiB at a time |
 //!
-//! The vCPU enters again as soon as a page was made writable, or when a look found nothing: what stands at RIP may have been
-//! another instruction a moment ago, which another vCPU has patched, or another vCPU has resolved the page first. Only when the
-//! fault comes back with the same registers is the next rung tried; those that are not about the instruction itself only when it
-//! comes back three times, since a page may be protected again, and resolved by another vCPU, before the
-//! vCPU gets to its write. So a host that needs no rung but the first does not pay for
-//! the others. Making a page writable that was not to be written costs a copy and nothing else.
+//! Walks are a rung because with nested paging (NPT, EPT with accessed and dirty bits) the CPU's walk of the
+//! guest's tables counts as a write to them, even where no bit in them has to change.
+//!
+//! The vCPU enters again as soon as a page was made writable, or when a look found nothing: what stands at
+//! RIP may have been another instruction a moment ago, which another vCPU has patched, or another vCPU has
+//! resolved the page first. Only when the fault comes back with the same registers is the next rung tried;
+//! those that are not about the instruction itself only when it comes back three times, since a page may be
+//! protected again, and resolved by another vCPU, before the vCPU gets to its write. So a host that needs no
+//! rung but the first does not pay for the others. Making a page writable that was not to be written costs a
+//! copy and nothing else.
 //!
 //! A fault that comes back after the last rung is an error of ours ([`FaultError::Stuck`]), not a loop.
 //!
@@ -122,7 +126,8 @@ impl RungCounters {
     }
 }
 
-/// A vCPU's place on the ladder: remembers the last fault, so that one that comes back is met one rung higher.
+/// A vCPU's place on the ladder: remembers the last fault, so that one that comes back is met one rung
+/// higher.
 #[derive(Debug)]
 pub(super) struct Ladder {
     /// Registers at the last fault.
@@ -162,16 +167,16 @@ impl Ladder {
         }
     }
 
-    /// The vCPU has left the guest for another reason: it got on, or was not given the time to. A fault at the same place
-    /// begins at the first rung again.
+    /// The vCPU has left the guest for another reason: it got on, or was not given the time to. A fault at
+    /// the same place begins at the first rung again.
     pub(super) fn step_down(&mut self) {
         self.height = Rung::Operand;
         self.last = None;
         self.swept = 0;
     }
 
-    /// Makes writable what the fault is about, by the first rung that finds something to do. `None` if there was nothing: then
-    /// another vCPU was first, or the fault will come back.
+    /// Makes writable what the fault is about, by the first rung that finds something to do. `None` if there
+    /// was nothing: then another vCPU was first, or the fault will come back.
     pub(super) fn climb(
         &mut self,
         fault: &Fault<'_>,
@@ -311,10 +316,11 @@ impl<'a> Look<'a> {
     }
 }
 
-/// What a vCPU that KVM keeps from getting on wants to write, by the instruction at RIP. Nothing if that writes no memory.
+/// What a vCPU that KVM keeps from getting on wants to write, by the instruction at RIP. Nothing if that
+/// writes no memory.
 ///
-/// KVM retries for ever inside `KVM_RUN` an instruction whose store it emulates to a page that it may not write (`sgdt` on PVM).
-/// Of such a store the whole region is named: the next of them would be stuck as well.
+/// KVM retries for ever inside `KVM_RUN` an instruction whose store it emulates to a page that it may not
+/// write (`sgdt` on PVM). Of such a store the whole region is named: the next of them would be stuck as well.
 pub(super) fn stalled_on(
     fault: &Fault<'_>,
     ram: &dyn GuestRam,
@@ -352,8 +358,8 @@ pub(super) fn tables_to_update(
     Ok(pages.into_gfns())
 }
 
-/// Whether the page fault at CR2 is one of the instruction at RIP that the page tables have no reason for: whatever was missing when it
-/// was raised is there now.
+/// Whether the page fault at CR2 is one of the instruction at RIP that the page tables have no reason for:
+/// whatever was missing when it was raised is there now.
 pub(super) fn page_fault_is_over(
     fault: &Fault<'_>,
     ram: &dyn GuestRam,

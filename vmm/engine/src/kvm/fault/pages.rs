@@ -10,7 +10,8 @@ use crate::kvm::memory::{GuestRam, MemoryError};
 use crate::kvm::paging::{Touch, Walker};
 use crate::mm::{PAGE_SIZE, REGION_PAGES};
 
-/// Guest frames, each once, in the order found. What lies outside of memory is passed over: it cannot be what faulted.
+/// Guest frames, each once, in the order found. What lies outside of memory is passed over: it cannot be what
+/// faulted.
 pub(super) struct Pages<'a> {
     walker: Walker<'a>,
     frames: u64,

@@ -598,7 +598,8 @@ fn progress_begins_at_the_first_rung_again() {
         // Another element of a string instruction is another fault.
         vcpu.regs.rcx += 1;
     }
-    // A kick between two faults: a page is protected again and again, and another vCPU is always the first to write it.
+    // A kick between two faults: a page is protected again and again, and another vCPU is always the first to
+    // write it.
     for _ in 0..4 {
         assert_eq!(vcpu.step(), (None, vec![]));
         vcpu.ladder.step_down();
