@@ -16,7 +16,7 @@ use std::error::Error;
 use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd};
 use palimpsest::kvm::registers::{entry_fpu, entry_regs, entry_sregs};
-use palimpsest::kvm::{Entry, write_page_tables};
+use palimpsest::kvm::{EntryState, write_page_tables};
 use palimpsest::memory::{Frames, Memory};
 use palimpsest::mm::{Access, Gfn, PAGE_SIZE};
 
@@ -51,7 +51,7 @@ pub(crate) fn main() -> Result<(), Box<dyn Error>> {
     let mut vcpu = vm.create_vcpu(0)?;
     let cpuid = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)?;
     vcpu.set_cpuid2(&cpuid)?;
-    let entry = Entry {
+    let entry = EntryState {
         rip: CODE,
         rsp: STACK_END,
         arguments: [COUNTER, 0],

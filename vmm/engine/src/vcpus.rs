@@ -6,10 +6,8 @@
 
 use std::time::Instant;
 
+use crate::causes::Cause;
 use crate::saved::Saved;
-
-/// What went wrong, in the words of who runs the vCPUs.
-pub type Cause = Box<dyn std::error::Error + Send + Sync>;
 
 /// Why vCPUs could not be stopped, captured or set.
 #[derive(Debug, thiserror::Error)]

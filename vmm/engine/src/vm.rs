@@ -8,7 +8,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::device::Quiesce;
 use crate::host::{Ahead, Ram};
-use crate::kvm::{Entry, Kvm, KvmError, Machine, OnStop, Outcome, PortHandler};
+use crate::kvm::{EntryState, Kvm, KvmError, Machine, OnStop, Outcome, PortHandler};
 use crate::memory::Memory;
 use crate::mm::{CowPolicy, Exclusive};
 use crate::snapshot::{Parts, RewindError, Snapshot, TakeError, Timing};
@@ -158,7 +158,7 @@ impl<P: CowPolicy> Vm<P> {
     ///
     /// # Errors
     /// If the VM was started before, or KVM refuses the registers.
-    pub fn start(&self, entry: impl Fn(usize) -> Entry) -> Result<(), KvmError> {
+    pub fn start(&self, entry: impl Fn(usize) -> EntryState) -> Result<(), KvmError> {
         self.machine.start(entry)
     }
 

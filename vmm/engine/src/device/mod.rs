@@ -13,5 +13,5 @@
 mod quiesce;
 mod ring;
 
-pub use quiesce::{DeviceError, Quiesce, Stopped};
+pub use quiesce::{Quiesce, Stopped};
 pub use ring::{Ring, RingError, RingLayout, UsedRing};

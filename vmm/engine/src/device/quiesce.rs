@@ -3,10 +3,8 @@
 use std::fmt;
 use std::time::Instant;
 
+use crate::causes::Cause;
 use crate::saved::Saved;
-
-/// What went wrong, in the device's words.
-pub type DeviceError = Box<dyn std::error::Error + Send + Sync>;
 
 /// A device that can be stopped between two requests.
 ///
@@ -42,13 +40,13 @@ pub trait Quiesce: Send + Sync {
     ///
     /// # Errors
     /// If the device has not reached a boundary. Nothing has changed then.
-    fn release(&self) -> Result<(), DeviceError>;
+    fn release(&self) -> Result<(), Cause>;
 
     /// Becomes what was saved, in memory as it is now: the second half of a restore.
     ///
     /// # Errors
     /// If the state makes no sense, or memory cannot be pinned. The device must not go on then.
-    fn restore(&self, state: &Saved) -> Result<(), DeviceError>;
+    fn restore(&self, state: &Saved) -> Result<(), Cause>;
 }
 
 /// Devices that are stopped for as long as this lives.

@@ -34,31 +34,33 @@ const TURN: Duration = Duration::from_micros(200);
 /// A thread beside the vCPUs that copies, after each snapshot, what the guest has written before all of the
 /// last ones, so that the guest need not fault on it. It ends when this is dropped.
 pub struct Ahead {
-    shared: Arc<Shared>,
+    shared: Arc<WorkerState>,
     worker: Option<JoinHandle<()>>,
     spare: Option<JoinHandle<()>>,
 }
 
+/// What the worker shares with who gives it its duty.
 #[derive(Default)]
-struct Shared {
-    order: Mutex<Order>,
+struct WorkerState {
+    duty: Mutex<Duty>,
     changed: Condvar,
-    /// Whether to go on after a piece. Only a hint beside `order`: it saves the thread from locking that
+    /// Whether to go on after a piece. Only a hint beside `duty`: it saves the thread from locking that
     /// every time.
     go_on: AtomicBool,
-    turn: Turn,
+    turn: IdleTurn,
 }
 
 /// What the two threads say to each other: no lock is held by the one at low priority.
 #[derive(Default)]
-struct Turn {
+struct IdleTurn {
     worker: OnceLock<Thread>,
     is_given: AtomicBool,
     is_over: AtomicBool,
 }
 
+/// What the worker is to do, and whether it is doing a piece.
 #[derive(Default)]
-struct Order {
+struct Duty {
     todo: Todo,
     is_busy: bool,
 }
@@ -83,7 +85,7 @@ impl Ahead {
 
     /// `piece` does one, and says whether there may be more.
     fn of(piece: impl FnMut() -> bool + Send + 'static) -> io::Result<Self> {
-        let shared = Arc::<Shared>::default();
+        let shared = Arc::<WorkerState>::default();
         let (its, theirs) = (Arc::clone(&shared), Arc::clone(&shared));
         let spare = thread::Builder::new()
             .name("spare".to_owned())
@@ -115,26 +117,26 @@ impl Ahead {
 
     /// Has it rest: before a fork, which would wait for it. Returns when it does.
     pub fn rest(&self) {
-        self.shared.order(Todo::Rest);
-        let mut order = self.shared.lock();
-        while order.is_busy {
-            order = self
+        self.shared.assign(Todo::Rest);
+        let mut duty = self.shared.lock();
+        while duty.is_busy {
+            duty = self
                 .shared
                 .changed
-                .wait(order)
+                .wait(duty)
                 .unwrap_or_else(PoisonError::into_inner);
         }
     }
 
     /// Has it work: after a fork.
     pub fn work(&self) {
-        self.shared.order(Todo::Work);
+        self.shared.assign(Todo::Work);
     }
 }
 
 impl Drop for Ahead {
     fn drop(&mut self) {
-        self.shared.order(Todo::End);
+        self.shared.assign(Todo::End);
         // If one has panicked, that was said then, and what it left undone the guest's faults do.
         if let Some(worker) = self.worker.take() {
             let _ = worker.join();
@@ -153,7 +155,7 @@ impl fmt::Debug for Ahead {
     }
 }
 
-impl Turn {
+impl IdleTurn {
     /// The life of the thread that gives turns: one each time it is asked, as soon as it gets to run.
     fn give(&self) {
         loop {
@@ -176,39 +178,39 @@ impl Turn {
     }
 }
 
-impl Shared {
-    fn lock(&self) -> MutexGuard<'_, Order> {
-        self.order.lock().unwrap_or_else(PoisonError::into_inner)
+impl WorkerState {
+    fn lock(&self) -> MutexGuard<'_, Duty> {
+        self.duty.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn order(&self, todo: Todo) {
+    fn assign(&self, todo: Todo) {
         self.lock().todo = todo;
         self.go_on.store(todo == Todo::Work, Ordering::Release);
         self.changed.notify_all();
         self.turn.worker.get().inspect(|worker| worker.unpark());
     }
 
-    /// The worker's life. `turn` returns when there is CPU time to spare, or an order has changed.
+    /// The worker's life. `turn` returns when there is CPU time to spare, or the duty has changed.
     fn run(&self, mut turn: impl FnMut(), mut piece: impl FnMut() -> bool) {
         loop {
-            let mut order = self.lock();
-            while order.todo == Todo::Rest {
-                order = self
+            let mut duty = self.lock();
+            while duty.todo == Todo::Rest {
+                duty = self
                     .changed
-                    .wait(order)
+                    .wait(duty)
                     .unwrap_or_else(PoisonError::into_inner);
             }
-            if order.todo == Todo::End {
+            if duty.todo == Todo::End {
                 return;
             }
-            drop(order);
+            drop(duty);
             turn();
-            let mut order = self.lock();
-            if order.todo != Todo::Work {
+            let mut duty = self.lock();
+            if duty.todo != Todo::Work {
                 continue;
             }
-            order.is_busy = true;
-            drop(order);
+            duty.is_busy = true;
+            drop(duty);
             let end = Instant::now() + TURN;
             let is_done = loop {
                 if !piece() {
@@ -218,12 +220,12 @@ impl Shared {
                     break false;
                 }
             };
-            let mut order = self.lock();
-            order.is_busy = false;
-            if is_done && order.todo == Todo::Work {
-                order.todo = Todo::Rest;
+            let mut duty = self.lock();
+            duty.is_busy = false;
+            if is_done && duty.todo == Todo::Work {
+                duty.todo = Todo::Rest;
             }
-            drop(order);
+            drop(duty);
             self.changed.notify_all();
         }
     }
@@ -280,7 +282,7 @@ mod tests {
     /// A thread that waits for CPU time to spare is at rest already.
     #[test]
     fn who_has_it_rest_does_not_wait_for_its_turn() {
-        let shared = Arc::<Shared>::default();
+        let shared = Arc::<WorkerState>::default();
         let its = Arc::clone(&shared);
         let (give, turns) = mpsc::channel::<()>();
         let (asked, asks) = mpsc::channel();

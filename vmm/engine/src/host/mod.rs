@@ -46,6 +46,6 @@ pub use limits::{Limiter, Limits, Room};
 pub use physmap::PhysMap;
 pub use prices::Prices;
 pub use private::Dumps;
-pub use ram::{Held, PinnedBuffer, Ram, RamError};
+pub use ram::{PinnedBuffer, Ram, RamError, SlicePin};
 pub use space::Space;
 pub use window::Window;

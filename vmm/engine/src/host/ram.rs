@@ -164,21 +164,21 @@ impl Ram {
 
 /// The part of a byte range that lies in one page.
 #[derive(Clone, Copy)]
-struct Part {
+struct PagePart {
     gfn: Gfn,
     offset: u64,
     len: u64,
 }
 
 /// Splits the `len` bytes at `gpa` at page borders. The range does not wrap.
-fn pages(gpa: u64, len: u64) -> impl Iterator<Item = Part> {
+fn pages(gpa: u64, len: u64) -> impl Iterator<Item = PagePart> {
     let end = gpa + len;
     let mut at = gpa;
     std::iter::from_fn(move || {
         (at < end).then(|| {
             let offset = at % PAGE_SIZE;
             let len = (PAGE_SIZE - offset).min(end - at);
-            let part = Part {
+            let part = PagePart {
                 gfn: Gfn::of_gpa(at),
                 offset,
                 len,
@@ -233,17 +233,17 @@ impl fmt::Debug for PinnedBuffer {
 
 /// Keeps a page pinned for as long as a slice of it, or any part of the slice, lives.
 #[derive(Clone, Debug)]
-pub struct Held {
+pub struct SlicePin {
     _pin: Arc<Pin>,
 }
 
-impl WithBitmapSlice<'_> for Held {
+impl WithBitmapSlice<'_> for SlicePin {
     type S = Self;
 }
 
-impl BitmapSlice for Held {}
+impl BitmapSlice for SlicePin {}
 
-impl Bitmap for Held {
+impl Bitmap for SlicePin {
     fn mark_dirty(&self, _offset: usize, _len: usize) {}
     fn dirty_at(&self, _offset: usize) -> bool {
         false
@@ -256,7 +256,7 @@ impl Bitmap for Held {
 impl GuestMemory for Ram {
     // There is no memory below that could be reached without a pin: `physical_memory` says so.
     type PhysicalMemory = GuestMemoryMmap<()>;
-    type Bitmap = Held;
+    type Bitmap = SlicePin;
 
     fn check_range(&self, addr: GuestAddress, count: usize, _access: Permissions) -> bool {
         self.check(addr.0, count as u64).is_ok()
@@ -267,7 +267,7 @@ impl GuestMemory for Ram {
         addr: GuestAddress,
         count: usize,
         access: Permissions,
-    ) -> Result<impl GuestMemorySliceIterator<'a, Held>> {
+    ) -> Result<impl GuestMemorySliceIterator<'a, SlicePin>> {
         self.check(addr.0, count as u64)
             .map_err(|_| Error::InvalidGuestAddress(addr))?;
         let access = if access.has_write() {
@@ -289,15 +289,15 @@ struct Slices<'a, I> {
     access: Access,
 }
 
-impl<'a, I: Iterator<Item = Part>> Iterator for Slices<'a, I> {
-    type Item = Result<VolatileSlice<'a, Held>>;
+impl<'a, I: Iterator<Item = PagePart>> Iterator for Slices<'a, I> {
+    type Item = Result<VolatileSlice<'a, SlicePin>>;
 
     fn next(&mut self) -> Option<Self::Item> {
         let part = self.parts.next()?;
         Some(match self.ram.space.pin(part.gfn, self.access) {
             Ok(pin) => {
                 let pfn = pin.pfn();
-                let held = Held {
+                let held = SlicePin {
                     _pin: Arc::new(pin),
                 };
                 Ok(self
@@ -314,6 +314,6 @@ impl<'a, I: Iterator<Item = Part>> Iterator for Slices<'a, I> {
     }
 }
 
-impl<I: Iterator<Item = Part>> FusedIterator for Slices<'_, I> {}
+impl<I: Iterator<Item = PagePart>> FusedIterator for Slices<'_, I> {}
 
-impl<'a, I: Iterator<Item = Part>> GuestMemorySliceIterator<'a, Held> for Slices<'a, I> {}
+impl<'a, I: Iterator<Item = PagePart>> GuestMemorySliceIterator<'a, SlicePin> for Slices<'a, I> {}

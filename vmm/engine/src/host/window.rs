@@ -38,20 +38,20 @@ pub struct Window {
     physmap: Arc<PhysMap>,
     budget: Arc<MappingBudget>,
     /// What each page shows, so that mappings can be counted before they are made.
-    shown: Mutex<Vec<Region>>,
+    shown: Mutex<Vec<ShownRegion>>,
 }
 
 /// What the pages of a region show: runs of pages that are alike. A fork of a large guest has to look at many
 /// regions, nearly all of which have one or three.
 #[derive(Clone, Debug)]
-enum Region {
+enum ShownRegion {
     /// All of it one run.
     Alike(Shown),
     /// By the first page of each run, the first of which is page 0. Neighbours differ.
     Mixed(Box<[(u16, Shown)]>),
 }
 
-impl Region {
+impl ShownRegion {
     /// The runs, with the pages they have.
     fn runs(&self) -> impl Iterator<Item = (Range<u64>, Shown)> {
         let (alike, mixed) = match self {
@@ -166,7 +166,7 @@ impl Window {
             physmap,
             budget,
             shown: Mutex::new(vec![
-                Region::Alike(Shown::ZEROS);
+                ShownRegion::Alike(Shown::ZEROS);
                 pages.div_ceil(REGION_PAGES) as usize
             ]),
         };
@@ -192,11 +192,11 @@ impl Window {
     /// Bytes of memory that it takes to know what each page shows.
     pub fn notes(&self) -> u64 {
         let shown = self.shown.lock().unwrap_or_else(PoisonError::into_inner);
-        let runs = |region: &Region| match region {
-            Region::Alike(_) => 0,
-            Region::Mixed(runs) => size_of_val::<[(u16, Shown)]>(runs),
+        let runs = |region: &ShownRegion| match region {
+            ShownRegion::Alike(_) => 0,
+            ShownRegion::Mixed(runs) => size_of_val::<[(u16, Shown)]>(runs),
         };
-        (size_of_val::<[Region]>(&shown) + shown.iter().map(runs).sum::<usize>()) as u64
+        (size_of_val::<[ShownRegion]>(&shown) + shown.iter().map(runs).sum::<usize>()) as u64
     }
 
     fn address(&self, gfn: Gfn) -> *mut c_void {
@@ -323,7 +323,7 @@ impl Window {
         let address = |page: u64| self.base as u64 + page * PAGE_SIZE;
         let page = |address: u64| (address - self.base as u64) / PAGE_SIZE;
         let parts = maps::within(address(range.start)..address(range.end))?;
-        let run = |part: maps::Part| {
+        let run = |part: maps::MappedPart| {
             let pages = page(part.addresses.start)..page(part.addresses.end);
             let shown = if part.is_shared {
                 let distance = (part.offset / PAGE_SIZE) as i64 - pages.start as i64;

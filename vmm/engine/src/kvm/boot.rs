@@ -9,7 +9,8 @@ use std::ops::Range;
 use linux_loader::elf;
 use vm_memory::ByteValued;
 
-use super::memory::{GuestRam, MemoryError};
+use super::memory::GuestRam;
+use crate::causes::Cause;
 
 /// Why a guest program cannot be loaded.
 #[derive(Debug, thiserror::Error)]
@@ -116,7 +117,7 @@ pub enum BootError {
         gpa: u64,
         /// What went wrong.
         #[source]
-        source: MemoryError,
+        source: Cause,
     },
 }
 

@@ -1,11 +1,10 @@
 //! Why a machine could not be made or driven, its registers not be captured or set, or a vCPU not go on.
 
+use crate::causes::Cause;
 use std::io;
 use std::time::Duration;
 
 use vmm_sys_util::errno;
-
-use super::memory::MemoryError;
 
 /// How long a vCPU may take to do what it is told. It is in the guest, where a kick reaches it in
 /// microseconds, or in a handler that should not block; the rest is the host being busy.
@@ -138,7 +137,7 @@ pub enum KvmError {
     Tables {
         /// Why.
         #[source]
-        source: MemoryError,
+        source: Cause,
     },
     /// A doorbell could not be set up.
     #[error("cannot register port {port:#x} as a doorbell")]
@@ -180,7 +179,7 @@ pub enum StateError {
     Paravirt {
         /// Why.
         #[source]
-        source: MemoryError,
+        source: Cause,
     },
     /// A stored state that is none of ours, or of a later version.
     #[error("a stored vcpu of version {version} makes no sense here")]
@@ -208,7 +207,7 @@ impl StateError {
 
 /// Why the VMM could not go on with a vCPU.
 #[derive(Debug, thiserror::Error)]
-pub enum RunError {
+pub enum VcpuRunError {
     /// `KVM_RUN` failed.
     #[error("cannot run the vcpu")]
     Run {
@@ -221,7 +220,7 @@ pub enum RunError {
     Fault {
         /// Why.
         #[source]
-        source: FaultError,
+        source: WriteFaultError,
     },
     /// A page could not be made writable.
     #[error("cannot make frame {gfn:#x} writable for the guest")]
@@ -230,7 +229,7 @@ pub enum RunError {
         gfn: u64,
         /// Why.
         #[source]
-        source: MemoryError,
+        source: Cause,
     },
     /// Registers were out of reach.
     #[error("cannot read the vcpu's {what}")]
@@ -248,7 +247,7 @@ pub enum RunError {
 
 /// Why the pages of a write fault could not be found.
 #[derive(Debug, thiserror::Error)]
-pub enum FaultError {
+pub enum WriteFaultError {
     /// The fault comes back although everything it could be about is writable.
     #[error(
         "write fault at rip {rip:#x} ({instruction}) came back {times} times although all it could be \
@@ -271,6 +270,6 @@ pub enum FaultError {
         rip: u64,
         /// What went wrong.
         #[source]
-        source: MemoryError,
+        source: Cause,
     },
 }

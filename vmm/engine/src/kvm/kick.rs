@@ -11,11 +11,11 @@
 //! The order that makes this race-free:
 //! ```text
 //! pauser                     vCPU thread
-//! P1 store the order         V1 clear immediate_exit
-//! P2 send the signal         V2 load the order
+//! P1 store the command       V1 clear immediate_exit
+//! P2 send the signal         V2 load the command
 //!                            V3 KVM_RUN
 //! ```
-//! The handler runs after P1. If it runs after V1, V3 returns at once; if before V1, V2 sees the order.
+//! The handler runs after P1. If it runs after V1, V3 returns at once; if before V1, V2 sees the command.
 
 #![expect(
     unsafe_code,
@@ -91,7 +91,7 @@ impl KickFlag {
         Ok(Self(flag))
     }
 
-    /// Clears the flag. SeqCst, as are the stores and loads of orders: see the module's diagram.
+    /// Clears the flag. SeqCst, as are the stores and loads of commands: see the module's diagram.
     pub(super) fn clear(&self) {
         self.store(0);
     }

@@ -2,9 +2,10 @@
 //!
 //! ```no_run
 //! # use palimpsest::kvm::*;
+//! # use palimpsest::vcpus::Capture;
 //! # use std::sync::Arc;
 //! # fn example(kvm: &Kvm, window: Arc<palimpsest::host::Window>, ram: Arc<dyn GuestRam>,
-//! #            handler: Arc<dyn PortHandler>, entry: Entry) -> Result<(), KvmError> {
+//! #            handler: Arc<dyn PortHandler>, entry: EntryState) -> Result<(), KvmError> {
 //! let machine = Machine::new(kvm, window, ram, 2, handler, Box::new(|vcpu, outcome| {
 //!     eprintln!("vcpu {vcpu}: {outcome}");
 //! }))?;
@@ -35,7 +36,7 @@ use kvm_ioctls::{Cap, IoEventAddress, NoDatamatch, VmFd};
 use vmm_sys_util::errno;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::control::{Control, Job, Order, Phase, Slot, Work};
+use super::control::{Control, Phase, RegisterTask, Slot, TaskState, VcpuCommand};
 use super::error::{KvmError, MAX_VCPUS, PATIENCE};
 use super::fault::{Ladder, RungCounts};
 use super::kick;
@@ -44,10 +45,10 @@ use super::outcome::Outcome;
 use super::paravirt::{self, Targets};
 use super::platform::{Kvm, create_vcpu, create_vm, msr_set};
 use super::port::PortHandler;
-use super::registers::{self, Entry};
+use super::registers::{self, EntryState};
 use super::state::{Capturer, Clock, VcpuState, XsaveFits};
 use super::table_bits;
-use super::tables::{Mmu, PageTables};
+use super::tables::{PageTables, Translation};
 use super::vcpu::{Counters, SyncRegs, Vcpu};
 use super::watch::Watch;
 use crate::vcpus::Capture;
@@ -83,7 +84,7 @@ pub struct Machine {
     /// Where the memslot points.
     _slot: Arc<dyn Memslot>,
     region: kvm_userspace_memory_region,
-    mmu: Mmu,
+    translation: Translation,
     /// Whether the machine was started. Locked while somebody drives it: pauses exclude each other.
     started: Mutex<bool>,
     /// Whether a vCPU did not end when it was told to.
@@ -128,8 +129,8 @@ impl Machine {
             source,
         })?;
         paravirt::guard(&vm).map_err(|source| KvmError::Msrs { source })?;
-        let mmu = Mmu::of(kvm.platform());
-        if mmu == Mmu::ShadowOnSvm {
+        let translation = Translation::of(kvm.platform());
+        if translation == Translation::ShadowOnSvm {
             exit_on_emulation_failure(&vm).map_err(|source| KvmError::Emulation { source })?;
         }
         let xsave2 = vm.check_extension_int(Cap::Xsave2);
@@ -155,7 +156,7 @@ impl Machine {
             ram: Arc::clone(&ram),
             _slot: Arc::clone(&slot),
             region,
-            mmu,
+            translation,
             started: Mutex::new(false),
             tsc_khz: 0,
             left_out: Vec::new(),
@@ -182,7 +183,7 @@ impl Machine {
                 counters: Arc::clone(&machine.counters),
                 ladder: Ladder::new(),
                 paravirt: Targets::default(),
-                mmu: machine.mmu,
+                translation: machine.translation,
                 lost_races: None,
                 kicked: false,
                 kicked_at: None,
@@ -214,22 +215,22 @@ impl Machine {
     }
 
     /// Starts all vCPUs, each where `entry` of its number says.
-    pub fn start(&self, entry: impl Fn(usize) -> Entry) -> Result<(), KvmError> {
-        self.start_with(|vcpu| Job::Enter(entry(vcpu)))
+    pub fn start(&self, entry: impl Fn(usize) -> EntryState) -> Result<(), KvmError> {
+        self.start_with(|vcpu| RegisterTask::Enter(entry(vcpu)))
     }
 
     /// Starts the vCPUs where they were captured.
     pub fn start_from(&self, states: &[VcpuState], clock: Clock) -> Result<(), KvmError> {
         self.check_count(states)?;
-        self.start_with(|vcpu| Job::Restore(Box::new(states[vcpu].clone()), clock))
+        self.start_with(|vcpu| RegisterTask::Restore(Box::new(states[vcpu].clone()), clock))
     }
 
-    fn start_with(&self, job: impl FnMut(usize) -> Job) -> Result<(), KvmError> {
+    fn start_with(&self, task: impl FnMut(usize) -> RegisterTask) -> Result<(), KvmError> {
         let mut started = self.started.lock().unwrap_or_else(|e| e.into_inner());
         if *started {
             return Err(KvmError::AlreadyStarted);
         }
-        self.do_all(job)?;
+        self.do_all(task)?;
         *started = true;
         self.run_all();
         Ok(())
@@ -239,7 +240,7 @@ impl Machine {
     ///
     /// Returns when none of them is in the guest or in a handler. If one has ended already, or is stuck in a
     /// handler, the others run on and the error names it. Must not be called on a vCPU's thread.
-    pub fn pause(&self, capture: Capture) -> Result<Paused<'_>, KvmError> {
+    pub fn pause(&self, capture: Capture) -> Result<PausedMachine<'_>, KvmError> {
         let started = self.started.lock().unwrap_or_else(|e| e.into_inner());
         if !*started {
             return Err(KvmError::NotStarted);
@@ -247,13 +248,13 @@ impl Machine {
         let mut slots = self.control.lock();
         check_alive(&slots)?;
         for slot in slots.iter_mut() {
-            slot.work = match capture {
-                Capture::Registers => Work::Wanted(Job::Capture),
-                Capture::Nothing => Work::None,
+            slot.task = match capture {
+                Capture::Registers => TaskState::Queued(RegisterTask::Capture),
+                Capture::Nothing => TaskState::Idle,
             };
         }
         let kicked = Instant::now();
-        self.control.give(&mut slots, Order::Pause);
+        self.control.give(&mut slots, VcpuCommand::Pause);
         let running: Vec<_> = slots
             .iter()
             .map(|slot| slot.phase == Phase::Running)
@@ -262,7 +263,8 @@ impl Machine {
         let threads = self.threads.iter().zip(running).enumerate();
         for (vcpu, (thread, _)) in threads.filter(|(_, (_, run))| *run) {
             if let Err(source) = kick::kick(thread) {
-                self.control.give(&mut self.control.lock(), Order::Run);
+                self.control
+                    .give(&mut self.control.lock(), VcpuCommand::Run);
                 return Err(KvmError::Kick { vcpu, source });
             }
             self.counters.kicks.fetch_add(1, Ordering::Relaxed);
@@ -278,11 +280,11 @@ impl Machine {
             _ => check_alive(&slots),
         };
         if let Err(error) = result {
-            self.control.give(&mut slots, Order::Run);
+            self.control.give(&mut slots, VcpuCommand::Run);
             return Err(error);
         }
         let parked = last_change(&slots).unwrap_or(kicked);
-        Ok(Paused {
+        Ok(PausedMachine {
             machine: self,
             _driving: started,
             kicked,
@@ -311,10 +313,10 @@ impl Machine {
     /// Whether memory may become read-only while vCPUs run.
     ///
     /// Not on SVM without nested paging: nothing is left there of a vCPU in whose page tables KVM has a bit
-    /// to set and finds them read-only. It may while all stand still, if [`Paused::keep_tables_writable`] is
-    /// called before they run on.
+    /// to set and finds them read-only. It may while all stand still, if
+    /// [`PausedMachine::keep_tables_writable`] is called before they run on.
     pub fn may_lose_write_access(&self) -> bool {
-        self.mmu != Mmu::ShadowOnSvm
+        self.translation != Translation::ShadowOnSvm
     }
 
     /// Number of vCPUs.
@@ -344,7 +346,7 @@ impl Machine {
     /// Tells all vCPUs to stop for good, without waiting for them.
     pub fn stop(&self) {
         let mut slots = self.control.lock();
-        self.control.give(&mut slots, Order::Stop);
+        self.control.give(&mut slots, VcpuCommand::Stop);
         drop(slots);
         self.kick_all();
     }
@@ -387,7 +389,7 @@ impl Machine {
         }
     }
 
-    /// Sends every vCPU the signal without an order.
+    /// Sends every vCPU the signal without a command.
     #[cfg(test)]
     pub(super) fn kick_for_nothing(&self) {
         self.kick_all();
@@ -408,34 +410,34 @@ impl Machine {
         PageTables::of(vcpus, &*self.ram).map_err(|source| KvmError::Tables { source })
     }
 
-    /// Gives every parked vCPU a job, and waits for all. If one fails, the machine is stopped: its vCPUs are
+    /// Gives every parked vCPU a task, and waits for all. If one fails, the machine is stopped: its vCPUs are
     /// of different times now.
-    fn do_all(&self, mut job: impl FnMut(usize) -> Job) -> Result<(), KvmError> {
+    fn do_all(&self, mut task: impl FnMut(usize) -> RegisterTask) -> Result<(), KvmError> {
         let mut slots = self.finish_pending()?;
         for (vcpu, slot) in slots.iter_mut().enumerate() {
-            slot.work = Work::Wanted(job(vcpu));
+            slot.task = TaskState::Queued(task(vcpu));
         }
         drop(slots);
-        self.control.work_given();
+        self.control.task_given();
         let mut slots = self.finish_pending()?;
         for (vcpu, slot) in slots.iter_mut().enumerate() {
-            if let Work::Failed(source) = std::mem::replace(&mut slot.work, Work::None) {
-                self.control.give(&mut slots, Order::Stop);
+            if let TaskState::Failed(source) = std::mem::replace(&mut slot.task, TaskState::Idle) {
+                self.control.give(&mut slots, VcpuCommand::Stop);
                 return Err(KvmError::State { vcpu, source });
             }
         }
         Ok(())
     }
 
-    /// Waits until no vCPU has work to do.
+    /// Waits until no vCPU has a task left.
     fn finish_pending(&self) -> Result<MutexGuard<'_, Vec<Slot>>, KvmError> {
         let (slots, in_time) = self.control.wait(self.control.lock(), PATIENCE, |slots| {
             slots
                 .iter()
-                .all(|slot| !slot.work.is_pending() || slot.phase == Phase::Ended)
+                .all(|slot| !slot.task.is_pending() || slot.phase == Phase::Ended)
         });
         check_alive(&slots)?;
-        let pending = slots.iter().position(|slot| slot.work.is_pending());
+        let pending = slots.iter().position(|slot| slot.task.is_pending());
         match (in_time, pending) {
             (Err(_), Some(vcpu)) => Err(KvmError::Stuck { vcpu }),
             _ => Ok(slots),
@@ -445,7 +447,7 @@ impl Machine {
     /// Lets all vCPUs run. Returns when the last of them was about to enter the guest.
     fn run_all(&self) -> Instant {
         let mut slots = self.control.lock();
-        self.control.give(&mut slots, Order::Run);
+        self.control.give(&mut slots, VcpuCommand::Run);
         let (slots, in_time) = self.control.wait(slots, PATIENCE, |slots| {
             slots.iter().all(|slot| slot.phase != Phase::Parked)
         });
@@ -498,24 +500,24 @@ impl Drop for Machine {
 
 /// A machine none of whose vCPUs runs. Dropping it lets them run on.
 #[must_use = "the machine runs on when this is dropped"]
-pub struct Paused<'a> {
+pub struct PausedMachine<'a> {
     machine: &'a Machine,
     _driving: MutexGuard<'a, bool>,
     kicked: Instant,
     parked: Instant,
 }
 
-impl fmt::Debug for Paused<'_> {
+impl fmt::Debug for PausedMachine<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { kicked, parked, .. } = self;
-        f.debug_struct("Paused")
+        f.debug_struct("PausedMachine")
             .field("kicked", kicked)
             .field("parked", parked)
             .finish_non_exhaustive()
     }
 }
 
-impl Paused<'_> {
+impl PausedMachine<'_> {
     /// When the vCPUs were told to stop.
     pub fn kicked(&self) -> Instant {
         self.kicked
@@ -531,27 +533,29 @@ impl Paused<'_> {
         let mut slots = self.machine.finish_pending()?;
         let mut asked = false;
         for slot in slots.iter_mut() {
-            if matches!(slot.work, Work::None | Work::Done) {
-                slot.work = Work::Wanted(Job::Capture);
+            if matches!(slot.task, TaskState::Idle | TaskState::Done) {
+                slot.task = TaskState::Queued(RegisterTask::Capture);
                 asked = true;
             }
         }
         if asked {
             drop(slots);
-            self.machine.control.work_given();
+            self.machine.control.task_given();
             slots = self.machine.finish_pending()?;
         }
         let mut states = Vec::with_capacity(slots.len());
         for (vcpu, slot) in slots.iter_mut().enumerate() {
-            match &slot.work {
-                Work::Captured(state) => states.push((**state).clone()),
-                Work::Failed(_) => {
-                    if let Work::Failed(source) = std::mem::replace(&mut slot.work, Work::None) {
+            match &slot.task {
+                TaskState::Captured(state) => states.push((**state).clone()),
+                TaskState::Failed(_) => {
+                    if let TaskState::Failed(source) =
+                        std::mem::replace(&mut slot.task, TaskState::Idle)
+                    {
                         return Err(KvmError::State { vcpu, source });
                     }
                 }
-                // Nobody else gives work while the machine is paused.
-                Work::None | Work::Done | Work::Wanted(_) | Work::Doing => {
+                // Nobody else gives tasks while the machine is paused.
+                TaskState::Idle | TaskState::Done | TaskState::Queued(_) | TaskState::Running => {
                     return Err(KvmError::Stuck { vcpu });
                 }
             }
@@ -560,11 +564,13 @@ impl Paused<'_> {
     }
 
     /// The guest's page tables as they are: to be asked for before memory is restored, and handed to
-    /// [`Paused::restore`] after.
+    /// [`PausedMachine::restore`] after.
     pub fn page_tables(&self) -> Result<PageTables, KvmError> {
-        match self.machine.mmu {
-            Mmu::Nested => Ok(PageTables::default()),
-            Mmu::Shadow | Mmu::ShadowOnSvm => self.machine.page_tables(&self.states()?),
+        match self.machine.translation {
+            Translation::Nested => Ok(PageTables::default()),
+            Translation::Shadow | Translation::ShadowOnSvm => {
+                self.machine.page_tables(&self.states()?)
+            }
         }
     }
 
@@ -581,11 +587,13 @@ impl Paused<'_> {
         tables: &PageTables,
     ) -> Result<(), KvmError> {
         self.machine.check_count(states)?;
-        if self.machine.mmu != Mmu::Nested && !self.machine.page_tables(states)?.are(tables) {
+        if self.machine.translation != Translation::Nested
+            && !self.machine.page_tables(states)?.are(tables)
+        {
             self.machine.forget_tables()?;
         }
         self.machine
-            .do_all(|vcpu| Job::Restore(Box::new(states[vcpu].clone()), clock))
+            .do_all(|vcpu| RegisterTask::Restore(Box::new(states[vcpu].clone()), clock))
     }
 
     /// Of pages that are read-only since the vCPUs stand still, or have changed and are read-only, makes
@@ -613,7 +621,7 @@ impl Paused<'_> {
     }
 }
 
-impl Drop for Paused<'_> {
+impl Drop for PausedMachine<'_> {
     fn drop(&mut self) {
         // After `resume` this finds all vCPUs running, and after `stop` those that are stopped stay so.
         self.machine.run_all();

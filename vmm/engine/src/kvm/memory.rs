@@ -9,11 +9,9 @@ use std::any::Any;
 use std::ptr::{self, NonNull};
 use std::time::Duration;
 
+use crate::causes::Cause;
 use crate::host::{Ram, Window};
 use crate::mm::{Access, Gfn, Resolution};
-
-/// Why guest memory could not be reached or made writable.
-pub type MemoryError = Box<dyn std::error::Error + Send + Sync>;
 
 /// What the KVM layer needs of guest memory.
 ///
@@ -30,7 +28,7 @@ pub trait GuestRam: Send + Sync {
 
     /// Makes the page at guest frame `gfn` writable for the guest: a vCPU faulted writing it. `false` if it
     /// was writable already, because somebody else was first.
-    fn write_fault(&self, gfn: u64) -> Result<bool, MemoryError>;
+    fn write_fault(&self, gfn: u64) -> Result<bool, Cause>;
 
     /// Notes that a vCPU was in the guest for so long, from entry to exit: the shortest time is what entry
     /// and exit cost.
@@ -43,15 +41,15 @@ pub trait GuestRam: Send + Sync {
     /// Pins the `len` bytes at `gpa` for writing, until what is returned is dropped: the hypervisor writes
     /// there behind everybody's back. Memory that has no pins says so; then the guest cannot have the
     /// hypervisor write.
-    fn pin(&self, _gpa: u64, _len: u64) -> Result<Box<dyn Any + Send>, MemoryError> {
+    fn pin(&self, _gpa: u64, _len: u64) -> Result<Box<dyn Any + Send>, Cause> {
         Err("this memory cannot be pinned".into())
     }
 
     /// Copies guest memory at `gpa` out, as a transient reader.
-    fn read(&self, gpa: u64, buf: &mut [u8]) -> Result<(), MemoryError>;
+    fn read(&self, gpa: u64, buf: &mut [u8]) -> Result<(), Cause>;
 
     /// Copies `buf` into guest memory at `gpa`.
-    fn write(&self, gpa: u64, buf: &[u8]) -> Result<(), MemoryError>;
+    fn write(&self, gpa: u64, buf: &[u8]) -> Result<(), Cause>;
 }
 
 impl GuestRam for Ram {
@@ -59,7 +57,7 @@ impl GuestRam for Ram {
         self.size()
     }
 
-    fn write_fault(&self, gfn: u64) -> Result<bool, MemoryError> {
+    fn write_fault(&self, gfn: u64) -> Result<bool, Cause> {
         Ok(Self::write_fault(self, Gfn(gfn))? != Resolution::AlreadyWritable)
     }
 
@@ -71,15 +69,15 @@ impl GuestRam for Ram {
         self.prices().handled(time);
     }
 
-    fn pin(&self, gpa: u64, len: u64) -> Result<Box<dyn Any + Send>, MemoryError> {
+    fn pin(&self, gpa: u64, len: u64) -> Result<Box<dyn Any + Send>, Cause> {
         Ok(Box::new(Self::pin(self, gpa, len, Access::Write)?))
     }
 
-    fn read(&self, gpa: u64, buf: &mut [u8]) -> Result<(), MemoryError> {
+    fn read(&self, gpa: u64, buf: &mut [u8]) -> Result<(), Cause> {
         Ok(Self::read(self, gpa, buf)?)
     }
 
-    fn write(&self, gpa: u64, buf: &[u8]) -> Result<(), MemoryError> {
+    fn write(&self, gpa: u64, buf: &[u8]) -> Result<(), Cause> {
         Ok(Self::write(self, gpa, buf)?)
     }
 }

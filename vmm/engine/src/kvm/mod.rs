@@ -45,16 +45,14 @@ mod vcpus;
 mod watch;
 
 pub use boot::{BootError, Image, write_page_tables};
-pub use error::{FaultError, KvmError, MAX_VCPUS, RunError, StateError};
+pub use error::{KvmError, MAX_VCPUS, StateError, VcpuRunError, WriteFaultError};
 pub use extended::Extended;
 pub use fault::{Rung, RungCounts};
-pub use machine::{Machine, MachineStats, OnStop, Paused};
-pub use memory::{GuestRam, MemoryError, Memslot};
-pub use outcome::{CrashReason, Outcome, Report};
+pub use machine::{Machine, MachineStats, OnStop, PausedMachine};
+pub use memory::{GuestRam, Memslot};
+pub use outcome::{CrashReason, CrashReport, Outcome};
 pub use platform::{Kvm, Paging, Platform, PlatformError};
 pub use port::{PortAction, PortHandler, StopReason};
-pub use registers::Entry;
+pub use registers::EntryState;
 pub use state::{Clock, VcpuState};
 pub use tables::PageTables;
-
-pub use crate::vcpus::Capture;

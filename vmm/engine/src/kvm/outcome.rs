@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use super::error::RunError;
+use super::error::VcpuRunError;
 use super::port::StopReason;
 use super::state::VcpuState;
 use crate::causes::chain;
@@ -17,14 +17,14 @@ pub enum Outcome {
         /// What it did.
         reason: CrashReason,
         /// Where it was.
-        report: Box<Report>,
+        report: Box<CrashReport>,
     },
     /// The VMM could not go on. The guest is not to blame.
     Failed {
         /// What went wrong.
-        error: RunError,
+        error: VcpuRunError,
         /// Where the guest was.
-        report: Box<Report>,
+        report: Box<CrashReport>,
     },
 }
 
@@ -104,14 +104,14 @@ pub enum CrashReason {
 
 /// Where a vCPU was when it ended.
 #[derive(Debug, Default)]
-pub struct Report {
+pub struct CrashReport {
     /// Its registers, as far as they could be read.
     pub state: Option<VcpuState>,
     /// Up to 16 bytes at RIP, if they are mapped.
     pub code: Vec<u8>,
 }
 
-impl fmt::Display for Report {
+impl fmt::Display for CrashReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.state {
             Some(state) if state.is_as_after_init() => {

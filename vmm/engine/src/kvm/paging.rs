@@ -10,7 +10,8 @@ use std::collections::HashSet;
 
 use kvm_bindings::kvm_sregs;
 
-use super::memory::{GuestRam, MemoryError};
+use super::memory::GuestRam;
+use crate::causes::Cause;
 use crate::mm::{PAGE_SIZE, REGION_PAGES};
 
 const PRESENT: u64 = 1;
@@ -40,11 +41,7 @@ pub(super) type Page = [u8; PAGE_SIZE as usize];
 ///
 /// A last partial 2 MiB is mapped whole: what the guest touches beyond its memory is MMIO, and so a crash.
 /// `memory` beyond 512 GiB, which is what one table of the third level maps, is not mapped.
-pub(super) fn write_page_tables(
-    ram: &dyn GuestRam,
-    gpa: u64,
-    memory: u64,
-) -> Result<u64, MemoryError> {
+pub(super) fn write_page_tables(ram: &dyn GuestRam, gpa: u64, memory: u64) -> Result<u64, Cause> {
     let memory = memory.min(ENTRIES * GIB);
     let pdpt = gpa + PAGE_SIZE;
     let directories = gpa + 2 * PAGE_SIZE;
@@ -71,7 +68,7 @@ fn write_table(
     ram: &dyn GuestRam,
     gpa: u64,
     entries: impl Iterator<Item = u64>,
-) -> Result<(), MemoryError> {
+) -> Result<(), Cause> {
     let mut page = [0; PAGE_SIZE as usize];
     for (slot, entry) in page.chunks_exact_mut(8).zip(entries) {
         slot.copy_from_slice(&entry.to_le_bytes());
@@ -154,7 +151,7 @@ impl<'a> Walker<'a> {
         gva: u64,
         touch: Touch,
         mut on_step: impl FnMut(Step),
-    ) -> Result<Option<u64>, MemoryError> {
+    ) -> Result<Option<u64>, Cause> {
         let levels = match self.mode {
             Mode::Flat => return Ok(Some(gva)),
             Mode::Legacy => return Ok(None),
@@ -191,7 +188,7 @@ impl<'a> Walker<'a> {
     }
 
     /// Whether the tables let ring 3 access `gva`.
-    pub(super) fn allows(&self, gva: u64, touch: Touch) -> Result<bool, MemoryError> {
+    pub(super) fn allows(&self, gva: u64, touch: Touch) -> Result<bool, Cause> {
         let wanted = match touch {
             Touch::Read => USER,
             Touch::Write => USER | WRITABLE,
@@ -208,7 +205,7 @@ impl<'a> Walker<'a> {
         most: usize,
         seen: &mut HashSet<(u32, u64)>,
         mut on_table: impl FnMut(u64, &Page),
-    ) -> Result<bool, MemoryError> {
+    ) -> Result<bool, Cause> {
         let levels = match self.mode {
             Mode::Flat => return Ok(true),
             Mode::Legacy => return Ok(false),
@@ -238,7 +235,7 @@ impl<'a> Walker<'a> {
 
     /// Copies up to `buf.len()` bytes at `gva`, stopping at the first that is not mapped. Returns how many
     /// there were.
-    pub(super) fn read(&self, gva: u64, buf: &mut [u8]) -> Result<usize, MemoryError> {
+    pub(super) fn read(&self, gva: u64, buf: &mut [u8]) -> Result<usize, Cause> {
         let mut done = 0;
         while done < buf.len() {
             let gva = gva.wrapping_add(done as u64);
@@ -306,11 +303,11 @@ pub(super) mod tests {
         fn len(&self) -> u64 {
             self.0.lock().unwrap().len() as u64
         }
-        fn write_fault(&self, gfn: u64) -> Result<bool, MemoryError> {
+        fn write_fault(&self, gfn: u64) -> Result<bool, Cause> {
             self.2.lock().unwrap().push(gfn);
             Ok(true)
         }
-        fn read(&self, gpa: u64, buf: &mut [u8]) -> Result<(), MemoryError> {
+        fn read(&self, gpa: u64, buf: &mut [u8]) -> Result<(), Cause> {
             let memory = self.0.lock().unwrap();
             let from = memory
                 .get(gpa as usize..gpa as usize + buf.len())
@@ -318,7 +315,7 @@ pub(super) mod tests {
             buf.copy_from_slice(from);
             Ok(())
         }
-        fn write(&self, gpa: u64, buf: &[u8]) -> Result<(), MemoryError> {
+        fn write(&self, gpa: u64, buf: &[u8]) -> Result<(), Cause> {
             let mut memory = self.0.lock().unwrap();
             memory
                 .get_mut(gpa as usize..gpa as usize + buf.len())
@@ -326,7 +323,7 @@ pub(super) mod tests {
                 .copy_from_slice(buf);
             Ok(())
         }
-        fn pin(&self, gpa: u64, len: u64) -> Result<Box<dyn Any + Send>, MemoryError> {
+        fn pin(&self, gpa: u64, len: u64) -> Result<Box<dyn Any + Send>, Cause> {
             if gpa + len > self.len() {
                 return Err("outside memory".into());
             }

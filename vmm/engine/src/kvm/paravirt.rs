@@ -21,7 +21,8 @@ use kvm_bindings::{
 use kvm_ioctls::{Cap, MsrFilterDefaultAction, MsrFilterRange, MsrFilterRangeFlags, VmFd};
 use vmm_sys_util::errno;
 
-use super::memory::{GuestRam, MemoryError};
+use super::memory::GuestRam;
+use crate::causes::Cause;
 
 /// CPUID leaf with KVM's features.
 const KVM_FEATURES: u32 = 0x4000_0001;
@@ -118,12 +119,7 @@ impl fmt::Debug for Targets {
 impl Targets {
     /// MSR `index` is about to be set to `value`: pins what KVM will write because of it, and gives the pin
     /// to be kept until [`Targets::has_set`] says that the MSR is set.
-    pub(super) fn pin(
-        &self,
-        index: u32,
-        value: u64,
-        ram: &dyn GuestRam,
-    ) -> Result<Pinned, MemoryError> {
+    pub(super) fn pin(&self, index: u32, value: u64, ram: &dyn GuestRam) -> Result<Pinned, Cause> {
         let target = writer(index).and_then(|writer| Some((writer.target(value)?, writer.len)));
         Ok(match target {
             Some((gpa, len)) => Pinned(Some((gpa, ram.pin(gpa, len)?))),
@@ -145,7 +141,7 @@ impl Targets {
         &mut self,
         msrs: &[kvm_msr_entry],
         ram: &dyn GuestRam,
-    ) -> Result<Self, MemoryError> {
+    ) -> Result<Self, Cause> {
         let mut next = Self::default();
         for msr in msrs {
             let pinned = next.pin(msr.index, msr.data, ram)?;
@@ -184,7 +180,7 @@ mod tests {
         let mut set = |index, value| {
             let pinned = targets.pin(index, value, &ram)?;
             targets.has_set(index, pinned);
-            Ok::<_, MemoryError>(ram.pinned())
+            Ok::<_, Cause>(ram.pinned())
         };
         assert_eq!(set(0x4b56_4d01, 0x3001).unwrap(), [(0x3000, 32)]);
         assert_eq!(

@@ -14,7 +14,7 @@ use crate::mm::PAGE_SIZE;
 
 /// Where a vCPU begins, and with what.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Entry {
+pub struct EntryState {
     /// Its first instruction.
     pub rip: u64,
     /// Its stack pointer.
@@ -38,7 +38,7 @@ const RFLAGS_FIXED: u64 = 1 << 1;
 /// spins.
 const RFLAGS_IF: u64 = 1 << 9;
 /// RFLAGS: I/O privilege level 3, so that `out` in ring 3 exits to the VMM instead of faulting. PVM loses it
-/// as soon as the guest has run: see [`Entry::task`].
+/// as soon as the guest has run: see [`EntryState::task`].
 const RFLAGS_IOPL3: u64 = 3 << 12;
 
 /// CR0: PE, MP, ET, NE, WP, PG.
@@ -59,7 +59,7 @@ const XCR0_WANTED: u64 = 0b1110_0111;
 const XCR0_LEAST: u64 = 0b11;
 
 /// General registers before the first instruction.
-pub fn entry_regs(entry: &Entry) -> kvm_regs {
+pub fn entry_regs(entry: &EntryState) -> kvm_regs {
     let [rdi, rsi] = entry.arguments;
     kvm_regs {
         rip: entry.rip,
@@ -72,7 +72,7 @@ pub fn entry_regs(entry: &Entry) -> kvm_regs {
 }
 
 /// System registers before the first instruction; `reset` is what KVM gave the vCPU.
-pub fn entry_sregs(entry: &Entry, reset: &kvm_sregs, cpuid: &CpuId) -> kvm_sregs {
+pub fn entry_sregs(entry: &EntryState, reset: &kvm_sregs, cpuid: &CpuId) -> kvm_sregs {
     let data = segment(0x2b, 3, false);
     let code = segment(0x33, 11, true);
     // A busy 64-bit TSS: VMX asks for one, PVM uses it.
@@ -192,8 +192,8 @@ pub(super) mod tests {
     use super::*;
 
     /// Where vCPU `vcpu` of a guest of ours begins.
-    pub(crate) fn entry(rip: u64, vcpu: u64) -> Entry {
-        Entry {
+    pub(crate) fn entry(rip: u64, vcpu: u64) -> EntryState {
+        EntryState {
             rip,
             rsp: stack_top(vcpu),
             arguments: [BOOT_INFO_GPA, vcpu],

@@ -12,15 +12,16 @@
 //!
 //! Not covered: tables of 32-bit paging, whose entries have 4 bytes.
 
-use super::memory::{GuestRam, MemoryError};
+use super::memory::GuestRam;
 use super::paging::{self, Page};
+use crate::causes::Cause;
 use crate::mm::PAGE_SIZE;
 
 /// Makes those of some pages writable in which KVM may have bits to set.
 pub(super) fn keep_writable(
     ram: &dyn GuestRam,
     gfns: impl Iterator<Item = u64>,
-) -> Result<(), MemoryError> {
+) -> Result<(), Cause> {
     let mut page: Page = [0; PAGE_SIZE as usize];
     for gfn in gfns {
         ram.read(gfn * PAGE_SIZE, &mut page)?;

@@ -11,9 +11,10 @@ use std::hash::{DefaultHasher, Hasher};
 
 use kvm_bindings::kvm_sregs;
 
-use super::memory::{GuestRam, MemoryError};
+use super::memory::GuestRam;
 use super::paging::Walker;
 use super::platform::{Paging, Platform};
+use crate::causes::Cause;
 
 /// The most table pages that are looked at. A guest with more is taken for changed.
 pub(super) const MOST: usize = 4096;
@@ -28,7 +29,7 @@ impl PageTables {
     pub(super) fn of<'a>(
         vcpus: impl Iterator<Item = (&'a kvm_sregs, Confined)>,
         ram: &dyn GuestRam,
-    ) -> Result<Self, MemoryError> {
+    ) -> Result<Self, Cause> {
         let mut hasher = DefaultHasher::new();
         let mut seen = HashSet::new();
         for (sregs, confined) in vcpus {
@@ -61,7 +62,7 @@ pub(super) enum Confined {
 
 /// How guest-virtual addresses are translated on this host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Mmu {
+pub(super) enum Translation {
     /// By the guest's own tables, and the host's below them: NPT, EPT.
     Nested,
     /// By KVM's copy of the guest's tables.
@@ -70,7 +71,7 @@ pub(super) enum Mmu {
     ShadowOnSvm,
 }
 
-impl Mmu {
+impl Translation {
     /// That of `platform`. Where the kernel does not say, what costs more and is right in any case.
     pub(super) fn of(platform: &Platform) -> Self {
         match platform.paging {

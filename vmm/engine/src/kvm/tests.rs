@@ -21,6 +21,8 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::registers::tests::entry;
 use super::*;
+use crate::causes::Cause;
+use crate::vcpus::Capture;
 
 /// Memory of most guests here. Not a multiple of 2 MiB: the page tables map 3 MiB more than there is.
 const MEMORY: u64 = 9 << 20;
@@ -65,7 +67,7 @@ enum Faults {
 }
 
 /// Where each vCPU begins: at `rip`.
-fn from(rip: u64) -> impl Fn(usize) -> Entry {
+fn from(rip: u64) -> impl Fn(usize) -> EntryState {
     move |vcpu| entry(rip, vcpu as u64)
 }
 
@@ -188,7 +190,7 @@ impl GuestRam for Ram {
         self.len
     }
 
-    fn write_fault(&self, gfn: u64) -> Result<bool, MemoryError> {
+    fn write_fault(&self, gfn: u64) -> Result<bool, Cause> {
         match self.faults {
             Faults::Fail => return Err("out of frames".into()),
             Faults::SayWritable => return Ok(false),
@@ -198,14 +200,14 @@ impl GuestRam for Ram {
     }
 
     /// What is pinned stays writable here only until it is protected again.
-    fn pin(&self, gpa: u64, len: u64) -> Result<Box<dyn Any + Send>, MemoryError> {
+    fn pin(&self, gpa: u64, len: u64) -> Result<Box<dyn Any + Send>, Cause> {
         for gfn in gpa / PAGE_SIZE..(gpa + len).div_ceil(PAGE_SIZE) {
             self.make_writable(gfn);
         }
         Ok(Box::new(()))
     }
 
-    fn read(&self, gpa: u64, buf: &mut [u8]) -> Result<(), MemoryError> {
+    fn read(&self, gpa: u64, buf: &mut [u8]) -> Result<(), Cause> {
         if gpa + buf.len() as u64 > self.len {
             return Err("outside memory".into());
         }
@@ -221,7 +223,7 @@ impl GuestRam for Ram {
         Ok(())
     }
 
-    fn write(&self, gpa: u64, buf: &[u8]) -> Result<(), MemoryError> {
+    fn write(&self, gpa: u64, buf: &[u8]) -> Result<(), Cause> {
         if gpa + buf.len() as u64 > self.len {
             return Err("outside memory".into());
         }
@@ -305,7 +307,7 @@ impl Guest {
     }
 
     /// Waits until the guest has crashed.
-    fn crash(&self) -> (CrashReason, Report) {
+    fn crash(&self) -> (CrashReason, CrashReport) {
         match self.outcome() {
             (_, Outcome::Crashed { reason, report }) => (reason, *report),
             (vcpu, other) => panic!("vcpu {vcpu}: {other}"),
@@ -313,7 +315,7 @@ impl Guest {
     }
 
     /// Waits until the VMM has given up.
-    fn failure(&self) -> RunError {
+    fn failure(&self) -> VcpuRunError {
         match self.outcome() {
             (_, Outcome::Failed { error, .. }) => error,
             (vcpu, other) => panic!("vcpu {vcpu}: {other}"),
@@ -792,7 +794,7 @@ fn a_fault_that_is_no_write_is_a_failure() {
     guest.start();
     assert!(matches!(
         guest.failure(),
-        RunError::Fault { source: FaultError::Stuck { instruction, .. } } if instruction == "mov"
+        VcpuRunError::Fault { source: WriteFaultError::Stuck { instruction, .. } } if instruction == "mov"
     ));
 }
 
@@ -805,14 +807,15 @@ fn a_fault_that_comes_back_for_ever_is_a_failure() {
     guest.start();
     assert!(matches!(
         guest.failure(),
-        RunError::Fault { source: FaultError::Stuck { tried, .. } } if tried.contains("operands (1 pages)")
+        VcpuRunError::Fault { source: WriteFaultError::Stuck { tried, .. } }
+            if tried.contains("operands (1 pages)")
     ));
     let guest = Guest::with(kvm, 1, &store, Faults::Fail, Arc::default());
     guest.ram.write_protect(DATA);
     guest.start();
     assert!(matches!(
         guest.failure(),
-        RunError::Memory { gfn, .. } if gfn == DATA / PAGE_SIZE
+        VcpuRunError::Memory { gfn, .. } if gfn == DATA / PAGE_SIZE
     ));
 }
 
@@ -1175,7 +1178,7 @@ fn a_handler_that_panics_ends_its_vcpu() {
     assert!(matches!(
         outcome,
         Outcome::Failed {
-            error: RunError::Panicked,
+            error: VcpuRunError::Panicked,
             ..
         }
     ));

@@ -12,18 +12,18 @@ use kvm_ioctls::{SyncReg, VcpuExit, VcpuFd};
 use rustix::io::Errno;
 use vmm_sys_util::errno;
 
-use super::control::{Control, Job, Order, Phase, Work};
-use super::error::{RunError, StateError};
-use super::fault::{self, Fault, Ladder, RungCounters, StoredBy};
+use super::control::{Control, Phase, RegisterTask, TaskState, VcpuCommand};
+use super::error::{StateError, VcpuRunError};
+use super::fault::{self, Ladder, RungCounters, StoredBy, WriteFault};
 use super::kick::KickFlag;
 use super::memory::{GuestRam, Memslot};
 use super::msr;
-use super::outcome::{CrashReason, Outcome, Report};
+use super::outcome::{CrashReason, CrashReport, Outcome};
 use super::paravirt::Targets;
 use super::port::{PortAction, PortHandler};
-use super::registers::{self, Entry};
+use super::registers::{self, EntryState};
 use super::state::{Capturer, Clock, VcpuState, XsaveFits};
-use super::tables::Mmu;
+use super::tables::Translation;
 use crate::mm::PAGE_SIZE;
 
 /// Bytes of code in a crash report.
@@ -78,7 +78,7 @@ pub(super) struct Vcpu {
     pub(super) ladder: Ladder,
     /// What KVM writes to memory for this vCPU.
     pub(super) paravirt: Targets,
-    pub(super) mmu: Mmu,
+    pub(super) translation: Translation,
     /// Registers at the last failure that may have been about a page that somebody else made writable
     /// meanwhile, and how often in a row it was the same.
     pub(super) lost_races: Option<(kvm_regs, u32)>,
@@ -130,7 +130,7 @@ impl Vcpu {
         control.enter_phase(index, Phase::Ended);
         outcome.unwrap_or_else(|_| {
             Some(Outcome::Failed {
-                error: RunError::Panicked,
+                error: VcpuRunError::Panicked,
                 report: Box::default(),
             })
         })
@@ -146,7 +146,7 @@ impl Vcpu {
         let kick = match unsafe { KickFlag::new(self.fd.get_kvm_run()) } {
             Ok(kick) => kick,
             Err(source) => {
-                return Some(self.failed(RunError::Run {
+                return Some(self.failed(VcpuRunError::Run {
                     source: errno::Error::from(source),
                 }));
             }
@@ -155,14 +155,14 @@ impl Vcpu {
         let mut half_done = false;
         loop {
             kick.clear();
-            match self.control.order(self.index) {
-                Order::Run => {}
-                Order::Pause if half_done => kick.set(),
-                Order::Pause => {
+            match self.control.command(self.index) {
+                VcpuCommand::Run => {}
+                VcpuCommand::Pause if half_done => kick.set(),
+                VcpuCommand::Pause => {
                     self.park();
                     continue;
                 }
-                Order::Stop => return None,
+                VcpuCommand::Stop => return None,
             }
             // Now, and not when it was kicked: a snapshot in between would have protected its page again.
             if std::mem::take(&mut self.kicked)
@@ -229,7 +229,7 @@ impl Vcpu {
                     Err(error) => return Some(self.failed(error)),
                 },
                 Exit::Crash(reason) => return Some(self.crashed(reason)),
-                Exit::Error(source) => return Some(self.failed(RunError::Run { source })),
+                Exit::Error(source) => return Some(self.failed(VcpuRunError::Run { source })),
             }
         }
     }
@@ -303,10 +303,10 @@ impl Vcpu {
     }
 
     /// Makes writable what the vCPU wants to write.
-    fn write_fault(&mut self, gpas: Option<std::ops::Range<u64>>) -> Result<(), RunError> {
+    fn write_fault(&mut self, gpas: Option<std::ops::Range<u64>>) -> Result<(), VcpuRunError> {
         let (regs, sregs) = self.exit_registers()?;
         let xsave = || self.fd.get_xsave().ok();
-        let fault = Fault {
+        let fault = WriteFault {
             regs: &regs,
             sregs: &sregs,
             gpas,
@@ -323,14 +323,14 @@ impl Vcpu {
     ///
     /// The page is made writable for the guest, so that the next store does not come here, and written where
     /// it then is.
-    fn store(&self, gpa: u64, data: &[u8]) -> Result<(), RunError> {
+    fn store(&self, gpa: u64, data: &[u8]) -> Result<(), VcpuRunError> {
         self.counters
             .emulated_stores
             .fetch_add(1, Ordering::Relaxed);
         let gfns = Vec::from_iter(gpa / PAGE_SIZE..(gpa + data.len() as u64).div_ceil(PAGE_SIZE));
         fault::resolve(&gfns, &*self.ram)?;
         let written = self.ram.write(gpa, data);
-        written.map_err(|source| RunError::Memory {
+        written.map_err(|source| VcpuRunError::Memory {
             gfn: gpa / PAGE_SIZE,
             source,
         })
@@ -339,7 +339,7 @@ impl Vcpu {
     /// After a kick: makes writable what the instruction at RIP writes, as if it had faulted, if KVM may keep
     /// the vCPU from getting on: it emulates the instruction's store, or the vCPU was kicked out twice in a
     /// row with the same registers.
-    fn help_along(&mut self) -> Result<(), RunError> {
+    fn help_along(&mut self) -> Result<(), VcpuRunError> {
         let (regs, sregs) = self.exit_registers()?;
         let same = self.kicked_at.replace(regs) == Some(regs);
         let (gfns, stored_by) = self.stalled_on(&regs, &sregs)?;
@@ -353,15 +353,15 @@ impl Vcpu {
         &self,
         regs: &kvm_regs,
         sregs: &kvm_sregs,
-    ) -> Result<(Vec<u64>, StoredBy), RunError> {
-        let fault = Fault {
+    ) -> Result<(Vec<u64>, StoredBy), VcpuRunError> {
+        let fault = WriteFault {
             regs,
             sregs,
             gpas: None,
             cpuid: &self.cpuid,
             xsave: &|| self.fd.get_xsave().ok(),
         };
-        fault::stalled_on(&fault, &*self.ram).map_err(|source| RunError::Fault { source })
+        fault::stalled_on(&fault, &*self.ram).map_err(|source| VcpuRunError::Fault { source })
     }
 
     /// Sets an MSR by which KVM writes to memory, with the page pinned. If that cannot be, the guest gets a
@@ -390,7 +390,7 @@ impl Vcpu {
     /// After an instruction that KVM could not emulate: whether it may now, since what it writes was
     /// read-only and is no more. Only plain stores come out as MMIO; a locked one fails
     /// (`emulator_cmpxchg_emulated` in `arch/x86/kvm/x86.c`).
-    fn emulate_again(&mut self) -> Result<bool, RunError> {
+    fn emulate_again(&mut self) -> Result<bool, VcpuRunError> {
         let (regs, sregs) = self.exit_registers()?;
         let (gfns, _) = self.stalled_on(&regs, &sregs)?;
         if fault::resolve(&gfns, &*self.ram)? {
@@ -420,13 +420,13 @@ impl Vcpu {
     /// KVM gives the guest a page fault then (`FNAME(update_accessed_dirty_bits)` in
     /// `arch/x86/kvm/mmu/paging_tmpl.h`), for which a guest without an IDT has no handler. RIP is still at
     /// the instruction.
-    fn recover(&mut self) -> Result<bool, RunError> {
-        if self.mmu != Mmu::Shadow {
+    fn recover(&mut self) -> Result<bool, VcpuRunError> {
+        if self.translation != Translation::Shadow {
             return Ok(false);
         }
         let (mut regs, mut sregs) = self.exit_registers()?;
         let xsave = || self.fd.get_xsave().ok();
-        let fault = Fault {
+        let fault = WriteFault {
             regs: &regs,
             sregs: &sregs,
             gpas: None,
@@ -434,20 +434,20 @@ impl Vcpu {
             xsave: &xsave,
         };
         let gfns = fault::tables_to_update(&fault, &*self.ram);
-        let gfns = gfns.map_err(|source| RunError::Fault { source })?;
+        let gfns = gfns.map_err(|source| VcpuRunError::Fault { source })?;
         if !fault::resolve(&gfns, &*self.ram)? {
             // Another thread may have made the table writable since, or another vCPU have set the bits. Then
             // there was a page fault just now, which CR2 tells, since it is 0 before; and the tables know no
             // reason for it.
             let is_over = fault::page_fault_is_over(&fault, &*self.ram);
-            let is_over = is_over.map_err(|source| RunError::Fault { source })?;
+            let is_over = is_over.map_err(|source| VcpuRunError::Fault { source })?;
             if sregs.cr2 == 0 || !is_over || !self.may_have_lost_a_race(&regs) {
                 return Ok(false);
             }
         }
         self.counters.write_faults.fetch_add(1, Ordering::Relaxed);
         self.counters.rungs.count(fault::Rung::Walk);
-        let error = |what| move |source| RunError::Registers { what, source };
+        let error = |what| move |source| VcpuRunError::Registers { what, source };
         let mut events = self.fd.get_vcpu_events().map_err(error("events"))?;
         events.exception = Default::default();
         // What it has set as it began to deliver the exception.
@@ -464,32 +464,36 @@ impl Vcpu {
     }
 
     /// The registers at the last exit.
-    fn exit_registers(&self) -> Result<(kvm_regs, kvm_sregs), RunError> {
+    fn exit_registers(&self) -> Result<(kvm_regs, kvm_sregs), VcpuRunError> {
         if self.sync_regs == SyncRegs::Fresh {
             let sync = self.fd.sync_regs();
             return Ok((sync.regs, sync.sregs));
         }
-        let error = |what| move |source| RunError::Registers { what, source };
+        let error = |what| move |source| VcpuRunError::Registers { what, source };
         Ok((
             self.fd.get_regs().map_err(error("registers"))?,
             self.fd.get_sregs().map_err(error("system registers"))?,
         ))
     }
 
-    /// Stays out of the guest, and does what is asked about the registers, until the order changes.
+    /// Stays out of the guest, and does what is asked about the registers, until the command changes.
     fn park(&mut self) {
         self.control.enter_phase(self.index, Phase::Parked);
-        while let Some(job) = self.control.next_job(self.index) {
-            let done = match job {
-                Job::Capture => self.capture().map(|state| Work::Captured(Box::new(state))),
-                Job::Restore(state, clock) => self.restore(&state, clock).map(|()| Work::Done),
-                Job::Enter(entry) => {
+        while let Some(task) = self.control.next_task(self.index) {
+            let done = match task {
+                RegisterTask::Capture => self
+                    .capture()
+                    .map(|state| TaskState::Captured(Box::new(state))),
+                RegisterTask::Restore(state, clock) => {
+                    self.restore(&state, clock).map(|()| TaskState::Done)
+                }
+                RegisterTask::Enter(entry) => {
                     self.about_to_set();
-                    self.set_entry_state(&entry).map(|()| Work::Done)
+                    self.set_entry_state(&entry).map(|()| TaskState::Done)
                 }
             };
-            let work = done.unwrap_or_else(Work::Failed);
-            self.control.finish(self.index, work);
+            let state = done.unwrap_or_else(TaskState::Failed);
+            self.control.finish(self.index, state);
         }
     }
 
@@ -524,7 +528,7 @@ impl Vcpu {
     }
 
     /// Sets the registers a guest starts with.
-    fn set_entry_state(&self, entry: &Entry) -> Result<(), StateError> {
+    fn set_entry_state(&self, entry: &EntryState) -> Result<(), StateError> {
         let fd = &self.fd;
         let reset = fd.get_sregs().map_err(StateError::of("system registers"))?;
         fd.set_sregs(&registers::entry_sregs(entry, &reset, &self.cpuid))
@@ -546,7 +550,7 @@ impl Vcpu {
         }
     }
 
-    fn failed(&mut self, error: RunError) -> Outcome {
+    fn failed(&mut self, error: VcpuRunError) -> Outcome {
         Outcome::Failed {
             error,
             report: Box::new(self.report()),
@@ -554,12 +558,12 @@ impl Vcpu {
     }
 
     /// Where the vCPU is.
-    fn report(&mut self) -> Report {
+    fn report(&mut self) -> CrashReport {
         let state = self.capture().ok();
         let code = state.as_ref().map_or_else(Vec::new, |state| {
             fault::code_at(state.regs(), state.sregs(), &*self.ram, CODE_SHOWN)
         });
-        Report { state, code }
+        CrashReport { state, code }
     }
 }
 

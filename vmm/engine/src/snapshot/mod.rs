@@ -27,7 +27,8 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::device::{DeviceError, Quiesce, Stopped};
+use crate::causes::Cause;
+use crate::device::{Quiesce, Stopped};
 use crate::host::Ahead;
 use crate::mm::{self, AddressSpace, CowPolicy, FaultError, ForkError, Frozen, PageSet};
 use crate::saved::Saved;
@@ -144,7 +145,7 @@ pub enum RewindError {
     Memory(#[from] mm::RestoreError),
     /// Devices could not be restored.
     #[error("cannot restore the devices")]
-    Devices(#[source] DeviceError),
+    Devices(#[source] Cause),
     /// The snapshot is of a VM with other devices. Nothing has changed.
     #[error("the snapshot has {snapshot} devices, the guest {guest}")]
     DeviceCount {

@@ -12,10 +12,11 @@ use iced_x86::{
 };
 use kvm_bindings::{kvm_regs, kvm_sregs};
 
-use super::cause::Fault;
+use super::cause::WriteFault;
 use super::vector;
+use crate::causes::Cause;
 use crate::kvm::error::XSAVE_BYTES;
-use crate::kvm::memory::{GuestRam, MemoryError};
+use crate::kvm::memory::GuestRam;
 use crate::kvm::paging::{Touch, Walker};
 
 /// The longest an instruction can be.
@@ -30,7 +31,7 @@ const CACHE_LINE: u64 = 64;
 
 /// An access to memory, by guest-virtual address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Access {
+pub(super) struct GuestAccess {
     pub(super) gva: u64,
     pub(super) len: u64,
     pub(super) touch: Touch,
@@ -49,7 +50,7 @@ pub(in crate::kvm) enum StoredBy {
 #[derive(Debug)]
 pub(super) struct Decoded {
     /// Its code first, then its operands.
-    pub(super) accesses: Vec<Access>,
+    pub(super) accesses: Vec<GuestAccess>,
     pub(super) stored_by: StoredBy,
     what: What,
 }
@@ -78,10 +79,10 @@ impl fmt::Display for Decoded {
 
 impl Decoded {
     /// The instruction at RIP.
-    pub(super) fn at(fault: &Fault<'_>, ram: &dyn GuestRam) -> Result<Self, MemoryError> {
+    pub(super) fn at(fault: &WriteFault<'_>, ram: &dyn GuestRam) -> Result<Self, Cause> {
         let walker = Walker::new(ram, fault.sregs);
         let rip = linear_rip(fault.regs, fault.sregs);
-        let fetch = |len| Access {
+        let fetch = |len| GuestAccess {
             gva: rip,
             len,
             touch: Touch::Read,
@@ -118,8 +119,8 @@ impl Decoded {
 }
 
 /// The top of the stack.
-pub(super) fn stack(fault: &Fault<'_>) -> Access {
-    Access {
+pub(super) fn stack(fault: &WriteFault<'_>) -> GuestAccess {
+    GuestAccess {
         gva: fault.regs.rsp.wrapping_sub(8),
         len: 16,
         touch: Touch::Write,
@@ -156,10 +157,14 @@ fn stored_by(instruction: &Instruction) -> StoredBy {
 }
 
 /// Adds all memory that `instruction` uses.
-fn add_operands(instruction: &Instruction, fault: &Fault<'_>, accesses: &mut Vec<Access>) {
+fn add_operands(
+    instruction: &Instruction,
+    fault: &WriteFault<'_>,
+    accesses: &mut Vec<GuestAccess>,
+) {
     let (regs, sregs) = (fault.regs, fault.sregs);
     let value = |register| register_value(register, regs, sregs);
-    let write = |gva, len| Access {
+    let write = |gva, len| GuestAccess {
         gva,
         len,
         touch: Touch::Write,
@@ -203,7 +208,7 @@ fn add_operands(instruction: &Instruction, fault: &Fault<'_>, accesses: &mut Vec
             OpAccess::None | OpAccess::NoMemAccess => continue,
         };
         let len = access_len(used, instruction);
-        let access = |gva: u64| Access { gva, len, touch };
+        let access = |gva: u64| GuestAccess { gva, len, touch };
         if used.vsib_size() != 0 {
             let xsave = (fault.xsave)();
             let elements = (0..MAX_ELEMENTS).map_while(|element| {
@@ -250,7 +255,7 @@ fn access_len(used: &UsedMemory, instruction: &Instruction) -> u64 {
 
 /// What is added to the address of `bts [memory], register` and its like: the register is a signed bit
 /// number, and may reach far beyond the operand.
-fn bit_offset(instruction: &Instruction, fault: &Fault<'_>) -> u64 {
+fn bit_offset(instruction: &Instruction, fault: &WriteFault<'_>) -> u64 {
     let bit_test = matches!(
         instruction.mnemonic(),
         Mnemonic::Bt | Mnemonic::Bts | Mnemonic::Btr | Mnemonic::Btc

@@ -24,7 +24,7 @@
 //! rung but the first does not pay for the others. Making a page writable that was not to be written costs a
 //! copy and nothing else.
 //!
-//! A fault that comes back after the last rung is an error of ours ([`FaultError::Stuck`]), not a loop.
+//! A fault that comes back after the last rung is an error of ours ([`WriteFaultError::Stuck`]), not a loop.
 //!
 //! Not covered: code outside of 64-bit mode with paging on is not decoded; its faults begin with the regions.
 
@@ -42,10 +42,11 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use kvm_bindings::{kvm_regs, kvm_sregs};
 
-use super::error::{FaultError, RunError};
-use super::memory::{GuestRam, MemoryError};
+use super::error::{VcpuRunError, WriteFaultError};
+use super::memory::GuestRam;
+use crate::causes::Cause;
 use crate::mm::{PAGE_SIZE, REGION_PAGES};
-pub(super) use cause::Fault;
+pub(super) use cause::WriteFault;
 use cause::frames;
 use decode::Decoded;
 pub(super) use decode::StoredBy;
@@ -135,7 +136,7 @@ pub(super) struct Ladder {
     /// The highest rung tried for it.
     height: Rung,
     /// What became of the look at it, if the vCPU came straight back from there.
-    last: Option<Looked>,
+    last: Option<Inspected>,
     /// Looks in a row, at the same registers, that found nothing to do.
     barren: u32,
     /// First page of the region that [`Rung::All`] looks at next.
@@ -144,7 +145,7 @@ pub(super) struct Ladder {
 
 /// What became of a look.
 #[derive(Clone, Copy, Debug)]
-enum Looked {
+enum Inspected {
     /// A page was made writable.
     Resolved,
     /// All it could be about was writable.
@@ -179,9 +180,9 @@ impl Ladder {
     /// was nothing: then another vCPU was first, or the fault will come back.
     pub(super) fn climb(
         &mut self,
-        fault: &Fault<'_>,
+        fault: &WriteFault<'_>,
         ram: &dyn GuestRam,
-    ) -> Result<Option<Rung>, RunError> {
+    ) -> Result<Option<Rung>, VcpuRunError> {
         if self.place.as_ref() != Some(fault.regs) {
             *self = Self::new();
             self.place = Some(*fault.regs);
@@ -189,19 +190,19 @@ impl Ladder {
         self.height = match self.last {
             None => self.height,
             // It was not what the instruction writes, or not all of it.
-            Some(Looked::Resolved) => self.height.max(Rung::Walk),
-            Some(Looked::InVain)
+            Some(Inspected::Resolved) => self.height.max(Rung::Walk),
+            Some(Inspected::InVain)
                 if self.height < Rung::Walk || self.barren.is_multiple_of(Self::TRIES) =>
             {
                 self.height.next()
             }
-            Some(Looked::InVain) => self.height,
+            Some(Inspected::InVain) => self.height,
         };
         let rip = fault.regs.rip;
-        let memory = |source| RunError::Fault {
-            source: FaultError::Memory { rip, source },
+        let memory = |source| VcpuRunError::Fault {
+            source: WriteFaultError::Memory { rip, source },
         };
-        let look = Look::new(fault, ram).map_err(memory)?;
+        let look = Inspection::new(fault, ram).map_err(memory)?;
         let mut tried = String::new();
         for rung in Rung::ALL {
             if rung > self.height {
@@ -215,19 +216,19 @@ impl Ladder {
                 resolve(&gfns, ram)?
             };
             if resolved {
-                self.last = Some(Looked::Resolved);
+                self.last = Some(Inspected::Resolved);
                 self.barren = 0;
                 return Ok(Some(rung));
             }
         }
-        self.last = Some(Looked::InVain);
+        self.last = Some(Inspected::InVain);
         self.barren += 1;
         let times = self.barren;
         if times > Self::LIMIT {
             let instruction = look.decoded.to_string();
             tried += &format!("{} ({} pages)", Rung::All, self.swept);
-            return Err(RunError::Fault {
-                source: FaultError::Stuck {
+            return Err(VcpuRunError::Fault {
+                source: WriteFaultError::Stuck {
                     rip,
                     instruction,
                     times,
@@ -243,7 +244,7 @@ impl Ladder {
     }
 
     /// Makes the next region writable that is not. `false` if all of memory is.
-    fn sweep(&mut self, ram: &dyn GuestRam) -> Result<bool, RunError> {
+    fn sweep(&mut self, ram: &dyn GuestRam) -> Result<bool, VcpuRunError> {
         let end = frames(ram);
         while self.swept < end {
             let first = self.swept;
@@ -258,24 +259,24 @@ impl Ladder {
 }
 
 /// Makes the pages `gfns` writable; whether one of them was not.
-pub(super) fn resolve(gfns: &[u64], ram: &dyn GuestRam) -> Result<bool, RunError> {
+pub(super) fn resolve(gfns: &[u64], ram: &dyn GuestRam) -> Result<bool, VcpuRunError> {
     let mut resolved = false;
     for &gfn in gfns {
         let first = ram.write_fault(gfn);
-        resolved |= first.map_err(|source| RunError::Memory { gfn, source })?;
+        resolved |= first.map_err(|source| VcpuRunError::Memory { gfn, source })?;
     }
     Ok(resolved)
 }
 
 /// What can be known of a fault.
-struct Look<'a> {
-    fault: &'a Fault<'a>,
+struct Inspection<'a> {
+    fault: &'a WriteFault<'a>,
     ram: &'a dyn GuestRam,
     decoded: Decoded,
 }
 
-impl<'a> Look<'a> {
-    fn new(fault: &'a Fault<'a>, ram: &'a dyn GuestRam) -> Result<Self, MemoryError> {
+impl<'a> Inspection<'a> {
+    fn new(fault: &'a WriteFault<'a>, ram: &'a dyn GuestRam) -> Result<Self, Cause> {
         let decoded = Decoded::at(fault, ram)?;
         Ok(Self {
             fault,
@@ -285,7 +286,7 @@ impl<'a> Look<'a> {
     }
 
     /// The pages that `rung` is about, without repeats.
-    fn pages(&self, rung: Rung) -> Result<Vec<u64>, MemoryError> {
+    fn pages(&self, rung: Rung) -> Result<Vec<u64>, Cause> {
         let mut pages = Pages::new(self.ram, self.fault.sregs);
         let accesses = || self.decoded.accesses.iter();
         match rung {
@@ -322,12 +323,12 @@ impl<'a> Look<'a> {
 /// KVM retries for ever inside `KVM_RUN` an instruction whose store it emulates to a page that it may not
 /// write (`sgdt` on PVM). Of such a store the whole region is named: the next of them would be stuck as well.
 pub(super) fn stalled_on(
-    fault: &Fault<'_>,
+    fault: &WriteFault<'_>,
     ram: &dyn GuestRam,
-) -> Result<(Vec<u64>, StoredBy), FaultError> {
+) -> Result<(Vec<u64>, StoredBy), WriteFaultError> {
     let rip = fault.regs.rip;
-    let memory = |source| FaultError::Memory { rip, source };
-    let look = Look::new(fault, ram).map_err(memory)?;
+    let memory = |source| WriteFaultError::Memory { rip, source };
+    let look = Inspection::new(fault, ram).map_err(memory)?;
     let written = look.pages(Rung::Operand).map_err(memory)?;
     let by = look.decoded.stored_by;
     let gfns = match by {
@@ -345,12 +346,12 @@ pub(super) fn stalled_on(
 
 /// The page tables in which the instruction at RIP sets accessed or dirty bits.
 pub(super) fn tables_to_update(
-    fault: &Fault<'_>,
+    fault: &WriteFault<'_>,
     ram: &dyn GuestRam,
-) -> Result<Vec<u64>, FaultError> {
+) -> Result<Vec<u64>, WriteFaultError> {
     let rip = fault.regs.rip;
-    let memory = |source| FaultError::Memory { rip, source };
-    let look = Look::new(fault, ram).map_err(memory)?;
+    let memory = |source| WriteFaultError::Memory { rip, source };
+    let look = Inspection::new(fault, ram).map_err(memory)?;
     let mut pages = Pages::new(ram, fault.sregs);
     for access in &look.decoded.accesses {
         pages.told(access).map_err(memory)?;
@@ -361,12 +362,12 @@ pub(super) fn tables_to_update(
 /// Whether the page fault at CR2 is one of the instruction at RIP that the page tables have no reason for:
 /// whatever was missing when it was raised is there now.
 pub(super) fn page_fault_is_over(
-    fault: &Fault<'_>,
+    fault: &WriteFault<'_>,
     ram: &dyn GuestRam,
-) -> Result<bool, FaultError> {
+) -> Result<bool, WriteFaultError> {
     let (rip, at) = (fault.regs.rip, fault.sregs.cr2);
-    let memory = |source| FaultError::Memory { rip, source };
-    let look = Look::new(fault, ram).map_err(memory)?;
+    let memory = |source| WriteFaultError::Memory { rip, source };
+    let look = Inspection::new(fault, ram).map_err(memory)?;
     let walker = super::paging::Walker::new(ram, fault.sregs);
     for access in &look.decoded.accesses {
         let touched = at.wrapping_sub(access.gva) < access.len;

@@ -8,6 +8,7 @@ use std::ops::Range;
 use kvm_bindings::{CpuId, kvm_cpuid_entry2, kvm_xsave};
 
 use super::*;
+use crate::causes::Cause;
 use crate::kvm::paging::tests::Bytes;
 use crate::kvm::paging::write_page_tables;
 use crate::kvm::registers::tests::entry;
@@ -36,14 +37,14 @@ fn sregs() -> kvm_sregs {
 
 /// What `rung` says of the instruction at RIP, by number.
 fn pages(rung: Rung, regs: &kvm_regs, sregs: &kvm_sregs, ram: &dyn GuestRam) -> Vec<u64> {
-    let fault = Fault {
+    let fault = WriteFault {
         regs,
         sregs,
         gpas: None,
         cpuid: &no_cpuid(),
         xsave: &|| None,
     };
-    let mut gfns = Look::new(&fault, ram).unwrap().pages(rung).unwrap();
+    let mut gfns = Inspection::new(&fault, ram).unwrap().pages(rung).unwrap();
     gfns.sort_unstable();
     gfns
 }
@@ -279,7 +280,7 @@ fn scatters_and_gathers_have_their_addresses_in_vectors() {
     regs.rdi = 0x30_0000;
     let look = |code: &[u8], rung, register, words: &[u32]| {
         let (cpuid, xsave) = vectors(register, words);
-        let fault = Fault {
+        let fault = WriteFault {
             regs: &regs,
             sregs: &sregs(),
             gpas: None,
@@ -298,7 +299,7 @@ fn scatters_and_gathers_have_their_addresses_in_vectors() {
         let mut word = [0; 8];
         ram.read(slot, &mut word).unwrap();
         ram.put(slot, u64::from_le_bytes(word) & !(1 << 5));
-        let mut gfns = Look::new(&fault, &ram).unwrap().pages(rung).unwrap();
+        let mut gfns = Inspection::new(&fault, &ram).unwrap().pages(rung).unwrap();
         gfns.sort_unstable();
         gfns
     };
@@ -457,7 +458,7 @@ impl GuestRam for Protected {
     fn len(&self) -> u64 {
         self.bytes.len()
     }
-    fn write_fault(&self, gfn: u64) -> Result<bool, MemoryError> {
+    fn write_fault(&self, gfn: u64) -> Result<bool, Cause> {
         let mut asked = self.asked.lock().unwrap();
         let first = !asked.contains(&gfn);
         if first {
@@ -465,10 +466,10 @@ impl GuestRam for Protected {
         }
         Ok(first)
     }
-    fn read(&self, gpa: u64, buf: &mut [u8]) -> Result<(), MemoryError> {
+    fn read(&self, gpa: u64, buf: &mut [u8]) -> Result<(), Cause> {
         self.bytes.read(gpa, buf)
     }
-    fn write(&self, gpa: u64, buf: &[u8]) -> Result<(), MemoryError> {
+    fn write(&self, gpa: u64, buf: &[u8]) -> Result<(), Cause> {
         self.bytes.write(gpa, buf)
     }
 }
@@ -499,8 +500,8 @@ impl Climber {
         }
     }
 
-    fn climb(&mut self) -> Result<Option<Rung>, RunError> {
-        let fault = Fault {
+    fn climb(&mut self) -> Result<Option<Rung>, VcpuRunError> {
+        let fault = WriteFault {
             regs: &self.regs,
             sregs: &self.sregs,
             gpas: self.gpas.clone(),
@@ -546,7 +547,7 @@ fn a_fault_that_comes_back_climbs_to_all_of_memory_and_ends() {
         assert_eq!(vcpu.step(), (None, vec![]));
     }
     let error = vcpu.climb().unwrap_err();
-    let RunError::Fault { source } = error else {
+    let VcpuRunError::Fault { source } = error else {
         panic!("{error:?}");
     };
     assert_eq!(
@@ -620,7 +621,7 @@ fn a_stalled_vcpu_is_given_what_it_writes() {
             rdi: 0x30_0000,
             ..entry_regs(&entry(CODE, 0))
         };
-        let fault = Fault {
+        let fault = WriteFault {
             regs: &regs,
             sregs: &sregs(),
             gpas: None,
@@ -652,7 +653,7 @@ fn a_page_fault_without_a_reason_is_over() {
     };
     let is_over = |code: &[u8], cr2| {
         let sregs = kvm_sregs { cr2, ..sregs() };
-        let fault = Fault {
+        let fault = WriteFault {
             regs: &regs,
             sregs: &sregs,
             gpas: None,
