@@ -11,17 +11,18 @@
 //!   by [`GuestRam::write`], and pages that it writes behind everybody's back are pinned (`paravirt`).
 //! - Nothing a guest does panics the VMM: what a guest must not do ends its vCPU with an [`Outcome`].
 //!
-//! How: [`platform`] opens KVM, [`boot`] (with `paging`) fills guest memory, [`registers`] holds the entry
-//! state, [`machine`] and `control` drive the vCPU threads of `vcpu`, `kick` gets them out of the guest,
-//! [`fault`] finds the pages of a write fault, `watch` kicks vCPUs that do not come out by themselves,
-//! [`state`] and `msr` capture and restore registers. Memory is reached only through [`GuestRam`], ports only
-//! through [`PortHandler`].
+//! How: [`platform`] says which KVM this host has, `open` and `create` make the file descriptors, [`boot`]
+//! (with `paging`) fills guest memory, [`registers`] holds the entry state, [`machine`] and `control` drive
+//! the vCPU threads of `vcpu`, `kick` gets them out of the guest, [`fault`] finds the pages of a write fault,
+//! `watch` kicks vCPUs that do not come out by themselves, [`state`] and `msr` capture and restore registers.
+//! Memory is reached only through [`GuestRam`], ports only through [`PortHandler`].
 //!
 //! Not covered: interrupts (there is no interrupt controller), guests that leave 64-bit mode, `in` and MMIO
 //! (both end the vCPU as a crash), nested virtualisation.
 
 pub mod boot;
 mod control;
+mod create;
 mod error;
 mod extended;
 pub mod fault;
@@ -29,6 +30,7 @@ mod kick;
 pub mod machine;
 pub mod memory;
 mod msr;
+mod open;
 pub mod outcome;
 mod paging;
 mod paravirt;
@@ -50,8 +52,9 @@ pub use extended::Extended;
 pub use fault::{Rung, RungCounts};
 pub use machine::{Machine, MachineStats, OnStop, PausedMachine};
 pub use memory::{GuestRam, Memslot};
+pub use open::{Kvm, PlatformError};
 pub use outcome::{CrashReason, CrashReport, Outcome};
-pub use platform::{Kvm, Paging, Platform, PlatformError};
+pub use platform::{Paging, Platform};
 pub use port::{PortAction, PortHandler, StopReason};
 pub use registers::EntryState;
 pub use state::{Clock, VcpuState};

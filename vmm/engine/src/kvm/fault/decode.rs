@@ -15,7 +15,7 @@ use kvm_bindings::{kvm_regs, kvm_sregs};
 use super::cause::WriteFault;
 use super::vector;
 use crate::causes::Cause;
-use crate::kvm::error::XSAVE_BYTES;
+use crate::kvm::extended::XSAVE_BYTES;
 use crate::kvm::memory::GuestRam;
 use crate::kvm::paging::{Touch, Walker};
 

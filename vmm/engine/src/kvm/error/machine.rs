@@ -1,22 +1,20 @@
-//! Why a machine could not be made or driven, its registers not be captured or set, or a vCPU not go on.
+//! Why a machine could not be made or driven.
 
-use crate::causes::Cause;
 use std::io;
 use std::time::Duration;
 
 use vmm_sys_util::errno;
 
+use super::StateError;
+use crate::causes::Cause;
+use crate::kvm::extended::XSAVE_BYTES;
+
 /// How long a vCPU may take to do what it is told. It is in the guest, where a kick reaches it in
 /// microseconds, or in a handler that should not block; the rest is the host being busy.
-pub(super) const PATIENCE: Duration = Duration::from_secs(5);
+pub(in crate::kvm) const PATIENCE: Duration = Duration::from_secs(5);
 
 /// The most vCPUs of a machine: their numbers are APIC ids of 8 bits.
 pub const MAX_VCPUS: usize = 255;
-
-/// 32-bit words of the area that `KVM_GET_XSAVE` transfers.
-pub(super) const XSAVE_WORDS: usize = 1024;
-/// Bytes of that area.
-pub(super) const XSAVE_BYTES: usize = XSAVE_WORDS * 4;
 
 /// Why a machine could not be made or driven.
 #[derive(Debug, thiserror::Error)]
@@ -147,129 +145,5 @@ pub enum KvmError {
         /// What the kernel said.
         #[source]
         source: errno::Error,
-    },
-}
-
-/// Why registers could not be captured or restored.
-#[derive(Debug, thiserror::Error)]
-pub enum StateError {
-    /// A KVM call failed.
-    #[error("kvm refused the vcpu's {what}")]
-    Kvm {
-        /// Which registers.
-        what: &'static str,
-        /// What the kernel said.
-        #[source]
-        source: errno::Error,
-    },
-    /// One MSR failed.
-    #[error("kvm refused msr {index:#x}")]
-    Msr {
-        /// Which.
-        index: u32,
-    },
-    /// More MSRs than KVM takes in one call.
-    #[error("{count} msrs are more than kvm takes at a time")]
-    TooManyMsrs {
-        /// How many.
-        count: usize,
-    },
-    /// A page that KVM writes for the guest could not be pinned.
-    #[error("cannot pin what kvm writes for the guest")]
-    Paravirt {
-        /// Why.
-        #[source]
-        source: Cause,
-    },
-    /// A stored state that is none of ours, or of a later version.
-    #[error("a stored vcpu of version {version} makes no sense here")]
-    Stored {
-        /// The version it has.
-        version: u32,
-        /// What is wrong with its bytes, if the version is known.
-        #[source]
-        source: Option<postcard::Error>,
-    },
-    /// A state that was not captured: its XSAVE area has the wrong size.
-    #[error("the xsave area has {words} words, not {XSAVE_WORDS}")]
-    XsaveSize {
-        /// 32-bit words found.
-        words: usize,
-    },
-}
-
-impl StateError {
-    /// Wraps an error number of the call about `what`.
-    pub(super) fn of(what: &'static str) -> impl FnOnce(errno::Error) -> Self {
-        move |source| Self::Kvm { what, source }
-    }
-}
-
-/// Why the VMM could not go on with a vCPU.
-#[derive(Debug, thiserror::Error)]
-pub enum VcpuRunError {
-    /// `KVM_RUN` failed.
-    #[error("cannot run the vcpu")]
-    Run {
-        /// What the kernel said.
-        #[source]
-        source: errno::Error,
-    },
-    /// The pages of a write fault are unknown.
-    #[error("cannot resolve a write fault")]
-    Fault {
-        /// Why.
-        #[source]
-        source: WriteFaultError,
-    },
-    /// A page could not be made writable.
-    #[error("cannot make frame {gfn:#x} writable for the guest")]
-    Memory {
-        /// The guest frame.
-        gfn: u64,
-        /// Why.
-        #[source]
-        source: Cause,
-    },
-    /// Registers were out of reach.
-    #[error("cannot read the vcpu's {what}")]
-    Registers {
-        /// Which.
-        what: &'static str,
-        /// What the kernel said.
-        #[source]
-        source: errno::Error,
-    },
-    /// A thread of the VMM panicked. The panic itself has been printed.
-    #[error("the vcpu's thread panicked")]
-    Panicked,
-}
-
-/// Why the pages of a write fault could not be found.
-#[derive(Debug, thiserror::Error)]
-pub enum WriteFaultError {
-    /// The fault comes back although everything it could be about is writable.
-    #[error(
-        "write fault at rip {rip:#x} ({instruction}) came back {times} times although all it could be \
-         about is writable; tried: {tried}"
-    )]
-    Stuck {
-        /// Where.
-        rip: u64,
-        /// The instruction, or why there is none.
-        instruction: String,
-        /// How many times in a row nothing was found to do.
-        times: u32,
-        /// Rungs, and how many pages each was about.
-        tried: String,
-    },
-    /// Guest memory could not be read.
-    #[error("cannot read guest memory for the write fault at rip {rip:#x}")]
-    Memory {
-        /// Where the instruction is.
-        rip: u64,
-        /// What went wrong.
-        #[source]
-        source: Cause,
     },
 }
