@@ -41,7 +41,7 @@ pub mod state;
 mod table_bits;
 mod tables;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 mod vcpu;
 mod vcpus;
 mod watch;
