@@ -7,10 +7,11 @@ use std::sync::Arc;
 
 /// The state of a part of a VM, as only that part understands it.
 pub trait State: Any + Debug + Send + Sync {
-    /// Which form [`State::to_bytes`] has. A part reads the forms of its earlier versions too.
+    /// Which form [`State::to_bytes`] has. A part reads the forms of its earlier versions too, and refuses
+    /// others.
     fn version(&self) -> u32;
 
-    /// The state as bytes, from which the part can make it again.
+    /// The state as bytes, from which the part can make it again. What comes back is not trusted.
     fn to_bytes(&self) -> Vec<u8>;
 }
 

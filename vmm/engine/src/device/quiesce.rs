@@ -26,11 +26,12 @@ pub trait Quiesce: Send + Sync {
     /// Begins nothing more from now on. Does not wait.
     fn begin_stop(&self);
 
-    /// Waits for the end of what was begun, until `deadline`. Nothing that comes later is completed. Says
-    /// whether the device has reached a boundary. Follows [`Quiesce::begin_stop`].
+    /// Waits for the end of what was begun, until `deadline` at most. Returns whether the device has reached
+    /// a boundary. If not, it still completes nothing before it is resumed. Follows [`Quiesce::begin_stop`].
     fn finish_stop(&self, deadline: Instant) -> bool;
 
-    /// Undoes one [`Quiesce::begin_stop`]. The device goes on when it was the last.
+    /// Undoes one [`Quiesce::begin_stop`]. The device goes on when all of them are undone; but not after a
+    /// [`Quiesce::restore`] that has failed.
     fn resume(&self);
 
     /// What a snapshot keeps of it. It belongs to memory as it is only while the device is stopped.
@@ -39,13 +40,15 @@ pub trait Quiesce: Send + Sync {
     /// Gives up every request that is on its way, with its pins: the first half of a restore.
     ///
     /// # Errors
-    /// If the device has not reached a boundary. Nothing has changed then.
+    /// If the device has not reached a boundary. It has changed nothing then. The VM is stopped for good,
+    /// since devices before this one may have given up theirs.
     fn release(&self) -> Result<(), Cause>;
 
     /// Becomes what was saved, in memory as it is now: the second half of a restore.
     ///
     /// # Errors
-    /// If the state makes no sense, or memory cannot be pinned. The device must not go on then.
+    /// If the state makes no sense, or memory cannot be pinned. The VM is stopped for good, and the device
+    /// must not go on when it is resumed.
     fn restore(&self, state: &Saved) -> Result<(), Cause>;
 }
 
@@ -57,7 +60,7 @@ pub struct Stopped<'a> {
 }
 
 impl<'a> Stopped<'a> {
-    /// Stops `devices`, all at once, and waits for them until `deadline`.
+    /// Stops `devices`, all at once, and waits for them until `deadline` at most.
     pub fn stop(devices: Vec<&'a dyn Quiesce>, deadline: Instant) -> Self {
         devices.iter().for_each(|device| device.begin_stop());
         let reached = devices.iter().map(|device| device.finish_stop(deadline));

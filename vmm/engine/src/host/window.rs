@@ -157,7 +157,7 @@ impl Window {
         budget
             .change(0, 1)
             .map_err(|limit| io::Error::other(MmuError::MappingLimit { limit }))?;
-        let base = reserve(pages * PAGE_SIZE).inspect_err(|_| {
+        let base = reserve(pages.saturating_mul(PAGE_SIZE)).inspect_err(|_| {
             let _ = budget.change(1, 0);
         })?;
         let window = Self {

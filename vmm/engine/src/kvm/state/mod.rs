@@ -59,7 +59,8 @@ impl VcpuState {
     /// The state that was saved.
     ///
     /// # Errors
-    /// If it was stored, and its bytes make no sense.
+    /// If it was stored, and its version is not known here, or its bytes are cut, too many or no state. What
+    /// the registers are is not looked at: KVM checks them when they are set.
     pub fn of_saved(saved: &Saved) -> Result<Self, StateError> {
         if let Some(state) = saved.get::<Self>() {
             return Ok(state.clone());
@@ -69,7 +70,11 @@ impl VcpuState {
         if version != VERSION {
             return Err(stored(None));
         }
-        postcard::from_bytes(&saved.to_bytes()).map_err(|error| stored(Some(error)))
+        match postcard::take_from_bytes(&saved.to_bytes()) {
+            Ok((state, [])) => Ok(state),
+            Ok(_) => Err(stored(Some(postcard::Error::DeserializeBadEncoding))),
+            Err(error) => Err(stored(Some(error))),
+        }
     }
 
     /// One with these registers, and all others zero. `xsave` is cut, or filled with zeros.
