@@ -186,7 +186,7 @@ pub fn vcpu_cpuid(supported: &CpuId, vcpu: u8) -> CpuId {
 }
 
 #[cfg(test)]
-pub(super) mod tests {
+pub(crate) mod tests {
     use guest::abi::{BOOT_INFO_GPA, PAGE_TABLES_GPA, stack_top};
 
     use super::*;

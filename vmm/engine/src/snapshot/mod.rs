@@ -49,7 +49,8 @@ pub struct Snapshot {
 }
 
 impl Snapshot {
-    /// A snapshot of parts that belong together.
+    /// A snapshot of parts that were captured at the same instant, or read from where they were stored.
+    /// `devices` are in the order in which the VM has them.
     pub fn new(memory: Arc<Frozen>, vcpus: Vec<Saved>, devices: Vec<Saved>) -> Self {
         Self {
             memory,
@@ -58,14 +59,16 @@ impl Snapshot {
         }
     }
 
-    /// Memory.
-    pub fn memory(&self) -> &Frozen {
+    /// Memory. Whoever keeps a share of it keeps its frames.
+    pub fn memory(&self) -> &Arc<Frozen> {
         &self.memory
     }
+
     /// Registers, by vCPU.
     pub fn vcpus(&self) -> &[Saved] {
         &self.vcpus
     }
+
     /// Devices, in the order of the VM's.
     pub fn devices(&self) -> &[Saved] {
         &self.devices
@@ -114,7 +117,7 @@ pub struct Timing {
 }
 
 impl Timing {
-    /// From the kick to the last vCPU running again.
+    /// From the kick until the last vCPU was about to run again.
     pub fn pause(&self) -> Duration {
         self.running - self.kicked
     }
@@ -175,14 +178,17 @@ impl Drop for Resting<'_> {
 impl<P: CowPolicy> Parts<'_, P> {
     /// Takes a snapshot of the running VM.
     ///
+    /// A device that does not reach a boundary within 2 ms is captured as it is, with a request in flight.
+    ///
     /// # Errors
-    /// If a vCPU has ended, or there is no memory for the copy of a pinned page. The VM is as it was, and
-    /// runs on; but if its memory is broken ([`AddressSpace::check`]) it is stopped for good.
+    /// If the VM was not started, a vCPU has ended, or there is no memory for the copy of a pinned page. The
+    /// VM is as it was, and runs on; but if its memory is broken ([`AddressSpace::check`]) it is stopped for
+    /// good.
     pub fn take(&self) -> Result<(Snapshot, Timing), TakeError> {
         self.take_with(Preparation::Early, &|| true, || ())
     }
 
-    /// [`Parts::take`], with two things to be done at the same instant: `may_fork` is asked when nothing runs
+    /// [`Parts::take`], with two things to be done at the same instant: `may_fork` is asked when no vCPU runs
     /// any more, and can call it off; `after_memory` is called when memory was forked and nothing runs yet.
     ///
     /// # Errors
@@ -231,8 +237,10 @@ impl<P: CowPolicy> Parts<'_, P> {
     /// `after_memory` is called when memory is back and nothing runs yet.
     ///
     /// # Errors
-    /// If the vCPUs cannot be stopped: the VM is as it was. If any part of it cannot be rewound: it is part
-    /// old, part new then, and its vCPUs are stopped for good.
+    /// If the snapshot has another number of devices, or the vCPUs cannot be stopped: the VM is as it was,
+    /// and runs on. If anything fails later it is part old, part new, and its vCPUs are stopped for good: a
+    /// device that does not reach a boundary within 5 s, memory of another size or pool, a state that is
+    /// refused.
     pub fn restore(
         &self,
         snapshot: &Snapshot,
@@ -260,7 +268,7 @@ impl<P: CowPolicy> Parts<'_, P> {
         Ok(Timing { kicked, running })
     }
 
-    /// Makes everything that stands still what it was.
+    /// Sets devices, memory and registers back, while nothing runs.
     fn rewind(
         &self,
         paused: &mut dyn Paused,
@@ -317,3 +325,6 @@ impl<P: CowPolicy> Parts<'_, P> {
         paused.has_protected(&mut gfns.map(|gfn| gfn.0))
     }
 }
+
+#[cfg(test)]
+pub(crate) mod tests;

@@ -123,7 +123,7 @@ pub(super) fn machine(
     (machine, outcomes)
 }
 
-pub(super) fn wait_until(what: &str, ready: impl Fn() -> bool) {
+pub(crate) fn wait_until(what: &str, ready: impl Fn() -> bool) {
     let start = Instant::now();
     while !ready() {
         assert!(start.elapsed() < SOON, "no {what}");

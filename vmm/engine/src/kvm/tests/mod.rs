@@ -14,10 +14,10 @@
 //! | `handlers` | port handlers that are stuck or panic |
 //! | `ends` | how vCPUs end |
 
-mod code;
+pub(crate) mod code;
 mod ends;
 mod entry;
-mod guest;
+pub(crate) mod guest;
 mod handlers;
 mod memory;
 mod page_tables;
@@ -34,14 +34,14 @@ use super::*;
 const MEMORY: u64 = 9 << 20;
 
 /// Where guests here have their data.
-const DATA: u64 = 0x40_0000;
+pub(crate) const DATA: u64 = 0x40_0000;
 
-const PORT_EXIT: u16 = 0x501;
+pub(crate) const PORT_EXIT: u16 = 0x501;
 const PORT_DATA: u16 = 0x500;
-const PORT_EVENT: u16 = 0x520;
+pub(crate) const PORT_EVENT: u16 = 0x520;
 
 /// Longer than anything here takes.
-const SOON: Duration = Duration::from_secs(60);
+pub(crate) const SOON: Duration = Duration::from_secs(60);
 
 /// KVM, or `None` if the test is to be skipped.
 pub(crate) fn kvm() -> Option<&'static Kvm> {
