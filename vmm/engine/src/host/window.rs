@@ -13,7 +13,6 @@
 
 use std::ffi::c_void;
 use std::io;
-use std::iter;
 use std::ops::Range;
 use std::ptr;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -26,6 +25,7 @@ use super::budget::MappingBudget;
 use super::maps;
 use super::physmap::PhysMap;
 use super::private::keep_private;
+use super::shown::{Shown, ShownRegion, by_region, mappings};
 use super::syscalls::{mmap_anonymous, mprotect};
 use crate::mm::{Gfn, Mmu, MmuError, PAGE_SIZE, Pfn, Protection, REGION_PAGES};
 
@@ -39,113 +39,6 @@ pub struct Window {
     budget: Arc<MappingBudget>,
     /// What each page shows, so that mappings can be counted before they are made.
     shown: Mutex<Vec<ShownRegion>>,
-}
-
-/// What the pages of a region show: runs of pages that are alike. A fork of a large guest has to look at many
-/// regions, nearly all of which have one or three.
-#[derive(Clone, Debug)]
-enum ShownRegion {
-    /// All of it one run.
-    Alike(Shown),
-    /// By the first page of each run, the first of which is page 0. Neighbours differ.
-    Mixed(Box<[(u16, Shown)]>),
-}
-
-impl ShownRegion {
-    /// The runs, with the pages they have.
-    fn runs(&self) -> impl Iterator<Item = (Range<u64>, Shown)> {
-        let (alike, mixed) = match self {
-            Self::Alike(shown) => (Some((0..REGION_PAGES, *shown)), &[][..]),
-            Self::Mixed(runs) => (None, &runs[..]),
-        };
-        let ends = mixed.iter().skip(1).map(|&(first, _)| u64::from(first));
-        let mixed = mixed.iter().zip(ends.chain([REGION_PAGES]));
-        let mixed = mixed.map(|(&(first, shown), end)| (u64::from(first)..end, shown));
-        alike.into_iter().chain(mixed)
-    }
-
-    fn get(&self, index: u64) -> Shown {
-        match self {
-            Self::Alike(shown) => *shown,
-            Self::Mixed(runs) => {
-                let after = runs.partition_point(|&(first, _)| u64::from(first) <= index);
-                runs[after - 1].1
-            }
-        }
-    }
-
-    /// What the runs show that pages `range` are in.
-    fn within(&self, range: Range<u64>) -> impl Iterator<Item = Shown> {
-        self.runs_within(range).map(|(_, shown)| shown)
-    }
-
-    /// The same, with the pages of `range` that show it.
-    fn runs_within(&self, range: Range<u64>) -> impl Iterator<Item = (Range<u64>, Shown)> {
-        self.runs()
-            .map(move |(run, shown)| (run.start.max(range.start)..run.end.min(range.end), shown))
-            .skip_while(|(run, _)| run.is_empty())
-            .take_while(|(run, _)| !run.is_empty())
-    }
-
-    /// Has the pages `range` show something else.
-    fn change(&mut self, range: Range<u64>, shows: impl Fn(Shown) -> Shown) {
-        let mut runs: Vec<(u16, Shown)> = Vec::new();
-        let mut add = |pages: Range<u64>, shown| {
-            if !pages.is_empty() && runs.last().is_none_or(|&(_, last)| last != shown) {
-                runs.push((pages.start as u16, shown));
-            }
-        };
-        for (run, shown) in self.runs() {
-            let clip = |at: u64| at.clamp(run.start, run.end);
-            let (start, end) = (clip(range.start), clip(range.end));
-            add(run.start..start, shown);
-            add(start..end, shows(shown));
-            add(end..run.end, shown);
-        }
-        *self = match runs[..] {
-            [(_, shown)] => Self::Alike(shown),
-            _ => Self::Mixed(runs.into()),
-        };
-    }
-}
-
-/// The parts of a range of pages by region: the region, and which of its pages.
-fn by_region(pages: Range<u64>) -> impl Iterator<Item = (usize, Range<u64>)> {
-    let mut at = pages.start;
-    iter::from_fn(move || {
-        (at < pages.end).then(|| {
-            let (region, first) = (at / REGION_PAGES, at % REGION_PAGES);
-            let last = REGION_PAGES.min(first + pages.end - at);
-            at += last - first;
-            (region as usize, first..last)
-        })
-    })
-}
-
-/// What a page shows. Neighbours share a mapping if they show the same thing: frames that follow each other,
-/// or zeros.
-///
-/// Packed, since a fork looks at that of every page: bit 0 says that there is a frame, bit 1 that it is
-/// writable, the bits from 2 on are `pfn - gfn`.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-struct Shown(i64);
-
-impl Shown {
-    const ZEROS: Self = Self(0);
-    const FRAME: i64 = 1;
-    const WRITABLE: i64 = 2;
-
-    fn frames(distance: i64, protection: Protection) -> Self {
-        Self(distance << 2 | Self::FRAME).protected(protection)
-    }
-
-    fn protected(self, protection: Protection) -> Self {
-        match protection {
-            _ if self == Self::ZEROS => self,
-            Protection::ReadOnly => Self(self.0 & !Self::WRITABLE),
-            Protection::ReadWrite => Self(self.0 | Self::WRITABLE),
-        }
-    }
 }
 
 impl Window {
@@ -436,13 +329,4 @@ impl Drop for Window {
             tracing::warn!(%error, "cannot unmap a window");
         }
     }
-}
-
-/// Mappings that a run of pages takes.
-fn mappings(pages: impl Iterator<Item = Shown>) -> u64 {
-    let mut last = None;
-    pages.fold(0, |count, page| {
-        let begins = last.replace(page) != Some(page);
-        count + u64::from(begins)
-    })
 }

@@ -22,6 +22,7 @@
 
 pub mod boot;
 mod control;
+mod counters;
 mod create;
 mod error;
 mod extended;

@@ -10,8 +10,8 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use super::control::{Control, Phase};
+use super::counters::Counters;
 use super::kick;
-use super::vcpu::Counters;
 
 /// How long a vCPU may stay in the guest.
 const EVERY: Duration = Duration::from_millis(200);

@@ -87,11 +87,12 @@ impl Ram {
         &self.prices
     }
 
-    /// Resolves a write of a vCPU to page `gfn`, as [`AddressSpace::write_fault`], and learns what that
-    /// costs: how much of a region a break copies goes by it.
+    /// Resolves a write of a vCPU to page `gfn`, as
+    /// [`AddressSpace::write_fault`](crate::mm::AddressSpace::write_fault), and learns what that costs: how
+    /// much of a region a break copies goes by it.
     ///
     /// # Errors
-    /// As [`AddressSpace::write_fault`].
+    /// As [`AddressSpace::write_fault`](crate::mm::AddressSpace::write_fault).
     pub fn write_fault(&self, gfn: Gfn) -> Result<Resolution, FaultError> {
         let start = Instant::now();
         let fault = self.space.resolve_write(gfn)?;

@@ -318,3 +318,18 @@ fn register_value(register: Register, regs: &kvm_regs, sregs: &kvm_sregs) -> Opt
 fn mnemonic(instruction: &Instruction) -> String {
     format!("{:?}", instruction.mnemonic()).to_lowercase()
 }
+
+/// Up to `len` bytes of code at RIP, for crash reports. Empty if there are none.
+pub(in crate::kvm) fn code_at(
+    regs: &kvm_regs,
+    sregs: &kvm_sregs,
+    ram: &dyn GuestRam,
+    len: usize,
+) -> Vec<u8> {
+    let mut code = vec![0; len];
+    let at = linear_rip(regs, sregs);
+    let walker = Walker::new(ram, sregs);
+    let count = walker.read(at, &mut code).unwrap_or(0);
+    code.truncate(count);
+    code
+}

@@ -18,6 +18,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::{Machine, OnStop};
 use crate::kvm::control::Control;
+use crate::kvm::counters::Counters;
 use crate::kvm::create::{create_vcpu, create_vm, msr_set};
 use crate::kvm::error::{KvmError, MAX_VCPUS};
 use crate::kvm::fault::Ladder;
@@ -29,7 +30,7 @@ use crate::kvm::port::PortHandler;
 use crate::kvm::registers;
 use crate::kvm::state::{Capturer, XsaveFits};
 use crate::kvm::tables::Translation;
-use crate::kvm::vcpu::{Counters, SyncRegs, Vcpu};
+use crate::kvm::vcpu::{SyncRegs, Vcpu};
 use crate::kvm::watch::Watch;
 
 impl Machine {

@@ -40,11 +40,11 @@ use kvm_ioctls::VmFd;
 
 pub use self::paused::PausedMachine;
 use super::control::Control;
+use super::counters::Counters;
 use super::fault::RungCounts;
 use super::memory::{GuestRam, Memslot};
 use super::outcome::Outcome;
 use super::tables::Translation;
-use super::vcpu::Counters;
 use super::watch::Watch;
 
 /// Is told on a vCPU's thread that the vCPU has ended by itself, and why. Not called for vCPUs that the
