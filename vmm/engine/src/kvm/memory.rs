@@ -28,6 +28,9 @@ pub trait GuestRam: Send + Sync {
 
     /// Makes the page at guest frame `gfn` writable for the guest: a vCPU faulted writing it. `false` if it
     /// was writable already, because somebody else was first.
+    ///
+    /// # Errors
+    /// If there is no such page, or no memory for its copy. The vCPU ends.
     fn write_fault(&self, gfn: u64) -> Result<bool, Cause>;
 
     /// Notes that a vCPU was in the guest for so long, from entry to exit: the shortest time is what entry
@@ -41,14 +44,23 @@ pub trait GuestRam: Send + Sync {
     /// Pins the `len` bytes at `gpa` for writing, until what is returned is dropped: the hypervisor writes
     /// there behind everybody's back. Memory that has no pins says so; then the guest cannot have the
     /// hypervisor write.
+    ///
+    /// # Errors
+    /// If the bytes are not all guest memory, or cannot be pinned.
     fn pin(&self, _gpa: u64, _len: u64) -> Result<Box<dyn Any + Send>, Cause> {
         Err("this memory cannot be pinned".into())
     }
 
     /// Copies guest memory at `gpa` out, as a transient reader.
+    ///
+    /// # Errors
+    /// If the bytes are not all guest memory.
     fn read(&self, gpa: u64, buf: &mut [u8]) -> Result<(), Cause>;
 
     /// Copies `buf` into guest memory at `gpa`.
+    ///
+    /// # Errors
+    /// If the bytes are not all guest memory, or there is no memory for a copy.
     fn write(&self, gpa: u64, buf: &[u8]) -> Result<(), Cause>;
 }
 

@@ -99,6 +99,9 @@ pub struct Kvm {
 
 impl Kvm {
     /// Opens `/dev/kvm` and checks that it can do what is needed.
+    ///
+    /// # Errors
+    /// If there is none, or not for this user, or it lacks something: see [`PlatformError`].
     pub fn open() -> Result<Self, PlatformError> {
         let device = Path::new("/dev/kvm");
         let fd = kvm_ioctls::Kvm::new().map_err(|source| match something_else(device) {

@@ -36,6 +36,9 @@ struct Loaded {
 
 impl Image {
     /// Checks that `file` is a program a guest can run, all of it at addresses in `place`.
+    ///
+    /// # Errors
+    /// If it is none, or has no place: see [`BootError`].
     pub fn parse(file: impl Into<Vec<u8>>, place: Range<u64>) -> Result<Self, BootError> {
         let file = file.into();
         let header: elf::Elf64_Ehdr = check_header(&file)?;
@@ -132,6 +135,9 @@ impl Image {
     }
 
     /// Copies the program into guest memory, which must be zero where the program lies.
+    ///
+    /// # Errors
+    /// If it does not fit into memory, or memory cannot be written. Part of it may have been.
     pub fn load(&self, ram: &dyn GuestRam) -> Result<(), BootError> {
         if self.end > ram.len() {
             return Err(BootError::TooLarge {

@@ -35,6 +35,9 @@ use crate::kvm::watch::Watch;
 
 impl Machine {
     /// A machine with `vcpus` vCPUs and all of `slot` as its memory. It does not run before it is started.
+    ///
+    /// # Errors
+    /// If there are no vCPUs or more than [`MAX_VCPUS`], KVM refuses, or the host has no more threads.
     pub fn new(
         kvm: &Kvm,
         slot: Arc<dyn Memslot>,
@@ -147,6 +150,9 @@ impl Machine {
     }
 
     /// Makes a 1-, 2- or 4-byte `out` to `port` signal `event` instead of exiting to the VMM.
+    ///
+    /// # Errors
+    /// If the port has a doorbell already, or KVM refuses.
     pub fn register_doorbell(&self, port: u16, event: &EventFd) -> Result<(), KvmError> {
         let address = IoEventAddress::Pio(port.into());
         self.vm

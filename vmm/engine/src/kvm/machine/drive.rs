@@ -11,11 +11,17 @@ use crate::kvm::state::{Clock, VcpuState};
 
 impl Machine {
     /// Starts all vCPUs, each where `entry` of its number says.
+    ///
+    /// # Errors
+    /// If the machine was started before. If KVM refuses the registers, the machine is stopped for good.
     pub fn start(&self, entry: impl Fn(usize) -> EntryState) -> Result<(), KvmError> {
         self.start_with(|vcpu| RegisterTask::Enter(entry(vcpu)))
     }
 
     /// Starts the vCPUs where they were captured.
+    ///
+    /// # Errors
+    /// As [`Machine::start`]; or if there are not as many states as vCPUs.
     pub fn start_from(&self, states: &[VcpuState], clock: Clock) -> Result<(), KvmError> {
         self.check_count(states)?;
         self.start_with(|vcpu| RegisterTask::Restore(Box::new(states[vcpu].clone()), clock))

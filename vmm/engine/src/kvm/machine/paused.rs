@@ -20,6 +20,10 @@ impl Machine {
     ///
     /// Returns when none of them is in the guest or in a handler. If one has ended already, or is stuck in a
     /// handler, the others run on and the error names it. Must not be called on a vCPU's thread.
+    ///
+    /// # Errors
+    /// If the machine was not started, or a vCPU has ended, does not come out within 5 s, or cannot be
+    /// kicked. The others run on.
     pub fn pause(&self, capture: Capture) -> Result<PausedMachine<'_>, KvmError> {
         let started = self.started.lock().unwrap_or_else(|e| e.into_inner());
         if !*started {
@@ -110,6 +114,9 @@ impl PausedMachine<'_> {
     }
 
     /// The registers of all vCPUs; waits until they are captured.
+    ///
+    /// # Errors
+    /// If those of one cannot be captured.
     pub fn states(&self) -> Result<Vec<VcpuState>, KvmError> {
         let mut slots = self.machine.finish_pending()?;
         let mut asked = false;
@@ -146,6 +153,9 @@ impl PausedMachine<'_> {
 
     /// The guest's page tables as they are: to be asked for before memory is restored, and handed to
     /// [`PausedMachine::restore`] after.
+    ///
+    /// # Errors
+    /// If registers cannot be captured, or the tables not be read.
     pub fn page_tables(&self) -> Result<PageTables, KvmError> {
         match self.machine.translation {
             Translation::Nested => Ok(PageTables::default()),
@@ -161,6 +171,10 @@ impl PausedMachine<'_> {
     /// What the vCPUs and KVM keep of the guest's page tables is forgotten, where these are others now.
     ///
     /// If a vCPU refuses, the machine is stopped for good: part of it would be of another time.
+    ///
+    /// # Errors
+    /// If there are not as many states as vCPUs, or the tables cannot be read: no register has changed then.
+    /// If a vCPU refuses.
     pub fn restore(
         &self,
         states: &[VcpuState],
