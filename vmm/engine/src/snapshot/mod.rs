@@ -22,23 +22,32 @@
 //! throughout: memory goes back *into* its frames, so the device and the guest see the same before and after.
 //!
 //! Snapshots live in memory only: there is no file format yet.
+//!
+//! | file | concept |
+//! |---|---|
+//! | `take` | taking a snapshot |
+//! | `restore` | rewinding a VM to one |
+//! | `protect` | taking write access from pages of a VM that runs |
+//! | `resting` | whoever copies ahead rests meanwhile |
+
+mod protect;
+mod resting;
+mod restore;
+mod take;
+#[cfg(test)]
+pub(crate) mod tests;
 
 use std::fmt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::causes::Cause;
-use crate::device::{Quiesce, Stopped};
+pub use self::restore::RewindError;
+pub use self::take::{Preparation, TakeError};
+use crate::device::Quiesce;
 use crate::host::Ahead;
-use crate::mm::{self, AddressSpace, CowPolicy, FaultError, ForkError, Frozen, PageSet};
+use crate::mm::{AddressSpace, CowPolicy, Frozen};
 use crate::saved::Saved;
-use crate::vcpus::{Capture, Paused, Vcpus, VcpusError};
-
-/// How long devices may take to reach a boundary for a snapshot. A request is a few microseconds' work; the
-/// rest is the host's scheduling.
-const BOUNDARY_WAIT: Duration = Duration::from_millis(2);
-/// The same for a restore, which cannot go on without.
-const RESTORE_WAIT: Duration = Duration::from_secs(5);
+use crate::vcpus::Vcpus;
 
 /// One snapshot. Dropping it gives its memory back.
 #[derive(Debug)]
@@ -96,17 +105,6 @@ impl<P: CowPolicy> fmt::Debug for Parts<'_, P> {
     }
 }
 
-/// What is done before a snapshot's pause.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
-pub enum Preparation {
-    /// Most of memory is forked while the guest runs, so that the pause is short. A page that the guest
-    /// writes meanwhile is copied once more than without.
-    #[default]
-    Early,
-    /// Nothing: for who has no memory for that.
-    None,
-}
-
 /// When things happened.
 #[derive(Clone, Copy, Debug)]
 pub struct Timing {
@@ -122,209 +120,3 @@ impl Timing {
         self.running - self.kicked
     }
 }
-
-/// Why a snapshot could not be taken. The VM runs on, unless its vCPUs have ended or its memory is broken.
-#[derive(Debug, thiserror::Error)]
-pub enum TakeError {
-    /// vCPUs could not be stopped or captured.
-    #[error("cannot stop and capture the vcpus")]
-    Vcpus(#[from] VcpusError),
-    /// Memory could not be forked.
-    #[error("cannot fork guest memory")]
-    Memory(#[from] ForkError),
-    /// Whoever wanted the snapshot does not want it any more.
-    #[error("the snapshot was called off")]
-    CalledOff,
-}
-
-/// Why a VM could not be rewound. If anything of it was, it is stopped for good.
-#[derive(Debug, thiserror::Error)]
-pub enum RewindError {
-    /// vCPUs could not be stopped or restored.
-    #[error("cannot stop and restore the vcpus")]
-    Vcpus(#[from] VcpusError),
-    /// Memory could not be restored.
-    #[error("cannot restore guest memory")]
-    Memory(#[from] mm::RestoreError),
-    /// Devices could not be restored.
-    #[error("cannot restore the devices")]
-    Devices(#[source] Cause),
-    /// The snapshot is of a VM with other devices. Nothing has changed.
-    #[error("the snapshot has {snapshot} devices, the guest {guest}")]
-    DeviceCount {
-        /// Devices of the snapshot.
-        snapshot: usize,
-        /// Devices there are.
-        guest: usize,
-    },
-}
-
-/// Keeps who copies ahead from working: a fork would wait for it.
-struct Resting<'a>(Option<&'a Ahead>);
-
-impl<'a> Resting<'a> {
-    fn of(ahead: Option<&'a Ahead>) -> Self {
-        ahead.into_iter().for_each(Ahead::rest);
-        Self(ahead)
-    }
-}
-
-impl Drop for Resting<'_> {
-    fn drop(&mut self) {
-        self.0.into_iter().for_each(Ahead::work);
-    }
-}
-
-impl<P: CowPolicy> Parts<'_, P> {
-    /// Takes a snapshot of the running VM.
-    ///
-    /// A device that does not reach a boundary within 2 ms is captured as it is, with a request in flight.
-    ///
-    /// # Errors
-    /// If the VM was not started, a vCPU has ended, or there is no memory for the copy of a pinned page. The
-    /// VM is as it was, and runs on; but if its memory is broken ([`AddressSpace::check`]) it is stopped for
-    /// good.
-    pub fn take(&self) -> Result<(Snapshot, Timing), TakeError> {
-        self.take_with(Preparation::Early, &|| true, || ())
-    }
-
-    /// [`Parts::take`], with two things to be done at the same instant: `may_fork` is asked when no vCPU runs
-    /// any more, and can call it off; `after_memory` is called when memory was forked and nothing runs yet.
-    ///
-    /// # Errors
-    /// As [`Parts::take`].
-    pub fn take_with(
-        &self,
-        preparation: Preparation,
-        may_fork: &dyn Fn() -> bool,
-        after_memory: impl FnOnce(),
-    ) -> Result<(Snapshot, Timing), TakeError> {
-        self.note_protected();
-        let _ahead = Resting::of(self.ahead);
-        if preparation == Preparation::Early && self.vcpus.may_lose_write_access() {
-            self.space.prepare_fork();
-        }
-        let mut paused = self.vcpus.pause(Capture::Registers)?;
-        if !may_fork() {
-            return Err(TakeError::CalledOff);
-        }
-        let kicked = paused.kicked();
-        let stopped = Stopped::stop(self.devices.clone(), kicked + BOUNDARY_WAIT);
-        let devices = self.devices.iter().map(|device| device.capture()).collect();
-        let forked = self.space.fork().map_err(TakeError::from);
-        let forked = forked.inspect(|_| after_memory());
-        let kept = self.keep_tables_writable(&mut *paused);
-        // A fork that fails leaves the guest as it was, unless its memory is not what it sees any more.
-        let may_run_on = kept.is_ok() && self.space.check().is_ok();
-        let memory = match forked.and_then(|memory| Ok(kept.map(|()| memory)?)) {
-            Ok(memory) => memory,
-            Err(error) => {
-                if !may_run_on {
-                    paused.stop();
-                }
-                return Err(error);
-            }
-        };
-        let vcpus = paused.states()?;
-        drop(stopped);
-        let running = paused.resume();
-        let snapshot = Snapshot::new(memory, vcpus, devices);
-        Ok((snapshot, Timing { kicked, running }))
-    }
-
-    /// Rewinds the VM to `snapshot`, and lets it run on from there. The guest's clock is not rewound.
-    ///
-    /// `after_memory` is called when memory is back and nothing runs yet.
-    ///
-    /// # Errors
-    /// If the snapshot has another number of devices, or the vCPUs cannot be stopped: the VM is as it was,
-    /// and runs on. If anything fails later it is part old, part new, and its vCPUs are stopped for good: a
-    /// device that does not reach a boundary within 5 s, memory of another size or pool, a state that is
-    /// refused.
-    pub fn restore(
-        &self,
-        snapshot: &Snapshot,
-        after_memory: impl FnOnce(),
-    ) -> Result<Timing, RewindError> {
-        let (there, here) = (snapshot.devices.len(), self.devices.len());
-        if there != here {
-            return Err(RewindError::DeviceCount {
-                snapshot: there,
-                guest: here,
-            });
-        }
-        let _ahead = Resting::of(self.ahead);
-        self.note_protected();
-        let mut paused = self.vcpus.pause(Capture::Nothing)?;
-        let kicked = paused.kicked();
-        let stopped = Stopped::stop(self.devices.clone(), kicked + RESTORE_WAIT);
-        if let Err(error) = self.rewind(&mut *paused, snapshot, after_memory) {
-            // Before the devices go on, which may complete what no vCPU is to see.
-            paused.stop();
-            return Err(error);
-        }
-        drop(stopped);
-        let running = paused.resume();
-        Ok(Timing { kicked, running })
-    }
-
-    /// Sets devices, memory and registers back, while nothing runs.
-    fn rewind(
-        &self,
-        paused: &mut dyn Paused,
-        snapshot: &Snapshot,
-        after_memory: impl FnOnce(),
-    ) -> Result<(), RewindError> {
-        let mut devices = self.devices.iter();
-        let released = devices.try_for_each(|device| device.release());
-        released.map_err(RewindError::Devices)?;
-        paused.before_restore()?;
-        self.space.restore(&snapshot.memory)?;
-        after_memory();
-        for (device, state) in self.devices.iter().zip(&snapshot.devices) {
-            device.restore(state).map_err(RewindError::Devices)?;
-        }
-        paused.restore(&snapshot.vcpus)?;
-        // To pin what devices had in flight may have broken it.
-        let is_whole = self.space.check().map_err(FaultError::from);
-        is_whole.map_err(mm::RestoreError::from)?;
-        self.keep_tables_writable(paused)?;
-        Ok(())
-    }
-
-    /// Has `protect` take write access from pages of the running VM: while its vCPUs stand still, where it
-    /// must not be taken from vCPUs that run.
-    ///
-    /// # Errors
-    /// If the vCPUs cannot be stopped. If they cannot run on, they are stopped for good.
-    pub fn while_protecting<R>(&self, protect: impl FnOnce() -> R) -> Result<R, VcpusError> {
-        if self.vcpus.may_lose_write_access() {
-            return Ok(protect());
-        }
-        self.note_protected();
-        let mut paused = self.vcpus.pause(Capture::Nothing)?;
-        let done = protect();
-        if let Err(error) = self.keep_tables_writable(&mut *paused) {
-            paused.stop();
-            return Err(error);
-        }
-        Ok(done)
-    }
-
-    /// Has what becomes read-only noted for [`Parts::keep_tables_writable`], where that needs it.
-    fn note_protected(&self) {
-        if !self.vcpus.may_lose_write_access() {
-            self.space.note_protected();
-        }
-    }
-
-    /// To be called before the vCPUs run on, when memory has become read-only.
-    fn keep_tables_writable(&self, paused: &mut dyn Paused) -> Result<(), VcpusError> {
-        let protected = self.space.take_protected();
-        let gfns = protected.iter().flat_map(PageSet::iter);
-        paused.has_protected(&mut gfns.map(|gfn| gfn.0))
-    }
-}
-
-#[cfg(test)]
-pub(crate) mod tests;

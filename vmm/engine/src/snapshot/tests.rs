@@ -1,7 +1,6 @@
 //! In which order the parts of a VM are stopped, captured and set back, as fake vCPUs and devices see it.
 
 use std::sync::{Arc, Mutex};
-use std::time::Instant;
 
 use super::*;
 use crate::causes::Cause;
@@ -9,6 +8,7 @@ use crate::host::Ram;
 use crate::memory::{Frames, Memory};
 use crate::mm::{Exclusive, PAGE_SIZE};
 use crate::saved::State;
+use crate::vcpus::{Capture, Paused, VcpusError};
 
 /// What the parts of a VM were told, in order.
 #[derive(Clone, Debug, Default)]
