@@ -17,12 +17,11 @@ use guest::abi::{
 };
 use guest::formula::{PAGE_WORDS, Schedule, page_word};
 use palimpsest::host::{Ram, Window};
-use palimpsest::kvm::{
-    Capture, Clock, Kvm, KvmError, PortAction, PortHandler, StopReason, VcpuState,
-};
+use palimpsest::kvm::{Clock, Kvm, KvmError, PortAction, PortHandler, StopReason, VcpuState};
 use palimpsest::memory::{Frames, Memory, MemoryOptions};
 use palimpsest::mm::{AddressSpace, Exclusive, Gfn, Mmu, MmuError, Pfn, Protection};
 use palimpsest::snapshot::{RewindError, Snapshot, TakeError};
+use palimpsest::vcpus::Capture;
 use palimpsest::vm::Vm;
 use support::program::program;
 use support::{PATIENCE, no_kvm, within};

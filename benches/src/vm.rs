@@ -10,9 +10,9 @@ use std::time::{Duration, Instant};
 use guest::abi::{DEVICE_STRIDE, Layout, PAGE_SIZE, PORT_PANIC, Pattern, REGION_SIZE, Text};
 use guest::sweep::{Choice, LAPS, Lap, SweepOrders, SweepPage};
 use palimpsest::kvm::{
-    BootError, Capture, GuestRam, Kvm, KvmError, Machine, PortAction, PortHandler, StopReason,
-    VcpuState,
+    BootError, GuestRam, Kvm, KvmError, Machine, PortAction, PortHandler, StopReason, VcpuState,
 };
+use palimpsest::vcpus::Capture;
 use vmm::boot;
 
 use crate::technique::{Taken, Technique, TechniqueError};

@@ -4,7 +4,7 @@ use guest::abi::{
     BOOT_INFO_GPA, BOOT_MAGIC, BootInfo, IMAGE_GPA, Layout, MAX_MEMORY, PAGE_SIZE, PAGE_TABLES_GPA,
     Pattern, stack_top,
 };
-use palimpsest::kvm::{self, BootError, Entry, GuestRam, Image};
+use palimpsest::kvm::{self, BootError, EntryState, GuestRam, Image};
 
 /// A page that the ABI leaves unused, and that stays zero.
 const TASK_GPA: u64 = 0x2000;
@@ -20,9 +20,9 @@ pub fn parse(file: impl Into<Vec<u8>>) -> Result<Image, BootError> {
 }
 
 /// Where vCPU `vcpu` begins a program whose first instruction is at `rip`.
-pub fn entry(rip: u64, vcpu: usize) -> Entry {
+pub fn entry(rip: u64, vcpu: usize) -> EntryState {
     let vcpu = vcpu as u64;
-    Entry {
+    EntryState {
         rip,
         rsp: stack_top(vcpu),
         arguments: [BOOT_INFO_GPA, vcpu],
@@ -105,7 +105,7 @@ fn write_boot_info(ram: &dyn GuestRam, info: &BootInfo) -> Result<(), BootError>
 mod tests {
     use std::sync::Mutex;
 
-    use palimpsest::kvm::MemoryError;
+    use palimpsest::causes::Cause;
 
     use super::*;
 
@@ -116,14 +116,14 @@ mod tests {
         fn len(&self) -> u64 {
             self.0.lock().unwrap().len() as u64
         }
-        fn write_fault(&self, _: u64) -> Result<bool, MemoryError> {
+        fn write_fault(&self, _: u64) -> Result<bool, Cause> {
             Ok(false)
         }
-        fn read(&self, gpa: u64, buf: &mut [u8]) -> Result<(), MemoryError> {
+        fn read(&self, gpa: u64, buf: &mut [u8]) -> Result<(), Cause> {
             buf.copy_from_slice(&self.0.lock().unwrap()[gpa as usize..][..buf.len()]);
             Ok(())
         }
-        fn write(&self, gpa: u64, buf: &[u8]) -> Result<(), MemoryError> {
+        fn write(&self, gpa: u64, buf: &[u8]) -> Result<(), Cause> {
             self.0.lock().unwrap()[gpa as usize..][..buf.len()].copy_from_slice(buf);
             Ok(())
         }

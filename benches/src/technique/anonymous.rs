@@ -10,7 +10,8 @@ use std::ptr::{self, NonNull};
 use std::sync::Arc;
 
 use guest::abi::{PAGE_SIZE, REGION_SIZE};
-use palimpsest::kvm::{GuestRam, MemoryError, Memslot};
+use palimpsest::causes::Cause;
+use palimpsest::kvm::{GuestRam, Memslot};
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
 
 use super::{Device, TechniqueError, host};
@@ -163,7 +164,7 @@ impl Anonymous {
         }
     }
 
-    fn at(&self, gpa: u64, len: usize) -> Result<*mut u8, MemoryError> {
+    fn at(&self, gpa: u64, len: usize) -> Result<*mut u8, Cause> {
         match gpa.checked_add(len as u64) {
             // SAFETY: just checked to be inside the mapping.
             Some(end) if end <= self.len => Ok(unsafe { self.base.as_ptr().add(gpa as usize) }),
@@ -172,7 +173,7 @@ impl Anonymous {
     }
 
     /// Copies memory out.
-    pub(super) fn read(&self, gpa: u64, buf: &mut [u8]) -> Result<(), MemoryError> {
+    pub(super) fn read(&self, gpa: u64, buf: &mut [u8]) -> Result<(), Cause> {
         let from = self.at(gpa, buf.len())?;
         for (offset, byte) in buf.iter_mut().enumerate() {
             // SAFETY: in the mapping. Volatile: vCPUs may be writing.
@@ -198,11 +199,11 @@ impl GuestRam for Anonymous {
     }
 
     /// Never asked for: the window is writable, and KVM waits for the host's own fault handler by itself.
-    fn write_fault(&self, gfn: u64) -> Result<bool, MemoryError> {
+    fn write_fault(&self, gfn: u64) -> Result<bool, Cause> {
         Err(format!("kvm could not write guest frame {gfn:#x}, which is writable").into())
     }
 
-    fn read(&self, gpa: u64, buf: &mut [u8]) -> Result<(), MemoryError> {
+    fn read(&self, gpa: u64, buf: &mut [u8]) -> Result<(), Cause> {
         // Aligned words in one piece: what the guest publishes is words.
         if gpa.is_multiple_of(8) && buf.len().is_multiple_of(8) {
             let from = self.at(gpa, buf.len())?.cast::<u64>();
@@ -216,7 +217,7 @@ impl GuestRam for Anonymous {
         self.read(gpa, buf)
     }
 
-    fn write(&self, gpa: u64, buf: &[u8]) -> Result<(), MemoryError> {
+    fn write(&self, gpa: u64, buf: &[u8]) -> Result<(), Cause> {
         let to = self.at(gpa, buf.len())?;
         for (offset, &byte) in buf.iter().enumerate() {
             // SAFETY: as for reading.

@@ -28,7 +28,8 @@ use std::ops::Range;
 use std::str::FromStr;
 use std::sync::Arc;
 
-use palimpsest::kvm::{GuestRam, MemoryError, Memslot};
+use palimpsest::causes::Cause;
+use palimpsest::kvm::{GuestRam, Memslot};
 use palimpsest::mm::ForkError;
 
 pub use anonymous::PageSize;
@@ -110,7 +111,7 @@ pub enum TechniqueError {
     },
     /// Guest memory could not be reached.
     #[error("cannot reach guest memory")]
-    Memory(#[source] MemoryError),
+    Memory(#[source] Cause),
     /// Our fork failed.
     #[error(transparent)]
     Fork(#[from] ForkError),

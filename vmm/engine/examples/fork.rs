@@ -9,7 +9,7 @@
 use std::error::Error;
 use std::thread;
 
-use palimpsest::kvm::{Entry, Kvm, write_page_tables};
+use palimpsest::kvm::{EntryState, Kvm, write_page_tables};
 use palimpsest::memory::{Frames, Memory};
 use palimpsest::mm::{Access, PAGE_SIZE};
 use palimpsest::vm::Vm;
@@ -37,7 +37,7 @@ pub(crate) fn main() -> Result<(), Box<dyn Error>> {
     let vm = Vm::builder(memory)
         .on_stop(|vcpu, outcome| eprintln!("vcpu {vcpu} has ended: {outcome}"))
         .build(&kvm, 1)?;
-    vm.start(|_vcpu| Entry {
+    vm.start(|_vcpu| EntryState {
         rip: CODE,
         rsp: STACK_END,
         arguments: [COUNTER, 0],

@@ -1,4 +1,5 @@
-//! A `KVM_RUN` loop of one's own on memory of the engine's: forks, copy-on-write and pins without its machine.
+//! A `KVM_RUN` loop of one's own on memory of the engine's: forks, copy-on-write and pins without its
+//! machine.
 //!
 //! The guest counts in memory, and says so:
 //! ```text
@@ -6,7 +7,8 @@
 //!      out 0x10, al
 //!      jmp 1b
 //! ```
-//! Who has a guest of their own knows what it writes. For any guest there is `palimpsest::kvm::Machine`, which finds out.
+//! Who has a guest of their own knows what it writes. For any guest there is `palimpsest::kvm::Machine`,
+//! which finds out.
 #![allow(unsafe_code, reason = "what the crate of KVM's calls asks for")]
 
 use std::error::Error;
@@ -14,7 +16,7 @@ use std::error::Error;
 use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd};
 use palimpsest::kvm::registers::{entry_fpu, entry_regs, entry_sregs};
-use palimpsest::kvm::{Entry, write_page_tables};
+use palimpsest::kvm::{EntryState, write_page_tables};
 use palimpsest::memory::{Frames, Memory};
 use palimpsest::mm::{Access, Gfn, PAGE_SIZE};
 
@@ -43,12 +45,13 @@ pub(crate) fn main() -> Result<(), Box<dyn Error>> {
         userspace_addr: memory.window().host_address(),
         ..Default::default()
     };
-    // SAFETY: the window is mapped for as long as `memory` lives, which is longer than the VM, and is the guest's alone.
+    // SAFETY: the window is mapped for as long as `memory` lives, which is longer than the VM, and is the
+    // guest's alone.
     unsafe { vm.set_user_memory_region(region) }?;
     let mut vcpu = vm.create_vcpu(0)?;
     let cpuid = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)?;
     vcpu.set_cpuid2(&cpuid)?;
-    let entry = Entry {
+    let entry = EntryState {
         rip: CODE,
         rsp: STACK_END,
         arguments: [COUNTER, 0],
@@ -72,7 +75,8 @@ pub(crate) fn main() -> Result<(), Box<dyn Error>> {
             match vcpu.run() {
                 Ok(VcpuExit::IoOut(0x10, _)) => left -= 1,
                 Ok(other) => return Err(format!("the guest came out with {other:?}").into()),
-                // A write to a page that is read-only: it is copied if somebody shares it, and writable after.
+                // A write to a page that is read-only: it is copied if somebody shares it, and writable
+                // after.
                 Err(error) if error.errno() == libc::EFAULT => {
                     for &gfn in &written {
                         ram.write_fault(gfn)?;
@@ -88,7 +92,8 @@ pub(crate) fn main() -> Result<(), Box<dyn Error>> {
 
     run(&mut vcpu, 1000)?;
     let buffer = ram.pin(BUFFER, PAGE_SIZE, Access::Write)?;
-    // The vCPU stands still: this is memory at one instant. What the device holds is copied, all else is shared.
+    // The vCPU stands still: this is memory at one instant. What the device holds is copied, all else is
+    // shared.
     let frozen = memory.space().fork()?;
     run(&mut vcpu, 1000)?;
     for slice in buffer.slices() {

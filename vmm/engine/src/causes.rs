@@ -1,8 +1,11 @@
-//! An error in words, with what caused it.
+//! What caused an error: the cause of any kind, and the whole chain in words.
 
 use std::error::Error;
 
-/// `error` and its causes, on one line.
+/// What went wrong in a part that somebody else supplies (memory, vCPUs, a device), in that part's words.
+pub type Cause = Box<dyn Error + Send + Sync>;
+
+/// The message of `error` and those of its causes, on one line, with `: ` between them.
 pub fn chain(error: &dyn Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();

@@ -1,8 +1,30 @@
 //! Palimpsest forks running virtual machines.
 //!
-//! A snapshot stops the guest for as long as it takes to share its memory copy-on-write, and stays right while devices do
-//! DMA into the guest: pages that a device holds are copied at once, all others are shared, and which is which is
-//! decided by the Linux kernel's exclusive-bit protocol (`PageAnonExclusive`), carried over to a VMM.
+//! A snapshot stops the guest for as long as it takes to share its memory copy-on-write, and stays right
+//! while devices do DMA into the guest: pages that a device holds are copied at once, all others are shared,
+//! and which is which is decided by the Linux kernel's exclusive-bit protocol (`PageAnonExclusive`), carried
+//! over to a VMM.
+//!
+//! A guest that spins, forked and rewound:
+//! ```no_run
+//! use palimpsest::kvm::{EntryState, Kvm, write_page_tables};
+//! use palimpsest::memory::{Frames, Memory};
+//! use palimpsest::vm::Vm;
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let frames = Frames::new(1 << 30)?; // for the guest, and for what snapshots need copies of
+//! let memory = Memory::new(&frames, 256 << 20)?;
+//! write_page_tables(memory.ram(), 0x1_0000, 256 << 20)?;
+//! memory.ram().write(0x20_0000, &[0xeb, 0xfe])?; // jmp $
+//! let vm = Vm::builder(memory).build(&Kvm::open()?, 1)?;
+//! let (rip, rsp, page_tables, task) = (0x20_0000, 0x9000, 0x1_0000, 0x2000);
+//! vm.start(|_vcpu| EntryState { rip, rsp, arguments: [0; 2], page_tables, task })?;
+//! let (snapshot, timing) = vm.snapshot()?; // while it runs
+//! println!("the guest stood still for {:?}", timing.pause());
+//! vm.restore(&snapshot)?; // back, and on from there
+//! # Ok(())
+//! # }
+//! ```
 //!
 //! ```text
 //!   vm ──> snapshot ──> vcpus, device, saved
@@ -20,6 +42,7 @@
 //! | [`saved`] | what a snapshot keeps of either |
 //! | [`memory`] | frames that VMs share, and the memory of one of them |
 //! | [`host`] | the physmap and the window: where frames are, and what vCPUs see; pins |
+//! | [`causes`] | what caused an error, and the chain in words |
 //! | [`mm`] | the protocol: frames, shadow page tables, faults, pins, forks. No system calls |
 
 pub use palimpsest_mm as mm;
@@ -33,3 +56,8 @@ pub mod saved;
 pub mod snapshot;
 pub mod vcpus;
 pub mod vm;
+
+/// The example of the README, compiled.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+mod readme {}

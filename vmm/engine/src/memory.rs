@@ -26,7 +26,7 @@ pub enum MemoryError {
     /// There are no frames.
     #[error(transparent)]
     Alloc(#[from] AllocError),
-    /// A size that is not in pages, or none.
+    /// A size that is no number of pages, or more than can be addressed.
     #[error("{bytes} bytes are no number of pages of {PAGE_SIZE} bytes")]
     Size {
         /// What was asked for.
@@ -34,7 +34,8 @@ pub enum MemoryError {
     },
 }
 
-/// Frames, the memory behind them, and the mappings that show them: one set for all VMs of a process, and for their snapshots.
+/// Frames, the memory behind them, and the mappings that show them: one set for all VMs of a process, and for
+/// their snapshots.
 #[derive(Clone, Debug)]
 pub struct Frames {
     pool: Arc<FramePool>,
@@ -43,23 +44,30 @@ pub struct Frames {
 }
 
 impl Frames {
-    /// Room for `bytes` of memory, all of which may be used. Core dumps are without it.
+    /// Room for `bytes` of memory, rounded down to whole pages, all of which may be used. Core dumps are
+    /// without it. A frame takes memory of the host's when it is first used.
     ///
     /// # Errors
-    /// If the host has no address space for them, or no memory for their records.
+    /// If `bytes` are less than a page, or the host has no address space for them or no memory for their
+    /// records.
     pub fn new(bytes: u64) -> Result<Self, MemoryError> {
         let frames = bytes / PAGE_SIZE;
         Self::with_limit(frames, frames, Dumps::WithoutGuest)
     }
 
-    /// Room for `frames` frames, of which no more than `limit` have memory at a time; and whether core dumps have them.
+    /// Room for `frames` frames of 4 KiB, of which no more than `limit` have memory at a time; and whether
+    /// core dumps have them.
     ///
     /// # Errors
     /// As [`Frames::new`].
     pub fn with_limit(frames: u64, limit: u64, dumps: Dumps) -> Result<Self, MemoryError> {
+        let bytes = frames.saturating_mul(PAGE_SIZE);
+        if frames == 0 || bytes == u64::MAX {
+            return Err(MemoryError::Size { bytes });
+        }
         let reserve = |source| MemoryError::Reserve {
             what: "frames",
-            bytes: frames * PAGE_SIZE,
+            bytes,
             source,
         };
         let physmap = PhysMap::with_dumps(frames, dumps).map_err(reserve)?;
@@ -81,13 +89,14 @@ impl Frames {
         &self.physmap
     }
 
-    /// Copies memory at `gpa` out of a snapshot.
+    /// Copies `buf.len()` bytes at `gpa` out of a snapshot, which must be of memory in these frames: of one
+    /// in others the bytes are anybody's.
     ///
     /// # Errors
     /// If the snapshot has no such page. What lies before it was copied.
     ///
     /// # Panics
-    /// If the snapshot is in other frames.
+    /// If the snapshot is in other frames, and one of them has no memory here.
     pub fn read(&self, frozen: &Frozen, gpa: u64, buf: &mut [u8]) -> Result<(), OutOfRange> {
         let mut done = 0;
         while done < buf.len() {
@@ -104,7 +113,7 @@ impl Frames {
         Ok(())
     }
 
-    /// How many mappings windows may use.
+    /// How many mappings the windows of this process may use.
     pub fn budget(&self) -> &Arc<MappingBudget> {
         &self.budget
     }
@@ -113,13 +122,15 @@ impl Frames {
 /// How the memory of a VM is kept.
 #[derive(Debug, Default)]
 pub struct MemoryOptions {
-    /// In base pages alone, without huge folios.
+    /// In base pages of 4 KiB alone, without huge folios. All [`Frames`] that it is in have base pages from
+    /// then on.
     pub base_pages: bool,
-    /// What faults cost, if that is not to be learnt.
+    /// What faults cost. If there is nothing here, that is learnt while the guest runs.
     pub prices: Option<Prices>,
 }
 
-/// The memory of a VM: an address space, the window that vCPUs see it through, and [`Ram`], by which everybody else does.
+/// The memory of a VM: an address space, the window that vCPUs see it through, and [`Ram`], by which
+/// everybody else does.
 ///
 /// The copy-on-write policy `P` is known to the owner of this, and to nobody who uses it.
 pub struct Memory<P: CowPolicy = Exclusive> {
@@ -130,10 +141,12 @@ pub struct Memory<P: CowPolicy = Exclusive> {
 }
 
 impl Memory<Exclusive> {
-    /// `bytes` of memory that nobody has touched, under the policy that is right.
+    /// `bytes` of memory, all of it zero, under the policy that is right. It takes no frames before it is
+    /// written.
     ///
     /// # Errors
-    /// If `bytes` are not in pages, or the host or the pool has no room.
+    /// If `bytes` are no multiple of the page size or none, or the host has no address space for a window, or
+    /// the pool no room.
     pub fn new(frames: &Frames, bytes: u64) -> Result<Self, MemoryError> {
         let plain = |window| Box::new(window) as _;
         Self::with(frames, bytes, Exclusive, MemoryOptions::default(), plain)
@@ -141,8 +154,9 @@ impl Memory<Exclusive> {
 }
 
 impl<P: CowPolicy> Memory<P> {
-    /// The same under `policy`, kept as `options` say. `between` may put something between the address space and its window, and gives back
-    /// what the address space is to change: for who wants to watch it, or to have it go wrong.
+    /// The same under `policy`, kept as `options` say. `between` may put something between the address space
+    /// and its window, and gives back what the address space is to change: for who wants to watch it, or to
+    /// have it go wrong.
     ///
     /// # Errors
     /// As [`Memory::new`].
@@ -210,5 +224,78 @@ impl<P: CowPolicy> fmt::Debug for Memory<P> {
         f.debug_struct("Memory")
             .field("bytes", &self.ram.size())
             .finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_that_are_no_pages_are_refused() {
+        let frames = Frames::new(8 << 20).unwrap();
+        for bytes in [0, 1, PAGE_SIZE - 1, PAGE_SIZE + 1, u64::MAX] {
+            let error = Memory::new(&frames, bytes).unwrap_err();
+            assert!(
+                matches!(error, MemoryError::Size { bytes: b } if b == bytes),
+                "{bytes}: {error}"
+            );
+        }
+        // Pages, but more than there are addresses.
+        let error = Memory::new(&frames, u64::MAX - (PAGE_SIZE - 1)).unwrap_err();
+        assert!(matches!(error, MemoryError::Reserve { .. }), "{error}");
+        assert_eq!(
+            Memory::new(&frames, PAGE_SIZE).unwrap().ram().size(),
+            PAGE_SIZE
+        );
+    }
+
+    #[test]
+    fn frames_that_cannot_be_numbered_are_refused() {
+        let none = Frames::new(PAGE_SIZE - 1).unwrap_err();
+        assert!(matches!(none, MemoryError::Size { bytes: 0 }), "{none}");
+        let many = Frames::with_limit(u64::MAX / 8, 1, Dumps::WithoutGuest).unwrap_err();
+        assert!(matches!(many, MemoryError::Size { .. }), "{many}");
+    }
+
+    #[test]
+    fn a_snapshot_is_read_over_page_borders_and_not_beyond_its_end() {
+        let frames = Frames::new(8 << 20).unwrap();
+        let memory = Memory::new(&frames, 4 * PAGE_SIZE).unwrap();
+        let text: Vec<u8> = (0..=255).cycle().take(9000).collect();
+        memory.ram().write(100, &text).unwrap();
+        memory.ram().write(4 * PAGE_SIZE - 1, &[9]).unwrap();
+        let frozen = memory.space().fork().unwrap();
+        memory.ram().write(100, &[0; 9000]).unwrap();
+
+        let mut back = vec![0; 9000];
+        frames.read(&frozen, 100, &mut back).unwrap();
+        assert_eq!(back, text);
+        // A page that nobody has written is zero; what lies before the end is copied.
+        let mut end = [1, 1];
+        frames.read(&frozen, 3 * PAGE_SIZE, &mut end).unwrap();
+        assert_eq!(end, [0, 0]);
+        let beyond = frames.read(&frozen, 4 * PAGE_SIZE - 1, &mut end);
+        assert!(beyond.is_err());
+        assert_eq!(end, [9, 0]);
+        for gpa in [4 * PAGE_SIZE, 1 << 40, u64::MAX] {
+            assert!(frames.read(&frozen, gpa, &mut end).is_err(), "{gpa:#x}");
+            frames.read(&frozen, gpa, &mut []).unwrap();
+        }
+    }
+
+    #[test]
+    fn frames_go_back_when_memory_and_snapshots_are_gone() {
+        let frames = Frames::new(8 << 20).unwrap();
+        let memory = Memory::new(&frames, 4 * PAGE_SIZE).unwrap();
+        memory.ram().write(0, &[1; 5000]).unwrap();
+        let frozen = memory.space().fork().unwrap();
+        drop(memory);
+        let mut byte = [0];
+        frames.read(&frozen, 4999, &mut byte).unwrap();
+        assert_eq!(byte, [1]);
+        assert!(frames.pool().usage().in_use > 0);
+        drop(frozen);
+        assert_eq!(frames.pool().usage().in_use, 0);
     }
 }

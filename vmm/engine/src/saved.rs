@@ -1,4 +1,5 @@
-//! What a snapshot keeps of a part of a VM: opaque to all but that part, and bytes with a version to whoever stores it.
+//! What a snapshot keeps of a part of a VM: opaque to all but that part, and bytes with a version to whoever
+//! stores it.
 
 use std::any::Any;
 use std::fmt::{self, Debug};
@@ -6,10 +7,11 @@ use std::sync::Arc;
 
 /// The state of a part of a VM, as only that part understands it.
 pub trait State: Any + Debug + Send + Sync {
-    /// Which form [`State::to_bytes`] has. A part reads the forms of its earlier versions too.
+    /// Which form [`State::to_bytes`] has. A part reads the forms of its earlier versions too, and refuses
+    /// others.
     fn version(&self) -> u32;
 
-    /// The state as bytes, from which the part can make it again.
+    /// The state as bytes, from which the part can make it again. What comes back is not trusted.
     fn to_bytes(&self) -> Vec<u8>;
 }
 
@@ -28,7 +30,8 @@ impl Saved {
         Self::new(Stored { version, bytes })
     }
 
-    /// The state itself, if it was captured by a part whose states are of type `S`. It is not if it was stored since.
+    /// The state itself, if it was captured by a part whose states are of type `S`. It is not if it was
+    /// stored since.
     pub fn get<S: State>(&self) -> Option<&S> {
         let state: &dyn Any = &*self.0;
         state.downcast_ref()

@@ -1,14 +1,13 @@
 //! The vCPUs of a VM, whoever runs them.
 //!
-//! A snapshot or a restore needs of them that they stand still, all between two instructions, and that their registers
-//! can be captured and set. [`kvm::Machine`](crate::kvm::Machine) is one that can; somebody's own `KVM_RUN` loop is another.
+//! A snapshot or a restore needs of them that they stand still, all between two instructions, and that their
+//! registers can be captured and set. [`kvm::Machine`](crate::kvm::Machine) is one that can; somebody's own
+//! `KVM_RUN` loop is another.
 
 use std::time::Instant;
 
+use crate::causes::Cause;
 use crate::saved::Saved;
-
-/// What went wrong, in the words of who runs the vCPUs.
-pub type Cause = Box<dyn std::error::Error + Send + Sync>;
 
 /// Why vCPUs could not be stopped, captured or set.
 #[derive(Debug, thiserror::Error)]
@@ -37,11 +36,14 @@ pub enum Capture {
 pub trait Vcpus {
     /// Stops all of them between two instructions. They stand still until what is returned is dropped.
     ///
+    /// Only one pause is there at a time: who comes second waits for the end of the first.
+    ///
     /// # Errors
-    /// If one has ended, or does not stop: the others run on.
+    /// If they were not started, or one has ended or does not stop. Those that have not ended run on.
     fn pause(&self, capture: Capture) -> Result<Box<dyn Paused + '_>, VcpusError>;
 
-    /// Whether memory may become read-only while they run. Where it may not, it may while they are paused.
+    /// Whether memory may become read-only while they run. Where it may not, it may while they are paused, if
+    /// [`Paused::has_protected`] is called before they run on.
     fn may_lose_write_access(&self) -> bool {
         true
     }
@@ -53,32 +55,35 @@ pub trait Paused {
     /// When they were told to stop.
     fn kicked(&self) -> Instant;
 
-    /// The registers of each; waits until they are captured.
+    /// The registers of each, by its number. Waits until they are captured.
     ///
     /// # Errors
-    /// If those of one cannot be captured.
+    /// If those of one cannot be captured. They can run on all the same.
     fn states(&mut self) -> Result<Vec<Saved>, VcpusError>;
 
-    /// Pages have become read-only since they stand still, or have changed and are read-only. Called before they run on, if
-    /// they may not lose write access while they run ([`Vcpus::may_lose_write_access`]).
+    /// Called before they run on, after anything has changed protections: with the guest frames that are
+    /// read-only and were not when they stopped, or whose content has changed. Where they may lose write
+    /// access while they run ([`Vcpus::may_lose_write_access`]) there are none among them.
     ///
     /// # Errors
     /// If the guest must not run on.
     fn has_protected(&mut self, gfns: &mut dyn Iterator<Item = u64>) -> Result<(), VcpusError>;
 
-    /// Memory is about to be set back by somebody else's hand.
+    /// Called before memory is restored, which the vCPUs do not notice by themselves.
     ///
     /// # Errors
-    /// If what must be known of memory as it is cannot be found out.
+    /// If what must be known of memory as it is cannot be found out. Nothing has changed then.
     fn before_restore(&mut self) -> Result<(), VcpusError>;
 
-    /// Sets the registers of each. Memory is what it was when they were captured, since [`Paused::before_restore`].
+    /// Sets the registers of each, by its number. Memory has been restored to when they were captured, and
+    /// [`Paused::before_restore`] was called before that.
     ///
     /// # Errors
-    /// If those of one cannot be set. None runs on then.
+    /// If there are not as many states as vCPUs, a state makes no sense, or one cannot be set. The guest must
+    /// not run on.
     fn restore(&mut self, states: &[Saved]) -> Result<(), VcpusError>;
 
-    /// Stops all of them for good.
+    /// Stops all of them for good: none runs again.
     fn stop(self: Box<Self>);
 
     /// Lets them run on. Returns the time when the last of them was about to enter the guest.

@@ -543,14 +543,14 @@ impl Quiesce for Device {
     }
 
     /// All chains that were not completed go back to the ring.
-    fn release(&self) -> Result<(), palimpsest::device::DeviceError> {
+    fn release(&self) -> Result<(), palimpsest::causes::Cause> {
         let mut state = self.lock();
         self.check_quiet(&state)?;
         state.give_back();
         Ok(())
     }
 
-    fn restore(&self, state: &Saved) -> Result<(), palimpsest::device::DeviceError> {
+    fn restore(&self, state: &Saved) -> Result<(), palimpsest::causes::Cause> {
         Ok(self.become_again(&DeviceState::of_saved(state)?)?)
     }
 }

@@ -79,7 +79,7 @@ impl DeviceSet {
 }
 
 /// What a device of ours says.
-fn ours(error: palimpsest::device::DeviceError) -> DeviceRestoreError {
+fn ours(error: palimpsest::causes::Cause) -> DeviceRestoreError {
     *error.downcast().unwrap()
 }
 

@@ -31,12 +31,10 @@ use crate::check::{
 use crate::dma::{DeviceState, Mismatch};
 use crate::snapshot::Snapshot;
 use palimpsest::causes::chain;
-use palimpsest::kvm::{
-    self, Capture, KvmError, MachineStats, Outcome, Rung, StopReason, VcpuState,
-};
+use palimpsest::kvm::{self, KvmError, MachineStats, Outcome, Rung, StopReason, VcpuState};
 use palimpsest::mm::{CowPolicy, ForkError, MmStats, PoolUsage};
 use palimpsest::snapshot::{Preparation, RewindError, TakeError, Timing};
-use palimpsest::vcpus::VcpusError;
+use palimpsest::vcpus::{Capture, VcpusError};
 
 /// Between two calls of the observer.
 const TICK: Duration = Duration::from_millis(100);

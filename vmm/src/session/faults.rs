@@ -7,7 +7,8 @@
 use std::cell::OnceCell;
 use std::time::Instant;
 
-use palimpsest::device::{DeviceError, Quiesce};
+use palimpsest::causes::Cause;
+use palimpsest::device::Quiesce;
 use palimpsest::kvm::VcpuState;
 use palimpsest::saved::Saved;
 use palimpsest::vcpus::{Capture, Paused, Vcpus, VcpusError};
@@ -211,11 +212,11 @@ impl Quiesce for AtLarge<'_> {
         self.state.clone()
     }
 
-    fn release(&self) -> Result<(), DeviceError> {
+    fn release(&self) -> Result<(), Cause> {
         self.device.release()
     }
 
-    fn restore(&self, state: &Saved) -> Result<(), DeviceError> {
+    fn restore(&self, state: &Saved) -> Result<(), Cause> {
         self.device.restore(state)
     }
 }

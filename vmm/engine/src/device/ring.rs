@@ -18,7 +18,7 @@ const USED_ENTRY: u64 = 8;
 /// Where a virtqueue lies in guest memory, as virtio 1.2, 2.7, has its parts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RingLayout {
-    /// Descriptors, a power of two.
+    /// How many descriptors: a power of two, 32768 at most.
     pub size: u16,
     /// The gpa of the descriptor table.
     pub descriptors: u64,
@@ -35,25 +35,21 @@ pub struct Ring {
 }
 
 /// Why nothing was taken.
-#[derive(Debug)]
+#[derive(Debug, thiserror::Error)]
 pub enum RingError {
     /// The available ring says that there are more chains than it has room for.
+    #[error("the available ring has more entries than descriptors")]
     Nonsense,
     /// The ring could not be pinned.
-    Pin(RamError),
-}
-
-impl From<RamError> for RingError {
-    fn from(error: RamError) -> Self {
-        Self::Pin(error)
-    }
+    #[error("cannot pin the ring")]
+    Pin(#[from] RamError),
 }
 
 impl Ring {
     /// The ring that lies as `layout` says, empty.
     ///
     /// # Errors
-    /// If there is no place for it in memory.
+    /// If its size is no power of two, or its parts are not aligned, or not all in guest memory.
     pub fn new(ram: &Ram, layout: RingLayout) -> Result<Self, Error> {
         let state = QueueState {
             max_size: layout.size,
@@ -70,7 +66,7 @@ impl Ring {
     /// The ring that `state` describes. `state` is not trusted.
     ///
     /// # Errors
-    /// If it makes no sense.
+    /// As [`Ring::new`].
     pub fn from_state(ram: &Ram, state: QueueState) -> Result<Self, Error> {
         let queue = Queue::try_from(state)?;
         if queue.is_valid(ram) {
@@ -107,7 +103,8 @@ impl Ring {
         Ok(taken.into())
     }
 
-    /// Gives the last `count` chains that were taken back to the available ring.
+    /// Gives the last `count` chains that were taken back to the available ring. They must not be more than
+    /// were taken and not completed.
     pub fn give_back(&mut self, count: usize) {
         let next = self.queue.next_avail().wrapping_sub(count as u16);
         self.queue.set_next_avail(next);
@@ -128,8 +125,8 @@ impl Ring {
         Ok(UsedRing { _pinned: pinned })
     }
 
-    /// Puts the chain that begins at `head` into the used ring, with `len` bytes written. Whatever this thread
-    /// wrote before is seen by a guest that sees the entry: the index is stored with release.
+    /// Puts the chain that begins at `head` into the used ring, with `len` bytes written. Whatever this
+    /// thread wrote before is seen by a guest that sees the entry: the index is stored with release.
     ///
     /// A head that is no descriptor at all cannot be completed, and is passed over.
     pub fn complete(&mut self, ram: &Ram, _used: &UsedRing, head: u16, len: u32) {

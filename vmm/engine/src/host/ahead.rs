@@ -1,14 +1,18 @@
-//! The thread that breaks ahead of the guest's writes (`mm/ahead.rs`), with whatever CPU time the guest leaves.
+//! The thread that breaks ahead of the guest's writes (`mm/ahead.rs`), with whatever CPU time the guest
+//! leaves.
 //!
-//! A break holds the lock of its region while 2 MiB are copied, and a fault in that region waits for it. Were the thread at a low priority,
-//! it could be taken off the CPU just then, and the guest would wait until nobody else wants that CPU: priorities are not inherited by who
-//! holds a lock, and without privilege they can be lowered and never raised again. So it takes two threads:
+//! A break holds the lock of its region while 2 MiB are copied, and a fault in that region waits for it. Were
+//! the thread at a low priority, it could be taken off the CPU just then, and the guest would wait until
+//! nobody else wants that CPU: priorities are not inherited by who holds a lock, and without privilege they
+//! can be lowered and never raised again. So it takes two threads:
 //!
-//! * `ahead` does the work, at the priority of everybody else, a *turn* at a time: some pieces, or one that is large.
-//! * `spare` has the lowest priority, holds nothing, and does nothing but to give `ahead` its next turn. When it gets to run there was CPU time
-//!   that nobody wanted.
+//! * `ahead` does the work, at the priority of everybody else, a *turn* at a time: some pieces, or one that
+//!   is large.
+//! * `spare` has the lowest priority, holds nothing, and does nothing but to give `ahead` its next turn. When
+//!   it gets to run there was CPU time that nobody wanted.
 //!
-//! On a machine that is busy there are few turns. What a guest can wait for is the end of one piece that runs like itself.
+//! On a machine that is busy there are few turns. What a guest can wait for is the end of one piece that runs
+//! like itself.
 
 use std::fmt;
 use std::io;
@@ -27,33 +31,36 @@ const NICE: i32 = 19;
 /// How long a turn is, or one piece longer: many times what it costs to give it.
 const TURN: Duration = Duration::from_micros(200);
 
-/// A thread beside the vCPUs that copies, after each snapshot, what the guest has written before all of the last ones, so that
-/// the guest need not fault on it. It ends when this is dropped.
+/// A thread beside the vCPUs that copies, after each snapshot, what the guest has written before all of the
+/// last ones, so that the guest need not fault on it. It ends when this is dropped.
 pub struct Ahead {
-    shared: Arc<Shared>,
+    shared: Arc<WorkerState>,
     worker: Option<JoinHandle<()>>,
     spare: Option<JoinHandle<()>>,
 }
 
+/// What the worker shares with who gives it its duty.
 #[derive(Default)]
-struct Shared {
-    order: Mutex<Order>,
+struct WorkerState {
+    duty: Mutex<Duty>,
     changed: Condvar,
-    /// Whether to go on after a piece. Only a hint beside `order`: it saves the thread from locking that every time.
+    /// Whether to go on after a piece. Only a hint beside `duty`: it saves the thread from locking that
+    /// every time.
     go_on: AtomicBool,
-    turn: Turn,
+    turn: IdleTurn,
 }
 
 /// What the two threads say to each other: no lock is held by the one at low priority.
 #[derive(Default)]
-struct Turn {
+struct IdleTurn {
     worker: OnceLock<Thread>,
     is_given: AtomicBool,
     is_over: AtomicBool,
 }
 
+/// What the worker is to do, and whether it is doing a piece.
 #[derive(Default)]
-struct Order {
+struct Duty {
     todo: Todo,
     is_busy: bool,
 }
@@ -78,13 +85,16 @@ impl Ahead {
 
     /// `piece` does one, and says whether there may be more.
     fn of(piece: impl FnMut() -> bool + Send + 'static) -> io::Result<Self> {
-        let shared = Arc::<Shared>::default();
+        let shared = Arc::<WorkerState>::default();
         let (its, theirs) = (Arc::clone(&shared), Arc::clone(&shared));
         let spare = thread::Builder::new()
             .name("spare".to_owned())
             .spawn(move || {
                 if let Err(error) = setpriority_process(None, NICE) {
-                    tracing::debug!(%error, "copies ahead are made whether there is CPU time to spare or not");
+                    tracing::debug!(
+                        %error,
+                        "copies ahead are made whether there is CPU time to spare or not"
+                    );
                 }
                 theirs.turn.give();
             })?;
@@ -107,26 +117,26 @@ impl Ahead {
 
     /// Has it rest: before a fork, which would wait for it. Returns when it does.
     pub fn rest(&self) {
-        self.shared.order(Todo::Rest);
-        let mut order = self.shared.lock();
-        while order.is_busy {
-            order = self
+        self.shared.assign(Todo::Rest);
+        let mut duty = self.shared.lock();
+        while duty.is_busy {
+            duty = self
                 .shared
                 .changed
-                .wait(order)
+                .wait(duty)
                 .unwrap_or_else(PoisonError::into_inner);
         }
     }
 
     /// Has it work: after a fork.
     pub fn work(&self) {
-        self.shared.order(Todo::Work);
+        self.shared.assign(Todo::Work);
     }
 }
 
 impl Drop for Ahead {
     fn drop(&mut self) {
-        self.shared.order(Todo::End);
+        self.shared.assign(Todo::End);
         // If one has panicked, that was said then, and what it left undone the guest's faults do.
         if let Some(worker) = self.worker.take() {
             let _ = worker.join();
@@ -145,7 +155,7 @@ impl fmt::Debug for Ahead {
     }
 }
 
-impl Turn {
+impl IdleTurn {
     /// The life of the thread that gives turns: one each time it is asked, as soon as it gets to run.
     fn give(&self) {
         loop {
@@ -168,39 +178,39 @@ impl Turn {
     }
 }
 
-impl Shared {
-    fn lock(&self) -> MutexGuard<'_, Order> {
-        self.order.lock().unwrap_or_else(PoisonError::into_inner)
+impl WorkerState {
+    fn lock(&self) -> MutexGuard<'_, Duty> {
+        self.duty.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn order(&self, todo: Todo) {
+    fn assign(&self, todo: Todo) {
         self.lock().todo = todo;
         self.go_on.store(todo == Todo::Work, Ordering::Release);
         self.changed.notify_all();
         self.turn.worker.get().inspect(|worker| worker.unpark());
     }
 
-    /// The worker's life. `turn` returns when there is CPU time to spare, or an order has changed.
+    /// The worker's life. `turn` returns when there is CPU time to spare, or the duty has changed.
     fn run(&self, mut turn: impl FnMut(), mut piece: impl FnMut() -> bool) {
         loop {
-            let mut order = self.lock();
-            while order.todo == Todo::Rest {
-                order = self
+            let mut duty = self.lock();
+            while duty.todo == Todo::Rest {
+                duty = self
                     .changed
-                    .wait(order)
+                    .wait(duty)
                     .unwrap_or_else(PoisonError::into_inner);
             }
-            if order.todo == Todo::End {
+            if duty.todo == Todo::End {
                 return;
             }
-            drop(order);
+            drop(duty);
             turn();
-            let mut order = self.lock();
-            if order.todo != Todo::Work {
+            let mut duty = self.lock();
+            if duty.todo != Todo::Work {
                 continue;
             }
-            order.is_busy = true;
-            drop(order);
+            duty.is_busy = true;
+            drop(duty);
             let end = Instant::now() + TURN;
             let is_done = loop {
                 if !piece() {
@@ -210,12 +220,12 @@ impl Shared {
                     break false;
                 }
             };
-            let mut order = self.lock();
-            order.is_busy = false;
-            if is_done && order.todo == Todo::Work {
-                order.todo = Todo::Rest;
+            let mut duty = self.lock();
+            duty.is_busy = false;
+            if is_done && duty.todo == Todo::Work {
+                duty.todo = Todo::Rest;
             }
-            drop(order);
+            drop(duty);
             self.changed.notify_all();
         }
     }
@@ -272,7 +282,7 @@ mod tests {
     /// A thread that waits for CPU time to spare is at rest already.
     #[test]
     fn who_has_it_rest_does_not_wait_for_its_turn() {
-        let shared = Arc::<Shared>::default();
+        let shared = Arc::<WorkerState>::default();
         let its = Arc::clone(&shared);
         let (give, turns) = mpsc::channel::<()>();
         let (asked, asks) = mpsc::channel();

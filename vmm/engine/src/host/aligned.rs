@@ -15,15 +15,19 @@ use crate::mm::{PAGE_SIZE, REGION_PAGES};
 /// Bytes of a huge page of the host.
 pub(super) const HUGE_PAGE: u64 = REGION_PAGES * PAGE_SIZE;
 
-/// Reserves addresses that show zeros, aligned to 2 MiB.
+/// Reserves `len` bytes of addresses that show zeros, aligned to 2 MiB.
+///
+/// # Errors
+/// The host's, if it has not as many.
 pub(super) fn reserve(len: u64) -> io::Result<usize> {
     let align = HUGE_PAGE as usize;
     let len = len as usize;
+    let both = len.checked_add(align).ok_or(io::ErrorKind::OutOfMemory)?;
     // SAFETY: a new mapping at an address of the kernel's choice replaces nothing.
     let start = unsafe {
         mmap_anonymous(
             ptr::null_mut(),
-            len + align,
+            both,
             ProtFlags::READ,
             MapFlags::PRIVATE | MapFlags::NORESERVE,
         )

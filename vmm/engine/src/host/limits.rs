@@ -1,8 +1,9 @@
 //! How much this process may take of the host, and who says so.
 //!
-//! Memory is limited by what the host has, and by every control group that the process is in, its ancestors included. A process that
-//! takes more than its group may is killed without a word, so the groups are asked before. Resource limits (`ulimit`) bound addresses,
-//! private memory and the size of a file, a file in memory included: they refuse a call, and are known here to be named beforehand.
+//! Memory is limited by what the host has, and by every control group that the process is in, its ancestors
+//! included. A process that takes more than its group allows is killed without a message, so the groups are
+//! asked before. Resource limits (`ulimit`) bound addresses, private memory and the size of a file, a file in
+//! memory included: a call beyond them fails, and asking here lets an error name the limit beforehand.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -160,7 +161,8 @@ const V2: Hierarchy = Hierarchy {
     reclaimable: "inactive_file",
 };
 
-/// What the control groups leave that this process is in: `groups` is `/proc/self/cgroup`, `mounts` `/proc/self/mountinfo`.
+/// What the control groups of this process leave it: `groups` is `/proc/self/cgroup`, `mounts`
+/// `/proc/self/mountinfo`.
 fn control_groups(groups: &str, mounts: &str) -> Vec<Room> {
     let mut rooms = Vec::new();
     for line in groups.lines() {
@@ -199,7 +201,8 @@ fn mounted(mounts: &str, is_v2: bool, path: &Path) -> Option<(PathBuf, PathBuf)>
             "cgroup" => !is_v2 && options.split(',').any(|option| option == "memory"),
             _ => false,
         };
-        // In a container the mount may begin below the root of the hierarchy, and the path names what is not to be seen.
+        // In a container the mount may begin below the root of the hierarchy, and the path names what is not
+        // to be seen.
         let below = path.strip_prefix(root).unwrap_or(Path::new(""));
         let below = below.strip_prefix("/").unwrap_or(below);
         is_ours.then(|| (PathBuf::from(unescaped(point)), below.to_owned()))

@@ -19,8 +19,8 @@ pub(super) struct Mapping {
     len: usize,
 }
 
-// SAFETY: a mapping belongs to the process, not to a thread. Neither field ever changes, and what is done with the address is
-// its user's to answer for.
+// SAFETY: a mapping belongs to the process, not to a thread. Neither field ever changes, and what is done
+// with the address is its user's to answer for.
 unsafe impl Send for Mapping {}
 // SAFETY: as above.
 unsafe impl Sync for Mapping {}

@@ -6,7 +6,7 @@ use std::ops::Range;
 
 /// A part of a mapping of this process.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Part {
+pub(super) struct MappedPart {
     /// Host addresses.
     pub(super) addresses: Range<u64>,
     pub(super) is_writable: bool,
@@ -19,7 +19,7 @@ pub(super) struct Part {
 /// two.
 ///
 /// It takes little memory: who asks is at the end of what it may map.
-pub(super) fn within(range: Range<u64>) -> io::Result<Vec<Part>> {
+pub(super) fn within(range: Range<u64>) -> io::Result<Vec<MappedPart>> {
     let mut lines = BufReader::new(File::open("/proc/self/maps")?);
     let (mut parts, mut line) = (Vec::new(), String::new());
     loop {
@@ -34,7 +34,7 @@ pub(super) fn within(range: Range<u64>) -> io::Result<Vec<Part>> {
         let start = part.addresses.start.max(range.start);
         let end = part.addresses.end.min(range.end);
         if start < end {
-            parts.push(Part {
+            parts.push(MappedPart {
                 offset: part.offset + (start - part.addresses.start),
                 addresses: start..end,
                 ..part
@@ -44,12 +44,12 @@ pub(super) fn within(range: Range<u64>) -> io::Result<Vec<Part>> {
 }
 
 /// `start-end rwxs offset ...`
-fn parse(line: &str) -> Option<Part> {
+fn parse(line: &str) -> Option<MappedPart> {
     let mut words = line.split_ascii_whitespace();
     let hex = |text| u64::from_str_radix(text, 16).ok();
     let (start, end) = words.next()?.split_once('-')?;
     let rights = words.next()?.as_bytes();
-    Some(Part {
+    Some(MappedPart {
         addresses: hex(start)?..hex(end)?,
         is_writable: *rights.get(1)? == b'w',
         is_shared: *rights.get(3)? == b's',
@@ -64,7 +64,7 @@ mod tests {
     #[test]
     fn a_line_is_addresses_rights_and_where_in_the_file() {
         let line = "7f01-7f0a rw-s 00003000 00:01 1066  /memfd:palimpsest-frames (deleted)\n";
-        let part = Part {
+        let part = MappedPart {
             addresses: 0x7f01..0x7f0a,
             is_writable: true,
             is_shared: true,

@@ -3,7 +3,8 @@
 //! | file | concept |
 //! |---|---|
 //! | `physmap` | all frames, mapped once, one after the other: `pfn -> host address`, never remapped |
-//! | `window` | the host addresses a memslot points at; page `gfn` shows the frame the shadow page table says |
+//! | `window` | the host addresses a memslot points at: page `gfn` shows the frame its entry names |
+//! | `shown` | what the pages of a window show, packed |
 //! | `budget` | how many mappings the windows of this process may use |
 //! | `maps` | what the kernel says is mapped where |
 //! | `syscalls`, `call` | the system calls that change memory, and their names |
@@ -32,6 +33,7 @@ mod private;
 mod ram;
 #[cfg(debug_assertions)]
 mod refusals;
+mod shown;
 mod space;
 mod stream;
 mod syscalls;
@@ -46,6 +48,6 @@ pub use limits::{Limiter, Limits, Room};
 pub use physmap::PhysMap;
 pub use prices::Prices;
 pub use private::Dumps;
-pub use ram::{Held, PinnedBuffer, Ram, RamError};
+pub use ram::{PinnedBuffer, Ram, RamError, SlicePin};
 pub use space::Space;
 pub use window::Window;

@@ -1,38 +1,43 @@
 //! What write faults cost on this machine, learnt while it runs.
 //!
-//! `mm` breaks a region page by page until that has cost as much as all of it at once. What the two cost differs by an order of magnitude
-//! between machines (an exit is 1 us on bare metal and 28 us on PVM), so it is not a constant.
+//! `mm` breaks a region page by page until that has cost as much as all of it at once. What the two cost
+//! differs by an order of magnitude between machines (an exit is 1 us on bare metal and 28 us on PVM), so it
+//! is not a constant.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use crate::mm::{FaultOutcome, Resolution};
 
-/// A lower observation counts by one part in so many, a higher one by one in [`RELUCTANCE`], and as twice what was thought at most. What is asked is
-/// what a break costs by itself: now and then the scheduler has somebody else run, another vCPU has the lock, or memory is
-/// new, which is paid for once.
+/// An observation below the average moves it by one part in this many; one above it by one part in
+/// [`RELUCTANCE`], and counts as twice the average at most. What is wanted is the cost of a break by itself,
+/// and what makes one dearer is rarely its own: the scheduler ran another thread, another vCPU had the lock,
+/// or memory was new, which is paid for once.
 const READINESS: u64 = 4;
 const RELUCTANCE: u64 = 64;
 
-/// The first break of a region counts as so many of a page at most. It is likely to be the dearest, and if it were taken at its word there might be
-/// no second one to learn from.
+/// The first break of a region counts as this many breaks of a page at most. It is likely to be the dearest,
+/// and if it counted in full the price might be so high that there is no second one to learn from.
 const FIRST_WHOLE: u64 = 16;
 
-/// What things cost when nothing is in their way, in nanoseconds; 0 is not known yet. Statistics: nothing is ordered by them, and an observation may be lost to another.
+/// What things cost when nothing is in their way, in nanoseconds; 0 is not known yet. Statistics: nothing is
+/// ordered by them, and an observation may be lost to another.
 #[derive(Debug, Default)]
 pub struct Prices {
     small: AtomicU64,
     whole: AtomicU64,
     /// The shortest time a vCPU was in the guest: that of going there and back.
     entry: AtomicU64,
-    /// The shortest time a fault took from exit to entry: decoding and registers, and what little it resolved.
+    /// The shortest time a fault took from exit to entry: decoding and registers, and what little it
+    /// resolved.
     handling: AtomicU64,
     /// Not learnt, but given.
     fixed: Option<u32>,
 }
 
 impl Prices {
-    /// Those of somebody who knows, or wants something measured: a region is worth so many pages, whatever is seen.
+    /// Those of somebody who knows, or wants something measured: a region is worth so many pages, whatever is
+    /// seen.
     pub fn fixed(whole_price: u32) -> Self {
         Self {
             fixed: Some(whole_price),
@@ -50,7 +55,8 @@ impl Prices {
         shortest(&self.handling, time);
     }
 
-    /// A fault was resolved in so long. Says how many breaks of a page the break of a region is worth, if that is known.
+    /// A fault was resolved in so long. Says how many breaks of a page the break of a region is worth, if
+    /// that is known.
     pub fn paid(&self, fault: FaultOutcome, time: Duration) -> Option<u32> {
         if !matches!(
             fault.resolution,
@@ -81,7 +87,8 @@ impl Prices {
         self.whole_price()
     }
 
-    /// How many breaks of a page the break of a region is worth, each with the exit it takes. `None` until there was one of both.
+    /// How many breaks of a page the break of a region is worth, each with the exit it takes. `None` until
+    /// there was one of both.
     pub fn whole_price(&self) -> Option<u32> {
         if self.fixed.is_some() {
             return self.fixed;
@@ -91,7 +98,8 @@ impl Prices {
         (small > 0 && whole > 0).then(|| ((whole + around) / (small + around)).clamp(1, 512) as u32)
     }
 
-    /// What the break of a page costs, 0 if that is not known, and what the exit costs that either kind takes.
+    /// What the break of a page costs, 0 if that is not known, and what the exit costs that either kind
+    /// takes.
     fn small_and_around(&self) -> (u64, u64) {
         let get = |price: &AtomicU64| price.load(Ordering::Relaxed);
         let small = get(&self.small);

@@ -1,7 +1,7 @@
 //! Keeps mappings of guest memory to this process.
 //!
-//! A child process would have them, and with them all that the guest has; and a core dump would be as large as all guests together. Both are
-//! properties of a mapping, lost with every new one in its place.
+//! A child process would have them, and with them all that the guest has; and a core dump would be as large
+//! as all guests together. Both are properties of a mapping, lost with every new one in its place.
 #![expect(unsafe_code, reason = "tells the kernel something of a mapping")]
 
 use std::ffi::c_void;
@@ -26,7 +26,8 @@ pub(super) unsafe fn keep_private(start: *mut c_void, len: usize, dumps: Dumps) 
         Dumps::WithGuest => libc::MADV_DODUMP,
     };
     for advice in [libc::MADV_DONTFORK, dump] {
-        // SAFETY: neither changes what is mapped or what is in it: by the caller's promise it is nobody else's to tell.
+        // SAFETY: neither changes what is mapped or what is in it: by the caller's promise it is nobody
+        // else's to tell.
         if unsafe { libc::madvise(start, len, advice) } != 0 {
             return Err(io::Error::last_os_error());
         }

@@ -49,7 +49,7 @@ impl Done {
 
 /// What a test wants refused, of the calls of its own thread.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Plan {
+pub(super) struct RefusalPlan {
     /// How many calls pass first.
     pub(super) after: u64,
     /// How many are refused then.
@@ -60,12 +60,12 @@ pub(super) struct Plan {
 }
 
 thread_local! {
-    static PLAN: RefCell<Option<Plan>> = const { RefCell::new(None) };
+    static PLAN: RefCell<Option<RefusalPlan>> = const { RefCell::new(None) };
 }
 
 /// Runs `operation` by `plan`, and says how many calls it made.
 #[cfg(test)]
-pub(super) fn by_plan<T>(plan: Plan, operation: impl FnOnce() -> T) -> (T, u64) {
+pub(super) fn by_plan<T>(plan: RefusalPlan, operation: impl FnOnce() -> T) -> (T, u64) {
     PLAN.set(Some(plan));
     let result = operation();
     let calls = PLAN.take().map_or(0, |plan| plan.calls);

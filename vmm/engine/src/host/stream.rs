@@ -1,5 +1,6 @@
-//! Copies of whole folios, past the caches: nobody reads a snapshot's copy soon, and what the guest has in the caches stays there. A quarter
-//! faster than `memcpy` where it was measured (`cargo bench -p benches --bench copy`).
+//! Copies of whole folios, past the caches: nobody reads a snapshot's copy soon, and what the guest has in
+//! the caches stays there. A quarter faster than `memcpy` where it was measured (`cargo bench -p benches
+//! --bench copy`).
 #![expect(unsafe_code, reason = "instructions that have no safe name")]
 
 use std::arch::x86_64::{
@@ -14,8 +15,8 @@ const AHEAD: usize = 8 * LINE;
 /// Copies `len` bytes.
 ///
 /// # Safety
-/// `from` may be read and `to` written, `len` bytes from there on, and the two do not overlap. Somebody else may write to `from`: the copy
-/// is a mixture then.
+/// `from` may be read and `to` written, `len` bytes from there on, and the two do not overlap. Somebody else
+/// may write to `from`: the copy is a mixture then.
 ///
 /// # Panics
 /// If an address or `len` is no multiple of 64.
@@ -23,8 +24,8 @@ pub(super) unsafe fn copy(from: *const u8, to: *mut u8, len: usize) {
     let is_whole = |n: usize| n.is_multiple_of(LINE);
     assert!(is_whole(from.addr()) && is_whole(to.addr()) && is_whole(len));
     for at in (0..len).step_by(LINE) {
-        // SAFETY: the line is within what the caller promises, and aligned. What is asked for ahead may lie beyond it: that is a hint
-        // and never a fault.
+        // SAFETY: the line is within what the caller promises, and aligned. What is asked for ahead may lie
+        // beyond it: that is a hint and never a fault.
         unsafe {
             let (from, to) = (from.add(at), to.add(at));
             _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(AHEAD).cast());

@@ -55,9 +55,9 @@ pub(super) unsafe fn mmap_anonymous(
     })
 }
 
-/// Maps at `at` what the shared mapping at `from` shows, with everything that was ever said of that one: its protection, and whether
-/// children and core dumps have it. That is what [`rustix::mm::mremap_fixed`] does with nothing (mremap(2): "if the value of
-/// `old_size` is zero").
+/// Maps at `at` what the shared mapping at `from` shows, with everything that was ever said of that one: its
+/// protection, and whether children and core dumps have it. That is what [`rustix::mm::mremap_fixed`] does
+/// with nothing (mremap(2): "if the value of `old_size` is zero").
 ///
 /// # Safety
 /// As for [`rustix::mm::mmap`] of `len` bytes at `at`; and there are as many mapped at `from`.

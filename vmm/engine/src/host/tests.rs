@@ -27,8 +27,8 @@ fn window_of(pages: u64, limit: u64) -> (Window, Arc<MappingBudget>) {
     (window, budget)
 }
 
-/// How many mappings the kernel has for a window. A neighbour like its edge may be merged with it, so what lies outside is
-/// cut off.
+/// How many mappings the kernel has for a window. A neighbour like its edge may be merged with it, so what
+/// lies outside is cut off.
 fn kernel_mappings(start: u64, len: u64) -> u64 {
     let hex = |text: &str| u64::from_str_radix(text, 16).unwrap();
     fs::read_to_string("/proc/self/maps")

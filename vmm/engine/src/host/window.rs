@@ -1,9 +1,9 @@
 //! The window: the host addresses behind a KVM memslot.
 //!
-//! Page `gfn` of the window shows the frame that the shadow page table says, with the protection it says. It is
-//! changed by `mremap` of what the physmap has mapped, and by `mprotect`: KVM's MMU notifier makes every vCPU see the change before
-//! the call returns. Memory nobody ever wrote is a private anonymous mapping without write permission: the
-//! host's own zero page, which costs one mapping for any number of pages.
+//! Page `gfn` of the window shows the frame that the shadow page table says, with the protection it says. It
+//! is changed by `mremap` of what the physmap has mapped, and by `mprotect`: KVM's MMU notifier makes every
+//! vCPU see the change before the call returns. Memory nobody ever wrote is a private anonymous mapping
+//! without write permission: the host's own zero page, which costs one mapping for any number of pages.
 //!
 //! What the host refuses it may have done in part: `mprotect` changes one mapping after the other, and says
 //! that there is no room for more when it comes to the one that must be split (seen on Linux 6.18 with
@@ -13,7 +13,6 @@
 
 use std::ffi::c_void;
 use std::io;
-use std::iter;
 use std::ops::Range;
 use std::ptr;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -26,6 +25,7 @@ use super::budget::MappingBudget;
 use super::maps;
 use super::physmap::PhysMap;
 use super::private::keep_private;
+use super::shown::{Shown, ShownRegion, by_region, mappings};
 use super::syscalls::{mmap_anonymous, mprotect};
 use crate::mm::{Gfn, Mmu, MmuError, PAGE_SIZE, Pfn, Protection, REGION_PAGES};
 
@@ -38,113 +38,7 @@ pub struct Window {
     physmap: Arc<PhysMap>,
     budget: Arc<MappingBudget>,
     /// What each page shows, so that mappings can be counted before they are made.
-    shown: Mutex<Vec<Region>>,
-}
-
-/// What the pages of a region show: runs of pages that are alike. A fork of a large guest has to look at many regions, nearly all of which
-/// have one or three.
-#[derive(Clone, Debug)]
-enum Region {
-    /// All of it one run.
-    Alike(Shown),
-    /// By the first page of each run, the first of which is page 0. Neighbours differ.
-    Mixed(Box<[(u16, Shown)]>),
-}
-
-impl Region {
-    /// The runs, with the pages they have.
-    fn runs(&self) -> impl Iterator<Item = (Range<u64>, Shown)> {
-        let (alike, mixed) = match self {
-            Self::Alike(shown) => (Some((0..REGION_PAGES, *shown)), &[][..]),
-            Self::Mixed(runs) => (None, &runs[..]),
-        };
-        let ends = mixed.iter().skip(1).map(|&(first, _)| u64::from(first));
-        let mixed = mixed.iter().zip(ends.chain([REGION_PAGES]));
-        let mixed = mixed.map(|(&(first, shown), end)| (u64::from(first)..end, shown));
-        alike.into_iter().chain(mixed)
-    }
-
-    fn get(&self, index: u64) -> Shown {
-        match self {
-            Self::Alike(shown) => *shown,
-            Self::Mixed(runs) => {
-                let after = runs.partition_point(|&(first, _)| u64::from(first) <= index);
-                runs[after - 1].1
-            }
-        }
-    }
-
-    /// What the runs show that pages `range` are in.
-    fn within(&self, range: Range<u64>) -> impl Iterator<Item = Shown> {
-        self.runs_within(range).map(|(_, shown)| shown)
-    }
-
-    /// The same, with the pages of `range` that show it.
-    fn runs_within(&self, range: Range<u64>) -> impl Iterator<Item = (Range<u64>, Shown)> {
-        self.runs()
-            .map(move |(run, shown)| (run.start.max(range.start)..run.end.min(range.end), shown))
-            .skip_while(|(run, _)| run.is_empty())
-            .take_while(|(run, _)| !run.is_empty())
-    }
-
-    /// Has the pages `range` show something else.
-    fn change(&mut self, range: Range<u64>, shows: impl Fn(Shown) -> Shown) {
-        let mut runs: Vec<(u16, Shown)> = Vec::new();
-        let mut add = |pages: Range<u64>, shown| {
-            if !pages.is_empty() && runs.last().is_none_or(|&(_, last)| last != shown) {
-                runs.push((pages.start as u16, shown));
-            }
-        };
-        for (run, shown) in self.runs() {
-            let clip = |at: u64| at.clamp(run.start, run.end);
-            let (start, end) = (clip(range.start), clip(range.end));
-            add(run.start..start, shown);
-            add(start..end, shows(shown));
-            add(end..run.end, shown);
-        }
-        *self = match runs[..] {
-            [(_, shown)] => Self::Alike(shown),
-            _ => Self::Mixed(runs.into()),
-        };
-    }
-}
-
-/// The parts of a range of pages by region: the region, and which of its pages.
-fn by_region(pages: Range<u64>) -> impl Iterator<Item = (usize, Range<u64>)> {
-    let mut at = pages.start;
-    iter::from_fn(move || {
-        (at < pages.end).then(|| {
-            let (region, first) = (at / REGION_PAGES, at % REGION_PAGES);
-            let last = REGION_PAGES.min(first + pages.end - at);
-            at += last - first;
-            (region as usize, first..last)
-        })
-    })
-}
-
-/// What a page shows. Neighbours share a mapping if they show the same thing: frames that follow each other, or zeros.
-///
-/// Packed, since a fork looks at that of every page: bit 0 says that there is a frame, bit 1 that it is writable, the bits from 2 on are
-/// `pfn - gfn`.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-struct Shown(i64);
-
-impl Shown {
-    const ZEROS: Self = Self(0);
-    const FRAME: i64 = 1;
-    const WRITABLE: i64 = 2;
-
-    fn frames(distance: i64, protection: Protection) -> Self {
-        Self(distance << 2 | Self::FRAME).protected(protection)
-    }
-
-    fn protected(self, protection: Protection) -> Self {
-        match protection {
-            _ if self == Self::ZEROS => self,
-            Protection::ReadOnly => Self(self.0 & !Self::WRITABLE),
-            Protection::ReadWrite => Self(self.0 | Self::WRITABLE),
-        }
-    }
+    shown: Mutex<Vec<ShownRegion>>,
 }
 
 impl Window {
@@ -156,7 +50,7 @@ impl Window {
         budget
             .change(0, 1)
             .map_err(|limit| io::Error::other(MmuError::MappingLimit { limit }))?;
-        let base = reserve(pages * PAGE_SIZE).inspect_err(|_| {
+        let base = reserve(pages.saturating_mul(PAGE_SIZE)).inspect_err(|_| {
             let _ = budget.change(1, 0);
         })?;
         let window = Self {
@@ -165,7 +59,7 @@ impl Window {
             physmap,
             budget,
             shown: Mutex::new(vec![
-                Region::Alike(Shown::ZEROS);
+                ShownRegion::Alike(Shown::ZEROS);
                 pages.div_ceil(REGION_PAGES) as usize
             ]),
         };
@@ -191,11 +85,11 @@ impl Window {
     /// Bytes of memory that it takes to know what each page shows.
     pub fn notes(&self) -> u64 {
         let shown = self.shown.lock().unwrap_or_else(PoisonError::into_inner);
-        let runs = |region: &Region| match region {
-            Region::Alike(_) => 0,
-            Region::Mixed(runs) => size_of_val::<[(u16, Shown)]>(runs),
+        let runs = |region: &ShownRegion| match region {
+            ShownRegion::Alike(_) => 0,
+            ShownRegion::Mixed(runs) => size_of_val::<[(u16, Shown)]>(runs),
         };
-        (size_of_val::<[Region]>(&shown) + shown.iter().map(runs).sum::<usize>()) as u64
+        (size_of_val::<[ShownRegion]>(&shown) + shown.iter().map(runs).sum::<usize>()) as u64
     }
 
     fn address(&self, gfn: Gfn) -> *mut c_void {
@@ -214,8 +108,8 @@ impl Window {
         }
     }
 
-    /// Changes what pages `first..first + count` show: books the mappings, lets `apply` do it, and notes it, or
-    /// takes the booking back if that fails.
+    /// Changes what pages `first..first + count` show: books the mappings, lets `apply` do it, and notes it,
+    /// or takes the booking back if that fails.
     fn change(
         &self,
         first: Gfn,
@@ -256,7 +150,8 @@ impl Window {
                 runs.map(move |(run, shown)| (first + run.start..first + run.end, shown))
             });
             let is_torn = !self.is_mapped_as(range.clone(), noted);
-            // Ours is not the only use of mappings, and the limit not all that the host goes by: it may be at its end before we are.
+            // The host may refuse before the budget does: the process has mappings that are no windows', and
+            // the host has other reasons to say that there is no memory.
             let no_room = MmuError::MappingLimit {
                 limit: self.budget.limit().min(self.budget.used_by_all()),
             };
@@ -321,7 +216,7 @@ impl Window {
         let address = |page: u64| self.base as u64 + page * PAGE_SIZE;
         let page = |address: u64| (address - self.base as u64) / PAGE_SIZE;
         let parts = maps::within(address(range.start)..address(range.end))?;
-        let run = |part: maps::Part| {
+        let run = |part: maps::MappedPart| {
             let pages = page(part.addresses.start)..page(part.addresses.end);
             let shown = if part.is_shared {
                 let distance = (part.offset / PAGE_SIZE) as i64 - pages.start as i64;
@@ -379,7 +274,8 @@ impl Mmu for Window {
                 "clear",
                 |_| Shown::ZEROS,
                 || {
-                    // SAFETY: `change` has checked that the range is the window's own. Only vCPUs look through it.
+                    // SAFETY: `change` has checked that the range is the window's own. Only vCPUs look
+                    // through it.
                     unsafe {
                         mmap_anonymous(
                             self.address(first),
@@ -426,19 +322,11 @@ impl Drop for Window {
         let pages =
             by_region(0..self.pages).flat_map(|(region, pages)| shown[region].within(pages));
         let _ = self.budget.change(mappings(pages), 0);
-        // SAFETY: the range is the window's own; the VM whose memslot pointed here is gone, or sees nothing from now on.
+        // SAFETY: the range is the window's own; the VM whose memslot pointed here is gone, or sees nothing
+        // from now on.
         let unmapped = unsafe { munmap(self.address(Gfn(0)), self.len() as usize) };
         if let Err(error) = unmapped {
             tracing::warn!(%error, "cannot unmap a window");
         }
     }
-}
-
-/// Mappings that a run of pages takes.
-fn mappings(pages: impl Iterator<Item = Shown>) -> u64 {
-    let mut last = None;
-    pages.fold(0, |count, page| {
-        let begins = last.replace(page) != Some(page);
-        count + u64::from(begins)
-    })
 }

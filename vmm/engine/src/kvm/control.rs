@@ -1,29 +1,30 @@
 //! The handshake between a machine and its vCPU threads.
 //!
-//! Each vCPU has an *order* (run, pause, stop), which its thread looks at before every entry to the guest, and a *slot*,
-//! which says what the thread is doing and what work it has while parked. Registers are read and written by the
-//! vCPU's own thread: it does so while the pauser goes on with its own work, and all vCPUs do so at once.
+//! Each vCPU has a *command* (run, pause, stop), which its thread looks at before every entry to the guest,
+//! and a *slot*, which says what the thread is doing and what task it has while parked. Registers are read
+//! and written by the vCPU's own thread: it does so while the pauser goes on with its own work, and all vCPUs
+//! do so at once.
 //!
 //! ```text
-//!            order = Run                 order = Pause, kick
-//!   Parked ─────────────▶ Running ─────────────▶ Parked ── work: Wanted ▶ Doing ▶ Captured | Done | Failed
-//!      └──── order = Stop ───┴──── or a crash, or an exit ───▶ Ended
+//!           command = Run              command = Pause, kick
+//!   Parked ─────────────▶ Running ─────────────▶ Parked ── task: Queued ▶ Running ▶ Captured | Done | Failed
+//!      └─── command = Stop ──┴──── or a crash, or an exit ───▶ Ended
 //! ```
-//! Orders change with the slots locked, so that a parked thread cannot miss one; a running thread reads its order without
-//! the lock (see [`kick`](super::kick) for why it cannot miss one either).
+//! Commands change with the slots locked, so that a parked thread cannot miss one; a running thread reads its
+//! own without the lock (see [`kick`](super::kick) for why it cannot miss one either).
 
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use super::error::StateError;
-use super::registers::Entry;
+use super::registers::EntryState;
 use super::state::{Clock, VcpuState};
 
 /// What a vCPU's thread is to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
-pub(super) enum Order {
+pub(super) enum VcpuCommand {
     Run,
     Pause,
     Stop,
@@ -42,29 +43,29 @@ pub(super) enum Phase {
 
 /// Something to do with the registers of a parked vCPU.
 #[derive(Debug)]
-pub(super) enum Job {
+pub(super) enum RegisterTask {
     /// Read them all.
     Capture,
     /// Set them all.
     Restore(Box<VcpuState>, Clock),
     /// Set them to the entry state.
-    Enter(Entry),
+    Enter(EntryState),
 }
 
-/// What became of the work of a parked vCPU.
+/// What became of the task of a parked vCPU.
 #[derive(Debug)]
-pub(super) enum Work {
-    None,
-    Wanted(Job),
-    Doing,
+pub(super) enum TaskState {
+    Idle,
+    Queued(RegisterTask),
+    Running,
     Captured(Box<VcpuState>),
     Done,
     Failed(StateError),
 }
 
-impl Work {
+impl TaskState {
     pub(super) fn is_pending(&self) -> bool {
-        matches!(self, Self::Wanted(_) | Self::Doing)
+        matches!(self, Self::Queued(_) | Self::Running)
     }
 }
 
@@ -74,17 +75,17 @@ pub(super) struct Slot {
     pub(super) phase: Phase,
     /// When `phase` began.
     pub(super) since: Instant,
-    pub(super) work: Work,
+    pub(super) task: TaskState,
 }
 
 /// What a machine shares with its vCPU threads.
 #[derive(Debug)]
 pub(super) struct Control {
-    orders: Vec<AtomicU8>,
+    commands: Vec<AtomicU8>,
     slots: Mutex<Vec<Slot>>,
-    /// An order or work is there for a parked vCPU.
+    /// A command or a task is there for a parked vCPU.
     to_vcpus: Condvar,
-    /// A phase or work changed.
+    /// A phase or the state of a task changed.
     to_machine: Condvar,
 }
 
@@ -97,11 +98,11 @@ impl Control {
         let slot = || Slot {
             phase: Phase::Parked,
             since: Instant::now(),
-            work: Work::None,
+            task: TaskState::Idle,
         };
         Self {
-            orders: (0..vcpus)
-                .map(|_| AtomicU8::new(Order::Pause as u8))
+            commands: (0..vcpus)
+                .map(|_| AtomicU8::new(VcpuCommand::Pause as u8))
                 .collect(),
             slots: Mutex::new((0..vcpus).map(|_| slot()).collect()),
             to_vcpus: Condvar::new(),
@@ -114,29 +115,30 @@ impl Control {
         self.slots.lock().unwrap_or_else(|e| e.into_inner())
     }
 
-    /// The order of vCPU `vcpu`. SeqCst: the other half of [`KickFlag::clear`](super::kick::KickFlag::clear).
-    pub(super) fn order(&self, vcpu: usize) -> Order {
-        match self.orders[vcpu].load(Ordering::SeqCst) {
-            0 => Order::Run,
-            1 => Order::Pause,
-            _ => Order::Stop,
+    /// The command of vCPU `vcpu`. SeqCst: the other half of
+    /// [`KickFlag::clear`](super::kick::KickFlag::clear).
+    pub(super) fn command(&self, vcpu: usize) -> VcpuCommand {
+        match self.commands[vcpu].load(Ordering::SeqCst) {
+            0 => VcpuCommand::Run,
+            1 => VcpuCommand::Pause,
+            _ => VcpuCommand::Stop,
         }
     }
 
-    /// Gives all vCPUs an order, and wakes those that are parked. An order to stop is never taken back.
+    /// Gives all vCPUs a command, and wakes those that are parked. The command to stop is never taken back.
     ///
     /// The slots are handed over to show that they are locked.
-    pub(super) fn give(&self, _slots: &mut MutexGuard<'_, Vec<Slot>>, order: Order) {
-        for slot in &self.orders {
-            if slot.load(Ordering::SeqCst) != Order::Stop as u8 {
-                slot.store(order as u8, Ordering::SeqCst);
+    pub(super) fn give(&self, _slots: &mut MutexGuard<'_, Vec<Slot>>, command: VcpuCommand) {
+        for current in &self.commands {
+            if current.load(Ordering::SeqCst) != VcpuCommand::Stop as u8 {
+                current.store(command as u8, Ordering::SeqCst);
             }
         }
         self.to_vcpus.notify_all();
     }
 
-    /// Wakes parked vCPUs to look at their work.
-    pub(super) fn work_given(&self) {
+    /// Wakes parked vCPUs to look at their tasks.
+    pub(super) fn task_given(&self) {
         self.to_vcpus.notify_all();
     }
 
@@ -167,17 +169,19 @@ impl Control {
         self.to_machine.notify_all();
     }
 
-    /// Waits, parked, for work. `None` once the order is no longer to pause; the vCPU then counts as running.
-    pub(super) fn next_job(&self, vcpu: usize) -> Option<Job> {
+    /// Waits, parked, for a task. `None` once the command is no longer to pause; the vCPU then counts as
+    /// running.
+    pub(super) fn next_task(&self, vcpu: usize) -> Option<RegisterTask> {
         let mut slots = self.lock();
         loop {
             let slot = &mut slots[vcpu];
-            if matches!(slot.work, Work::Wanted(_))
-                && let Work::Wanted(job) = std::mem::replace(&mut slot.work, Work::Doing)
+            if matches!(slot.task, TaskState::Queued(_))
+                && let TaskState::Queued(task) =
+                    std::mem::replace(&mut slot.task, TaskState::Running)
             {
-                return Some(job);
+                return Some(task);
             }
-            if self.order(vcpu) != Order::Pause {
+            if self.command(vcpu) != VcpuCommand::Pause {
                 set_phase(slot, Phase::Running);
                 drop(slots);
                 self.to_machine.notify_all();
@@ -187,9 +191,9 @@ impl Control {
         }
     }
 
-    /// The work that [`Control::next_job`] gave is finished.
-    pub(super) fn finish(&self, vcpu: usize, work: Work) {
-        self.lock()[vcpu].work = work;
+    /// The task that [`Control::next_task`] gave is finished.
+    pub(super) fn finish(&self, vcpu: usize, task: TaskState) {
+        self.lock()[vcpu].task = task;
         self.to_machine.notify_all();
     }
 }

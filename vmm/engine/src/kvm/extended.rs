@@ -1,7 +1,12 @@
 //! Extended registers, by name: x87, SSE and AVX out of an XSAVE area.
 //!
-//! The area is in the standard format, as `KVM_GET_XSAVE` gives it. A component that XSTATE_BV does not name is in its
-//! initial configuration, and its place in the area holds anything.
+//! The area is in the standard format, as `KVM_GET_XSAVE` gives it. A component that XSTATE_BV does not name
+//! is in its initial configuration, and its place in the area holds anything.
+
+/// 32-bit words of the area that `KVM_GET_XSAVE` transfers.
+pub(super) const XSAVE_WORDS: usize = 1024;
+/// Bytes of that area.
+pub(super) const XSAVE_BYTES: usize = XSAVE_WORDS * 4;
 
 /// First 32-bit word of XSTATE_BV.
 const XSTATE_BV: usize = 512 / 4;

@@ -1,20 +1,21 @@
 //! Gets a vCPU out of the guest.
 //!
-//! A signal interrupts `KVM_RUN`, but one that arrives just before the call would be lost. So its handler also sets
-//! `immediate_exit` in the vCPU's `kvm_run`, which makes the next `KVM_RUN` return at once.
+//! A signal interrupts `KVM_RUN`, but one that arrives just before the call would be lost. So its handler
+//! also sets `immediate_exit` in the vCPU's `kvm_run`, which makes the next `KVM_RUN` return at once.
 //!
-//! The signal is SIGURG. A real-time signal is queued, and sending one fails once the queue of its user is full, whoever filled it
-//! (`ulimit -i`, `__sigqueue_alloc` in `kernel/signal.c`); a standard signal is a bit, which is always there to be set. Nobody
-//! else uses this one unless it asks for out-of-band data on a socket, and by default it is ignored.
+//! The signal is SIGURG. A real-time signal is queued, and sending one fails once the queue of its user is
+//! full, whoever filled it (`ulimit -i`, `__sigqueue_alloc` in `kernel/signal.c`); a standard signal is a
+//! bit, which is always there to be set. Nobody else uses this one unless it asks for out-of-band data on a
+//! socket, and by default it is ignored.
 //!
 //! The order that makes this race-free:
 //! ```text
 //! pauser                     vCPU thread
-//! P1 store the order         V1 clear immediate_exit
-//! P2 send the signal         V2 load the order
+//! P1 store the command       V1 clear immediate_exit
+//! P2 send the signal         V2 load the command
 //!                            V3 KVM_RUN
 //! ```
-//! The handler runs after P1. If it runs after V1, V3 returns at once; if before V1, V2 sees the order.
+//! The handler runs after P1. If it runs after V1, V3 returns at once; if before V1, V2 sees the command.
 
 #![expect(
     unsafe_code,
@@ -44,8 +45,8 @@ pub(super) fn install() -> io::Result<()> {
     static INSTALLED: Mutex<bool> = Mutex::new(false);
     let mut installed = INSTALLED.lock().unwrap_or_else(|e| e.into_inner());
     if !*installed {
-        // SAFETY: the handler reads a thread-local cell that needs no initialisation and stores to an atomic: it
-        // allocates nothing, takes no lock and cannot panic.
+        // SAFETY: the handler reads a thread-local cell that needs no initialisation and stores to an atomic:
+        // it allocates nothing, takes no lock and cannot panic.
         unsafe { signal_hook::low_level::register(SIGURG, handle) }?;
         *installed = true;
     }
@@ -55,7 +56,8 @@ pub(super) fn install() -> io::Result<()> {
 fn handle() {
     let flag = IMMEDIATE_EXIT.get();
     if !flag.is_null() {
-        // SAFETY: `KickFlag` clears the cell before the mapping that this points into goes away, on this same thread.
+        // SAFETY: `KickFlag` clears the cell before the mapping that this points into goes away, on this same
+        // thread.
         unsafe { AtomicU8::from_ptr(flag) }.store(1, Ordering::SeqCst);
     }
 }
@@ -65,7 +67,8 @@ fn handle() {
 /// # Errors
 /// If the kernel refuses. It has no reason to, and whoever waits for the vCPU would wait in vain.
 pub(super) fn kick(thread: &JoinHandle<()>) -> io::Result<()> {
-    // SAFETY: the thread was not joined, since there is a handle to join it by, so its id is valid even if it has ended.
+    // SAFETY: the thread was not joined, since there is a handle to join it by, so its id is valid even if it
+    // has ended.
     match unsafe { libc::pthread_kill(thread.as_pthread_t(), SIGURG) } {
         0 | libc::ESRCH => Ok(()),
         error => Err(io::Error::from_raw_os_error(error)),
@@ -88,7 +91,7 @@ impl KickFlag {
         Ok(Self(flag))
     }
 
-    /// Clears the flag. SeqCst, as are the stores and loads of orders: see the module's diagram.
+    /// Clears the flag. SeqCst, as are the stores and loads of commands: see the module's diagram.
     pub(super) fn clear(&self) {
         self.store(0);
     }
@@ -99,7 +102,8 @@ impl KickFlag {
     }
 
     fn store(&self, value: u8) {
-        // SAFETY: `new`'s caller keeps it mapped. Besides this thread and its signal handler only the kernel uses it.
+        // SAFETY: `new`'s caller keeps it mapped. Besides this thread and its signal handler only the kernel
+        // uses it.
         unsafe { AtomicU8::from_ptr(self.0.as_ptr()) }.store(value, Ordering::SeqCst);
     }
 }

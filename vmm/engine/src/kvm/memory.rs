@@ -9,11 +9,9 @@ use std::any::Any;
 use std::ptr::{self, NonNull};
 use std::time::Duration;
 
+use crate::causes::Cause;
 use crate::host::{Ram, Window};
 use crate::mm::{Access, Gfn, Resolution};
-
-/// Why guest memory could not be reached or made writable.
-pub type MemoryError = Box<dyn std::error::Error + Send + Sync>;
 
 /// What the KVM layer needs of guest memory.
 ///
@@ -28,27 +26,42 @@ pub trait GuestRam: Send + Sync {
         self.len() == 0
     }
 
-    /// Makes the page at guest frame `gfn` writable for the guest: a vCPU faulted writing it. `false` if it was
-    /// writable already, because somebody else was first.
-    fn write_fault(&self, gfn: u64) -> Result<bool, MemoryError>;
+    /// Makes the page at guest frame `gfn` writable for the guest: a vCPU faulted writing it. `false` if it
+    /// was writable already, because somebody else was first.
+    ///
+    /// # Errors
+    /// If there is no such page, or no memory for its copy. The vCPU ends.
+    fn write_fault(&self, gfn: u64) -> Result<bool, Cause>;
 
-    /// Notes that a vCPU was in the guest for so long, from entry to exit: the shortest time is what entry and exit cost.
+    /// Notes that a vCPU was in the guest for so long, from entry to exit: the shortest time is what entry
+    /// and exit cost.
     fn was_entered(&self, _time: Duration) {}
 
-    /// Notes that a vCPU's write fault took so long from its exit to where it can enter again, decoding and registers included.
+    /// Notes that a vCPU's write fault took so long from its exit to where it can enter again, decoding and
+    /// registers included.
     fn was_handled(&self, _time: Duration) {}
 
-    /// Pins the `len` bytes at `gpa` for writing, until what is returned is dropped: the hypervisor writes there behind everybody's back.
-    /// Memory that has no pins says so; then the guest cannot have the hypervisor write.
-    fn pin(&self, _gpa: u64, _len: u64) -> Result<Box<dyn Any + Send>, MemoryError> {
+    /// Pins the `len` bytes at `gpa` for writing, until what is returned is dropped: the hypervisor writes
+    /// there behind everybody's back. Memory that has no pins says so; then the guest cannot have the
+    /// hypervisor write.
+    ///
+    /// # Errors
+    /// If the bytes are not all guest memory, or cannot be pinned.
+    fn pin(&self, _gpa: u64, _len: u64) -> Result<Box<dyn Any + Send>, Cause> {
         Err("this memory cannot be pinned".into())
     }
 
     /// Copies guest memory at `gpa` out, as a transient reader.
-    fn read(&self, gpa: u64, buf: &mut [u8]) -> Result<(), MemoryError>;
+    ///
+    /// # Errors
+    /// If the bytes are not all guest memory.
+    fn read(&self, gpa: u64, buf: &mut [u8]) -> Result<(), Cause>;
 
     /// Copies `buf` into guest memory at `gpa`.
-    fn write(&self, gpa: u64, buf: &[u8]) -> Result<(), MemoryError>;
+    ///
+    /// # Errors
+    /// If the bytes are not all guest memory, or there is no memory for a copy.
+    fn write(&self, gpa: u64, buf: &[u8]) -> Result<(), Cause>;
 }
 
 impl GuestRam for Ram {
@@ -56,7 +69,7 @@ impl GuestRam for Ram {
         self.size()
     }
 
-    fn write_fault(&self, gfn: u64) -> Result<bool, MemoryError> {
+    fn write_fault(&self, gfn: u64) -> Result<bool, Cause> {
         Ok(Self::write_fault(self, Gfn(gfn))? != Resolution::AlreadyWritable)
     }
 
@@ -68,15 +81,15 @@ impl GuestRam for Ram {
         self.prices().handled(time);
     }
 
-    fn pin(&self, gpa: u64, len: u64) -> Result<Box<dyn Any + Send>, MemoryError> {
+    fn pin(&self, gpa: u64, len: u64) -> Result<Box<dyn Any + Send>, Cause> {
         Ok(Box::new(Self::pin(self, gpa, len, Access::Write)?))
     }
 
-    fn read(&self, gpa: u64, buf: &mut [u8]) -> Result<(), MemoryError> {
+    fn read(&self, gpa: u64, buf: &mut [u8]) -> Result<(), Cause> {
         Ok(Self::read(self, gpa, buf)?)
     }
 
-    fn write(&self, gpa: u64, buf: &[u8]) -> Result<(), MemoryError> {
+    fn write(&self, gpa: u64, buf: &[u8]) -> Result<(), Cause> {
         Ok(Self::write(self, gpa, buf)?)
     }
 }
@@ -84,8 +97,9 @@ impl GuestRam for Ram {
 /// Host memory that a guest has as its own, from gpa 0: what a memslot points at.
 ///
 /// # Safety
-/// For as long as the value lives the range is mapped, and is the guest's: no Rust reference points into it, and nothing
-/// else than guest memory is mapped there. Protections and the pages behind it may change at any time.
+/// For as long as the value lives the range is mapped, and is the guest's: no Rust reference points into it,
+/// and nothing else than guest memory is mapped there. Protections and the pages behind it may change at any
+/// time.
 pub unsafe trait Memslot: Send + Sync {
     /// The first byte, at a page boundary.
     fn host_address(&self) -> NonNull<u8>;
@@ -99,8 +113,8 @@ pub unsafe trait Memslot: Send + Sync {
     }
 }
 
-// SAFETY: a window owns its range, which is unmapped when it is dropped, hands out no references into it, and changes it
-// only as an MMU does.
+// SAFETY: a window owns its range, which is unmapped when it is dropped, hands out no references into it, and
+// changes it only as an MMU does.
 unsafe impl Memslot for Window {
     fn host_address(&self) -> NonNull<u8> {
         let address = ptr::with_exposed_provenance_mut(Self::host_address(self) as usize);

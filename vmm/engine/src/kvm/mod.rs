@@ -4,22 +4,26 @@
 //! - A vCPU runs on one thread of its own from first to last; every KVM call for it is made there.
 //! - [`Machine::pause`] returns when no vCPU is in guest mode and none has an instruction half done: an `out`
 //!   that the guest has begun is complete, so that captured registers are those of an instruction boundary.
-//! - A write to a page that the guest may not write yet is handed to [`GuestRam::write_fault`] on the vCPU's own
-//!   thread, and the instruction is tried again. A fault that no page explains is an error, not a loop: see [`fault`].
-//! - What KVM itself writes to guest memory follows the same rules: stores that it emulates are carried out by [`GuestRam::write`],
-//!   and pages that it writes behind everybody's back are pinned (`paravirt`).
+//! - A write to a page that the guest may not write yet is handed to [`GuestRam::write_fault`] on the vCPU's
+//!   own thread, and the instruction is tried again. A fault that no page explains is an error, not a loop:
+//!   see [`fault`].
+//! - What KVM itself writes to guest memory follows the same rules: stores that it emulates are carried out
+//!   by [`GuestRam::write`], and pages that it writes behind everybody's back are pinned (`paravirt`).
 //! - Nothing a guest does panics the VMM: what a guest must not do ends its vCPU with an [`Outcome`].
 //!
-//! How: [`platform`] opens KVM, [`boot`] (with `paging`) fills guest memory, [`registers`] holds the entry state,
-//! [`machine`] and `control` drive the vCPU threads of `vcpu`, `kick` gets them out of the guest, [`fault`] finds the pages
-//! of a write fault, `watch` kicks vCPUs that do not come out by themselves, [`state`] and `msr` capture and restore registers. Memory is reached only through [`GuestRam`],
-//! ports only through [`PortHandler`].
+//! How: [`platform`] says which KVM this host has, `open` and `create` make the file descriptors, [`boot`]
+//! (with `paging`) fills guest memory, [`registers`] holds the entry state, [`machine`] and `control` drive
+//! the vCPU threads of `vcpu`, `kick` gets them out of the guest, [`fault`] finds the pages of a write fault,
+//! `watch` kicks vCPUs that do not come out by themselves, [`state`] and `msr` capture and restore registers.
+//! Memory is reached only through [`GuestRam`], ports only through [`PortHandler`].
 //!
-//! Not covered: interrupts (there is no interrupt controller), guests that leave 64-bit mode, `in` and MMIO (both
-//! end the vCPU as a crash), nested virtualisation.
+//! Not covered: interrupts (there is no interrupt controller), guests that leave 64-bit mode, `in` and MMIO
+//! (both end the vCPU as a crash), nested virtualisation.
 
 pub mod boot;
 mod control;
+mod counters;
+mod create;
 mod error;
 mod extended;
 pub mod fault;
@@ -27,6 +31,7 @@ mod kick;
 pub mod machine;
 pub mod memory;
 mod msr;
+mod open;
 pub mod outcome;
 mod paging;
 mod paravirt;
@@ -37,22 +42,21 @@ pub mod state;
 mod table_bits;
 mod tables;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 mod vcpu;
 mod vcpus;
 mod watch;
 
 pub use boot::{BootError, Image, write_page_tables};
-pub use error::{FaultError, KvmError, MAX_VCPUS, RunError, StateError};
+pub use error::{KvmError, MAX_VCPUS, StateError, VcpuRunError, WriteFaultError};
 pub use extended::Extended;
 pub use fault::{Rung, RungCounts};
-pub use machine::{Machine, MachineStats, OnStop, Paused};
-pub use memory::{GuestRam, MemoryError, Memslot};
-pub use outcome::{CrashReason, Outcome, Report};
-pub use platform::{Kvm, Paging, Platform, PlatformError};
+pub use machine::{Machine, MachineStats, OnStop, PausedMachine};
+pub use memory::{GuestRam, Memslot};
+pub use open::{Kvm, PlatformError};
+pub use outcome::{CrashReason, CrashReport, Outcome};
+pub use platform::{Paging, Platform};
 pub use port::{PortAction, PortHandler, StopReason};
-pub use registers::Entry;
+pub use registers::EntryState;
 pub use state::{Clock, VcpuState};
 pub use tables::PageTables;
-
-pub use crate::vcpus::Capture;

@@ -1,7 +1,7 @@
 //! Which MSRs can be saved and set back.
 //!
-//! KVM lists the MSRs that a VMM should save. On some hosts (PVM) part of them cannot be read, or not be set to the value
-//! just read. Those are left out, and named, instead of failing every snapshot.
+//! KVM lists the MSRs that a VMM should save. On some hosts (PVM) part of them cannot be read, or not be set
+//! to the value just read. Those are left out, and named, instead of failing every snapshot.
 
 use kvm_bindings::{Msrs, kvm_msr_entry};
 use kvm_ioctls::VcpuFd;
@@ -14,7 +14,8 @@ const IA32_TSC: u32 = 0x10;
 const IA32_TSC_ADJUST: u32 = 0x3b;
 /// Time-stamp counter value at which the local APIC's timer fires.
 const IA32_TSC_DEADLINE: u32 = 0x6e0;
-/// MSRs of a Hyper-V hypervisor. KVM lists them always; a guest has them only if its CPUID says so, and ours does not.
+/// MSRs of a Hyper-V hypervisor. KVM lists them always; a guest has them only if its CPUID says so, and ours
+/// does not.
 const HYPER_V: std::ops::RangeInclusive<u32> = 0x4000_0000..=0x4000_01ff;
 
 /// Whether `index` is part of the vCPU's time.

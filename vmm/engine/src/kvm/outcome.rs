@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use super::error::RunError;
+use super::error::VcpuRunError;
 use super::port::StopReason;
 use super::state::VcpuState;
 use crate::causes::chain;
@@ -17,14 +17,14 @@ pub enum Outcome {
         /// What it did.
         reason: CrashReason,
         /// Where it was.
-        report: Box<Report>,
+        report: Box<CrashReport>,
     },
     /// The VMM could not go on. The guest is not to blame.
     Failed {
         /// What went wrong.
-        error: RunError,
+        error: VcpuRunError,
         /// Where the guest was.
-        report: Box<Report>,
+        report: Box<CrashReport>,
     },
 }
 
@@ -80,7 +80,10 @@ pub enum CrashReason {
     #[error("halted")]
     Halt,
     /// KVM could not emulate an instruction, or met another of its limits.
-    #[error("kvm internal error (suberror {suberror}{})", if *.suberror == 1 { ": emulation failed" } else { "" })]
+    #[error(
+        "kvm internal error (suberror {suberror}{})",
+        if *.suberror == 1 { ": emulation failed" } else { "" }
+    )]
     InternalError {
         /// `KVM_INTERNAL_ERROR_*`.
         suberror: u32,
@@ -101,20 +104,21 @@ pub enum CrashReason {
 
 /// Where a vCPU was when it ended.
 #[derive(Debug, Default)]
-pub struct Report {
+pub struct CrashReport {
     /// Its registers, as far as they could be read.
     pub state: Option<VcpuState>,
     /// Up to 16 bytes at RIP, if they are mapped.
     pub code: Vec<u8>,
 }
 
-impl fmt::Display for Report {
+impl fmt::Display for CrashReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.state {
             Some(state) if state.is_as_after_init() => {
                 return write!(
                     f,
-                    "where it was this host does not tell: after a triple fault the vcpu is as after a reset (SVM)"
+                    "where it was this host does not tell: after a triple fault the vcpu is as after \
+                     a reset (SVM)"
                 );
             }
             Some(state) => state.fmt(f)?,

@@ -1,12 +1,13 @@
-//! KVM's own writes to guest memory: paravirtual clock, steal time, asynchronous page faults, end of interrupt.
+//! KVM's own writes to guest memory: paravirtual clock, steal time, asynchronous page faults, end of
+//! interrupt.
 //!
-//! A guest asks for these by an MSR that names an address, and KVM writes there from then on, by no vCPU's instruction and
-//! through no fault that anybody would see. So they are not offered ([`mask`]), and a guest that sets the MSR all the same has
-//! the page *pinned* for as long as it is set: KVM is a device, and the protocol says what a pinned page is. The page stays
-//! writable and where it is; snapshots get copies of it.
+//! A guest asks for these by an MSR that names an address, and KVM writes there from then on, by no vCPU's
+//! instruction and through no fault that anybody would see. So they are not offered ([`mask`]), and a guest
+//! that sets the MSR all the same has the page *pinned* for as long as it is set: KVM is a device, and the
+//! protocol says what a pinned page is. The page stays writable and where it is; snapshots get copies of it.
 //!
-//! How: writes to these MSRs exit to the VMM ([`guard`], `KVM_X86_SET_MSR_FILTER`), which pins and then sets the MSR itself.
-//! A restore sets MSRs too, and goes the same way.
+//! How: writes to these MSRs exit to the VMM ([`guard`], `KVM_X86_SET_MSR_FILTER`), which pins and then sets
+//! the MSR itself. A restore sets MSRs too, and goes the same way.
 //!
 //! Not covered: kernels before 5.10 have no such filter. There the features are merely not offered.
 
@@ -20,12 +21,13 @@ use kvm_bindings::{
 use kvm_ioctls::{Cap, MsrFilterDefaultAction, MsrFilterRange, MsrFilterRangeFlags, VmFd};
 use vmm_sys_util::errno;
 
-use super::memory::{GuestRam, MemoryError};
+use super::memory::GuestRam;
+use crate::causes::Cause;
 
 /// CPUID leaf with KVM's features.
 const KVM_FEATURES: u32 = 0x4000_0001;
-/// Its features that make KVM write to guest memory: `KVM_FEATURE_CLOCKSOURCE`, `_CLOCKSOURCE2`, `_ASYNC_PF`, `_STEAL_TIME`, `_PV_EOI`,
-/// `_ASYNC_PF_VMEXIT`, `_ASYNC_PF_INT` (`arch/x86/include/uapi/asm/kvm_para.h`).
+/// Its features that make KVM write to guest memory: `KVM_FEATURE_CLOCKSOURCE`, `_CLOCKSOURCE2`, `_ASYNC_PF`,
+/// `_STEAL_TIME`, `_PV_EOI`, `_ASYNC_PF_VMEXIT`, `_ASYNC_PF_INT` (`arch/x86/include/uapi/asm/kvm_para.h`).
 const WRITES_MEMORY: u32 = 1 << 0 | 1 << 3 | 1 << 4 | 1 << 5 | 1 << 6 | 1 << 10 | 1 << 14;
 
 /// An MSR that has KVM write to memory.
@@ -115,14 +117,9 @@ impl fmt::Debug for Targets {
 }
 
 impl Targets {
-    /// MSR `index` is about to be set to `value`: pins what KVM will write because of it, and gives the pin to be kept until
-    /// [`Targets::has_set`] says that the MSR is set.
-    pub(super) fn pin(
-        &self,
-        index: u32,
-        value: u64,
-        ram: &dyn GuestRam,
-    ) -> Result<Pinned, MemoryError> {
+    /// MSR `index` is about to be set to `value`: pins what KVM will write because of it, and gives the pin
+    /// to be kept until [`Targets::has_set`] says that the MSR is set.
+    pub(super) fn pin(&self, index: u32, value: u64, ram: &dyn GuestRam) -> Result<Pinned, Cause> {
         let target = writer(index).and_then(|writer| Some((writer.target(value)?, writer.len)));
         Ok(match target {
             Some((gpa, len)) => Pinned(Some((gpa, ram.pin(gpa, len)?))),
@@ -138,12 +135,13 @@ impl Targets {
         };
     }
 
-    /// Pins what KVM writes once the MSRs are `msrs`, and gives what it writes now back to be kept until they are.
+    /// Pins what KVM writes once the MSRs are `msrs`, and gives what it writes now back to be kept until they
+    /// are.
     pub(super) fn replace(
         &mut self,
         msrs: &[kvm_msr_entry],
         ram: &dyn GuestRam,
-    ) -> Result<Self, MemoryError> {
+    ) -> Result<Self, Cause> {
         let mut next = Self::default();
         for msr in msrs {
             let pinned = next.pin(msr.index, msr.data, ram)?;
@@ -182,7 +180,7 @@ mod tests {
         let mut set = |index, value| {
             let pinned = targets.pin(index, value, &ram)?;
             targets.has_set(index, pinned);
-            Ok::<_, MemoryError>(ram.pinned())
+            Ok::<_, Cause>(ram.pinned())
         };
         assert_eq!(set(0x4b56_4d01, 0x3001).unwrap(), [(0x3000, 32)]);
         assert_eq!(

@@ -1,8 +1,9 @@
 //! The registers a vCPU starts with: 64-bit mode, ring 3.
 //!
-//! The state is legal on VMX and SVM, and the only one in which PVM runs guest code natively: it interprets ring 0. There are
-//! no descriptor tables; segments are what is written here, and an exception ends in a triple fault. The only memory
-//! it relies on beside the page tables is a page of zeros, for a task state segment.
+//! The state is legal on VMX and SVM, and the only one in which PVM runs guest code natively: it interprets
+//! ring 0. There are no descriptor tables; segments are what is written here, and an exception ends in a
+//! triple fault. The only memory it relies on beside the page tables is a page of zeros, for a task state
+//! segment.
 
 use kvm_bindings::{
     CpuId, kvm_cpuid_entry2, kvm_dtable, kvm_fpu, kvm_regs, kvm_segment, kvm_sregs, kvm_xcrs,
@@ -13,7 +14,7 @@ use crate::mm::PAGE_SIZE;
 
 /// Where a vCPU begins, and with what.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Entry {
+pub struct EntryState {
     /// Its first instruction.
     pub rip: u64,
     /// Its stack pointer.
@@ -24,19 +25,20 @@ pub struct Entry {
     pub page_tables: u64,
     /// The gpa of a page that is zero and stays so.
     ///
-    /// It is the task state segment. PVM runs the guest with RFLAGS of its own, in which the I/O privilege level is 0. It
-    /// then asks the TSS whether a port may be used, as a CPU would: a TSS of zeros has its I/O bitmap at offset 0, and a
-    /// bit that is 0 allows a port. A page of them allows ports up to 0x7fff.
+    /// It is the task state segment. PVM runs the guest with RFLAGS of its own, in which the I/O privilege
+    /// level is 0. It then asks the TSS whether a port may be used, as a CPU would: a TSS of zeros has its
+    /// I/O bitmap at offset 0, and a bit that is 0 allows a port. A page of them allows ports up to 0x7fff.
     pub task: u64,
 }
 
 /// RFLAGS: the bit that is always set.
 const RFLAGS_FIXED: u64 = 1 << 1;
-/// RFLAGS: interrupts on, as they are in ring 3 under any system. There are none to come. The emulator of the Intel host gives its
-/// host no interrupt while a guest has them off, and then nothing ends a guest that spins.
+/// RFLAGS: interrupts on, as they are in ring 3 under any system. There are none to come. The emulator of the
+/// Intel host gives its host no interrupt while a guest has them off, and then nothing ends a guest that
+/// spins.
 const RFLAGS_IF: u64 = 1 << 9;
-/// RFLAGS: I/O privilege level 3, so that `out` in ring 3 exits to the VMM instead of faulting. PVM loses it as soon as the
-/// guest has run: see [`Entry::task`].
+/// RFLAGS: I/O privilege level 3, so that `out` in ring 3 exits to the VMM instead of faulting. PVM loses it
+/// as soon as the guest has run: see [`EntryState::task`].
 const RFLAGS_IOPL3: u64 = 3 << 12;
 
 /// CR0: PE, MP, ET, NE, WP, PG.
@@ -57,7 +59,7 @@ const XCR0_WANTED: u64 = 0b1110_0111;
 const XCR0_LEAST: u64 = 0b11;
 
 /// General registers before the first instruction.
-pub fn entry_regs(entry: &Entry) -> kvm_regs {
+pub fn entry_regs(entry: &EntryState) -> kvm_regs {
     let [rdi, rsi] = entry.arguments;
     kvm_regs {
         rip: entry.rip,
@@ -70,7 +72,7 @@ pub fn entry_regs(entry: &Entry) -> kvm_regs {
 }
 
 /// System registers before the first instruction; `reset` is what KVM gave the vCPU.
-pub fn entry_sregs(entry: &Entry, reset: &kvm_sregs, cpuid: &CpuId) -> kvm_sregs {
+pub fn entry_sregs(entry: &EntryState, reset: &kvm_sregs, cpuid: &CpuId) -> kvm_sregs {
     let data = segment(0x2b, 3, false);
     let code = segment(0x33, 11, true);
     // A busy 64-bit TSS: VMX asks for one, PVM uses it.
@@ -118,7 +120,8 @@ fn segment(selector: u16, type_: u8, code: bool) -> kvm_segment {
     }
 }
 
-/// The bit of CR4 by which ring 3 has `wrfsbase` and its like, if the CPU has them. PVM lets guests use them in any case.
+/// The bit of CR4 by which ring 3 has `wrfsbase` and its like, if the CPU has them. PVM lets guests use them
+/// in any case.
 fn entry_fsgsbase(cpuid: &CpuId) -> u64 {
     const FSGSBASE: u32 = 1;
     let has = leaf(cpuid, 7, 0).is_some_and(|leaf| leaf.ebx & FSGSBASE != 0);
@@ -167,8 +170,8 @@ pub fn entry_fpu() -> kvm_fpu {
     }
 }
 
-/// The CPUID of vCPU `vcpu`: what KVM supports, with the vCPU's own number where a CPU says which one it is, and without what
-/// makes KVM write to guest memory.
+/// The CPUID of vCPU `vcpu`: what KVM supports, with the vCPU's own number where a CPU says which one it is,
+/// and without what makes KVM write to guest memory.
 pub fn vcpu_cpuid(supported: &CpuId, vcpu: u8) -> CpuId {
     let mut cpuid = supported.clone();
     paravirt::mask(&mut cpuid);
@@ -183,14 +186,14 @@ pub fn vcpu_cpuid(supported: &CpuId, vcpu: u8) -> CpuId {
 }
 
 #[cfg(test)]
-pub(super) mod tests {
+pub(crate) mod tests {
     use guest::abi::{BOOT_INFO_GPA, PAGE_TABLES_GPA, stack_top};
 
     use super::*;
 
     /// Where vCPU `vcpu` of a guest of ours begins.
-    pub(crate) fn entry(rip: u64, vcpu: u64) -> Entry {
-        Entry {
+    pub(crate) fn entry(rip: u64, vcpu: u64) -> EntryState {
+        EntryState {
             rip,
             rsp: stack_top(vcpu),
             arguments: [BOOT_INFO_GPA, vcpu],

@@ -1,18 +1,20 @@
 //! Whether a restore has changed the guest's page tables.
 //!
-//! Where the MMU is a shadow (PVM; SVM and VMX without nested paging), KVM keeps its own copy of the guest's page tables, made as the
-//! guest writes them. What the host writes it does not notice: after a restore by the host's hand the copy would be of tables that
-//! are no more. So the tables are looked at before and after, and where they differ KVM is made to forget its copy. With nested
-//! paging there is none; the vCPUs' own TLBs are flushed with their registers.
+//! Where the MMU is a shadow (PVM; SVM and VMX without nested paging), KVM keeps its own copy of the guest's
+//! page tables, made as the guest writes them. What the host writes it does not notice: after a restore by
+//! the host's hand the copy would be of tables that are no more. So the tables are looked at before and
+//! after, and where they differ KVM is made to forget its copy. With nested paging there is none; the vCPUs'
+//! own TLBs are flushed with their registers.
 
 use std::collections::HashSet;
 use std::hash::{DefaultHasher, Hasher};
 
 use kvm_bindings::kvm_sregs;
 
-use super::memory::{GuestRam, MemoryError};
+use super::memory::GuestRam;
 use super::paging::Walker;
 use super::platform::{Paging, Platform};
+use crate::causes::Cause;
 
 /// The most table pages that are looked at. A guest with more is taken for changed.
 pub(super) const MOST: usize = 4096;
@@ -22,12 +24,12 @@ pub(super) const MOST: usize = 4096;
 pub struct PageTables(Option<u64>);
 
 impl PageTables {
-    /// The tables of vCPUs with these system registers. Unknown, and so never the same as others, if there is a vCPU that can change
-    /// to tables that are not among them.
+    /// The tables of vCPUs with these system registers. Unknown, and so never the same as others, if there is
+    /// a vCPU that can change to tables that are not among them.
     pub(super) fn of<'a>(
         vcpus: impl Iterator<Item = (&'a kvm_sregs, Confined)>,
         ram: &dyn GuestRam,
-    ) -> Result<Self, MemoryError> {
+    ) -> Result<Self, Cause> {
         let mut hasher = DefaultHasher::new();
         let mut seen = HashSet::new();
         for (sregs, confined) in vcpus {
@@ -60,7 +62,7 @@ pub(super) enum Confined {
 
 /// How guest-virtual addresses are translated on this host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Mmu {
+pub(super) enum Translation {
     /// By the guest's own tables, and the host's below them: NPT, EPT.
     Nested,
     /// By KVM's copy of the guest's tables.
@@ -69,7 +71,7 @@ pub(super) enum Mmu {
     ShadowOnSvm,
 }
 
-impl Mmu {
+impl Translation {
     /// That of `platform`. Where the kernel does not say, what costs more and is right in any case.
     pub(super) fn of(platform: &Platform) -> Self {
         match platform.paging {

@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use super::error::KvmError;
-use super::machine::{Machine, Paused};
+use super::machine::{Machine, PausedMachine};
 use super::state::{Clock, VcpuState};
 use super::tables::PageTables;
 use crate::saved::Saved;
@@ -33,7 +33,7 @@ impl Vcpus for Machine {
 
 /// A machine that stands still.
 struct Still<'a> {
-    paused: Paused<'a>,
+    paused: PausedMachine<'a>,
     /// The guest's page tables before memory was set back.
     tables: PageTables,
 }

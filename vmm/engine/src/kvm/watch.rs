@@ -1,8 +1,8 @@
 //! Kicks vCPUs that have not come out of the guest for a while.
 //!
-//! Some waits in KVM end only when a signal interrupts them: it retries for ever an instruction whose store it emulates to a page
-//! that it may not write. The vCPU then has to come out to make the page writable. A guest that runs well is kicked as well, a
-//! few times a second, at some 50 microseconds each.
+//! Some waits in KVM end only when a signal interrupts them: it retries for ever an instruction whose store
+//! it emulates to a page that it may not write. The vCPU then has to come out to make the page writable. A
+//! guest that runs well is kicked as well, a few times a second, at some 50 microseconds each.
 
 use std::io;
 use std::sync::{Arc, Condvar, Mutex};
@@ -10,8 +10,8 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use super::control::{Control, Phase};
+use super::counters::Counters;
 use super::kick;
-use super::vcpu::Counters;
 
 /// How long a vCPU may stay in the guest.
 const EVERY: Duration = Duration::from_millis(200);

@@ -21,7 +21,7 @@ use super::{load, store};
 use palimpsest::causes::chain;
 use palimpsest::host::PhysMap;
 use palimpsest::kvm::{
-    CrashReason, OnStop, Outcome, PortAction, PortHandler, Report, RunError, StopReason,
+    CrashReason, CrashReport, OnStop, Outcome, PortAction, PortHandler, StopReason, VcpuRunError,
 };
 use palimpsest::mm::Pfn;
 
@@ -37,14 +37,14 @@ pub enum CpuError {
         /// What it did.
         reason: CrashReason,
         /// Where it was.
-        report: Box<Report>,
+        report: Box<CrashReport>,
     },
     /// The VMM could not go on with the vCPU: a fault could not be resolved, most often.
     #[error("the vcpu failed")]
     Failed {
         /// Why.
         #[source]
-        source: RunError,
+        source: VcpuRunError,
     },
     /// The handler of the guest's port gave up.
     #[error("the vcpu was stopped")]

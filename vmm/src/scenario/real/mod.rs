@@ -46,8 +46,9 @@ use self::program::Program;
 use super::performer::{Memory, PAGES};
 use super::stage::{Actor, Stage, StageError, Wrap};
 use crate::boot;
+use palimpsest::causes::Cause;
 use palimpsest::host::{MappingBudget, PhysMap, Ram, Window};
-use palimpsest::kvm::{GuestRam, Kvm, Machine, MemoryError};
+use palimpsest::kvm::{GuestRam, Kvm, Machine};
 use palimpsest::mm::{
     Access, AddressSpace, CowPolicy, FrameMemory, FramePool, Frozen, Gfn, Mmu, MmuError, PAGE_SIZE,
     Pfn, Protection, REGION_PAGES, Resolution,
@@ -422,7 +423,7 @@ impl<P: CowPolicy> GuestRam for GuestMemory<P> {
         self.program.len()
     }
 
-    fn write_fault(&self, gfn: u64) -> Result<bool, MemoryError> {
+    fn write_fault(&self, gfn: u64) -> Result<bool, Cause> {
         match self.layout.page_of(gfn) {
             Some(page) => Ok(self.space.write_fault(page)? != Resolution::AlreadyWritable),
             // Nothing becomes writable there.
@@ -434,7 +435,7 @@ impl<P: CowPolicy> GuestRam for GuestMemory<P> {
         }
     }
 
-    fn pin(&self, gpa: u64, len: u64) -> Result<Box<dyn Any + Send>, MemoryError> {
+    fn pin(&self, gpa: u64, len: u64) -> Result<Box<dyn Any + Send>, Cause> {
         match self.in_space(gpa) {
             Some(at) => Ok(Box::new(self.ram.pin(at, len, Access::Write)?)),
             // It is never shared, and never moves.
@@ -443,14 +444,14 @@ impl<P: CowPolicy> GuestRam for GuestMemory<P> {
         }
     }
 
-    fn read(&self, gpa: u64, buf: &mut [u8]) -> Result<(), MemoryError> {
+    fn read(&self, gpa: u64, buf: &mut [u8]) -> Result<(), Cause> {
         match self.in_space(gpa) {
             Some(at) => Ok(self.ram.read(at, buf)?),
             None => self.program.read(gpa, buf),
         }
     }
 
-    fn write(&self, gpa: u64, buf: &[u8]) -> Result<(), MemoryError> {
+    fn write(&self, gpa: u64, buf: &[u8]) -> Result<(), Cause> {
         match self.in_space(gpa) {
             Some(at) => Ok(self.ram.write(at, buf)?),
             None => Err(format!("{} bytes at {gpa:#x} are not guest memory", buf.len()).into()),

@@ -10,8 +10,9 @@ use std::sync::Arc;
 use guest::abi::{IMAGE_GPA, PAGE_TABLES_GPA};
 
 use crate::boot::write_page_tables;
+use palimpsest::causes::Cause;
 use palimpsest::host::{PhysMap, Window};
-use palimpsest::kvm::{BootError, GuestRam, Image, MemoryError};
+use palimpsest::kvm::{BootError, GuestRam, Image};
 use palimpsest::mm::{Gfn, Mmu, MmuError, PAGE_SIZE, Pfn, Protection};
 
 /// Page tables of a guest of less than 1 GiB: PML4, PDPT, page directory.
@@ -104,7 +105,7 @@ impl Program {
     }
 
     /// Where the `len` bytes at `gpa`, which lie in one page, are in the physmap.
-    fn find(&self, gpa: u64, len: usize) -> Result<(Pfn, u64), MemoryError> {
+    fn find(&self, gpa: u64, len: usize) -> Result<(Pfn, u64), Cause> {
         let (gfn, offset) = (Gfn::of_gpa(gpa), gpa % PAGE_SIZE);
         let frame = self.runs.iter().find_map(|run| {
             let page = gfn.0.checked_sub(run.first.0)?;
@@ -122,18 +123,18 @@ impl GuestRam for Program {
         self.end.gpa()
     }
 
-    fn write_fault(&self, gfn: u64) -> Result<bool, MemoryError> {
+    fn write_fault(&self, gfn: u64) -> Result<bool, Cause> {
         Err(format!("{:?} is of the program, which nobody writes", Gfn(gfn)).into())
     }
 
-    fn read(&self, gpa: u64, buf: &mut [u8]) -> Result<(), MemoryError> {
+    fn read(&self, gpa: u64, buf: &mut [u8]) -> Result<(), Cause> {
         let (frame, offset) = self.find(gpa, buf.len())?;
         let bytes = self.physmap.slice(frame, offset, buf.len() as u64);
         bytes.copy_to(buf);
         Ok(())
     }
 
-    fn write(&self, gpa: u64, buf: &[u8]) -> Result<(), MemoryError> {
+    fn write(&self, gpa: u64, buf: &[u8]) -> Result<(), Cause> {
         let (frame, offset) = self.find(gpa, buf.len())?;
         let bytes = self.physmap.slice(frame, offset, buf.len() as u64);
         bytes.copy_from(buf);

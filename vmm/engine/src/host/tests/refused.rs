@@ -13,7 +13,7 @@ use std::ptr;
 use rustix::mm::{MapFlags, MprotectFlags, ProtFlags, mmap_anonymous, mprotect};
 
 use super::super::maps;
-use super::super::refusals::{Done, Plan, by_plan};
+use super::super::refusals::{Done, RefusalPlan, by_plan};
 use super::*;
 use crate::mm::{ForkError, Frozen, Order, Pin};
 
@@ -292,7 +292,7 @@ fn every_operation_with_each_of_its_system_calls_refused() {
             for count in [1, u64::MAX] {
                 for after in 0.. {
                     let mut scene = Scene::worn();
-                    let plan = Plan {
+                    let plan = RefusalPlan {
                         after,
                         count,
                         done,
@@ -342,10 +342,10 @@ fn op() -> impl Strategy<Value = Op> {
     ]
 }
 
-fn plan() -> impl Strategy<Value = Plan> {
+fn plan() -> impl Strategy<Value = RefusalPlan> {
     let done = prop::sample::select(&DONE[..]);
     // Most operations make few calls.
-    (0..8u64, 0..4u64, done).prop_map(|(after, count, done)| Plan {
+    (0..8u64, 0..4u64, done).prop_map(|(after, count, done)| RefusalPlan {
         after,
         count,
         done,
@@ -372,7 +372,8 @@ proptest! {
     }
 }
 
-/// A huge page that is refused where there are some is one that was not to be had just then; where there is none yet, there are none.
+/// A huge page that is refused where there are some is one that was not to be had just then; where there is
+/// none yet, there are none.
 #[test]
 fn one_huge_page_that_is_refused_is_not_the_last() {
     if PhysMap::try_huge().is_err() {
@@ -383,7 +384,7 @@ fn one_huge_page_that_is_refused_is_not_the_last() {
         return;
     }
     // The first call gives the page that a huge one is made of.
-    let refuse = Plan {
+    let refuse = RefusalPlan {
         after: 1,
         count: 1,
         done: Done::Nothing,

@@ -8,7 +8,7 @@ use crate::kvm::memory::GuestRam;
 use crate::mm::PAGE_SIZE;
 
 /// A vCPU that could not write, as it came out of the guest.
-pub(in super::super) struct Fault<'a> {
+pub(in super::super) struct WriteFault<'a> {
     pub(in super::super) regs: &'a kvm_regs,
     pub(in super::super) sregs: &'a kvm_sregs,
     /// Where, if KVM says so: guest-physical.

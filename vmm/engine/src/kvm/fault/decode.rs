@@ -1,7 +1,8 @@
 //! The instruction at RIP, and the memory that it uses.
 //!
-//! iced-x86 lists what an instruction reads and writes. What it does not list is added here: `clzero`, tile stores, the
-//! stack check of `enter`, the reach of bit tests. Addresses in vector registers come from the XSAVE area.
+//! iced-x86 lists what an instruction reads and writes. What it does not list is added here: `clzero`, tile
+//! stores, the stack check of `enter`, the reach of bit tests. Addresses in vector registers come from the
+//! XSAVE area.
 
 use std::fmt;
 
@@ -11,10 +12,11 @@ use iced_x86::{
 };
 use kvm_bindings::{kvm_regs, kvm_sregs};
 
-use super::cause::Fault;
+use super::cause::WriteFault;
 use super::vector;
-use crate::kvm::error::XSAVE_BYTES;
-use crate::kvm::memory::{GuestRam, MemoryError};
+use crate::causes::Cause;
+use crate::kvm::extended::XSAVE_BYTES;
+use crate::kvm::memory::GuestRam;
 use crate::kvm::paging::{Touch, Walker};
 
 /// The longest an instruction can be.
@@ -29,7 +31,7 @@ const CACHE_LINE: u64 = 64;
 
 /// An access to memory, by guest-virtual address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Access {
+pub(super) struct GuestAccess {
     pub(super) gva: u64,
     pub(super) len: u64,
     pub(super) touch: Touch,
@@ -48,7 +50,7 @@ pub(in crate::kvm) enum StoredBy {
 #[derive(Debug)]
 pub(super) struct Decoded {
     /// Its code first, then its operands.
-    pub(super) accesses: Vec<Access>,
+    pub(super) accesses: Vec<GuestAccess>,
     pub(super) stored_by: StoredBy,
     what: What,
 }
@@ -77,10 +79,10 @@ impl fmt::Display for Decoded {
 
 impl Decoded {
     /// The instruction at RIP.
-    pub(super) fn at(fault: &Fault<'_>, ram: &dyn GuestRam) -> Result<Self, MemoryError> {
+    pub(super) fn at(fault: &WriteFault<'_>, ram: &dyn GuestRam) -> Result<Self, Cause> {
         let walker = Walker::new(ram, fault.sregs);
         let rip = linear_rip(fault.regs, fault.sregs);
-        let fetch = |len| Access {
+        let fetch = |len| GuestAccess {
             gva: rip,
             len,
             touch: Touch::Read,
@@ -117,8 +119,8 @@ impl Decoded {
 }
 
 /// The top of the stack.
-pub(super) fn stack(fault: &Fault<'_>) -> Access {
-    Access {
+pub(super) fn stack(fault: &WriteFault<'_>) -> GuestAccess {
+    GuestAccess {
         gva: fault.regs.rsp.wrapping_sub(8),
         len: 16,
         touch: Touch::Write,
@@ -143,7 +145,8 @@ fn bits(sregs: &kvm_sregs) -> u32 {
     }
 }
 
-/// Instructions that show the kernel's addresses: where the host has UMIP, ring 3 cannot execute them and KVM emulates them.
+/// Instructions that show the kernel's addresses: where the host has UMIP, ring 3 cannot execute them and KVM
+/// emulates them.
 fn stored_by(instruction: &Instruction) -> StoredBy {
     match instruction.mnemonic() {
         Mnemonic::Sgdt | Mnemonic::Sidt | Mnemonic::Sldt | Mnemonic::Smsw | Mnemonic::Str => {
@@ -154,10 +157,14 @@ fn stored_by(instruction: &Instruction) -> StoredBy {
 }
 
 /// Adds all memory that `instruction` uses.
-fn add_operands(instruction: &Instruction, fault: &Fault<'_>, accesses: &mut Vec<Access>) {
+fn add_operands(
+    instruction: &Instruction,
+    fault: &WriteFault<'_>,
+    accesses: &mut Vec<GuestAccess>,
+) {
     let (regs, sregs) = (fault.regs, fault.sregs);
     let value = |register| register_value(register, regs, sregs);
-    let write = |gva, len| Access {
+    let write = |gva, len| GuestAccess {
         gva,
         len,
         touch: Touch::Write,
@@ -201,7 +208,7 @@ fn add_operands(instruction: &Instruction, fault: &Fault<'_>, accesses: &mut Vec
             OpAccess::None | OpAccess::NoMemAccess => continue,
         };
         let len = access_len(used, instruction);
-        let access = |gva: u64| Access { gva, len, touch };
+        let access = |gva: u64| GuestAccess { gva, len, touch };
         if used.vsib_size() != 0 {
             let xsave = (fault.xsave)();
             let elements = (0..MAX_ELEMENTS).map_while(|element| {
@@ -238,17 +245,17 @@ fn add_operands(instruction: &Instruction, fault: &Fault<'_>, accesses: &mut Vec
 /// Bytes of an access.
 fn access_len(used: &UsedMemory, instruction: &Instruction) -> u64 {
     let sizes = [used.memory_size().size(), instruction.memory_size().size()];
-    // A repeated string instruction has no size of its own: one element is what the instruction has. What has none there
-    // either is of the XSAVE family, and so no larger than the area that guests may have.
+    // A repeated string instruction has no size of its own: one element is what the instruction has. What has
+    // none there either is of the XSAVE family, and so no larger than the area that guests may have.
     sizes
         .into_iter()
         .find(|size| *size != 0)
         .unwrap_or(XSAVE_BYTES) as u64
 }
 
-/// What is added to the address of `bts [memory], register` and its like: the register is a signed bit number, and may
-/// reach far beyond the operand.
-fn bit_offset(instruction: &Instruction, fault: &Fault<'_>) -> u64 {
+/// What is added to the address of `bts [memory], register` and its like: the register is a signed bit
+/// number, and may reach far beyond the operand.
+fn bit_offset(instruction: &Instruction, fault: &WriteFault<'_>) -> u64 {
     let bit_test = matches!(
         instruction.mnemonic(),
         Mnemonic::Bt | Mnemonic::Bts | Mnemonic::Btr | Mnemonic::Btc
@@ -270,7 +277,8 @@ fn bit_offset(instruction: &Instruction, fault: &Fault<'_>) -> u64 {
     (bit.div_euclid(bytes * 8) * bytes) as u64
 }
 
-/// The value of a general register, or the base of a segment. `None` for vector registers, and for no register.
+/// The value of a general register, or the base of a segment. `None` for vector registers, and for no
+/// register.
 fn register_value(register: Register, regs: &kvm_regs, sregs: &kvm_sregs) -> Option<u64> {
     // In 64-bit mode these have no base.
     let flat = |base| if sregs.cs.l != 0 { 0 } else { base };
@@ -309,4 +317,19 @@ fn register_value(register: Register, regs: &kvm_regs, sregs: &kvm_sregs) -> Opt
 /// The mnemonic of an instruction, in lower case.
 fn mnemonic(instruction: &Instruction) -> String {
     format!("{:?}", instruction.mnemonic()).to_lowercase()
+}
+
+/// Up to `len` bytes of code at RIP, for crash reports. Empty if there are none.
+pub(in crate::kvm) fn code_at(
+    regs: &kvm_regs,
+    sregs: &kvm_sregs,
+    ram: &dyn GuestRam,
+    len: usize,
+) -> Vec<u8> {
+    let mut code = vec![0; len];
+    let at = linear_rip(regs, sregs);
+    let walker = Walker::new(ram, sregs);
+    let count = walker.read(at, &mut code).unwrap_or(0);
+    code.truncate(count);
+    code
 }

@@ -1,13 +1,15 @@
 //! What the delivery of an exception or interrupt needs of memory.
 //!
-//! The CPU reads a gate of the IDT, a segment of the GDT and a stack pointer of the TSS, and pushes a frame on the stack that they
-//! choose (Intel SDM 6.14, *Exception and Interrupt Handling in 64-bit Mode*). With nested paging the walks to all of these are
-//! writes to the page tables. A task's TSS and descriptors may be written, too: busy and accessed bits.
+//! The CPU reads a gate of the IDT, a segment of the GDT and a stack pointer of the TSS, and pushes a frame
+//! on the stack that they choose (Intel SDM 6.14, *Exception and Interrupt Handling in 64-bit Mode*). With
+//! nested paging the walks to all of these are writes to the page tables. A task's TSS and descriptors may be
+//! written, too: busy and accessed bits.
 
-use super::cause::Fault;
-use super::decode::Access;
+use super::cause::WriteFault;
+use super::decode::GuestAccess;
 use super::pages::Pages;
-use crate::kvm::memory::{GuestRam, MemoryError};
+use crate::causes::Cause;
+use crate::kvm::memory::GuestRam;
 use crate::kvm::paging::{Touch, Walker};
 
 /// The most that is pushed: SS, RSP, RFLAGS, CS, RIP and an error code, below an aligned stack pointer.
@@ -19,12 +21,12 @@ const STACKS: [u64; 10] = [4, 12, 20, 36, 44, 52, 60, 68, 76, 84];
 
 /// Adds all pages that the delivery of an event may write or walk.
 pub(super) fn delivery(
-    fault: &Fault<'_>,
+    fault: &WriteFault<'_>,
     ram: &dyn GuestRam,
     pages: &mut Pages<'_>,
-) -> Result<(), MemoryError> {
+) -> Result<(), Cause> {
     let sregs = fault.sregs;
-    let table = |base, limit: u64| Access {
+    let table = |base, limit: u64| GuestAccess {
         gva: base,
         len: limit + 1,
         touch: Touch::Write,
@@ -55,8 +57,8 @@ pub(super) fn delivery(
 }
 
 /// The frame below a stack pointer.
-fn below(rsp: u64) -> Access {
-    Access {
+fn below(rsp: u64) -> GuestAccess {
+    GuestAccess {
         gva: rsp.wrapping_sub(FRAME),
         len: FRAME,
         touch: Touch::Write,

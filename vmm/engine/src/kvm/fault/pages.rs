@@ -5,12 +5,14 @@ use std::ops::Range;
 use kvm_bindings::kvm_sregs;
 
 use super::cause::frames;
-use super::decode::Access;
-use crate::kvm::memory::{GuestRam, MemoryError};
+use super::decode::GuestAccess;
+use crate::causes::Cause;
+use crate::kvm::memory::GuestRam;
 use crate::kvm::paging::{Touch, Walker};
 use crate::mm::{PAGE_SIZE, REGION_PAGES};
 
-/// Guest frames, each once, in the order found. What lies outside of memory is passed over: it cannot be what faulted.
+/// Guest frames, each once, in the order found. What lies outside of memory is passed over: it cannot be what
+/// faulted.
 pub(super) struct Pages<'a> {
     walker: Walker<'a>,
     frames: u64,
@@ -47,7 +49,7 @@ impl<'a> Pages<'a> {
     }
 
     /// Adds what `access` writes: its pages if it is a write, and page tables that must be told of it.
-    pub(super) fn written(&mut self, access: &Access) -> Result<(), MemoryError> {
+    pub(super) fn written(&mut self, access: &GuestAccess) -> Result<(), Cause> {
         self.told(access)?;
         if access.touch == Touch::Write {
             for gva in pages_of(access) {
@@ -60,7 +62,7 @@ impl<'a> Pages<'a> {
     }
 
     /// Adds page tables in which `access` sets accessed or dirty bits.
-    pub(super) fn told(&mut self, access: &Access) -> Result<(), MemoryError> {
+    pub(super) fn told(&mut self, access: &GuestAccess) -> Result<(), Cause> {
         for gva in pages_of(access) {
             let mut tables = Vec::new();
             self.walker.translate(gva, access.touch, |step| {
@@ -74,7 +76,7 @@ impl<'a> Pages<'a> {
     }
 
     /// Adds every page-table page that is walked for `access`, as far as the walk goes.
-    pub(super) fn walked(&mut self, access: &Access) -> Result<(), MemoryError> {
+    pub(super) fn walked(&mut self, access: &GuestAccess) -> Result<(), Cause> {
         for gva in pages_of(access) {
             let mut tables = Vec::new();
             self.walker
@@ -85,7 +87,7 @@ impl<'a> Pages<'a> {
     }
 
     /// Adds the regions that `access` lies in.
-    pub(super) fn around(&mut self, access: &Access) -> Result<(), MemoryError> {
+    pub(super) fn around(&mut self, access: &GuestAccess) -> Result<(), Cause> {
         for gva in pages_of(access) {
             if let Some(gpa) = self.walker.translate(gva, access.touch, |_| {})? {
                 let gfn = gpa / PAGE_SIZE;
@@ -100,7 +102,7 @@ impl<'a> Pages<'a> {
 }
 
 /// The addresses of the pages that an access touches: where it begins, then each page's first byte.
-fn pages_of(access: &Access) -> impl Iterator<Item = u64> + use<> {
+fn pages_of(access: &GuestAccess) -> impl Iterator<Item = u64> + use<> {
     let gva = access.gva;
     let first = gva - gva % PAGE_SIZE;
     let pages = (gva % PAGE_SIZE + access.len.max(1)).div_ceil(PAGE_SIZE);

@@ -1,7 +1,7 @@
 //! Elements of vector registers, which gathers and scatters have their addresses in.
 //!
-//! They are in the XSAVE area as `KVM_GET_XSAVE` gives it: the standard format, in which each component lies where
-//! CPUID leaf 0xd says (Intel SDM volume 1, 13.4).
+//! They are in the XSAVE area as `KVM_GET_XSAVE` gives it: the standard format, in which each component lies
+//! where CPUID leaf 0xd says (Intel SDM volume 1, 13.4).
 
 use iced_x86::Register;
 use kvm_bindings::{CpuId, kvm_xsave};
@@ -15,7 +15,8 @@ const XMM: usize = 160;
 /// Where XSTATE_BV is: which components are in the area. Others are zero.
 const XSTATE_BV: usize = 512;
 
-/// Element `index` of vector register `register`, of `size` bytes each. `None` if it has no such element, or the CPU no such register.
+/// Element `index` of vector register `register`, of `size` bytes each. `None` if it has no such element, or
+/// the CPU no such register.
 pub(super) fn element(
     xsave: &kvm_xsave,
     cpuid: &CpuId,

@@ -8,7 +8,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::device::Quiesce;
 use crate::host::{Ahead, Ram};
-use crate::kvm::{Entry, Kvm, KvmError, Machine, OnStop, Outcome, PortHandler};
+use crate::kvm::{EntryState, Kvm, KvmError, Machine, OnStop, Outcome, PortHandler};
 use crate::memory::Memory;
 use crate::mm::{CowPolicy, Exclusive};
 use crate::snapshot::{Parts, RewindError, Snapshot, TakeError, Timing};
@@ -35,7 +35,7 @@ pub enum BuildError {
 
 /// What a VM is made of. [`Vm::builder`] makes one.
 ///
-/// Devices and ports are handed over; who wants to talk to them keeps a share.
+/// Whoever wants to talk to a device or to the handler of ports keeps a share of it.
 pub struct Builder<P: CowPolicy = Exclusive> {
     memory: Memory<P>,
     devices: Vec<Arc<dyn Quiesce>>,
@@ -45,7 +45,7 @@ pub struct Builder<P: CowPolicy = Exclusive> {
     copies_ahead: bool,
 }
 
-/// Nothing listens.
+/// Ports without a handler.
 struct NoPorts;
 
 impl PortHandler for NoPorts {
@@ -55,46 +55,51 @@ impl PortHandler for NoPorts {
 }
 
 impl<P: CowPolicy> Builder<P> {
-    /// Adds a device. Devices are stopped in the order in which they were added, and after the vCPUs.
+    /// Adds a device. Devices are stopped after the vCPUs, and captured and restored in the order in which
+    /// they were added.
     #[must_use]
     pub fn device(mut self, device: Arc<dyn Quiesce>) -> Self {
         self.devices.push(device);
         self
     }
 
-    /// Has a 1-, 2- or 4-byte `out` to `port` signal `event` instead of coming out of the guest.
+    /// Has a 1-, 2- or 4-byte `out` to `port` signal `event` instead of coming out of the guest: the handler
+    /// of ports does not see it. A port has one doorbell at most.
     #[must_use]
     pub fn doorbell(mut self, port: u16, event: &EventFd) -> Self {
         self.doorbells.push((port, event.try_clone()));
         self
     }
 
-    /// Has `handler` listen to all other ports. Without it an `out` to one is a crash of the guest.
+    /// Has `handler` called for an `out` to any port that is no doorbell. Without it such an `out` is a crash
+    /// of the guest.
     #[must_use]
     pub fn ports(mut self, handler: Arc<dyn PortHandler>) -> Self {
         self.ports = handler;
         self
     }
 
-    /// Has `on_stop` told on a vCPU's thread when the vCPU has ended by itself, and why.
+    /// Calls `on_stop` on a vCPU's thread when that vCPU has ended by itself, with its number and the reason.
+    /// Without it the reason is logged.
     #[must_use]
     pub fn on_stop(mut self, on_stop: impl Fn(usize, Outcome) + Send + Sync + 'static) -> Self {
         self.on_stop = Box::new(on_stop);
         self
     }
 
-    /// Whether a thread of its own copies, after each snapshot, what the guest has written before all of the last ones. It does unless this
-    /// says otherwise.
+    /// Whether a thread of its own copies, after each snapshot, what the guest has written before all of the
+    /// last ones. It does unless this says otherwise.
     #[must_use]
     pub fn copy_ahead(mut self, copies_ahead: bool) -> Self {
         self.copies_ahead = copies_ahead;
         self
     }
 
-    /// The VM, with `vcpus` vCPUs of KVM's. It does not run before it is started.
+    /// The VM, with `vcpus` vCPUs of KVM's, 1 to 255. It does not run before it is started.
     ///
     /// # Errors
-    /// If KVM refuses, or the host has no more threads.
+    /// If there are no vCPUs or too many, a port has two doorbells, KVM refuses, or the host has no more
+    /// threads or file descriptors.
     pub fn build(self, kvm: &Kvm, vcpus: usize) -> Result<Vm<P>, BuildError> {
         let machine = Machine::new(
             kvm,
@@ -131,8 +136,11 @@ impl<P: CowPolicy> fmt::Debug for Builder<P> {
     }
 }
 
-/// A virtual machine. Dropping it stops its vCPUs and waits for their threads; then its devices go, and memory last.
-// Fields are in that order.
+/// A virtual machine.
+///
+/// Dropping it stops its vCPUs and waits for their threads; then its devices go, and memory last. A vCPU that
+/// is stuck in a handler of ports is given up after 5 s, and keeps the memory until it comes out.
+// Fields are dropped in the order in which they are declared.
 pub struct Vm<P: CowPolicy = Exclusive> {
     machine: Machine,
     devices: Vec<Arc<dyn Quiesce>>,
@@ -157,11 +165,11 @@ impl<P: CowPolicy> Vm<P> {
     ///
     /// # Errors
     /// If the VM was started before, or KVM refuses the registers.
-    pub fn start(&self, entry: impl Fn(usize) -> Entry) -> Result<(), KvmError> {
+    pub fn start(&self, entry: impl Fn(usize) -> EntryState) -> Result<(), KvmError> {
         self.machine.start(entry)
     }
 
-    /// Takes a snapshot, while the guest runs but for a pause.
+    /// Takes a snapshot. The guest runs meanwhile, but for a pause.
     ///
     /// # Errors
     /// As [`Parts::take`].
@@ -177,12 +185,13 @@ impl<P: CowPolicy> Vm<P> {
         self.parts().restore(snapshot, || ())
     }
 
-    /// Its parts, for who wants a say in how a snapshot is taken.
+    /// Its parts, for whoever wants a say in how a snapshot is taken.
     pub fn parts(&self) -> Parts<'_, P> {
         self.parts_of(&self.machine)
     }
 
-    /// The same, with somebody between the snapshot and the vCPUs.
+    /// The same with `vcpus` in place of its own: those of somebody who passes calls on, and sees or changes
+    /// them.
     pub fn parts_of<'a>(&'a self, vcpus: &'a dyn Vcpus) -> Parts<'a, P> {
         Parts {
             vcpus,
@@ -207,7 +216,7 @@ impl<P: CowPolicy> Vm<P> {
         self.memory.ram()
     }
 
-    /// Ends the thread that copies ahead.
+    /// Ends the thread that copies ahead, and waits for it.
     pub fn stop_copying_ahead(&mut self) {
         self.ahead = None;
     }
@@ -222,3 +231,6 @@ impl<P: CowPolicy> fmt::Debug for Vm<P> {
             .finish_non_exhaustive()
     }
 }
+
+#[cfg(test)]
+mod tests;

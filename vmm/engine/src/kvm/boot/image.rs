@@ -1,123 +1,16 @@
-//! Puts a guest program into guest memory.
+//! A guest program that was checked, and loading it.
 //!
-//! A program that is no static one, or is linked where none may be, is refused with the reason, before anything is loaded. Of a program only the ELF
-//! header and what is loaded matter: notes, sections and debug information may be anything.
+//! A program that is no static one, or is linked where none may be, is refused with the reason, before
+//! anything is loaded. Of a program only the ELF header and what is loaded matter: notes, sections and debug
+//! information may be anything.
 
 use std::ops::Range;
 
 use linux_loader::elf;
-use vm_memory::ByteValued;
 
-use super::memory::{GuestRam, MemoryError};
-
-/// Why a guest program cannot be loaded.
-#[derive(Debug, thiserror::Error)]
-pub enum BootError {
-    /// No ELF magic.
-    #[error("not an ELF file")]
-    NotElf,
-    /// ELF class 32, or big-endian.
-    #[error("not a 64-bit little-endian ELF file")]
-    Not64Bit,
-    /// Another CPU's program.
-    #[error("not a program for x86-64: ELF machine {machine}")]
-    NotX86_64 {
-        /// `e_machine`.
-        machine: u16,
-    },
-    /// A shared object, a position-independent executable, an object file.
-    #[error("not a static executable (ET_EXEC): ELF type {kind}; link it with -static -no-pie")]
-    NotExecutable {
-        /// `e_type`.
-        kind: u16,
-    },
-    /// The program wants a dynamic linker.
-    #[error(
-        "program header {header} asks for a dynamic linker; link the program with -static -no-pie"
-    )]
-    Dynamic {
-        /// Index of the program header.
-        header: usize,
-    },
-    /// The file ends before something it says it has.
-    #[error("truncated ELF file: {what} reaches to byte {end}, the file has {len}")]
-    Truncated {
-        /// What is cut off.
-        what: String,
-        /// Where it would end.
-        end: u64,
-        /// Bytes in the file.
-        len: u64,
-    },
-    /// The program headers have a size that is not theirs.
-    #[error("malformed ELF file: program headers of {size} bytes each")]
-    HeaderSize {
-        /// `e_phentsize`.
-        size: u16,
-    },
-    /// There is nothing to load.
-    #[error("the ELF file has no segment to load")]
-    Empty,
-    /// A segment below the place for programs, where boot data and stacks are.
-    #[error("segment {segment} is linked at {start:#x}, below {lowest:#x}")]
-    SegmentTooLow {
-        /// The lowest address that a program may have.
-        lowest: u64,
-        /// Index of the program header.
-        segment: usize,
-        /// Where it is linked.
-        start: u64,
-    },
-    /// A segment that no guest has memory for, or larger in the file than in memory.
-    #[error(
-        "segment {segment} at {start:#x} has {file} bytes in the file, {memory} in memory: out of range"
-    )]
-    SegmentSize {
-        /// Index of the program header.
-        segment: usize,
-        /// Where it is linked.
-        start: u64,
-        /// Bytes of it in the file.
-        file: u64,
-        /// Bytes of it in memory.
-        memory: u64,
-    },
-    /// Physical and virtual addresses differ, and a guest's are the same.
-    #[error(
-        "segment {segment} is linked at {start:#x}, but to be loaded at {load:#x}: these must be the same"
-    )]
-    SegmentMoved {
-        /// Index of the program header.
-        segment: usize,
-        /// Where it is linked.
-        start: u64,
-        /// Where it asks to be loaded.
-        load: u64,
-    },
-    /// The first instruction would be somewhere else.
-    #[error("entry point {entry:#x} lies in no segment")]
-    Entry {
-        /// The entry point.
-        entry: u64,
-    },
-    /// The image does not fit.
-    #[error("the program ends at {end:#x}, guest memory at {memory:#x}")]
-    TooLarge {
-        /// End of the image.
-        end: u64,
-        /// Bytes of guest memory.
-        memory: u64,
-    },
-    /// Guest memory could not be written.
-    #[error("cannot write guest memory at {gpa:#x}")]
-    Memory {
-        /// Where.
-        gpa: u64,
-        /// What went wrong.
-        #[source]
-        source: MemoryError,
-    },
-}
+use super::BootError;
+use super::elf::{check_header, program_headers, within};
+use crate::kvm::memory::GuestRam;
 
 /// A guest program that was checked.
 #[derive(Clone, Debug)]
@@ -143,6 +36,9 @@ struct Loaded {
 
 impl Image {
     /// Checks that `file` is a program a guest can run, all of it at addresses in `place`.
+    ///
+    /// # Errors
+    /// If it is none, or has no place: see [`BootError`].
     pub fn parse(file: impl Into<Vec<u8>>, place: Range<u64>) -> Result<Self, BootError> {
         let file = file.into();
         let header: elf::Elf64_Ehdr = check_header(&file)?;
@@ -239,6 +135,9 @@ impl Image {
     }
 
     /// Copies the program into guest memory, which must be zero where the program lies.
+    ///
+    /// # Errors
+    /// If it does not fit into memory, or memory cannot be written. Part of it may have been.
     pub fn load(&self, ram: &dyn GuestRam) -> Result<(), BootError> {
         if self.end > ram.len() {
             return Err(BootError::TooLarge {
@@ -258,97 +157,10 @@ impl Image {
     }
 }
 
-/// Checks what kind of file this is.
-fn check_header(file: &[u8]) -> Result<elf::Elf64_Ehdr, BootError> {
-    if !file.starts_with(elf::ELFMAG) {
-        return Err(BootError::NotElf);
-    }
-    // The class says how long the header is, so it comes before the header's own length.
-    let ident = |index: usize| file.get(index).copied();
-    if ident(elf::EI_CLASS).is_some_and(|class| class != elf::ELFCLASS64)
-        || ident(elf::EI_DATA).is_some_and(|data| data != elf::ELFDATA2LSB)
-    {
-        return Err(BootError::Not64Bit);
-    }
-    let header: elf::Elf64_Ehdr = read_at(file, 0, || "the ELF header".into())?;
-    if header.e_machine != elf::EM_X86_64 {
-        return Err(BootError::NotX86_64 {
-            machine: header.e_machine,
-        });
-    }
-    if header.e_type != elf::ET_EXEC {
-        return Err(BootError::NotExecutable {
-            kind: header.e_type,
-        });
-    }
-    Ok(header)
-}
-
-/// Reads all program headers.
-fn program_headers(
-    file: &[u8],
-    header: &elf::Elf64_Ehdr,
-) -> Result<Vec<elf::Elf64_Phdr>, BootError> {
-    let size = size_of::<elf::Elf64_Phdr>() as u64;
-    if header.e_phnum == 0 {
-        return Err(BootError::Empty);
-    }
-    if u64::from(header.e_phentsize) != size {
-        return Err(BootError::HeaderSize {
-            size: header.e_phentsize,
-        });
-    }
-    (0..u64::from(header.e_phnum))
-        .map(|index| {
-            let offset = header.e_phoff.saturating_add(index * size);
-            read_at(file, offset, || format!("program header {index}"))
-        })
-        .collect()
-}
-
-/// Copies a `T` out of the file at `offset`.
-fn read_at<T: ByteValued + Default>(
-    file: &[u8],
-    offset: u64,
-    what: impl FnOnce() -> String,
-) -> Result<T, BootError> {
-    let bytes = within(file, offset, size_of::<T>() as u64, what)?;
-    let mut value = T::default();
-    value.as_mut_slice().copy_from_slice(bytes);
-    Ok(value)
-}
-
-/// The `len` bytes of the file at `offset`.
-fn within(
-    file: &[u8],
-    offset: u64,
-    len: u64,
-    what: impl FnOnce() -> String,
-) -> Result<&[u8], BootError> {
-    let end = offset.saturating_add(len);
-    let range = usize::try_from(offset).ok().zip(usize::try_from(end).ok());
-    range
-        .and_then(|(start, end)| file.get(start..end))
-        .ok_or_else(|| BootError::Truncated {
-            what: what(),
-            end,
-            len: file.len() as u64,
-        })
-}
-
-/// Writes page tables for `memory` bytes of guest memory at `gpa`, and returns the gpa behind them.
-///
-/// They map every address to itself in 2 MiB pages, for ring 3, accessed and dirty bits set. A last partial 2 MiB is mapped
-/// whole: what the guest touches beyond its memory is MMIO, and so a crash.
-pub fn write_page_tables(ram: &dyn GuestRam, gpa: u64, memory: u64) -> Result<u64, BootError> {
-    super::paging::write_page_tables(ram, gpa, memory)
-        .map_err(|source| BootError::Memory { gpa, source })
-}
-
 #[cfg(test)]
 mod tests {
-    use super::super::paging::tests::Bytes as Ram;
     use super::*;
+    use crate::kvm::paging::tests::Bytes as Ram;
     use guest::abi::IMAGE_GPA;
 
     const PLACE: Range<u64> = IMAGE_GPA..128 << 30;

@@ -1,0 +1,195 @@
+//! Makes a machine: its memslot, its vCPU threads, its doorbells.
+
+#![expect(
+    unsafe_code,
+    reason = "the memslot: the kernel is given a range of host memory"
+)]
+
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex};
+use std::thread;
+
+use kvm_bindings::{
+    KVM_CAP_EXIT_ON_EMULATION_FAILURE, kvm_enable_cap, kvm_userspace_memory_region,
+};
+use kvm_ioctls::{Cap, IoEventAddress, NoDatamatch, VmFd};
+use vmm_sys_util::errno;
+use vmm_sys_util::eventfd::EventFd;
+
+use super::{Machine, OnStop};
+use crate::kvm::control::Control;
+use crate::kvm::counters::Counters;
+use crate::kvm::create::{create_vcpu, create_vm, msr_set};
+use crate::kvm::error::{KvmError, MAX_VCPUS};
+use crate::kvm::fault::Ladder;
+use crate::kvm::kick;
+use crate::kvm::memory::{GuestRam, Memslot};
+use crate::kvm::open::Kvm;
+use crate::kvm::paravirt::{self, Targets};
+use crate::kvm::port::PortHandler;
+use crate::kvm::registers;
+use crate::kvm::state::{Capturer, XsaveFits};
+use crate::kvm::tables::Translation;
+use crate::kvm::vcpu::{SyncRegs, Vcpu};
+use crate::kvm::watch::Watch;
+
+impl Machine {
+    /// A machine with `vcpus` vCPUs and all of `slot` as its memory. It does not run before it is started.
+    ///
+    /// # Errors
+    /// If there are no vCPUs or more than [`MAX_VCPUS`], KVM refuses, or the host has no more threads.
+    pub fn new(
+        kvm: &Kvm,
+        slot: Arc<dyn Memslot>,
+        ram: Arc<dyn GuestRam>,
+        vcpus: usize,
+        handler: Arc<dyn PortHandler>,
+        on_stop: OnStop,
+    ) -> Result<Self, KvmError> {
+        if vcpus == 0 || vcpus > MAX_VCPUS {
+            return Err(KvmError::VcpuCount { vcpus });
+        }
+        let vm = create_vm(kvm)?;
+        let region = kvm_userspace_memory_region {
+            slot: 0,
+            flags: 0,
+            guest_phys_addr: 0,
+            memory_size: slot.len(),
+            userspace_addr: slot.host_address().as_ptr().expose_provenance() as u64,
+        };
+        // SAFETY: the range is the guest's, as a `Memslot` promises, which is kept as long as somebody may go
+        // there.
+        unsafe { vm.set_user_memory_region(region) }.map_err(|source| KvmError::Memory {
+            len: slot.len(),
+            source,
+        })?;
+        paravirt::guard(&vm).map_err(|source| KvmError::Msrs { source })?;
+        let translation = Translation::of(kvm.platform());
+        if translation == Translation::ShadowOnSvm {
+            exit_on_emulation_failure(&vm).map_err(|source| KvmError::Emulation { source })?;
+        }
+        let xsave2 = vm.check_extension_int(Cap::Xsave2);
+        let xsave_fits = XsaveFits::check(xsave2).ok_or(KvmError::XsaveSize { bytes: xsave2 })?;
+        const ALL_SYNC_REGS: i32 = 0b111;
+        let sync_regs = if vm.check_extension_int(Cap::SyncRegs) & ALL_SYNC_REGS == ALL_SYNC_REGS {
+            SyncRegs::Stale
+        } else {
+            SyncRegs::Absent
+        };
+
+        let control = Arc::new(Control::new(vcpus));
+        let counters = Arc::new(Counters::new(vcpus));
+        let on_stop = Arc::new(on_stop);
+        kick::install().map_err(|source| KvmError::Thread { vcpu: 0, source })?;
+        let mut machine = Self {
+            vm,
+            control,
+            counters,
+            threads: Arc::default(),
+            watch: None,
+            is_stuck: AtomicBool::new(false),
+            ram: Arc::clone(&ram),
+            _slot: Arc::clone(&slot),
+            region,
+            translation,
+            started: Mutex::new(false),
+            tsc_khz: 0,
+            left_out: Vec::new(),
+        };
+        for index in 0..vcpus {
+            let cpuid = registers::vcpu_cpuid(&kvm.cpuid, index as u8);
+            let fd = create_vcpu(&machine.vm, index, &cpuid)?;
+            let msrs = msr_set(kvm, &fd, index)?;
+            if index == 0 {
+                machine.tsc_khz = fd.get_tsc_khz().unwrap_or(0);
+                machine.left_out.clone_from(&msrs.left_out);
+            }
+            let vcpu = Vcpu {
+                index,
+                fd,
+                cpuid,
+                capturer: Capturer::new(msrs),
+                xsave_fits,
+                sync_regs,
+                ram: Arc::clone(&ram),
+                _slot: Arc::clone(&slot),
+                handler: Arc::clone(&handler),
+                control: Arc::clone(&machine.control),
+                counters: Arc::clone(&machine.counters),
+                ladder: Ladder::new(),
+                paravirt: Targets::default(),
+                translation: machine.translation,
+                lost_races: None,
+                kicked: false,
+                kicked_at: None,
+            };
+            let on_stop = Arc::clone(&on_stop);
+            let thread = thread::Builder::new()
+                .name(format!("vcpu{index}"))
+                .spawn(move || {
+                    if let Some(outcome) = vcpu.run() {
+                        on_stop(index, outcome);
+                    }
+                })
+                .map_err(|source| KvmError::Thread {
+                    vcpu: index,
+                    source,
+                })?;
+            // Nobody else has them before there is a watch.
+            if let Some(threads) = Arc::get_mut(&mut machine.threads) {
+                threads.push(thread);
+            }
+        }
+        let watch = Watch::start(
+            Arc::clone(&machine.threads),
+            Arc::clone(&machine.control),
+            Arc::clone(&machine.counters),
+        );
+        machine.watch = Some(watch.map_err(|source| KvmError::Watch { source })?);
+        Ok(machine)
+    }
+
+    /// Makes a 1-, 2- or 4-byte `out` to `port` signal `event` instead of exiting to the VMM.
+    ///
+    /// # Errors
+    /// If the port has a doorbell already, or KVM refuses.
+    pub fn register_doorbell(&self, port: u16, event: &EventFd) -> Result<(), KvmError> {
+        let address = IoEventAddress::Pio(port.into());
+        self.vm
+            .register_ioevent(event, &address, NoDatamatch)
+            .map_err(|source| KvmError::Doorbell { port, source })
+    }
+
+    /// Makes KVM forget what it keeps of the guest's page tables: it does when the memory that they are in
+    /// goes.
+    pub(super) fn forget_tables(&self) -> Result<(), KvmError> {
+        let gone = kvm_userspace_memory_region {
+            memory_size: 0,
+            ..self.region
+        };
+        for region in [gone, self.region] {
+            // SAFETY: as in `Machine::new`.
+            let set = unsafe { self.vm.set_user_memory_region(region) };
+            set.map_err(|source| KvmError::Memory {
+                len: self.region.memory_size,
+                source,
+            })?;
+        }
+        Ok(())
+    }
+}
+
+/// Has KVM come out where it cannot emulate an instruction, instead of giving the guest an exception: with a
+/// locked one on a page table that is read-only it may, when that is writable (`handle_emulation_failure` in
+/// `arch/x86/kvm/x86.c`). Before Linux 5.14 it does not know how to.
+fn exit_on_emulation_failure(vm: &VmFd) -> Result<(), errno::Error> {
+    let cap = KVM_CAP_EXIT_ON_EMULATION_FAILURE;
+    if vm.check_extension_raw(cap.into()) == 0 {
+        return Ok(());
+    }
+    vm.enable_cap(&kvm_enable_cap {
+        cap,
+        args: [1, 0, 0, 0],
+        ..Default::default()
+    })
+}

@@ -1,0 +1,97 @@
+//! Rewinding a VM to a snapshot of it.
+
+use std::time::Duration;
+
+use super::resting::Resting;
+use super::{Parts, Snapshot, Timing};
+use crate::causes::Cause;
+use crate::device::Stopped;
+use crate::mm::{self, CowPolicy, FaultError};
+use crate::vcpus::{Capture, Paused, VcpusError};
+
+/// How long devices may take to reach a boundary for a restore, which cannot go on without.
+const RESTORE_WAIT: Duration = Duration::from_secs(5);
+
+/// Why a VM could not be rewound. If anything of it was, it is stopped for good.
+#[derive(Debug, thiserror::Error)]
+pub enum RewindError {
+    /// vCPUs could not be stopped or restored.
+    #[error("cannot stop and restore the vcpus")]
+    Vcpus(#[from] VcpusError),
+    /// Memory could not be restored.
+    #[error("cannot restore guest memory")]
+    Memory(#[from] mm::RestoreError),
+    /// Devices could not be restored.
+    #[error("cannot restore the devices")]
+    Devices(#[source] Cause),
+    /// The snapshot is of a VM with other devices. Nothing has changed.
+    #[error("the snapshot has {snapshot} devices, the guest {guest}")]
+    DeviceCount {
+        /// Devices of the snapshot.
+        snapshot: usize,
+        /// Devices there are.
+        guest: usize,
+    },
+}
+
+impl<P: CowPolicy> Parts<'_, P> {
+    /// Rewinds the VM to `snapshot`, and lets it run on from there. The guest's clock is not rewound.
+    ///
+    /// `after_memory` is called when memory is back and nothing runs yet.
+    ///
+    /// # Errors
+    /// If the snapshot has another number of devices, or the vCPUs cannot be stopped: the VM is as it was,
+    /// and runs on. If anything fails later it is part old, part new, and its vCPUs are stopped for good: a
+    /// device that does not reach a boundary within 5 s, memory of another size or pool, a state that is
+    /// refused.
+    pub fn restore(
+        &self,
+        snapshot: &Snapshot,
+        after_memory: impl FnOnce(),
+    ) -> Result<Timing, RewindError> {
+        let (there, here) = (snapshot.devices.len(), self.devices.len());
+        if there != here {
+            return Err(RewindError::DeviceCount {
+                snapshot: there,
+                guest: here,
+            });
+        }
+        let _ahead = Resting::of(self.ahead);
+        self.note_protected();
+        let mut paused = self.vcpus.pause(Capture::Nothing)?;
+        let kicked = paused.kicked();
+        let stopped = Stopped::stop(self.devices.clone(), kicked + RESTORE_WAIT);
+        if let Err(error) = self.rewind(&mut *paused, snapshot, after_memory) {
+            // Before the devices go on, which may complete what no vCPU is to see.
+            paused.stop();
+            return Err(error);
+        }
+        drop(stopped);
+        let running = paused.resume();
+        Ok(Timing { kicked, running })
+    }
+
+    /// Sets devices, memory and registers back, while nothing runs.
+    fn rewind(
+        &self,
+        paused: &mut dyn Paused,
+        snapshot: &Snapshot,
+        after_memory: impl FnOnce(),
+    ) -> Result<(), RewindError> {
+        let mut devices = self.devices.iter();
+        let released = devices.try_for_each(|device| device.release());
+        released.map_err(RewindError::Devices)?;
+        paused.before_restore()?;
+        self.space.restore(&snapshot.memory)?;
+        after_memory();
+        for (device, state) in self.devices.iter().zip(&snapshot.devices) {
+            device.restore(state).map_err(RewindError::Devices)?;
+        }
+        paused.restore(&snapshot.vcpus)?;
+        // To pin what devices had in flight may have broken it.
+        let is_whole = self.space.check().map_err(FaultError::from);
+        is_whole.map_err(mm::RestoreError::from)?;
+        self.keep_tables_writable(paused)?;
+        Ok(())
+    }
+}
