@@ -149,9 +149,11 @@ impl Device for PinningDevice {
         let page = [word.to_le_bytes(); PAGE_SIZE as usize / 8];
         let bytes = page.as_flattened();
         if self.registered.contains(&gpa) {
-            let index = (gpa - self.registered.start) / PAGE_SIZE;
-            for slice in self.buffer.slices().skip(index as usize).take(1) {
-                slice.copy_from(bytes);
+            let at = gpa - self.registered.start;
+            let mut done = 0;
+            for slice in self.buffer.part(at..at + PAGE_SIZE) {
+                slice.copy_from(&bytes[done..done + slice.len()]);
+                done += slice.len();
             }
             return Ok(());
         }

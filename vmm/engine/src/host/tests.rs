@@ -273,6 +273,79 @@ fn a_slice_is_pinned_for_as_long_as_any_part_of_it_lives() {
     assert_eq!(pool.state(pfn).pins(), 0);
 }
 
+/// Bytes of slices, one after the other, and how many slices there were.
+fn bytes_of<'a>(slices: impl Iterator<Item = vm_memory::VolatileSlice<'a>>) -> (Vec<u8>, usize) {
+    let mut bytes = Vec::new();
+    let mut count = 0;
+    for slice in slices {
+        let from = bytes.len();
+        bytes.resize(from + slice.len(), 0);
+        slice.copy_to(&mut bytes[from..]);
+        count += 1;
+    }
+    (bytes, count)
+}
+
+#[test]
+fn a_pinned_buffer_is_runs_of_host_addresses() {
+    let Rig { ram, space, .. } = rig(8, 100);
+    let text: Vec<u8> = (0..=250).cycle().take(5 * PAGE_SIZE as usize).collect();
+    // Pages in an order that leaves no run of more than some.
+    for page in [3, 1, 2, 5, 4] {
+        ram.write_obj(1u64, GuestAddress(page * PAGE_SIZE)).unwrap();
+    }
+    ram.write(PAGE_SIZE + 100, &text).unwrap();
+    let buffer = ram
+        .pin(PAGE_SIZE + 100, text.len() as u64, Access::Write)
+        .unwrap();
+    let pfns: Vec<u64> = (1..7)
+        .map(|gfn| space.entry(Gfn(gfn)).unwrap().pfn().0)
+        .collect();
+    let runs = |pfns: &[u64]| pfns.chunk_by(|a, b| a + 1 == *b).count();
+    assert_eq!(bytes_of(buffer.slices()), (text.clone(), runs(&pfns)));
+    for (start, end) in [
+        (0, 0),
+        (0, 1),
+        (3995, 3997),
+        (3996, 8092),
+        (5000, 20_000),
+        (1, 20_480),
+    ] {
+        let (first, last) = ((start + 100) / PAGE_SIZE, (end + 99) / PAGE_SIZE);
+        let expected = if start == end {
+            0
+        } else {
+            runs(&pfns[first as usize..=last as usize])
+        };
+        let part = text[start as usize..end as usize].to_vec();
+        assert_eq!(
+            bytes_of(buffer.part(start..end)),
+            (part, expected),
+            "{start}..{end}"
+        );
+    }
+    let beyond = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+        buffer.part(0..text.len() as u64 + 1).count()
+    }));
+    assert!(beyond.is_err());
+}
+
+/// A huge folio is one run, and the zero frame none of more than a page.
+#[test]
+fn a_pinned_folio_is_one_run() {
+    let Rig { ram, space, .. } = rig(2 * REGION_PAGES, 100);
+    let len = REGION_PAGES * PAGE_SIZE;
+    ram.write_obj(7u64, GuestAddress(0)).unwrap();
+    if space.entry(Gfn(0)).unwrap().is_huge() {
+        let buffer = ram.pin(0, len, Access::Write).unwrap();
+        let lens: Vec<_> = buffer.slices().map(|slice| slice.len() as u64).collect();
+        assert_eq!(lens, [len]);
+    }
+    let zeros = ram.pin(len, 3 * PAGE_SIZE, Access::Read).unwrap();
+    let (bytes, _) = bytes_of(zeros.slices());
+    assert_eq!(bytes, vec![0; 3 * PAGE_SIZE as usize]);
+}
+
 #[test]
 fn a_slice_of_a_shared_page_is_of_its_own_copy() {
     let Rig { ram, space, .. } = rig(4, 100);

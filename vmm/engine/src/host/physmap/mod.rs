@@ -158,6 +158,23 @@ impl PhysMap {
         unsafe { VolatileSlice::with_bitmap(frame.add(offset as usize), len as usize, held, None) }
     }
 
+    /// `len` bytes of the frames from `first` on, from byte `offset` of that one on.
+    ///
+    /// # Panics
+    /// If `offset` is not in the frame, or a frame has no memory or is beyond the end.
+    pub(in crate::host) fn slice_run(
+        &self,
+        first: Pfn,
+        offset: u64,
+        len: u64,
+    ) -> VolatileSlice<'_> {
+        assert!(offset < PAGE_SIZE, "offset {offset} is not in {first:?}");
+        let frames = self.run(first, (offset + len).div_ceil(PAGE_SIZE));
+        // SAFETY: the range lies in frames that lie in the mapping and have memory: just checked. The mapping lives
+        // as long as `self` is borrowed.
+        unsafe { VolatileSlice::new(frames.add(offset as usize), len as usize) }
+    }
+
     #[inline]
     fn frame(&self, pfn: Pfn) -> *mut u8 {
         self.run(pfn, 1)
