@@ -15,7 +15,7 @@ use palimpsest::kvm::{
 };
 use vmm::boot;
 
-use crate::technique::{Taken, Technique, TechniqueError};
+use crate::technique::{SnapshotMemory, Technique, TechniqueError};
 
 const REGION_PAGES: u64 = REGION_SIZE / PAGE_SIZE;
 /// Pages a device writes at a time, and how often it does.
@@ -98,7 +98,7 @@ pub enum VmError {
 }
 
 /// A running guest. Fields are dropped in this order: who uses memory goes before memory.
-pub struct Vm {
+pub struct BenchVm {
     machine: Machine,
     device: Option<DeviceThread>,
     technique: Arc<dyn Technique>,
@@ -111,7 +111,7 @@ pub struct Vm {
 
 /// How far a vCPU is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Progress {
+pub struct VcpuProgress {
     /// Whether it has written all of its share.
     pub resident: bool,
     /// Writes.
@@ -121,20 +121,20 @@ pub struct Progress {
 }
 
 /// A snapshot that was taken, and when.
-pub struct Snapshot<'a> {
+pub struct MeasuredSnapshot<'a> {
     /// Memory.
-    pub memory: Box<dyn Taken + 'a>,
+    pub memory: Box<dyn SnapshotMemory + 'a>,
     /// Registers.
     pub vcpus: Vec<VcpuState>,
     /// From the kick to the last vCPU running again.
     pub pause: Duration,
     /// How far each vCPU was when the technique began to prepare for it.
-    pub since: Vec<Progress>,
+    pub since: Vec<VcpuProgress>,
     /// How far each vCPU was.
-    pub at: Vec<Progress>,
+    pub at: Vec<VcpuProgress>,
 }
 
-impl Vm {
+impl BenchVm {
     /// Boots the guest on the memory of `technique`.
     pub fn boot(
         kvm: &Kvm,
@@ -219,12 +219,15 @@ impl Vm {
     }
 
     /// Takes a snapshot.
-    pub fn snapshot(&self) -> Result<Snapshot<'_>, VmError> {
+    pub fn snapshot(&self) -> Result<MeasuredSnapshot<'_>, VmError> {
         self.snapshot_and(|_| ())
     }
 
     /// Takes a snapshot, and calls `look` with guest memory while nothing writes to it.
-    pub fn snapshot_and(&self, look: impl FnOnce(&dyn GuestRam)) -> Result<Snapshot<'_>, VmError> {
+    pub fn snapshot_and(
+        &self,
+        look: impl FnOnce(&dyn GuestRam),
+    ) -> Result<MeasuredSnapshot<'_>, VmError> {
         let since = self.progress()?;
         self.technique.prepare()?;
         let paused = self.machine.pause(Capture::Registers)?;
@@ -238,7 +241,7 @@ impl Vm {
         let kicked = paused.kicked();
         let pause = paused.resume() - kicked;
         self.technique.resumed();
-        Ok(Snapshot {
+        Ok(MeasuredSnapshot {
             memory,
             vcpus,
             pause,
@@ -248,11 +251,11 @@ impl Vm {
     }
 
     /// How far each vCPU is.
-    pub fn progress(&self) -> Result<Vec<Progress>, VmError> {
+    pub fn progress(&self) -> Result<Vec<VcpuProgress>, VmError> {
         (0..self.orders.len())
             .map(|vcpu| {
                 let [resident, ops, laps] = self.words(vcpu, offset_of!(SweepPage, resident))?;
-                Ok(Progress {
+                Ok(VcpuProgress {
                     resident: resident != 0,
                     ops,
                     laps,
@@ -297,7 +300,7 @@ impl Vm {
         &self,
         what: &'static str,
         stop: &AtomicBool,
-        mut done: impl FnMut(usize, Progress) -> Result<bool, VmError>,
+        mut done: impl FnMut(usize, VcpuProgress) -> Result<bool, VmError>,
     ) -> Result<(), VmError> {
         let deadline = Instant::now() + PATIENCE;
         loop {

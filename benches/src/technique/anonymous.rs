@@ -13,7 +13,7 @@ use guest::abi::{PAGE_SIZE, REGION_SIZE};
 use palimpsest::kvm::{GuestRam, MemoryError, Memslot};
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
 
-use super::{Device, TechniqueError, host};
+use super::{BenchDevice, TechniqueError, host};
 
 /// `MADV_COLLAPSE` (Linux 6.1), which rustix does not name.
 const MADV_COLLAPSE: i32 = 25;
@@ -229,7 +229,7 @@ impl GuestRam for Anonymous {
 /// A device with no other way to guest memory than the mapping.
 pub(super) struct PlainDevice(pub(super) Arc<Anonymous>);
 
-impl Device for PlainDevice {
+impl BenchDevice for PlainDevice {
     fn write_page(&mut self, gpa: u64, word: u64) -> Result<(), TechniqueError> {
         let to = self
             .0

@@ -16,10 +16,10 @@ use super::hammer::{At, Hammered};
 use super::hashes::{self, Hashes};
 use super::registers::Registers;
 use super::rings;
-use super::tracking::{Tracked, Untold};
+use super::tracking::{Tracked, UnreportedDirty};
 use super::view::View;
 use super::violation::{Oracle, Violation};
-use crate::snapshot::Snapshot;
+use crate::run_snapshot::RunSnapshot;
 use palimpsest::host::PhysMap;
 use palimpsest::mm::FramePool;
 
@@ -32,8 +32,8 @@ pub struct Look {
     /// What is known of the guest since it booted, if it follows the formula.
     pub boot: Option<Arc<Boot>>,
     /// The snapshot the VM ran on from, if it lives.
-    pub parent: Option<Arc<Snapshot>>,
-    /// What dirty tracking has told of, if it was asked.
+    pub parent: Option<Arc<RunSnapshot>>,
+    /// What dirty tracking has reported, if it was asked.
     pub tracked: Option<Tracked>,
 }
 
@@ -94,8 +94,8 @@ impl Examiner {
         }
     }
 
-    /// Is it the state at one instant? And was everything that differs from the snapshot before told of?
-    pub fn first_look(&mut self, snapshot: &Snapshot, look: &Look) -> Findings {
+    /// Is it the state at one instant? And was everything that differs from the snapshot before reported as dirty?
+    pub fn first_look(&mut self, snapshot: &RunSnapshot, look: &Look) -> Findings {
         let view = self.view(snapshot);
         let boot = look.boot.as_deref();
         let parent = look.parent.as_deref();
@@ -146,7 +146,7 @@ impl Examiner {
     }
 
     /// Is it still what it was? `heir` is a younger snapshot whose parent this is, and which will be looked at last, too.
-    pub fn last_look(&mut self, snapshot: &Snapshot, heir: Option<&Snapshot>) -> Findings {
+    pub fn last_look(&mut self, snapshot: &RunSnapshot, heir: Option<&RunSnapshot>) -> Findings {
         let mut findings = Findings::default();
         let Some(known) = self.known.remove(&snapshot.number()) else {
             return findings;
@@ -184,23 +184,23 @@ impl Examiner {
         let Some(before) = self.known.get(&since) else {
             return;
         };
-        let untold = Untold {
-            told: &tracked.told,
+        let unreported = UnreportedDirty {
+            reported: &tracked.reported,
             since,
             snapshot,
         };
         match (&before.ops, &now.ops) {
             (Some(before), Some(now)) => {
-                untold.among(self.hammered.between(before, now), report);
+                unreported.among(self.hammered.between(before, now), report);
             }
             (None, None) => {}
             // The guest began to follow the formula in between: hashes are of other pages since.
             _ => return,
         }
-        untold.hashed(&before.hashes, &now.hashes, report);
+        unreported.hashed(&before.hashes, &now.hashes, report);
     }
 
-    fn view<'a>(&'a self, snapshot: &'a Snapshot) -> View<'a> {
+    fn view<'a>(&'a self, snapshot: &'a RunSnapshot) -> View<'a> {
         View::new(
             snapshot.number(),
             snapshot.memory(),
@@ -209,7 +209,12 @@ impl Examiner {
         )
     }
 
-    fn check_registers(&self, snapshot: &Snapshot, boot: &Boot, report: &mut dyn FnMut(Violation)) {
+    fn check_registers(
+        &self,
+        snapshot: &RunSnapshot,
+        boot: &Boot,
+        report: &mut dyn FnMut(Violation),
+    ) {
         let vcpus = boot.registers.iter().zip(&boot.vcpus);
         for ((vcpu, state), (boot, &declared)) in (0..).zip(snapshot.vcpus()).zip(vcpus) {
             Registers {

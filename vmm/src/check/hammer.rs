@@ -97,8 +97,8 @@ impl Hammered {
         let mut pages = 0;
         for (vcpu, slot, shared) in self.slots_against(parent, now, |parent, now| (parent, now)) {
             match (shared, parent) {
-                (Shared::Unwritten, _) => continue,
-                (Shared::Written, Some(parent)) => {
+                (PageSharing::Unwritten, _) => continue,
+                (PageSharing::Written, Some(parent)) => {
                     self.overwritten(parent, now, vcpu, slot, report);
                 }
                 _ => {
@@ -124,8 +124,8 @@ impl Hammered {
         let mut pages = 0;
         for (vcpu, slot, shared) in self.slots_against(heir, now, |heir, now| (now, heir)) {
             match (shared, heir) {
-                (Shared::Unwritten, _) => continue,
-                (Shared::Written, Some(heir)) => {
+                (PageSharing::Unwritten, _) => continue,
+                (PageSharing::Written, Some(heir)) => {
                     self.overwritten(now, heir, vcpu, slot, report);
                 }
                 _ => {
@@ -164,12 +164,12 @@ impl Hammered {
         other: Option<At<'a>>,
         now: At<'a>,
         in_order: impl Fn(At<'a>, At<'a>) -> (At<'a>, At<'a>),
-    ) -> impl Iterator<Item = (u64, u64, Shared)> + 'a {
+    ) -> impl Iterator<Item = (u64, u64, PageSharing)> + 'a {
         let pairs = other.map(|other| in_order(other, now));
         (0..self.layout.vcpus).flat_map(move |vcpu| {
             let written = pairs.and_then(|(old, new)| {
                 let (from, to) = (old.ops[vcpu as usize], new.ops[vcpu as usize]);
-                Written::between(&self.schedules[vcpu as usize], self.slots(vcpu), from, to)
+                WrittenSlots::between(&self.schedules[vcpu as usize], self.slots(vcpu), from, to)
             });
             (0..self.slots(vcpu)).map(move |slot| {
                 let gfn = self.gfn(vcpu, slot);
@@ -177,12 +177,12 @@ impl Hammered {
                 let shared = match &written {
                     Some(written) if other.is_some_and(|o| o.view.frame(gfn) == frame) => {
                         match written.slot(slot) {
-                            When::Never => Shared::Unwritten,
-                            When::Between if frame != Pfn::ZERO => Shared::Written,
-                            When::Between | When::Edge => Shared::No,
+                            When::Never => PageSharing::Unwritten,
+                            When::Between if frame != Pfn::ZERO => PageSharing::Written,
+                            When::Between | When::Edge => PageSharing::No,
                         }
                     }
-                    _ => Shared::No,
+                    _ => PageSharing::No,
                 };
                 (vcpu, slot, shared)
             })
@@ -314,7 +314,7 @@ impl Hammered {
 
 /// What two snapshots have in common of a page.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Shared {
+enum PageSharing {
     /// Different frames, or it can't be told: the page must be read.
     No,
     /// One frame, and nothing was written to the page between the two: what holds for one holds for the other.
@@ -324,7 +324,7 @@ enum Shared {
 }
 
 /// Which slots a vCPU wrote between two snapshots, the older of which had done `from` operations.
-struct Written<'a> {
+struct WrittenSlots<'a> {
     schedule: &'a Schedule,
     from: u64,
     to: u64,
@@ -341,7 +341,7 @@ enum When {
     Between,
 }
 
-impl<'a> Written<'a> {
+impl<'a> WrittenSlots<'a> {
     /// `None` if the two are not of one course of events.
     fn between(schedule: &'a Schedule, slots: u64, from: u64, to: u64) -> Option<Self> {
         let count = to.checked_sub(from)?;

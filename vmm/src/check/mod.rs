@@ -36,6 +36,6 @@ pub use account::account;
 pub use boot::{Boot, Reference};
 pub use examiner::{Examiner, Findings, Look};
 pub use restored::restored;
-pub use tracking::{Told, Tracked};
+pub use tracking::{ReportedDirty, Tracked};
 pub use violation::{Oracle, Violation, ViolationCounts};
 pub use worker::{CheckCounts, Unfinished, Worker};

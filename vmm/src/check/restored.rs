@@ -7,7 +7,7 @@ use guest::abi::{Layout, PAGE_SIZE};
 
 use super::view::{View, WORDS};
 use super::violation::{Oracle, Violation};
-use crate::snapshot::Snapshot;
+use crate::run_snapshot::RunSnapshot;
 use palimpsest::host::Ram;
 use palimpsest::mm::FramePool;
 
@@ -15,7 +15,7 @@ use palimpsest::mm::FramePool;
 /// which page differs first.
 pub fn restored(
     ram: &Ram,
-    snapshot: &Snapshot,
+    snapshot: &RunSnapshot,
     layout: &Layout,
     pool: &FramePool,
 ) -> Option<Violation> {

@@ -47,9 +47,9 @@ struct Area<'a> {
     state: &'a DeviceState,
 }
 
-/// Where a request that the driver has posted is.
+/// How far a request is that the driver has posted.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Progress {
+enum RequestStage {
     /// Not completed: nothing of it is done.
     Waiting,
     /// Being transferred: its data is in part what it was.
@@ -190,16 +190,16 @@ impl Area<'_> {
         if !kind.is_transfer() {
             return false;
         }
-        let progress = self.progress(slot);
-        self.check_status(slot, seq, progress, report);
-        self.check_data(slot, seq, kind, progress, report);
+        let stage = self.stage(slot);
+        self.check_status(slot, seq, stage, report);
+        self.check_data(slot, seq, kind, stage, report);
         true
     }
 
-    fn progress(&self, slot: u64) -> Progress {
+    fn stage(&self, slot: u64) -> RequestStage {
         let head = slot_head(slot);
         if self.state.in_flight.map(u64::from) == Some(head) {
-            return Progress::InFlight;
+            return RequestStage::InFlight;
         }
         // Completions the driver has not dealt with yet. One it has dealt with, but not noted so, is of a request that is still posted:
         // looking one further back covers it, since its slot is idle before it counts on.
@@ -207,24 +207,24 @@ impl Area<'_> {
         let (mut at, end) = (self.view.u64(last) as u16, self.ring_index(AREA_USED));
         while at != end {
             if u64::from(self.used_entry(at)) == head {
-                return Progress::Done;
+                return RequestStage::Done;
             }
             at = at.wrapping_add(1);
         }
-        Progress::Waiting
+        RequestStage::Waiting
     }
 
     fn check_status(
         &self,
         slot: u64,
         seq: u64,
-        progress: Progress,
+        stage: RequestStage,
         report: &mut dyn FnMut(Violation),
     ) {
-        let expected = match progress {
-            Progress::Done => STATUS_OK,
-            Progress::Waiting => STATUS_PENDING,
-            Progress::InFlight => return,
+        let expected = match stage {
+            RequestStage::Done => STATUS_OK,
+            RequestStage::Waiting => STATUS_PENDING,
+            RequestStage::InFlight => return,
         };
         let status = self.base + AREA_STATUS + slot * SLOT_STRIDE;
         let code = self.view.u32(status + offset_of!(Status, code) as u64);
@@ -244,13 +244,13 @@ impl Area<'_> {
         slot: u64,
         seq: u64,
         kind: RequestKind,
-        progress: Progress,
+        stage: RequestStage,
         report: &mut dyn FnMut(Violation),
     ) {
         let to_guest = matches!(kind, RequestKind::ToGuest | RequestKind::RegisteredToGuest);
-        let (key, whose) = match (to_guest, progress) {
-            (true, Progress::InFlight) => return,
-            (true, Progress::Waiting) => (poison_key(self.seed, self.device, seq), "the guest"),
+        let (key, whose) = match (to_guest, stage) {
+            (true, RequestStage::InFlight) => return,
+            (true, RequestStage::Waiting) => (poison_key(self.seed, self.device, seq), "the guest"),
             _ => (dma_key(self.seed, self.device, seq), "the request"),
         };
         let data = self.base + buffer_offset(slot) + DATA_OFFSET;
@@ -260,8 +260,8 @@ impl Area<'_> {
                 self.view.u64(data + 8 * word),
             );
             if expected != found {
-                let what = match progress {
-                    Progress::Done => {
+                let what = match stage {
+                    RequestStage::Done => {
                         format!("request {seq} is completed and its data is not there")
                     }
                     _ => format!("request {seq} is not completed and its buffer was written"),

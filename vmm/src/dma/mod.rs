@@ -58,7 +58,7 @@ mod stats;
 mod tests;
 mod transfer;
 
-pub use engine::{Device, DeviceError, StartError};
+pub use engine::{Device, DmaError, StartError};
 pub use set::DeviceSet;
 pub use state::{DeviceRestoreError, DeviceState, RegisteredState};
 pub use stats::{DeviceStats, Mismatch};

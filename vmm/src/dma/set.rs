@@ -6,7 +6,7 @@ use std::thread::{self, JoinHandle};
 
 use guest::abi::Layout;
 
-use super::engine::{Device, DeviceError, StartError};
+use super::engine::{Device, DmaError, StartError};
 use super::stats::{DeviceStats, Mismatch};
 use palimpsest::device::Quiesce;
 use palimpsest::host::Ram;
@@ -66,7 +66,7 @@ impl DeviceSet {
 
     /// The first error of a device since the last call. The run makes no sense after one: a request of
     /// the guest stays unanswered.
-    pub fn take_error(&self) -> Option<DeviceError> {
+    pub fn take_error(&self) -> Option<DmaError> {
         self.devices.iter().find_map(|d| d.take_error())
     }
 }

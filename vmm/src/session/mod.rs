@@ -37,10 +37,10 @@ mod vm;
 use std::sync::atomic::AtomicBool;
 
 use self::config::{Config, Injection};
-use self::need::{NeedError, Plan};
+use self::need::{MemoryPlan, NeedError};
 use self::progress::Observer;
 use self::report::Report;
-pub use self::vm::BuildError;
+pub use self::vm::PayloadVmError;
 use crate::check::inject::{Faulty, PolicyFault};
 use crate::policy::UnderPolicy;
 use palimpsest::host::Limits;
@@ -61,7 +61,7 @@ pub enum RunError {
     Need(#[from] NeedError),
     /// The VM could not be put together.
     #[error(transparent)]
-    Build(#[from] BuildError),
+    Build(#[from] PayloadVmError),
     /// The vCPUs did not start.
     #[error("cannot start the vcpus")]
     Start(#[source] KvmError),
@@ -107,9 +107,9 @@ impl UnderPolicy for Run<'_> {
     fn under<P: CowPolicy>(self, make: fn() -> P) -> Self::Output {
         let kvm = Kvm::open()?;
         let limits = Limits::detect().map_err(RunError::Limits)?;
-        let plan = Plan::new(self.config, &limits)?;
+        let plan = MemoryPlan::new(self.config, &limits)?;
         let (events, inbox) = ports::events();
-        let vm = vm::Vm::build(&kvm, self.config, self.image, make(), plan, events)?;
+        let vm = vm::PayloadVm::build(&kvm, self.config, self.image, make(), plan, events)?;
         drive::Drive::start(vm, self.config, inbox, self.stop, self.observer)?
             .run(P::NAME, kvm.platform())
     }

@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use guest::abi::{Layout, STREAM_SLOTS, VcpuPage};
 
 use super::config::Injection;
-use super::vm::Vm;
+use super::vm::PayloadVm;
 use palimpsest::host::Ram;
 use palimpsest::mm::CowPolicy;
 
@@ -29,14 +29,14 @@ pub(super) const PATIENCE: Duration = Duration::from_secs(120);
 
 /// What the guest says of how far it is.
 #[derive(Debug)]
-pub(super) struct Counters<'a> {
+pub(super) struct GuestCounters<'a> {
     ram: &'a Ram,
     layout: &'a Layout,
 }
 
-impl<'a> Counters<'a> {
+impl<'a> GuestCounters<'a> {
     /// Those of the guest in `vm`.
-    pub(super) fn of<P: CowPolicy>(vm: &'a Vm<P>) -> Self {
+    pub(super) fn of<P: CowPolicy>(vm: &'a PayloadVm<P>) -> Self {
         Self {
             ram: vm.ram(),
             layout: &vm.layout,
@@ -92,7 +92,7 @@ fn have_gone_on(since: &[u64], now: &[u64]) -> bool {
 pub(super) struct Occasion {
     fault: Option<Injection>,
     /// The last step.
-    last: Step,
+    last: LastStep,
     /// Requests each device had done at the first snapshot.
     first: Option<Vec<u64>>,
     snapshots: u64,
@@ -103,7 +103,7 @@ pub(super) struct Occasion {
 
 /// When it was, and what each vCPU had done by then.
 #[derive(Debug)]
-struct Step {
+struct LastStep {
     at: Instant,
     ops: Vec<u64>,
 }
@@ -114,7 +114,7 @@ impl Occasion {
         Self {
             // A pin that is never released is there to the end.
             fault: fault.filter(|&fault| fault != Injection::LeakPin),
-            last: Step {
+            last: LastStep {
                 at: Instant::now(),
                 ops: vec![0; vcpus as usize],
             },
@@ -140,7 +140,7 @@ impl Occasion {
 
     fn step(&mut self, ops: Vec<u64>) {
         let at = Instant::now();
-        self.last = Step { at, ops };
+        self.last = LastStep { at, ops };
     }
 
     /// Whether the next step may be done.

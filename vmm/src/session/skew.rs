@@ -14,9 +14,9 @@ use palimpsest::kvm::VcpuState;
 
 /// What was in memory before it was set back.
 #[derive(Debug, Default)]
-pub(super) struct SetBack(Vec<(u64, Vec<u8>)>);
+pub(super) struct SkewedMemory(Vec<(u64, Vec<u8>)>);
 
-impl SetBack {
+impl SkewedMemory {
     /// Sets the pages that vCPU 0 writes back to what they were when it had the registers `older`, by the formula. It has done `done` operations
     /// since it was booted, or one or two more.
     pub(super) fn new(

@@ -12,7 +12,7 @@ use palimpsest::snapshot::Parts;
 use palimpsest::vm;
 
 use super::config::{Config, Injection, PageSize, Size};
-use super::need::Plan;
+use super::need::MemoryPlan;
 use super::ports::{Event, Events, Ports};
 use crate::boot;
 use crate::check::Reference;
@@ -21,7 +21,7 @@ use crate::dma::{DeviceSet, StartError};
 
 /// Why a VM could not be put together.
 #[derive(Debug, thiserror::Error)]
-pub enum BuildError {
+pub enum PayloadVmError {
     /// The guest program is no good.
     #[error("--guest {guest}: cannot load it")]
     Image {
@@ -69,7 +69,7 @@ pub enum BuildError {
     Devices(#[from] StartError),
 }
 
-impl From<MemoryError> for BuildError {
+impl From<MemoryError> for PayloadVmError {
     fn from(error: MemoryError) -> Self {
         match error {
             MemoryError::Reserve {
@@ -88,7 +88,7 @@ impl From<MemoryError> for BuildError {
 
 /// A virtual machine with the payload's devices. The fields are in the order in which they go.
 #[derive(Debug)]
-pub(super) struct Vm<P: CowPolicy> {
+pub(super) struct PayloadVm<P: CowPolicy> {
     vm: palimpsest::vm::Vm<P>,
     pub(super) devices: Arc<DeviceSet>,
     pub(super) layout: Layout,
@@ -97,17 +97,17 @@ pub(super) struct Vm<P: CowPolicy> {
     entry: u64,
 }
 
-impl<P: CowPolicy> Vm<P> {
+impl<P: CowPolicy> PayloadVm<P> {
     /// Puts a VM together, with its program loaded; it does not run yet. It takes no more memory than `plan` says.
     pub(super) fn build(
         kvm: &Kvm,
         config: &Config,
         image: Vec<u8>,
         policy: P,
-        plan: Plan,
+        plan: MemoryPlan,
         events: Events,
-    ) -> Result<Self, BuildError> {
-        let no_good = |source| BuildError::Image {
+    ) -> Result<Self, PayloadVmError> {
+        let no_good = |source| PayloadVmError::Image {
             guest: config.guest.to_string(),
             source,
         };
@@ -119,7 +119,7 @@ impl<P: CowPolicy> Vm<P> {
             config.dma_devices,
             config.registered_buffers,
         )
-        .ok_or(BuildError::Layout {
+        .ok_or(PayloadVmError::Layout {
             memory: config.memory,
             image_end: image.end(),
             vcpus: config.vcpus,

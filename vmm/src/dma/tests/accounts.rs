@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use guest::abi::{RequestKind, STATUS_PENDING};
 
-use super::super::DeviceError;
+use super::super::DmaError;
 use super::*;
 
 #[test]
@@ -19,7 +19,7 @@ fn lack_of_memory_is_an_error_of_the_device_and_not_the_guests() {
     driver.post(0);
     driver.ring(Doorbell::Exit);
     let error = rig.set.take_error().unwrap();
-    assert!(matches!(error, DeviceError::Request { device: 0, .. }));
+    assert!(matches!(error, DmaError::Request { device: 0, .. }));
     assert!(rig.set.take_error().is_none());
     thread::sleep(Duration::from_millis(5));
     assert_eq!((driver.used(), driver.status(0).code), (0, STATUS_PENDING));

@@ -31,7 +31,7 @@ use guest::abi::{
 use guest::formula::dma_word;
 
 use super::{Device, DeviceRestoreError, DeviceSet, DeviceState};
-use palimpsest::device::{Quiesce, Stopped};
+use palimpsest::device::{DeviceError, Quiesce, Stopped};
 use palimpsest::host::{PhysMap, Ram};
 use palimpsest::mm::{
     AddressSpace, Exclusive, FramePool, Frozen, Gfn, Mmu, MmuError, PAGE_SIZE, Pfn, Protection,
@@ -96,7 +96,7 @@ impl DeviceSet {
 }
 
 /// What a device of ours says.
-fn ours(error: palimpsest::device::DeviceError) -> DeviceRestoreError {
+fn ours(error: DeviceError) -> DeviceRestoreError {
     *error.downcast().unwrap()
 }
 

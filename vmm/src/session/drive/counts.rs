@@ -1,15 +1,15 @@
 //! How far guest, devices and memory are, as progress and report name it.
 
 use super::Drive;
-use crate::session::occasion::Counters;
+use crate::session::occasion::GuestCounters;
 use crate::session::report::{DirtyCounts, FaultCounts, PinCounts};
 use crate::session::tracker::Tracker;
 use palimpsest::kvm::{MachineStats, Rung};
 use palimpsest::mm::{CowPolicy, MmStats};
 
 impl<P: CowPolicy> Drive<'_, P> {
-    pub(super) fn counters(&self) -> Counters<'_> {
-        Counters::of(&self.vm)
+    pub(super) fn counters(&self) -> GuestCounters<'_> {
+        GuestCounters::of(&self.vm)
     }
 
     /// Requests that each device has done.

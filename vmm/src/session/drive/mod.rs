@@ -32,7 +32,7 @@ use std::time::{Duration, Instant};
 use hdrhistogram::Histogram;
 
 use self::cycle::TICK;
-use self::random::Random;
+use self::random::SplitMix64;
 use super::RunError;
 use super::config::Config;
 use super::life::{DeviceWatch, LifeWatch};
@@ -42,10 +42,10 @@ use super::progress::Observer;
 use super::report::{Report, nanoseconds};
 use super::stall::StallMeter;
 use super::tracker::Tracker;
-use super::vm::Vm;
+use super::vm::PayloadVm;
 use crate::check::{Boot, Examiner, ViolationCounts, Worker};
 use crate::dma::Mismatch;
-use crate::snapshot::Snapshot;
+use crate::run_snapshot::RunSnapshot;
 use palimpsest::kvm;
 use palimpsest::mm::CowPolicy;
 
@@ -54,14 +54,14 @@ pub(super) struct Drive<'a, P: CowPolicy> {
     config: &'a Config,
     stop: &'a AtomicBool,
     observer: &'a mut dyn Observer,
-    vm: Vm<P>,
+    vm: PayloadVm<P>,
     inbox: Inbox,
     worker: Worker,
     started: Instant,
     /// Snapshots that can be restored, oldest first.
-    kept: VecDeque<Arc<Snapshot>>,
+    kept: VecDeque<Arc<RunSnapshot>>,
     /// The one the VM ran on from.
-    parent: Option<Arc<Snapshot>>,
+    parent: Option<Arc<RunSnapshot>>,
     taken: u64,
     restored: u64,
     /// Snapshots that were to be kept, and had to make room.
@@ -93,14 +93,14 @@ pub(super) struct Drive<'a, P: CowPolicy> {
     violations: ViolationCounts,
     /// The latest last.
     mismatches: VecDeque<Mismatch>,
-    random: Random,
+    random: SplitMix64,
     leaked: bool,
 }
 
 impl<'a, P: CowPolicy> Drive<'a, P> {
     /// Starts the guest.
     pub(super) fn start(
-        vm: Vm<P>,
+        vm: PayloadVm<P>,
         config: &'a Config,
         inbox: Inbox,
         stop: &'a AtomicBool,
@@ -150,7 +150,7 @@ impl<'a, P: CowPolicy> Drive<'a, P> {
             recent_ops: (now, 0, 0.0),
             violations: ViolationCounts::default(),
             mismatches: VecDeque::new(),
-            random: Random(config.seed),
+            random: SplitMix64(config.seed),
             leaked: false,
         })
     }

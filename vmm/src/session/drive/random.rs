@@ -2,9 +2,9 @@
 
 /// A small generator for choices that need no quality, so that a seed repeats them (splitmix64).
 #[derive(Debug)]
-pub(super) struct Random(pub(super) u64);
+pub(super) struct SplitMix64(pub(super) u64);
 
-impl Random {
+impl SplitMix64 {
     /// A number below `bound`, or 0 if that is 0.
     pub(super) fn below(&mut self, bound: usize) -> usize {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);

@@ -8,9 +8,9 @@ use guest::formula::Schedule;
 use super::Drive;
 use super::end::End;
 use crate::check;
+use crate::run_snapshot::RunSnapshot;
 use crate::session::config::Injection;
 use crate::session::life::{self, DeviceWatch, LifeWatch};
-use crate::snapshot::Snapshot;
 use palimpsest::mm::CowPolicy;
 use palimpsest::snapshot::RewindError;
 
@@ -81,7 +81,7 @@ impl<P: CowPolicy> Drive<'_, P> {
 
     /// The page that vCPU 0 wrote with the second operation after `snapshot`, and what is in it now: a guest
     /// that is rewound looks at that page before anything else that it does anew.
-    fn page_to_come(&self, snapshot: &Snapshot) -> Option<(u64, Vec<u8>)> {
+    fn page_to_come(&self, snapshot: &RunSnapshot) -> Option<(u64, Vec<u8>)> {
         let op = snapshot.vcpus().first()?.mm7() + 1;
         let (pattern, layout) = (self.config.pattern, &self.vm.layout);
         let schedule = Schedule::new(pattern, layout.slots(pattern, 0), self.config.seed, 0);

@@ -10,11 +10,11 @@ use super::end::End;
 use super::room::room_for;
 use crate::check::Look;
 use crate::dma::{DeviceSet, DeviceState};
+use crate::run_snapshot::RunSnapshot;
 use crate::session::config::Injection;
 use crate::session::faults::{AtLarge, Late, Old, Stale};
-use crate::session::occasion::{Counters, overdue, wait_until};
-use crate::session::skew::SetBack;
-use crate::snapshot::Snapshot;
+use crate::session::occasion::{GuestCounters, overdue, wait_until};
+use crate::session::skew::SkewedMemory;
 use palimpsest::kvm::VcpuState;
 use palimpsest::mm::{CowPolicy, ForkError};
 use palimpsest::snapshot::{self, Preparation, TakeError, Timing};
@@ -30,7 +30,7 @@ impl<P: CowPolicy> Drive<'_, P> {
         };
         self.taken = number;
         self.note_pause(timing);
-        let snapshot = Snapshot::new(number, parent, snapshot);
+        let snapshot = RunSnapshot::new(number, parent, snapshot);
         let snapshot = Arc::new(snapshot.map_err(|error| End::error(&error))?);
         let tracked = self.tracker.as_mut().and_then(|t| t.at(&snapshot));
         let is_in_flight = |state: &DeviceState| state.in_flight.is_some();
@@ -64,15 +64,15 @@ impl<P: CowPolicy> Drive<'_, P> {
     /// Has the engine take a snapshot, with a round of dirty tracking at its instant. `None` if there was no
     /// room for it after all: it is taken later, or an old one went to make room.
     fn take(&mut self) -> Result<Option<(snapshot::Snapshot, Timing)>, End> {
-        let (counters, devices) = (Counters::of(&self.vm), &self.vm.devices);
+        let (counters, devices) = (GuestCounters::of(&self.vm), &self.vm.devices);
         let waited_in_vain = Cell::new(false);
         let run_on = || waited_in_vain.set(!counters.wait_for_ops(self.stop));
         let go_on = || waited_in_vain.set(!wait_for_a_completion(devices, self.stop));
         let (ram, layout, config) = (self.vm.ram(), &self.vm.layout, self.config);
-        let skewed = RefCell::new(SetBack::default());
+        let skewed = RefCell::new(SkewedMemory::default());
         let set_back = |older: &VcpuState| {
             let done = counters.ops().first().copied().unwrap_or(0);
-            skewed.replace(SetBack::new(ram, layout, config, older, done));
+            skewed.replace(SkewedMemory::new(ram, layout, config, older, done));
         };
         let preparation = match self.room() {
             2.. => Preparation::Early,

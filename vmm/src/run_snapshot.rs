@@ -6,20 +6,20 @@ use palimpsest::snapshot;
 
 use crate::dma::{DeviceRestoreError, DeviceState};
 
-/// What a snapshot has that is none of ours.
+/// A part of a snapshot has a state that is of another kind than a run's.
 #[derive(Debug, thiserror::Error)]
-pub enum NotOurs {
-    /// A vCPU.
+pub enum ForeignStateError {
+    /// A vCPU's is not KVM's.
     #[error("a vcpu of the snapshot makes no sense")]
     Vcpu(#[from] StateError),
-    /// A device.
+    /// A device's is not a DMA engine's.
     #[error("a device of the snapshot makes no sense")]
     Device(#[from] DeviceRestoreError),
 }
 
 /// One snapshot of a run. Dropping it gives its memory back.
 #[derive(Debug)]
-pub struct Snapshot {
+pub struct RunSnapshot {
     number: u64,
     parent: Option<u64>,
     taken: snapshot::Snapshot,
@@ -27,7 +27,7 @@ pub struct Snapshot {
     devices: Vec<DeviceState>,
 }
 
-impl Snapshot {
+impl RunSnapshot {
     /// Snapshot `number` of a run, whose VM ran on from `parent`.
     ///
     /// # Errors
@@ -36,7 +36,7 @@ impl Snapshot {
         number: u64,
         parent: Option<u64>,
         taken: snapshot::Snapshot,
-    ) -> Result<Self, NotOurs> {
+    ) -> Result<Self, ForeignStateError> {
         let vcpus = taken.vcpus().iter().map(VcpuState::of_saved);
         let vcpus = vcpus.collect::<Result<_, _>>()?;
         let devices = taken.devices().iter().map(DeviceState::of_saved);
