@@ -23,7 +23,8 @@ const DEVICE_BATCH: u64 = 16;
 const DEVICE_EVERY: Duration = Duration::from_millis(1);
 /// Writes of the shortest lap: some 0.2 ms.
 const SHORTEST_LAP: u64 = 16_384;
-/// How long a guest may take for what it is waited for. The slowest technique needs a minute for the first touch of 8 GiB.
+/// How long a guest may take for what it is waited for. The slowest technique needs a minute for the first
+/// touch of 8 GiB.
 const PATIENCE: Duration = Duration::from_secs(300);
 /// How often a guest that is waited for is looked at.
 const LOOK: Duration = Duration::from_millis(1);
@@ -37,7 +38,8 @@ pub struct GuestConfig {
     pub vcpus: u64,
     /// Which pages it writes.
     pub pattern: Pattern,
-    /// Bytes that [`Pattern::Dense`] sweeps. A lap of any pattern is as many writes as it has pages, or several times that.
+    /// Bytes that [`Pattern::Dense`] sweeps. A lap of any pattern is as many writes as it has pages, or
+    /// several times that.
     pub sweep: u64,
     /// Bytes that are hot in [`Pattern::Hot`].
     pub hot: u64,
@@ -286,7 +288,8 @@ impl BenchVm {
                 },
             ));
         }
-        // What may have been overwritten meanwhile is left out: the lap that is being done has the place of one that was read, perhaps.
+        // What may have been overwritten meanwhile is left out: the lap that is being done has the place of
+        // one that was read, perhaps.
         let [now] = self.words(vcpu, offset_of!(SweepPage, laps))?;
         let kept = (now + 1).saturating_sub(LAPS);
         Ok(read

@@ -31,7 +31,7 @@ pub fn entry(rip: u64, vcpu: usize) -> Entry {
     }
 }
 
-/// Writes page tables for `memory` bytes of guest memory where a guest has them, and returns the gpa behind them.
+/// Writes a guest's page tables for `memory` bytes of memory, and returns the gpa behind them.
 ///
 /// # Errors
 /// If guest memory can't be written.

@@ -43,7 +43,8 @@ unsafe impl Send for Anonymous {}
 // SAFETY: as above.
 unsafe impl Sync for Anonymous {}
 
-// SAFETY: mapped until `self` is dropped; nothing else is ever mapped there, and there are no references into it.
+// SAFETY: mapped until `self` is dropped; nothing else is ever mapped there, and there are no references to
+// it.
 unsafe impl Memslot for Anonymous {
     fn host_address(&self) -> NonNull<u8> {
         self.base

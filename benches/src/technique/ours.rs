@@ -1,5 +1,5 @@
-//! Ours: a shadow page table and a window, copy-on-write resolved on the faulting vCPU's own thread, all through the library's
-//! public parts.
+//! Ours: a shadow page table and a window, copy-on-write resolved on the faulting vCPU's own thread, all
+//! through the library's public parts.
 
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -41,7 +41,7 @@ impl Ours {
         copies_ahead: bool,
     ) -> Result<Self, TechniqueError> {
         let before = heap::mark();
-        // The guest, one snapshot, what the guest writes while that one is dropped, and what is allocated in batches.
+        // The guest, one snapshot, what the guest writes while that one is dropped, and batches.
         let frames = Frames::new(3 * memory + 1024 * PAGE_SIZE).map_err(no_memory)?;
         let options = MemoryOptions {
             base_pages: granularity == Granularity::Small,
@@ -115,7 +115,7 @@ impl Technique for Ours {
     fn tables(&self) -> Option<u64> {
         let tables = self.tables.as_ref()?;
         let tables = tables.lock().unwrap_or_else(PoisonError::into_inner);
-        // What the window noted since it was made comes on top: that much of it is counted twice, for it is little.
+        // Notes of the window since it was made come on top. They are few, and may be counted twice.
         Some(tables.resident().ok()? + self.memory.window().notes())
     }
 

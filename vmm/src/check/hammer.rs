@@ -113,7 +113,8 @@ impl Hammered {
     }
 
     /// The last look, before a snapshot is dropped: is it what it was? Pages that `heir`, whose parent it is,
-    /// shares still, and that were not written in between, are looked at with the heir. Returns the pages it has read.
+    /// shares still, and that were not written in between, are looked at with the heir. Returns the pages it
+    /// has read.
     pub(super) fn last_look(
         &self,
         now: At<'_>,
@@ -139,8 +140,8 @@ impl Hammered {
         pages + self.untouched(now, Oracle::Isolation, report)
     }
 
-    /// Pages that differ between two instants when the vCPUs had done `some` and `others` operations, and who wrote them. Which of
-    /// the two came first makes no difference: the guest may have been rewound in between.
+    /// Pages that differ between two instants, at which the vCPUs had done `some` and `others` operations,
+    /// and who wrote them. Either may be the earlier one: the guest may have been rewound.
     pub(super) fn between<'a>(
         &'a self,
         some: &'a [u64],
@@ -158,7 +159,8 @@ impl Hammered {
         )
     }
 
-    /// Every slot of every vCPU, and whether `other`'s page is the frame of `now`'s. `in_order` says which of the two is older.
+    /// Every slot of every vCPU, and whether `other`'s page is the frame of `now`'s. `in_order` says which of
+    /// the two is older.
     fn slots_against<'a>(
         &'a self,
         other: Option<At<'a>>,
@@ -189,8 +191,8 @@ impl Hammered {
         })
     }
 
-    /// Two snapshots share a page that was written between them: one of the two is wrong, since every operation
-    /// writes something else. Both may look right for a moment, while a write that should not be is on its way.
+    /// Two snapshots share a page that was written between them. One of the two is wrong, since every
+    /// operation writes something else; both may look right until the wrong write is done.
     fn overwritten(
         &self,
         old: At<'_>,
@@ -317,7 +319,7 @@ impl Hammered {
 enum PageSharing {
     /// Different frames, or it can't be told: the page must be read.
     No,
-    /// One frame, and nothing was written to the page between the two: what holds for one holds for the other.
+    /// One frame, not written between the two: what holds for one holds for the other.
     Unwritten,
     /// One frame, although the page was written between the two.
     Written,

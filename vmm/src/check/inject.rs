@@ -39,9 +39,10 @@ impl CowPolicy for Faulty {
 
 /// An MMU that never write-protects some pages: the guest writes to them whatever the protocol says.
 ///
-/// For the fault to show, they are pages that nobody else makes writable by chance, since their copies would be made with that: all
-/// those of a region, in which the guest then never faults, and no device holds anything. From the first fork on the
-/// protocol takes them for pages that are not written any more, and so does who copies ahead.
+/// For the fault to show, they are pages that nobody else makes writable by chance, since their copies would
+/// be made with that: all those of a region, in which the guest then never faults, and no device holds
+/// anything. From the first fork on the protocol takes them for pages that are not written any more, and so
+/// does who copies ahead.
 #[derive(Debug)]
 pub struct LeakyMmu<M> {
     mmu: M,

@@ -1,8 +1,9 @@
 //! Registers: do they hold what the guest puts there?
 //!
-//! What that is, is a formula of the operation (`guest::registers`). Registers that no compiled code of the guest uses hold it always; the others
-//! while a page is checked and written, which is where a vCPU is most of the time. What only booting sets (control registers, segments,
-//! descriptor tables, XCR0, MSRs: ring 3 cannot) is what it was then.
+//! What that is, is a formula of the operation (`guest::registers`). Registers that no compiled code of the
+//! guest uses hold it always; the others while a page is checked and written, which is where a vCPU is most
+//! of the time. What only booting sets (control registers, segments, descriptor tables, XCR0, MSRs: ring 3
+//! cannot) is what it was then.
 
 use guest::registers::{FLAGS, HOLDS_BASES, HOLDS_REGISTERS, HOLDS_YMM, Held, MMX};
 

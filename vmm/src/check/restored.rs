@@ -1,7 +1,7 @@
 //! Is memory what the snapshot says right after a restore?
 //!
-//! Of hammered pages the guest's own checks and the next snapshot tell. This is for all others: code, data, stacks, page tables,
-//! rings and buffers, which the guest would not notice, or not survive to tell.
+//! Of hammered pages the guest's own checks and the next snapshot tell. This is for all others: code, data,
+//! stacks, page tables, rings and buffers, which the guest would not notice, or not survive to tell.
 
 use guest::abi::{Layout, PAGE_SIZE};
 
@@ -11,8 +11,8 @@ use crate::run_snapshot::RunSnapshot;
 use palimpsest::host::Ram;
 use palimpsest::mm::FramePool;
 
-/// Compares what `ram` holds below the hammered memory with `snapshot`, to which it was just set back. Nobody runs. Says
-/// which page differs first.
+/// Compares what `ram` holds below the hammered memory with `snapshot`, to which it was just set back. Nobody
+/// runs. Says which page differs first.
 pub fn restored(
     ram: &Ram,
     snapshot: &RunSnapshot,

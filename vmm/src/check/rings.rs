@@ -201,8 +201,9 @@ impl Area<'_> {
         if self.state.in_flight.map(u64::from) == Some(head) {
             return RequestStage::InFlight;
         }
-        // Completions the driver has not dealt with yet. One it has dealt with, but not noted so, is of a request that is still posted:
-        // looking one further back covers it, since its slot is idle before it counts on.
+        // Completions the driver has not dealt with yet. One it has dealt with, but not noted so, is of a
+        // request that is still posted: looking one further back covers it, since its slot is idle before it
+        // counts on.
         let last = self.base + AREA_DRIVER + offset_of!(DriverPage, last_used) as u64;
         let (mut at, end) = (self.view.u64(last) as u16, self.ring_index(AREA_USED));
         while at != end {

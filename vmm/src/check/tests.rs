@@ -1,4 +1,5 @@
-//! The looks at hammered pages, with memory that is right but for one page: each wrong page must be found, and by the right oracle.
+//! The looks at hammered pages, with memory that is right but for one page: each wrong page must be found,
+//! and by the right oracle.
 
 use std::mem::offset_of;
 use std::sync::Arc;

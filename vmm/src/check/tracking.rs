@@ -1,9 +1,9 @@
 //! Dirty tracking: does it report every page that changed?
 //!
-//! Two snapshots in a row are compared: a page that differs between them was written, or restored, in the time between, and so
-//! must be in one of the answers of that time. For that to be exact the last of them is taken at the instant of the
-//! younger snapshot. Pages that were reported and do not differ are no mistake: a device holds them, or a restore
-//! undid what was written.
+//! Two snapshots in a row are compared: a page that differs between them was written, or restored, in the
+//! time between, and so must be in one of the answers of that time. For that to be exact the last of them is
+//! taken at the instant of the younger snapshot. Pages that were reported and do not differ are no mistake: a
+//! device holds them, or a restore undid what was written.
 
 use std::sync::Arc;
 

@@ -3,7 +3,7 @@
 //! # Waking
 //! The thread sleeps in a read of one eventfd. The guest's ioeventfd adds 1 to it, everybody here adds
 //! [`WORK`], so that the value read says whether the guest rang. Before it sleeps the thread says so under
-//! the lock: who finds it awake need not wake it. A busy device costs no system calls; a device without work, no time.
+//! the lock: who finds it awake need not wake it. A busy device costs no system calls, an idle one no time.
 //!
 //! # Stopping
 //! ```text
@@ -13,8 +13,8 @@
 //!      '-------------------------------- resume ------------------------------------------'
 //! ```
 //! A device between requests is stopped by the change of state alone: its thread is not woken, nor waited
-//! for. One in the middle of a transfer publishes it while `Stopping`; if it comes too late for that, it keeps the
-//! completion to itself until it is resumed, and the request is *in flight*.
+//! for. One in the middle of a transfer publishes it while `Stopping`; if it comes too late for that, it
+//! keeps the completion to itself until it is resumed, and the request is *in flight*.
 
 use std::collections::VecDeque;
 use std::io;
@@ -60,7 +60,7 @@ pub enum StartError {
     Thread(#[source] io::Error),
 }
 
-/// A device could not go on with a request for a reason that is not the guest's. The request stays unanswered.
+/// A device could not go on with a request, and not by the guest's fault. The request stays unanswered.
 #[derive(Debug, thiserror::Error)]
 pub enum DmaError {
     /// No memory for the pins of a request.
@@ -98,7 +98,7 @@ pub struct Device {
     state: Mutex<LockedState>,
     /// Signalled when a transfer ends while somebody stops the device.
     boundary: Condvar,
-    /// Every transfer passes it before it touches data: a test that holds it has the device in the middle of one.
+    /// Every transfer takes it before it touches data: a test that holds it keeps the device in a transfer.
     #[cfg(test)]
     gate: Mutex<()>,
 }
@@ -195,8 +195,8 @@ impl Device {
         &self.wake
     }
 
-    /// The guest rang by an exit: takes the requests and pins their buffers on this thread, which is the vCPU's. The
-    /// device's thread transfers them. If the device is stopped, all of that is left for later.
+    /// The guest rang by an exit: takes the requests and pins their buffers on this thread, which is the
+    /// vCPU's. The device's thread transfers them. If the device is stopped, all of that is left for later.
     pub fn ring_from_vcpu(&self) {
         let mut state = self.lock();
         if state.quit {
@@ -232,7 +232,7 @@ impl Device {
         &self.ram
     }
 
-    /// Critical sections leave a legal state at each step, so that one that panicked does not spoil it for others.
+    /// A critical section leaves a legal state at each step: one that has panicked is no reason to stop.
     fn lock(&self) -> MutexGuard<'_, LockedState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -504,8 +504,8 @@ impl Device {
 }
 
 impl Quiesce for Device {
-    /// A device that is between requests is stopped at once, without its thread. While devices are stopped an ioeventfd may be
-    /// signalled; it is answered after.
+    /// A device that is between requests is stopped at once, without its thread. While devices are stopped an
+    /// ioeventfd may be signalled; it is answered after.
     fn begin_stop(&self) {
         let mut state = self.lock();
         state.stops += 1;
@@ -573,8 +573,8 @@ impl LockedState {
         self.pending.len() + usize::from(!matches!(self.current, Current::None))
     }
 
-    /// What was given back will be taken again: the ring is to be looked at, whoever rang for it. So it is with
-    /// a doorbell that a restored guest had rung just before its snapshot.
+    /// What was given back will be taken again: the ring is to be looked at, whoever rang for it. So it is
+    /// with a doorbell that a restored guest had rung just before its snapshot.
     fn give_back(&mut self) {
         self.ring.give_back(self.outstanding());
         self.pending.clear();

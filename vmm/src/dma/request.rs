@@ -184,7 +184,7 @@ impl Request {
         Ok(())
     }
 
-    /// Writes the status, if there is a place for it. Returns how many bytes of the chain were written in all.
+    /// Writes the status, if there is a place for it. Returns how many bytes of the chain were written.
     pub(super) fn answer(&self, outcome: RequestOutcome) -> u32 {
         let Some(status) = &self.status else {
             return 0;

@@ -11,8 +11,8 @@ use super::stats::{DeviceStats, Mismatch};
 use palimpsest::device::Quiesce;
 use palimpsest::host::Ram;
 
-/// The devices of a VM, each with its thread. Dropping it ends the threads and releases all pins, whoever has a
-/// [`Device`] still. Such a device does nothing any more, but holds the address space.
+/// The devices of a VM, each with its thread. Dropping it ends the threads and releases all pins, whoever has
+/// a [`Device`] still. Such a device does nothing any more, but holds the address space.
 pub struct DeviceSet {
     devices: Vec<Arc<Device>>,
     threads: Vec<JoinHandle<()>>,

@@ -1,8 +1,8 @@
-//! vCPUs and devices that do wrong on purpose, so that an oracle can be seen to notice: they stand between a snapshot and the real
-//! ones.
+//! vCPUs and devices that do wrong on purpose, so that an oracle can be seen to notice. A snapshot is given
+//! these, and they pass on what it asks of them to the real ones.
 //!
-//! What is done too early or too late is so by what happens meanwhile, not by a time: each has a call that returns when it
-//! has.
+//! Each captures too early or too late. What happens in between is up to a call (`run_on`, `go_on`) that
+//! returns when enough has happened: no time is waited for.
 
 use std::cell::OnceCell;
 use std::time::Instant;

@@ -1,7 +1,7 @@
 //! A run: boots a guest, takes, checks and restores snapshots of it while it runs, and reports.
 //!
-//! One thread (the caller's) drives: it takes snapshots when they are due, retires old ones, rewinds, listens to the
-//! guest and tells the [`Observer`]. vCPUs, devices and the checker have threads of their own.
+//! One thread (the caller's) drives: it takes snapshots when they are due, retires old ones, rewinds, listens
+//! to the guest and tells the [`Observer`]. vCPUs, devices and the checker have threads of their own.
 //!
 //! | file | concept |
 //! |---|---|

@@ -100,7 +100,8 @@ impl fmt::Display for Need {
             [guest, copies, tables, checker, program].map(mib);
         write!(
             f,
-            "guest {guest}, copies for one snapshot {copies}, tables {tables}, checker {checker}, program {program}"
+            "guest {guest}, copies for one snapshot {copies}, tables {tables}, checker {checker}, \
+             program {program}"
         )
     }
 }

@@ -1,5 +1,5 @@
-//! Dirty tracking of a run: asks again and again which pages were written, beside the running guest, as a live
-//! migration does.
+//! Dirty tracking of a run: asks again and again which pages were written, beside the running guest, as a
+//! live migration does.
 //!
 //! Each round write-protects what is writable without intent to copy: pages that devices hold, too. What the
 //! rounds between two snapshots reported is checked against what changed between them.
@@ -34,7 +34,8 @@ impl Tracker {
     pub(super) fn new(config: &Config, layout: &Layout) -> Option<Self> {
         let every = config.track_dirty?;
         let pages = layout.memory / PAGE_SIZE;
-        // A page that changes with each operation: whatever else is in an answer, this one differs from snapshot to snapshot.
+        // A page that changes with each operation: whatever else is in an answer, this one differs from
+        // snapshot to snapshot.
         let counter = Gfn::of_gpa(layout.vcpu_page(0));
         Some(Self {
             every,

@@ -35,7 +35,8 @@ pub enum PayloadVmError {
     Boot(#[from] BootError),
     /// Memory is too small for program, vCPUs and devices.
     #[error(
-        "--memory {} is too small: the guest program ends at {image_end:#x}, and {vcpus} vcpus and {devices} devices must fit above it",
+        "--memory {} is too small: the guest program ends at {image_end:#x}, \
+         and {vcpus} vcpus and {devices} devices must fit above it",
         Size(*memory)
     )]
     Layout {
@@ -98,7 +99,8 @@ pub(super) struct PayloadVm<P: CowPolicy> {
 }
 
 impl<P: CowPolicy> PayloadVm<P> {
-    /// Puts a VM together, with its program loaded; it does not run yet. It takes no more memory than `plan` says.
+    /// Puts a VM together, with its program loaded, that takes as much memory as `plan` says at most. It does
+    /// not run yet.
     pub(super) fn build(
         kvm: &Kvm,
         config: &Config,
