@@ -1,8 +1,10 @@
 //! Pages that follow no formula: only that they do not change can be checked.
 
 use std::collections::HashMap;
-use std::hash::{DefaultHasher, Hash, Hasher};
+use std::hash::{Hash, Hasher};
 use std::ops::Range;
+
+use xxhash_rust::xxh3::Xxh3Default;
 
 use super::view::{Page, View, WORDS};
 use super::violation::{Oracle, Violation};
@@ -80,8 +82,9 @@ fn hash(view: View<'_>, gfn: u64) -> u64 {
     of(&page)
 }
 
+/// What a page of these words hashes to.
 pub(super) fn of(page: &Page) -> u64 {
-    let mut hasher = DefaultHasher::new();
+    let mut hasher = Xxh3Default::new();
     page.hash(&mut hasher);
     hasher.finish()
 }
