@@ -112,9 +112,9 @@ impl Hammered {
         pages + self.untouched(now, Oracle::Cut, report)
     }
 
-    /// The last look, before a snapshot is dropped: is it what it was? Pages that `heir`, whose parent it is,
-    /// shares still, and that were not written in between, are looked at with the heir. Returns the pages it
-    /// has read.
+    /// The last look, before a snapshot is dropped: checks that it has not changed. Pages that it shares with
+    /// `heir`, whose parent it is, and that were not written in between, are left to the last look at the
+    /// heir. Returns the pages it has read.
     pub(super) fn last_look(
         &self,
         now: At<'_>,

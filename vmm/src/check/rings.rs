@@ -1,4 +1,4 @@
-//! Device areas: do the rings, the data, the statuses, the margins and what the device itself says agree?
+//! Device areas: rings, data, statuses, margins and what the device itself says must agree.
 
 use std::mem::offset_of;
 
@@ -52,7 +52,7 @@ struct Area<'a> {
 enum RequestStage {
     /// Not completed: nothing of it is done.
     Waiting,
-    /// Being transferred: its data is in part what it was.
+    /// Being transferred: its data may be there in part.
     InFlight,
     /// Completed: all of it is done.
     Done,
@@ -114,7 +114,8 @@ impl Area<'_> {
         }
     }
 
-    /// The driver's notes against the rings: whoever loses them would have nothing checked.
+    /// Compares the driver's notes with the rings. What else is checked goes by these notes: if they were
+    /// lost, nothing would be.
     fn check_notes(&self, slots: u64, report: &mut dyn FnMut(Violation)) {
         let notes = self.base + AREA_DRIVER;
         let note = |offset: usize| (notes + offset as u64, self.view.u64(notes + offset as u64));

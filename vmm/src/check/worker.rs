@@ -99,8 +99,8 @@ impl Worker {
         self.hand_over(Task::First(Arc::clone(snapshot), look));
     }
 
-    /// Hands over a snapshot that nobody needs any more: it is looked at once more and dropped. `heir` is one
-    /// that lives on, if there is one whose parent this is.
+    /// Hands over a snapshot for its last look, after which it is dropped. `heir` is a snapshot that stays,
+    /// and whose parent this one is, if there is one.
     pub fn last_look(&mut self, snapshot: Arc<RunSnapshot>, heir: Option<&Arc<RunSnapshot>>) {
         self.hand_over(Task::Last(snapshot, heir.cloned()));
     }

@@ -573,8 +573,8 @@ impl LockedState {
         self.pending.len() + usize::from(!matches!(self.current, Current::None))
     }
 
-    /// What was given back will be taken again: the ring is to be looked at, whoever rang for it. So it is
-    /// with a doorbell that a restored guest had rung just before its snapshot.
+    /// Gives all chains that were not completed back to the ring. They are to be taken again, though nobody
+    /// rings for them; so is a chain whose doorbell was rung just before the snapshot that is restored.
     fn give_back(&mut self) {
         self.ring.give_back(self.outstanding());
         self.pending.clear();

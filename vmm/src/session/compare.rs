@@ -121,7 +121,7 @@ impl Raced {
         }
     }
 
-    /// Whether there were too few snapshots for the policy to be caught, as it was not.
+    /// Whether the policy was not caught, and there were too few snapshots for that.
     pub fn was_too_short(&self) -> bool {
         self.report.verdict == Verdict::Ok
             && !self.is_as_expected()

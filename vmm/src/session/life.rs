@@ -1,4 +1,4 @@
-//! The part of the life oracle that the guest can't see to itself: does it run on after a restore?
+//! The part of the life oracle that the guest can't see to itself: it must run on after a restore.
 //!
 //! How long it may take goes by the guest's own pace, since an emulated host may run it at a dozen operations
 //! a second. The end of a run waits for vCPUs that have not run on yet.

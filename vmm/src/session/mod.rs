@@ -13,12 +13,12 @@
 //! | `vm` | the VM, put together |
 //! | `ports` | what the guest writes to its ports |
 //! | `drive` | a run that goes on: its loop, snapshots, restores, end |
-//! | `life` | does a rewound guest run on? |
+//! | `life` | whether a rewound guest runs on |
 //! | `occasion` | what an injected fault needs to be seen |
 //! | `faults` | vCPUs and devices that do wrong on purpose |
 //! | `skew` | one vCPU's memory set back, as a fault |
 //! | `stall` | what the guest felt |
-//! | `tracker` | which pages were written |
+//! | `tracker` | dirty tracking beside the run |
 
 pub mod compare;
 pub mod config;

@@ -110,7 +110,7 @@ impl<P: CowPolicy> Drive<'_, P> {
         let (pool, pages) = (self.vm.frames().pool(), space.pages());
         let may_fork = || {
             let has_room = nothing_to_drop || room_for(pool.usage(), pages) > 0;
-            // The last thing before the fork: memory is not what it was meanwhile.
+            // The last thing before the fork, which must find memory set back. It is put right after.
             if has_room
                 && stale.old == Old::All
                 && let Some(older) = stale.older.get()
@@ -130,7 +130,7 @@ impl<P: CowPolicy> Drive<'_, P> {
                 self.next_snapshot = Instant::now();
                 return Ok(None);
             }
-            // The VM is as it was. Sooner or later there is none left to drop.
+            // The VM is as it was. This ends: sooner or later there is none left to drop.
             Err(TakeError::Memory(ForkError::EagerCopy { .. })) if !self.kept.is_empty() => {
                 self.drop_oldest();
                 return Ok(None);
