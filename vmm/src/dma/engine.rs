@@ -24,14 +24,15 @@ use std::time::Instant;
 use guest::abi::{AREA_AVAIL, AREA_DESC, AREA_USED, QUEUE_SIZE};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::error::{DmaError, StartError};
+use super::locked::{Current, DevicePhase, LockedState, Transferred};
 use super::registered::Registered;
-use super::request::{Data, Request, RequestAction, RequestOutcome, TransferDirection};
+use super::request::{Data, Request, RequestAction, RequestOutcome};
 use super::state::{DeviceRestoreError, DeviceState};
 use super::stats::{DeviceStats, Mismatch, Mismatches};
 use super::transfer::{Buffer, Words};
 use palimpsest::device::{DeviceError, Quiesce, Ring, RingError, RingLayout};
-use palimpsest::host::{Ram, RamError};
-use palimpsest::mm::PinError;
+use palimpsest::host::Ram;
 use palimpsest::saved::Saved;
 
 /// What is added to the eventfd to wake the thread, and is no doorbell. Doorbells are the bits below it.
@@ -40,54 +41,6 @@ const WORK: u64 = 1 << 32;
 /// The most chains taken and not completed. A guest that makes more available has overrun its ring;
 /// they wait there.
 const MAX_OUTSTANDING: usize = QUEUE_SIZE as usize;
-
-/// Why devices could not be started.
-#[derive(Debug, thiserror::Error)]
-pub enum StartError {
-    /// The device area is no place for a queue.
-    #[error("there is no room for a device's queue at {area:#x}")]
-    Area {
-        /// Where it should have been.
-        area: u64,
-        /// What is wrong with it.
-        source: virtio_queue::Error,
-    },
-    /// No eventfd.
-    #[error("cannot create a device's doorbell")]
-    EventFd(#[source] io::Error),
-    /// No thread.
-    #[error("cannot start a device's thread")]
-    Thread(#[source] io::Error),
-}
-
-/// A device could not go on with a request, and not by the guest's fault. The request stays unanswered.
-#[derive(Debug, thiserror::Error)]
-pub enum DmaError {
-    /// No memory for the pins of a request.
-    #[error("device {device} cannot pin a request's memory")]
-    Request {
-        /// The device.
-        device: u64,
-        /// Why.
-        source: PinError,
-    },
-    /// No memory for the pins of the ring.
-    #[error("device {device} cannot pin its ring")]
-    Ring {
-        /// The device.
-        device: u64,
-        /// Why.
-        source: RamError,
-    },
-    /// The device's eventfd does not work. The device is dead.
-    #[error("device {device} cannot wait for its doorbell")]
-    Doorbell {
-        /// The device.
-        device: u64,
-        /// Why.
-        source: io::Error,
-    },
-}
 
 /// A DMA engine behind a virtqueue.
 pub struct Device {
@@ -101,48 +54,6 @@ pub struct Device {
     /// Every transfer takes it before it touches data: a test that holds it keeps the device in a transfer.
     #[cfg(test)]
     gate: Mutex<()>,
-}
-
-/// All that changes in a device. Whoever holds the lock sees no request half published.
-struct LockedState {
-    ring: Ring,
-    registered: Registered,
-    /// Taken, in order.
-    pending: VecDeque<Request>,
-    /// The one before those.
-    current: Current,
-    phase: DevicePhase,
-    /// How many want it stopped.
-    stops: usize,
-    /// The available ring is to be looked at.
-    rung: bool,
-    /// The thread sleeps, or is about to: it must be woken to see anything.
-    asleep: bool,
-    quit: bool,
-    stats: DeviceStats,
-    mismatches: Mismatches,
-    error: Option<DmaError>,
-}
-
-enum Current {
-    None,
-    /// The thread has it: the chain that begins at this descriptor.
-    Transferring(u16),
-    /// Transferred too late to be published before the device was stopped.
-    Transferred(Transferred),
-}
-
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum DevicePhase {
-    Running,
-    Stopping,
-    Stopped,
-}
-
-/// A request whose data has been dealt with.
-struct Transferred {
-    request: Request,
-    outcome: RequestOutcome,
 }
 
 /// A request and the registered buffer it is about, if it is.
@@ -556,69 +467,6 @@ impl Quiesce for Device {
 
     fn restore(&self, state: &Saved) -> Result<(), DeviceError> {
         Ok(self.become_again(&DeviceState::of_saved(state)?)?)
-    }
-}
-
-impl LockedState {
-    fn is_transferring(&self) -> bool {
-        matches!(self.current, Current::Transferring(_))
-    }
-
-    fn has_work(&self) -> bool {
-        self.rung || !self.pending.is_empty() || matches!(self.current, Current::Transferred(_))
-    }
-
-    /// Chains taken and not completed.
-    fn outstanding(&self) -> usize {
-        self.pending.len() + usize::from(!matches!(self.current, Current::None))
-    }
-
-    /// Gives all chains that were not completed back to the ring. They are to be taken again, though nobody
-    /// rings for them; so is a chain whose doorbell was rung just before the snapshot that is restored.
-    fn give_back(&mut self) {
-        self.ring.give_back(self.outstanding());
-        self.pending.clear();
-        self.current = Current::None;
-        self.rung = true;
-    }
-
-    fn account(&mut self, device: u64, request: &Request, outcome: RequestOutcome) {
-        let stats = &mut self.stats;
-        match outcome {
-            RequestOutcome::Done { bytes } => stats.bytes += bytes,
-            RequestOutcome::Mismatch(wrong) => {
-                stats.mismatches += 1;
-                stats.bytes += wrong.offset;
-                self.mismatches.push(Mismatch {
-                    device,
-                    seq: request.seq,
-                    offset: wrong.offset,
-                    gpa: wrong.gpa,
-                    expected: wrong.expected,
-                    found: wrong.found,
-                });
-            }
-            RequestOutcome::BadRequest => {
-                stats.bad_requests += 1;
-                return;
-            }
-        }
-        match request.action {
-            RequestAction::Transfer {
-                direction: TransferDirection::ToGuest,
-                ..
-            } => stats.to_guest += 1,
-            RequestAction::Transfer {
-                direction: TransferDirection::FromGuest,
-                ..
-            } => stats.from_guest += 1,
-            _ => {}
-        }
-    }
-
-    /// Keeps the first error: the others follow from it.
-    fn fail(&mut self, error: DmaError) {
-        self.error.get_or_insert(error);
     }
 }
 

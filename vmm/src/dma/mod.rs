@@ -25,6 +25,8 @@
 //! |---|---|
 //! | `set` | all devices of a VM: stop, capture, restore, the end |
 //! | `engine` | one device: its doorbells, its thread, its lock |
+//! | `locked` | what of a device changes, under its lock |
+//! | `error` | why devices could not be started, or not go on |
 //! | `request` | what a chain asks for, and the pins it needs |
 //! | `registered` | the buffers held from one request to another |
 //! | `transfer` | data words to and from pinned memory |
@@ -49,7 +51,9 @@
 //! Interrupts (the guest polls), notification suppression, feature negotiation, reset, several queues.
 
 mod engine;
+mod error;
 mod inject;
+mod locked;
 mod registered;
 mod request;
 mod set;
@@ -59,7 +63,8 @@ mod stats;
 mod tests;
 mod transfer;
 
-pub use engine::{Device, DmaError, StartError};
+pub use engine::Device;
+pub use error::{DmaError, StartError};
 pub use set::DeviceSet;
 pub use state::{DeviceRestoreError, DeviceState, RegisteredState};
 pub use stats::{DeviceStats, Mismatch};

@@ -6,7 +6,8 @@ use std::thread::{self, JoinHandle};
 
 use guest::abi::Layout;
 
-use super::engine::{Device, DmaError, StartError};
+use super::engine::Device;
+use super::error::{DmaError, StartError};
 use super::stats::{DeviceStats, Mismatch};
 use palimpsest::device::Quiesce;
 use palimpsest::host::Ram;
