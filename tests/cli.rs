@@ -886,7 +886,8 @@ fn without_permission_for_kvm_the_program_says_what_to_do() {
     assert_eq!(said.stdout, "");
 }
 
-/// `vmm` in a mount namespace of its own, in which `script` was run before: what it mounts nobody else sees, and it is gone with it.
+/// `vmm` in a mount namespace of its own, in which `script` was run before: what it mounts nobody else sees,
+/// and it is gone with it.
 fn in_a_namespace(script: &str) -> Command {
     let mut unshare = Command::new("unshare");
     let script = format!("{script} && exec \"$0\" \"$@\"");
@@ -1177,7 +1178,8 @@ fn a_fault_that_no_foreign_guest_shows_is_refused() {
     }
 }
 
-/// What a fault needs is done when the time is over, however seldom it was asked for; and a run that somebody ends before is not a good one.
+/// What a fault needs is done when the time is over, however seldom it was asked for; and a run that somebody
+/// ends before is not a good one.
 #[test]
 fn a_fault_has_its_occasion_or_the_run_is_not_ok() {
     if no_kvm() {

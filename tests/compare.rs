@@ -49,7 +49,8 @@ fn every_policy_behaves_as_its_table_says() {
     if support::no_kvm() {
         return;
     }
-    // What the wrong ones must show is a race. If it was not seen, which a busy host can bring about, the run was too short.
+    // What the wrong ones must show is a race. If it was not seen, which a busy host can bring about, the run
+    // was too short.
     let compare = |duration| vmm(&["--json", "--duration", duration, "--seed", "7"]);
     let mut output = compare("4s");
     for longer in ["20s", "60s"] {
@@ -179,7 +180,8 @@ fn a_scenario_is_told_step_by_step_without_kvm() {
         "P page 0   ro   frame 1    maps 2  gets 0  pins 1",
         "     ! hold 0",
         "verdict: DIV",
-        "under: mapcount DIV, mapcount-forced-break DIV, refcount ok, seed ok, seed-recompute ok, exclusive ok, kernel",
+        "under: mapcount DIV, mapcount-forced-break DIV, refcount ok, seed ok, seed-recompute ok, \
+         exclusive ok, kernel",
     ] {
         assert!(story.contains(part), "{part}\n{story}");
     }
@@ -196,8 +198,8 @@ fn a_scenario_can_be_played_by_the_kernel() {
     assert!(stdout(&output).contains("cannot be asked: a process has no frozen fork"));
 }
 
-/// A registered buffer in a huge page locks all of it, and a user may lock a few MiB at most: what one performer has locked must be
-/// given back before the next begins, and to be refused is no failure.
+/// A registered buffer in a huge page locks all of it, and a user may lock a few MiB at most: what one
+/// performer has locked must be given back before the next begins, and to be refused is no failure.
 #[test]
 fn a_scenario_can_be_played_by_the_kernel_for_a_user_who_may_lock_little_memory() {
     let place = tempfile::tempdir().expect("a directory for temporary files");

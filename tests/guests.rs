@@ -1,5 +1,5 @@
-//! Guests that do wrong, and files that are no guests: whatever a program does, its run ends with a verdict and a
-//! reason, and everything is given back.
+//! Guests that do wrong, and files that are no guests: whatever a program does, its run ends with a verdict
+//! and a reason, and everything is given back.
 
 mod support;
 
@@ -37,8 +37,8 @@ fn misbehave(misbehaviour: Misbehaviour) -> Run {
     )
 }
 
-/// One that ends by itself, with a snapshot that checked something. It is not there for long, and a busy host may keep whoever
-/// takes snapshots waiting all the while: then it runs again.
+/// One that ends by itself, with a snapshot that checked something. It is not there for long, and a busy host
+/// may keep whoever takes snapshots waiting all the while: then it runs again.
 fn misbehave_under_snapshots(misbehaviour: Misbehaviour, config: Config) -> Run {
     (0..20)
         .map(|_| misbehave_as(misbehaviour, config.clone()))
@@ -271,7 +271,8 @@ fn a_failure_that_cannot_be_read_is_a_failure() {
     if no_kvm() {
         return;
     }
-    // mov edx, PORT_FAILURE; mov eax, beyond memory; out dx, eax; mov edx, PORT_EXIT; xor eax, eax; out dx, eax
+    // mov edx, PORT_FAILURE; mov eax, beyond memory; out dx, eax;
+    // mov edx, PORT_EXIT; xor eax, eax; out dx, eax
     let mut code = vec![0xba];
     code.extend(u32::from(PORT_FAILURE).to_le_bytes());
     code.extend(b"\xb8\xf0\xff\xff\xff\xef\xba");
@@ -290,8 +291,8 @@ fn a_failure_that_cannot_be_read_is_a_failure() {
     assert!(told.contains("cannot be read, at gpa 0xfffffff0"), "{told}");
 }
 
-/// Instructions of every kind fault on write-protected pages, again and again. The guest checks their effect itself. It
-/// writes hammered memory by no formula and does not claim to, so it must not be checked by one.
+/// Instructions of every kind fault on write-protected pages, again and again. The guest checks their effect
+/// itself. It writes hammered memory by no formula and does not claim to, so it must not be checked by one.
 #[test]
 fn every_kind_of_write_works_under_snapshots() {
     if no_kvm() {

@@ -12,8 +12,8 @@ use guest::Misbehaviour;
 use support::{PATIENCE, config, no_kvm, run, run_guest, run_until};
 use vmm::session::config::{Config, RunLength};
 
-/// What this process holds, once that `is_enough`, or in the end: a thread that was joined, or that only reports a result,
-/// is in `/proc` a moment longer.
+/// What this process holds, once that `is_enough`, or in the end: a thread that was joined, or that only
+/// reports a result, is in `/proc` a moment longer.
 fn held_when(is_enough: impl Fn(Held) -> bool) -> Held {
     let deadline = Instant::now() + PATIENCE;
     loop {

@@ -1,4 +1,4 @@
-//! The oracles on real KVM: silent on a run that is right, and each of them loud about the fault that is made for it.
+//! The oracles on real KVM: silent on a run that is right, and each of them loud about its fault.
 
 mod support;
 
@@ -13,8 +13,8 @@ use vmm::session::report::Verdict;
 /// Seeds that every fault is tried with.
 const SEEDS: RangeInclusive<u64> = 1..=20;
 
-/// Runs with `fault` in them, as short as can be: they go on until the fault has had its occasion, however fast the guest is, and not
-/// longer. Its oracle must see it in every one.
+/// Runs with `fault` in them, as short as can be: they go on until the fault has had its occasion, however
+/// fast the guest is, and not longer. Its oracle must see it in every one.
 fn caught(fault: Injection) -> Vec<Run> {
     let oracle = fault.caught_by();
     SEEDS
@@ -162,7 +162,8 @@ fn registers_of_an_earlier_instant_break_the_cut() {
     }
 }
 
-/// Everything that is compared with that vCPU's registers alone agrees with them: only the marks that others have tell.
+/// All that is compared with that vCPU's registers alone agrees with them. Only its marks in the pages of
+/// other vCPUs show that it is of another instant.
 #[test]
 fn a_vcpu_of_an_earlier_instant_breaks_the_cut() {
     if no_kvm() {

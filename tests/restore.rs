@@ -1,7 +1,7 @@
-//! Rewinding a running guest on real KVM: it runs on from there, devices too, and no other snapshot is disturbed.
+//! Rewinding a running guest on real KVM: guest and devices run on from there, and no other snapshot changes.
 //!
-//! That memory, registers and devices are those of the snapshot is what the guest's own checks (life, coherence) and
-//! the next snapshots' (cut, isolation) say; here they must all be silent.
+//! The guest's own checks (life, coherence) and those of the next snapshots (cut, isolation) tell whether
+//! memory, registers and devices are the snapshot's. Here all of them must be silent.
 
 mod support;
 
@@ -109,7 +109,7 @@ fn devices_go_on_with_their_registered_buffers_after_a_restore() {
     run.assert_clean();
 }
 
-/// The life oracle waits for operations after a restore: a guest that never does any must not be held to that.
+/// The life oracle waits for operations after a restore, but not of a guest that never does any.
 #[test]
 fn a_guest_that_counts_no_operations_can_be_rewound() {
     if no_kvm() {

@@ -1,5 +1,5 @@
-//! Whole runs of the payload on real KVM: whatever the guest's shape, every snapshot is right, every one is checked,
-//! everything is given back, and what is told along the way agrees with the report.
+//! Whole runs of the payload on real KVM: whatever the guest's shape, every snapshot is right, every one is
+//! checked, everything is given back, and what is told along the way agrees with the report.
 
 mod support;
 
@@ -274,7 +274,7 @@ fn frames_of_dropped_snapshots_are_used_again() {
     if no_kvm() {
         return;
     }
-    // Every snapshot's pages are all written again soon: without reuse this would need a copy of memory a snapshot.
+    // All pages are written again soon after a snapshot: without reuse each would need a copy of all memory.
     let asked = Config {
         memory: 16 << 20,
         pattern: Pattern::Dense,

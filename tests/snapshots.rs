@@ -127,7 +127,8 @@ fn operations(snapshot: &Snapshot) -> Vec<u64> {
     snapshot.vcpus().iter().map(ops).collect()
 }
 
-/// Checks that every hammered page is what it must be once the vCPUs have done `ops` operations. `page_at` reads one.
+/// Checks that every hammered page is what it must be once the vCPUs have done `ops` operations. `page_at`
+/// reads one.
 fn assert_follows_formula(
     layout: &Layout,
     ops: &[u64],
@@ -344,7 +345,8 @@ fn assert_stopped(vm: &Guest) {
     );
 }
 
-/// A vCPU may come first and find out by a fault: then it has ended, and the fork is not tried. Now and then, that is.
+/// A vCPU may come first and find out by a fault: then it has ended, and the fork is not tried. Now and then,
+/// that is.
 #[test]
 fn a_guest_whose_memory_breaks_in_a_fork_does_not_run_on() {
     if no_kvm() {
@@ -392,8 +394,8 @@ fn a_guest_that_was_rewound_in_part_does_not_run_on() {
     });
 }
 
-/// In ring 0, behind a `jmp $` for ring 3: sets MSR_KVM_SYSTEM_TIME_NEW to [`CLOCK`], then reads that clock for ever and counts how
-/// often it says that the guest had been stopped.
+/// In ring 0, behind a `jmp $` for ring 3: sets MSR_KVM_SYSTEM_TIME_NEW to [`CLOCK`], then reads that clock
+/// for ever and counts how often it says that the guest had been stopped.
 const CLOCK_READER: &[u8] = &[
     0xeb, 0xfe, // jmp $
     0xb9, 0x01, 0x4d, 0x56, 0x4b, // mov ecx, 0x4b564d01
@@ -415,8 +417,9 @@ const STOPS: u64 = 0x60_2000;
 const ROUNDS: u64 = STOPS + 8;
 const TIME: u64 = STOPS + 16;
 
-/// What KVM writes to guest memory by itself: the paravirtual clock of a guest that sets its MSR although nobody offers it. After
-/// every restore KVM notes in the clock that the guest was stopped, and the guest must see that, whatever snapshots there are.
+/// What KVM writes to guest memory by itself: the paravirtual clock of a guest that sets its MSR although
+/// nobody offers it. After every restore KVM notes in the clock that the guest was stopped, and the guest
+/// must see that, whatever snapshots there are.
 #[test]
 fn a_paravirtual_clock_is_written_where_the_guest_reads_it() {
     if no_kvm() {

@@ -29,7 +29,7 @@ use crate::footprint;
 use crate::report::{Cell, Rate};
 use crate::summary::{Times, median};
 use crate::technique::{Kind, TechniqueError};
-use crate::vm::{GuestConfig, Progress, Snapshot, Vm, VmError};
+use crate::vm::{BenchVm, GuestConfig, MeasuredSnapshot, VcpuProgress, VmError};
 
 /// Memory that is left to others.
 const MARGIN: u64 = 1 << 30;
@@ -82,7 +82,7 @@ pub fn measure(
         return Err(VmError::NoMemory { needed, available });
     }
     step("boot");
-    let vm = Vm::boot(kvm, kind.start(config.memory)?, config)?;
+    let vm = BenchVm::boot(kvm, kind.start(config.memory)?, config)?;
     let run = Run { vm: &vm, stop };
     step("first touch");
     vm.wait("touching its memory", stop, |_, vcpu| Ok(vcpu.resident))?;
@@ -202,7 +202,7 @@ struct Felt {
 
 /// A guest that is being measured.
 struct Run<'a> {
-    vm: &'a Vm,
+    vm: &'a BenchVm,
     stop: &'a AtomicBool,
 }
 
@@ -214,7 +214,12 @@ impl Run<'_> {
 
     /// Waits until every vCPU has done `laps` laps more than at `since`, the one it
     /// was in then being the first.
-    fn wait_laps(&self, what: &'static str, since: &[Progress], laps: u64) -> Result<(), VmError> {
+    fn wait_laps(
+        &self,
+        what: &'static str,
+        since: &[VcpuProgress],
+        laps: u64,
+    ) -> Result<(), VmError> {
         self.vm.wait(what, self.stop, |vcpu, progress| {
             Ok(progress.laps >= since[vcpu].laps + laps)
         })
@@ -246,10 +251,14 @@ impl Run<'_> {
 
     /// Waits for the laps that a snapshot is felt in, and says what the vCPUs felt of it. `None` if the host
     /// was too late to see one of them: it has other things to do too.
-    fn felt(&self, snapshot: &Snapshot<'_>, usual: &[Usual]) -> Result<Option<Felt>, VmError> {
+    fn felt(
+        &self,
+        snapshot: &MeasuredSnapshot<'_>,
+        usual: &[Usual],
+    ) -> Result<Option<Felt>, VmError> {
         let what = "its first sweep after a snapshot";
         // Each vCPU's are kept as soon as they are there: another may take a thousand times as long.
-        let Snapshot { since, at, .. } = snapshot;
+        let MeasuredSnapshot { since, at, .. } = snapshot;
         let mut seen: Vec<Option<Vec<Lap>>> = vec![None; at.len()];
         self.vm.wait(what, self.stop, |vcpu, progress| {
             let laps = since[vcpu].laps..at[vcpu].laps + 2;

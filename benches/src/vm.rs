@@ -15,7 +15,7 @@ use palimpsest::kvm::{
 use palimpsest::vcpus::Capture;
 use vmm::boot;
 
-use crate::technique::{Taken, Technique, TechniqueError};
+use crate::technique::{SnapshotMemory, Technique, TechniqueError};
 
 const REGION_PAGES: u64 = REGION_SIZE / PAGE_SIZE;
 /// Pages a device writes at a time, and how often it does.
@@ -23,7 +23,8 @@ const DEVICE_BATCH: u64 = 16;
 const DEVICE_EVERY: Duration = Duration::from_millis(1);
 /// Writes of the shortest lap: some 0.2 ms.
 const SHORTEST_LAP: u64 = 16_384;
-/// How long a guest may take for what it is waited for. The slowest technique needs a minute for the first touch of 8 GiB.
+/// How long a guest may take for what it is waited for. The slowest technique needs a minute for the first
+/// touch of 8 GiB.
 const PATIENCE: Duration = Duration::from_secs(300);
 /// How often a guest that is waited for is looked at.
 const LOOK: Duration = Duration::from_millis(1);
@@ -37,7 +38,8 @@ pub struct GuestConfig {
     pub vcpus: u64,
     /// Which pages it writes.
     pub pattern: Pattern,
-    /// Bytes that [`Pattern::Dense`] sweeps. A lap of any pattern is as many writes as it has pages, or several times that.
+    /// Bytes that [`Pattern::Dense`] sweeps. A lap of any pattern is as many writes as it has pages, or
+    /// several times that.
     pub sweep: u64,
     /// Bytes that are hot in [`Pattern::Hot`].
     pub hot: u64,
@@ -98,7 +100,7 @@ pub enum VmError {
 }
 
 /// A running guest. Fields are dropped in this order: who uses memory goes before memory.
-pub struct Vm {
+pub struct BenchVm {
     machine: Machine,
     device: Option<DeviceThread>,
     technique: Arc<dyn Technique>,
@@ -111,7 +113,7 @@ pub struct Vm {
 
 /// How far a vCPU is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Progress {
+pub struct VcpuProgress {
     /// Whether it has written all of its share.
     pub resident: bool,
     /// Writes.
@@ -121,20 +123,20 @@ pub struct Progress {
 }
 
 /// A snapshot that was taken, and when.
-pub struct Snapshot<'a> {
+pub struct MeasuredSnapshot<'a> {
     /// Memory.
-    pub memory: Box<dyn Taken + 'a>,
+    pub memory: Box<dyn SnapshotMemory + 'a>,
     /// Registers.
     pub vcpus: Vec<VcpuState>,
     /// From the kick to the last vCPU running again.
     pub pause: Duration,
     /// How far each vCPU was when the technique began to prepare for it.
-    pub since: Vec<Progress>,
+    pub since: Vec<VcpuProgress>,
     /// How far each vCPU was.
-    pub at: Vec<Progress>,
+    pub at: Vec<VcpuProgress>,
 }
 
-impl Vm {
+impl BenchVm {
     /// Boots the guest on the memory of `technique`.
     pub fn boot(
         kvm: &Kvm,
@@ -219,12 +221,15 @@ impl Vm {
     }
 
     /// Takes a snapshot.
-    pub fn snapshot(&self) -> Result<Snapshot<'_>, VmError> {
+    pub fn snapshot(&self) -> Result<MeasuredSnapshot<'_>, VmError> {
         self.snapshot_and(|_| ())
     }
 
     /// Takes a snapshot, and calls `look` with guest memory while nothing writes to it.
-    pub fn snapshot_and(&self, look: impl FnOnce(&dyn GuestRam)) -> Result<Snapshot<'_>, VmError> {
+    pub fn snapshot_and(
+        &self,
+        look: impl FnOnce(&dyn GuestRam),
+    ) -> Result<MeasuredSnapshot<'_>, VmError> {
         let since = self.progress()?;
         self.technique.prepare()?;
         let paused = self.machine.pause(Capture::Registers)?;
@@ -238,7 +243,7 @@ impl Vm {
         let kicked = paused.kicked();
         let pause = paused.resume() - kicked;
         self.technique.resumed();
-        Ok(Snapshot {
+        Ok(MeasuredSnapshot {
             memory,
             vcpus,
             pause,
@@ -248,11 +253,11 @@ impl Vm {
     }
 
     /// How far each vCPU is.
-    pub fn progress(&self) -> Result<Vec<Progress>, VmError> {
+    pub fn progress(&self) -> Result<Vec<VcpuProgress>, VmError> {
         (0..self.orders.len())
             .map(|vcpu| {
                 let [resident, ops, laps] = self.words(vcpu, offset_of!(SweepPage, resident))?;
-                Ok(Progress {
+                Ok(VcpuProgress {
                     resident: resident != 0,
                     ops,
                     laps,
@@ -283,7 +288,8 @@ impl Vm {
                 },
             ));
         }
-        // What may have been overwritten meanwhile is left out: the lap that is being done has the place of one that was read, perhaps.
+        // What may have been overwritten meanwhile is left out: the lap that is being done has the place of
+        // one that was read, perhaps.
         let [now] = self.words(vcpu, offset_of!(SweepPage, laps))?;
         let kept = (now + 1).saturating_sub(LAPS);
         Ok(read
@@ -297,7 +303,7 @@ impl Vm {
         &self,
         what: &'static str,
         stop: &AtomicBool,
-        mut done: impl FnMut(usize, Progress) -> Result<bool, VmError>,
+        mut done: impl FnMut(usize, VcpuProgress) -> Result<bool, VmError>,
     ) -> Result<(), VmError> {
         let deadline = Instant::now() + PATIENCE;
         loop {

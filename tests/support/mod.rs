@@ -1,5 +1,5 @@
-//! What the integration tests share: sessions that cannot hang a test, an observer that remembers, and skipping
-//! where there is no KVM.
+//! What the integration tests share: sessions that cannot hang a test, an observer that remembers, and
+//! skipping where there is no KVM.
 #![allow(dead_code, reason = "every test binary uses a part of it")]
 
 pub(crate) mod program;
@@ -18,13 +18,14 @@ use vmm::session::progress::{Observer, Progress};
 use vmm::session::report::{Oracle, Report, Verdict, Violation};
 use vmm::session::{self, RunError};
 
-/// Longer than any run here takes on a machine that is busy with other things: what is not over by then hangs.
+/// Longer than any run here takes on a machine that is busy: what is not over by then hangs.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(120);
 
 /// Whether the test must be skipped for want of KVM, which is said then.
 ///
 /// # Panics
-/// In CI, where a run without these tests would look like a good one, and if there is a KVM that cannot be used.
+/// In CI, where a run without these tests would look like a good one, and if there is a KVM but it is of no
+/// use.
 pub(crate) fn no_kvm() -> bool {
     match Kvm::open() {
         Ok(_) => false,
@@ -172,8 +173,8 @@ pub(crate) fn run(config: Config) -> Run {
     run_guest(config, guest::PAYLOAD).unwrap()
 }
 
-/// Runs the payload until what the session has said is `enough`, and stops it then as Ctrl-C does. For what a guest or device
-/// does sooner or later, but not by a snapshot or a time that anyone could name.
+/// Runs the payload until what the session has said is `enough`, and stops it then as Ctrl-C does. For what a
+/// guest or device does sooner or later, but not by a snapshot or a time that anyone could name.
 pub(crate) fn run_until(
     config: Config,
     enough: impl Fn(&Recorder) -> bool + Send + 'static,
@@ -222,8 +223,8 @@ fn watched(
     })
 }
 
-/// How much longer everything may take here than on a machine of its own: what the environment says (`TEST_SLOWNESS`), on a
-/// host that is emulated.
+/// How much longer everything may take here than on a machine of its own: what the environment says
+/// (`TEST_SLOWNESS`), on a host that is emulated.
 fn slowness() -> u32 {
     let said = std::env::var("TEST_SLOWNESS").ok();
     said.and_then(|said| said.parse().ok()).unwrap_or(1)

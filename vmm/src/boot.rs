@@ -31,7 +31,7 @@ pub fn entry(rip: u64, vcpu: usize) -> EntryState {
     }
 }
 
-/// Writes page tables for `memory` bytes of guest memory where a guest has them, and returns the gpa behind them.
+/// Writes a guest's page tables for `memory` bytes of memory, and returns the gpa behind them.
 ///
 /// # Errors
 /// If guest memory can't be written.
@@ -105,6 +105,7 @@ fn write_boot_info(ram: &dyn GuestRam, info: &BootInfo) -> Result<(), BootError>
 mod tests {
     use std::sync::Mutex;
 
+    use guest::abi::{MAX_VCPUS, STACK_SIZE, STACKS_GPA};
     use palimpsest::causes::Cause;
 
     use super::*;
@@ -126,6 +127,29 @@ mod tests {
         fn write(&self, gpa: u64, buf: &[u8]) -> Result<(), Cause> {
             self.0.lock().unwrap()[gpa as usize..][..buf.len()].copy_from_slice(buf);
             Ok(())
+        }
+    }
+
+    #[test]
+    fn page_tables_end_below_the_stacks_however_much_memory_there_is() {
+        let ram = Bytes(Mutex::new(vec![0; 2 << 20]));
+        for memory in [64 << 20, MAX_MEMORY, 2 * MAX_MEMORY] {
+            let end = write_page_tables(&ram, memory).unwrap();
+            assert!(
+                (PAGE_TABLES_GPA + 1..=STACKS_GPA).contains(&end),
+                "{end:#x}"
+            );
+        }
+    }
+
+    #[test]
+    fn each_vcpu_has_a_number_and_a_stack_of_its_own_below_the_image() {
+        for vcpu in 0..MAX_VCPUS {
+            let entry = entry(IMAGE_GPA, vcpu as usize);
+            let stack = entry.rsp - STACK_SIZE..entry.rsp;
+            assert_eq!(stack.start, STACKS_GPA + vcpu * STACK_SIZE);
+            assert!(stack.end <= IMAGE_GPA);
+            assert_eq!(entry.arguments, [BOOT_INFO_GPA, vcpu]);
         }
     }
 

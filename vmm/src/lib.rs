@@ -11,7 +11,7 @@
 //! | [`boot`] | what a guest finds before it runs |
 //! | [`check`] | the oracles: is every snapshot right? |
 //! | [`dma`] | the payload's DMA engines |
-//! | [`snapshot`] | which snapshot of a run it is |
+//! | [`run_snapshot`] | a snapshot of a run: which one, and what is in it |
 //! | [`session`] | a whole run |
 //! | [`scenario`] | the scenarios of the protocol, under every policy and on the living kernel |
 //! | [`doctor`] | what this machine can and cannot do for a run |
@@ -23,6 +23,6 @@ pub mod cli;
 pub mod dma;
 pub mod doctor;
 pub mod policy;
+pub mod run_snapshot;
 pub mod scenario;
 pub mod session;
-pub mod snapshot;

@@ -14,7 +14,7 @@ use palimpsest::causes::Cause;
 use palimpsest::kvm::{GuestRam, Memslot};
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
 
-use super::{Device, TechniqueError, host};
+use super::{BenchDevice, TechniqueError, host};
 
 /// `MADV_COLLAPSE` (Linux 6.1), which rustix does not name.
 const MADV_COLLAPSE: i32 = 25;
@@ -44,7 +44,8 @@ unsafe impl Send for Anonymous {}
 // SAFETY: as above.
 unsafe impl Sync for Anonymous {}
 
-// SAFETY: mapped until `self` is dropped; nothing else is ever mapped there, and there are no references into it.
+// SAFETY: mapped until `self` is dropped; nothing else is ever mapped there, and there are no references to
+// it.
 unsafe impl Memslot for Anonymous {
     fn host_address(&self) -> NonNull<u8> {
         self.base
@@ -230,7 +231,7 @@ impl GuestRam for Anonymous {
 /// A device with no other way to guest memory than the mapping.
 pub(super) struct PlainDevice(pub(super) Arc<Anonymous>);
 
-impl Device for PlainDevice {
+impl BenchDevice for PlainDevice {
     fn write_page(&mut self, gpa: u64, word: u64) -> Result<(), TechniqueError> {
         let to = self
             .0

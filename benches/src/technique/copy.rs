@@ -14,7 +14,7 @@ use guest::abi::REGION_SIZE;
 use palimpsest::kvm::{GuestRam, Memslot};
 
 use super::anonymous::{Anonymous, PageSize, PlainDevice};
-use super::{Device, Taken, Technique, TechniqueError};
+use super::{BenchDevice, SnapshotMemory, Technique, TechniqueError};
 
 pub(super) struct StopAndCopy {
     memory: Arc<Anonymous>,
@@ -68,7 +68,7 @@ impl Technique for StopAndCopy {
         self.memory.populate(gpas)
     }
 
-    fn snapshot(&self) -> Result<Box<dyn Taken + '_>, TechniqueError> {
+    fn snapshot(&self) -> Result<Box<dyn SnapshotMemory + '_>, TechniqueError> {
         if self.taken.swap(true, Ordering::Acquire) {
             return Err(TechniqueError::Busy);
         }
@@ -87,7 +87,7 @@ impl Technique for StopAndCopy {
         Some(self.copied.load(Ordering::Relaxed))
     }
 
-    fn device(&self, _gpas: Range<u64>) -> Result<Box<dyn Device>, TechniqueError> {
+    fn device(&self, _gpas: Range<u64>) -> Result<Box<dyn BenchDevice>, TechniqueError> {
         Ok(Box::new(PlainDevice(Arc::clone(&self.memory))))
     }
 }
@@ -95,7 +95,7 @@ impl Technique for StopAndCopy {
 /// The copy. Its memory is kept for the next one.
 struct Copied<'a>(&'a StopAndCopy);
 
-impl Taken for Copied<'_> {
+impl SnapshotMemory for Copied<'_> {
     fn read(&self, gpa: u64, buf: &mut [u8]) -> Result<(), TechniqueError> {
         self.0
             .destination

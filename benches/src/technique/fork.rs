@@ -21,7 +21,7 @@ use std::sync::Arc;
 use palimpsest::kvm::{GuestRam, Memslot};
 
 use super::anonymous::{Anonymous, PageSize, PlainDevice};
-use super::{Device, Taken, Technique, TechniqueError, host};
+use super::{BenchDevice, SnapshotMemory, Technique, TechniqueError, host};
 
 pub(super) struct Fork {
     memory: Arc<Anonymous>,
@@ -50,7 +50,7 @@ impl Technique for Fork {
         self.memory.populate(gpas)
     }
 
-    fn snapshot(&self) -> Result<Box<dyn Taken + '_>, TechniqueError> {
+    fn snapshot(&self) -> Result<Box<dyn SnapshotMemory + '_>, TechniqueError> {
         let child = Child::fork().map_err(host("fork the VMM"))?;
         Ok(Box::new(Forked {
             memory: &self.memory,
@@ -71,7 +71,7 @@ impl Technique for Fork {
         }
     }
 
-    fn device(&self, _gpas: Range<u64>) -> Result<Box<dyn Device>, TechniqueError> {
+    fn device(&self, _gpas: Range<u64>) -> Result<Box<dyn BenchDevice>, TechniqueError> {
         Ok(Box::new(PlainDevice(Arc::clone(&self.memory))))
     }
 }
@@ -138,7 +138,7 @@ struct Forked<'a> {
     child: Child,
 }
 
-impl Taken for Forked<'_> {
+impl SnapshotMemory for Forked<'_> {
     fn read(&self, gpa: u64, buf: &mut [u8]) -> Result<(), TechniqueError> {
         let local = libc::iovec {
             iov_base: buf.as_mut_ptr().cast(),

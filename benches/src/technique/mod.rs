@@ -53,7 +53,7 @@ pub trait Technique: Send + Sync {
     }
 
     /// Takes a snapshot of memory. No vCPU runs and no device writes.
-    fn snapshot(&self) -> Result<Box<dyn Taken + '_>, TechniqueError>;
+    fn snapshot(&self) -> Result<Box<dyn SnapshotMemory + '_>, TechniqueError>;
 
     /// Does what is left of a snapshot once the guest runs on.
     fn resumed(&self) {}
@@ -72,11 +72,11 @@ pub trait Technique: Send + Sync {
     }
 
     /// A device that writes to `gpas` in the way the technique allows.
-    fn device(&self, gpas: Range<u64>) -> Result<Box<dyn Device>, TechniqueError>;
+    fn device(&self, gpas: Range<u64>) -> Result<Box<dyn BenchDevice>, TechniqueError>;
 }
 
 /// A snapshot of memory. Dropping it gives its memory back.
-pub trait Taken {
+pub trait SnapshotMemory {
     /// Copies memory out as it was when the snapshot was taken.
     fn read(&self, gpa: u64, buf: &mut [u8]) -> Result<(), TechniqueError>;
 
@@ -87,7 +87,7 @@ pub trait Taken {
 }
 
 /// Writes guest memory beside the vCPUs.
-pub trait Device: Send {
+pub trait BenchDevice: Send {
     /// Fills the page at `gpa` with `word`.
     fn write_page(&mut self, gpa: u64, word: u64) -> Result<(), TechniqueError>;
 }

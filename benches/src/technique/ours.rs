@@ -1,5 +1,5 @@
-//! Ours: a shadow page table and a window, copy-on-write resolved on the faulting vCPU's own thread, all through the library's
-//! public parts.
+//! Ours: a shadow page table and a window, copy-on-write resolved on the faulting vCPU's own thread, all
+//! through the library's public parts.
 
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -10,7 +10,7 @@ use palimpsest::kvm::{GuestRam, Memslot};
 use palimpsest::memory::{Frames, Memory, MemoryError, MemoryOptions};
 use palimpsest::mm::{Access, Exclusive, Frozen, Gfn};
 
-use super::{Device, Taken, Technique, TechniqueError, host};
+use super::{BenchDevice, SnapshotMemory, Technique, TechniqueError, host};
 use crate::heap::{self, Made};
 
 /// Pages of a device's memory that it holds for good, as RDMA, io_uring and VFIO hold theirs.
@@ -41,7 +41,7 @@ impl Ours {
         copies_ahead: bool,
     ) -> Result<Self, TechniqueError> {
         let before = heap::mark();
-        // The guest, one snapshot, what the guest writes while that one is dropped, and what is allocated in batches.
+        // The guest, one snapshot, what the guest writes while that one is dropped, and batches.
         let frames = Frames::new(3 * memory + 1024 * PAGE_SIZE).map_err(no_memory)?;
         let options = MemoryOptions {
             base_pages: granularity == Granularity::Small,
@@ -98,9 +98,9 @@ impl Technique for Ours {
         Ok(())
     }
 
-    fn snapshot(&self) -> Result<Box<dyn Taken + '_>, TechniqueError> {
+    fn snapshot(&self) -> Result<Box<dyn SnapshotMemory + '_>, TechniqueError> {
         let frozen = self.memory.space().fork()?;
-        Ok(Box::new(Shared { ours: self, frozen }))
+        Ok(Box::new(CowSnapshot { ours: self, frozen }))
     }
 
     fn resumed(&self) {
@@ -115,11 +115,11 @@ impl Technique for Ours {
     fn tables(&self) -> Option<u64> {
         let tables = self.tables.as_ref()?;
         let tables = tables.lock().unwrap_or_else(PoisonError::into_inner);
-        // What the window noted since it was made comes on top: that much of it is counted twice, for it is little.
+        // Notes of the window since it was made come on top. They are few, and may be counted twice.
         Some(tables.resident().ok()? + self.memory.window().notes())
     }
 
-    fn device(&self, gpas: Range<u64>) -> Result<Box<dyn Device>, TechniqueError> {
+    fn device(&self, gpas: Range<u64>) -> Result<Box<dyn BenchDevice>, TechniqueError> {
         let registered = gpas.start..gpas.end.min(gpas.start + REGISTERED * PAGE_SIZE);
         let ram = self.memory.ram();
         let buffer = ram
@@ -144,7 +144,7 @@ struct PinningDevice {
     buffer: PinnedBuffer,
 }
 
-impl Device for PinningDevice {
+impl BenchDevice for PinningDevice {
     fn write_page(&mut self, gpa: u64, word: u64) -> Result<(), TechniqueError> {
         let page = [word.to_le_bytes(); PAGE_SIZE as usize / 8];
         let bytes = page.as_flattened();
@@ -163,12 +163,12 @@ impl Device for PinningDevice {
     }
 }
 
-struct Shared<'a> {
+struct CowSnapshot<'a> {
     ours: &'a Ours,
     frozen: Arc<Frozen>,
 }
 
-impl Taken for Shared<'_> {
+impl SnapshotMemory for CowSnapshot<'_> {
     fn read(&self, gpa: u64, buf: &mut [u8]) -> Result<(), TechniqueError> {
         let frames = self.ours.memory.frames();
         let read = frames.read(&self.frozen, gpa, buf);

@@ -13,7 +13,7 @@ use palimpsest::kvm::{Kvm, PlatformError};
 
 use super::{Kind, TechniqueError};
 use crate::alone::beside_others;
-use crate::vm::{GuestConfig, Vm};
+use crate::vm::{BenchVm, GuestConfig};
 
 const MEMORY: u64 = 32 << 20;
 const SWEEP: u64 = 8 << 20;
@@ -72,7 +72,7 @@ fn keeps_memory(kind: Kind, dma: bool) {
         cold_every: 2,
         dma,
     };
-    let vm = Vm::boot(&kvm, technique, &config).unwrap();
+    let vm = BenchVm::boot(&kvm, technique, &config).unwrap();
     let stop = AtomicBool::new(false);
     vm.wait("touching its memory", &stop, |_, vcpu| Ok(vcpu.laps > 0))
         .unwrap();

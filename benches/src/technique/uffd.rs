@@ -27,7 +27,7 @@ use rustix::ioctl::{Opcode, Updater, ioctl, opcode};
 use rustix::mm::{UserfaultfdFlags, userfaultfd};
 
 use super::anonymous::{Anonymous, PageSize, PlainDevice};
-use super::{Device, Taken, Technique, TechniqueError, host};
+use super::{BenchDevice, SnapshotMemory, Technique, TechniqueError, host};
 
 // include/uapi/linux/userfaultfd.h
 const UFFD_API: u64 = 0xaa;
@@ -281,7 +281,7 @@ impl Technique for Uffd {
         self.shared.memory.populate(gpas)
     }
 
-    fn snapshot(&self) -> Result<Box<dyn Taken + '_>, TechniqueError> {
+    fn snapshot(&self) -> Result<Box<dyn SnapshotMemory + '_>, TechniqueError> {
         let mut state = self.shared.lock();
         if state.active {
             return Err(TechniqueError::Busy);
@@ -309,7 +309,7 @@ impl Technique for Uffd {
         }
     }
 
-    fn device(&self, _gpas: Range<u64>) -> Result<Box<dyn Device>, TechniqueError> {
+    fn device(&self, _gpas: Range<u64>) -> Result<Box<dyn BenchDevice>, TechniqueError> {
         Ok(Box::new(PlainDevice(Arc::clone(&self.shared.memory))))
     }
 }
@@ -326,7 +326,7 @@ impl Drop for Uffd {
 /// The snapshot: what was copied, and for the rest guest memory, which is still protected.
 struct Protected<'a>(&'a FaultHandler);
 
-impl Taken for Protected<'_> {
+impl SnapshotMemory for Protected<'_> {
     fn read(&self, gpa: u64, buf: &mut [u8]) -> Result<(), TechniqueError> {
         let state = self.0.lock();
         let mut done = 0;

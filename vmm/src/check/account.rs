@@ -1,4 +1,4 @@
-//! Accounting: when everybody is gone, is everything given back?
+//! Accounting: when VM, devices and snapshots are gone, everything must have been given back.
 
 use super::violation::{Oracle, Violation};
 use palimpsest::host::MappingBudget;
@@ -7,7 +7,7 @@ use palimpsest::mm::FramePool;
 /// The most frames that are reported one by one.
 const MOST: usize = 16;
 
-/// Looks at the books after the VM, its devices and all snapshots were dropped.
+/// Reports what is still held after the VM, its devices and all snapshots were dropped.
 pub fn account(pool: &FramePool, budget: &MappingBudget) -> Vec<Violation> {
     let mut violations: Vec<_> = pool
         .leftovers(MOST)

@@ -1,4 +1,4 @@
-//! What is known of a guest since it booted: by this, and not by the snapshot under test, it is decided what the snapshot must hold.
+//! What is known of a guest since it booted. This decides what a snapshot must hold, not the snapshot itself.
 
 use std::collections::HashMap;
 use std::mem::offset_of;
@@ -66,14 +66,15 @@ impl Boot {
     }
 }
 
-/// Pages that nobody writes once the guest runs: its code and constant data, page tables, descriptors, and what is left free.
+/// Pages that nobody writes once the guest runs: its code and constant data, page tables, descriptors, and
+/// what is left free.
 #[derive(Clone, Debug, Default)]
 pub struct Reference {
     hashes: Hashes,
 }
 
 impl Reference {
-    /// What is in `ram`, before the guest runs. `writable` are the addresses of its program that it may write.
+    /// What is in `ram` before the guest runs, whose program may write the addresses `writable`.
     pub fn new(ram: &Ram, layout: &Layout, writable: &[Range<u64>]) -> Self {
         let stacks = STACKS_GPA..STACKS_GPA + layout.vcpus * STACK_SIZE;
         let changing: Vec<_> = std::iter::once(stacks)
@@ -82,7 +83,7 @@ impl Reference {
             .collect();
         let mut hashes = HashMap::new();
         let mut bytes = vec![0; PAGE_SIZE as usize];
-        // Of the guest's own areas, which come next, only what follows a formula is known, and that is checked by it.
+        // The guest's own areas come next. Of these only what follows a formula is known, and checked by it.
         for gfn in 0..layout.vcpu_base / PAGE_SIZE {
             if changing.iter().any(|pages| pages.contains(&gfn))
                 || ram.read(gfn * PAGE_SIZE, &mut bytes).is_err()

@@ -1,8 +1,9 @@
 //! Examines snapshots: once when they are new (*cut*), once before they are dropped (*isolation*).
 //!
 //! A frame that two snapshots share is the same memory: it is read when it first appears in a snapshot and
-//! when it is last seen in one, and not in between. So a look costs what was written since the one before, not what
-//! there is, and still every page of every snapshot is compared bit for bit at both ends of the snapshot's life.
+//! when it is last seen in one, and not in between. So a look costs what was written since the one before,
+//! not what there is, and still every page of every snapshot is compared bit for bit at both ends of the
+//! snapshot's life.
 
 use std::collections::HashMap;
 use std::mem::offset_of;
@@ -16,10 +17,10 @@ use super::hammer::{At, Hammered};
 use super::hashes::{self, Hashes};
 use super::registers::Registers;
 use super::rings;
-use super::tracking::{Tracked, Untold};
+use super::tracking::{Tracked, UnreportedDirty};
 use super::view::View;
 use super::violation::{Oracle, Violation};
-use crate::snapshot::Snapshot;
+use crate::run_snapshot::RunSnapshot;
 use palimpsest::host::PhysMap;
 use palimpsest::mm::FramePool;
 
@@ -32,8 +33,8 @@ pub struct Look {
     /// What is known of the guest since it booted, if it follows the formula.
     pub boot: Option<Arc<Boot>>,
     /// The snapshot the VM ran on from, if it lives.
-    pub parent: Option<Arc<Snapshot>>,
-    /// What dirty tracking has told of, if it was asked.
+    pub parent: Option<Arc<RunSnapshot>>,
+    /// What dirty tracking has reported, if it was asked.
     pub tracked: Option<Tracked>,
 }
 
@@ -94,8 +95,9 @@ impl Examiner {
         }
     }
 
-    /// Is it the state at one instant? And was everything that differs from the snapshot before told of?
-    pub fn first_look(&mut self, snapshot: &Snapshot, look: &Look) -> Findings {
+    /// Checks that `snapshot` is the state at one instant, and that all that differs from the snapshot before
+    /// was reported as dirty.
+    pub fn first_look(&mut self, snapshot: &RunSnapshot, look: &Look) -> Findings {
         let view = self.view(snapshot);
         let boot = look.boot.as_deref();
         let parent = look.parent.as_deref();
@@ -145,8 +147,9 @@ impl Examiner {
         findings
     }
 
-    /// Is it still what it was? `heir` is a younger snapshot whose parent this is, and which will be looked at last, too.
-    pub fn last_look(&mut self, snapshot: &Snapshot, heir: Option<&Snapshot>) -> Findings {
+    /// Checks that `snapshot` has not changed since its first look. `heir` is a younger snapshot whose parent
+    /// it is, and which will have its last look, too.
+    pub fn last_look(&mut self, snapshot: &RunSnapshot, heir: Option<&RunSnapshot>) -> Findings {
         let mut findings = Findings::default();
         let Some(known) = self.known.remove(&snapshot.number()) else {
             return findings;
@@ -184,23 +187,23 @@ impl Examiner {
         let Some(before) = self.known.get(&since) else {
             return;
         };
-        let untold = Untold {
-            told: &tracked.told,
+        let unreported = UnreportedDirty {
+            reported: &tracked.reported,
             since,
             snapshot,
         };
         match (&before.ops, &now.ops) {
             (Some(before), Some(now)) => {
-                untold.among(self.hammered.between(before, now), report);
+                unreported.among(self.hammered.between(before, now), report);
             }
             (None, None) => {}
             // The guest began to follow the formula in between: hashes are of other pages since.
             _ => return,
         }
-        untold.hashed(&before.hashes, &now.hashes, report);
+        unreported.hashed(&before.hashes, &now.hashes, report);
     }
 
-    fn view<'a>(&'a self, snapshot: &'a Snapshot) -> View<'a> {
+    fn view<'a>(&'a self, snapshot: &'a RunSnapshot) -> View<'a> {
         View::new(
             snapshot.number(),
             snapshot.memory(),
@@ -209,7 +212,12 @@ impl Examiner {
         )
     }
 
-    fn check_registers(&self, snapshot: &Snapshot, boot: &Boot, report: &mut dyn FnMut(Violation)) {
+    fn check_registers(
+        &self,
+        snapshot: &RunSnapshot,
+        boot: &Boot,
+        report: &mut dyn FnMut(Violation),
+    ) {
         let vcpus = boot.registers.iter().zip(&boot.vcpus);
         for ((vcpu, state), (boot, &declared)) in (0..).zip(snapshot.vcpus()).zip(vcpus) {
             Registers {
@@ -224,8 +232,8 @@ impl Examiner {
         }
     }
 
-    /// vCPUs leave marks in each other's pages: all of them were captured at one instant if no mark is of an operation that its
-    /// vCPU has not done yet, and none is missing.
+    /// vCPUs leave marks in each other's pages: all of them were captured at one instant if no mark is of an
+    /// operation that its vCPU has not done yet, and none is missing.
     fn check_marks(&self, At { view, ops }: At<'_>, report: &mut dyn FnMut(Violation)) {
         let vcpus = self.layout.vcpus;
         for (from, &done) in (0..).zip(ops) {
@@ -242,10 +250,12 @@ impl Examiner {
                     Oracle::Cut,
                     match found > done {
                         true => format!(
-                            "vcpu {to} has a mark that vcpu {from} is to leave only later: they are not of the same instant"
+                            "vcpu {to} has a mark that vcpu {from} is to leave only later: \
+                             they are not of the same instant"
                         ),
                         false => format!(
-                            "vcpu {to} misses a mark that vcpu {from} has left: they are not of the same instant"
+                            "vcpu {to} misses a mark that vcpu {from} has left: \
+                             they are not of the same instant"
                         ),
                     },
                 );
@@ -260,8 +270,8 @@ impl Examiner {
         }
     }
 
-    /// The counter in memory is that of the registers, or one behind: it is written last. And the page says still that the guest follows
-    /// the formula.
+    /// The counter in memory is that of the registers, or one behind: it is written last. And the page says
+    /// still that the guest follows the formula.
     fn check_counters(&self, At { view, ops }: At<'_>, report: &mut dyn FnMut(Violation)) {
         for (vcpu, &done) in (0..).zip(ops) {
             let gpa = self.layout.vcpu_page(vcpu) + offset_of!(VcpuPage, ops) as u64;
@@ -294,7 +304,8 @@ impl Examiner {
         }
     }
 
-    /// Each operation changes the page that it is counted in: two snapshots with an operation in between cannot share it.
+    /// Each operation changes the page that it is counted in: two snapshots with an operation in between
+    /// cannot share it.
     fn check_counters_differ(
         &self,
         parent: At<'_>,

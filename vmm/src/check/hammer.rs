@@ -97,8 +97,8 @@ impl Hammered {
         let mut pages = 0;
         for (vcpu, slot, shared) in self.slots_against(parent, now, |parent, now| (parent, now)) {
             match (shared, parent) {
-                (Shared::Unwritten, _) => continue,
-                (Shared::Written, Some(parent)) => {
+                (PageSharing::Unwritten, _) => continue,
+                (PageSharing::Written, Some(parent)) => {
                     self.overwritten(parent, now, vcpu, slot, report);
                 }
                 _ => {
@@ -112,8 +112,9 @@ impl Hammered {
         pages + self.untouched(now, Oracle::Cut, report)
     }
 
-    /// The last look, before a snapshot is dropped: is it what it was? Pages that `heir`, whose parent it is,
-    /// shares still, and that were not written in between, are looked at with the heir. Returns the pages it has read.
+    /// The last look, before a snapshot is dropped: checks that it has not changed. Pages that it shares with
+    /// `heir`, whose parent it is, and that were not written in between, are left to the last look at the
+    /// heir. Returns the pages it has read.
     pub(super) fn last_look(
         &self,
         now: At<'_>,
@@ -124,8 +125,8 @@ impl Hammered {
         let mut pages = 0;
         for (vcpu, slot, shared) in self.slots_against(heir, now, |heir, now| (now, heir)) {
             match (shared, heir) {
-                (Shared::Unwritten, _) => continue,
-                (Shared::Written, Some(heir)) => {
+                (PageSharing::Unwritten, _) => continue,
+                (PageSharing::Written, Some(heir)) => {
                     self.overwritten(now, heir, vcpu, slot, report);
                 }
                 _ => {
@@ -139,8 +140,8 @@ impl Hammered {
         pages + self.untouched(now, Oracle::Isolation, report)
     }
 
-    /// Pages that differ between two instants when the vCPUs had done `some` and `others` operations, and who wrote them. Which of
-    /// the two came first makes no difference: the guest may have been rewound in between.
+    /// Pages that differ between two instants, at which the vCPUs had done `some` and `others` operations,
+    /// and who wrote them. Either may be the earlier one: the guest may have been rewound.
     pub(super) fn between<'a>(
         &'a self,
         some: &'a [u64],
@@ -158,18 +159,19 @@ impl Hammered {
         )
     }
 
-    /// Every slot of every vCPU, and whether `other`'s page is the frame of `now`'s. `in_order` says which of the two is older.
+    /// Every slot of every vCPU, and whether `other`'s page is the frame of `now`'s. `in_order` says which of
+    /// the two is older.
     fn slots_against<'a>(
         &'a self,
         other: Option<At<'a>>,
         now: At<'a>,
         in_order: impl Fn(At<'a>, At<'a>) -> (At<'a>, At<'a>),
-    ) -> impl Iterator<Item = (u64, u64, Shared)> + 'a {
+    ) -> impl Iterator<Item = (u64, u64, PageSharing)> + 'a {
         let pairs = other.map(|other| in_order(other, now));
         (0..self.layout.vcpus).flat_map(move |vcpu| {
             let written = pairs.and_then(|(old, new)| {
                 let (from, to) = (old.ops[vcpu as usize], new.ops[vcpu as usize]);
-                Written::between(&self.schedules[vcpu as usize], self.slots(vcpu), from, to)
+                WrittenSlots::between(&self.schedules[vcpu as usize], self.slots(vcpu), from, to)
             });
             (0..self.slots(vcpu)).map(move |slot| {
                 let gfn = self.gfn(vcpu, slot);
@@ -177,20 +179,20 @@ impl Hammered {
                 let shared = match &written {
                     Some(written) if other.is_some_and(|o| o.view.frame(gfn) == frame) => {
                         match written.slot(slot) {
-                            When::Never => Shared::Unwritten,
-                            When::Between if frame != Pfn::ZERO => Shared::Written,
-                            When::Between | When::Edge => Shared::No,
+                            When::Never => PageSharing::Unwritten,
+                            When::Between if frame != Pfn::ZERO => PageSharing::Written,
+                            When::Between | When::Edge => PageSharing::No,
                         }
                     }
-                    _ => Shared::No,
+                    _ => PageSharing::No,
                 };
                 (vcpu, slot, shared)
             })
         })
     }
 
-    /// Two snapshots share a page that was written between them: one of the two is wrong, since every operation
-    /// writes something else. Both may look right for a moment, while a write that should not be is on its way.
+    /// Two snapshots share a page that was written between them. One of the two is wrong, since every
+    /// operation writes something else; both may look right until the wrong write is done.
     fn overwritten(
         &self,
         old: At<'_>,
@@ -314,17 +316,17 @@ impl Hammered {
 
 /// What two snapshots have in common of a page.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Shared {
+enum PageSharing {
     /// Different frames, or it can't be told: the page must be read.
     No,
-    /// One frame, and nothing was written to the page between the two: what holds for one holds for the other.
+    /// One frame, not written between the two: what holds for one holds for the other.
     Unwritten,
     /// One frame, although the page was written between the two.
     Written,
 }
 
 /// Which slots a vCPU wrote between two snapshots, the older of which had done `from` operations.
-struct Written<'a> {
+struct WrittenSlots<'a> {
     schedule: &'a Schedule,
     from: u64,
     to: u64,
@@ -341,7 +343,7 @@ enum When {
     Between,
 }
 
-impl<'a> Written<'a> {
+impl<'a> WrittenSlots<'a> {
     /// `None` if the two are not of one course of events.
     fn between(schedule: &'a Schedule, slots: u64, from: u64, to: u64) -> Option<Self> {
         let count = to.checked_sub(from)?;

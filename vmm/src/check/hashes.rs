@@ -1,8 +1,10 @@
 //! Pages that follow no formula: only that they do not change can be checked.
 
 use std::collections::HashMap;
-use std::hash::{DefaultHasher, Hash, Hasher};
+use std::hash::{Hash, Hasher};
 use std::ops::Range;
+
+use xxhash_rust::xxh3::Xxh3Default;
 
 use super::view::{Page, View, WORDS};
 use super::violation::{Oracle, Violation};
@@ -11,7 +13,8 @@ use palimpsest::mm::Pfn;
 /// What pages hashed to when a snapshot was first looked at. Untouched pages are not in it.
 pub(super) type Hashes = HashMap<u64, u64>;
 
-/// Hashes the touched pages of `gfns`, and counts them. Those whose frame is `parent`'s still are not hashed again.
+/// Hashes the touched pages of `gfns`, and counts them. Of pages that are in the same frame as in `parent`
+/// the hash is taken over.
 pub(super) fn first_look(
     view: View<'_>,
     gfns: Range<u64>,
@@ -37,8 +40,8 @@ pub(super) fn first_look(
     (hashes, pages)
 }
 
-/// Hashes the pages again and compares. Those that `heir`, whose parent this snapshot is, shares still are looked at with it.
-/// Returns the pages it has looked at.
+/// Hashes the pages again and compares. Pages that are in the same frame as in `heir`, whose parent this
+/// snapshot is, are left to the last look at `heir`. Returns the pages it has looked at.
 pub(super) fn last_look(
     view: View<'_>,
     hashes: &Hashes,
@@ -79,8 +82,9 @@ fn hash(view: View<'_>, gfn: u64) -> u64 {
     of(&page)
 }
 
+/// What a page of these words hashes to.
 pub(super) fn of(page: &Page) -> u64 {
-    let mut hasher = DefaultHasher::new();
+    let mut hasher = Xxh3Default::new();
     page.hash(&mut hasher);
     hasher.finish()
 }

@@ -39,9 +39,9 @@ impl CowPolicy for Faulty {
 
 /// An MMU that never write-protects some pages: the guest writes to them whatever the protocol says.
 ///
-/// For the fault to show, they are pages that nobody else makes writable by chance, since their copies would be made with that: all
-/// those of a region, in which the guest then never faults, and no device holds anything. From the first fork on the
-/// protocol takes them for pages that are not written any more, and so does who copies ahead.
+/// A page that the protocol itself makes writable is copied first, and the fault does not show. So these are
+/// all pages of a region in which no device holds anything: the guest never faults there. After the first
+/// fork neither the protocol nor the copying ahead notices that they are still written.
 #[derive(Debug)]
 pub struct LeakyMmu<M> {
     mmu: M,

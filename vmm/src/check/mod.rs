@@ -2,19 +2,20 @@
 //!
 //! | oracle | what it says | who looks |
 //! |---|---|---|
-//! | cut | a snapshot is the state at one instant: registers, hammered pages, rings, DMA data and devices agree | [`Examiner::first_look`] |
+//! | cut | a snapshot is of one instant: registers, memory, rings, devices agree | [`Examiner::first_look`] |
 //! | isolation | nothing written after a snapshot ever shows in it | both looks of [`Examiner`] |
-//! | coherence | what a device writes through a pin the guest sees, and the other way round | the guest itself, see `guest::abi::Failure` |
-//! | life | a rewound guest runs on and its own checks hold | the guest, [`restored`], and [`crate::session`] |
+//! | coherence | guest and devices see what others write through a pin | the guest (`guest::abi::Failure`) |
+//! | life | a rewound guest runs on and its own checks hold | the guest, [`restored()`], [`crate::session`] |
 //! | tracking | dirty tracking tells of every page that changes | [`Examiner::first_look`] |
-//! | accounting | at the end every frame is free, no reference or pin is left | [`account`] |
+//! | accounting | at the end every frame is free, no reference or pin is left | [`account()`] |
 //!
 //! What memory must hold is a closed formula of the seed and of how many operations each vCPU has done
-//! (`guest::formula`), and that number is in the captured registers. So nothing is replayed or recorded, and an oracle knows
-//! nothing of how a snapshot was made.
+//! (`guest::formula`), and that number is in the captured registers. So nothing is replayed or recorded, and
+//! an oracle knows nothing of how a snapshot was made.
 //!
-//! The first two run on a thread of their own ([`Worker`]), beside the guest. Every oracle has a fault that trips
-//! it: [`inject`] has those of memory, [`palimpsest::snapshot::Fault`] those of the steps, `device` that of a pin.
+//! The first two run on a thread of their own ([`Worker`]), beside the guest. Every oracle has a fault that
+//! trips it ([`Injection`](crate::session::config::Injection)): [`inject`] has those of memory,
+//! [`crate::session`] those of the steps, [`crate::dma`] that of a pin.
 
 mod account;
 mod boot;
@@ -36,6 +37,6 @@ pub use account::account;
 pub use boot::{Boot, Reference};
 pub use examiner::{Examiner, Findings, Look};
 pub use restored::restored;
-pub use tracking::{Told, Tracked};
+pub use tracking::{ReportedDirty, Tracked};
 pub use violation::{Oracle, Violation, ViolationCounts};
 pub use worker::{CheckCounts, Unfinished, Worker};

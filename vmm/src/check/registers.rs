@@ -1,8 +1,9 @@
-//! Registers: do they hold what the guest puts there?
+//! Registers must hold what the guest has put there, and what booting has.
 //!
-//! What that is, is a formula of the operation (`guest::registers`). Registers that no compiled code of the guest uses hold it always; the others
-//! while a page is checked and written, which is where a vCPU is most of the time. What only booting sets (control registers, segments,
-//! descriptor tables, XCR0, MSRs: ring 3 cannot) is what it was then.
+//! The guest fills registers by a formula of the operation (`guest::registers`). Those that no compiled code
+//! of the guest uses hold its values always; the others while a page is checked and written, which is what a
+//! vCPU does most of the time. Control registers, segments, descriptor tables, XCR0 and MSRs are set by
+//! booting alone (ring 3 cannot), and must not have changed since.
 
 use guest::registers::{FLAGS, HOLDS_BASES, HOLDS_REGISTERS, HOLDS_YMM, Held, MMX};
 

@@ -1,21 +1,22 @@
-//! Is memory what the snapshot says right after a restore?
+//! Memory right after a restore must be the snapshot's.
 //!
-//! Of hammered pages the guest's own checks and the next snapshot tell. This is for all others: code, data, stacks, page tables,
-//! rings and buffers, which the guest would not notice, or not survive to tell.
+//! Hammered pages are checked by the guest itself and in the next snapshot. This is for all others: code,
+//! data, stacks, page tables, rings and buffers. Of these a guest would not notice what is wrong, or not
+//! survive it.
 
 use guest::abi::{Layout, PAGE_SIZE};
 
 use super::view::{View, WORDS};
 use super::violation::{Oracle, Violation};
-use crate::snapshot::Snapshot;
+use crate::run_snapshot::RunSnapshot;
 use palimpsest::host::Ram;
 use palimpsest::mm::FramePool;
 
-/// Compares what `ram` holds below the hammered memory with `snapshot`, to which it was just set back. Nobody runs. Says
-/// which page differs first.
+/// Compares what `ram` holds below the hammered memory with `snapshot`, to which it was just set back.
+/// Neither vCPUs nor devices run. Says which page differs first.
 pub fn restored(
     ram: &Ram,
-    snapshot: &Snapshot,
+    snapshot: &RunSnapshot,
     layout: &Layout,
     pool: &FramePool,
 ) -> Option<Violation> {

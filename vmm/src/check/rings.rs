@@ -1,4 +1,4 @@
-//! Device areas: do the rings, the data, the statuses, the margins and what the device itself says agree?
+//! Device areas: rings, data, statuses, margins and what the device itself says must agree.
 
 use std::mem::offset_of;
 
@@ -47,12 +47,12 @@ struct Area<'a> {
     state: &'a DeviceState,
 }
 
-/// Where a request that the driver has posted is.
+/// How far a request is that the driver has posted.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Progress {
+enum RequestStage {
     /// Not completed: nothing of it is done.
     Waiting,
-    /// Being transferred: its data is in part what it was.
+    /// Being transferred: its data may be there in part.
     InFlight,
     /// Completed: all of it is done.
     Done,
@@ -114,7 +114,8 @@ impl Area<'_> {
         }
     }
 
-    /// The driver's notes against the rings: whoever loses them would have nothing checked.
+    /// Compares the driver's notes with the rings. What else is checked goes by these notes: if they were
+    /// lost, nothing would be.
     fn check_notes(&self, slots: u64, report: &mut dyn FnMut(Violation)) {
         let notes = self.base + AREA_DRIVER;
         let note = |offset: usize| (notes + offset as u64, self.view.u64(notes + offset as u64));
@@ -190,41 +191,42 @@ impl Area<'_> {
         if !kind.is_transfer() {
             return false;
         }
-        let progress = self.progress(slot);
-        self.check_status(slot, seq, progress, report);
-        self.check_data(slot, seq, kind, progress, report);
+        let stage = self.stage(slot);
+        self.check_status(slot, seq, stage, report);
+        self.check_data(slot, seq, kind, stage, report);
         true
     }
 
-    fn progress(&self, slot: u64) -> Progress {
+    fn stage(&self, slot: u64) -> RequestStage {
         let head = slot_head(slot);
         if self.state.in_flight.map(u64::from) == Some(head) {
-            return Progress::InFlight;
+            return RequestStage::InFlight;
         }
-        // Completions the driver has not dealt with yet. One it has dealt with, but not noted so, is of a request that is still posted:
-        // looking one further back covers it, since its slot is idle before it counts on.
+        // Completions the driver has not dealt with yet. One it has dealt with, but not noted so, is of a
+        // request that is still posted: looking one further back covers it, since its slot is idle before it
+        // counts on.
         let last = self.base + AREA_DRIVER + offset_of!(DriverPage, last_used) as u64;
         let (mut at, end) = (self.view.u64(last) as u16, self.ring_index(AREA_USED));
         while at != end {
             if u64::from(self.used_entry(at)) == head {
-                return Progress::Done;
+                return RequestStage::Done;
             }
             at = at.wrapping_add(1);
         }
-        Progress::Waiting
+        RequestStage::Waiting
     }
 
     fn check_status(
         &self,
         slot: u64,
         seq: u64,
-        progress: Progress,
+        stage: RequestStage,
         report: &mut dyn FnMut(Violation),
     ) {
-        let expected = match progress {
-            Progress::Done => STATUS_OK,
-            Progress::Waiting => STATUS_PENDING,
-            Progress::InFlight => return,
+        let expected = match stage {
+            RequestStage::Done => STATUS_OK,
+            RequestStage::Waiting => STATUS_PENDING,
+            RequestStage::InFlight => return,
         };
         let status = self.base + AREA_STATUS + slot * SLOT_STRIDE;
         let code = self.view.u32(status + offset_of!(Status, code) as u64);
@@ -244,13 +246,13 @@ impl Area<'_> {
         slot: u64,
         seq: u64,
         kind: RequestKind,
-        progress: Progress,
+        stage: RequestStage,
         report: &mut dyn FnMut(Violation),
     ) {
         let to_guest = matches!(kind, RequestKind::ToGuest | RequestKind::RegisteredToGuest);
-        let (key, whose) = match (to_guest, progress) {
-            (true, Progress::InFlight) => return,
-            (true, Progress::Waiting) => (poison_key(self.seed, self.device, seq), "the guest"),
+        let (key, whose) = match (to_guest, stage) {
+            (true, RequestStage::InFlight) => return,
+            (true, RequestStage::Waiting) => (poison_key(self.seed, self.device, seq), "the guest"),
             _ => (dma_key(self.seed, self.device, seq), "the request"),
         };
         let data = self.base + buffer_offset(slot) + DATA_OFFSET;
@@ -260,8 +262,8 @@ impl Area<'_> {
                 self.view.u64(data + 8 * word),
             );
             if expected != found {
-                let what = match progress {
-                    Progress::Done => {
+                let what = match stage {
+                    RequestStage::Done => {
                         format!("request {seq} is completed and its data is not there")
                     }
                     _ => format!("request {seq} is not completed and its buffer was written"),

@@ -1,4 +1,5 @@
-//! The looks at hammered pages, with memory that is right but for one page: each wrong page must be found, and by the right oracle.
+//! The looks at hammered pages, with memory that is right but for one page: each wrong page must be found,
+//! and by the right oracle.
 
 use std::mem::offset_of;
 use std::sync::Arc;
@@ -23,7 +24,7 @@ use crate::dma::DeviceState;
 use palimpsest::saved::Saved;
 use palimpsest::snapshot;
 
-use crate::snapshot::Snapshot;
+use crate::run_snapshot::RunSnapshot;
 use palimpsest::host::{MappingBudget, PhysMap, Ram, Window};
 use palimpsest::kvm::VcpuState;
 use palimpsest::mm::{Access, AddressSpace, CowPolicy, Exclusive, FramePool, FrameState, Frozen};
@@ -65,7 +66,7 @@ struct Guest {
     ops: u64,
 }
 
-struct Taken {
+struct MemorySnapshot {
     number: u64,
     memory: Arc<Frozen>,
     ops: [u64; 1],
@@ -129,22 +130,26 @@ impl Guest {
         self.ops += ops;
     }
 
-    fn snapshot(&self, number: u64) -> Taken {
-        Taken {
+    fn snapshot(&self, number: u64) -> MemorySnapshot {
+        MemorySnapshot {
             number,
             memory: self.space.fork().unwrap(),
             ops: [self.ops],
         }
     }
 
-    fn at<'a>(&'a self, taken: &'a Taken) -> At<'a> {
+    fn at<'a>(&'a self, taken: &'a MemorySnapshot) -> At<'a> {
         At {
             view: View::new(taken.number, &taken.memory, self.ram.physmap(), &self.pool),
             ops: &taken.ops,
         }
     }
 
-    fn first_look(&self, now: &Taken, parent: Option<&Taken>) -> (u64, Vec<Violation>) {
+    fn first_look(
+        &self,
+        now: &MemorySnapshot,
+        parent: Option<&MemorySnapshot>,
+    ) -> (u64, Vec<Violation>) {
         let mut found = Vec::new();
         let parent = parent.map(|p| self.at(p));
         let report = &mut |v| found.push(v);
@@ -152,7 +157,7 @@ impl Guest {
         (pages, found)
     }
 
-    fn last_look(&self, now: &Taken, heir: Option<&Taken>) -> Vec<Violation> {
+    fn last_look(&self, now: &MemorySnapshot, heir: Option<&MemorySnapshot>) -> Vec<Violation> {
         let mut found = Vec::new();
         let heir = heir.map(|h| self.at(h));
         self.hammered
@@ -311,10 +316,10 @@ impl Guest {
         Examiner::new(SEED, self.pattern, self.layout, physmap, pool)
     }
 
-    fn taken(&self, number: u64) -> Snapshot {
+    fn taken(&self, number: u64) -> RunSnapshot {
         let vcpus = vec![Saved::new(self.state())];
         let taken = snapshot::Snapshot::new(self.space.fork().unwrap(), vcpus, Vec::new());
-        Snapshot::new(number, None, taken).unwrap()
+        RunSnapshot::new(number, None, taken).unwrap()
     }
 }
 

@@ -1,9 +1,9 @@
-//! Dirty tracking: does it tell of every page that changed?
+//! Dirty tracking: does it report every page that changed?
 //!
-//! Two snapshots in a row are compared: a page that differs between them was written, or restored, in the time between, and so
-//! must be in one of the answers of that time. For that to be exact the last of them is taken at the instant of the
-//! younger snapshot. Pages that were told of and do not differ are no mistake: a device holds them, or a restore
-//! undid what was written.
+//! Two snapshots in a row are compared: a page that differs between them was written, or restored, in the
+//! time between, and so must be in one of the answers of that time. For that to be exact the last of them is
+//! taken at the instant of the younger snapshot. Pages that were reported and do not differ are no mistake: a
+//! device holds them, or a restore undid what was written.
 
 use std::sync::Arc;
 
@@ -12,26 +12,26 @@ use guest::abi::PAGE_SIZE;
 use super::hammer::Write;
 use super::hashes::{self, Hashes};
 use super::violation::{Oracle, Violation};
-use crate::snapshot::Snapshot;
+use crate::run_snapshot::RunSnapshot;
 use palimpsest::mm::{Gfn, PageSet};
 
 /// What a snapshot is compared with.
 #[derive(Debug)]
 pub struct Tracked {
     /// The snapshot taken before it, which has been looked at once and not for the last time.
-    pub since: Arc<Snapshot>,
-    /// What was told of from that one to this.
-    pub told: Told,
+    pub since: Arc<RunSnapshot>,
+    /// What was reported from that one to this.
+    pub reported: ReportedDirty,
 }
 
-/// The pages that dirty tracking has told of since a snapshot.
+/// The pages that dirty tracking has reported since a snapshot: all of its answers together.
 #[derive(Clone, Debug)]
-pub struct Told {
+pub struct ReportedDirty {
     pages: Vec<bool>,
     len: u64,
 }
 
-impl Told {
+impl ReportedDirty {
     /// None of the `pages` pages of a guest.
     pub fn nothing(pages: u64) -> Self {
         Self {
@@ -54,26 +54,28 @@ impl Told {
     }
 
     fn insert(&mut self, gfn: Gfn) {
-        let told = &mut self.pages[gfn.0 as usize];
-        self.len += u64::from(!*told);
-        *told = true;
+        let reported = &mut self.pages[gfn.0 as usize];
+        self.len += u64::from(!*reported);
+        *reported = true;
     }
 
     fn contains(&self, gfn: u64) -> bool {
-        self.pages.get(gfn as usize).is_some_and(|&told| told)
+        self.pages
+            .get(gfn as usize)
+            .is_some_and(|&reported| reported)
     }
 }
 
-/// Pages that differ between two snapshots, and were not told of.
-pub(super) struct Untold<'a> {
-    pub(super) told: &'a Told,
+/// Looks for pages that differ between two snapshots, and were not reported.
+pub(super) struct UnreportedDirty<'a> {
+    pub(super) reported: &'a ReportedDirty,
     /// Number of the older snapshot.
     pub(super) since: u64,
     /// Number of the younger.
     pub(super) snapshot: u64,
 }
 
-impl Untold<'_> {
+impl UnreportedDirty<'_> {
     /// Looks at pages that must differ, by what wrote them.
     pub(super) fn among(
         &self,
@@ -98,7 +100,7 @@ impl Untold<'_> {
     }
 
     fn look(&self, gfn: u64, writer: impl FnOnce() -> String, report: &mut dyn FnMut(Violation)) {
-        if self.told.contains(gfn) {
+        if self.reported.contains(gfn) {
             return;
         }
         let mut v = Violation::new(
@@ -111,7 +113,7 @@ impl Untold<'_> {
         v.snapshot = Some(self.snapshot);
         v.gpa = Some(gfn * PAGE_SIZE);
         v.expected = "in an answer since".to_owned();
-        v.found = format!("{} pages in the answers, without it", self.told.len);
+        v.found = format!("{} pages in the answers, without it", self.reported.len);
         v.last_writer = writer();
         report(v);
     }

@@ -8,27 +8,27 @@ use std::thread::{self, JoinHandle};
 
 use super::examiner::{Examiner, Findings, Look};
 use super::violation::Violation;
-use crate::snapshot::Snapshot;
+use crate::run_snapshot::RunSnapshot;
 
 /// Examines snapshots in the order they are handed over, on its own thread.
 #[derive(Debug)]
 pub struct Worker {
     tasks: Option<Sender<Task>>,
     violations: Receiver<Violation>,
-    counters: Arc<Counters>,
+    counters: Arc<WorkerCounters>,
     handed_over: u64,
     thread: Option<JoinHandle<()>>,
 }
 
 #[derive(Debug)]
 enum Task {
-    First(Arc<Snapshot>, Look),
-    Last(Arc<Snapshot>, Option<Arc<Snapshot>>),
+    First(Arc<RunSnapshot>, Look),
+    Last(Arc<RunSnapshot>, Option<Arc<RunSnapshot>>),
 }
 
 /// Statistics, and how far the thread is: nothing else is ordered by them.
 #[derive(Debug, Default)]
-struct Counters {
+struct WorkerCounters {
     tasks_done: AtomicU64,
     checked: AtomicU64,
     pages: AtomicU64,
@@ -61,7 +61,7 @@ impl Worker {
     pub fn start(mut examiner: Examiner) -> io::Result<Self> {
         let (tasks, todo) = mpsc::channel::<Task>();
         let (report, violations) = mpsc::channel();
-        let counters = Arc::new(Counters::default());
+        let counters = Arc::new(WorkerCounters::default());
         let count = Arc::clone(&counters);
         let thread = thread::Builder::new()
             .name("checker".to_owned())
@@ -95,13 +95,13 @@ impl Worker {
     }
 
     /// Hands over a new snapshot.
-    pub fn first_look(&mut self, snapshot: &Arc<Snapshot>, look: Look) {
+    pub fn first_look(&mut self, snapshot: &Arc<RunSnapshot>, look: Look) {
         self.hand_over(Task::First(Arc::clone(snapshot), look));
     }
 
-    /// Hands over a snapshot that nobody needs any more: it is looked at once more and dropped. `heir` is one that lives
-    /// on, if there is one whose parent this is.
-    pub fn last_look(&mut self, snapshot: Arc<Snapshot>, heir: Option<&Arc<Snapshot>>) {
+    /// Hands over a snapshot for its last look, after which it is dropped. `heir` is a snapshot that stays,
+    /// and whose parent this one is, if there is one.
+    pub fn last_look(&mut self, snapshot: Arc<RunSnapshot>, heir: Option<&Arc<RunSnapshot>>) {
         self.hand_over(Task::Last(snapshot, heir.cloned()));
     }
 

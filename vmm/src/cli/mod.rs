@@ -131,7 +131,7 @@ impl Failure {
             Self::Config(_) => Some("vmm --help explains every flag"),
             Self::NoScenario { .. } => Some("vmm compare --list has them all"),
             Self::Guest { .. }
-            | Self::Run(session::RunError::Build(session::BuildError::Image { .. })) => {
+            | Self::Run(session::RunError::Build(session::PayloadVmError::Image { .. })) => {
                 Some("--guest takes `payload`, or the path of a static ELF")
             }
             Self::Run(_) | Self::Limits(_) | Self::NotPlayed { .. } => {

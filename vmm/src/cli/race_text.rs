@@ -15,7 +15,8 @@ pub(super) fn render(race: &Race, races: &[Raced]) -> String {
         format!(", dirty tracking every {}", exact_time(every))
     });
     let mut text = format!(
-        "the race: {} under each policy; {}, {} vcpus, {} devices,\n  a snapshot every {}{tracking}; seed {}\n",
+        "the race: {} under each policy; {}, {} vcpus, {} devices,\n  \
+         a snapshot every {}{tracking}; seed {}\n",
         exact_time(race.duration),
         bytes(race.memory),
         race.vcpus,

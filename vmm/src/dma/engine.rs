@@ -3,7 +3,7 @@
 //! # Waking
 //! The thread sleeps in a read of one eventfd. The guest's ioeventfd adds 1 to it, everybody here adds
 //! [`WORK`], so that the value read says whether the guest rang. Before it sleeps the thread says so under
-//! the lock: who finds it awake need not wake it. A busy device costs no system calls; a device without work, no time.
+//! the lock: who finds it awake need not wake it. A busy device costs no system calls, an idle one no time.
 //!
 //! # Stopping
 //! ```text
@@ -13,8 +13,8 @@
 //!      '-------------------------------- resume ------------------------------------------'
 //! ```
 //! A device between requests is stopped by the change of state alone: its thread is not woken, nor waited
-//! for. One in the middle of a transfer publishes it while `Stopping`; if it comes too late for that, it keeps the
-//! completion to itself until it is resumed, and the request is *in flight*.
+//! for. One in the middle of a transfer publishes it while `Stopping`; if it comes too late for that, it
+//! keeps the completion to itself until it is resumed, and the request is *in flight*.
 
 use std::collections::VecDeque;
 use std::io;
@@ -24,14 +24,16 @@ use std::time::Instant;
 use guest::abi::{AREA_AVAIL, AREA_DESC, AREA_USED, QUEUE_SIZE};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::error::{DmaError, StartError};
+use super::locked::{Current, DevicePhase, LockedState, Transferred};
 use super::registered::Registered;
-use super::request::{Data, Direction, Job, Outcome, Request};
+use super::request::{Data, Request, RequestAction, RequestOutcome};
 use super::state::{DeviceRestoreError, DeviceState};
 use super::stats::{DeviceStats, Mismatch, Mismatches};
 use super::transfer::{Buffer, Words};
+use palimpsest::causes::Cause;
 use palimpsest::device::{Quiesce, Ring, RingError, RingLayout};
-use palimpsest::host::{Ram, RamError};
-use palimpsest::mm::PinError;
+use palimpsest::host::Ram;
 use palimpsest::saved::Saved;
 
 /// What is added to the eventfd to wake the thread, and is no doorbell. Doorbells are the bits below it.
@@ -41,112 +43,22 @@ const WORK: u64 = 1 << 32;
 /// they wait there.
 const MAX_OUTSTANDING: usize = QUEUE_SIZE as usize;
 
-/// Why devices could not be started.
-#[derive(Debug, thiserror::Error)]
-pub enum StartError {
-    /// The device area is no place for a queue.
-    #[error("there is no room for a device's queue at {area:#x}")]
-    Area {
-        /// Where it should have been.
-        area: u64,
-        /// What is wrong with it.
-        source: virtio_queue::Error,
-    },
-    /// No eventfd.
-    #[error("cannot create a device's doorbell")]
-    EventFd(#[source] io::Error),
-    /// No thread.
-    #[error("cannot start a device's thread")]
-    Thread(#[source] io::Error),
-}
-
-/// A device could not go on with a request for a reason that is not the guest's. The request stays unanswered.
-#[derive(Debug, thiserror::Error)]
-pub enum DeviceError {
-    /// No memory for the pins of a request.
-    #[error("device {device} cannot pin a request's memory")]
-    Request {
-        /// The device.
-        device: u64,
-        /// Why.
-        source: PinError,
-    },
-    /// No memory for the pins of the ring.
-    #[error("device {device} cannot pin its ring")]
-    Ring {
-        /// The device.
-        device: u64,
-        /// Why.
-        source: RamError,
-    },
-    /// The device's eventfd does not work. The device is dead.
-    #[error("device {device} cannot wait for its doorbell")]
-    Doorbell {
-        /// The device.
-        device: u64,
-        /// Why.
-        source: io::Error,
-    },
-}
-
 /// A DMA engine behind a virtqueue.
 pub struct Device {
     index: u64,
     seed: u64,
     ram: Ram,
     wake: EventFd,
-    state: Mutex<State>,
+    state: Mutex<LockedState>,
     /// Signalled when a transfer ends while somebody stops the device.
     boundary: Condvar,
-    /// Every transfer passes it before it touches data: a test that holds it has the device in the middle of one.
+    /// Every transfer takes it before it touches data: a test that holds it keeps the device in a transfer.
     #[cfg(test)]
     gate: Mutex<()>,
 }
 
-/// All that changes in a device. Whoever holds the lock sees no request half published.
-struct State {
-    ring: Ring,
-    registered: Registered,
-    /// Taken, in order.
-    pending: VecDeque<Request>,
-    /// The one before those.
-    current: Current,
-    phase: Phase,
-    /// How many want it stopped.
-    stops: usize,
-    /// The available ring is to be looked at.
-    rung: bool,
-    /// The thread sleeps, or is about to: it must be woken to see anything.
-    asleep: bool,
-    quit: bool,
-    stats: DeviceStats,
-    mismatches: Mismatches,
-    error: Option<DeviceError>,
-}
-
-enum Current {
-    None,
-    /// The thread has it: the chain that begins at this descriptor.
-    Transferring(u16),
-    /// Transferred too late to be published before the device was stopped.
-    Transferred(Transferred),
-}
-
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Phase {
-    Running,
-    Stopping,
-    Stopped,
-}
-
-/// A request whose data has been dealt with.
-struct Transferred {
-    request: Request,
-    outcome: Outcome,
-}
-
 /// A request and the registered buffer it is about, if it is.
-struct Work {
+struct BegunRequest {
     request: Request,
     registered: Option<Arc<Buffer>>,
 }
@@ -165,12 +77,12 @@ impl Device {
             seed,
             ram: ram.clone(),
             wake: EventFd::new(libc::EFD_CLOEXEC).map_err(StartError::EventFd)?,
-            state: Mutex::new(State {
+            state: Mutex::new(LockedState {
                 ring,
                 registered: Registered::default(),
                 pending: VecDeque::new(),
                 current: Current::None,
-                phase: Phase::Running,
+                phase: DevicePhase::Running,
                 stops: 0,
                 rung: false,
                 asleep: false,
@@ -195,15 +107,15 @@ impl Device {
         &self.wake
     }
 
-    /// The guest rang by an exit: takes the requests and pins their buffers on this thread, which is the vCPU's. The
-    /// device's thread transfers them. If the device is stopped, all of that is left for later.
+    /// The guest rang by an exit: takes the requests and pins their buffers on this thread, which is the
+    /// vCPU's. The device's thread transfers them. If the device is stopped, all of that is left for later.
     pub fn ring_from_vcpu(&self) {
         let mut state = self.lock();
         if state.quit {
             return;
         }
         state.rung = true;
-        if state.phase == Phase::Running {
+        if state.phase == DevicePhase::Running {
             self.take(&mut state);
             if state.has_work() {
                 self.wake_if_asleep(&mut state);
@@ -224,7 +136,7 @@ impl Device {
         self.lock().mismatches.drain()
     }
 
-    pub(super) fn take_error(&self) -> Option<DeviceError> {
+    pub(super) fn take_error(&self) -> Option<DmaError> {
         self.lock().error.take()
     }
 
@@ -232,8 +144,8 @@ impl Device {
         &self.ram
     }
 
-    /// Critical sections leave a legal state at each step, so that one that panicked does not spoil it for others.
-    fn lock(&self) -> MutexGuard<'_, State> {
+    /// A critical section leaves a legal state at each step: one that has panicked is no reason to stop.
+    fn lock(&self) -> MutexGuard<'_, LockedState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -241,9 +153,9 @@ impl Device {
     pub(super) fn run(&self) {
         let mut state = self.lock();
         while !state.quit {
-            if let Some(work) = self.next(&mut state) {
+            if let Some(begun) = self.next(&mut state) {
                 drop(state);
-                let transferred = self.transfer(work);
+                let transferred = self.transfer(begun);
                 state = self.lock();
                 self.finish(&mut state, transferred);
                 continue;
@@ -257,7 +169,7 @@ impl Device {
                 Ok(value) => state.rung |= value % WORK != 0,
                 Err(source) => {
                     let device = self.index;
-                    state.fail(DeviceError::Doorbell { device, source });
+                    state.fail(DmaError::Doorbell { device, source });
                     return;
                 }
             }
@@ -273,18 +185,18 @@ impl Device {
         }
     }
 
-    fn wake_if_asleep(&self, state: &mut State) {
+    fn wake_if_asleep(&self, state: &mut LockedState) {
         if std::mem::take(&mut state.asleep)
             && let Err(source) = self.wake.write(WORK)
         {
             let device = self.index;
-            state.fail(DeviceError::Doorbell { device, source });
+            state.fail(DmaError::Doorbell { device, source });
         }
     }
 
     /// Publishes what is late, takes what is available, and begins the next request.
-    fn next(&self, state: &mut State) -> Option<Work> {
-        if state.phase != Phase::Running {
+    fn next(&self, state: &mut LockedState) -> Option<BegunRequest> {
+        if state.phase != DevicePhase::Running {
             return None;
         }
         // The thread is here, so it is not transferring.
@@ -296,21 +208,21 @@ impl Device {
         }
         let request = state.pending.pop_front()?;
         state.current = Current::Transferring(request.head);
-        let registered = match request.job {
-            Job::Transfer {
+        let registered = match request.action {
+            RequestAction::Transfer {
                 data: Data::Registered(index),
                 ..
             } => state.registered.get(index),
             _ => None,
         };
-        Some(Work {
+        Some(BegunRequest {
             request,
             registered,
         })
     }
 
     /// Takes what is available, as far as there is room. The guest rang.
-    fn take(&self, state: &mut State) {
+    fn take(&self, state: &mut LockedState) {
         let room = MAX_OUTSTANDING - state.outstanding();
         if room == 0 {
             return;
@@ -322,12 +234,12 @@ impl Device {
             Err(RingError::Nonsense) => state.stats.bad_doorbells += 1,
             Err(RingError::Pin(source)) => {
                 let device = self.index;
-                state.fail(DeviceError::Ring { device, source });
+                state.fail(DmaError::Ring { device, source });
             }
         }
     }
 
-    fn take_at_most(&self, state: &mut State, most: usize) -> Result<usize, RingError> {
+    fn take_at_most(&self, state: &mut LockedState, most: usize) -> Result<usize, RingError> {
         let mut failed = None;
         let taken = state.ring.take(&self.ram, most, |chain| {
             let (request, error) = Request::parse(&self.ram, chain);
@@ -336,21 +248,21 @@ impl Device {
         });
         if let Some(source) = failed {
             let device = self.index;
-            state.fail(DeviceError::Request { device, source });
+            state.fail(DmaError::Request { device, source });
         }
         taken
     }
 
     /// Deals with the data of a request. No lock is held.
-    fn transfer(&self, work: Work) -> Transferred {
+    fn transfer(&self, begun: BegunRequest) -> Transferred {
         #[cfg(test)]
         drop(self.hold_transfers());
-        let Work {
+        let BegunRequest {
             request,
             registered,
-        } = work;
-        let outcome = match &request.job {
-            Job::Transfer { direction, data } => {
+        } = begun;
+        let outcome = match &request.action {
+            RequestAction::Transfer { direction, data } => {
                 let buffers = match data {
                     Data::Streamed(buffers) => Some(buffers.as_slice()),
                     Data::Registered(_) => registered
@@ -359,10 +271,12 @@ impl Device {
                         .map(std::slice::from_ref),
                 };
                 let words = Words::new(self.seed, self.index, request.seq);
-                buffers.map_or(Outcome::BadRequest, |b| direction.transfer(words, b))
+                buffers.map_or(RequestOutcome::BadRequest, |b| direction.transfer(words, b))
             }
-            Job::Register { .. } | Job::Unregister { .. } => Outcome::Done { bytes: 0 },
-            Job::Bad | Job::Unanswerable => Outcome::BadRequest,
+            RequestAction::Register { .. } | RequestAction::Unregister { .. } => {
+                RequestOutcome::Done { bytes: 0 }
+            }
+            RequestAction::Bad | RequestAction::Unanswerable => RequestOutcome::BadRequest,
         };
         Transferred { request, outcome }
     }
@@ -374,37 +288,39 @@ impl Device {
     }
 
     /// The thread is back from a transfer.
-    fn finish(&self, state: &mut State, transferred: Transferred) {
-        if state.phase == Phase::Stopped {
+    fn finish(&self, state: &mut LockedState, transferred: Transferred) {
+        if state.phase == DevicePhase::Stopped {
             state.current = Current::Transferred(transferred);
         } else {
             self.publish(state, transferred);
             state.current = Current::None;
         }
-        if state.phase != Phase::Running {
+        if state.phase != DevicePhase::Running {
             self.boundary.notify_all();
         }
     }
 
     /// Answers a request: status, then used entry. Its pins go after that.
-    fn publish(&self, state: &mut State, transferred: Transferred) {
+    fn publish(&self, state: &mut LockedState, transferred: Transferred) {
         let Transferred { request, outcome } = transferred;
-        if matches!(request.job, Job::Unanswerable) {
+        if matches!(request.action, RequestAction::Unanswerable) {
             return;
         }
         let used = match state.ring.pin_used(&self.ram) {
             Ok(used) => used,
             Err(source) => {
                 let device = self.index;
-                state.fail(DeviceError::Ring { device, source });
+                state.fail(DmaError::Ring { device, source });
                 return;
             }
         };
-        let outcome = match &request.job {
-            Job::Register { index, buffer } if !state.registered.add(*index, buffer) => {
-                Outcome::BadRequest
+        let outcome = match &request.action {
+            RequestAction::Register { index, buffer } if !state.registered.add(*index, buffer) => {
+                RequestOutcome::BadRequest
             }
-            Job::Unregister { index } if !state.registered.remove(*index) => Outcome::BadRequest,
+            RequestAction::Unregister { index } if !state.registered.remove(*index) => {
+                RequestOutcome::BadRequest
+            }
             _ => outcome,
         };
         state.account(self.index, &request, outcome);
@@ -461,8 +377,8 @@ impl Device {
     }
 
     /// Whether it is stopped, and nothing is being transferred: it touches no memory.
-    fn check_quiet(&self, state: &State) -> Result<(), DeviceRestoreError> {
-        if state.phase == Phase::Stopped && !state.is_transferring() {
+    fn check_quiet(&self, state: &LockedState) -> Result<(), DeviceRestoreError> {
+        if state.phase == DevicePhase::Stopped && !state.is_transferring() {
             return Ok(());
         }
         let device = self.index;
@@ -500,13 +416,13 @@ impl Device {
 }
 
 impl Quiesce for Device {
-    /// A device that is between requests is stopped at once, without its thread. While devices are stopped an ioeventfd may be
-    /// signalled; it is answered after.
+    /// A device that is between requests is stopped at once, without its thread. While devices are stopped an
+    /// ioeventfd may be signalled; it is answered after.
     fn begin_stop(&self) {
         let mut state = self.lock();
         state.stops += 1;
-        if state.phase == Phase::Running {
-            state.phase = Phase::Stopping;
+        if state.phase == DevicePhase::Running {
+            state.phase = DevicePhase::Stopping;
         }
     }
 
@@ -523,7 +439,7 @@ impl Quiesce for Device {
                 .unwrap_or_else(PoisonError::into_inner)
                 .0;
         }
-        state.phase = Phase::Stopped;
+        state.phase = DevicePhase::Stopped;
         matches!(state.current, Current::None)
     }
 
@@ -531,7 +447,7 @@ impl Quiesce for Device {
         let mut state = self.lock();
         state.stops -= 1;
         if state.stops == 0 {
-            state.phase = Phase::Running;
+            state.phase = DevicePhase::Running;
             if state.has_work() {
                 self.wake_if_asleep(&mut state);
             }
@@ -543,78 +459,15 @@ impl Quiesce for Device {
     }
 
     /// All chains that were not completed go back to the ring.
-    fn release(&self) -> Result<(), palimpsest::causes::Cause> {
+    fn release(&self) -> Result<(), Cause> {
         let mut state = self.lock();
         self.check_quiet(&state)?;
         state.give_back();
         Ok(())
     }
 
-    fn restore(&self, state: &Saved) -> Result<(), palimpsest::causes::Cause> {
+    fn restore(&self, state: &Saved) -> Result<(), Cause> {
         Ok(self.become_again(&DeviceState::of_saved(state)?)?)
-    }
-}
-
-impl State {
-    fn is_transferring(&self) -> bool {
-        matches!(self.current, Current::Transferring(_))
-    }
-
-    fn has_work(&self) -> bool {
-        self.rung || !self.pending.is_empty() || matches!(self.current, Current::Transferred(_))
-    }
-
-    /// Chains taken and not completed.
-    fn outstanding(&self) -> usize {
-        self.pending.len() + usize::from(!matches!(self.current, Current::None))
-    }
-
-    /// What was given back will be taken again: the ring is to be looked at, whoever rang for it. So it is with
-    /// a doorbell that a restored guest had rung just before its snapshot.
-    fn give_back(&mut self) {
-        self.ring.give_back(self.outstanding());
-        self.pending.clear();
-        self.current = Current::None;
-        self.rung = true;
-    }
-
-    fn account(&mut self, device: u64, request: &Request, outcome: Outcome) {
-        let stats = &mut self.stats;
-        match outcome {
-            Outcome::Done { bytes } => stats.bytes += bytes,
-            Outcome::Mismatch(wrong) => {
-                stats.mismatches += 1;
-                stats.bytes += wrong.offset;
-                self.mismatches.push(Mismatch {
-                    device,
-                    seq: request.seq,
-                    offset: wrong.offset,
-                    gpa: wrong.gpa,
-                    expected: wrong.expected,
-                    found: wrong.found,
-                });
-            }
-            Outcome::BadRequest => {
-                stats.bad_requests += 1;
-                return;
-            }
-        }
-        match request.job {
-            Job::Transfer {
-                direction: Direction::ToGuest,
-                ..
-            } => stats.to_guest += 1,
-            Job::Transfer {
-                direction: Direction::FromGuest,
-                ..
-            } => stats.from_guest += 1,
-            _ => {}
-        }
-    }
-
-    /// Keeps the first error: the others follow from it.
-    fn fail(&mut self, error: DeviceError) {
-        self.error.get_or_insert(error);
     }
 }
 

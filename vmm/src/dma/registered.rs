@@ -62,8 +62,8 @@ impl Registered {
             .collect()
     }
 
-    /// Makes these the registered buffers. Those that are held already stay pinned: a restore in place wrote into
-    /// their frames. The rest is released, or pinned in memory as it is now.
+    /// Makes these the registered buffers. Those that are held already stay pinned: a restore in place wrote
+    /// into their frames. The rest is released, or pinned in memory as it is now.
     pub(super) fn restore(
         &mut self,
         ram: &Ram,

@@ -33,24 +33,19 @@ pub(super) struct Request {
     pub(super) seq: u64,
     /// Where the guest waits for the answer, if it said so.
     pub(super) status: Option<PinnedBuffer>,
-    pub(super) job: Job,
+    pub(super) action: RequestAction,
 }
 
 /// What there is to do.
-pub(super) enum Job {
+pub(super) enum RequestAction {
     Transfer {
-        direction: Direction,
+        direction: TransferDirection,
         data: Data,
     },
     /// Keep the buffer under this index.
-    Register {
-        index: u32,
-        buffer: Arc<Buffer>,
-    },
+    Register { index: u32, buffer: Arc<Buffer> },
     /// Release the buffer under this index.
-    Unregister {
-        index: u32,
-    },
+    Unregister { index: u32 },
     /// Nothing: it made no sense.
     Bad,
     /// Nothing: there was no memory for its pins. It keeps its place, and is never answered.
@@ -58,7 +53,7 @@ pub(super) enum Job {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Direction {
+pub(super) enum TransferDirection {
     ToGuest,
     FromGuest,
 }
@@ -71,13 +66,13 @@ pub(super) enum Data {
 
 /// How a request ended.
 #[derive(Clone, Copy)]
-pub(super) enum Outcome {
+pub(super) enum RequestOutcome {
     Done { bytes: u64 },
     Mismatch(WrongWord),
     BadRequest,
 }
 
-impl Direction {
+impl TransferDirection {
     /// What the data must be pinned for.
     fn access(self) -> Access {
         match self {
@@ -92,16 +87,16 @@ impl Direction {
     }
 
     /// Moves the data of a request, all of it or up to the first wrong word.
-    pub(super) fn transfer(self, words: Words, buffers: &[Buffer]) -> Outcome {
+    pub(super) fn transfer(self, words: Words, buffers: &[Buffer]) -> RequestOutcome {
         let bytes = buffers.iter().map(Buffer::len).sum();
         match self {
             Self::ToGuest => {
                 words.write(buffers);
-                Outcome::Done { bytes }
+                RequestOutcome::Done { bytes }
             }
             Self::FromGuest => words
                 .compare(buffers)
-                .map_or(Outcome::Done { bytes }, Outcome::Mismatch),
+                .map_or(RequestOutcome::Done { bytes }, RequestOutcome::Mismatch),
         }
     }
 }
@@ -132,12 +127,12 @@ impl Request {
             head: chain.head_index(),
             seq: 0,
             status: None,
-            job: Job::Bad,
+            action: RequestAction::Bad,
         };
         match request.fill(ram, &mut chain) {
             Ok(()) | Err(Refused::BadRequest) => (request, None),
             Err(Refused::Pin(error)) => {
-                request.job = Job::Unanswerable;
+                request.action = RequestAction::Unanswerable;
                 (request, Some(error))
             }
         }
@@ -159,56 +154,58 @@ impl Request {
             return Err(Refused::BadRequest);
         }
         let direction = match kind {
-            RequestKind::ToGuest | RequestKind::RegisteredToGuest => Direction::ToGuest,
-            _ => Direction::FromGuest,
+            RequestKind::ToGuest | RequestKind::RegisteredToGuest => TransferDirection::ToGuest,
+            _ => TransferDirection::FromGuest,
         };
-        self.job = match kind {
-            RequestKind::ToGuest | RequestKind::FromGuest => Job::Transfer {
+        self.action = match kind {
+            RequestKind::ToGuest | RequestKind::FromGuest => RequestAction::Transfer {
                 direction,
                 data: Data::Streamed(pin_data(ram, data, direction)?),
             },
-            RequestKind::RegisteredToGuest | RequestKind::RegisteredFromGuest => Job::Transfer {
-                direction,
-                data: Data::Registered(header.buffer),
-            },
+            RequestKind::RegisteredToGuest | RequestKind::RegisteredFromGuest => {
+                RequestAction::Transfer {
+                    direction,
+                    data: Data::Registered(header.buffer),
+                }
+            }
             // For reading and for writing.
-            RequestKind::Register => Job::Register {
+            RequestKind::Register => RequestAction::Register {
                 index: header.buffer,
                 buffer: Arc::new(pin_registration(ram, &header, Access::Write)?),
             },
-            RequestKind::RegisterForReading => Job::Register {
+            RequestKind::RegisterForReading => RequestAction::Register {
                 index: header.buffer,
                 buffer: Arc::new(pin_registration(ram, &header, Access::Read)?),
             },
-            RequestKind::Unregister => Job::Unregister {
+            RequestKind::Unregister => RequestAction::Unregister {
                 index: header.buffer,
             },
         };
         Ok(())
     }
 
-    /// Writes the status, if there is a place for it. Returns how many bytes of the chain were written in all.
-    pub(super) fn answer(&self, outcome: Outcome) -> u32 {
+    /// Writes the status, if there is a place for it. Returns how many bytes of the chain were written.
+    pub(super) fn answer(&self, outcome: RequestOutcome) -> u32 {
         let Some(status) = &self.status else {
             return 0;
         };
         let (code, offset) = match outcome {
-            Outcome::Done { .. } => (STATUS_OK, 0),
-            Outcome::Mismatch(wrong) => (STATUS_MISMATCH, wrong.offset),
-            Outcome::BadRequest => (STATUS_BAD_REQUEST, 0),
+            RequestOutcome::Done { .. } => (STATUS_OK, 0),
+            RequestOutcome::Mismatch(wrong) => (STATUS_MISMATCH, wrong.offset),
+            RequestOutcome::BadRequest => (STATUS_BAD_REQUEST, 0),
         };
         // `Status` as two words: `seq`, then `code` and `offset`.
         let words = [self.seq, u64::from(code) | offset << 32];
         for slice in status.slices() {
             slice.copy_from(&words);
         }
-        let data = match (&self.job, outcome) {
+        let data = match (&self.action, outcome) {
             (
-                Job::Transfer {
-                    direction: Direction::ToGuest,
+                RequestAction::Transfer {
+                    direction: TransferDirection::ToGuest,
                     data: Data::Streamed(_),
                 },
-                Outcome::Done { bytes },
+                RequestOutcome::Done { bytes },
             ) => bytes,
             _ => 0,
         };
@@ -252,9 +249,14 @@ fn read_header(ram: &Ram, first: &Descriptor) -> Result<RequestHeader, Refused> 
     })
 }
 
-fn pin_data(ram: &Ram, data: &[Descriptor], direction: Direction) -> Result<Vec<Buffer>, Refused> {
-    let is_sound =
-        |d: &Descriptor| d.len() > 0 && d.is_write_only() == (direction == Direction::ToGuest);
+fn pin_data(
+    ram: &Ram,
+    data: &[Descriptor],
+    direction: TransferDirection,
+) -> Result<Vec<Buffer>, Refused> {
+    let is_sound = |d: &Descriptor| {
+        d.len() > 0 && d.is_write_only() == (direction == TransferDirection::ToGuest)
+    };
     let total: u64 = data.iter().map(|d| u64::from(d.len())).sum();
     if total > MAX_DATA || !data.iter().all(is_sound) {
         return Err(Refused::BadRequest);

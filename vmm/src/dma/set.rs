@@ -6,13 +6,14 @@ use std::thread::{self, JoinHandle};
 
 use guest::abi::Layout;
 
-use super::engine::{Device, DeviceError, StartError};
+use super::engine::Device;
+use super::error::{DmaError, StartError};
 use super::stats::{DeviceStats, Mismatch};
 use palimpsest::device::Quiesce;
 use palimpsest::host::Ram;
 
-/// The devices of a VM, each with its thread. Dropping it ends the threads and releases all pins, whoever has a
-/// [`Device`] still. Such a device does nothing any more, but holds the address space.
+/// The devices of a VM, each with its thread. Dropping it ends the threads and releases all pins, whoever has
+/// a [`Device`] still. Such a device does nothing any more, but holds the address space.
 pub struct DeviceSet {
     devices: Vec<Arc<Device>>,
     threads: Vec<JoinHandle<()>>,
@@ -66,7 +67,7 @@ impl DeviceSet {
 
     /// The first error of a device since the last call. The run makes no sense after one: a request of
     /// the guest stays unanswered.
-    pub fn take_error(&self) -> Option<DeviceError> {
+    pub fn take_error(&self) -> Option<DmaError> {
         self.devices.iter().find_map(|d| d.take_error())
     }
 }

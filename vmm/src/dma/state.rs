@@ -15,7 +15,8 @@ pub struct DeviceState {
     /// First descriptors of the chains that were taken and not begun, in order.
     pub pending: Vec<u16>,
     /// First descriptor of the chain that was begun and not completed: the device did not reach a boundary in
-    /// time. Its data may be in part what it was, in part what it will be; its status and used entry are not written.
+    /// time. Its data may be in part what it was, in part what it will be; its status and used entry are not
+    /// written.
     pub in_flight: Option<u16>,
     /// The registered buffers.
     pub registered: Vec<RegisteredState>,

@@ -1,9 +1,9 @@
 //! Data words to and from pinned guest memory.
 //!
-//! The data of a request is a sequence of 64-bit words, given by a formula. It lies in buffers that may begin and
-//! end at any byte, so a word may be cut between two of them, or between two pages. Whole words are
-//! moved by one volatile access each; of a cut word every piece is moved for itself. The guest reads and
-//! writes around, and at, the same bytes all the while.
+//! The data of a request is a sequence of 64-bit words, given by a formula. It lies in buffers that may begin
+//! and end at any byte, so a word may be cut between two of them, or between two pages. Whole words are moved
+//! by one volatile access each; of a cut word every piece is moved for itself. The guest reads and writes
+//! around, and at, the same bytes all the while.
 
 use guest::formula::{buffer_word_from_key, dma_key};
 use vm_memory::VolatileSlice;
@@ -13,8 +13,8 @@ use palimpsest::mm::Access;
 
 /// The most bytes of data in a request, and in a registered buffer.
 pub(super) const MAX_DATA: u64 = 1 << 20;
-/// Words moved between two looks at the formula: enough to be fast, and few enough that a guest writing beside
-/// them gets in between.
+/// Words moved between two looks at the formula: enough to be fast, and few enough that a guest writing
+/// beside them gets in between.
 const CHUNK_WORDS: usize = 64;
 
 /// Pinned bytes of guest memory, and where the guest sees them.

@@ -4,7 +4,7 @@ use std::io;
 
 use super::Finding;
 use crate::session::config::{Config, Size};
-use crate::session::need::{Need, Plan, largest_guest};
+use crate::session::need::{MemoryPlan, Need, largest_guest};
 use palimpsest::host::{Limits, PhysMap, Room};
 
 pub(super) fn examine(config: &Config) -> Vec<Finding> {
@@ -21,7 +21,7 @@ pub(super) fn examine(config: &Config) -> Vec<Finding> {
 
 fn room(config: &Config, limits: &Limits) -> Finding {
     let asked = Size(config.memory);
-    let plan = match Plan::new(config, limits) {
+    let plan = match MemoryPlan::new(config, limits) {
         Ok(plan) => plan,
         Err(error) => {
             let advice = match largest_guest(config, limits) {

@@ -1,11 +1,12 @@
 //! The live race under each policy, one after the other, with the same seed.
 //!
 //! The payload and the devices are those of any run. What brings each policy's bug up (PROTOCOL.md 6.3):
-//! * devices hold registered buffers over every snapshot: mapcount shares them with it, and the devices write into it (D2);
+//! * devices hold registered buffers over every snapshot: mapcount shares them with it, and the devices write
+//!   into it (D2);
 //! * dirty tracking write-protects what devices hold, and the guest writes beside it: refcount takes
 //!   the page from under the device (C1, C5);
-//! * buffers are registered for reading while snapshots share their pages, and the guest writes them again: pins that
-//!   do not look at the bit lose the page (E1).
+//! * buffers are registered for reading while snapshots share their pages, and the guest writes them again:
+//!   pins that do not look at the bit lose the page (E1).
 
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
@@ -106,7 +107,7 @@ impl Race {
     }
 }
 
-/// Snapshots in which a wrong policy must have shown. Where the guest is not slow, two or three seconds bring a hundred.
+/// Snapshots in which a wrong policy must have shown: two or three seconds, where the guest is not slow.
 const ENOUGH_SNAPSHOTS: u64 = 20;
 
 impl Raced {
@@ -120,7 +121,7 @@ impl Raced {
         }
     }
 
-    /// Whether there were too few snapshots for the policy to be caught, as it was not.
+    /// Whether the policy was not caught, and there were too few snapshots for that.
     pub fn was_too_short(&self) -> bool {
         self.report.verdict == Verdict::Ok
             && !self.is_as_expected()

@@ -1,14 +1,14 @@
-//! The part of the life oracle that the guest can't see to itself: does it run on after a restore?
+//! The part of the life oracle that the guest can't see to itself: it must run on after a restore.
 //!
-//! How long it may take goes by the guest's own pace, since a host may be emulated and run it at a dozen operations a second; and the
-//! end of a run waits for who is still being waited for.
+//! How long it may take goes by the guest's own pace, since an emulated host may run it at a dozen operations
+//! a second. The end of a run waits for vCPUs that have not run on yet.
 
 use std::time::{Duration, Instant};
 
 use crate::check::{Oracle, Violation};
 
-/// How long each vCPU may take at least for its first operation after a restore. It takes microseconds; the rest is for a
-/// host that is busy with other things.
+/// How long each vCPU may take at least for its first operation after a restore. It takes microseconds; the
+/// rest is for a host that is busy with other things.
 const PATIENCE: Duration = Duration::from_secs(10);
 /// And how often as long as it ever stood still before.
 const TIMES_THE_LONGEST: u32 = 10;
@@ -33,8 +33,9 @@ struct Waiting {
 }
 
 impl LifeWatch {
-    /// The guest was rewound to `snapshot`, where its vCPUs had done `ops` operations. A vCPU that has done nothing since
-    /// the restore before keeps waiting since then: frequent restores must not hide one that stands still.
+    /// The guest was rewound to `snapshot`, where its vCPUs had done `ops` operations. A vCPU that has done
+    /// nothing since the restore before keeps waiting since then: frequent restores must not hide one that
+    /// stands still.
     pub(super) fn rewound(&mut self, snapshot: u64, ops: Vec<u64>) {
         self.waiting.resize(ops.len(), None);
         for (waiting, ops) in self.waiting.iter_mut().zip(ops) {
@@ -73,11 +74,12 @@ impl LifeWatch {
     }
 }
 
-/// Operations after which a device that is driven by a vCPU must have done a request: the driver polls it many times in so many.
+/// Operations after which a device that is driven by a vCPU must have done a request: the driver polls it
+/// many times in so many.
 const ENOUGH_OPS: u64 = 1024;
 
-/// Watches the devices of a guest that was rewound. How long one may take goes by what the vCPU has done that drives it, too: a slow guest
-/// asks for little.
+/// Watches the devices of a guest that was rewound. How long one may take goes by what the vCPU has done that
+/// drives it, too: a slow guest asks for little.
 #[derive(Debug, Default)]
 pub(super) struct DeviceWatch {
     waiting: Vec<Option<WaitingDevice>>,
@@ -96,8 +98,9 @@ struct WaitingDevice {
 }
 
 impl DeviceWatch {
-    /// The guest, whose vCPUs had done `before` operations, was rewound to `snapshot`, where they had done `ops`. Devices have done `requests`
-    /// requests. As with vCPUs, one that has done nothing since the restore before keeps waiting.
+    /// The guest, whose vCPUs had done `before` operations, was rewound to `snapshot`, where they had done
+    /// `ops`. Devices have done `requests` requests. As with vCPUs, one that has done nothing since the
+    /// restore before keeps waiting.
     pub(super) fn rewound(
         &mut self,
         snapshot: u64,

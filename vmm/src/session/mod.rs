@@ -1,7 +1,7 @@
 //! A run: boots a guest, takes, checks and restores snapshots of it while it runs, and reports.
 //!
-//! One thread (the caller's) drives: it takes snapshots when they are due, retires old ones, rewinds, listens to the
-//! guest and tells the [`Observer`]. vCPUs, devices and the checker have threads of their own.
+//! One thread (the caller's) drives: it takes snapshots when they are due, retires old ones, rewinds, listens
+//! to the guest and tells the [`Observer`]. vCPUs, devices and the checker have threads of their own.
 //!
 //! | file | concept |
 //! |---|---|
@@ -12,12 +12,13 @@
 //! | [`progress`] | how it is watched |
 //! | `vm` | the VM, put together |
 //! | `ports` | what the guest writes to its ports |
-//! | `drive` | the loop |
-//! | `life` | does a rewound guest run on? |
+//! | `drive` | a run that goes on: its loop, snapshots, restores, end |
+//! | `life` | whether a rewound guest runs on |
 //! | `occasion` | what an injected fault needs to be seen |
+//! | `faults` | vCPUs and devices that do wrong on purpose |
 //! | `skew` | one vCPU's memory set back, as a fault |
 //! | `stall` | what the guest felt |
-//! | `tracker` | which pages were written |
+//! | `tracker` | dirty tracking beside the run |
 
 pub mod compare;
 pub mod config;
@@ -37,10 +38,10 @@ mod vm;
 use std::sync::atomic::AtomicBool;
 
 use self::config::{Config, Injection};
-use self::need::{NeedError, Plan};
+use self::need::{MemoryPlan, NeedError};
 use self::progress::Observer;
 use self::report::Report;
-pub use self::vm::BuildError;
+pub use self::vm::PayloadVmError;
 use crate::check::inject::{Faulty, PolicyFault};
 use crate::policy::UnderPolicy;
 use palimpsest::host::Limits;
@@ -61,7 +62,7 @@ pub enum RunError {
     Need(#[from] NeedError),
     /// The VM could not be put together.
     #[error(transparent)]
-    Build(#[from] BuildError),
+    Build(#[from] PayloadVmError),
     /// The vCPUs did not start.
     #[error("cannot start the vcpus")]
     Start(#[source] KvmError),
@@ -107,9 +108,9 @@ impl UnderPolicy for Run<'_> {
     fn under<P: CowPolicy>(self, make: fn() -> P) -> Self::Output {
         let kvm = Kvm::open()?;
         let limits = Limits::detect().map_err(RunError::Limits)?;
-        let plan = Plan::new(self.config, &limits)?;
+        let plan = MemoryPlan::new(self.config, &limits)?;
         let (events, inbox) = ports::events();
-        let vm = vm::Vm::build(&kvm, self.config, self.image, make(), plan, events)?;
+        let vm = vm::PayloadVm::build(&kvm, self.config, self.image, make(), plan, events)?;
         drive::Drive::start(vm, self.config, inbox, self.stop, self.observer)?
             .run(P::NAME, kvm.platform())
     }

@@ -100,7 +100,8 @@ impl fmt::Display for Need {
             [guest, copies, tables, checker, program].map(mib);
         write!(
             f,
-            "guest {guest}, copies for one snapshot {copies}, tables {tables}, checker {checker}, program {program}"
+            "guest {guest}, copies for one snapshot {copies}, tables {tables}, checker {checker}, \
+             program {program}"
         )
     }
 }
@@ -157,14 +158,14 @@ pub enum NeedError {
 
 /// What a run takes of the host's memory at most.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Plan {
+pub struct MemoryPlan {
     /// Frames that may have memory at a time.
     pub frames: u64,
     /// Frames of the physmap: those, and the guest's home, which has addresses whether it has memory or not.
     pub physmap: u64,
 }
 
-impl Plan {
+impl MemoryPlan {
     /// What `config` may take within `limits`.
     ///
     /// # Errors
@@ -227,7 +228,7 @@ impl Plan {
     }
 }
 
-impl Plan {
+impl MemoryPlan {
     /// Whether it is less than `config` has a use for: snapshots may have to go early.
     pub fn is_short(&self, config: &Config) -> bool {
         self.frames < wanted(config) / PAGE_SIZE
@@ -243,7 +244,7 @@ pub fn largest_guest(config: &Config, limits: &Limits) -> Option<Size> {
             memory,
             ..config.clone()
         };
-        Plan::new(&config, limits).is_ok()
+        MemoryPlan::new(&config, limits).is_ok()
     };
     let smallest = config.smallest_guest().div_ceil(REGION_SIZE);
     let mut largest = smallest..(config.memory / REGION_SIZE).max(smallest) + 1;
@@ -301,7 +302,7 @@ mod tests {
 
     #[test]
     fn a_large_host_gives_what_is_wanted() {
-        let plan = Plan::new(&guest_of(256), &Limits::of_host(64 << 30)).unwrap();
+        let plan = MemoryPlan::new(&guest_of(256), &Limits::of_host(64 << 30)).unwrap();
         assert_eq!(plan.frames * PAGE_SIZE, 8 * (256 << 20) + EXTRA);
         assert!(plan.physmap * PAGE_SIZE >= plan.frames * PAGE_SIZE + (256 << 20));
     }
@@ -309,7 +310,7 @@ mod tests {
     #[test]
     fn too_little_memory_is_refused_with_the_numbers() {
         let group = Limiter::ControlGroup("/g/memory.max".into());
-        let error = Plan::new(&guest_of(256), &bound(group, 120 << 20)).unwrap_err();
+        let error = MemoryPlan::new(&guest_of(256), &bound(group, 120 << 20)).unwrap_err();
         let text = error.to_string();
         assert!(
             text.starts_with("--memory 256 MiB: this run needs ")
@@ -325,10 +326,10 @@ mod tests {
             let config = guest_of(mib);
             let need = Need::of(&config);
             let least = (need.total().div_ceil(9) + 1) * 10;
-            let plan = Plan::new(&config, &Limits::of_host(least)).unwrap();
+            let plan = MemoryPlan::new(&config, &Limits::of_host(least)).unwrap();
             assert!(plan.frames * PAGE_SIZE >= need.guest + need.copies);
             let less = Limits::of_host(least - 2 * PAGE_SIZE);
-            assert!(Plan::new(&config, &less).is_err());
+            assert!(MemoryPlan::new(&config, &less).is_err());
         }
     }
 
@@ -339,7 +340,7 @@ mod tests {
             ..guest_of(64)
         };
         let room = 4 << 30;
-        let plan = Plan::new(&config, &Limits::of_host(room)).unwrap();
+        let plan = MemoryPlan::new(&config, &Limits::of_host(room)).unwrap();
         let taken = plan.frames * (PAGE_SIZE + FRAME_WORDS) + PROGRAM;
         assert!(taken < room / 10 * 9, "{taken}");
         assert!(taken > room / 10 * 8, "{taken}");
@@ -351,7 +352,7 @@ mod tests {
             keep: usize::MAX,
             ..guest_of(256)
         };
-        let plan = Plan::new(&config, &Limits::of_host(2 << 30)).unwrap();
+        let plan = MemoryPlan::new(&config, &Limits::of_host(2 << 30)).unwrap();
         assert!((512 << 20..2 << 30).contains(&(plan.frames * PAGE_SIZE)));
     }
 
@@ -376,13 +377,15 @@ mod tests {
                     100 << 20
                 },
             );
-            let error = Plan::new(&guest_of(256), &small).unwrap_err().to_string();
+            let error = MemoryPlan::new(&guest_of(256), &small)
+                .unwrap_err()
+                .to_string();
             assert!(error.contains(what), "{error}");
             // Enough for the least, not for all that is wanted.
             let mapped = if by == Limiter::AddressSpace { 2 } else { 1 };
             let enough = bound(by.clone(), mapped << 31);
-            let plan = Plan::new(&guest_of(256), &enough).unwrap();
-            let all = Plan::new(&guest_of(256), &Limits::of_host(64 << 30)).unwrap();
+            let plan = MemoryPlan::new(&guest_of(256), &enough).unwrap();
+            let all = MemoryPlan::new(&guest_of(256), &Limits::of_host(64 << 30)).unwrap();
             assert_eq!(plan.frames < all.frames, by != Limiter::Data);
             assert!(by == Limiter::Data || plan.physmap * PAGE_SIZE <= 2 << 30);
         }
@@ -394,8 +397,8 @@ mod tests {
         let limits = Limits::of_host(200 << 20);
         let largest = largest_guest(&config, &limits).unwrap().0;
         assert!(largest < 100 << 20, "{largest}");
-        assert!(Plan::new(&guest_of(largest >> 20), &limits).is_ok());
-        assert!(Plan::new(&guest_of((largest >> 20) + 2), &limits).is_err());
+        assert!(MemoryPlan::new(&guest_of(largest >> 20), &limits).is_ok());
+        assert!(MemoryPlan::new(&guest_of((largest >> 20) + 2), &limits).is_err());
         assert_eq!(largest_guest(&config, &Limits::of_host(1 << 20)), None);
     }
 }

@@ -1,12 +1,13 @@
-//! The occasion of an injected fault: what guest and devices must have done for its oracle to be able to see it.
+//! The occasion of an injected fault: what guest and devices must have done before its oracle can see it.
 //!
-//! A fault shows only if somebody does something at the right moment: writes to the page that was left writable, completes a request
-//! before the devices are stopped. How long that takes is the host's business: emulated ones run a guest at a dozen operations a second. So
-//! a run with a fault in it goes by what was done, not by the clock: the next step (a snapshot, a restore, the end) waits until the
-//! guest has gone on since the last, and the run is not over before the fault has had its occasion. Without a fault nothing waits.
+//! A fault shows only if somebody does something at the right moment: writes to the page that was left
+//! writable, completes a request before the devices are stopped. How long that takes is the host's business:
+//! emulated ones run a guest at a dozen operations a second. So a run with a fault in it goes by what was
+//! done, not by the clock: the next step (a snapshot, a restore, the end) waits until the guest has gone on
+//! since the last, and the run is not over before the fault has had its occasion. Without one nothing waits.
 //!
-//! Not covered: a guest that does not count its operations as the payload does. The run ends with an error then, since the fault
-//! cannot show.
+//! Not covered: a guest that does not count its operations as the payload does. The run ends with an error
+//! then, since the fault cannot show.
 
 use std::mem::offset_of;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -16,27 +17,28 @@ use std::time::{Duration, Instant};
 use guest::abi::{Layout, STREAM_SLOTS, VcpuPage};
 
 use super::config::Injection;
-use super::vm::Vm;
+use super::vm::PayloadVm;
 use palimpsest::host::Ram;
 use palimpsest::mm::CowPolicy;
 
-/// Operations of each vCPU from one step to the next: with fewer, all of them may have been under way at either.
+/// Operations of each vCPU from one step to the next. Two may have been under way at one step or the other.
 const OPS: u64 = 3;
-/// Requests of each device, by the number of its slots: each slot has had one that was posted after the first snapshot, and checked.
+/// Requests of each device, by the number of its slots: each slot has had one that was posted after the first
+/// snapshot, and checked.
 const ROUNDS: u64 = 4;
 /// How long guest or devices may take for that. It is for hosts that emulate a CPU.
 pub(super) const PATIENCE: Duration = Duration::from_secs(120);
 
 /// What the guest says of how far it is.
 #[derive(Debug)]
-pub(super) struct Counters<'a> {
+pub(super) struct GuestCounters<'a> {
     ram: &'a Ram,
     layout: &'a Layout,
 }
 
-impl<'a> Counters<'a> {
+impl<'a> GuestCounters<'a> {
     /// Those of the guest in `vm`.
-    pub(super) fn of<P: CowPolicy>(vm: &'a Vm<P>) -> Self {
+    pub(super) fn of<P: CowPolicy>(vm: &'a PayloadVm<P>) -> Self {
         Self {
             ram: vm.ram(),
             layout: &vm.layout,
@@ -68,7 +70,7 @@ impl<'a> Counters<'a> {
     }
 }
 
-/// Waits for `event` as long as there is patience. Says whether it has come, or nobody wants to know any more.
+/// Waits for `event`, up to [`PATIENCE`]. Says whether it has come, or the run is to stop.
 pub(super) fn wait_until(stop: &AtomicBool, mut event: impl FnMut() -> bool) -> bool {
     let deadline = Instant::now() + PATIENCE;
     while !event() && !stop.load(Ordering::Relaxed) {
@@ -92,7 +94,7 @@ fn have_gone_on(since: &[u64], now: &[u64]) -> bool {
 pub(super) struct Occasion {
     fault: Option<Injection>,
     /// The last step.
-    last: Step,
+    last: LastStep,
     /// Requests each device had done at the first snapshot.
     first: Option<Vec<u64>>,
     snapshots: u64,
@@ -103,7 +105,7 @@ pub(super) struct Occasion {
 
 /// When it was, and what each vCPU had done by then.
 #[derive(Debug)]
-struct Step {
+struct LastStep {
     at: Instant,
     ops: Vec<u64>,
 }
@@ -114,7 +116,7 @@ impl Occasion {
         Self {
             // A pin that is never released is there to the end.
             fault: fault.filter(|&fault| fault != Injection::LeakPin),
-            last: Step {
+            last: LastStep {
                 at: Instant::now(),
                 ops: vec![0; vcpus as usize],
             },
@@ -140,7 +142,7 @@ impl Occasion {
 
     fn step(&mut self, ops: Vec<u64>) {
         let at = Instant::now();
-        self.last = Step { at, ops };
+        self.last = LastStep { at, ops };
     }
 
     /// Whether the next step may be done.
@@ -154,7 +156,7 @@ impl Occasion {
         self.snapshots >= snapshots && self.restores >= restores
     }
 
-    /// Whether it is a restore that it waits for. At the end of a run none comes by itself, however seldom they are.
+    /// Whether it is a restore that it waits for. At the end of a run none comes by itself.
     pub(super) fn lacks_a_restore(&self) -> bool {
         let (snapshots, restores) = self.needs();
         self.snapshots >= snapshots && self.restores < restores
@@ -173,7 +175,7 @@ impl Occasion {
         }
     }
 
-    /// Whether the run may end. Devices have done `requests` requests, each of which has `slots` slots for them.
+    /// Whether the run may end, when vCPUs have done `ops` operations and devices `requests` requests.
     pub(super) fn is_over(&self, ops: &[u64], requests: &[u64], layout: &Layout) -> bool {
         let slots = STREAM_SLOTS + layout.registered;
         let have_gone_round = |first: &Vec<u64>| {

@@ -26,7 +26,7 @@ pub(super) enum Event {
     Console(String),
     /// A check of the guest did not hold.
     Failure(Failure),
-    /// The same, of which it cannot be read what it was about, for that reason.
+    /// A check of the guest did not hold, and what it was cannot be read, for this reason.
     UnreadableFailure(String),
     /// A vCPU has ended.
     Ended(usize, Outcome),

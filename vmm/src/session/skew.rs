@@ -1,7 +1,7 @@
 //! One vCPU's memory, set back to an earlier instant: an injected fault.
 //!
-//! All that is compared with that vCPU's registers alone agrees with them then. That it is not the others' instant, only the marks tell
-//! that vCPUs leave in each other's pages.
+//! All that is compared with that vCPU's registers alone agrees with them then. Only the marks that vCPUs
+//! leave in each other's pages show that the other vCPUs are of another instant.
 
 use std::mem::offset_of;
 
@@ -14,11 +14,11 @@ use palimpsest::kvm::VcpuState;
 
 /// What was in memory before it was set back.
 #[derive(Debug, Default)]
-pub(super) struct SetBack(Vec<(u64, Vec<u8>)>);
+pub(super) struct SkewedMemory(Vec<(u64, Vec<u8>)>);
 
-impl SetBack {
-    /// Sets the pages that vCPU 0 writes back to what they were when it had the registers `older`, by the formula. It has done `done` operations
-    /// since it was booted, or one or two more.
+impl SkewedMemory {
+    /// Sets the pages that vCPU 0 writes back to what they were when it had the registers `older`, by the
+    /// formula. It has done `done` operations since it was booted, or one or two more.
     pub(super) fn new(
         ram: &Ram,
         layout: &Layout,

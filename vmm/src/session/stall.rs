@@ -1,9 +1,9 @@
 //! What the guest felt: the longest gap between two operations of one vCPU around a snapshot.
 //!
 //! The guest measures by its own TSC and keeps the longest gap of each stretch of time
-//! (`guest::abi::VcpuPage::gaps`). A snapshot's stall is the longest gap that ended between it and the one after, faults
-//! that it caused included. The guest keeps times to the stretch, about 2 ms: a gap that ended so little before a snapshot
-//! counts for it too.
+//! (`guest::abi::VcpuPage::gaps`). A snapshot's stall is the longest gap that ended between it and the one
+//! after, faults that it caused included. The guest keeps times to the stretch, about 2 ms: a gap that ended
+//! so little before a snapshot counts for it too.
 
 use std::mem::offset_of;
 use std::time::Duration;
@@ -42,7 +42,7 @@ impl StallMeter {
         self.since = Some(self.stretches(ram));
     }
 
-    /// The guest is about to be rewound, which makes its clock jump. Nothing counts from here to the next snapshot.
+    /// The guest is about to be rewound, and its clock jumps. Nothing counts until the next snapshot.
     pub(super) fn before_restore(&mut self, ram: &Ram) {
         self.finish(ram);
     }

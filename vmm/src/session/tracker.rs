@@ -1,8 +1,8 @@
-//! Dirty tracking of a run: asks again and again which pages were written, beside the running guest, as a live
-//! migration does.
+//! Dirty tracking of a run: asks again and again which pages were written, beside the running guest, as a
+//! live migration does.
 //!
 //! Each round write-protects what is writable without intent to copy: pages that devices hold, too. What the
-//! rounds between two snapshots told is checked against what changed between them.
+//! rounds between two snapshots reported is checked against what changed between them.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -11,8 +11,8 @@ use guest::abi::{Layout, PAGE_SIZE};
 
 use super::config::{Config, Injection};
 use super::report::DirtyCounts;
-use crate::check::{Told, Tracked};
-use crate::snapshot::Snapshot;
+use crate::check::{ReportedDirty, Tracked};
+use crate::run_snapshot::RunSnapshot;
 use palimpsest::mm::{AddressSpace, CowPolicy, Gfn, MmuError};
 
 /// Asks which pages were written.
@@ -24,8 +24,8 @@ pub(super) struct Tracker {
     forgotten: Option<Gfn>,
     pages: u64,
     /// Since the last snapshot.
-    told: Told,
-    last: Option<Arc<Snapshot>>,
+    reported: ReportedDirty,
+    last: Option<Arc<RunSnapshot>>,
     counts: DirtyCounts,
 }
 
@@ -34,14 +34,15 @@ impl Tracker {
     pub(super) fn new(config: &Config, layout: &Layout) -> Option<Self> {
         let every = config.track_dirty?;
         let pages = layout.memory / PAGE_SIZE;
-        // A page that changes with each operation: whatever else is in an answer, this one differs from snapshot to snapshot.
+        // A page that changes with each operation: whatever else is in an answer, this one differs from
+        // snapshot to snapshot.
         let counter = Gfn::of_gpa(layout.vcpu_page(0));
         Some(Self {
             every,
             next: Instant::now() + every,
             forgotten: (config.inject == Some(Injection::ForgetDirty)).then_some(counter),
             pages,
-            told: Told::nothing(pages),
+            reported: ReportedDirty::nothing(pages),
             last: None,
             counts: DirtyCounts::default(),
         })
@@ -58,22 +59,23 @@ impl Tracker {
         self.counts.rounds += 1;
         self.counts.pages += answer.len();
         match self.forgotten {
-            Some(page) => self.told.add_all_but(&answer, page),
-            None => self.told.add(&answer),
+            Some(page) => self.reported.add_all_but(&answer, page),
+            None => self.reported.add(&answer),
         }
         // A round that took long is not made up for by a burst.
         self.next = Instant::now() + self.every;
         Ok(())
     }
 
-    /// A snapshot was taken, and a round at its very instant: what was told since the one before, to be checked.
-    pub(super) fn at(&mut self, snapshot: &Arc<Snapshot>) -> Option<Tracked> {
-        let told = std::mem::replace(&mut self.told, Told::nothing(self.pages));
+    /// A snapshot was taken, and a round at its very instant: what was reported since the
+    /// snapshot before, to be checked.
+    pub(super) fn at(&mut self, snapshot: &Arc<RunSnapshot>) -> Option<Tracked> {
+        let reported = std::mem::replace(&mut self.reported, ReportedDirty::nothing(self.pages));
         let since = self.last.replace(Arc::clone(snapshot))?;
-        Some(Tracked { since, told })
+        Some(Tracked { since, reported })
     }
 
-    /// Lets go of the snapshot that it holds. What is told until the next one is not checked.
+    /// Lets go of the snapshot that it holds. What is reported until the next one is not checked.
     pub(super) fn forget(&mut self) {
         self.last = None;
     }

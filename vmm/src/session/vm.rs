@@ -12,7 +12,7 @@ use palimpsest::snapshot::Parts;
 use palimpsest::vm;
 
 use super::config::{Config, Injection, PageSize, Size};
-use super::need::Plan;
+use super::need::MemoryPlan;
 use super::ports::{Event, Events, Ports};
 use crate::boot;
 use crate::check::Reference;
@@ -21,7 +21,7 @@ use crate::dma::{DeviceSet, StartError};
 
 /// Why a VM could not be put together.
 #[derive(Debug, thiserror::Error)]
-pub enum BuildError {
+pub enum PayloadVmError {
     /// The guest program is no good.
     #[error("--guest {guest}: cannot load it")]
     Image {
@@ -35,7 +35,8 @@ pub enum BuildError {
     Boot(#[from] BootError),
     /// Memory is too small for program, vCPUs and devices.
     #[error(
-        "--memory {} is too small: the guest program ends at {image_end:#x}, and {vcpus} vcpus and {devices} devices must fit above it",
+        "--memory {} is too small: the guest program ends at {image_end:#x}, \
+         and {vcpus} vcpus and {devices} devices must fit above it",
         Size(*memory)
     )]
     Layout {
@@ -69,7 +70,7 @@ pub enum BuildError {
     Devices(#[from] StartError),
 }
 
-impl From<MemoryError> for BuildError {
+impl From<MemoryError> for PayloadVmError {
     fn from(error: MemoryError) -> Self {
         match error {
             MemoryError::Reserve {
@@ -88,7 +89,7 @@ impl From<MemoryError> for BuildError {
 
 /// A virtual machine with the payload's devices. The fields are in the order in which they go.
 #[derive(Debug)]
-pub(super) struct Vm<P: CowPolicy> {
+pub(super) struct PayloadVm<P: CowPolicy> {
     vm: palimpsest::vm::Vm<P>,
     pub(super) devices: Arc<DeviceSet>,
     pub(super) layout: Layout,
@@ -97,17 +98,18 @@ pub(super) struct Vm<P: CowPolicy> {
     entry: u64,
 }
 
-impl<P: CowPolicy> Vm<P> {
-    /// Puts a VM together, with its program loaded; it does not run yet. It takes no more memory than `plan` says.
+impl<P: CowPolicy> PayloadVm<P> {
+    /// Puts a VM together, with its program loaded, that takes as much memory as `plan` says at most. It does
+    /// not run yet.
     pub(super) fn build(
         kvm: &Kvm,
         config: &Config,
         image: Vec<u8>,
         policy: P,
-        plan: Plan,
+        plan: MemoryPlan,
         events: Events,
-    ) -> Result<Self, BuildError> {
-        let no_good = |source| BuildError::Image {
+    ) -> Result<Self, PayloadVmError> {
+        let no_good = |source| PayloadVmError::Image {
             guest: config.guest.to_string(),
             source,
         };
@@ -119,7 +121,7 @@ impl<P: CowPolicy> Vm<P> {
             config.dma_devices,
             config.registered_buffers,
         )
-        .ok_or(BuildError::Layout {
+        .ok_or(PayloadVmError::Layout {
             memory: config.memory,
             image_end: image.end(),
             vcpus: config.vcpus,

@@ -110,12 +110,14 @@ impl Performer for Living {
             }
             Hold::PinRead => {
                 return Err(NotDone::CannotAsk(
-                    "only RDMA, VFIO, vDPA and video devices take a long-term pin for reading; io_uring always pins for writing",
+                    "only RDMA, VFIO, vDPA and video devices take a long-term pin for reading; \
+                     io_uring always pins for writing",
                 ));
             }
             Hold::GetWrite => {
                 return Err(NotDone::CannotAsk(
-                    "O_DIRECT pins since Linux 6.5 (see C2); what still takes FOLL_GET for writing is direct I/O on network file systems",
+                    "O_DIRECT pins since Linux 6.5 (see C2); \
+                     what still takes FOLL_GET for writing is direct I/O on network file systems",
                 ));
             }
         };

@@ -269,14 +269,16 @@ fn a_write_that_the_mmu_refuses_is_an_error() {
     watch.refuses.store(true, Ordering::SeqCst);
     assert_eq!(
         reason(stage.child(&frozen, Exclusive, &wrap)),
-        "cannot map the clone's memory: the window needs more than 77 memory mappings: raise vm.max_map_count \
-         (sysctl -w vm.max_map_count=262144)"
+        "cannot map the clone's memory: the window needs more than 77 memory mappings: \
+         raise vm.max_map_count (sysctl -w vm.max_map_count=262144)"
     );
     assert_eq!(parent.cpu_read(0).unwrap(), 1, "that was not its refusal");
     let refusal = reason(parent.cpu_write(0, 2));
     assert!(
-        refusal
-            .starts_with("the vcpu failed: cannot make frame 0x8 writable for the guest: the window needs more than 77"),
+        refusal.starts_with(
+            "the vcpu failed: cannot make frame 0x8 writable for the guest: \
+                 the window needs more than 77"
+        ),
         "{refusal}"
     );
     watch.refuses.store(false, Ordering::SeqCst);

@@ -9,7 +9,8 @@ use super::template::PLAIN;
 pub(super) const SCENARIOS: &[Scenario] = &[Scenario {
     id: "K1",
     title: "equal pages of parent and child are merged, then both write",
-    about: "Merging shares a frame across address spaces; the first to write gets a copy, the last writes in place.",
+    about: "Merging shares a frame across address spaces; the first to write gets a copy, \
+            the last writes in place.",
     steps: &[
         Write(P, 0),
         Fork,

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use guest::abi::{self, Layout};
 
-use super::super::need::{NeedError, Plan};
+use super::super::need::{MemoryPlan, NeedError};
 use super::{Config, GuestSource, Injection, RunLength, Size};
 use crate::policy::Policy;
 use palimpsest::host::Limits;
@@ -172,7 +172,7 @@ impl Config {
             RunLength::Snapshots(_) => {}
         }
         self.validate_injection()?;
-        Plan::new(self, host)?;
+        MemoryPlan::new(self, host)?;
         Ok(())
     }
 

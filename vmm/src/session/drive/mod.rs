@@ -1,0 +1,172 @@
+//! A run that goes on.
+//!
+//! | file | concept |
+//! |---|---|
+//! | `cycle` | the loop: what is due, and in which order |
+//! | `taking` | taking a snapshot, with the fault that is injected into it |
+//! | `room` | room for snapshots, and which have to go |
+//! | `restoring` | rewinding the guest |
+//! | `guest` | what the guest says |
+//! | `ticking` | what is done every tenth of a second |
+//! | `counts` | how far guest, devices and memory are |
+//! | `end` | how a run ended |
+//! | `finishing` | everything is taken apart, and the report written |
+//! | `random` | choices that a seed repeats |
+
+mod counts;
+mod cycle;
+mod end;
+mod finishing;
+mod guest;
+mod random;
+mod restoring;
+mod room;
+mod taking;
+mod ticking;
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::time::{Duration, Instant};
+
+use hdrhistogram::Histogram;
+
+use self::cycle::TICK;
+use self::random::SplitMix64;
+use super::RunError;
+use super::config::Config;
+use super::life::{DeviceWatch, LifeWatch};
+use super::occasion::Occasion;
+use super::ports::Inbox;
+use super::progress::Observer;
+use super::report::{Report, nanoseconds};
+use super::stall::StallMeter;
+use super::tracker::Tracker;
+use super::vm::PayloadVm;
+use crate::check::{Boot, Examiner, ViolationCounts, Worker};
+use crate::dma::Mismatch;
+use crate::run_snapshot::RunSnapshot;
+use palimpsest::kvm;
+use palimpsest::mm::CowPolicy;
+
+/// A run that goes on.
+pub(super) struct Drive<'a, P: CowPolicy> {
+    config: &'a Config,
+    stop: &'a AtomicBool,
+    observer: &'a mut dyn Observer,
+    vm: PayloadVm<P>,
+    inbox: Inbox,
+    worker: Worker,
+    started: Instant,
+    /// Snapshots that can be restored, oldest first.
+    kept: VecDeque<Arc<RunSnapshot>>,
+    /// The one the VM ran on from.
+    parent: Option<Arc<RunSnapshot>>,
+    taken: u64,
+    restored: u64,
+    /// Snapshots that were to be kept, and had to make room.
+    dropped: u64,
+    /// What was not checked though it must be.
+    unchecked: Vec<String>,
+    /// Messages of the guest that could not be listened to.
+    unheard: u64,
+    in_flight: u64,
+    next_snapshot: Instant,
+    next_tick: Instant,
+    pauses: Histogram<u64>,
+    last_pause: Option<Duration>,
+    stall: StallMeter,
+    life: LifeWatch,
+    device_life: DeviceWatch,
+    /// What is known of the guest since it booted, once it follows the formula.
+    boot: Option<Arc<Boot>>,
+    /// The first snapshot that was taken since.
+    first_of_boot: u64,
+    /// Of the injected fault, if there is one.
+    occasion: Occasion,
+    /// The snapshot taken last is one after which the guest is to be rewound, and has not been.
+    restore_is_due: bool,
+    tracker: Option<Tracker>,
+    /// Operations that restores have undone.
+    ops_undone: u64,
+    recent_ops: (Instant, u64, f64),
+    violations: ViolationCounts,
+    /// The latest last.
+    mismatches: VecDeque<Mismatch>,
+    random: SplitMix64,
+    leaked: bool,
+}
+
+impl<'a, P: CowPolicy> Drive<'a, P> {
+    /// Starts the guest.
+    pub(super) fn start(
+        vm: PayloadVm<P>,
+        config: &'a Config,
+        inbox: Inbox,
+        stop: &'a AtomicBool,
+        observer: &'a mut dyn Observer,
+    ) -> Result<Self, RunError> {
+        let examiner = Examiner::new(
+            config.seed,
+            config.pattern,
+            vm.layout,
+            Arc::clone(vm.frames().physmap()),
+            Arc::clone(vm.frames().pool()),
+        );
+        let worker = Worker::start(examiner).map_err(RunError::Checker)?;
+        let stall = StallMeter::new(vm.layout, vm.machine().tsc_khz());
+        vm.start().map_err(RunError::Start)?;
+        let tracker = Tracker::new(config, &vm.layout);
+        let now = Instant::now();
+        Ok(Self {
+            config,
+            stop,
+            observer,
+            vm,
+            inbox,
+            worker,
+            started: now,
+            kept: VecDeque::new(),
+            parent: None,
+            taken: 0,
+            restored: 0,
+            dropped: 0,
+            unchecked: Vec::new(),
+            unheard: 0,
+            in_flight: 0,
+            next_snapshot: now + config.snapshot_every,
+            next_tick: now + TICK,
+            pauses: nanoseconds(),
+            last_pause: None,
+            stall,
+            life: LifeWatch::default(),
+            device_life: DeviceWatch::default(),
+            boot: None,
+            first_of_boot: 0,
+            occasion: Occasion::new(config.inject, config.vcpus),
+            restore_is_due: false,
+            tracker,
+            ops_undone: 0,
+            recent_ops: (now, 0, 0.0),
+            violations: ViolationCounts::default(),
+            mismatches: VecDeque::new(),
+            random: SplitMix64(config.seed),
+            leaked: false,
+        })
+    }
+
+    /// Runs to the end, takes everything apart, and reports.
+    pub(super) fn run(
+        mut self,
+        policy: &str,
+        platform: &kvm::Platform,
+    ) -> Result<Report, RunError> {
+        let end = self.drive();
+        let duration = self.started.elapsed();
+        self.tick();
+        if end.by.leaves_the_guest_running() {
+            self.await_life();
+        }
+        Ok(self.finish(end, duration, policy, platform))
+    }
+}

@@ -1,0 +1,21 @@
+//! vCPUs and devices that do wrong on purpose, so that an oracle can be seen to notice. A snapshot is given
+//! these, and they pass on what it asks of them to the real ones.
+//!
+//! Each captures too early or too late. What happens in between is up to a call (`run_on`, `go_on`) that
+//! returns when enough has happened: no time is waited for.
+//!
+//! | file | concept |
+//! |---|---|
+//! | `late` | registers are captured after the vCPUs ran on |
+//! | `stale` | registers of one vCPU are from before it ran on |
+//! | `at_large` | devices are not stopped, and have the state from before they ran on |
+
+mod at_large;
+mod late;
+mod stale;
+#[cfg(test)]
+mod tests;
+
+pub(super) use at_large::AtLarge;
+pub(super) use late::Late;
+pub(super) use stale::{Old, Stale};
