@@ -66,8 +66,8 @@ END
 export PROPTEST_RNG_SEED=1 PROPTEST_MAX_SHRINK_ITERS=0 RUST_BACKTRACE=0
 unset CARGO_TARGET_DIR
 
-# Left out: tests; and what is there for model checkers alone, which tests/loom tries (`CowPolicy::WITHOUT`).
+# Left out: tests; and what is there for model checkers alone, which tests/loom tries (`Safeguard::leave_out`).
 cargo mutants --no-config --dir "$package" --in-place --timeout "${MUTANTS_TIMEOUT:-10}" \
     --exclude 'src/tests/**' --exclude 'src/model/**' \
-    --exclude-re 'without|move_writer_in_wrong_order|goes_wrong|unmap_unordered|FrameTable::stale' \
+    --exclude-re 'is_left_out|move_writer_in_wrong_order|goes_wrong|unmap_unordered|FrameTable::stale' \
     "$@" "${tests[@]}"

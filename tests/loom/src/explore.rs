@@ -3,6 +3,7 @@
 use loom::model::Builder;
 
 use crate::child;
+use crate::mm::Safeguard;
 
 /// How often a model takes a thread off that could run on, in one interleaving, where it is bounded. A switch
 /// to another thread because this one waits or ends does not count, nor does which store a load sees. What the safeguards are
@@ -38,8 +39,19 @@ fn model() -> Builder {
     model
 }
 
-/// Asserts that `race` ends badly in some interleaving, with an assertion that says `how`. `test` is the caller's name.
+/// Asserts that `race`, without `safeguard` if there is one, ends badly in some interleaving, with an assertion that says `how`. `test` is the
+/// caller's name.
 #[track_caller]
-pub(crate) fn fails(test: &str, race: impl Fn() + Send + Sync + 'static, how: &str) {
-    child::fails(test, how, || holds_bounded(race));
+pub(crate) fn fails(
+    test: &str,
+    safeguard: Option<Safeguard>,
+    race: impl Fn() + Send + Sync + 'static,
+    how: &str,
+) {
+    child::fails(test, how, || {
+        if let Some(safeguard) = safeguard {
+            safeguard.leave_out();
+        }
+        holds_bounded(race);
+    });
 }

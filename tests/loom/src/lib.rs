@@ -7,7 +7,6 @@
 //! | `races` | the races, each a function that is generic over the policy; PROTOCOL.md section 8 G has the list |
 //! | `hold` | with the protocol as it is, each race ends well |
 //! | `safeguards` | with any one [`mm::Safeguard`] left out, loom finds a race that does not |
-//! | `without` | the policy that leaves one out |
 //! | `explore`, `child` | how a race is run, and how its failure is caught |
 //! | `sync` | loom's atomics and locks, with a gap in loom mended |
 //!
@@ -30,5 +29,3 @@ mod hold;
 mod races;
 #[cfg(test)]
 mod safeguards;
-#[cfg(test)]
-mod without;

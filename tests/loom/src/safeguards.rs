@@ -3,7 +3,6 @@
 use crate::explore::fails;
 use crate::mm::{Exclusive, Safeguard};
 use crate::races;
-use crate::without::Without;
 
 /// Each line: the test, the safeguard it leaves out, the race, and what the assertion says that trips.
 macro_rules! safeguards {
@@ -13,7 +12,8 @@ macro_rules! safeguards {
             fn $test() {
                 fails(
                     concat!(module_path!(), "::", stringify!($test)),
-                    races::$race::<Without<{ Safeguard::$safeguard as u8 }>>,
+                    Some(Safeguard::$safeguard),
+                    races::$race::<Exclusive>,
                     $how,
                 );
             }
@@ -73,6 +73,7 @@ safeguards! {
 fn snapshot_read_under_its_lock() {
     fails(
         concat!(module_path!(), "::snapshot_read_under_its_lock"),
+        None,
         races::read_of_a_snapshot_without_its_lock_against_break::<Exclusive>,
         "isolation",
     );

@@ -27,6 +27,3 @@ mod child;
 mod mix;
 #[cfg(test)]
 mod schedules;
-#[cfg(test)]
-#[path = "../../loom/src/without.rs"]
-mod without;

@@ -8,7 +8,6 @@ use shuttle::{Config, FailurePersistence, Runner};
 use crate::child;
 use crate::mix::{mix, mix_of_folios};
 use crate::mm::{CowPolicy, Exclusive, Safeguard};
-use crate::without::Without;
 
 const SEED: u64 = 20_220_509;
 /// Schedules of each kind, unless `SHUTTLE_ITERATIONS` says otherwise.
@@ -58,11 +57,12 @@ fn all_is_well_with_folios() {
     Runner::new(pct, config()).run(mix_of_folios::<Exclusive>);
 }
 
-/// Asserts that the mix finds `C` wrong, by an oracle that says `how`.
-fn fails<C: CowPolicy + Default>(test: &str, how: &str) {
+/// Asserts that the mix finds the protocol without `safeguard` wrong, by an oracle that says `how`.
+fn fails(test: &str, safeguard: Safeguard, how: &str) {
     child::fails(test, how, || {
-        random::<C>();
-        pct::<C>();
+        safeguard.leave_out();
+        random::<Exclusive>();
+        pct::<Exclusive>();
     });
 }
 
@@ -70,8 +70,9 @@ macro_rules! safeguards {
     ($($test:ident: $safeguard:ident, $how:literal;)*) => {$(
         #[test]
         fn $test() {
-            fails::<Without<{ Safeguard::$safeguard as u8 }>>(
+            fails(
                 concat!(module_path!(), "::", stringify!($test)),
+                Safeguard::$safeguard,
                 $how,
             );
         }

@@ -87,7 +87,7 @@ impl<P: CowPolicy> AddressSpace<P> {
         region.unmark(gfn);
         // A pin taken without a lock either is counted here or finds the entry changed. A hold for writing
         // was taken under the region's lock, and is counted if it is still there.
-        if entry.is_present() && !self.pool.frames().settled::<P>(entry.pfn()).is_idle() {
+        if entry.is_present() && !self.pool.frames().settled(entry.pfn()).is_idle() {
             region.mark(gfn);
         }
     }

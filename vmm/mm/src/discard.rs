@@ -42,7 +42,7 @@ impl<P: CowPolicy> AddressSpace<P> {
                 if !entry.is_present() {
                     continue;
                 }
-                match self.pool.isolate::<P>(entry.pfn(), |s| s.pins() == 0) {
+                match self.pool.isolate(entry.pfn(), |s| s.pins() == 0) {
                     Ok(frame) => isolated.push(frame),
                     Err(state) => {
                         isolated.into_iter().for_each(Isolated::put_back);
@@ -56,7 +56,7 @@ impl<P: CowPolicy> AddressSpace<P> {
             return Err(error.into());
         }
         let discarded = isolated.len() as u64;
-        self.pool.give_to_host::<P>(isolated);
+        self.pool.give_to_host(isolated);
         Ok(discarded)
     }
 }

@@ -25,8 +25,8 @@ use super::fresh::Fresh;
 use super::mapped::Counted;
 use super::mapped::table::RegionGuard;
 use super::mmu::MmuError;
-use super::policy::{CowPolicy, without};
-use super::safeguard::Safeguard;
+use super::policy::CowPolicy;
+use super::safeguard::{Safeguard, is_left_out};
 use super::space::AddressSpace;
 use super::stats::Counters;
 
@@ -111,11 +111,11 @@ impl<P: CowPolicy> AddressSpace<P> {
     /// As [`AddressSpace::write_fault`].
     pub fn resolve_write(&self, gfn: Gfn) -> Result<FaultOutcome, FaultError> {
         self.mapped.table.in_range(gfn)?;
-        let _no_fork = (!without::<P>(Safeguard::FaultWaitsForFork))
+        let _no_fork = (!is_left_out(Safeguard::FaultWaitsForFork))
             .then(|| self.mapped.enter())
             .transpose()?;
         let stale =
-            without::<P>(Safeguard::FaultLooksUnderLock).then(|| self.mapped.table.peek(gfn));
+            is_left_out(Safeguard::FaultLooksUnderLock).then(|| self.mapped.table.peek(gfn));
         let mut region = self.mapped.table.lock_of(gfn);
         let entry = stale.unwrap_or_else(|| region.get(gfn));
         let resolution = self.resolve_entry(&mut region, gfn, entry, Intent::Write)?;
@@ -483,7 +483,7 @@ impl<P: CowPolicy> AddressSpace<P> {
             alive.filter(|s| s.lock().huge() == Some(head))
         };
         let (frames, sharers) = (self.pool.frames(), sharing().count() as u64);
-        if sharers == 0 || !frames.is_mapped_huge_only::<P>(head, sharers + 1) {
+        if sharers == 0 || !frames.is_mapped_huge_only(head, sharers + 1) {
             return Ok(false);
         }
         let Some(copy) = self.pool.allocate_folio()? else {
@@ -503,11 +503,11 @@ impl<P: CowPolicy> AddressSpace<P> {
             if frames.try_map_again_huge(copied_to).is_ok() {
                 theirs.move_folio(copied_to);
             }
-            if without::<P>(Safeguard::CopyIsHeld) {
+            if is_left_out(Safeguard::CopyIsHeld) {
                 self.pool.unmap_huge(copied_to);
             }
         }
-        if !without::<P>(Safeguard::CopyIsHeld) {
+        if !is_left_out(Safeguard::CopyIsHeld) {
             self.pool.unmap_huge(copied_to);
         }
         self.counters
@@ -554,7 +554,7 @@ impl<P: CowPolicy> AddressSpace<P> {
             if self.pool.frames().try_map_held(copied_to).is_ok() {
                 theirs.move_page(gfn, copied_to);
             }
-            if without::<P>(Safeguard::CopyIsHeld) {
+            if is_left_out(Safeguard::CopyIsHeld) {
                 copy = None;
             }
         }
@@ -564,7 +564,7 @@ impl<P: CowPolicy> AddressSpace<P> {
         }
         // Whoever took a hold of the frame in the meantime makes this fail; then the writer moves after all.
         let proved = self.pool.frames().try_reuse(pfn, &self.policy).is_ok();
-        Ok(proved || without::<P>(Safeguard::ReuseProvedAgain))
+        Ok(proved || is_left_out(Safeguard::ReuseProvedAgain))
     }
 
     fn copy(&self, from: Pfn, to: Pfn) {
@@ -589,7 +589,7 @@ impl<P: CowPolicy> AddressSpace<P> {
     ) -> Result<(), FaultError> {
         let pfn = entry.pfn();
         let fresh = self.pool.allocate_near(&self.home, gfn.0)?;
-        if const { goes_wrong::<P>() } {
+        if goes_wrong() {
             return self.move_writer_in_wrong_order(region, gfn, entry, intent, fresh);
         }
         self.copy(pfn, fresh.pfn());
@@ -613,17 +613,17 @@ impl<P: CowPolicy> AddressSpace<P> {
         let to = intent.entry(entry, copy);
         let switch = || self.mapped.switch_alone(gfn, to);
         let mut publish = || self.mapped.publish_alone(region, gfn, to);
-        if without::<P>(Safeguard::MmuBeforeUnmap) {
+        if is_left_out(Safeguard::MmuBeforeUnmap) {
             fill();
             publish();
             self.pool.unmap(pfn);
             switch()?;
-        } else if without::<P>(Safeguard::EntryBeforeUnmap) {
+        } else if is_left_out(Safeguard::EntryBeforeUnmap) {
             fill();
             switch()?;
             self.pool.unmap(pfn);
             publish();
-        } else if without::<P>(Safeguard::CopiedBeforeMapped) {
+        } else if is_left_out(Safeguard::CopiedBeforeMapped) {
             switch()?;
             fill();
             publish();
@@ -639,9 +639,9 @@ impl<P: CowPolicy> AddressSpace<P> {
 }
 
 /// Whether a model checker wants [`AddressSpace::move_writer`] done wrongly.
-const fn goes_wrong<P: CowPolicy>() -> bool {
-    without::<P>(Safeguard::MmuBeforeUnmap)
-        || without::<P>(Safeguard::EntryBeforeUnmap)
-        || without::<P>(Safeguard::CopiedBeforeMapped)
-        || without::<P>(Safeguard::UnmapReleases)
+fn goes_wrong() -> bool {
+    is_left_out(Safeguard::MmuBeforeUnmap)
+        || is_left_out(Safeguard::EntryBeforeUnmap)
+        || is_left_out(Safeguard::CopiedBeforeMapped)
+        || is_left_out(Safeguard::UnmapReleases)
 }

@@ -42,7 +42,7 @@
 use super::addr::{Access, Pfn};
 use super::frame::{FrameTable, Released};
 use super::frame_state::{Field, FrameState, GETS, MAPS, PINS};
-use super::policy::{CowPolicy, without};
+use super::policy::CowPolicy;
 use super::safeguard::{Safeguard, is_left_out};
 use super::sync::{Ordering, fence};
 
@@ -177,7 +177,7 @@ impl FrameTable {
                     .flatten()
             })
             .map_err(|f| f.page(unheld))?;
-        match self.page_in_the_way::<P>(head, before, |page| policy.may_share(page)) {
+        match self.page_in_the_way(head, before, |page| policy.may_share(page)) {
             None => Ok(()),
             Some(page) => {
                 // Nobody has looked at the child's entry yet, and nobody may write through the parent's.
@@ -211,8 +211,7 @@ impl FrameTable {
             if seen.maps() == 0 || !policy.may_reuse(page) {
                 return Err(page);
             }
-            if let Some(page) = self.page_in_the_way::<P>(head, seen, |page| policy.may_reuse(page))
-            {
+            if let Some(page) = self.page_in_the_way(head, seen, |page| policy.may_reuse(page)) {
                 return Err(page);
             }
             let unchanged = |f: FolioState| (f == seen).then(|| f.exclusive());
@@ -235,17 +234,17 @@ impl FrameTable {
 
     /// Whether nothing but `huge` huge entries has any page of a folio: nobody holds one or maps it by a
     /// small entry.
-    pub(super) fn is_mapped_huge_only<P: CowPolicy>(&self, head: Pfn, huge: u64) -> bool {
+    pub(super) fn is_mapped_huge_only(&self, head: Pfn, huge: u64) -> bool {
         let folio = self.folio_state(head);
         let only = |page: FrameState| page.refs() == huge;
-        folio.maps() == huge && self.page_in_the_way::<P>(head, folio, only).is_none()
+        folio.maps() == huge && self.page_in_the_way(head, folio, only).is_none()
     }
 
     /// Whether [`FrameTable::try_share_huge`] would share it just now.
     pub(super) fn may_share_huge<P: CowPolicy>(&self, head: Pfn, policy: &P) -> bool {
         let folio = self.folio_state(head);
         let may = |page: FrameState| policy.may_share(page);
-        may(folio.page(FrameState::FREE)) && self.page_in_the_way::<P>(head, folio, may).is_none()
+        may(folio.page(FrameState::FREE)) && self.page_in_the_way(head, folio, may).is_none()
     }
 
     /// Says that pages of a folio may be mapped one by one, beside huge entries.
@@ -255,17 +254,17 @@ impl FrameTable {
     }
 
     /// The state of the first page of a folio, in state `folio`, with which `is_fine` does not agree.
-    fn page_in_the_way<P: CowPolicy>(
+    fn page_in_the_way(
         &self,
         head: Pfn,
         folio: FolioState,
         is_fine: impl Fn(FrameState) -> bool,
     ) -> Option<FrameState> {
-        if !folio.is_by_page() || without::<P>(Safeguard::FolioPagesLookedAt) {
+        if !folio.is_by_page() || is_left_out(Safeguard::FolioPagesLookedAt) {
             return None;
         }
         // Step 2 of the pair: partner is `are_pages_held`.
-        if !without::<P>(Safeguard::FolioBarrier) {
+        if !is_left_out(Safeguard::FolioBarrier) {
             fence(Ordering::SeqCst);
         }
         self.pages_of(head)
@@ -296,12 +295,8 @@ impl FrameTable {
     }
 
     /// Steps 3 and 4: once for all pages of the folio that were counted before.
-    pub(super) fn are_pages_held<P: CowPolicy>(
-        &self,
-        first: Pfn,
-        may: impl Fn(FrameState) -> bool,
-    ) -> bool {
-        if without::<P>(Safeguard::FolioLookedAtAgain) {
+    pub(super) fn are_pages_held(&self, first: Pfn, may: impl Fn(FrameState) -> bool) -> bool {
+        if is_left_out(Safeguard::FolioLookedAtAgain) {
             return true;
         }
         // Partner: `page_in_the_way`.

@@ -25,9 +25,9 @@ use super::frozen::{Frozen, FrozenChunk, FrozenChunks, FrozenFrames, FrozenRegio
 use super::mapped::Counted;
 use super::mapped::table::RegionGuard;
 use super::mmu::{Mmu, MmuError};
-use super::policy::{CowPolicy, without};
+use super::policy::CowPolicy;
 use super::predictor::{Candidate, Leaf};
-use super::safeguard::Safeguard;
+use super::safeguard::{Safeguard, is_left_out};
 use super::space::AddressSpace;
 use super::stats::Counters;
 use super::sync::lock;
@@ -217,7 +217,7 @@ impl<P: CowPolicy> AddressSpace<P> {
     fn is_unheld(&self, region: &RegionGuard<'_>) -> bool {
         let is_idle = |gfn| self.pool.state(region.get(gfn).pfn()).is_idle();
         match region.huge() {
-            Some(huge) => self.pool.frames().is_mapped_huge_only::<P>(huge.pfn(), 1),
+            Some(huge) => self.pool.frames().is_mapped_huge_only(huge.pfn(), 1),
             None => region.open_pages().all(is_idle),
         }
     }
@@ -229,7 +229,7 @@ impl<P: CowPolicy> AddressSpace<P> {
         regions: &mut [RegionGuard<'_>],
         written: &mut Vec<Leaf>,
     ) -> Result<Vec<ForkedRegion>, ForkError> {
-        if without::<P>(Safeguard::ProtectedBeforeShared) {
+        if is_left_out(Safeguard::ProtectedBeforeShared) {
             let shared = self.share_all(regions)?;
             self.write_protect(regions, written)?;
             return Ok(shared);
@@ -257,7 +257,7 @@ impl<P: CowPolicy> AddressSpace<P> {
     ) -> Result<ForkedRegion, ForkError> {
         let first = region.first();
         // Sharing what is writable still.
-        let too_early = without::<P>(Safeguard::ProtectedBeforeShared);
+        let too_early = is_left_out(Safeguard::ProtectedBeforeShared);
         let frozen = |frames| Some(Arc::new(FrozenRegion::new(&self.pool, first, frames)));
         if let Some(huge) = region.huge() {
             let head = huge.pfn();
@@ -315,7 +315,7 @@ impl<P: CowPolicy> AddressSpace<P> {
         index: usize,
         copies: &mut Copies,
     ) -> Result<Option<Arc<FrozenChunk>>, ForkError> {
-        let too_early = without::<P>(Safeguard::ProtectedBeforeShared);
+        let too_early = is_left_out(Safeguard::ProtectedBeforeShared);
         let mut failed = None;
         let frames = region.pages_of(index).map_while(|gfn| {
             let entry = region.get(gfn);
@@ -440,7 +440,7 @@ impl<P: CowPolicy> AddressSpace<P> {
                 };
                 // A break must not move the snapshot between the look and the share: the frame would be the
                 // writer's.
-                let page = if without::<P>(Safeguard::CloneUnderLock) {
+                let page = if is_left_out(Safeguard::CloneUnderLock) {
                     let entry = from.lock().get(gfn);
                     adopt(entry)
                 } else {

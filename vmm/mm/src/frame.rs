@@ -11,8 +11,8 @@
 
 use super::addr::{Access, Order, Pfn};
 use super::frame_state::{FrameState, GETS, MAPS, PINS};
-use super::policy::{CowPolicy, without};
-use super::safeguard::Safeguard;
+use super::policy::CowPolicy;
+use super::safeguard::{Safeguard, is_left_out};
 use super::sync::{AtomicU64, Ordering, zeroed};
 
 /// Whether a hold that was given back was the last one.
@@ -37,8 +37,9 @@ const ORDERED: (Ordering, Ordering) = (Ordering::AcqRel, Ordering::Acquire);
 const UNORDERED: (Ordering, Ordering) = (Ordering::Relaxed, Ordering::Relaxed);
 
 /// [`ORDERED`], unless a model checker leaves `safeguard` out.
-const fn order<P: CowPolicy>(safeguard: Safeguard) -> (Ordering, Ordering) {
-    if without::<P>(safeguard) {
+#[inline]
+fn order(safeguard: Safeguard) -> (Ordering, Ordering) {
+    if is_left_out(safeguard) {
         UNORDERED
     } else {
         ORDERED
@@ -137,8 +138,8 @@ impl FrameTable {
     ///
     /// A load will not do where the caller has changed an entry and asks who pinned the frame through it: the
     /// load may be done before the store is seen, and the pin's re-read before the pin is (PROTOCOL.md 5.2).
-    pub(super) fn settled<P: CowPolicy>(&self, pfn: Pfn) -> FrameState {
-        if without::<P>(Safeguard::PinsCountedInOrder) {
+    pub(super) fn settled(&self, pfn: Pfn) -> FrameState {
+        if is_left_out(Safeguard::PinsCountedInOrder) {
             return self.state(pfn);
         }
         FrameState::of_word(self.words[pfn.0 as usize].fetch_or(0, Ordering::AcqRel))
@@ -158,8 +159,8 @@ impl FrameTable {
     /// shared. Refused, with nothing changed, if it may be pinned (PROTOCOL.md 4.1;
     /// `folio_try_dup_anon_rmap_pte`, `include/linux/rmap.h`).
     pub(super) fn try_share<P: CowPolicy>(&self, pfn: Pfn, policy: &P) -> Result<(), FrameState> {
-        let stale = self.stale::<P>(Safeguard::ShareTestsInTheWord, pfn);
-        self.update_ordered(pfn, order::<P>(Safeguard::ShareAcquires), |s| {
+        let stale = self.stale(Safeguard::ShareTestsInTheWord, pfn);
+        self.update_ordered(pfn, order(Safeguard::ShareAcquires), |s| {
             policy
                 .may_share(stale.unwrap_or(s))
                 .then(|| s.possibly_shared().plus(&MAPS))
@@ -169,8 +170,8 @@ impl FrameTable {
     }
 
     /// What a test outside the compare-and-swap would go by: nothing, unless a model checker asks for it.
-    fn stale<P: CowPolicy>(&self, safeguard: Safeguard, pfn: Pfn) -> Option<FrameState> {
-        without::<P>(safeguard).then(|| self.state(pfn))
+    fn stale(&self, safeguard: Safeguard, pfn: Pfn) -> Option<FrameState> {
+        is_left_out(safeguard).then(|| self.state(pfn))
     }
 
     /// One more mapping, possibly shared, of a frame that nobody but mappings holds. Says whether it was
@@ -197,13 +198,13 @@ impl FrameTable {
     /// Turns the caller's mapping into a hold if `may` agrees. A frame that nothing maps can neither be
     /// pinned nor held, so if it was the only mapping the frame is nobody's until [`FrameTable::put_back`]:
     /// what the kernel does by freezing the reference count. Says whether it was exclusive.
-    pub(super) fn try_isolate<P: CowPolicy>(
+    pub(super) fn try_isolate(
         &self,
         pfn: Pfn,
         may: impl Fn(FrameState) -> bool,
     ) -> Result<bool, FrameState> {
-        let stale = self.stale::<P>(Safeguard::IsolateTestsInTheWord, pfn);
-        self.update_ordered(pfn, order::<P>(Safeguard::IsolateAcquires), |s| {
+        let stale = self.stale(Safeguard::IsolateTestsInTheWord, pfn);
+        self.update_ordered(pfn, order(Safeguard::IsolateAcquires), |s| {
             may(stale.unwrap_or(s))
                 .then(|| s.plus(&GETS).map(|s| s.minus(&MAPS).unmapped()))
                 .flatten()
@@ -258,8 +259,8 @@ impl FrameTable {
         access: Access,
         policy: &P,
     ) -> Result<(), FrameState> {
-        let stale = self.stale::<P>(Safeguard::PinTestsInTheWord, pfn);
-        self.update_ordered(pfn, order::<P>(Safeguard::PinAcquires), |s| {
+        let stale = self.stale(Safeguard::PinTestsInTheWord, pfn);
+        self.update_ordered(pfn, order(Safeguard::PinAcquires), |s| {
             (s.maps() > 0 && policy.may_pin(stale.unwrap_or(s), access))
                 .then(|| s.plus(&PINS))
                 .flatten()
@@ -268,9 +269,9 @@ impl FrameTable {
     }
 
     /// Takes a transient hold, unless the frame is not mapped (`folio_try_get`).
-    pub(super) fn try_get<P: CowPolicy>(&self, pfn: Pfn) -> Result<(), FrameState> {
-        self.update_ordered(pfn, order::<P>(Safeguard::GetAcquires), |s| {
-            (s.maps() > 0 || without::<P>(Safeguard::GetOnlyOfMapped))
+    pub(super) fn try_get(&self, pfn: Pfn) -> Result<(), FrameState> {
+        self.update_ordered(pfn, order(Safeguard::GetAcquires), |s| {
+            (s.maps() > 0 || is_left_out(Safeguard::GetOnlyOfMapped))
                 .then(|| s.plus(&GETS))
                 .flatten()
         })

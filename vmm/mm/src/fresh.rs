@@ -5,7 +5,6 @@ use super::commit::Taken;
 use super::frame::Released;
 use super::frame_state::FrameState;
 use super::hold::Get;
-use super::policy::CowPolicy;
 use super::pool_ref::PoolRef;
 
 /// A frame that was allocated and belongs to nobody yet. Dropping it frees it.
@@ -110,12 +109,12 @@ pub(super) struct Isolated {
 impl Isolated {
     /// Takes the caller's mapping of `pfn` away if `may` agrees, and holds the frame: nobody can pin or hold
     /// it then if that was its only mapping.
-    pub(super) fn try_take<P: CowPolicy>(
+    pub(super) fn try_take(
         pool: PoolRef,
         pfn: Pfn,
         may: impl Fn(FrameState) -> bool,
     ) -> Result<Self, FrameState> {
-        let was_exclusive = pool.frames().try_isolate::<P>(pfn, may)?;
+        let was_exclusive = pool.frames().try_isolate(pfn, may)?;
         Ok(Self {
             pool,
             pfn,

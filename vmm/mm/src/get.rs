@@ -15,9 +15,9 @@ use super::fault::{FaultError, Intent};
 use super::frozen::Frozen;
 use super::hold::Get;
 use super::mapped::table::Table;
-use super::policy::{CowPolicy, Exclusive, without};
+use super::policy::CowPolicy;
 use super::pool::FramePool;
-use super::safeguard::Safeguard;
+use super::safeguard::{Safeguard, is_left_out};
 use super::space::AddressSpace;
 
 impl<P: CowPolicy> AddressSpace<P> {
@@ -29,7 +29,7 @@ impl<P: CowPolicy> AddressSpace<P> {
     /// For reading, only if there is no such page; for writing as [`AddressSpace::write_fault`].
     pub fn get(&self, gfn: Gfn, access: Access) -> Result<Get, FaultError> {
         match self.policy.lookup(access) {
-            Access::Read => Ok(get::<P>(&self.pool, &self.mapped.table, gfn)?),
+            Access::Read => Ok(get(&self.pool, &self.mapped.table, gfn)?),
             Access::Write => self.get_to_write(gfn),
         }
     }
@@ -55,13 +55,13 @@ impl Frozen {
     }
 }
 
-/// A reader's hold is the same under all policies: `P` says only what a model checker leaves out.
-fn get<P: CowPolicy>(pool: &Arc<FramePool>, table: &Table, gfn: Gfn) -> Result<Get, OutOfRange> {
+/// A reader's hold is the same under all policies.
+fn get(pool: &Arc<FramePool>, table: &Table, gfn: Gfn) -> Result<Get, OutOfRange> {
     table.in_range(gfn)?;
     let entry = table.peek(gfn);
-    if let Ok(hold) = pool.try_get::<P>(entry)
+    if let Ok(hold) = pool.try_get(entry)
         // The frame may have left this page, and become another's, before it was held.
-        && (table.peek(gfn) == entry || without::<P>(Safeguard::GetRereadsEntry))
+        && (table.peek(gfn) == entry || is_left_out(Safeguard::GetRereadsEntry))
     {
         return Ok(hold);
     }
@@ -73,7 +73,7 @@ fn get_locked(pool: &Arc<FramePool>, entry: Entry) -> Get {
     loop {
         // The entry's own mapping keeps the frame: only a full counter can
         // refuse, and 65,535 readers of one frame are about to go away.
-        if let Ok(hold) = pool.try_get::<Exclusive>(entry) {
+        if let Ok(hold) = pool.try_get(entry) {
             return hold;
         }
         std::thread::yield_now();

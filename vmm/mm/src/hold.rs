@@ -57,7 +57,7 @@ impl PinnedRun {
         };
         if entry.is_huge() {
             run.count = run.pool.frames().hold_pages(pfn, count, Hold::Pin, &may);
-            if run.count < count || !run.pool.frames().are_pages_held::<P>(pfn, may) {
+            if run.count < count || !run.pool.frames().are_pages_held(pfn, may) {
                 return Err(run.pool.frames().state(pfn));
             }
             return Ok(run);
@@ -155,7 +155,7 @@ impl Get {
 
     /// Takes a transient hold on the page of `entry`. The zero frame is held by nobody and always there.
     #[inline]
-    pub(super) fn try_take<P: CowPolicy>(pool: PoolRef, entry: Entry) -> Result<Self, FrameState> {
+    pub(super) fn try_take(pool: PoolRef, entry: Entry) -> Result<Self, FrameState> {
         let pfn = entry.pfn();
         let any = |_| true;
         if entry.is_huge() {
@@ -163,11 +163,11 @@ impl Get {
                 return Err(pool.frames().state(pfn));
             }
         } else if pfn != Pfn::ZERO {
-            pool.frames().try_get::<P>(pfn)?;
+            pool.frames().try_get(pfn)?;
         }
         let get = Self::of_counted(pool, pfn);
         let frames = get.pool.frames();
-        if entry.is_huge() && !frames.are_pages_held::<P>(pfn, any) {
+        if entry.is_huge() && !frames.are_pages_held(pfn, any) {
             return Err(frames.state(pfn));
         }
         Ok(get)

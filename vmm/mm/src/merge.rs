@@ -17,9 +17,9 @@ use super::entry::Entry;
 use super::mapped::Counted;
 use super::mapped::table::RegionGuard;
 use super::mmu::MmuError;
-use super::policy::{CowPolicy, without};
+use super::policy::CowPolicy;
 use super::rearrange::RearrangeError;
-use super::safeguard::Safeguard;
+use super::safeguard::{Safeguard, is_left_out};
 use super::space::AddressSpace;
 
 impl<P: CowPolicy> AddressSpace<P> {
@@ -43,7 +43,7 @@ impl<P: CowPolicy> AddressSpace<P> {
                     ptr::from_ref(other),
                     other.mapped.table.region_of(other_gfn),
                 )
-                || without::<P>(Safeguard::MergeLocksInOrder)
+                || is_left_out(Safeguard::MergeLocksInOrder)
             {
                 ((self, gfn), (other, other_gfn))
             } else {
@@ -111,16 +111,13 @@ impl<P: CowPolicy> AddressSpace<P> {
                     frames.unshare_idle(kept, was_exclusive);
                     error
                 };
-                let isolated = self
-                    .pool
-                    .isolate::<P>(freed, |s| s.is_idle())
-                    .map_err(|state| {
-                        undo(RearrangeError::Busy {
-                            gfn: other_gfn,
-                            state,
-                        })
-                    })?;
-                let equal = if without::<P>(Safeguard::ComparedWhenStill) {
+                let isolated = self.pool.isolate(freed, |s| s.is_idle()).map_err(|state| {
+                    undo(RearrangeError::Busy {
+                        gfn: other_gfn,
+                        state,
+                    })
+                })?;
+                let equal = if is_left_out(Safeguard::ComparedWhenStill) {
                     looked_equal
                 } else {
                     memory.equal(kept, freed)

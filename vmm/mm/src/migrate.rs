@@ -8,9 +8,9 @@
 //! ```
 
 use super::addr::{Gfn, Pfn};
-use super::policy::{CowPolicy, without};
+use super::policy::CowPolicy;
 use super::rearrange::RearrangeError;
-use super::safeguard::Safeguard;
+use super::safeguard::{Safeguard, is_left_out};
 use super::space::AddressSpace;
 
 impl<P: CowPolicy> AddressSpace<P> {
@@ -38,7 +38,7 @@ impl<P: CowPolicy> AddressSpace<P> {
         }
         let fresh = self.pool.allocate_near(&self.home, gfn.0)?;
         let stops_writers =
-            entry.is_writable() && !without::<P>(Safeguard::WritersStoppedBeforeCopy);
+            entry.is_writable() && !is_left_out(Safeguard::WritersStoppedBeforeCopy);
         if stops_writers {
             self.mapped.suspend_writes(&mut region, gfn)?;
         }
@@ -47,10 +47,10 @@ impl<P: CowPolicy> AddressSpace<P> {
                 self.mapped.resume_writes(region, gfn);
             }
         };
-        let isolated = if without::<P>(Safeguard::IsolatedBeforeCopy) {
+        let isolated = if is_left_out(Safeguard::IsolatedBeforeCopy) {
             None
         } else {
-            match self.pool.isolate::<P>(pfn, |s| s.refs() == 1) {
+            match self.pool.isolate(pfn, |s| s.refs() == 1) {
                 Ok(isolated) => Some(isolated),
                 Err(state) => {
                     go_on(&mut region);

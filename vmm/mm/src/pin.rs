@@ -25,8 +25,8 @@ use super::addr::{Access, Gfn};
 use super::entry::Entry;
 use super::fault::{FaultError, Intent};
 use super::hold::{Pin, PinnedRun};
-use super::policy::{CowPolicy, without};
-use super::safeguard::Safeguard;
+use super::policy::CowPolicy;
+use super::safeguard::{Safeguard, is_left_out};
 use super::space::AddressSpace;
 use super::stats::Counters;
 
@@ -113,7 +113,7 @@ impl<P: CowPolicy> AddressSpace<P> {
                 }
             }
         }
-        if !without::<P>(Safeguard::PinRereadsEntry) {
+        if !is_left_out(Safeguard::PinRereadsEntry) {
             // Letting go is the undo: it may even free a frame.
             run.truncate(self.still_so(gfn, entry, run.count()));
         }

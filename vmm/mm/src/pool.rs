@@ -22,9 +22,9 @@ use super::fresh::{Fresh, FreshFolio, Isolated};
 use super::hold::{Get, PinnedRun};
 use super::home::Home;
 use super::mmu::FrameMemory;
-use super::policy::{CowPolicy, without};
+use super::policy::CowPolicy;
 use super::pool_ref::PoolRef;
-use super::safeguard::Safeguard;
+use super::safeguard::{Safeguard, is_left_out};
 use super::stripe::Striped;
 
 /// All frames of a process.
@@ -233,21 +233,21 @@ impl FramePool {
 
     /// Takes a transient hold on the page that `entry` maps: [`Get::try_take`].
     #[inline]
-    pub(super) fn try_get<P: CowPolicy>(&self, entry: Entry) -> Result<Get, FrameState> {
-        Get::try_take::<P>(self.reference(), entry)
+    pub(super) fn try_get(&self, entry: Entry) -> Result<Get, FrameState> {
+        Get::try_take(self.reference(), entry)
     }
 
     /// Takes the caller's mapping of a frame away: [`Isolated::try_take`].
-    pub(super) fn isolate<P: CowPolicy>(
+    pub(super) fn isolate(
         &self,
         pfn: Pfn,
         may: impl Fn(FrameState) -> bool,
     ) -> Result<Isolated, FrameState> {
-        Isolated::try_take::<P>(self.reference(), pfn, may)
+        Isolated::try_take(self.reference(), pfn, may)
     }
 
     /// Lets go of isolated frames. The memory of those that nobody else has goes back to the host.
-    pub(super) fn give_to_host<P: CowPolicy>(&self, isolated: Vec<Isolated>) {
+    pub(super) fn give_to_host(&self, isolated: Vec<Isolated>) {
         let mut free: Vec<Pfn> = isolated
             .into_iter()
             .filter_map(Isolated::into_last)
@@ -255,7 +255,7 @@ impl FramePool {
         free.sort_unstable();
         for run in free.chunk_by(|a, b| a.0 + 1 == b.0) {
             let (first, count) = (run[0], run.len() as u64);
-            if without::<P>(Safeguard::UncommittedBeforeFree) {
+            if is_left_out(Safeguard::UncommittedBeforeFree) {
                 self.supply.lock().release(first, count);
                 self.supply.uncommit(first, count);
             } else {

@@ -1,7 +1,7 @@
 //! The orderings and re-checks that the protocol rests on, by name.
 //!
-//! Each can be left out with [`CowPolicy::WITHOUT`](super::CowPolicy::WITHOUT), a constant of a type
-//! parameter. `tests/loom` leaves out one after the other: each time loom must find a race that ends badly.
+//! Each can be left out where a model checker compiles this (`Safeguard::leave_out`). `tests/loom` leaves out one after
+//! the other: each time loom must find a race that ends badly.
 //! `docs/protocol.md` has the table of which race that is.
 
 /// Something that must be done, or be done in this order, for a race to end well.
@@ -141,22 +141,23 @@ const _: () = {
 #[cfg(any(loom, shuttle))]
 static LEFT_OUT: std::sync::atomic::AtomicU8 = std::sync::atomic::AtomicU8::new(u8::MAX);
 
-/// Leaves `safeguard` out where no policy is known, such as in the drop of a snapshot. It counts for the
-/// whole process: a model checker tries one thing in each.
-pub(super) fn leave_out(safeguard: Safeguard) {
-    #[cfg(any(loom, shuttle))]
-    LEFT_OUT.store(safeguard as u8, std::sync::atomic::Ordering::Relaxed);
-    #[cfg(not(any(loom, shuttle)))]
-    let _ = safeguard;
+#[cfg(any(loom, shuttle))]
+impl Safeguard {
+    /// Leaves it out from now on, in the whole process: a model checker tries one thing in each.
+    pub fn leave_out(self) {
+        LEFT_OUT.store(self as u8, std::sync::atomic::Ordering::Relaxed);
+    }
 }
 
-/// As [`without`](super::policy::without), for code that knows no policy.
+/// Whether `safeguard` is left out. Never outside of model checkers, where this is known when the program is built.
+#[cfg(any(loom, shuttle))]
 pub(super) fn is_left_out(safeguard: Safeguard) -> bool {
-    #[cfg(any(loom, shuttle))]
-    return LEFT_OUT.load(std::sync::atomic::Ordering::Relaxed) == safeguard as u8;
-    #[cfg(not(any(loom, shuttle)))]
-    {
-        let _ = safeguard;
-        false
-    }
+    LEFT_OUT.load(std::sync::atomic::Ordering::Relaxed) == safeguard as u8
+}
+
+/// Whether `safeguard` is left out. Never outside of model checkers.
+#[cfg(not(any(loom, shuttle)))]
+#[inline(always)]
+pub(super) const fn is_left_out(_safeguard: Safeguard) -> bool {
+    false
 }

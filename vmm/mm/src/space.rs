@@ -14,7 +14,7 @@ use super::mapped::Mapped;
 use super::mapped::table::{RegionGuard, Table};
 use super::mmu::{Mmu, MmuError};
 use super::page_set::PageSet;
-use super::policy::{CowPolicy, leave_out};
+use super::policy::CowPolicy;
 use super::pool::FramePool;
 use super::predictor::Predictor;
 use super::stats::{Counters, MmStats};
@@ -57,7 +57,6 @@ impl<P: CowPolicy> AddressSpace<P> {
         mmu: Box<dyn Mmu>,
         pages: u64,
     ) -> Result<Self, AllocError> {
-        leave_out::<P>();
         let order = pool.huge();
         let table = Table::new(pages, order);
         Ok(Self {

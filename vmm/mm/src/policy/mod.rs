@@ -30,7 +30,6 @@ pub use seed::{Seed, SeedRecompute};
 
 use super::addr::Access;
 use super::frame_state::FrameState;
-use super::safeguard::{self, Safeguard};
 
 /// The decisions of a copy-on-write scheme, each a function of one frame's state.
 ///
@@ -43,10 +42,6 @@ pub trait CowPolicy: Send + Sync + 'static {
     /// Whether the exclusive bit means anything to it. Nothing is decided by this: it says what may be
     /// asserted, and shown.
     const GOES_BY_THE_BIT: bool = false;
-
-    /// A safeguard to leave out, so that a model checker shows what it is for. Never set outside tests.
-    #[doc(hidden)]
-    const WITHOUT: Option<Safeguard> = None;
 
     /// May a mapping of this frame be duplicated? If not, the caller copies, or gives up.
     fn may_share(&self, frame: FrameState) -> bool;
@@ -69,20 +64,5 @@ pub trait CowPolicy: Send + Sync + 'static {
     /// whoever holds the page was granted that by it.
     fn is_exclusive_after_split(&self, page: FrameState) -> bool {
         page.is_exclusive()
-    }
-}
-
-/// Whether a policy leaves out `safeguard`. Known when the program is built.
-pub(super) const fn without<P: CowPolicy>(safeguard: Safeguard) -> bool {
-    match P::WITHOUT {
-        Some(omitted) => omitted as u8 == safeguard as u8,
-        None => false,
-    }
-}
-
-/// Has code that knows no policy leave out what `P` does.
-pub(super) fn leave_out<P: CowPolicy>() {
-    if let Some(safeguard) = P::WITHOUT {
-        safeguard::leave_out(safeguard);
     }
 }

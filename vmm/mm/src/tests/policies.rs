@@ -15,7 +15,7 @@ fn frame(maps: u64, gets: u64, pins: u64, exclusive: bool) -> FrameState {
         table.try_reuse(pfn, &Mapcount).unwrap();
     }
     for _ in 0..gets {
-        table.try_get::<Exclusive>(pfn).unwrap();
+        table.try_get(pfn).unwrap();
     }
     for _ in 0..pins {
         table.try_pin(pfn, Access::Read, &Mapcount).unwrap();

@@ -316,16 +316,13 @@ fn leftovers_are_what_is_allocated_or_held() {
 fn a_frame_that_nothing_maps_is_nobodys() {
     let (pool, _) = soft_pool(8).unwrap();
     let held = pool.allocate().unwrap().into_held();
-    assert!(
-        pool.try_get::<Exclusive>(Entry::read_only(held.pfn()))
-            .is_err()
-    );
+    assert!(pool.try_get(Entry::read_only(held.pfn())).is_err());
     assert!(
         pool.try_pin(Entry::read_only(held.pfn()), 1, Access::Read, &Mapcount)
             .is_err()
     );
     assert!(
-        pool.try_get::<Exclusive>(Entry::UNTOUCHED).is_ok(),
+        pool.try_get(Entry::UNTOUCHED).is_ok(),
         "zeros are always there"
     );
 }
@@ -336,9 +333,9 @@ fn a_frame_has_room_for_so_many_holds() {
     w.vm.cpu_write(P, 5).unwrap();
     let entry = w.entry(P);
     let gets: Vec<_> = (0..0xffff)
-        .map(|_| w.pool.try_get::<Exclusive>(entry).unwrap())
+        .map(|_| w.pool.try_get(entry).unwrap())
         .collect();
-    let full = w.pool.try_get::<Exclusive>(entry).unwrap_err();
+    let full = w.pool.try_get(entry).unwrap_err();
     assert_eq!((full.gets(), full.maps(), full.pins()), (0xffff, 1, 0));
     assert!(
         w.vm.space.discard(P, 1).is_err(),

@@ -70,8 +70,8 @@ fn a_frame_spells_its_holders() {
         "{maps 0, gets 0, pins 0, possibly shared}"
     );
     table.map_fresh(pfn);
-    table.try_get::<Exclusive>(pfn).unwrap();
-    table.try_get::<Exclusive>(pfn).unwrap();
+    table.try_get(pfn).unwrap();
+    table.try_get(pfn).unwrap();
     for _ in 0..3 {
         table.try_pin(pfn, Access::Read, &Exclusive).unwrap();
     }
