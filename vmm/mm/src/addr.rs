@@ -13,11 +13,13 @@ pub struct Gfn(pub u64);
 
 impl Gfn {
     /// The frame that holds guest-physical address `gpa` (bytes).
+    #[inline]
     pub const fn of_gpa(gpa: u64) -> Self {
         Self(gpa / PAGE_SIZE)
     }
 
     /// First guest-physical address of the frame, in bytes.
+    #[inline]
     pub const fn gpa(self) -> u64 {
         self.0 * PAGE_SIZE
     }
@@ -49,11 +51,13 @@ impl Pfn {
     pub const ZERO: Self = Self(0);
 
     /// Offset of its first byte in the physmap.
+    #[inline]
     pub const fn offset(self) -> u64 {
         self.0 * PAGE_SIZE
     }
 
     /// The `count` frames from this one on.
+    #[inline]
     pub(super) fn run(self, count: u64) -> impl Iterator<Item = Self> + use<> {
         (self.0..self.0 + count).map(Self)
     }
@@ -85,6 +89,7 @@ impl Order {
     }
 
     /// Number of base pages.
+    #[inline]
     pub const fn pages(self) -> u64 {
         1 << self.0
     }
@@ -97,11 +102,13 @@ impl Order {
     }
 
     /// `number` rounded down to a multiple of the number of pages.
+    #[inline]
     pub(super) const fn floor(self, number: u64) -> u64 {
         number & !(self.pages() - 1)
     }
 
     /// Which run of so many pages `number` lies in.
+    #[inline]
     pub(super) const fn index(self, number: u64) -> usize {
         (number >> self.0) as usize
     }

@@ -58,29 +58,37 @@ impl FolioState {
     const NONE: Self = Self(0);
 
     /// Huge entries that map it. None: there is no such folio just now.
+    #[inline]
     pub(super) const fn maps(self) -> u64 {
         HUGE_MAPS.of(self.0)
     }
+    #[inline]
     pub(super) const fn is_exclusive(self) -> bool {
         EXCLUSIVE.of(self.0) != 0
     }
     /// Whether its pages may be held, or mapped one by one.
+    #[inline]
     const fn is_by_page(self) -> bool {
         BY_PAGE.of(self.0) != 0
     }
+    #[inline]
     const fn exclusive(self) -> Self {
         Self(self.0 | EXCLUSIVE.one())
     }
+    #[inline]
     const fn possibly_shared(self) -> Self {
         Self(self.0 & !EXCLUSIVE.one())
     }
+    #[inline]
     const fn by_page(self) -> Self {
         Self(self.0 | BY_PAGE.one())
     }
+    #[inline]
     fn plus_map(self) -> Option<Self> {
         (self.maps() < HUGE_MAPS.max()).then(|| Self(self.0 + HUGE_MAPS.one()))
     }
     /// One huge entry less. What is left of a folio without any is nothing.
+    #[inline]
     fn minus_map(self) -> Self {
         debug_assert!(self.maps() > 0);
         match self.maps() {
@@ -89,6 +97,7 @@ impl FolioState {
         }
     }
     /// The state of one of its pages, whose own word is `own`.
+    #[inline]
     fn page(self, own: FrameState) -> FrameState {
         own.in_folio(self.maps(), self.is_exclusive())
     }
@@ -108,21 +117,25 @@ pub(super) enum Dissolved {
 
 impl FrameTable {
     /// The folio's word; of the folio that `pfn` is in.
+    #[inline]
     pub(super) fn folio_state(&self, pfn: Pfn) -> FolioState {
         FolioState(self.folios[self.huge.index(pfn.0)].load(Ordering::Acquire))
     }
 
     /// The first frame of the folio that `pfn` is in.
+    #[inline]
     pub(super) fn head(&self, pfn: Pfn) -> Pfn {
         Pfn(self.huge.floor(pfn.0))
     }
 
+    #[inline]
     pub(super) fn pages_of(&self, head: Pfn) -> impl Iterator<Item = Pfn> + use<> {
         debug_assert_eq!(head, self.head(head));
         head.run(self.huge.pages())
     }
 
     /// As [`FrameTable::update`] for a folio's word.
+    #[inline]
     fn update_folio(
         &self,
         head: Pfn,
@@ -275,6 +288,7 @@ impl FrameTable {
     /// Steps 1 and 2 of holds through a huge entry, on `count` pages of a folio from `first` on. Counts the
     /// holds of as many, up to the first that can't be held, and says how many. Whoever gets any counted must
     /// ask [`FrameTable::are_pages_held`], and give them back if the answer is no.
+    #[inline]
     pub(super) fn hold_pages(
         &self,
         first: Pfn,
@@ -295,6 +309,7 @@ impl FrameTable {
     }
 
     /// Steps 3 and 4: once for all pages of the folio that were counted before.
+    #[inline]
     pub(super) fn are_pages_held(&self, first: Pfn, may: impl Fn(FrameState) -> bool) -> bool {
         if is_left_out(Safeguard::FolioLookedAtAgain) {
             return true;
@@ -412,6 +427,7 @@ pub(super) enum Hold {
 }
 
 impl Hold {
+    #[inline]
     fn field(self) -> &'static Field {
         match self {
             Self::Get => &GETS,

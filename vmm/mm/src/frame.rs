@@ -73,6 +73,7 @@ impl FrameTable {
 
     /// What is known of a frame, by whatever entries it is mapped. If that is being changed from huge to
     /// small or back, a mixture.
+    #[inline]
     pub(super) fn state(&self, pfn: Pfn) -> FrameState {
         let own = self.own_state(pfn);
         if own.is_part() {
@@ -84,6 +85,7 @@ impl FrameTable {
     }
 
     /// The frame's own word.
+    #[inline]
     pub(super) fn own_state(&self, pfn: Pfn) -> FrameState {
         FrameState::of_word(self.words[pfn.0 as usize].load(Ordering::Acquire))
     }
@@ -106,6 +108,7 @@ impl FrameTable {
     ///   it could read the old one and grant a pin on another's frame.
     /// * *reuse* against *the last other mapping going away*: a space unmaps its readers' window before it
     ///   gives the mapping back (PROTOCOL.md 5.4), so a writer that finds itself alone has no reader left.
+    #[inline]
     pub(super) fn update(
         &self,
         pfn: Pfn,
@@ -114,6 +117,7 @@ impl FrameTable {
         self.update_ordered(pfn, ORDERED, next)
     }
 
+    #[inline]
     fn update_ordered(
         &self,
         pfn: Pfn,
@@ -138,6 +142,7 @@ impl FrameTable {
     ///
     /// A load will not do where the caller has changed an entry and asks who pinned the frame through it: the
     /// load may be done before the store is seen, and the pin's re-read before the pin is (PROTOCOL.md 5.2).
+    #[inline]
     pub(super) fn settled(&self, pfn: Pfn) -> FrameState {
         if is_left_out(Safeguard::PinsCountedInOrder) {
             return self.state(pfn);
@@ -170,6 +175,7 @@ impl FrameTable {
     }
 
     /// What a test outside the compare-and-swap would go by: nothing, unless a model checker asks for it.
+    #[inline]
     fn stale(&self, safeguard: Safeguard, pfn: Pfn) -> Option<FrameState> {
         is_left_out(safeguard).then(|| self.state(pfn))
     }
@@ -253,6 +259,7 @@ impl FrameTable {
 
     /// Takes a pin if `policy` grants one on the frame as it is (PROTOCOL.md 3: a pin may only be taken on an
     /// exclusive frame).
+    #[inline]
     pub(super) fn try_pin<P: CowPolicy>(
         &self,
         pfn: Pfn,
@@ -269,6 +276,7 @@ impl FrameTable {
     }
 
     /// Takes a transient hold, unless the frame is not mapped (`folio_try_get`).
+    #[inline]
     pub(super) fn try_get(&self, pfn: Pfn) -> Result<(), FrameState> {
         self.update_ordered(pfn, order(Safeguard::GetAcquires), |s| {
             (s.maps() > 0 || is_left_out(Safeguard::GetOnlyOfMapped))
@@ -278,6 +286,7 @@ impl FrameTable {
         .map(drop)
     }
 
+    #[inline]
     pub(super) fn unmap(&self, pfn: Pfn) -> Released {
         self.give_back(pfn, |s| s.minus(&MAPS).unmapped())
     }
@@ -292,14 +301,17 @@ impl FrameTable {
         }
     }
 
+    #[inline]
     pub(super) fn unpin(&self, pfn: Pfn) -> Released {
         self.give_back(pfn, |s| s.minus(&PINS))
     }
 
+    #[inline]
     pub(super) fn put(&self, pfn: Pfn) -> Released {
         self.give_back(pfn, |s| s.minus(&GETS))
     }
 
+    #[inline]
     pub(super) fn give_back(&self, pfn: Pfn, less: impl Fn(FrameState) -> FrameState) -> Released {
         match self.update(pfn, |s| Some(less(s))) {
             Ok(change) if change.after == FrameState::FREE => Released::Last,
