@@ -120,7 +120,7 @@ impl<P: CowPolicy> AddressSpace<P> {
     /// Does what the next [`AddressSpace::fork`] would have to do, while the guest runs: forks what has
     /// changed, for nobody. What was shared so is what that fork takes over if it does not change again; and
     /// if it does, the guest finds itself alone and copies nothing (PROTOCOL.md T4), but has had a fault
-    /// more. So it is done where it pays (`adapt.rs`), and again, for what the guest has written meanwhile,
+    /// more. So it is done where it pays (`predictor/`), and again, for what the guest has written meanwhile,
     /// as long as that becomes less. Of what changes before every fork, page by page, so much is left to it
     /// as does not make it long ([`AddressSpace::leave_to_fork`]): write-protecting a page costs a guest that
     /// runs several times what it costs one that stands still.

@@ -123,8 +123,11 @@ impl<P: CowPolicy> Drive<'_, P> {
             skewed.take().undo(ram);
             tracked = tracker.as_mut().map_or(Ok(()), |t| t.round(space));
         });
+        let is_set_back = stale.old == Old::All && stale.older.get().is_some();
         let taken = match taken {
             Ok(taken) => taken,
+            // Memory was set back for a snapshot that is not: the guest has run on in it.
+            Err(error @ TakeError::Memory(_)) if is_set_back => return Err(End::error(&error)),
             Err(TakeError::Vcpus(error)) => return Err(self.why_vcpus_ended(error)),
             Err(TakeError::CalledOff) => {
                 self.next_snapshot = Instant::now();
