@@ -1128,6 +1128,33 @@ fn limits_of_a_shell_are_named_and_not_run_into() {
     assert!(said.stderr.contains("Too many open files"), "{said:?}");
 }
 
+/// `doctor` says how many files a run has, and so many are enough.
+#[test]
+fn a_run_has_no_more_files_than_the_doctor_says() {
+    if no_kvm() {
+        return;
+    }
+    let mut doctor = vmm();
+    doctor.arg("doctor");
+    let said = said_within(AT_ONCE, doctor);
+    let text = said.stdout.split_whitespace().collect::<Vec<_>>().join(" ");
+    let (_, number) = text.split_once("and a run has up to ").unwrap();
+    let number: u64 = number.split(' ').next().unwrap().parse().unwrap();
+    let run = |files| {
+        let mut command = Command::new("sh");
+        let script = format!("ulimit -n {files} && exec \"$0\" \"$@\"");
+        command
+            .args(["-c", &script, env!("CARGO_BIN_EXE_vmm")])
+            .args(["--snapshots", "2", "--memory", "64M"])
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        said_within(PATIENCE, command)
+    };
+    run(number).assert_code(0);
+    run(number - 1).assert_code(1);
+}
+
 #[test]
 fn no_number_of_snapshots_to_keep_is_too_large() {
     if no_kvm() {

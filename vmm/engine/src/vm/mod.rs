@@ -20,14 +20,6 @@ pub enum BuildError {
     /// KVM refused.
     #[error("cannot make the virtual machine")]
     Kvm(#[from] KvmError),
-    /// The host has no more file descriptors.
-    #[error("cannot keep the doorbell of port {port:#x}")]
-    Doorbell {
-        /// The port.
-        port: u16,
-        /// The host's reason.
-        source: io::Error,
-    },
     /// The host has no more threads.
     #[error("cannot start the thread that copies ahead")]
     Ahead(#[source] io::Error),
@@ -36,10 +28,10 @@ pub enum BuildError {
 /// What a VM is made of. [`Vm::builder`] makes one.
 ///
 /// Whoever wants to talk to a device or to the handler of ports keeps a share of it.
-pub struct Builder<P: CowPolicy = Exclusive> {
+pub struct Builder<'a, P: CowPolicy = Exclusive> {
     memory: Memory<P>,
     devices: Vec<Arc<dyn Quiesce>>,
-    doorbells: Vec<(u16, io::Result<EventFd>)>,
+    doorbells: Vec<(u16, &'a EventFd)>,
     ports: Arc<dyn PortHandler>,
     on_stop: OnStop,
     copies_ahead: bool,
@@ -54,7 +46,7 @@ impl PortHandler for NoPorts {
     }
 }
 
-impl<P: CowPolicy> Builder<P> {
+impl<'a, P: CowPolicy> Builder<'a, P> {
     /// Adds a device. Devices are stopped after the vCPUs, and captured and restored in the order in which
     /// they were added.
     #[must_use]
@@ -66,8 +58,8 @@ impl<P: CowPolicy> Builder<P> {
     /// Has a 1-, 2- or 4-byte `out` to `port` signal `event` instead of coming out of the guest: the handler
     /// of ports does not see it. A port has one doorbell at most.
     #[must_use]
-    pub fn doorbell(mut self, port: u16, event: &EventFd) -> Self {
-        self.doorbells.push((port, event.try_clone()));
+    pub fn doorbell(mut self, port: u16, event: &'a EventFd) -> Self {
+        self.doorbells.push((port, event));
         self
     }
 
@@ -110,8 +102,7 @@ impl<P: CowPolicy> Builder<P> {
             self.on_stop,
         )?;
         for (port, event) in self.doorbells {
-            let event = event.map_err(|source| BuildError::Doorbell { port, source })?;
-            machine.register_doorbell(port, &event)?;
+            machine.register_doorbell(port, event)?;
         }
         let ahead = self
             .copies_ahead
@@ -127,7 +118,7 @@ impl<P: CowPolicy> Builder<P> {
     }
 }
 
-impl<P: CowPolicy> fmt::Debug for Builder<P> {
+impl<P: CowPolicy> fmt::Debug for Builder<'_, P> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Builder")
             .field("memory", &self.memory)
@@ -150,7 +141,7 @@ pub struct Vm<P: CowPolicy = Exclusive> {
 
 impl<P: CowPolicy> Vm<P> {
     /// Begins to put a VM together around `memory`, with what the guest finds there at first in it.
-    pub fn builder(memory: Memory<P>) -> Builder<P> {
+    pub fn builder<'a>(memory: Memory<P>) -> Builder<'a, P> {
         Builder {
             memory,
             devices: Vec::new(),
