@@ -12,7 +12,6 @@ use crate::kvm::{EntryState, Kvm, KvmError, Machine, OnStop, Outcome, PortHandle
 use crate::memory::Memory;
 use crate::mm::{CowPolicy, Exclusive};
 use crate::snapshot::{Parts, RewindError, Snapshot, TakeError, Timing};
-use crate::vcpus::Vcpus;
 
 /// Why a VM could not be put together.
 #[derive(Debug, thiserror::Error)]
@@ -178,14 +177,8 @@ impl<P: CowPolicy> Vm<P> {
 
     /// Its parts, for whoever wants a say in how a snapshot is taken.
     pub fn parts(&self) -> Parts<'_, P> {
-        self.parts_of(&self.machine)
-    }
-
-    /// The same with `vcpus` in place of its own: those of somebody who passes calls on, and sees or changes
-    /// them.
-    pub fn parts_of<'a>(&'a self, vcpus: &'a dyn Vcpus) -> Parts<'a, P> {
         Parts {
-            vcpus,
+            vcpus: &self.machine,
             devices: self.devices.iter().map(|device| &**device).collect(),
             space: self.memory.space(),
             ahead: self.ahead.as_ref(),
@@ -205,11 +198,6 @@ impl<P: CowPolicy> Vm<P> {
     /// Its memory by guest-physical address: what host code reads, writes and pins.
     pub fn ram(&self) -> &Ram {
         self.memory.ram()
-    }
-
-    /// Ends the thread that copies ahead, and waits for it.
-    pub fn stop_copying_ahead(&mut self) {
-        self.ahead = None;
     }
 }
 

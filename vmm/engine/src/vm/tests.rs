@@ -18,7 +18,7 @@ use crate::memory::Frames;
 use crate::mm::AddressSpace;
 use crate::saved::Saved;
 use crate::snapshot::tests::{Fails, FakeDevice, Log};
-use crate::vcpus::{Capture, VcpusError};
+use crate::vcpus::{Capture, Vcpus, VcpusError};
 
 const MEMORY: u64 = 16 << 20;
 /// `l: inc qword ptr [rsi]; inc rcx; jmp l`, with RSI set before: see [`memory`].
