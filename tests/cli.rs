@@ -1128,7 +1128,8 @@ fn limits_of_a_shell_are_named_and_not_run_into() {
     assert!(said.stderr.contains("Too many open files"), "{said:?}");
 }
 
-/// `doctor` says how many files a run has, and so many are enough.
+/// `doctor` says how many files a run has, and so many are enough. One of them is open now and then only, and
+/// some runs do without.
 #[test]
 fn a_run_has_no_more_files_than_the_doctor_says() {
     if no_kvm() {
@@ -1152,7 +1153,7 @@ fn a_run_has_no_more_files_than_the_doctor_says() {
         said_within(PATIENCE, command)
     };
     run(number).assert_code(0);
-    run(number - 1).assert_code(1);
+    run(number - 2).assert_code(1);
 }
 
 #[test]

@@ -1,5 +1,7 @@
 //! CPUs, mappings, threads, files and signals: what limits this process apart from memory.
 
+use std::collections::BTreeSet;
+use std::path::Path;
 use std::sync::mpsc;
 use std::{fs, io, thread};
 
@@ -13,9 +15,9 @@ use palimpsest::kvm::Platform;
 
 /// Threads of a run besides those of vCPUs and devices.
 const OTHER_THREADS: u64 = 4;
-/// Files of a run besides those of vCPUs and devices: standard streams and one of them once more, KVM, the
-/// VM, the physmap, and one that is read or written now and then.
-const OTHER_FILES: u64 = 8;
+/// Files of a run besides those of vCPUs and devices, and those that it was started with: KVM, the VM, the
+/// physmap, and one that is read or written now and then.
+const OTHER_FILES: u64 = 4;
 /// Files of a vCPU, or of a device.
 const FILES_EACH: u64 = 1;
 /// Mappings that windows may use where `vm.max_map_count` is what Linux makes it.
@@ -48,7 +50,10 @@ pub(super) fn examine(config: &Config) -> Vec<Finding> {
     vec![
         mappings(&MappingBudget::of_this_process()),
         self::threads(threads, start_threads(threads)),
-        self::files(files, getrlimit(Resource::Nofile).current),
+        self::files(
+            limit_with_room(&open_files(), files),
+            getrlimit(Resource::Nofile).current,
+        ),
         signals(&status),
     ]
 }
@@ -96,6 +101,27 @@ fn threads(count: u64, started: io::Result<()>) -> Finding {
             "raise `ulimit -u`, or pids.max of the control group",
         ),
     }
+}
+
+/// Descriptors that are open here: the standard streams, and what the program was started with besides.
+fn open_files() -> BTreeSet<u64> {
+    let Ok(listed) = fs::read_dir("/proc/self/fd") else {
+        return BTreeSet::from([0, 1, 2]);
+    };
+    let numbers = listed
+        .flatten()
+        .filter_map(|file| file.file_name().to_str()?.parse().ok());
+    // Among them is the one that the folder was read by, which is closed by now.
+    let mut open: BTreeSet<u64> = numbers.collect();
+    open.retain(|file| Path::new(&format!("/proc/self/fd/{file}")).is_symlink());
+    open
+}
+
+/// The least `ulimit -n` under which `more` files can be opened where `open` are: it limits their numbers, and
+/// each gets the lowest one that is free.
+fn limit_with_room(open: &BTreeSet<u64>, more: u64) -> u64 {
+    let mut free = (0..).filter(|number| !open.contains(number));
+    free.nth(more as usize - 1).expect("numbers do not end") + 1
 }
 
 fn files(needed: u64, limit: Option<u64>) -> Finding {
@@ -173,6 +199,8 @@ fn signals(status: &str) -> Finding {
 
 #[cfg(test)]
 mod tests {
+    use std::os::fd::AsRawFd;
+
     use super::super::Grade;
     use super::*;
 
@@ -193,6 +221,17 @@ mod tests {
         assert_eq!(threads(6, Ok(())).grade, Grade::Ok);
         let refused = threads(6, Err(io::Error::from_raw_os_error(libc::EAGAIN)));
         assert_eq!(refused.grade, Grade::No);
+    }
+
+    #[test]
+    fn files_that_are_open_already_are_counted() {
+        let inherited = BTreeSet::from([0, 1, 2, 5, 251]);
+        assert_eq!(limit_with_room(&inherited, 1), 4);
+        assert_eq!(limit_with_room(&inherited, 2), 5);
+        assert_eq!(limit_with_room(&inherited, 3), 7, "5 is not free");
+        let (ours, _theirs) = io::pipe().unwrap();
+        let number = ours.as_raw_fd() as u64;
+        assert!(open_files().contains(&number));
     }
 
     #[test]

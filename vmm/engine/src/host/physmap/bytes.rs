@@ -3,7 +3,6 @@
 #![expect(unsafe_code, reason = "copies, compares and zeroes whole frames")]
 
 use std::io;
-use std::num::NonZero;
 use std::{ptr, thread};
 
 use rustix::fs::FallocateFlags;
@@ -54,8 +53,7 @@ impl FrameMemory for PhysMap {
     }
 
     fn copy_all(&self, pairs: &[(Pfn, Pfn)]) {
-        let cpus = thread::available_parallelism().map_or(1, NonZero::get);
-        let share = pairs.len().div_ceil(cpus).max(COPIES_OF_A_THREAD);
+        let share = pairs.len().div_ceil(self.cpus).max(COPIES_OF_A_THREAD);
         let copy = |pairs: &[(Pfn, Pfn)]| pairs.iter().for_each(|&(from, to)| self.copy(from, to));
         thread::scope(|scope| {
             let mut shares = pairs.chunks(share);

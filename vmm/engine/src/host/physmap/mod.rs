@@ -15,10 +15,11 @@ mod interrupted;
 mod memory;
 
 use std::ffi::c_void;
-use std::io;
+use std::num::NonZero;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::{io, thread};
 
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use rustix::io::Errno;
@@ -48,6 +49,9 @@ pub struct PhysMap {
     has_given_huge: AtomicBool,
     dumps: Dumps,
     backed: Backed,
+    /// CPUs that copies are shared out over. Asked for once: files of control groups are read for it, which is
+    /// too dear for a guest that stands still.
+    cpus: usize,
 }
 
 impl PhysMap {
@@ -88,6 +92,7 @@ impl PhysMap {
             has_given_huge: AtomicBool::new(false),
             dumps,
             backed: Backed::none(frames),
+            cpus: thread::available_parallelism().map_or(1, NonZero::get),
         }))
     }
 
