@@ -6,7 +6,7 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 
 use palimpsest::mm::{
-    CowPolicy, Exclusive, Mapcount, MapcountForcedBreak, Refcount, Seed, SeedRecompute,
+    AnyPolicy, CowPolicy, Exclusive, Mapcount, MapcountForcedBreak, Refcount, Seed, SeedRecompute,
 };
 
 /// A policy by name.
@@ -31,15 +31,6 @@ pub enum Policy {
     Exclusive,
 }
 
-/// Something to be done under a policy that is chosen when the program runs.
-pub trait UnderPolicy {
-    /// What comes of it.
-    type Output;
-
-    /// Does it. `make` gives one policy for each address space.
-    fn under<P: CowPolicy>(self, make: fn() -> P) -> Self::Output;
-}
-
 impl Policy {
     /// Every policy, the oldest first.
     pub const ALL: [Self; 6] = [
@@ -51,40 +42,26 @@ impl Policy {
         Self::Exclusive,
     ];
 
-    /// Its name, as `--policy` takes it.
-    pub const fn name(self) -> &'static str {
+    /// The policy itself: a new one for each address space.
+    pub fn make(self) -> AnyPolicy {
         match self {
-            Self::Mapcount => Mapcount::NAME,
-            Self::MapcountForcedBreak => MapcountForcedBreak::NAME,
-            Self::Refcount => Refcount::NAME,
-            Self::Seed => Seed::NAME,
-            Self::SeedRecompute => SeedRecompute::NAME,
-            Self::Exclusive => Exclusive::NAME,
+            Self::Mapcount => Box::new(Mapcount),
+            Self::MapcountForcedBreak => Box::new(MapcountForcedBreak),
+            Self::Refcount => Box::new(Refcount),
+            Self::Seed => Box::new(Seed),
+            Self::SeedRecompute => Box::new(SeedRecompute),
+            Self::Exclusive => Box::new(Exclusive),
         }
+    }
+
+    /// Its name, as `--policy` takes it.
+    pub fn name(self) -> &'static str {
+        self.make().name()
     }
 
     /// Whether the exclusive bit means anything to it.
     pub fn goes_by_the_bit(self) -> bool {
-        struct Asked;
-        impl UnderPolicy for Asked {
-            type Output = bool;
-            fn under<P: CowPolicy>(self, _make: fn() -> P) -> bool {
-                P::GOES_BY_THE_BIT
-            }
-        }
-        self.apply(Asked)
-    }
-
-    /// Does `what` under it.
-    pub fn apply<W: UnderPolicy>(self, what: W) -> W::Output {
-        match self {
-            Self::Mapcount => what.under(|| Mapcount),
-            Self::MapcountForcedBreak => what.under(|| MapcountForcedBreak),
-            Self::Refcount => what.under(|| Refcount),
-            Self::Seed => what.under(|| Seed),
-            Self::SeedRecompute => what.under(|| SeedRecompute),
-            Self::Exclusive => what.under(|| Exclusive),
-        }
+        self.make().goes_by_the_bit()
     }
 }
 
@@ -102,15 +79,7 @@ mod tests {
 
     #[test]
     fn a_policy_has_one_name_everywhere() {
-        struct Name;
-        impl UnderPolicy for Name {
-            type Output = &'static str;
-            fn under<P: CowPolicy>(self, _make: fn() -> P) -> &'static str {
-                P::NAME
-            }
-        }
         for policy in Policy::ALL {
-            assert_eq!(policy.apply(Name), policy.name());
             let value = policy.to_possible_value().map(|v| v.get_name().to_owned());
             assert_eq!(value.as_deref(), Some(policy.name()));
             let json = serde_json::to_value(policy).unwrap();

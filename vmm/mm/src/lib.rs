@@ -118,7 +118,8 @@ pub use mmu::{FrameMemory, Mmu, MmuError};
 pub use page_set::PageSet;
 pub use pin::PinError;
 pub use policy::{
-    Biased, CowPolicy, Exclusive, Mapcount, MapcountForcedBreak, Refcount, Seed, SeedRecompute,
+    AnyPolicy, Biased, CowPolicy, Exclusive, Mapcount, MapcountForcedBreak, Refcount, Seed,
+    SeedRecompute,
 };
 pub use pool::FramePool;
 pub use rearrange::RearrangeError;

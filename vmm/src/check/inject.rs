@@ -22,7 +22,9 @@ pub enum PolicyFault {
 pub struct Faulty(pub PolicyFault);
 
 impl CowPolicy for Faulty {
-    const NAME: &'static str = Exclusive::NAME;
+    fn name(&self) -> &'static str {
+        Exclusive.name()
+    }
 
     fn may_share(&self, frame: FrameState) -> bool {
         self.0 == PolicyFault::SharePinned || Exclusive.may_share(frame)

@@ -41,7 +41,9 @@ const PATTERNS: [Pattern; 4] = [
 struct MissesOneCow(Arc<AtomicBool>);
 
 impl CowPolicy for MissesOneCow {
-    const NAME: &'static str = "misses-one-cow";
+    fn name(&self) -> &'static str {
+        "misses-one-cow"
+    }
     fn may_share(&self, frame: FrameState) -> bool {
         Exclusive.may_share(frame)
     }

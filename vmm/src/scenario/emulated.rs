@@ -8,15 +8,15 @@ use super::performer::{Hold, HoldId, NotDone, PAGES, Page, PageView, Performer, 
 use super::stage::{Actor, Stage, StageError};
 use palimpsest::causes::chain;
 use palimpsest::mm::{
-    Access, AddressSpace, CowPolicy, Exclusive, Frozen, Get, Gfn, Mmu, MmuError, Pfn, Pin,
+    Access, AddressSpace, AnyPolicy, Exclusive, Frozen, Get, Gfn, Mmu, MmuError, Pfn, Pin,
     Protection,
 };
 
 /// Address spaces under one policy, on a stage. Fields are in the order they must be dropped in.
-pub struct Emulated<P: CowPolicy, S: Stage> {
-    policy: Box<dyn Fn() -> P>,
-    child: Option<S::Actor<P>>,
-    parent: Option<S::Actor<P>>,
+pub struct Emulated<S: Stage> {
+    policy: Box<dyn Fn() -> AnyPolicy>,
+    child: Option<S::Actor>,
+    parent: Option<S::Actor>,
     snapshot: Option<Arc<Frozen>>,
     holds: BTreeMap<HoldId, Held>,
     hogs: Vec<AddressSpace<Exclusive>>,
@@ -38,12 +38,12 @@ impl Held {
     }
 }
 
-impl<P: CowPolicy, S: Stage> Emulated<P, S> {
+impl<S: Stage> Emulated<S> {
     /// P on `stage`, with untouched memory; `policy` makes one policy for each address space.
     ///
     /// # Errors
     /// If the stage has no room for it.
-    pub fn new(stage: S, policy: Box<dyn Fn() -> P>) -> Result<Self, StageError> {
+    pub fn new(stage: S, policy: Box<dyn Fn() -> AnyPolicy>) -> Result<Self, StageError> {
         let refusal = Arc::new(Refusal::default());
         let parent = stage.parent(policy(), &|mmu| refusal.watch(mmu))?;
         Ok(Self {
@@ -58,7 +58,7 @@ impl<P: CowPolicy, S: Stage> Emulated<P, S> {
         })
     }
 
-    fn actor(&self, who: Who) -> Result<&S::Actor<P>, NotDone> {
+    fn actor(&self, who: Who) -> Result<&S::Actor, NotDone> {
         let actor = match who {
             Who::P => self.parent.as_ref(),
             Who::C => self.child.as_ref(),
@@ -86,7 +86,7 @@ fn refused_stage(error: StageError) -> NotDone {
     NotDone::Refused(chain(&*error))
 }
 
-impl<P: CowPolicy, S: Stage> Performer for Emulated<P, S> {
+impl<S: Stage> Performer for Emulated<S> {
     fn write(&mut self, who: Who, page: Page, value: u64) -> Result<(), NotDone> {
         let actor = self.actor(who)?;
         actor.cpu_write(page, value).map_err(refused_stage)

@@ -38,8 +38,8 @@ use self::performer::NotDone;
 use self::script::Scenario;
 use self::stage::Stage;
 use self::verdict::Verdict;
-use crate::policy::{Policy, UnderPolicy};
-use palimpsest::mm::{Biased, CowPolicy};
+use crate::policy::Policy;
+use palimpsest::mm::{AnyPolicy, Biased};
 
 /// Plays a scenario under `policy`, on a stage of its own. `watch` is told of every step.
 pub fn emulate<S: Stage>(
@@ -47,40 +47,13 @@ pub fn emulate<S: Stage>(
     policy: Policy,
     watch: &mut dyn FnMut(&Moment<'_>),
 ) -> ScenarioOutcome {
-    struct Play<'a, S> {
-        scenario: &'a Scenario,
-        stage: S,
-        watch: &'a mut dyn FnMut(&Moment<'_>),
-    }
-    impl<S: Stage> Play<'_, S> {
-        fn play<P: CowPolicy>(self, make: impl Fn() -> P + 'static) -> ScenarioOutcome {
-            match Emulated::new(self.stage, Box::new(make)) {
-                Ok(mut performer) => play(
-                    self.scenario,
-                    &mut performer,
-                    P::GOES_BY_THE_BIT,
-                    self.watch,
-                ),
-                Err(error) => ScenarioOutcome::Failed(palimpsest::causes::chain(&*error)),
-            }
-        }
-    }
-    impl<S: Stage> UnderPolicy for Play<'_, S> {
-        type Output = ScenarioOutcome;
-        fn under<P: CowPolicy>(self, make: fn() -> P) -> ScenarioOutcome {
-            if self.scenario.kernels_pin_count {
-                self.play(move || Biased::new(make()))
-            } else {
-                self.play(make)
-            }
-        }
-    }
-    match S::new(scenario.memory) {
-        Ok(stage) => policy.apply(Play {
-            scenario,
-            stage,
-            watch,
-        }),
+    let make: Box<dyn Fn() -> AnyPolicy> = if scenario.kernels_pin_count {
+        Box::new(move || Box::new(Biased::new(policy.make())))
+    } else {
+        Box::new(move || policy.make())
+    };
+    match S::new(scenario.memory).and_then(|stage| Emulated::new(stage, make)) {
+        Ok(mut performer) => play(scenario, &mut performer, policy.goes_by_the_bit(), watch),
         Err(error) => ScenarioOutcome::Failed(palimpsest::causes::chain(&*error)),
     }
 }

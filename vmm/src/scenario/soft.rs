@@ -5,7 +5,7 @@ use std::sync::Arc;
 use super::performer::{Memory, PAGES};
 use super::stage::{Actor, Stage, StageError, Wrap};
 use palimpsest::mm::soft::{SoftMemory, SoftMmu, SoftVm};
-use palimpsest::mm::{AddressSpace, CowPolicy, FrameMemory, FramePool, Frozen, Gfn, Order, Pfn};
+use palimpsest::mm::{AddressSpace, AnyPolicy, FrameMemory, FramePool, Frozen, Gfn, Order, Pfn};
 
 /// Frames that may have memory: few, so that they are soon exhausted.
 const FRAME_LIMIT: u64 = 128;
@@ -24,7 +24,7 @@ pub struct SoftStage {
 
 impl Stage for SoftStage {
     const NAME: &'static str = "the software MMU";
-    type Actor<P: CowPolicy> = SoftVm<P>;
+    type Actor = SoftVm<AnyPolicy>;
 
     fn new(memory: Memory) -> Result<Self, StageError> {
         let order = match memory {
@@ -42,19 +42,19 @@ impl Stage for SoftStage {
         &self.pool
     }
 
-    fn parent<P: CowPolicy>(&self, policy: P, wrap: Wrap<'_>) -> Result<SoftVm<P>, StageError> {
+    fn parent(&self, policy: AnyPolicy, wrap: Wrap<'_>) -> Result<SoftVm<AnyPolicy>, StageError> {
         let mmu = SoftMmu::new(PAGES);
         let wrapped = wrap(Box::new(Arc::clone(&mmu)));
         let space = AddressSpace::new(Arc::clone(&self.pool), policy, wrapped, PAGES)?;
         Ok(SoftVm::over(space, mmu, &self.memory))
     }
 
-    fn child<P: CowPolicy>(
+    fn child(
         &self,
         frozen: &Frozen,
-        policy: P,
+        policy: AnyPolicy,
         wrap: Wrap<'_>,
-    ) -> Result<SoftVm<P>, StageError> {
+    ) -> Result<SoftVm<AnyPolicy>, StageError> {
         let mmu = SoftMmu::new(frozen.pages());
         let wrapped = wrap(Box::new(Arc::clone(&mmu)));
         let space = AddressSpace::from_frozen(frozen, policy, wrapped)?;
@@ -70,8 +70,8 @@ impl Stage for SoftStage {
     }
 }
 
-impl<P: CowPolicy> Actor<P> for SoftVm<P> {
-    fn space(&self) -> &AddressSpace<P> {
+impl Actor for SoftVm<AnyPolicy> {
+    fn space(&self) -> &AddressSpace<AnyPolicy> {
         &self.space
     }
 

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::performer::Memory;
-use palimpsest::mm::{AddressSpace, CowPolicy, FramePool, Frozen, Gfn, Mmu, Pfn};
+use palimpsest::mm::{AddressSpace, AnyPolicy, FramePool, Frozen, Gfn, Mmu, Pfn};
 
 /// Why the stage could not do its part.
 pub type StageError = Box<dyn std::error::Error + Send + Sync>;
@@ -17,7 +17,7 @@ pub trait Stage: Sized {
     /// Its name in reports.
     const NAME: &'static str;
     /// A running address space.
-    type Actor<P: CowPolicy>: Actor<P>;
+    type Actor: Actor;
 
     /// A stage with its own frames, on which the pages of an actor are in `memory`. With [`Memory::Huge`]
     /// they are all in one folio, and an address space is of one folio.
@@ -30,16 +30,15 @@ pub trait Stage: Sized {
     fn pool(&self) -> &Arc<FramePool>;
 
     /// An actor with untouched memory. Its MMU is what `wrap` makes of the stage's own.
-    fn parent<P: CowPolicy>(&self, policy: P, wrap: Wrap<'_>)
-    -> Result<Self::Actor<P>, StageError>;
+    fn parent(&self, policy: AnyPolicy, wrap: Wrap<'_>) -> Result<Self::Actor, StageError>;
 
     /// An actor that starts with the memory of `frozen`, shared.
-    fn child<P: CowPolicy>(
+    fn child(
         &self,
         frozen: &Frozen,
-        policy: P,
+        policy: AnyPolicy,
         wrap: Wrap<'_>,
-    ) -> Result<Self::Actor<P>, StageError>;
+    ) -> Result<Self::Actor, StageError>;
 
     /// The first word of a frame, as a device or a reader sees it.
     fn load(&self, frame: Pfn) -> u64;
@@ -50,9 +49,9 @@ pub trait Stage: Sized {
 
 /// A running address space and its CPU. Dropping it ends both; pins and holds taken
 /// through the space live on.
-pub trait Actor<P: CowPolicy> {
+pub trait Actor {
     /// The address space.
-    fn space(&self) -> &AddressSpace<P>;
+    fn space(&self) -> &AddressSpace<AnyPolicy>;
 
     /// Guest page number of page `page` of the scenario.
     fn gfn(&self, page: u64) -> Gfn;

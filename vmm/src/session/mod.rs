@@ -43,10 +43,9 @@ use self::progress::Observer;
 use self::report::Report;
 pub use self::vm::PayloadVmError;
 use crate::check::inject::{Faulty, PolicyFault};
-use crate::policy::UnderPolicy;
 use palimpsest::host::Limits;
 use palimpsest::kvm::{Kvm, KvmError, PlatformError};
-use palimpsest::mm::CowPolicy;
+use palimpsest::mm::{AnyPolicy, CowPolicy};
 
 /// Why a run could not start.
 #[derive(Debug, thiserror::Error)]
@@ -81,37 +80,16 @@ pub fn run(
     stop: &AtomicBool,
     observer: &mut dyn Observer,
 ) -> Result<Report, RunError> {
-    let run = Run {
-        config,
-        image,
-        stop,
-        observer,
+    let policy: AnyPolicy = match config.inject {
+        Some(Injection::SharePinned) => Box::new(Faulty(PolicyFault::SharePinned)),
+        Some(Injection::ReuseShared) => Box::new(Faulty(PolicyFault::ReuseShared)),
+        _ => config.policy.make(),
     };
-    match config.inject {
-        Some(Injection::SharePinned) => run.under(|| Faulty(PolicyFault::SharePinned)),
-        Some(Injection::ReuseShared) => run.under(|| Faulty(PolicyFault::ReuseShared)),
-        _ => config.policy.apply(run),
-    }
-}
-
-/// A run that only lacks its policy.
-struct Run<'a> {
-    config: &'a Config,
-    image: Vec<u8>,
-    stop: &'a AtomicBool,
-    observer: &'a mut dyn Observer,
-}
-
-impl UnderPolicy for Run<'_> {
-    type Output = Result<Report, RunError>;
-
-    fn under<P: CowPolicy>(self, make: fn() -> P) -> Self::Output {
-        let kvm = Kvm::open()?;
-        let limits = Limits::detect().map_err(RunError::Limits)?;
-        let plan = MemoryPlan::new(self.config, &limits)?;
-        let (events, inbox) = ports::events();
-        let vm = vm::PayloadVm::build(&kvm, self.config, self.image, make(), plan, events)?;
-        drive::Drive::start(vm, self.config, inbox, self.stop, self.observer)?
-            .run(P::NAME, kvm.platform())
-    }
+    let name = policy.name();
+    let kvm = Kvm::open()?;
+    let limits = Limits::detect().map_err(RunError::Limits)?;
+    let plan = MemoryPlan::new(config, &limits)?;
+    let (events, inbox) = ports::events();
+    let vm = vm::PayloadVm::build(&kvm, config, image, policy, plan, events)?;
+    drive::Drive::start(vm, config, inbox, stop, observer)?.run(name, kvm.platform())
 }

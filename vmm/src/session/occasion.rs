@@ -19,7 +19,6 @@ use guest::abi::{Layout, STREAM_SLOTS, VcpuPage};
 use super::config::Injection;
 use super::vm::PayloadVm;
 use palimpsest::host::Ram;
-use palimpsest::mm::CowPolicy;
 
 /// Operations of each vCPU from one step to the next. Two may have been under way at one step or the other.
 const OPS: u64 = 3;
@@ -38,7 +37,7 @@ pub(super) struct GuestCounters<'a> {
 
 impl<'a> GuestCounters<'a> {
     /// Those of the guest in `vm`.
-    pub(super) fn of<P: CowPolicy>(vm: &'a PayloadVm<P>) -> Self {
+    pub(super) fn of(vm: &'a PayloadVm) -> Self {
         Self {
             ram: vm.ram(),
             layout: &vm.layout,

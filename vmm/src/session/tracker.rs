@@ -13,7 +13,7 @@ use super::config::{Config, Injection};
 use super::report::DirtyCounts;
 use crate::check::{ReportedDirty, Tracked};
 use crate::run_snapshot::RunSnapshot;
-use palimpsest::mm::{AddressSpace, CowPolicy, Gfn, MmuError};
+use palimpsest::mm::{AddressSpace, AnyPolicy, Gfn, MmuError};
 
 /// Asks which pages were written.
 #[derive(Debug)]
@@ -54,7 +54,7 @@ impl Tracker {
     }
 
     /// Asks.
-    pub(super) fn round<P: CowPolicy>(&mut self, space: &AddressSpace<P>) -> Result<(), MmuError> {
+    pub(super) fn round(&mut self, space: &AddressSpace<AnyPolicy>) -> Result<(), MmuError> {
         let answer = space.take_dirty()?;
         self.counts.rounds += 1;
         self.counts.pages += answer.len();

@@ -7,7 +7,7 @@ use guest::abi::{Layout, PAGE_SIZE, PORT_DOORBELL_EVENT};
 use palimpsest::host::{Dumps, Ram};
 use palimpsest::kvm::{BootError, Kvm, KvmError, Machine};
 use palimpsest::memory::{Frames, Memory, MemoryError, MemoryOptions};
-use palimpsest::mm::{AddressSpace, CowPolicy, Mmu, REGION_PAGES};
+use palimpsest::mm::{AddressSpace, AnyPolicy, Mmu, REGION_PAGES};
 use palimpsest::snapshot::Parts;
 use palimpsest::vm;
 
@@ -89,8 +89,8 @@ impl From<MemoryError> for PayloadVmError {
 
 /// A virtual machine with the payload's devices. The fields are in the order in which they go.
 #[derive(Debug)]
-pub(super) struct PayloadVm<P: CowPolicy> {
-    vm: palimpsest::vm::Vm<P>,
+pub(super) struct PayloadVm {
+    vm: palimpsest::vm::Vm<AnyPolicy>,
     pub(super) devices: Arc<DeviceSet>,
     pub(super) layout: Layout,
     /// Memory before the guest has run.
@@ -98,14 +98,14 @@ pub(super) struct PayloadVm<P: CowPolicy> {
     entry: u64,
 }
 
-impl<P: CowPolicy> PayloadVm<P> {
+impl PayloadVm {
     /// Puts a VM together, with its program loaded, that takes as much memory as `plan` says at most. It does
     /// not run yet.
     pub(super) fn build(
         kvm: &Kvm,
         config: &Config,
         image: Vec<u8>,
-        policy: P,
+        policy: AnyPolicy,
         plan: MemoryPlan,
         events: Events,
     ) -> Result<Self, PayloadVmError> {
@@ -188,7 +188,7 @@ impl<P: CowPolicy> PayloadVm<P> {
     }
 
     /// What snapshots are taken of.
-    pub(super) fn parts(&self) -> Parts<'_, P> {
+    pub(super) fn parts(&self) -> Parts<'_, AnyPolicy> {
         self.vm.parts()
     }
 
@@ -200,7 +200,7 @@ impl<P: CowPolicy> PayloadVm<P> {
         self.vm.ram()
     }
 
-    pub(super) fn space(&self) -> &AddressSpace<P> {
+    pub(super) fn space(&self) -> &AddressSpace<AnyPolicy> {
         self.vm.memory().space()
     }
 

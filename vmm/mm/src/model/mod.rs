@@ -40,14 +40,13 @@ mod shortage;
 
 use std::collections::{BTreeSet, HashMap};
 use std::env;
-use std::marker::PhantomData;
 use std::sync::Arc;
 
-use proptest::strategy::{Just, Strategy, ValueTree};
+use proptest::strategy::{BoxedStrategy, Just, Strategy, ValueTree};
 use proptest::test_runner::{Config, TestCaseError, TestRunner};
 
 use self::ops::{Op, Shape, run};
-use self::promises::{Broken, Promises};
+use self::promises::{Broken, Rules};
 use self::shortage::{Shortage, shortage};
 use super::soft::{SoftMemory, SoftVm};
 use super::*;
@@ -58,10 +57,11 @@ const CASES: u32 = 10_000;
 /// A value that many pages have.
 const COMMON: u64 = 1;
 
-struct Space<P> {
+struct Space {
     id: u64,
+    rules: Rules,
     shape: Shape,
-    vm: SoftVm<P>,
+    vm: SoftVm<AnyPolicy>,
     pages: Vec<u64>,
     /// What `take_dirty` must answer.
     dirty: BTreeSet<u64>,
@@ -133,24 +133,25 @@ impl Holders {
     }
 }
 
-/// Address spaces under the policy `P`, held to the promises `R`.
-struct Model<P, R> {
+/// Address spaces under a policy, held to its promises.
+struct Model {
+    rules: Rules,
     shape: Shape,
     shortage: Shortage,
     pool: Arc<FramePool>,
     memory: Arc<SoftMemory>,
-    spaces: Vec<Space<P>>,
+    spaces: Vec<Space>,
     snapshots: Vec<Snapshot>,
     pins: Vec<Held<Pin>>,
     gets: Vec<Held<Get>>,
     next: u64,
-    promises: PhantomData<R>,
 }
 
-impl<P: CowPolicy + Default, R: Promises> Model<P, R> {
-    fn new(shape: Shape, shortage: Shortage) -> Self {
+impl Model {
+    fn new(rules: Rules, shape: Shape, shortage: Shortage) -> Self {
         let (pool, memory) = shortage.pool(shape.huge);
         let mut model = Self {
+            rules,
             shape,
             shortage,
             pool,
@@ -160,7 +161,6 @@ impl<P: CowPolicy + Default, R: Promises> Model<P, R> {
             pins: vec![],
             gets: vec![],
             next: COMMON,
-            promises: PhantomData,
         };
         model.add_untouched_space();
         model
@@ -168,7 +168,7 @@ impl<P: CowPolicy + Default, R: Promises> Model<P, R> {
 
     fn add_untouched_space(&mut self) {
         let pages = self.shape.pages;
-        let vm = SoftVm::new(&self.pool, &self.memory, P::default(), pages).unwrap();
+        let vm = SoftVm::new(&self.pool, &self.memory, (self.rules.policy)(), pages).unwrap();
         self.add_space(vm, vec![0; pages as usize]);
     }
 
@@ -177,7 +177,7 @@ impl<P: CowPolicy + Default, R: Promises> Model<P, R> {
         self.next
     }
 
-    fn add_space(&mut self, vm: SoftVm<P>, pages: Vec<u64>) {
+    fn add_space(&mut self, vm: SoftVm<AnyPolicy>, pages: Vec<u64>) {
         let id = self.fresh_value();
         // So that whole regions are broken, and huge entries formed again.
         vm.space.set_whole_price(2);
@@ -186,6 +186,7 @@ impl<P: CowPolicy + Default, R: Promises> Model<P, R> {
         vm.space.note_protected();
         self.spaces.push(Space {
             id,
+            rules: self.rules,
             shape: self.shape,
             vm,
             answered: pages.clone(),
@@ -255,7 +256,7 @@ impl<P: CowPolicy + Default, R: Promises> Model<P, R> {
     fn write_held(&mut self, frame: Pfn, space: u64, gfn: Gfn, attached: bool) {
         let value = self.fresh_value();
         self.memory.store(frame, value);
-        if !R::ISOLATES_HOLDERS {
+        if !self.rules.promises.isolates_holders {
             for space in &mut self.spaces {
                 for page in 0..self.shape.pages {
                     if space.entry(Gfn(page)).pfn() == frame {
@@ -398,7 +399,7 @@ impl<P: CowPolicy + Default, R: Promises> Model<P, R> {
                 let Some(snapshot) = pick(f, snapshots).map(|f| &self.snapshots[f]) else {
                     return;
                 };
-                let clone = SoftVm::clone_of(&snapshot.frozen, &self.memory, P::default());
+                let clone = SoftVm::clone_of(&snapshot.frozen, &self.memory, (self.rules.policy)());
                 if let Some(vm) = self.shortage.result(clone) {
                     let pages = snapshot.pages.clone();
                     self.add_space(vm, pages);
@@ -482,7 +483,7 @@ impl<P: CowPolicy + Default, R: Promises> Model<P, R> {
             assert!(
                 answer.contains(&page)
                     || space.pages[at] == space.answered[at]
-                    || !R::ISOLATES_HOLDERS
+                    || !self.rules.promises.isolates_holders
             );
             assert!(!now.is_writable());
             assert_eq!(
@@ -663,7 +664,7 @@ impl<P: CowPolicy + Default, R: Promises> Model<P, R> {
                 t.attached = false;
                 if !t
                     .before
-                    .is_some_and(|(entry, state)| R::may_lose(entry, state))
+                    .is_some_and(|(entry, state)| (self.rules.promises.may_lose)(entry, state))
                 {
                     return Err(Broken::Coherence(format!("{:?} lost {frame:?}", t.gfn)));
                 }
@@ -733,9 +734,12 @@ impl<P: CowPolicy + Default, R: Promises> Model<P, R> {
             // A device that writes may have written just now.
             assert!(!pin.writes || entry.is_dirty(), "{:?}: missed", t.gfn);
             let state = self.pool.state(frame);
-            assert!(!P::GOES_BY_THE_BIT || state.is_exclusive(), "I3: {frame:?}");
+            assert!(
+                !(self.rules.policy)().goes_by_the_bit() || state.is_exclusive(),
+                "I3: {frame:?}"
+            );
         }
-        if !R::ISOLATES_HOLDERS {
+        if !self.rules.promises.isolates_holders {
             return Ok(());
         }
         let pins = self.pins.iter().map(|h| (h.handle.frame(), &h.may_show));
@@ -771,7 +775,7 @@ impl<P: CowPolicy + Default, R: Promises> Model<P, R> {
     }
 }
 
-impl<P: CowPolicy + Default> Space<P> {
+impl Space {
     /// What is said of a page, by whatever entry.
     fn entry(&self, gfn: Gfn) -> Entry {
         debug_assert!(gfn.0 < self.shape.pages);
@@ -807,7 +811,7 @@ impl<P: CowPolicy + Default> Space<P> {
 
     /// A hold that was just taken through page `gfn`. To be looked up for writing is to be marked.
     fn held<H: Handle>(&mut self, handle: H, gfn: Gfn, access: Access) -> Held<H> {
-        if P::default().lookup(access) == Access::Write {
+        if (self.rules.policy)().lookup(access) == Access::Write {
             assert_ne!(handle.frame(), Pfn::ZERO);
             self.dirty.insert(gfn.0);
         }
@@ -825,23 +829,20 @@ impl<P: CowPolicy + Default> Space<P> {
     }
 }
 
-/// Runs `ops` under the policy `P`, held to the promises `R`.
-fn follow<P: CowPolicy + Default, R: Promises>(
-    shape: Shape,
-    ops: &[Op],
-    order: &[u8],
-) -> Result<(), Broken> {
-    follow_in::<P, R>(shape, Shortage::NONE, ops, order)
+/// Runs `ops` under `rules`.
+fn follow(rules: Rules, shape: Shape, ops: &[Op], order: &[u8]) -> Result<(), Broken> {
+    follow_in(rules, shape, Shortage::NONE, ops, order)
 }
 
 /// The same with less memory.
-fn follow_in<P: CowPolicy + Default, R: Promises>(
+fn follow_in(
+    rules: Rules,
     shape: Shape,
     shortage: Shortage,
     ops: &[Op],
     order: &[u8],
 ) -> Result<(), Broken> {
-    let mut model = Model::<P, R>::new(shape, shortage);
+    let mut model = Model::new(rules, shape, shortage);
     for op in ops {
         model.apply(op)?;
         model.check()?;
@@ -859,16 +860,15 @@ pub(super) fn cases(of_ten_thousand: u32) -> u32 {
 }
 
 /// Half of the runs on each shape.
-fn random_operations<P: CowPolicy + Default, R: Promises>(of_ten_thousand: u32) {
-    random_operations_in::<P, R, _>(of_ten_thousand, |_| Just(Shortage::NONE));
+fn random_operations(rules: Rules, of_ten_thousand: u32) {
+    random_operations_in(rules, of_ten_thousand, |_| Just(Shortage::NONE).boxed());
 }
 
-fn random_operations_in<P: CowPolicy + Default, R: Promises, S>(
+fn random_operations_in(
+    rules: Rules,
     of_ten_thousand: u32,
-    shortage: impl Fn(u64) -> S,
-) where
-    S: Strategy<Value = Shortage>,
-{
+    shortage: fn(u64) -> BoxedStrategy<Shortage>,
+) {
     for shape in [Shape::BASE, Shape::HUGE] {
         let mut runner = TestRunner::new(Config {
             cases: cases(of_ten_thousand / 2),
@@ -877,60 +877,60 @@ fn random_operations_in<P: CowPolicy + Default, R: Promises, S>(
         });
         let runs = (shortage(shape.pages), run(shape));
         let result = runner.run(&runs, |(shortage, (ops, order))| {
-            follow_in::<P, R>(shape, shortage, &ops, &order)
+            follow_in(rules, shape, shortage, &ops, &order)
                 .map_err(|broken| TestCaseError::fail(broken.to_string()))
         });
         if let Err(error) = result {
-            panic!("{}, {shape:?}: {error}", P::NAME);
+            panic!("{}, {shape:?}: {error}", (rules.policy)().name());
         }
     }
 }
 
 #[test]
 fn random_operations_under_exclusive() {
-    random_operations::<Exclusive, Exclusive>(2000);
+    random_operations(Rules::EXCLUSIVE, 2000);
 }
 
 #[test]
 fn random_operations_under_a_biased_count() {
-    random_operations::<Biased<Exclusive>, Exclusive>(200);
+    random_operations(Rules::BIASED, 200);
 }
 
 #[test]
 fn random_operations_under_seed() {
-    random_operations::<Seed, Seed>(600);
+    random_operations(Rules::SEED, 600);
 }
 
 #[test]
 fn random_operations_under_refcount() {
-    random_operations::<Refcount, Refcount>(600);
+    random_operations(Rules::REFCOUNT, 600);
 }
 
 #[test]
 fn random_operations_under_mapcount() {
-    random_operations::<Mapcount, Mapcount>(600);
-    random_operations::<MapcountForcedBreak, MapcountForcedBreak>(600);
+    random_operations(Rules::MAPCOUNT, 600);
+    random_operations(Rules::MAPCOUNT_FORCED_BREAK, 600);
 }
 
 #[test]
 fn random_operations_where_memory_is_short() {
-    random_operations_in::<Exclusive, Exclusive, _>(5000, shortage);
+    random_operations_in(Rules::EXCLUSIVE, 5000, shortage);
 }
 
 #[test]
 fn random_operations_under_other_policies_where_memory_is_short() {
-    random_operations_in::<Seed, Seed, _>(200, shortage);
-    random_operations_in::<Refcount, Refcount, _>(100, shortage);
-    random_operations_in::<Mapcount, Mapcount, _>(100, shortage);
+    random_operations_in(Rules::SEED, 200, shortage);
+    random_operations_in(Rules::REFCOUNT, 100, shortage);
+    random_operations_in(Rules::MAPCOUNT, 100, shortage);
 }
 
 /// Which of the promises of `Exclusive` random operations break: isolation, coherence.
-fn broken_promises<P: CowPolicy + Default>(shape: Shape) -> [bool; 2] {
+fn broken_promises(rules: Rules, shape: Shape) -> [bool; 2] {
     let mut broken = [false; 2];
     let mut runner = TestRunner::deterministic();
     for _ in 0..100 {
         let (ops, order) = run(shape).new_tree(&mut runner).unwrap().current();
-        match follow::<P, Exclusive>(shape, &ops, &order) {
+        match follow(rules.as_exclusive(), shape, &ops, &order) {
             Ok(()) => {}
             Err(Broken::Isolation(_)) => broken[0] = true,
             Err(Broken::Coherence(_)) => broken[1] = true,
@@ -943,14 +943,14 @@ fn broken_promises<P: CowPolicy + Default>(shape: Shape) -> [bool; 2] {
 #[test]
 fn random_operations_show_what_each_policy_lacks() {
     for shape in [Shape::BASE, Shape::HUGE] {
-        let mapcount = broken_promises::<Mapcount>(shape);
+        let mapcount = broken_promises(Rules::MAPCOUNT, shape);
         assert_eq!(mapcount, [true, true], "mapcount");
-        let forced = broken_promises::<MapcountForcedBreak>(shape);
+        let forced = broken_promises(Rules::MAPCOUNT_FORCED_BREAK, shape);
         assert_eq!(forced, [true, true], "forced break");
-        let refcount = broken_promises::<Refcount>(shape);
+        let refcount = broken_promises(Rules::REFCOUNT, shape);
         assert_eq!(refcount, [false, true], "refcount");
-        assert_eq!(broken_promises::<Seed>(shape), [false, true], "seed");
-        let exclusive = broken_promises::<Exclusive>(shape);
+        assert_eq!(broken_promises(Rules::SEED, shape), [false, true], "seed");
+        let exclusive = broken_promises(Rules::EXCLUSIVE, shape);
         assert_eq!(exclusive, [false, false], "exclusive");
     }
 }
@@ -970,40 +970,47 @@ fn the_shortest_way_to_each_broken_promise() {
         Op::DropFrozen(0),
         Op::Write(0, 0),
     ];
-    assert!(is_leak(follow::<Mapcount, Exclusive>(
+    assert!(is_leak(follow(
+        Rules::MAPCOUNT.as_exclusive(),
         Shape::BASE,
         &b1,
         &[]
     )));
-    assert!(is_leak(follow::<MapcountForcedBreak, Exclusive>(
+    assert!(is_leak(follow(
+        Rules::MAPCOUNT_FORCED_BREAK.as_exclusive(),
         Shape::BASE,
         &b1,
         &[]
     )));
     let d2 = [Op::Pin(0, 0, Write), Op::Fork(0), Op::DmaWrite(0)];
-    assert!(is_leak(follow::<Mapcount, Exclusive>(
+    assert!(is_leak(follow(
+        Rules::MAPCOUNT.as_exclusive(),
         Shape::BASE,
         &d2,
         &[]
     )));
-    assert!(is_leak(follow::<MapcountForcedBreak, Exclusive>(
+    assert!(is_leak(follow(
+        Rules::MAPCOUNT_FORCED_BREAK.as_exclusive(),
         Shape::BASE,
         &d2,
         &[]
     )));
     let d1 = [Op::Pin(0, 0, Write), Op::Fork(0), Op::Write(0, 0)];
-    assert!(is_divergence(follow::<Mapcount, Exclusive>(
+    assert!(is_divergence(follow(
+        Rules::MAPCOUNT.as_exclusive(),
         Shape::BASE,
         &d1,
         &[]
     )));
-    assert!(is_divergence(follow::<MapcountForcedBreak, Exclusive>(
+    assert!(is_divergence(follow(
+        Rules::MAPCOUNT_FORCED_BREAK.as_exclusive(),
         Shape::BASE,
         &d1,
         &[]
     )));
     let c1 = [Op::Pin(0, 0, Write), Op::TakeDirty(0), Op::Write(0, 0)];
-    assert!(is_divergence(follow::<Refcount, Exclusive>(
+    assert!(is_divergence(follow(
+        Rules::REFCOUNT.as_exclusive(),
         Shape::BASE,
         &c1,
         &[]
@@ -1014,13 +1021,14 @@ fn the_shortest_way_to_each_broken_promise() {
         Op::Pin(0, 0, Read),
         Op::Write(0, 0),
     ];
-    assert!(is_divergence(follow::<Seed, Exclusive>(
+    assert!(is_divergence(follow(
+        Rules::SEED.as_exclusive(),
         Shape::BASE,
         &e1,
         &[]
     )));
     for ops in [&b1[..], &d2, &d1, &c1, &e1] {
-        follow::<Exclusive, Exclusive>(Shape::BASE, ops, &[]).unwrap();
+        follow(Rules::EXCLUSIVE, Shape::BASE, ops, &[]).unwrap();
     }
 }
 
@@ -1036,5 +1044,5 @@ fn what_a_clone_has_of_its_own_is_in_its_forks() {
         Op::ForceWrite(1, 0),
         Op::Fork(1),
     ];
-    follow::<Refcount, Refcount>(Shape::HUGE, &ops, &[]).unwrap();
+    follow(Rules::REFCOUNT, Shape::HUGE, &ops, &[]).unwrap();
 }

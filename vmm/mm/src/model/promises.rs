@@ -14,64 +14,83 @@ pub(super) enum Broken {
 }
 
 /// The promises that operations are held to.
-pub(super) trait Promises {
+#[derive(Clone, Copy)]
+pub(super) struct Promises {
     /// What is written through a pin or a hold is seen in the page it was taken through, and nowhere else;
     /// and pins and holds never show what another page's owner wrote.
     ///
     /// Where this is not promised, a device's write is seen in **every** page that is in the frame at that
     /// moment, and a hold may show anything. What vCPUs write is isolated from other vCPUs and from snapshots
     /// all the same.
-    const ISOLATES_HOLDERS: bool;
+    pub(super) isolates_holders: bool,
 
     /// Whether a page may be taken from under a device or a host writer, given how its entry and its frame
     /// were before.
-    fn may_lose(entry: Entry, frame: FrameState) -> bool;
+    pub(super) may_lose: fn(Entry, FrameState) -> bool,
 }
 
-impl Promises for Exclusive {
-    const ISOLATES_HOLDERS: bool = true;
-
-    fn may_lose(_: Entry, _: FrameState) -> bool {
-        false
-    }
+impl Promises {
+    pub(super) const EXCLUSIVE: Self = Self {
+        isolates_holders: true,
+        may_lose: |_, _| false,
+    };
+    pub(super) const SEED: Self = Self {
+        isolates_holders: true,
+        may_lose: |_, frame| !frame.is_exclusive(),
+    };
+    pub(super) const REFCOUNT: Self = Self {
+        isolates_holders: true,
+        may_lose: |entry, _| !entry.is_writable(),
+    };
+    pub(super) const MAPCOUNT: Self = Self {
+        isolates_holders: false,
+        may_lose: |entry, frame| !entry.is_present() || frame.maps() > 1,
+    };
+    pub(super) const MAPCOUNT_FORCED_BREAK: Self = Self {
+        isolates_holders: false,
+        may_lose: |_, frame| frame.maps() > 1,
+    };
 }
 
-impl Promises for Seed {
-    const ISOLATES_HOLDERS: bool = true;
-
-    fn may_lose(_: Entry, frame: FrameState) -> bool {
-        !frame.is_exclusive()
-    }
+/// A policy, and what it is held to.
+#[derive(Clone, Copy)]
+pub(super) struct Rules {
+    /// One for each address space.
+    pub(super) policy: fn() -> AnyPolicy,
+    pub(super) promises: Promises,
 }
 
-impl Promises for Refcount {
-    const ISOLATES_HOLDERS: bool = true;
+impl Rules {
+    pub(super) const EXCLUSIVE: Self = Self {
+        policy: || Box::new(Exclusive),
+        promises: Promises::EXCLUSIVE,
+    };
+    pub(super) const BIASED: Self = Self {
+        policy: || Box::new(Biased::new(Exclusive)),
+        promises: Promises::EXCLUSIVE,
+    };
+    pub(super) const SEED: Self = Self {
+        policy: || Box::new(Seed),
+        promises: Promises::SEED,
+    };
+    pub(super) const REFCOUNT: Self = Self {
+        policy: || Box::new(Refcount),
+        promises: Promises::REFCOUNT,
+    };
+    pub(super) const MAPCOUNT: Self = Self {
+        policy: || Box::new(Mapcount),
+        promises: Promises::MAPCOUNT,
+    };
+    pub(super) const MAPCOUNT_FORCED_BREAK: Self = Self {
+        policy: || Box::new(MapcountForcedBreak),
+        promises: Promises::MAPCOUNT_FORCED_BREAK,
+    };
 
-    fn may_lose(entry: Entry, _: FrameState) -> bool {
-        !entry.is_writable()
-    }
-}
-
-impl Promises for Mapcount {
-    const ISOLATES_HOLDERS: bool = false;
-
-    fn may_lose(entry: Entry, frame: FrameState) -> bool {
-        !entry.is_present() || frame.maps() > 1
-    }
-}
-
-impl Promises for MapcountForcedBreak {
-    const ISOLATES_HOLDERS: bool = false;
-
-    fn may_lose(_: Entry, frame: FrameState) -> bool {
-        frame.maps() > 1
-    }
-}
-
-impl<P: Promises> Promises for Biased<P> {
-    const ISOLATES_HOLDERS: bool = P::ISOLATES_HOLDERS;
-
-    fn may_lose(entry: Entry, frame: FrameState) -> bool {
-        P::may_lose(entry, frame)
+    /// The same policy, held to what only the right one keeps.
+    pub(super) const fn as_exclusive(self) -> Self {
+        Self {
+            promises: Promises::EXCLUSIVE,
+            ..self
+        }
     }
 }

@@ -19,13 +19,14 @@ use proptest::test_runner::{Config, TestRunner};
 
 use super::super::soft::{SoftMemory, SoftMmu, SoftVm, soft_pool_of};
 use super::super::tests::refusing::{Manner, Refusals, RefusingMmu};
+use super::super::tests::right;
 use super::super::*;
 use super::ops::{Op, Shape, run};
 use super::{FRAMES, cases};
 
 struct Space {
     id: u64,
-    vm: SoftVm<Exclusive>,
+    vm: SoftVm<AnyPolicy>,
     pages: Vec<u64>,
 }
 
@@ -81,11 +82,11 @@ impl World {
     fn add_untouched(&mut self) {
         let (inner, mmu) = self.mmu();
         let (pool, pages) = (Arc::clone(&self.pool), self.shape.pages);
-        let space = AddressSpace::new(pool, Exclusive, mmu, pages).unwrap();
+        let space = AddressSpace::new(pool, right(), mmu, pages).unwrap();
         self.add(space, inner, vec![0; pages as usize]);
     }
 
-    fn add(&mut self, space: AddressSpace<Exclusive>, mmu: Arc<SoftMmu>, pages: Vec<u64>) {
+    fn add(&mut self, space: AddressSpace<AnyPolicy>, mmu: Arc<SoftMmu>, pages: Vec<u64>) {
         space.set_whole_price(2);
         space.leave_to_fork(0);
         space.notes_writes();
@@ -170,7 +171,7 @@ impl World {
                     let (inner, mmu) = self.mmu();
                     let (frozen, pages) = &self.snapshots[f];
                     let pages = pages.clone();
-                    if let Ok(space) = AddressSpace::from_frozen(frozen, Exclusive, mmu) {
+                    if let Ok(space) = AddressSpace::from_frozen(frozen, right(), mmu) {
                         self.add(space, inner, pages);
                     }
                 }

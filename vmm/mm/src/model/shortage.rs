@@ -57,14 +57,16 @@ impl Shortage {
 
 /// From what suffices for most down to hardly any, and hosts that refuse nothing, now and then, or most of
 /// the time.
-pub(super) fn shortage(pages: u64) -> impl Strategy<Value = Shortage> {
+pub(super) fn shortage(pages: u64) -> BoxedStrategy<Shortage> {
     let limit = prop_oneof![Just(FRAMES), (pages..8 * pages), (0..2 * pages),];
     let refused = prop_oneof![
         2 => Just(0),
         1 => any::<u64>().prop_flat_map(|a| any::<u64>().prop_map(move |b| a & b)),
         1 => any::<u64>(),
     ];
-    (limit, refused).prop_map(|(limit, refused)| Shortage { limit, refused })
+    (limit, refused)
+        .prop_map(|(limit, refused)| Shortage { limit, refused })
+        .boxed()
 }
 
 struct Host {

@@ -29,8 +29,13 @@ impl<P: CowPolicy> Biased<P> {
 }
 
 impl<P: CowPolicy> CowPolicy for Biased<P> {
-    const NAME: &'static str = P::NAME;
-    const GOES_BY_THE_BIT: bool = P::GOES_BY_THE_BIT;
+    fn name(&self) -> &'static str {
+        self.policy.name()
+    }
+
+    fn goes_by_the_bit(&self) -> bool {
+        self.policy.goes_by_the_bit()
+    }
 
     /// The order of the flag and the pin is that of the frame's word: a fork that sees the pin in it sees the
     /// flag.

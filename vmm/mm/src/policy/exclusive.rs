@@ -7,8 +7,13 @@ use super::CowPolicy;
 pub struct Exclusive;
 
 impl CowPolicy for Exclusive {
-    const NAME: &'static str = "exclusive";
-    const GOES_BY_THE_BIT: bool = true;
+    fn name(&self) -> &'static str {
+        "exclusive"
+    }
+
+    fn goes_by_the_bit(&self) -> bool {
+        true
+    }
 
     /// A frame that is possibly shared already is shared without a pin test: it cannot be pinned
     /// (PROTOCOL.md T12). An exclusive one only while no device holds it (T10, T11).

@@ -10,7 +10,9 @@ use super::CowPolicy;
 pub struct Mapcount;
 
 impl CowPolicy for Mapcount {
-    const NAME: &'static str = "mapcount";
+    fn name(&self) -> &'static str {
+        "mapcount"
+    }
 
     fn may_share(&self, _frame: FrameState) -> bool {
         true
@@ -32,7 +34,9 @@ impl CowPolicy for Mapcount {
 pub struct MapcountForcedBreak;
 
 impl CowPolicy for MapcountForcedBreak {
-    const NAME: &'static str = "mapcount-forced-break";
+    fn name(&self) -> &'static str {
+        "mapcount-forced-break"
+    }
 
     fn may_share(&self, frame: FrameState) -> bool {
         Mapcount.may_share(frame)

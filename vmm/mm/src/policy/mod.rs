@@ -37,11 +37,13 @@ use super::frame_state::FrameState;
 /// matter.
 pub trait CowPolicy: Send + Sync + 'static {
     /// Its name in reports.
-    const NAME: &'static str;
+    fn name(&self) -> &'static str;
 
     /// Whether the exclusive bit means anything to it. Nothing is decided by this: it says what may be
     /// asserted, and shown.
-    const GOES_BY_THE_BIT: bool = false;
+    fn goes_by_the_bit(&self) -> bool {
+        false
+    }
 
     /// May a mapping of this frame be duplicated? If not, the caller copies, or gives up.
     fn may_share(&self, frame: FrameState) -> bool;
@@ -64,5 +66,38 @@ pub trait CowPolicy: Send + Sync + 'static {
     /// whoever holds the page was granted that by it.
     fn is_exclusive_after_split(&self, page: FrameState) -> bool {
         page.is_exclusive()
+    }
+}
+
+/// A policy that is chosen when the program runs: all of them by code that is compiled once.
+pub type AnyPolicy = Box<dyn CowPolicy>;
+
+impl CowPolicy for AnyPolicy {
+    fn name(&self) -> &'static str {
+        (**self).name()
+    }
+
+    fn goes_by_the_bit(&self) -> bool {
+        (**self).goes_by_the_bit()
+    }
+
+    fn may_share(&self, frame: FrameState) -> bool {
+        (**self).may_share(frame)
+    }
+
+    fn may_reuse(&self, frame: FrameState) -> bool {
+        (**self).may_reuse(frame)
+    }
+
+    fn may_pin(&self, frame: FrameState, access: Access) -> bool {
+        (**self).may_pin(frame, access)
+    }
+
+    fn lookup(&self, access: Access) -> Access {
+        (**self).lookup(access)
+    }
+
+    fn is_exclusive_after_split(&self, page: FrameState) -> bool {
+        (**self).is_exclusive_after_split(page)
     }
 }

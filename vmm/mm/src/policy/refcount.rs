@@ -11,7 +11,9 @@ use super::CowPolicy;
 pub struct Refcount;
 
 impl CowPolicy for Refcount {
-    const NAME: &'static str = "refcount";
+    fn name(&self) -> &'static str {
+        "refcount"
+    }
 
     fn may_share(&self, frame: FrameState) -> bool {
         frame.pins() == 0

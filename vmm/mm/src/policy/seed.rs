@@ -11,7 +11,9 @@ use super::{CowPolicy, Exclusive};
 pub struct Seed;
 
 impl CowPolicy for Seed {
-    const NAME: &'static str = "seed";
+    fn name(&self) -> &'static str {
+        "seed"
+    }
 
     fn may_share(&self, frame: FrameState) -> bool {
         Exclusive.may_share(frame)
@@ -37,7 +39,9 @@ impl CowPolicy for Seed {
 pub struct SeedRecompute;
 
 impl CowPolicy for SeedRecompute {
-    const NAME: &'static str = "seed-recompute";
+    fn name(&self) -> &'static str {
+        "seed-recompute"
+    }
 
     fn may_share(&self, frame: FrameState) -> bool {
         Seed.may_share(frame)

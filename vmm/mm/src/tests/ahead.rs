@@ -9,13 +9,13 @@ const NOTHING: [u64; 0] = [];
 
 struct World {
     pool: Arc<FramePool>,
-    vm: SoftVm<Exclusive>,
+    vm: SoftVm<AnyPolicy>,
 }
 
 /// Three regions, each of a huge folio of four pages; page `n` holds `100 + n`.
 fn world() -> World {
     let (pool, memory) = soft_pool_of(Order::new(2), 64).unwrap();
-    let vm = SoftVm::new(&pool, &memory, Exclusive, PAGES).unwrap();
+    let vm = SoftVm::new(&pool, &memory, right(), PAGES).unwrap();
     vm.space.notes_writes();
     vm.space.leave_to_fork(0);
     for n in 0..PAGES {
@@ -169,7 +169,7 @@ fn nothing_is_broken_ahead_while_somebody_asks_what_is_written() {
 #[test]
 fn what_cannot_be_broken_ahead_is_left_to_the_fault() {
     let (pool, memory) = soft_pool_of(Order::new(2), PAGES + 5).unwrap();
-    let vm = SoftVm::new(&pool, &memory, Exclusive, PAGES).unwrap();
+    let vm = SoftVm::new(&pool, &memory, right(), PAGES).unwrap();
     vm.space.notes_writes();
     let w = World { pool, vm };
     for n in 0..PAGES {

@@ -152,9 +152,9 @@ fn homes_are_recycled() {
     let (pool, memory) = soft_pool(4 * 512).unwrap();
     let mut kept = Vec::new();
     for round in 0..100 {
-        let vm = SoftVm::new(&pool, &memory, Exclusive, 2 * 512).unwrap();
+        let vm = SoftVm::new(&pool, &memory, right(), 2 * 512).unwrap();
         assert!(
-            SoftVm::new(&pool, &memory, Exclusive, 2 * 512).is_err(),
+            SoftVm::new(&pool, &memory, right(), 2 * 512).is_err(),
             "there is room for one"
         );
         vm.cpu_write(Gfn(700), round).unwrap();
@@ -165,7 +165,7 @@ fn homes_are_recycled() {
         }
     }
     // What a snapshot still has is in the way, until it goes.
-    let another = || SoftVm::new(&pool, &memory, Exclusive, 2 * 512);
+    let another = || SoftVm::new(&pool, &memory, right(), 2 * 512);
     assert!(another().is_err());
     kept.clear();
     assert!(another().is_ok());

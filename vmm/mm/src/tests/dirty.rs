@@ -2,7 +2,7 @@
 
 use super::*;
 
-fn taken<R: CowPolicy>(w: &World<R>) -> Vec<u64> {
+fn taken(w: &World) -> Vec<u64> {
     let pages = w.vm.space.take_dirty().unwrap();
     pages.iter().map(|gfn| gfn.0).collect()
 }
@@ -160,7 +160,7 @@ fn a_clone_starts_clean() {
     w.vm.cpu_write(Q, 6).unwrap();
     let pin = w.vm.space.pin(Q, Access::Write).unwrap();
     let frozen = w.vm.space.fork().unwrap();
-    let clone = SoftVm::clone_of(&frozen, &w.memory, Exclusive).unwrap();
+    let clone = SoftVm::clone_of(&frozen, &w.memory, right()).unwrap();
     assert!(clone.space.take_dirty().unwrap().is_empty());
     clone.cpu_write(Q, 7).unwrap();
     assert_eq!(clone.space.take_dirty().unwrap().len(), 1);

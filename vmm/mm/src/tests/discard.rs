@@ -78,7 +78,7 @@ fn snapshots_and_clones_keep_what_they_share() {
     w.vm.cpu_write(P, 5).unwrap();
     w.vm.cpu_write(Q, 6).unwrap();
     let frozen = w.vm.space.fork().unwrap();
-    let clone = SoftVm::clone_of(&frozen, &w.memory, Exclusive).unwrap();
+    let clone = SoftVm::clone_of(&frozen, &w.memory, right()).unwrap();
     let usage = w.pool.usage();
     assert_eq!(w.vm.space.discard(P, 4).unwrap(), 2);
     assert_eq!(w.pool.usage(), usage);
@@ -186,7 +186,7 @@ fn a_discard_that_the_mmu_refuses_changes_nothing() {
 #[test]
 fn frames_that_are_neighbours_go_back_in_one_call() {
     let memory = RefusingMemory::new(64);
-    let w = world_in(memory.pool(64, 64), Arc::clone(&memory.inner), Exclusive, 8);
+    let w = world_in(memory.pool(64, 64), Arc::clone(&memory.inner), right(), 8);
     for page in [0, 1, 2, 4, 6, 7] {
         w.vm.cpu_write(Gfn(page), 5).unwrap();
     }
@@ -201,7 +201,7 @@ fn frames_that_are_neighbours_go_back_in_one_call() {
 #[test]
 fn memory_that_the_host_does_not_take_is_free_for_others() {
     let memory = RefusingMemory::new(64);
-    let w = world_in(memory.pool(64, 64), Arc::clone(&memory.inner), Exclusive, 4);
+    let w = world_in(memory.pool(64, 64), Arc::clone(&memory.inner), right(), 4);
     w.vm.cpu_write(P, 5).unwrap();
     w.vm.cpu_write(Q, 5).unwrap();
     memory.refusals.from(0);

@@ -11,7 +11,7 @@ const NEXT: Gfn = Gfn(REGION);
 struct Huge {
     pool: Arc<FramePool>,
     memory: Arc<SoftMemory>,
-    vm: SoftVm<Exclusive>,
+    vm: SoftVm<AnyPolicy>,
 }
 
 fn huge() -> Huge {
@@ -20,7 +20,7 @@ fn huge() -> Huge {
 
 fn huge_with(pages: u64, frames: u64) -> Huge {
     let (pool, memory) = soft_pool_of(Order::new(2), frames).unwrap();
-    let vm = SoftVm::new(&pool, &memory, Exclusive, pages).unwrap();
+    let vm = SoftVm::new(&pool, &memory, right(), pages).unwrap();
     vm.space.leave_to_fork(0);
     Huge { pool, memory, vm }
 }
@@ -107,13 +107,13 @@ fn a_region_that_is_too_short_or_has_too_little_memory_is_in_base_pages() {
     drop(pool);
     let bytes = Arc::clone(&memory) as Arc<dyn FrameMemory>;
     let pool = FramePool::with_folios_of(Order::new(2), bytes, 64, 3).unwrap();
-    let vm = SoftVm::new(&pool, &memory, Exclusive, REGION).unwrap();
+    let vm = SoftVm::new(&pool, &memory, right(), REGION).unwrap();
     vm.cpu_write(P, 5).unwrap();
     assert!(!vm.space.entry(P).unwrap().is_huge());
     assert_eq!((vm.cpu_read(P), pool.usage().in_use), (5, 1));
 
     let (pool, memory) = soft_pool_of(Order::new(2), 64).unwrap();
-    let vm = SoftVm::new(&pool, &memory, Exclusive, REGION).unwrap();
+    let vm = SoftVm::new(&pool, &memory, right(), REGION).unwrap();
     let vm = vm.with_base_pages();
     vm.cpu_write(P, 5).unwrap();
     assert!(!vm.space.entry(P).unwrap().is_huge());
@@ -267,7 +267,7 @@ fn a_region_nobody_shares_any_more_is_written_without_a_copy() {
 
 /// F4: a device holds a page of a folio that is split and protected, and the guest writes it. Says whether
 /// they still have the same page.
-fn stays_together<R: CowPolicy>(policy: R) -> bool {
+fn stays_together(policy: AnyPolicy) -> bool {
     let (pool, memory) = soft_pool_of(Order::new(2), 64).unwrap();
     let vm = SoftVm::new(&pool, &memory, policy, REGION).unwrap();
     vm.cpu_write(P, 1).unwrap();
@@ -289,8 +289,8 @@ fn stays_together<R: CowPolicy>(policy: R) -> bool {
 
 #[test]
 fn a_split_that_counts_references_anew_loses_a_pin() {
-    assert!(stays_together(Exclusive) && stays_together(Seed));
-    assert!(!stays_together(SeedRecompute));
+    assert!(stays_together(right()) && stays_together(Box::new(Seed)));
+    assert!(!stays_together(Box::new(SeedRecompute)));
 }
 
 /// D7, and better than the kernel: of a folio of which one page is pinned, that page is copied, and the rest
@@ -458,7 +458,7 @@ fn a_clone_shares_folios_and_moves_to_its_own() {
     let w = huge().written();
     w.vm.space.set_whole_price(2);
     let frozen = w.vm.space.fork().unwrap();
-    let clone = SoftVm::clone_of(&frozen, &w.memory, Exclusive).unwrap();
+    let clone = SoftVm::clone_of(&frozen, &w.memory, right()).unwrap();
     clone.space.set_whole_price(2);
     let entry = |gfn| clone.space.entry(gfn).unwrap();
     assert!(entry(P).is_huge() && entry(P).pfn() == w.entry(P).pfn());
@@ -477,7 +477,7 @@ fn a_clone_shares_folios_and_moves_to_its_own() {
         "all of it is at home"
     );
     w.vm.cpu_write(Gfn(1), 8).unwrap();
-    let read = |vm: &SoftVm<Exclusive>| [0, 1, 2, 3].map(|n| vm.cpu_read(Gfn(n)));
+    let read = |vm: &SoftVm<AnyPolicy>| [0, 1, 2, 3].map(|n| vm.cpu_read(Gfn(n)));
     assert_eq!(read(&clone), [7, 101, 9, 103]);
     assert_eq!(read(&w.vm), [100, 8, 102, 103]);
     w.assert_as_written(&frozen);
@@ -494,8 +494,13 @@ fn a_clone_shares_folios_and_moves_to_its_own() {
 struct NotWhatIsHeld;
 
 impl CowPolicy for NotWhatIsHeld {
-    const NAME: &'static str = "not what is held";
-    const GOES_BY_THE_BIT: bool = true;
+    fn name(&self) -> &'static str {
+        "not what is held"
+    }
+
+    fn goes_by_the_bit(&self) -> bool {
+        true
+    }
 
     fn may_share(&self, frame: FrameState) -> bool {
         Exclusive.may_share(frame) && frame.gets() == 0
@@ -545,7 +550,7 @@ fn a_clone_that_was_given_a_copy_of_a_page_forks_that_region_anew() {
 fn a_clones_region_that_is_broken_whole_moves_with_one_mapping() {
     let w = huge().written();
     let frozen = w.vm.space.fork().unwrap();
-    let clone = SoftVm::clone_of(&frozen, &w.memory, Exclusive).unwrap();
+    let clone = SoftVm::clone_of(&frozen, &w.memory, right()).unwrap();
     clone.space.set_whole_price(1);
     clone.cpu_write(P, 1).unwrap();
     drop(clone.space.fork().unwrap());
@@ -567,7 +572,7 @@ fn a_clone_moves_to_its_home_with_one_call() {
         inner: Arc::clone(&inner),
         refusals: Arc::clone(&refusals),
     };
-    let clone = AddressSpace::from_frozen(&frozen, Exclusive, Box::new(mmu)).unwrap();
+    let clone = AddressSpace::from_frozen(&frozen, right(), Box::new(mmu)).unwrap();
     let clone = SoftVm::over(clone, inner, &w.memory);
     clone.space.set_whole_price(0);
     refusals.never();
@@ -618,7 +623,7 @@ fn snapshots_are_given_single_frames_if_there_is_no_folio_for_them() {
 fn a_snapshot_stays_in_a_folio_that_others_run_on() {
     let w = huge().written();
     let frozen = w.vm.space.fork().unwrap();
-    let clone = SoftVm::clone_of(&frozen, &w.memory, Exclusive).unwrap();
+    let clone = SoftVm::clone_of(&frozen, &w.memory, right()).unwrap();
     w.vm.space.set_whole_price(0);
     w.vm.cpu_write(P, 1).unwrap();
     for n in (0..REGION).map(Gfn) {
@@ -708,7 +713,7 @@ fn answers_of_dirty_tracking_are_by_page_from_the_first_on() {
 fn a_write_to_a_clean_folio_is_of_one_page_while_somebody_asks() {
     let Huge { pool, memory, vm } = huge().written();
     let frozen = vm.space.fork().unwrap();
-    let clone = SoftVm::clone_of(&frozen, &memory, Exclusive).unwrap();
+    let clone = SoftVm::clone_of(&frozen, &memory, right()).unwrap();
     drop((vm, frozen));
     assert!(clone.space.take_dirty().unwrap().is_empty());
     // The clone is the last holder of all: a write could have all of it at no cost.
@@ -780,7 +785,7 @@ fn a_fork_without_memory_for_a_pinned_page_changes_nothing() {
     drop(pool);
     let bytes = Arc::clone(&memory) as Arc<dyn FrameMemory>;
     let pool = FramePool::with_folios_of(Order::new(2), bytes, 64, 2 * REGION + 1).unwrap();
-    let vm = SoftVm::new(&pool, &memory, Exclusive, 2 * REGION).unwrap();
+    let vm = SoftVm::new(&pool, &memory, right(), 2 * REGION).unwrap();
     let w = Huge { pool, memory, vm }.written();
     let pins = [1, 5].map(|n| w.vm.space.pin(Gfn(n), Access::Write).unwrap());
     let error = w.vm.space.fork().unwrap_err();
@@ -810,7 +815,7 @@ fn a_break_of_a_whole_region_that_runs_out_of_memory_leaves_the_rest() {
     drop(pool);
     let bytes = Arc::clone(&memory) as Arc<dyn FrameMemory>;
     let pool = FramePool::with_folios_of(Order::new(2), bytes, 64, REGION + 2).unwrap();
-    let vm = SoftVm::new(&pool, &memory, Exclusive, REGION).unwrap();
+    let vm = SoftVm::new(&pool, &memory, right(), REGION).unwrap();
     let w = Huge { pool, memory, vm }.written();
     w.vm.space.set_whole_price(1);
     let frozen = w.vm.space.fork().unwrap();

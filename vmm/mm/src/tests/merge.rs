@@ -18,7 +18,7 @@ struct Pair {
 impl Pair {
     fn new(one: (usize, Gfn), other: (usize, Gfn)) -> Self {
         let a = world_of(2 * REGION_PAGES, 8 * REGION_PAGES);
-        let b = a.neighbour(Exclusive);
+        let b = a.neighbour();
         Self {
             worlds: [a, b],
             one,
@@ -208,7 +208,7 @@ fn untouched_pages_are_refused() {
 #[test]
 fn pages_beyond_the_end_and_of_other_pools_are_refused() {
     let (w, stranger) = (world(), world());
-    let other = world_in(Arc::clone(&w.pool), Arc::clone(&w.memory), Exclusive, 3);
+    let other = world_in(Arc::clone(&w.pool), Arc::clone(&w.memory), right(), 3);
     for space in [&w.vm.space, &other.vm.space, &stranger.vm.space] {
         for gfn in [P, Q] {
             let _ = space.write_fault(gfn).unwrap();
@@ -329,7 +329,7 @@ fn a_merge_that_cannot_be_undone_leaves_read_only_pages() {
 #[test]
 fn merges_in_both_directions_do_not_wait_for_each_other() {
     let w = world_of(2 * REGION_PAGES, 1 << 13);
-    let other = w.neighbour(Exclusive);
+    let other = w.neighbour();
     let far = Gfn(REGION_PAGES);
     for world in [&w, &other] {
         world.vm.cpu_write(P, 5).unwrap();

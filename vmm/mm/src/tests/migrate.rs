@@ -92,7 +92,7 @@ fn a_page_that_anybody_else_holds_stays_where_it_is() {
     }
     let frozen = w.vm.space.fork().unwrap();
     assert_eq!(busy(&w).maps(), 2, "shared with a snapshot");
-    let clone = SoftVm::clone_of(&frozen, &w.memory, Exclusive).unwrap();
+    let clone = SoftVm::clone_of(&frozen, &w.memory, right()).unwrap();
     drop(frozen);
     assert_eq!(busy(&w).maps(), 2, "shared with a clone");
     drop(clone);

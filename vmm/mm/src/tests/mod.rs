@@ -55,11 +55,16 @@ const Q: Gfn = Gfn(1);
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// An address space whose MMU can be told to refuse, and its pool.
-struct World<R = Exclusive> {
+struct World {
     pool: Arc<FramePool>,
     memory: Arc<SoftMemory>,
-    vm: SoftVm<R>,
+    vm: SoftVm<AnyPolicy>,
     mmu: Arc<Refusals>,
+}
+
+/// The right policy.
+pub(super) fn right() -> AnyPolicy {
+    Box::new(Exclusive)
 }
 
 fn world() -> World {
@@ -67,20 +72,15 @@ fn world() -> World {
 }
 
 fn world_of(pages: u64, frames: u64) -> World {
-    world_under(Exclusive, pages, frames)
+    world_under(right(), pages, frames)
 }
 
-fn world_under<R: CowPolicy>(policy: R, pages: u64, frames: u64) -> World<R> {
+fn world_under(policy: AnyPolicy, pages: u64, frames: u64) -> World {
     let (pool, memory) = soft_pool(frames).unwrap();
     world_in(pool, memory, policy, pages)
 }
 
-fn world_in<R: CowPolicy>(
-    pool: Arc<FramePool>,
-    memory: Arc<SoftMemory>,
-    policy: R,
-    pages: u64,
-) -> World<R> {
+fn world_in(pool: Arc<FramePool>, memory: Arc<SoftMemory>, policy: AnyPolicy, pages: u64) -> World {
     let mmu = Arc::new(Refusals::default());
     let vm = SoftVm::with_mmu(&pool, &memory, policy, pages, |inner| {
         Box::new(RefusingMmu {
@@ -98,7 +98,7 @@ fn world_in<R: CowPolicy>(
     }
 }
 
-impl<R: CowPolicy> World<R> {
+impl World {
     fn state(&self, gfn: Gfn) -> FrameState {
         self.pool.state(self.entry(gfn).pfn())
     }
@@ -131,13 +131,13 @@ impl<R: CowPolicy> World<R> {
         drop(frozen);
         self.vm.space.unshare(gfn).unwrap();
     }
-    /// Another address space of as many pages with frames of the same pool.
-    fn neighbour(&self, policy: R) -> World<R> {
+    /// Another address space of as many pages with frames of the same pool, under the right policy.
+    fn neighbour(&self) -> World {
         let pages = self.vm.space.pages();
         world_in(
             Arc::clone(&self.pool),
             Arc::clone(&self.memory),
-            policy,
+            right(),
             pages,
         )
     }
@@ -158,8 +158,8 @@ struct Picture {
 }
 
 impl Picture {
-    fn of<R: CowPolicy>(pool: &FramePool, worlds: &[&World<R>]) -> Self {
-        let page = |w: &World<R>, gfn| {
+    fn of(pool: &FramePool, worlds: &[&World]) -> Self {
+        let page = |w: &World, gfn| {
             let entry = w.entry(gfn);
             let shown = w.vm.mmu.page(gfn);
             (entry, entry.is_dirty(), shown, w.vm.cpu_read(gfn))

@@ -63,7 +63,7 @@ fn at_the_limit_a_page_is_filled_away_from_home() {
     let w = world_in(
         memory.pool(frames, limit),
         Arc::clone(&memory.inner),
-        Exclusive,
+        right(),
         4,
     );
     w.vm.cpu_write(P, 5).unwrap();
@@ -571,7 +571,7 @@ fn no_frame_is_handed_out_twice_at_the_limit() {
     let memory = SoftMemory::new(200);
     let bytes = Arc::clone(&memory) as Arc<dyn FrameMemory>;
     let pool = FramePool::with_folios_of(Order::new(2), bytes, 200, 30).unwrap();
-    let vm = SoftVm::new(&pool, &memory, Exclusive, 12).unwrap();
+    let vm = SoftVm::new(&pool, &memory, right(), 12).unwrap();
     let zero = vm.space.fork().unwrap();
     vm.cpu_write(Gfn(1), 101).unwrap();
     vm.cpu_write(Gfn(8), 102).unwrap();

@@ -10,15 +10,15 @@ const PAGES: u64 = 3 * REGION;
 const FORKS: u64 = 20;
 
 /// Three regions, each of a huge folio of four pages, all written; and a predictor that gives these answers.
-fn predicting(answers: Fixed) -> SoftVm<Exclusive> {
+fn predicting(answers: Fixed) -> SoftVm<AnyPolicy> {
     let (pool, memory) = soft_pool_of(Order::new(2), 128).unwrap();
-    let mut vm = SoftVm::new(&pool, &memory, Exclusive, PAGES).unwrap();
+    let mut vm = SoftVm::new(&pool, &memory, right(), PAGES).unwrap();
     vm.space = vm.space.with_predictor(Predictor::fixed(answers));
     (0..PAGES).for_each(|n| vm.cpu_write(Gfn(n), n).unwrap());
     vm
 }
 
-fn writable(vm: &SoftVm<Exclusive>) -> Vec<u64> {
+fn writable(vm: &SoftVm<AnyPolicy>) -> Vec<u64> {
     let is_writable = |&n: &u64| vm.space.entry(Gfn(n)).unwrap().is_writable();
     (0..PAGES).filter(is_writable).collect()
 }

@@ -12,7 +12,7 @@ const REGION: u64 = 4;
 /// call.
 #[derive(Default)]
 struct Busy {
-    guest: OnceLock<Weak<SoftVm<Exclusive>>>,
+    guest: OnceLock<Weak<SoftVm<AnyPolicy>>>,
     /// What is still to be written at the next calls, by region.
     writes: Mutex<Vec<Vec<u64>>>,
     /// The runs that were protected, by region.
@@ -39,7 +39,7 @@ impl Mmu for BusyMmu {
     }
 }
 
-fn write(vm: &SoftVm<Exclusive>, region: u64) {
+fn write(vm: &SoftVm<AnyPolicy>, region: u64) {
     vm.cpu_write(Gfn(region * REGION), 1).unwrap();
 }
 
@@ -49,7 +49,7 @@ fn prepare(regions: u64, meanwhile: &[&[u64]], is_huge: bool) -> (Vec<(u64, u64)
     let (pool, memory) = soft_pool_of(Order::new(2), 512).unwrap();
     let busy = Arc::<Busy>::default();
     let between = |inner| Box::new(BusyMmu(inner, Arc::clone(&busy))) as Box<dyn Mmu>;
-    let vm = SoftVm::with_mmu(&pool, &memory, Exclusive, 80 * REGION, between).unwrap();
+    let vm = SoftVm::with_mmu(&pool, &memory, right(), 80 * REGION, between).unwrap();
     let vm = Arc::new(if is_huge { vm } else { vm.with_base_pages() });
     (0..regions).for_each(|region| write(&vm, region));
     if !is_huge {
@@ -86,7 +86,7 @@ fn a_page_that_is_let_go_of_during_a_fork_is_copied() {
     let (pool, memory) = soft_pool_of(Order::new(2), 64).unwrap();
     let pin = Arc::<Mutex<_>>::default();
     let between = |inner| Box::new(LettingGo(inner, Arc::clone(&pin))) as Box<dyn Mmu>;
-    let vm = SoftVm::with_mmu(&pool, &memory, Exclusive, REGION, between).unwrap();
+    let vm = SoftVm::with_mmu(&pool, &memory, right(), REGION, between).unwrap();
     for n in 0..REGION {
         vm.cpu_write(Gfn(n), 100 + n).unwrap();
     }

@@ -25,12 +25,12 @@ const FRAMES: u64 = 200;
 struct Scene {
     pool: Arc<FramePool>,
     memory: Arc<SoftMemory>,
-    vm: SoftVm<Exclusive>,
+    vm: SoftVm<AnyPolicy>,
     mmu: Arc<Refusals>,
     /// What each page reads, and what it may read if the operation stops half-way.
     pages: Vec<Vec<u64>>,
     snapshots: Vec<(Arc<Frozen>, Vec<u64>)>,
-    clones: Vec<SoftVm<Exclusive>>,
+    clones: Vec<SoftVm<AnyPolicy>>,
     pins: Vec<Pin>,
     next: u64,
 }
@@ -46,7 +46,7 @@ impl Scene {
                 refusals: Arc::clone(&mmu),
             }) as _
         };
-        let vm = SoftVm::with_mmu(&pool, &memory, Exclusive, PAGES, between).unwrap();
+        let vm = SoftVm::with_mmu(&pool, &memory, right(), PAGES, between).unwrap();
         // Small breaks.
         vm.space.set_whole_price(1000);
         vm.space.leave_to_fork(0);
@@ -100,7 +100,7 @@ impl Scene {
     /// The last snapshot runs, too: what it shares, writers leave.
     fn cloned(mut self) -> Self {
         let (frozen, _) = self.snapshots.last().unwrap();
-        let clone = SoftVm::clone_of(frozen, &self.memory, Exclusive).unwrap();
+        let clone = SoftVm::clone_of(frozen, &self.memory, right()).unwrap();
         self.clones.push(clone);
         self
     }
@@ -202,7 +202,7 @@ impl Scene {
         }
         // Everybody else takes all the frames that are left, and writes to them.
         let (pool, memory) = (Arc::clone(&self.pool), Arc::clone(&self.memory));
-        let other = SoftVm::new(&pool, &memory, Exclusive, PAGES).unwrap();
+        let other = SoftVm::new(&pool, &memory, right(), PAGES).unwrap();
         for gfn in (0..PAGES).map(Gfn) {
             if other.cpu_write(gfn, 7).is_ok() {
                 let frame = other.space.entry(gfn).unwrap().small().pfn();
@@ -501,7 +501,7 @@ fn pages_that_were_made_writable_before_a_refusal_are_protected_by_the_next_fork
         let bytes = Arc::clone(&memory) as Arc<dyn FrameMemory>;
         let pool = FramePool::with_folios_of(Order::new(3), bytes, 174, 10_000).unwrap();
         let mmu = Arc::new(Refusals::default());
-        let vm = SoftVm::with_mmu(&pool, &memory, Exclusive, 8, |inner| {
+        let vm = SoftVm::with_mmu(&pool, &memory, right(), 8, |inner| {
             Box::new(RefusingMmu {
                 inner,
                 refusals: Arc::clone(&mmu),

@@ -91,7 +91,7 @@ fn t05_a_break_moves_the_writer_when_a_clone_runs_on_the_frame() {
     let w = world();
     w.vm.cpu_write(P, 5).unwrap();
     let frozen = w.vm.space.fork().unwrap();
-    let clone = SoftVm::clone_of(&frozen, &w.memory, Exclusive).unwrap();
+    let clone = SoftVm::clone_of(&frozen, &w.memory, right()).unwrap();
     assert_eq!(w.vm.space.write_fault(P).unwrap(), Resolution::WriterMoved);
     w.vm.cpu_write(P, 6).unwrap();
     clone.cpu_write(P, 7).unwrap();
@@ -455,7 +455,9 @@ fn everything_is_free_at_the_end() {
 fn a_policy_that_shares_pinned_frames_is_caught() {
     struct SharesPinned;
     impl CowPolicy for SharesPinned {
-        const NAME: &'static str = "shares-pinned";
+        fn name(&self) -> &'static str {
+            "shares-pinned"
+        }
         fn may_share(&self, _: FrameState) -> bool {
             true
         }

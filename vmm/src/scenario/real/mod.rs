@@ -50,7 +50,7 @@ use palimpsest::causes::Cause;
 use palimpsest::host::{MappingBudget, PhysMap, Ram, Window};
 use palimpsest::kvm::{GuestRam, Kvm, Machine};
 use palimpsest::mm::{
-    Access, AddressSpace, CowPolicy, FrameMemory, FramePool, Frozen, Gfn, Mmu, MmuError, PAGE_SIZE,
+    Access, AddressSpace, AnyPolicy, FrameMemory, FramePool, Frozen, Gfn, Mmu, MmuError, PAGE_SIZE,
     Pfn, Protection, REGION_PAGES, Resolution,
 };
 
@@ -183,11 +183,11 @@ pub struct RealStage {
 
 impl RealStage {
     /// A guest whose address space `make` makes over the window it is given, wrapped.
-    fn actor<P: CowPolicy>(
+    fn actor(
         &self,
         wrap: Wrap<'_>,
-        make: impl FnOnce(Box<dyn Mmu>) -> Result<AddressSpace<P>, StageError>,
-    ) -> Result<RealActor<P>, StageError> {
+        make: impl FnOnce(Box<dyn Mmu>) -> Result<AddressSpace<AnyPolicy>, StageError>,
+    ) -> Result<RealActor, StageError> {
         let mailbox = self.mailbox()?;
         let reserve = |source| RealError::Reserve {
             what: "a guest's window",
@@ -258,7 +258,7 @@ impl RealStage {
 
 impl Stage for RealStage {
     const NAME: &'static str = "a real vCPU";
-    type Actor<P: CowPolicy> = RealActor<P>;
+    type Actor = RealActor;
 
     fn new(memory: Memory) -> Result<Self, StageError> {
         let kvm = Kvm::open()?;
@@ -292,21 +292,17 @@ impl Stage for RealStage {
         &self.pool
     }
 
-    fn parent<P: CowPolicy>(
-        &self,
-        policy: P,
-        wrap: Wrap<'_>,
-    ) -> Result<Self::Actor<P>, StageError> {
+    fn parent(&self, policy: AnyPolicy, wrap: Wrap<'_>) -> Result<Self::Actor, StageError> {
         let (pool, pages) = (Arc::clone(&self.pool), self.layout.pages);
         self.actor(wrap, |mmu| Ok(AddressSpace::new(pool, policy, mmu, pages)?))
     }
 
-    fn child<P: CowPolicy>(
+    fn child(
         &self,
         frozen: &Frozen,
-        policy: P,
+        policy: AnyPolicy,
         wrap: Wrap<'_>,
-    ) -> Result<Self::Actor<P>, StageError> {
+    ) -> Result<Self::Actor, StageError> {
         let (pages, space) = (frozen.pages(), self.layout.pages);
         if pages != space {
             return Err(RealError::Foreign { pages, space }.into());
@@ -329,14 +325,14 @@ impl Stage for RealStage {
 // In the order they must be dropped in: a vCPU waits for commands until its line is gone, and the machine for
 // the vCPU; the machine's memory is last.
 #[derive(Debug)]
-pub struct RealActor<P: CowPolicy> {
+pub struct RealActor {
     line: Mutex<Line>,
     machine: Machine,
-    space: Arc<AddressSpace<P>>,
+    space: Arc<AddressSpace<AnyPolicy>>,
     layout: StageLayout,
 }
 
-impl<P: CowPolicy> RealActor<P> {
+impl RealActor {
     /// Write faults that the vCPU has had.
     pub fn write_faults(&self) -> u64 {
         self.machine.stats().write_faults
@@ -348,8 +344,8 @@ impl<P: CowPolicy> RealActor<P> {
     }
 }
 
-impl<P: CowPolicy> Actor<P> for RealActor<P> {
-    fn space(&self) -> &AddressSpace<P> {
+impl Actor for RealActor {
+    fn space(&self) -> &AddressSpace<AnyPolicy> {
         &self.space
     }
 
@@ -403,14 +399,14 @@ impl Mmu for OffsetWindow {
 }
 
 /// All memory of a guest: its address space, and the program beside it.
-struct GuestMemory<P> {
-    space: Arc<AddressSpace<P>>,
+struct GuestMemory {
+    space: Arc<AddressSpace<AnyPolicy>>,
     ram: Ram,
     program: Arc<Program>,
     layout: StageLayout,
 }
 
-impl<P> GuestMemory<P> {
+impl GuestMemory {
     /// Where `gpa` is in the address space, if it is there.
     fn in_space(&self, gpa: u64) -> Option<u64> {
         let page = self.layout.page_of(Gfn::of_gpa(gpa).0)?;
@@ -418,7 +414,7 @@ impl<P> GuestMemory<P> {
     }
 }
 
-impl<P: CowPolicy> GuestRam for GuestMemory<P> {
+impl GuestRam for GuestMemory {
     fn len(&self) -> u64 {
         self.program.len()
     }

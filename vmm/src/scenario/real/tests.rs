@@ -13,7 +13,7 @@ use guest::abi::{IMAGE_GPA, MAIL_GPA};
 use super::*;
 use palimpsest::causes::chain;
 use palimpsest::kvm::CrashReason;
-use palimpsest::mm::{Access, Exclusive, FrameState, Mapcount};
+use palimpsest::mm::{Access, CowPolicy, Exclusive, FrameState, Mapcount};
 
 /// A stage, or `None` if the test is to be skipped.
 fn stage() -> Option<RealStage> {
@@ -40,21 +40,21 @@ fn plain(mmu: Box<dyn Mmu>) -> Box<dyn Mmu> {
     mmu
 }
 
-fn parent(stage: &RealStage) -> RealActor<Exclusive> {
-    stage.parent(Exclusive, &plain).unwrap()
+fn parent(stage: &RealStage) -> RealActor {
+    stage.parent(Box::new(Exclusive), &plain).unwrap()
 }
 
 /// What a snapshot holds in the first word of a page.
 fn frozen_word(
     stage: &RealStage,
     frozen: &Frozen,
-    actor: &impl Actor<Exclusive>,
+    actor: &impl Actor,
     page: u64,
 ) -> u64 {
     stage.load(frozen.frame(actor.gfn(page)).unwrap())
 }
 
-fn words<P: CowPolicy>(actor: &RealActor<P>) -> [u64; PAGES as usize] {
+fn words(actor: &RealActor) -> [u64; PAGES as usize] {
     std::array::from_fn(|page| actor.cpu_read(page as u64).unwrap())
 }
 
@@ -181,7 +181,7 @@ fn only_the_scenario_has_frames() {
     actor.cpu_write(1, 1).unwrap();
     assert_eq!(stage.pool().usage().in_use, 1);
     let frozen = actor.space().fork().unwrap();
-    let child = stage.child(&frozen, Exclusive, &plain).unwrap();
+    let child = stage.child(&frozen, Box::new(Exclusive), &plain).unwrap();
     child.cpu_write(1, 2).unwrap();
     assert_eq!(stage.pool().usage().in_use, 2);
 }
@@ -208,7 +208,7 @@ fn a_child_and_its_parent_are_isolated_both_ways() {
     parent.cpu_write(0, 10).unwrap();
     parent.cpu_write(1, 11).unwrap();
     let frozen = parent.space().fork().unwrap();
-    let child = stage.child(&frozen, Exclusive, &plain).unwrap();
+    let child = stage.child(&frozen, Box::new(Exclusive), &plain).unwrap();
     drop(frozen);
     assert_eq!(words(&child), [10, 11, 0, 0]);
     child.cpu_write(0, 20).unwrap();
@@ -219,7 +219,7 @@ fn a_child_and_its_parent_are_isolated_both_ways() {
     assert_eq!(words(&child), [20, 11, 0, 23]);
 
     let frozen = child.space().fork().unwrap();
-    let grandchild = stage.child(&frozen, Exclusive, &plain).unwrap();
+    let grandchild = stage.child(&frozen, Box::new(Exclusive), &plain).unwrap();
     drop(parent);
     drop(child);
     grandchild.cpu_write(1, 41).unwrap();
@@ -244,7 +244,7 @@ fn huge_memory_is_one_folio_of_the_window() {
     assert_eq!(parent.write_faults(), 1, "the fault was of all of it");
 
     let frozen = parent.space().fork().unwrap();
-    let child = stage.child(&frozen, Exclusive, &plain).unwrap();
+    let child = stage.child(&frozen, Box::new(Exclusive), &plain).unwrap();
     drop(frozen);
     assert!(child.space().entry(child.gfn(3)).unwrap().is_huge());
     child.cpu_write(3, 23).unwrap();
@@ -252,7 +252,7 @@ fn huge_memory_is_one_folio_of_the_window() {
     assert_eq!(words(&parent), [30, 11, 12, 13]);
     assert_eq!(words(&child), [10, 11, 12, 23]);
     // The neighbours of the scenario's pages, too.
-    let frame = |actor: &RealActor<Exclusive>, n| actor.space().entry(Gfn(n)).unwrap().pfn();
+    let frame = |actor: &RealActor, n| actor.space().entry(Gfn(n)).unwrap().pfn();
     assert_eq!(frame(&parent, 2), frame(&child, 2));
     assert_ne!(frame(&parent, 0), frame(&child, 0));
 }
@@ -262,13 +262,13 @@ fn a_write_that_the_mmu_refuses_is_an_error() {
     let stage = need_stage!();
     let watch = Arc::new(Watch::default());
     let wrap = Watched::wrap(&watch);
-    let parent = stage.parent(Exclusive, &wrap).unwrap();
+    let parent = stage.parent(Box::new(Exclusive), &wrap).unwrap();
     parent.cpu_write(0, 1).unwrap();
     let frozen = parent.space().fork().unwrap();
 
     watch.refuses.store(true, Ordering::SeqCst);
     assert_eq!(
-        reason(stage.child(&frozen, Exclusive, &wrap)),
+        reason(stage.child(&frozen, Box::new(Exclusive), &wrap)),
         "cannot map the clone's memory: the window needs more than 77 memory mappings: \
          raise vm.max_map_count (sysctl -w vm.max_map_count=262144)"
     );
@@ -290,7 +290,7 @@ fn a_write_that_the_mmu_refuses_is_an_error() {
     }
     assert_eq!(frozen_word(&stage, &frozen, &parent, 0), 1);
     // The address space is whole, and a new guest can run on in it.
-    let child = stage.child(&frozen, Exclusive, &wrap).unwrap();
+    let child = stage.child(&frozen, Box::new(Exclusive), &wrap).unwrap();
     child.cpu_write(0, 3).unwrap();
     assert_eq!(words(&child), [3, 0, 0, 0]);
 }
@@ -327,7 +327,9 @@ fn a_guest_obeys_whatever_the_policy() {
     /// Everything is allowed.
     struct Careless;
     impl CowPolicy for Careless {
-        const NAME: &'static str = "careless";
+        fn name(&self) -> &'static str {
+            "careless"
+        }
         fn may_share(&self, _: FrameState) -> bool {
             true
         }
@@ -339,10 +341,10 @@ fn a_guest_obeys_whatever_the_policy() {
         }
     }
     let stage = need_stage!();
-    let parent = stage.parent(Careless, &plain).unwrap();
+    let parent = stage.parent(Box::new(Careless), &plain).unwrap();
     parent.cpu_write(0, 1).unwrap();
     let frozen = parent.space().fork().unwrap();
-    let child = stage.child(&frozen, Careless, &plain).unwrap();
+    let child = stage.child(&frozen, Box::new(Careless), &plain).unwrap();
     for value in 2..10 {
         parent.cpu_write(0, value).unwrap();
         assert_eq!(child.cpu_read(0).unwrap(), value, "the policy's own bug");
@@ -350,11 +352,11 @@ fn a_guest_obeys_whatever_the_policy() {
         assert_eq!(parent.cpu_read(1).unwrap(), 0);
     }
 
-    let parent = stage.parent(Mapcount, &plain).unwrap();
+    let parent = stage.parent(Box::new(Mapcount), &plain).unwrap();
     parent.cpu_write(0, 1).unwrap();
     let pin = parent.space().pin(parent.gfn(0), Access::Write).unwrap();
     let frozen = parent.space().fork().unwrap();
-    let child = stage.child(&frozen, Mapcount, &plain).unwrap();
+    let child = stage.child(&frozen, Box::new(Mapcount), &plain).unwrap();
     parent.cpu_write(0, 2).unwrap();
     assert_eq!(
         stage.load(pin.pfn()),
@@ -443,10 +445,10 @@ fn a_dropped_actor_leaves_nothing_and_faults_were_its_own_threads() {
     let here = rustix::thread::gettid().as_raw_nonzero().get();
     // Whether an end was quick.
     let is_quick = |end| {
-        let actor = stage.parent(Exclusive, &wrap).unwrap();
+        let actor = stage.parent(Box::new(Exclusive), &wrap).unwrap();
         let child = {
             let frozen = actor.space().fork().unwrap();
-            stage.child(&frozen, Exclusive, &wrap).unwrap()
+            stage.child(&frozen, Box::new(Exclusive), &wrap).unwrap()
         };
         let mut thread = None;
         if end != "never asked" {
@@ -493,14 +495,14 @@ fn a_stage_says_when_it_has_had_its_guests() {
         parent(&stage).cpu_write(0, 1).unwrap();
     }
     assert_eq!(
-        reason(stage.parent(Exclusive, &plain)),
+        reason(stage.parent(Box::new(Exclusive), &plain)),
         "this stage has had 64 guests: take a new one"
     );
     let other = RealStage::new(Memory::Base).unwrap();
     let pool = Arc::clone(other.pool());
     let small = AddressSpace::new(pool, Exclusive, Box::new(Unseen), 3).unwrap();
     assert_eq!(
-        reason(other.child(&small.fork().unwrap(), Exclusive, &plain)),
+        reason(other.child(&small.fork().unwrap(), Box::new(Exclusive), &plain)),
         "a snapshot of 3 pages: guests of this stage have 16"
     );
 }
@@ -527,7 +529,7 @@ fn costs() {
         parent.cpu_read(0).unwrap();
         note(3);
         let frozen = parent.space().fork().unwrap();
-        let child = stage.child(&frozen, Exclusive, &plain).unwrap();
+        let child = stage.child(&frozen, Box::new(Exclusive), &plain).unwrap();
         note(4);
         child.cpu_write(0, 2).unwrap();
         note(5);

@@ -5,9 +5,9 @@ use crate::session::occasion::GuestCounters;
 use crate::session::report::{DirtyCounts, FaultCounts, PinCounts};
 use crate::session::tracker::Tracker;
 use palimpsest::kvm::{MachineStats, Rung};
-use palimpsest::mm::{CowPolicy, MmStats};
+use palimpsest::mm::MmStats;
 
-impl<P: CowPolicy> Drive<'_, P> {
+impl Drive<'_> {
     pub(super) fn counters(&self) -> GuestCounters<'_> {
         GuestCounters::of(&self.vm)
     }

@@ -11,7 +11,6 @@ use crate::session::config::{GuestSource, RunLength};
 use crate::session::occasion::PATIENCE;
 use crate::session::report::EndedBy;
 use palimpsest::kvm::KvmError;
-use palimpsest::mm::CowPolicy;
 use palimpsest::vcpus::Capture;
 
 /// Between two calls of the observer.
@@ -19,7 +18,7 @@ pub(super) const TICK: Duration = Duration::from_millis(100);
 /// Looks the checker may be behind before the next snapshot waits for it.
 const MOST_BACKLOG: u64 = 3;
 
-impl<P: CowPolicy> Drive<'_, P> {
+impl Drive<'_> {
     /// Drives the run to its end.
     pub(super) fn drive(&mut self) -> End {
         loop {

@@ -14,9 +14,8 @@ use crate::session::report::{
     DmaCounts, EndedBy, GuestCounts, MemoryPeaks, Quantiles, Report, SnapshotCounts, Verdict,
 };
 use palimpsest::kvm;
-use palimpsest::mm::CowPolicy;
 
-impl<P: CowPolicy> Drive<'_, P> {
+impl Drive<'_> {
     /// Takes everything apart, looks at what is left, and writes it all down.
     pub(super) fn finish(
         mut self,

@@ -9,7 +9,6 @@ use super::end::End;
 use crate::check::{Oracle, Violation};
 use crate::dma::Mismatch;
 use crate::session::ports::Event;
-use palimpsest::mm::CowPolicy;
 use palimpsest::vcpus::VcpusError;
 
 /// What devices read and should not have, kept until the guest reports it. Others are of requests that a
@@ -18,7 +17,7 @@ const MOST_MISMATCHES: usize = 512;
 /// How long an ended vCPU's reason may take to arrive.
 const LAST_WORDS: Duration = Duration::from_secs(5);
 
-impl<P: CowPolicy> Drive<'_, P> {
+impl Drive<'_> {
     pub(super) fn handle(&mut self, event: Event) -> Option<End> {
         match event {
             Event::Console(text) => self.observer.console(&format!("{text}\n")),

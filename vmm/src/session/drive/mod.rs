@@ -47,14 +47,13 @@ use crate::check::{Boot, Examiner, ViolationCounts, Worker};
 use crate::dma::Mismatch;
 use crate::run_snapshot::RunSnapshot;
 use palimpsest::kvm;
-use palimpsest::mm::CowPolicy;
 
 /// A run that goes on.
-pub(super) struct Drive<'a, P: CowPolicy> {
+pub(super) struct Drive<'a> {
     config: &'a Config,
     stop: &'a AtomicBool,
     observer: &'a mut dyn Observer,
-    vm: PayloadVm<P>,
+    vm: PayloadVm,
     inbox: Inbox,
     worker: Worker,
     started: Instant,
@@ -97,10 +96,10 @@ pub(super) struct Drive<'a, P: CowPolicy> {
     leaked: bool,
 }
 
-impl<'a, P: CowPolicy> Drive<'a, P> {
+impl<'a> Drive<'a> {
     /// Starts the guest.
     pub(super) fn start(
-        vm: PayloadVm<P>,
+        vm: PayloadVm,
         config: &'a Config,
         inbox: Inbox,
         stop: &'a AtomicBool,

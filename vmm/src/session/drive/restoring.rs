@@ -11,10 +11,9 @@ use crate::check;
 use crate::run_snapshot::RunSnapshot;
 use crate::session::config::Injection;
 use crate::session::life::{self, DeviceWatch, LifeWatch};
-use palimpsest::mm::CowPolicy;
 use palimpsest::snapshot::RewindError;
 
-impl<P: CowPolicy> Drive<'_, P> {
+impl Drive<'_> {
     /// Rewinds the guest to one of the snapshots that are kept, and begins to watch whether it runs on.
     pub(super) fn restore(&mut self) -> Result<(), End> {
         self.restore_is_due = false;

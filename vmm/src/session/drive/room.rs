@@ -4,9 +4,9 @@ use guest::abi::PAGE_SIZE;
 
 use super::Drive;
 use crate::session::tracker::Tracker;
-use palimpsest::mm::{CowPolicy, PoolUsage};
+use palimpsest::mm::PoolUsage;
 
-impl<P: CowPolicy> Drive<'_, P> {
+impl Drive<'_> {
     /// How often all of the guest's memory could be copied with what frames there are left.
     pub(super) fn room(&self) -> u64 {
         room_for(self.vm.frames().pool().usage(), self.vm.space().pages())

@@ -16,10 +16,10 @@ use crate::session::faults::{AtLarge, Late, Old, Stale};
 use crate::session::occasion::{GuestCounters, overdue, wait_until};
 use crate::session::skew::SkewedMemory;
 use palimpsest::kvm::VcpuState;
-use palimpsest::mm::{CowPolicy, ForkError};
+use palimpsest::mm::ForkError;
 use palimpsest::snapshot::{self, Preparation, TakeError, Timing};
 
-impl<P: CowPolicy> Drive<'_, P> {
+impl Drive<'_> {
     /// Takes a snapshot, hands it to the checker, retires an old one, and maybe rewinds.
     pub(super) fn snapshot(&mut self) -> Result<(), End> {
         self.stall.before_snapshot(self.vm.ram());

@@ -8,9 +8,8 @@ use super::counts::{fault_counts, pin_counts};
 use crate::session::config::RunLength;
 use crate::session::life;
 use crate::session::progress::Progress;
-use palimpsest::mm::CowPolicy;
 
-impl<P: CowPolicy> Drive<'_, P> {
+impl Drive<'_> {
     /// Looks at what the checker, the guest and the devices have done since the last call, and tells the
     /// observer.
     pub(super) fn tick(&mut self) {
