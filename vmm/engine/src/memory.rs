@@ -61,7 +61,22 @@ impl Frames {
     /// # Errors
     /// As [`Frames::new`].
     pub fn with_limit(frames: u64, limit: u64, dumps: Dumps) -> Result<Self, MemoryError> {
-        let bytes = frames.saturating_mul(PAGE_SIZE);
+        Self::with_more_behind(frames, 0, limit, dumps)
+    }
+
+    /// The same, with `more` frames behind them in the physmap that no address space has and no snapshot: for
+    /// what guests have beside their address space. Whoever uses them has them committed.
+    ///
+    /// # Errors
+    /// As [`Frames::new`].
+    pub fn with_more_behind(
+        frames: u64,
+        more: u64,
+        limit: u64,
+        dumps: Dumps,
+    ) -> Result<Self, MemoryError> {
+        let all = frames.saturating_add(more);
+        let bytes = all.saturating_mul(PAGE_SIZE);
         if frames == 0 || bytes == u64::MAX {
             return Err(MemoryError::Size { bytes });
         }
@@ -70,7 +85,7 @@ impl Frames {
             bytes,
             source,
         };
-        let physmap = PhysMap::with_dumps(frames, dumps).map_err(reserve)?;
+        let physmap = PhysMap::with_dumps(all, dumps).map_err(reserve)?;
         let pool = FramePool::new(Arc::clone(&physmap) as _, frames, limit)?;
         Ok(Self {
             pool,
@@ -185,17 +200,23 @@ impl<P: CowPolicy> Memory<P> {
             space = space.with_base_pages();
             frames.physmap.use_base_pages();
         }
-        let space = Arc::new(space);
-        let mut ram = Ram::new(Arc::clone(&space) as _, Arc::clone(&frames.physmap));
+        let mut memory = Self::over(frames, space, window);
         if let Some(prices) = options.prices {
-            ram = ram.with_prices(prices);
+            memory.ram = memory.ram.with_prices(prices);
         }
-        Ok(Self {
-            ram,
+        Ok(memory)
+    }
+
+    /// Of an address space that is there already, which changes the whole of `window` or a part of it. Its
+    /// frames must be of `frames`.
+    pub fn over(frames: &Frames, space: AddressSpace<P>, window: Arc<Window>) -> Self {
+        let space = Arc::new(space);
+        Self {
+            ram: Ram::new(Arc::clone(&space) as _, Arc::clone(&frames.physmap)),
             space,
             window,
             frames: frames.clone(),
-        })
+        }
     }
 
     /// Guest memory by guest-physical address: to be read, written and pinned by host code.
@@ -230,6 +251,7 @@ impl<P: CowPolicy> fmt::Debug for Memory<P> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::mm::{FrameMemory, Pfn};
 
     #[test]
     fn sizes_that_are_no_pages_are_refused() {
@@ -255,6 +277,29 @@ mod tests {
         let none = Frames::new(PAGE_SIZE - 1).unwrap_err();
         assert!(matches!(none, MemoryError::Size { bytes: 0 }), "{none}");
         let many = Frames::with_limit(u64::MAX / 8, 1, Dumps::WithoutGuest).unwrap_err();
+        assert!(matches!(many, MemoryError::Size { .. }), "{many}");
+    }
+
+    #[test]
+    fn frames_behind_the_pools_are_nobodys() {
+        let frames = Frames::with_more_behind(64, 3, 64, Dumps::WithoutGuest).unwrap();
+        let behind = |more: u64| frames.physmap().slice(Pfn(64 + more), 0, 4);
+        frames.physmap().commit(Pfn(64), 3).unwrap();
+        for more in 0..3 {
+            behind(more).copy_from(b"mine");
+        }
+        // All that there is, and a bit more.
+        let memory = Memory::new(&frames, 32 * PAGE_SIZE).unwrap();
+        let mut snapshots = Vec::new();
+        while memory.ram().write(0, &[1; 32 * PAGE_SIZE as usize]).is_ok() {
+            snapshots.push(memory.space().fork().unwrap());
+        }
+        for more in 0..3 {
+            let mut bytes = [0; 4];
+            behind(more).copy_to(&mut bytes[..]);
+            assert_eq!(&bytes, b"mine");
+        }
+        let many = Frames::with_more_behind(1, u64::MAX, 1, Dumps::WithoutGuest).unwrap_err();
         assert!(matches!(many, MemoryError::Size { .. }), "{many}");
     }
 

@@ -10,8 +10,8 @@ use crate::saved::Saved;
 ///
 /// **What it promises.** While it is stopped every request is all done (its data, its status and its
 /// completion are in guest memory) or none of it is, except one that it was in the middle of when the wait
-/// ran out: that one is in its state, and of its data alone may be a part in memory. Every byte that it writes,
-/// or reads for longer than a moment, is pinned meanwhile.
+/// ran out: that one is in its state, and of its data alone may be a part in memory. Every byte that it
+/// writes, or reads for longer than a moment, is pinned meanwhile.
 ///
 /// # Restoring
 /// Memory is rewound between two halves, since it should not be held by requests it knows nothing of:

@@ -8,7 +8,9 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::device::Quiesce;
 use crate::host::{Ahead, Ram};
-use crate::kvm::{EntryState, Kvm, KvmError, Machine, OnStop, Outcome, PortHandler};
+use crate::kvm::{
+    EntryState, GuestRam, Kvm, KvmError, Machine, OnStop, Outcome, PortAction, PortHandler,
+};
 use crate::memory::Memory;
 use crate::mm::{CowPolicy, Exclusive};
 use crate::snapshot::{Parts, RewindError, Snapshot, TakeError, Timing};
@@ -29,6 +31,7 @@ pub enum BuildError {
 /// Whoever wants to talk to a device or to the handler of ports keeps a share of it.
 pub struct Builder<'a, P: CowPolicy = Exclusive> {
     memory: Memory<P>,
+    guest_ram: Arc<dyn GuestRam>,
     devices: Vec<Arc<dyn Quiesce>>,
     doorbells: Vec<(u16, &'a EventFd)>,
     ports: Arc<dyn PortHandler>,
@@ -40,8 +43,8 @@ pub struct Builder<'a, P: CowPolicy = Exclusive> {
 struct NoPorts;
 
 impl PortHandler for NoPorts {
-    fn out(&self, _vcpu: usize, _port: u16, _value: u32) -> crate::kvm::PortAction {
-        crate::kvm::PortAction::Unknown
+    fn out(&self, _vcpu: usize, _port: u16, _value: u32) -> PortAction {
+        PortAction::Unknown
     }
 }
 
@@ -70,6 +73,15 @@ impl<'a, P: CowPolicy> Builder<'a, P> {
         self
     }
 
+    /// Has `ram` asked when a vCPU faults, and what there is at an address: for a window that shows more than
+    /// the address space ([`Memory::over`]), in another place. Without it that is the memory the VM is built
+    /// around, from guest-physical address 0 on.
+    #[must_use]
+    pub fn guest_ram(mut self, ram: Arc<dyn GuestRam>) -> Self {
+        self.guest_ram = ram;
+        self
+    }
+
     /// Calls `on_stop` on a vCPU's thread when that vCPU has ended by itself, with its number and the reason.
     /// Without it the reason is logged.
     #[must_use]
@@ -95,7 +107,7 @@ impl<'a, P: CowPolicy> Builder<'a, P> {
         let machine = Machine::new(
             kvm,
             Arc::clone(self.memory.window()) as _,
-            Arc::new(self.memory.ram().clone()),
+            self.guest_ram,
             vcpus,
             self.ports,
             self.on_stop,
@@ -142,6 +154,7 @@ impl<P: CowPolicy> Vm<P> {
     /// Begins to put a VM together around `memory`, with what the guest finds there at first in it.
     pub fn builder<'a>(memory: Memory<P>) -> Builder<'a, P> {
         Builder {
+            guest_ram: Arc::new(memory.ram().clone()),
             memory,
             devices: Vec::new(),
             doorbells: Vec::new(),

@@ -47,12 +47,14 @@ use super::performer::{Memory, PAGES};
 use super::stage::{Actor, Stage, StageError, Wrap};
 use crate::boot;
 use palimpsest::causes::Cause;
-use palimpsest::host::{MappingBudget, PhysMap, Ram, Window};
-use palimpsest::kvm::{GuestRam, Kvm, Machine};
+use palimpsest::host::{Dumps, PhysMap, Ram, Window};
+use palimpsest::kvm::{GuestRam, Kvm};
+use palimpsest::memory::{self, Frames};
 use palimpsest::mm::{
     Access, AddressSpace, AnyPolicy, FrameMemory, FramePool, Frozen, Gfn, Mmu, MmuError, PAGE_SIZE,
     Pfn, Protection, REGION_PAGES, Resolution,
 };
+use palimpsest::vm::Vm;
 
 pub use self::line::CpuError;
 
@@ -170,9 +172,7 @@ pub enum RealError {
 #[derive(Debug)]
 pub struct RealStage {
     kvm: Kvm,
-    pool: Arc<FramePool>,
-    physmap: Arc<PhysMap>,
-    budget: Arc<MappingBudget>,
+    frames: Frames,
     program: Arc<Program>,
     layout: StageLayout,
     /// The first guest's mailbox; those of the others follow.
@@ -194,8 +194,8 @@ impl RealStage {
             source,
         };
         let window = Window::new(
-            Arc::clone(&self.physmap),
-            Arc::clone(&self.budget),
+            Arc::clone(self.frames.physmap()),
+            Arc::clone(self.frames.budget()),
             self.program.len() / PAGE_SIZE,
         )
         .map_err(reserve)?;
@@ -211,31 +211,29 @@ impl RealStage {
             window: Arc::clone(&window),
             first: self.layout.first,
         };
-        let space = Arc::new(make(wrap(Box::new(shown)))?);
-        let memory = GuestMemory {
-            ram: Ram::new(Arc::clone(&space) as _, Arc::clone(&self.physmap)),
-            space: Arc::clone(&space),
+        let space = make(wrap(Box::new(shown)))?;
+        let memory = memory::Memory::over(&self.frames, space, window);
+        let guest_ram = GuestMemory {
+            ram: memory.ram().clone(),
+            space: Arc::clone(memory.space()),
             program: Arc::clone(&self.program),
             layout: self.layout,
         };
         let (line, ports, on_stop) = line::connect(mailbox);
-        let machine = Machine::new(
-            &self.kvm,
-            window,
-            Arc::new(memory),
-            1,
-            Arc::new(ports),
-            on_stop,
-        )?;
+        let vm = Vm::builder(memory)
+            .guest_ram(Arc::new(guest_ram))
+            .ports(Arc::new(ports))
+            .on_stop(on_stop)
+            .copy_ahead(false)
+            .build(&self.kvm, 1)?;
         // Before it starts: if it does not, the line is dropped first.
         let actor = RealActor {
             line: Mutex::new(line),
-            machine,
-            space,
+            vm,
             layout: self.layout,
         };
         let rip = self.program.entry();
-        actor.machine.start(|vcpu| boot::entry(rip, vcpu))?;
+        actor.vm.start(|vcpu| boot::entry(rip, vcpu))?;
         Ok(actor)
     }
 
@@ -251,8 +249,8 @@ impl RealStage {
             what: "a mailbox",
             source,
         };
-        self.physmap.commit(frame, 1).map_err(reserve)?;
-        Ok(Mailbox::new(Arc::clone(&self.physmap), frame))
+        self.frames.physmap().commit(frame, 1).map_err(reserve)?;
+        Ok(Mailbox::new(Arc::clone(self.frames.physmap()), frame))
     }
 }
 
@@ -265,22 +263,22 @@ impl Stage for RealStage {
         let image = boot::parse(guest::PUPPET)?;
         let programs = Program::frames(&image);
         let layout = StageLayout::new(memory, Program::end_of(&image));
-        let reserve = |source| RealError::Reserve {
-            what: "frames",
-            source,
-        };
         // Behind the pool's frames are those of the stage itself.
-        let first = Pfn(layout.frames);
-        let physmap = PhysMap::new(layout.frames + programs + GUESTS).map_err(reserve)?;
-        physmap.commit(first, programs).map_err(reserve)?;
-        let pool = FramePool::new(Arc::clone(&physmap) as _, layout.frames, layout.limit)?;
+        let (first, of_stage) = (Pfn(layout.frames), programs + GUESTS);
+        let dumps = Dumps::WithoutGuest;
+        let frames = Frames::with_more_behind(layout.frames, of_stage, layout.limit, dumps)?;
+        let physmap = frames.physmap();
+        physmap
+            .commit(first, programs)
+            .map_err(|source| RealError::Reserve {
+                what: "frames",
+                source,
+            })?;
         let end = layout.end(Program::end_of(&image));
-        let program = Program::load(Arc::clone(&physmap), first, &image, end)?;
+        let program = Program::load(Arc::clone(physmap), first, &image, end)?;
         Ok(Self {
             kvm,
-            pool,
-            physmap,
-            budget: Arc::new(MappingBudget::of_this_process()),
+            frames,
             program: Arc::new(program),
             layout,
             mailboxes: Pfn(first.0 + programs),
@@ -289,11 +287,11 @@ impl Stage for RealStage {
     }
 
     fn pool(&self) -> &Arc<FramePool> {
-        &self.pool
+        self.frames.pool()
     }
 
     fn parent(&self, policy: AnyPolicy, wrap: Wrap<'_>) -> Result<Self::Actor, StageError> {
-        let (pool, pages) = (Arc::clone(&self.pool), self.layout.pages);
+        let (pool, pages) = (Arc::clone(self.pool()), self.layout.pages);
         self.actor(wrap, |mmu| Ok(AddressSpace::new(pool, policy, mmu, pages)?))
     }
 
@@ -313,29 +311,28 @@ impl Stage for RealStage {
     }
 
     fn load(&self, frame: Pfn) -> u64 {
-        load(&self.physmap, frame, 0)
+        load(self.frames.physmap(), frame, 0)
     }
 
     fn store(&self, frame: Pfn, value: u64) {
-        store(&self.physmap, frame, 0, value);
+        store(self.frames.physmap(), frame, 0, value);
     }
 }
 
-/// A virtual machine of one vCPU, and its address space.
-// In the order they must be dropped in: a vCPU waits for commands until its line is gone, and the machine for
-// the vCPU; the machine's memory is last.
+/// A virtual machine of one vCPU.
+// In the order they must be dropped in: a vCPU waits for commands until its line is gone, and the VM for the
+// vCPU.
 #[derive(Debug)]
 pub struct RealActor {
     line: Mutex<Line>,
-    machine: Machine,
-    space: Arc<AddressSpace<AnyPolicy>>,
+    vm: Vm<AnyPolicy>,
     layout: StageLayout,
 }
 
 impl RealActor {
     /// Write faults that the vCPU has had.
     pub fn write_faults(&self) -> u64 {
-        self.machine.stats().write_faults
+        self.vm.machine().stats().write_faults
     }
 
     fn ask(&self, command: Command) -> Result<u64, CpuError> {
@@ -346,7 +343,7 @@ impl RealActor {
 
 impl Actor for RealActor {
     fn space(&self) -> &AddressSpace<AnyPolicy> {
-        &self.space
+        self.vm.memory().space()
     }
 
     fn gfn(&self, page: u64) -> Gfn {

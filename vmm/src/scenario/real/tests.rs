@@ -45,12 +45,7 @@ fn parent(stage: &RealStage) -> RealActor {
 }
 
 /// What a snapshot holds in the first word of a page.
-fn frozen_word(
-    stage: &RealStage,
-    frozen: &Frozen,
-    actor: &impl Actor,
-    page: u64,
-) -> u64 {
+fn frozen_word(stage: &RealStage, frozen: &Frozen, actor: &impl Actor, page: u64) -> u64 {
     stage.load(frozen.frame(actor.gfn(page)).unwrap())
 }
 
@@ -440,7 +435,12 @@ fn a_dropped_actor_leaves_nothing_and_faults_were_its_own_threads() {
     let stage = need_stage!();
     let watch = Arc::new(Watch::default());
     let wrap = Watched::wrap(&watch);
-    let owners = || (Arc::strong_count(&stage.physmap), stage.budget.used());
+    let owners = || {
+        (
+            Arc::strong_count(stage.frames.physmap()),
+            stage.frames.budget().used(),
+        )
+    };
     let before = owners();
     let here = rustix::thread::gettid().as_raw_nonzero().get();
     // Whether an end was quick.

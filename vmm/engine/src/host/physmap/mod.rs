@@ -49,8 +49,8 @@ pub struct PhysMap {
     has_given_huge: AtomicBool,
     dumps: Dumps,
     backed: Backed,
-    /// CPUs that copies are shared out over. Asked for once: files of control groups are read for it, which is
-    /// too dear for a guest that stands still.
+    /// CPUs that copies are shared out over. Asked for once: files of control groups are read for it, which
+    /// is too dear for a guest that stands still.
     cpus: usize,
 }
 
@@ -175,8 +175,8 @@ impl PhysMap {
     ) -> VolatileSlice<'_> {
         assert!(offset < PAGE_SIZE, "offset {offset} is not in {first:?}");
         let frames = self.run(first, (offset + len).div_ceil(PAGE_SIZE));
-        // SAFETY: the range lies in frames that lie in the mapping and have memory: just checked. The mapping lives
-        // as long as `self` is borrowed.
+        // SAFETY: the range lies in frames that lie in the mapping and have memory: just checked. The mapping
+        // lives as long as `self` is borrowed.
         unsafe { VolatileSlice::new(frames.add(offset as usize), len as usize) }
     }
 

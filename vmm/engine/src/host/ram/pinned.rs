@@ -31,7 +31,8 @@ impl PinnedBuffer {
         self.len == 0
     }
 
-    /// The bytes, in order, in as few slices as they are runs of host addresses: what an iovec each is made of.
+    /// The bytes, in order, in as few slices as they are runs of host addresses: what an iovec each is made
+    /// of.
     pub fn slices(&self) -> impl Iterator<Item = VolatileSlice<'_>> {
         self.part(0..self.len)
     }
