@@ -108,13 +108,11 @@ impl Drive<'_> {
         // The guest has run on since there was room, and written.
         let nothing_to_drop = self.kept.is_empty() && self.parent.is_none();
         let (pool, pages) = (self.vm.frames().pool(), space.pages());
+        let set_back_to = || stale.older.get().filter(|_| stale.old == Old::All);
         let may_fork = || {
             let has_room = nothing_to_drop || room_for(pool.usage(), pages) > 0;
             // The last thing before the fork, which must find memory set back. It is put right after.
-            if has_room
-                && stale.old == Old::All
-                && let Some(older) = stale.older.get()
-            {
+            if has_room && let Some(older) = set_back_to() {
                 set_back(older);
             }
             has_room
@@ -123,7 +121,7 @@ impl Drive<'_> {
             skewed.take().undo(ram);
             tracked = tracker.as_mut().map_or(Ok(()), |t| t.round(space));
         });
-        let is_set_back = stale.old == Old::All && stale.older.get().is_some();
+        let is_set_back = set_back_to().is_some();
         let taken = match taken {
             Ok(taken) => taken,
             // Memory was set back for a snapshot that is not: the guest has run on in it.

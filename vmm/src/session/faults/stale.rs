@@ -24,7 +24,8 @@ pub(in crate::session) struct Stale<'a> {
     pub(in crate::session) run_on: &'a dyn Fn(),
     /// What of the first is from before.
     pub(in crate::session) old: Old,
-    /// All registers that the first had before: there from the first pause on, and not replaced by a later one.
+    /// All registers that the first had before: there from the first pause on, and not replaced by a later
+    /// one.
     pub(in crate::session) older: OnceCell<VcpuState>,
 }
 
@@ -93,8 +94,8 @@ impl Paused for PausedStale<'_> {
     }
 }
 
-/// `state` with the extended registers of `older`, but for MM7. Both have the x87 state in use, and the top of
-/// its stack is 0: a guest that counts in MM7 leaves it so.
+/// `state` with the extended registers of `older`, but for MM7. Both have the x87 state in use, and the top
+/// of its stack is 0: a guest that counts in MM7 leaves it so.
 fn with_extended_of(state: VcpuState, older: &VcpuState) -> VcpuState {
     /// 32-bit words of ST(7), which is MM7 then.
     const ST7: std::ops::Range<usize> = (32 + 7 * 16) / 4..(32 + 7 * 16) / 4 + 4;
