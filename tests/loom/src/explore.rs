@@ -6,8 +6,8 @@ use crate::child;
 use crate::mm::Safeguard;
 
 /// How often a model takes a thread off that could run on, in one interleaving, where it is bounded. A switch
-/// to another thread because this one waits or ends does not count, nor does which store a load sees. What the safeguards are
-/// there for is found with two.
+/// to another thread because this one waits or ends does not count, nor does which store a load sees. What
+/// the safeguards are there for is found with two.
 const PREEMPTIONS: usize = 4;
 
 /// Asserts that `race` ends well in every interleaving.
@@ -18,7 +18,8 @@ pub(crate) fn holds(race: impl Fn() + Send + Sync + 'static) {
     model.check(race);
 }
 
-/// Asserts that `race` ends well in every interleaving of at most four preemptions, or `LOOM_MAX_PREEMPTIONS`.
+/// Asserts that `race` ends well in every interleaving of at most four preemptions, or
+/// `LOOM_MAX_PREEMPTIONS`.
 pub(crate) fn holds_bounded(race: impl Fn() + Send + Sync + 'static) {
     let mut model = model();
     model.preemption_bound = model.preemption_bound.or(Some(PREEMPTIONS));
@@ -39,8 +40,8 @@ fn model() -> Builder {
     model
 }
 
-/// Asserts that `race`, without `safeguard` if there is one, ends badly in some interleaving, with an assertion that says `how`. `test` is the
-/// caller's name.
+/// Asserts that `race`, without `safeguard` if there is one, ends badly in some interleaving, with an
+/// assertion that says `how`. `test` is the caller's name.
 #[track_caller]
 pub(crate) fn fails(
     test: &str,

@@ -56,7 +56,8 @@ hold! {
     force_write_against_take_dirty
 }
 
-// These take minutes and more without a bound: both sides look at the same words again and again without a lock.
+// These take minutes and more without a bound: both sides look at the same words again and again without a
+// lock.
 hold! {
     holds_bounded:
 

@@ -67,8 +67,8 @@ safeguards! {
     folio_looked_at_again_for_a_run: FolioLookedAtAgain, pins_of_a_folio_against_fork, "isolation";
 }
 
-/// The lock of a snapshot's region is part of how it is read. There is nothing to leave out of the code: who does not take it
-/// has `Frozen::frame`, which is a hint.
+/// The lock of a snapshot's region is part of how it is read. There is nothing to leave out of the code: who
+/// does not take it has `Frozen::frame`, which is a hint.
 #[test]
 fn snapshot_read_under_its_lock() {
     fails(

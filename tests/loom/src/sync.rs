@@ -1,10 +1,11 @@
 //! loom's atomics and locks, with a gap in loom mended.
 //!
-//! loom decides where to switch threads by the *last* access to each object. Loads do not depend on one another, so a thread's own
-//! load hides an earlier one of another thread from its store that follows: loom 0.7.3 then never tries that store before
-//! the other's load (`rt/atomic.rs`, `last_access`). Copying a page before writing it is just that. Here every access to an
-//! atomic first changes a second one, which belongs to it: such changes all depend on one another, so that none is hidden. They are
-//! relaxed, and order nothing: what a load may see is as it was.
+//! loom decides where to switch threads by the *last* access to each object. Loads do not depend on one
+//! another, so a thread's own load hides an earlier one of another thread from its store that follows: loom
+//! 0.7.3 then never tries that store before the other's load (`rt/atomic.rs`, `last_access`). Copying a page
+//! before writing it is just that. Here every access to an atomic first changes a second one, which belongs
+//! to it: such changes all depend on one another, so that none is hidden. They are relaxed, and order
+//! nothing: what a load may see is as it was.
 
 use loom::sync::atomic;
 

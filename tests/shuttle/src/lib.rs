@@ -1,11 +1,11 @@
 //! The memory protocol under everything at once, in random schedules.
 //!
-//! `tests/loom` explores each race alone and in full. Here many run together: vCPUs, devices, forks, clones, readers, moves,
-//! merges, discards and dirty tracking on one address space, and shuttle picks the schedule. The code under test is
-//! `vmm/mm/src` itself, compiled against shuttle's atomics and locks.
+//! `tests/loom` explores each race alone and in full. Here many run together: vCPUs, devices, forks, clones,
+//! readers, moves, merges, discards and dirty tracking on one address space, and shuttle picks the schedule.
+//! The code under test is `vmm/mm/src` itself, compiled against shuttle's atomics and locks.
 //!
-//! Seeds are fixed, so that a run is like the one before; `SHUTTLE_RANDOM_SEED` sets another, `SHUTTLE_ITERATIONS` how many schedules
-//! are tried.
+//! Seeds are fixed, so that a run is like the one before; `SHUTTLE_RANDOM_SEED` sets another,
+//! `SHUTTLE_ITERATIONS` how many schedules are tried.
 //!
 //! What shuttle cannot see: weak memory. All its atomics are sequentially consistent.
 

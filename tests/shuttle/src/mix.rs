@@ -2,8 +2,8 @@
 //!
 //! | oracle | what it says |
 //! |---|---|
-//! | isolation | a snapshot reads as it did when it was taken; nobody but a clone sees what that clone wrote |
-//! | coherence | while a page is pinned, entry and MMU say that it is in the pinned frame, which is exclusive |
+//! | isolation | a snapshot reads as it did when taken; nobody but a clone sees what it wrote |
+//! | coherence | while a page is pinned, entry and MMU show the pinned frame, which is exclusive |
 //! | lost | who is the only one to write a page reads what he wrote last |
 //! | tracking | a page that is in no further answer of `take_dirty` is as it was after the last |
 //! | accounting | when everybody is gone, so is every frame |
@@ -62,8 +62,9 @@ fn settle<C>(w: Arc<World<C>>) {
     assert_eq!(pool.usage().in_use, 0, "accounting");
 }
 
-/// One schedule with two huge folios of two pages, and a page that is in none. Regions are broken whole at the second fault, so that they
-/// are split and huge again all the time. Nobody tracks what is written: that would keep them split.
+/// One schedule with two huge folios of two pages, and a page that is in none. Regions are broken whole at
+/// the second fault, so that they are split and huge again all the time. Nobody tracks what is written: that
+/// would keep them split.
 pub(crate) fn mix_of_folios<C: CowPolicy + Default>() {
     let w = world::<C>(Order::new(1));
     w.vm.space.set_whole_price(2);
@@ -160,7 +161,8 @@ fn write_alike_and_balloon<C: CowPolicy>(w: &World<C>) {
 fn check_pin<C: CowPolicy>(w: &World<C>, page: Gfn, pinned: Pfn) {
     let (entry, mmu) = (w.vm.space.entry(page).unwrap(), w.vm.mmu.page(page));
     assert_eq!((entry.pfn(), mmu.0), (pinned, pinned), "coherence");
-    // Who splits a folio, or finds that it can't be shared, changes two words, and nobody without a lock may ask in between.
+    // Who splits a folio, or finds that it can't be shared, changes two words, and nobody without a lock may
+    // ask in between.
     let is_exclusive = || w.pool.state(pinned).is_exclusive();
     assert!(w.has_folios || is_exclusive(), "coherence");
 }

@@ -79,8 +79,8 @@ macro_rules! safeguards {
     )*};
 }
 
-// The mix is no proof, and need not find every safeguard's absence: those that are not here need weak memory, or a window
-// that is hit too seldom. `tests/loom` has them all.
+// The mix is no proof, and need not find every safeguard's absence: those that are not here need weak memory,
+// or a window that is hit too seldom. `tests/loom` has them all.
 safeguards! {
     pin_tests_in_the_word: PinTestsInTheWord, "coherence";
     share_tests_in_the_word: ShareTestsInTheWord, "coherence";

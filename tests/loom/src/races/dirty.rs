@@ -1,5 +1,5 @@
-//! Dirty tracking, against those who write: whoever reads a page after it was reported has it as it was then or newer, and what is
-//! newer is reported again.
+//! Dirty tracking, against those who write: whoever reads a page after it was reported has it as it was then
+//! or newer, and what is newer is reported again.
 
 use super::*;
 use crate::mm::Access;

@@ -1,4 +1,5 @@
-//! Huge folios, of two pages: holds by page against whatever happens to the folio as one (group F of PROTOCOL.md; G4).
+//! Huge folios, of two pages: holds by page against whatever happens to the folio as one (group F of
+//! PROTOCOL.md; G4).
 
 use super::*;
 use crate::mm::soft::soft_pool_of;
@@ -29,7 +30,8 @@ fn protected<C: Policy>(w: &World<C>) {
     assert!(w.vm.space.entry(P).unwrap().is_huge());
 }
 
-/// A write to a region that has not changed since the last fork: the next takes it over as it is, or has it among those that have.
+/// A write to a region that has not changed since the last fork: the next takes it over as it is, or has it
+/// among those that have.
 pub(crate) fn write_to_an_unchanged_region_against_fork<C: Policy>() {
     let w = huge_world::<C>();
     let before = w.fork();
@@ -47,11 +49,13 @@ pub(crate) fn write_to_an_unchanged_region_against_fork<C: Policy>() {
     w.settle();
 }
 
-/// D5, F7: a pin that was granted is never of a page the child shares, though folio and page have a word each.
+/// D5, F7: a pin that was granted is never of a page the child shares, though folio and page have a word
+/// each.
 pub(crate) fn pin_of_a_folios_page_against_fork<C: Policy>() {
     let w = huge_world::<C>();
     protected(&w);
-    // (A device that reads, on a page that fork does not touch for its own sake. It writes so that the child would show it.)
+    // (A device that reads, on a page that fork does not touch for its own sake. It writes so that the child
+    // would show it.)
     let device = w.beside(move |vm| {
         let pin = vm.space.pin(P, Access::Read).unwrap();
         vm.dma_write(&pin, DMA);
@@ -69,7 +73,8 @@ pub(crate) fn pin_of_a_folios_page_against_fork<C: Policy>() {
     w.settle();
 }
 
-/// D5, F7 for pins on both pages at once. The page that shows a leak is the last: its count is next to the barrier.
+/// D5, F7 for pins on both pages at once. The page that shows a leak is the last: its count is next to the
+/// barrier.
 pub(crate) fn pins_of_a_folio_against_fork<C: Policy>() {
     let w = huge_world::<C>();
     protected(&w);
@@ -152,7 +157,8 @@ pub(crate) fn whole_break_of_a_folio_against_drop_of_the_snapshot<C: Policy>() {
     w.settle();
 }
 
-/// A reader of the snapshot, while its region is moved to another folio: what it holds stays what the snapshot has.
+/// A reader of the snapshot, while its region is moved to another folio: what it holds stays what the
+/// snapshot has.
 pub(crate) fn whole_break_of_a_folio_against_a_reader_of_the_snapshot<C: Policy>() {
     let w = huge_world::<C>();
     w.vm.space.set_whole_price(0);
@@ -169,8 +175,8 @@ pub(crate) fn whole_break_of_a_folio_against_a_reader_of_the_snapshot<C: Policy>
     w.settle();
 }
 
-/// A reader marks a folio, which ends; its frames become another folio, the copy for a snapshot, and the reader counts its hold there;
-/// that snapshot goes, and the reader finds that there is nothing to hold.
+/// A reader marks a folio, which ends; its frames become another folio, the copy for a snapshot, and the
+/// reader counts its hold there; that snapshot goes, and the reader finds that there is nothing to hold.
 pub(crate) fn reader_of_a_folio_against_its_next_lives<C: Policy>() {
     let (pool, memory) = soft_pool_of(Order::new(1), 20).unwrap();
     let new = |vm: SoftVm<C>| {

@@ -52,7 +52,8 @@ pub(crate) fn write_against_fork_of_a_run<C: Policy>() {
     w.settle();
 }
 
-/// A vCPU that was not stopped writes a page that a device holds, which fork copies, and then one that is shared.
+/// A vCPU that was not stopped writes a page that a device holds, which fork copies, and then one that is
+/// shared.
 pub(crate) fn two_writes_against_fork<C: Policy>() {
     const SECOND: Gfn = Gfn(1);
     let w = world_of::<C>(2);

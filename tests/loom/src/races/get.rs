@@ -37,8 +37,8 @@ pub(crate) fn get_against_a_frame_that_becomes_a_clones<C: Policy>() {
     w.settle();
 }
 
-/// A hold against a page that moves to another frame: refused, or the hold is of the old frame or the new, and given
-/// back once.
+/// A hold against a page that moves to another frame: refused, or the hold is of the old frame or the new,
+/// and given back once.
 pub(crate) fn get_against_migrate<C: Policy>() {
     let w = world::<C>();
     let reader = w.beside(|vm| {

@@ -3,7 +3,8 @@
 use super::*;
 use crate::mm::{Access, FrameMemory, Order};
 
-/// A pool with memory for `limit` frames, and two spaces of one page, which a device holds so that a fork needs a frame.
+/// A pool with memory for `limit` frames, and two spaces of one page, which a device holds so that a fork
+/// needs a frame.
 fn two_spaces<C: Policy>(limit: u64) -> (Arc<FramePool>, Arc<SoftMemory>, [SoftVm<C>; 2]) {
     let memory = SoftMemory::new(32);
     let bytes = Arc::clone(&memory) as Arc<dyn FrameMemory>;
@@ -35,7 +36,8 @@ fn fork_both<C: Policy>(pool: &Arc<FramePool>, vms: [SoftVm<C>; 2]) {
     drop((one, other));
 }
 
-/// The first is given memory for more than it needs. The other waits for what is left of it, and does not say that there is none.
+/// The first is given memory for more than it needs. The other waits for what is left of it, and does not say
+/// that there is none.
 pub(crate) fn two_forks_that_need_the_last_memory<C: Policy>() {
     let (pool, _, vms) = two_spaces::<C>(4);
     fork_both(&pool, vms);
@@ -43,7 +45,8 @@ pub(crate) fn two_forks_that_need_the_last_memory<C: Policy>() {
     assert_eq!(pool.usage().in_use, 0, "lost");
 }
 
-/// All memory that there is lies idle in a home: one makes room, and the other waits for it, or makes some as well.
+/// All memory that there is lies idle in a home: one makes room, and the other waits for it, or makes some as
+/// well.
 pub(crate) fn two_forks_that_need_what_a_home_does_not_use<C: Policy>() {
     let (pool, memory, vms) = two_spaces::<C>(6);
     let idle = SoftVm::new(&pool, &memory, C::default(), 2).unwrap();

@@ -34,7 +34,8 @@ fn pin_against_fork<C: Policy>(access: Access) {
     w.settle();
 }
 
-/// G9: unpin against fork's pin test: shared or copied, both right. The page is read-only: dirty tracking was there.
+/// G9: unpin against fork's pin test: shared or copied, both right. The page is read-only: dirty tracking was
+/// there.
 pub(crate) fn unpin_against_fork<C: Policy>() {
     let w = world::<C>();
     let pin = w.vm.space.pin(P, Access::Write).unwrap();

@@ -78,7 +78,8 @@ pub(crate) fn write_against_discard<C: Policy>() {
 /// A discarded frame is somebody else's as soon as it is free.
 pub(crate) fn discard_against_the_next_owner<C: Policy>() {
     let w = world::<C>();
-    // The page's frame is to be one that others are given too: not its home, which a reader holds for the moment.
+    // The page's frame is to be one that others are given too: not its home, which a reader holds for the
+    // moment.
     let hold = w.fork().get(P).unwrap();
     w.write(NEW);
     drop(hold);
@@ -98,8 +99,8 @@ pub(crate) fn discard_against_the_next_owner<C: Policy>() {
     w.settle();
 }
 
-/// G2's and G3's counterpart: a device that reads pins the page that is kept. Its entry is read-only and looks the same
-/// before, meanwhile and after: only the frame's word tells.
+/// G2's and G3's counterpart: a device that reads pins the page that is kept. Its entry is read-only and
+/// looks the same before, meanwhile and after: only the frame's word tells.
 pub(crate) fn pin_to_read_against_merge<C: Policy>() {
     let w = world_of::<C>(2);
     w.vm.space.take_dirty().unwrap();
@@ -161,7 +162,8 @@ pub(crate) fn write_against_merge<C: Policy>() {
 /// Two address spaces, each merged with the other at once.
 pub(crate) fn merge_against_merge<C: Policy>() {
     let (pool, memory) = soft_pool(4).unwrap();
-    // In an array, so that their addresses, which the locks are ordered by, are in the same order in every run.
+    // In an array, so that their addresses, which the locks are ordered by, are in the same order in every
+    // run.
     let vms = Arc::new([(); 2].map(|()| SoftVm::new(&pool, &memory, C::default(), 1).unwrap()));
     for vm in vms.iter() {
         vm.cpu_write(P, OLD).unwrap();
