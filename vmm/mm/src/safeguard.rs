@@ -1,8 +1,8 @@
 //! The orderings and re-checks that the protocol rests on, by name.
 //!
-//! Each can be left out where a model checker compiles this (`Safeguard::leave_out`). `tests/loom` leaves out one after
-//! the other: each time loom must find a race that ends badly.
-//! `docs/protocol.md` has the table of which race that is.
+//! Each can be left out where a model checker compiles this (`Safeguard::leave_out`). `tests/loom` leaves out
+//! one after the other: each time loom must find a race that ends badly. `docs/protocol.md` has the table of
+//! which race that is.
 
 /// Something that must be done, or be done in this order, for a race to end well.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -149,7 +149,8 @@ impl Safeguard {
     }
 }
 
-/// Whether `safeguard` is left out. Never outside of model checkers, where this is known when the program is built.
+/// Whether `safeguard` is left out. Never outside of model checkers, where this is known when the program is
+/// built.
 #[cfg(any(loom, shuttle))]
 pub(super) fn is_left_out(safeguard: Safeguard) -> bool {
     LEFT_OUT.load(std::sync::atomic::Ordering::Relaxed) == safeguard as u8

@@ -117,8 +117,8 @@ fn open_files() -> BTreeSet<u64> {
     open
 }
 
-/// The least `ulimit -n` under which `more` files can be opened where `open` are: it limits their numbers, and
-/// each gets the lowest one that is free.
+/// The least `ulimit -n` under which `more` files can be opened where `open` are: it limits their numbers,
+/// and each gets the lowest one that is free.
 fn limit_with_room(open: &BTreeSet<u64>, more: u64) -> u64 {
     let mut free = (0..).filter(|number| !open.contains(number));
     free.nth(more as usize - 1).expect("numbers do not end") + 1
