@@ -79,6 +79,24 @@ pub const fn page_word_from_key(key: u64, word: u64) -> u64 {
     key.wrapping_add(word.wrapping_mul(PAGE_STEP))
 }
 
+/// How many of `words`, which are those of a page from word `from` on, are as the page with key `key` has them,
+/// before one that is not. A page without a key is all zero.
+pub fn matching_words(key: Option<u64>, from: u64, words: &[u64]) -> usize {
+    let (mut due, step) = match key {
+        Some(key) => (page_word_from_key(key, from), PAGE_STEP),
+        None => (0, 0),
+    };
+    let mut count = 0;
+    for &word in words {
+        if word != due {
+            break;
+        }
+        due = due.wrapping_add(step);
+        count += 1;
+    }
+    count
+}
+
 /// Word `word` (0 to 511) of the page written by operation `op` of vCPU `vcpu`.
 ///
 /// For a whole page take [`page_key`] once and [`page_word_from_key`] for each word.
@@ -491,6 +509,23 @@ mod tests {
             assert_eq!(mix(unmix(x)), x);
             x = mix(x);
         }
+    }
+
+    #[test]
+    fn matching_words_end_before_the_first_that_is_another() {
+        let key = page_key(5, 1, 9);
+        let mut page: Vec<u64> = (0..PAGE_WORDS).map(|w| page_word(5, 1, 9, w)).collect();
+        assert_eq!(matching_words(Some(key), 0, &page), 512);
+        assert_eq!(matching_words(Some(key), 100, &page[100..]), 412);
+        assert_eq!(matching_words(Some(key), 1, &page), 0, "displaced");
+        assert_eq!(matching_words(None, 0, &page), 0);
+        for wrong in [0, 1, 511] {
+            let right = std::mem::replace(&mut page[wrong], 7);
+            assert_eq!(matching_words(Some(key), 0, &page), wrong);
+            page[wrong] = right;
+        }
+        assert_eq!(matching_words(None, 3, &[0, 0, 1]), 2);
+        assert_eq!(matching_words(None, 512, &[]), 0);
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 
 use guest::abi::{Layout, PAGE_SIZE, Pattern};
-use guest::formula::{Schedule, identify, page_key, page_word_from_key};
+use guest::formula::{Schedule, identify, matching_words, page_key, page_word_from_key};
 
 use super::view::{Page, View, WORDS};
 use super::violation::{Oracle, Violation};
@@ -36,19 +36,17 @@ struct Content {
 
 impl Content {
     fn check(self, page: &Page) -> Result<(), Wrong> {
-        let word_of =
-            |key: Option<u64>, w: usize| key.map_or(0, |k| page_word_from_key(k, w as u64));
-        let done = self.in_progress.map_or(0, |key| {
-            (0..WORDS)
-                .take_while(|&w| page[w] == page_word_from_key(key, w as u64))
-                .count()
-        });
-        match (done..WORDS).find(|&w| page[w] != word_of(self.complete, w)) {
+        let in_progress = self.in_progress;
+        let done = in_progress.map_or(0, |_| matching_words(in_progress, 0, page));
+        let word = done + matching_words(self.complete, done as u64, &page[done..]);
+        match page.get(word) {
             None => Ok(()),
-            Some(word) => Err(Wrong {
+            Some(&found) => Err(Wrong {
                 word,
-                expected: word_of(self.complete, word),
-                found: page[word],
+                expected: self
+                    .complete
+                    .map_or(0, |key| page_word_from_key(key, word as u64)),
+                found,
             }),
         }
     }

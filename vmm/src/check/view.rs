@@ -1,5 +1,7 @@
 //! Reading a snapshot's memory.
 
+use zerocopy::IntoBytes;
+
 use palimpsest::host::PhysMap;
 use palimpsest::mm::{FramePool, Frozen, Gfn, PAGE_SIZE, Pfn};
 
@@ -54,7 +56,9 @@ impl<'a> View<'a> {
         let read = self.memory.with_frame(Gfn(gfn), |pfn| match pfn {
             Pfn::ZERO => page.fill(0),
             pfn => {
-                self.physmap.slice(pfn, 0, PAGE_SIZE).copy_to(&mut page[..]);
+                // As bytes: all of it at once, and not word by word.
+                let slice = self.physmap.slice(pfn, 0, PAGE_SIZE);
+                slice.copy_to(page.as_mut_bytes());
             }
         });
         if read.is_err() {
