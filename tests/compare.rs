@@ -3,11 +3,10 @@
 mod support;
 
 use std::fs;
+use std::io::{BufRead, BufReader, Read};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Output, Stdio};
-use std::thread;
-use std::time::Duration;
 
 use rustix::process::{Pid, Signal, geteuid, kill_process};
 
@@ -144,29 +143,34 @@ fn ctrl_c_ends_it_with_what_there_is() {
     if support::no_kvm() {
         return;
     }
-    let started = Command::new(env!("CARGO_BIN_EXE_vmm"))
+    let mut started = Command::new(env!("CARGO_BIN_EXE_vmm"))
         .args(["compare", "--duration", "60s"])
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()
         .expect("the program can be started");
-    thread::sleep(Duration::from_secs(2));
+    // It listens before it says what it does first.
+    let mut said = BufReader::new(started.stderr.take().expect("a pipe"));
+    let mut line = String::new();
+    while !line.contains("racing under mapcount ") {
+        line.clear();
+        let read = said.read_line(&mut line).expect("text");
+        assert_ne!(read, 0, "it ended before it raced");
+    }
     let pid = Pid::from_raw(started.id().cast_signed()).expect("a process has a number");
     kill_process(pid, Signal::INT).expect("it runs still");
+    let mut rest = String::new();
+    said.read_to_string(&mut rest).expect("text");
     let output = started.wait_with_output().expect("it ends");
     let screen = stdout(&output);
-    assert_eq!(output.status.code(), Some(1), "{screen}{}", stderr(&output));
+    assert_eq!(output.status.code(), Some(1), "{screen}{rest}");
     assert!(screen.contains("\n  mapcount "), "{screen}");
     assert!(!screen.contains("\n  refcount "), "{screen}");
     assert!(
         screen.ends_with("\nnot finished: interrupted\n"),
         "{screen}"
     );
-    assert!(
-        !stderr(&output).contains("scenarios"),
-        "{}",
-        stderr(&output)
-    );
+    assert!(!rest.contains("scenarios"), "{rest}");
 }
 
 #[test]

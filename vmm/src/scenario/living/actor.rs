@@ -18,6 +18,8 @@ use std::io;
 use std::mem::size_of;
 use std::os::fd::RawFd;
 use std::ptr;
+use std::thread;
+use std::time::Duration;
 
 use super::super::performer::{Memory, PAGES, Page};
 
@@ -387,13 +389,16 @@ impl Actor<'_> {
         moved.and(split).and(rest).and(small)
     }
 
-    /// Tries a few times: a reference that only the kernel's own lists hold goes away.
+    /// Tries a few times: a reference that only the kernel's own lists hold goes away, when another CPU has
+    /// got round to it.
     fn collapse(&self, offset: usize, len: usize) -> io::Result<()> {
-        let mut tries = 3;
+        let mut tries = 20;
         loop {
             tries -= 1;
             match self.advise(offset, len, libc::MADV_COLLAPSE) {
-                Err(error) if error.raw_os_error() == Some(libc::EAGAIN) && tries > 0 => {}
+                Err(error) if error.raw_os_error() == Some(libc::EAGAIN) && tries > 0 => {
+                    thread::sleep(Duration::from_micros(500));
+                }
                 result => return result,
             }
         }
