@@ -121,6 +121,9 @@ impl Mmu for Arc<SoftMmu> {
     }
 }
 
+/// Faults in a row that a write may take. Each but the last is one that a fork or the like has undone.
+const MOST_FAULTS: u32 = 1000;
+
 /// An address space with a software MMU, and a vCPU's and a device's view of it.
 #[derive(Debug)]
 pub struct SoftVm<P> {
@@ -227,8 +230,11 @@ impl<P: CowPolicy> SoftVm<P> {
     ///
     /// # Errors
     /// If a fault can't be resolved.
+    ///
+    /// # Panics
+    /// If the page is read-only after so many faults still: a vCPU would fault for ever.
     pub fn cpu_write(&self, gfn: Gfn, value: u64) -> Result<(), FaultError> {
-        loop {
+        for _ in 0..MOST_FAULTS {
             {
                 let pages = read(&self.mmu.pages);
                 let (pfn, protection) = pages[gfn.0 as usize];
@@ -239,6 +245,7 @@ impl<P: CowPolicy> SoftVm<P> {
             }
             self.space.write_fault(gfn)?;
         }
+        panic!("{gfn:?} is read-only after {MOST_FAULTS} faults");
     }
 
     /// A device reads through its pin.
