@@ -8,8 +8,8 @@
 # A test that takes 10 s hangs. On a machine that is busy with other things that is too little, and what was not noticed passes for a
 # hang: MUTANTS_TIMEOUT=60 tools/mutants.sh
 #
-# MUTANTS_QUICK=1 leaves out the random operations (model, and those of the allocator) and compiles for speed: a few
-# seconds a mutant. What that misses is to be tried again without.
+# MUTANTS_QUICK=1 leaves out the random operations (model, and those of the allocator): a few seconds a mutant. What that
+# misses is to be tried again without.
 #
 # Needs: cargo install cargo-mutants. It works on a copy outside of the workspace, with no more than mm needs. The package is target/mutants, and
 # the report target/mutants/mutants.out.
@@ -20,10 +20,8 @@ package=${MUTANTS_DIR:-target/mutants}
 rm -rf "$package/src"
 mkdir -p "$package"
 
-opt_level=1
 tests=()
 if [[ ${MUTANTS_QUICK:-0} == 1 ]]; then
-    opt_level=0
     tests=(-- --lib -- --skip model:: --skip every_frame_has_one_owner)
 fi
 
@@ -55,9 +53,9 @@ $(version_of proptest)
 [lints.rust]
 unexpected_cfgs = { level = "warn", check-cfg = ["cfg(loom)", "cfg(shuttle)"] }
 
-# Optimised, for mm/model, but no module across another: a mutant of one rebuilds that one alone.
+# Optimised, which the tests win back, but no module across another: a mutant of one rebuilds that one alone.
 [profile.dev]
-opt-level = $opt_level
+opt-level = 1
 lto = "off"
 debug = false
 END

@@ -96,6 +96,24 @@ fn frames_that_were_used_are_zeros_again_in_a_new_folio() {
 }
 
 #[test]
+fn the_folio_of_a_space_that_is_gone_is_zeros_again() {
+    // There is room for one home, beside the folio that the zero frame is in.
+    let Huge { pool, memory, vm } = huge_with(2 * REGION, 3 * REGION).written();
+    let first = vm.space.entry(P).unwrap().pfn();
+    drop(vm);
+    let w = Huge {
+        vm: SoftVm::new(&pool, &memory, right(), 2 * REGION).unwrap(),
+        pool,
+        memory,
+    };
+    w.vm.cpu_write(Gfn(1), 5).unwrap();
+    assert!(w.is_huge(P));
+    assert_eq!(w.entry(P).pfn(), first);
+    assert_eq!([0, 1, 2, 3].map(|n| w.vm.cpu_read(Gfn(n))), [0, 5, 0, 0]);
+    w.settle();
+}
+
+#[test]
 fn a_region_that_is_too_short_or_has_too_little_memory_is_in_base_pages() {
     let w = huge_with(REGION + 1, 64);
     w.vm.cpu_write(NEXT, 5).unwrap();
