@@ -8,7 +8,7 @@ use super::{
 };
 use crate::session::{
     config::{Config, RunLength, Size, pattern_name},
-    report::{EndedBy, FaultCounts, Oracle, Quantiles, Report, Verdict},
+    report::{EndedBy, FaultCounts, Oracle, Quantiles, Report, StepQuantiles, Verdict},
 };
 
 /// `report` on one screen. The first line is the verdict; what a crashed guest left comes right after it.
@@ -111,6 +111,7 @@ fn rows(report: &Report) -> Vec<(&'static str, String)> {
             "pause",
             quantiles(&report.pause_us, "kick to last vCPU running again"),
         ),
+        ("steps p50", steps(&report.steps_us)),
         (
             "stall",
             quantiles(&report.stall_us, "longest gap the guest saw"),
@@ -279,6 +280,23 @@ fn asked(config: &Config) -> String {
     )
 }
 
+/// The median of each step of a snapshot: before the pause, and in it.
+fn steps(steps: &StepQuantiles) -> String {
+    let of = |step: &Quantiles| {
+        let micros = step.p50.map(|micros| count(micros.round() as u64));
+        micros.unwrap_or_else(|| "-".to_owned())
+    };
+    format!(
+        "prepare {}; park {}, devices {}, fork {}, regs {}, resume {} µs",
+        of(&steps.prepare),
+        of(&steps.park),
+        of(&steps.devices),
+        of(&steps.fork),
+        of(&steps.registers),
+        of(&steps.resume)
+    )
+}
+
 fn quantiles(quantiles: &Quantiles, meaning: &str) -> String {
     let cell = |value: Option<f64>| value.map_or_else(|| "-".to_owned(), micros);
     format!(
@@ -336,6 +354,7 @@ snapshots   2,941 taken, 2,941 checked (178,231,004 pages), 294 restored
 in flight   3 snapshots with a device in the middle of a request
                    p50        p99        max
 pause           812 µs    2.20 ms    5.18 ms   kick to last vCPU running again
+steps p50   prepare 1,900; park 62, devices 3, fork 650, regs 3, resume 90 µs
 stall          1.48 ms    9.12 ms    41.0 ms   longest gap the guest saw
 faults      734,889 copied, 1,002 reused, 16 unshared, 61,402 zero-filled
 found by    operand 700,123, walk 12
@@ -395,9 +414,11 @@ seed        7 (repeat with --seed 7)
         report.unchecked = vec!["no snapshot was taken".to_owned()];
         report.verdict = Verdict::NothingChecked;
         report.pause_us = Quantiles::default();
+        report.steps_us.park = Quantiles::default();
         let text = render(&report);
         assert!(text.starts_with("nothing checked: no snapshot was taken\n"));
         assert!(text.contains("\npause                -          -          -   kick"));
+        assert!(text.contains("; park -, devices 3, "), "{text}");
     }
 
     #[test]

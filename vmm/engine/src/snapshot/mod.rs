@@ -105,18 +105,58 @@ impl<P: CowPolicy> fmt::Debug for Parts<'_, P> {
     }
 }
 
-/// When things happened.
+/// When the steps of a snapshot, or of a restore, were done.
 #[derive(Clone, Copy, Debug)]
 pub struct Timing {
+    /// It began, and the guest ran still.
+    pub began: Instant,
     /// The vCPUs were told to stop.
     pub kicked: Instant,
-    /// The last of them was about to run again.
+    /// All of them stood still.
+    pub parked: Instant,
+    /// Devices stood still.
+    pub quiesced: Instant,
+    /// Memory was forked, or set back.
+    pub memory: Instant,
+    /// Registers were collected, or set back, and devices could go on.
+    pub registers: Instant,
+    /// The last vCPU was about to run again.
     pub running: Instant,
 }
 
 impl Timing {
     /// From the kick until the last vCPU was about to run again.
     pub fn pause(&self) -> Duration {
-        self.running - self.kicked
+        self.running.saturating_duration_since(self.kicked)
     }
+
+    /// What each step took.
+    pub fn steps(&self) -> Steps {
+        let from = |earlier, later: Instant| later.saturating_duration_since(earlier);
+        Steps {
+            prepare: from(self.began, self.kicked),
+            park: from(self.kicked, self.parked),
+            devices: from(self.parked, self.quiesced),
+            memory: from(self.quiesced, self.memory),
+            registers: from(self.memory, self.registers),
+            resume: from(self.registers, self.running),
+        }
+    }
+}
+
+/// What the steps of a snapshot, or of a restore, took. All but the first are the pause.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Steps {
+    /// What was done while the guest ran.
+    pub prepare: Duration,
+    /// From the kick until all vCPUs stood still.
+    pub park: Duration,
+    /// Until devices did.
+    pub devices: Duration,
+    /// To fork memory, or to set it back.
+    pub memory: Duration,
+    /// To collect registers, or to set them back.
+    pub registers: Duration,
+    /// Until the last vCPU was about to run again.
+    pub resume: Duration,
 }

@@ -1,6 +1,6 @@
 //! Rewinding a VM to a snapshot of it.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::resting::Resting;
 use super::{Parts, Snapshot, Timing};
@@ -56,34 +56,50 @@ impl<P: CowPolicy> Parts<'_, P> {
                 guest: here,
             });
         }
+        let began = Instant::now();
         let _ahead = Resting::of(self.ahead);
         self.note_protected();
         let mut paused = self.vcpus.pause(Capture::Nothing)?;
+        let parked = Instant::now();
         let kicked = paused.kicked();
         let stopped = Stopped::stop(self.devices.clone(), kicked + RESTORE_WAIT);
-        if let Err(error) = self.rewind(&mut *paused, snapshot, after_memory) {
-            // Before the devices go on, which may complete what no vCPU is to see.
-            paused.stop();
-            return Err(error);
-        }
+        let quiesced = Instant::now();
+        let memory = match self.rewind(&mut *paused, snapshot, after_memory) {
+            Ok(memory) => memory,
+            Err(error) => {
+                // Before the devices go on, which may complete what no vCPU is to see.
+                paused.stop();
+                return Err(error);
+            }
+        };
+        let registers = Instant::now();
         drop(stopped);
         let running = paused.resume();
-        Ok(Timing { kicked, running })
+        Ok(Timing {
+            began,
+            kicked,
+            parked,
+            quiesced,
+            memory,
+            registers,
+            running,
+        })
     }
 
-    /// Sets devices, memory and registers back, while nothing runs.
+    /// Sets devices, memory and registers back, while nothing runs. Says when memory was back.
     fn rewind(
         &self,
         paused: &mut dyn Paused,
         snapshot: &Snapshot,
         after_memory: impl FnOnce(),
-    ) -> Result<(), RewindError> {
+    ) -> Result<Instant, RewindError> {
         let mut devices = self.devices.iter();
         let released = devices.try_for_each(|device| device.release());
         released.map_err(RewindError::Devices)?;
         paused.before_restore()?;
         self.space.restore(&snapshot.memory)?;
         after_memory();
+        let memory = Instant::now();
         for (device, state) in self.devices.iter().zip(&snapshot.devices) {
             device.restore(state).map_err(RewindError::Devices)?;
         }
@@ -92,6 +108,6 @@ impl<P: CowPolicy> Parts<'_, P> {
         let is_whole = self.space.check().map_err(FaultError::from);
         is_whole.map_err(mm::RestoreError::from)?;
         self.keep_tables_writable(paused)?;
-        Ok(())
+        Ok(memory)
     }
 }

@@ -1,6 +1,6 @@
 //! Taking a snapshot.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::resting::Resting;
 use super::{Parts, Snapshot, Timing};
@@ -61,17 +61,20 @@ impl<P: CowPolicy> Parts<'_, P> {
         may_fork: &dyn Fn() -> bool,
         after_memory: impl FnOnce(),
     ) -> Result<(Snapshot, Timing), TakeError> {
+        let began = Instant::now();
         self.note_protected();
         let _ahead = Resting::of(self.ahead);
         if preparation == Preparation::Early && self.vcpus.may_lose_write_access() {
             self.space.prepare_fork();
         }
         let mut paused = self.vcpus.pause(Capture::Registers)?;
+        let parked = Instant::now();
         if !may_fork() {
             return Err(TakeError::CalledOff);
         }
         let kicked = paused.kicked();
         let stopped = Stopped::stop(self.devices.clone(), kicked + BOUNDARY_WAIT);
+        let quiesced = Instant::now();
         let devices = self.devices.iter().map(|device| device.capture()).collect();
         let forked = self.space.fork().map_err(TakeError::from);
         let forked = forked.inspect(|_| after_memory());
@@ -87,10 +90,21 @@ impl<P: CowPolicy> Parts<'_, P> {
                 return Err(error);
             }
         };
+        let forked = Instant::now();
         let vcpus = paused.states()?;
+        let collected = Instant::now();
         drop(stopped);
         let running = paused.resume();
         let snapshot = Snapshot::new(memory, vcpus, devices);
-        Ok((snapshot, Timing { kicked, running }))
+        let timing = Timing {
+            began,
+            kicked,
+            parked,
+            quiesced,
+            memory: forked,
+            registers: collected,
+            running,
+        };
+        Ok((snapshot, timing))
     }
 }

@@ -247,6 +247,38 @@ const STOPPED: [&str; 5] = [
 ];
 
 #[test]
+fn the_steps_follow_each_other_and_are_the_pause() {
+    let began = Instant::now();
+    let after = |micros| began + Duration::from_micros(micros);
+    let timing = Timing {
+        began,
+        kicked: after(1),
+        parked: after(3),
+        quiesced: after(6),
+        memory: after(10),
+        registers: after(15),
+        running: after(21),
+    };
+    let of = timing.steps();
+    let pause = [of.park, of.devices, of.memory, of.registers, of.resume];
+    assert_eq!(pause.map(|step| step.as_micros()), [2, 3, 4, 5, 6]);
+    assert_eq!(of.prepare, Duration::from_micros(1));
+    assert_eq!(timing.pause(), pause.iter().sum::<Duration>());
+    // vCPUs that run before they are let.
+    let early = Timing {
+        running: after(4),
+        ..timing
+    };
+    assert_eq!(early.steps().resume, Duration::ZERO);
+
+    let (_, taken) = FakeVm::new(Fails::Nothing).parts().take().unwrap();
+    let Timing {
+        parked, quiesced, ..
+    } = taken;
+    assert!(parked <= quiesced && quiesced <= taken.memory && taken.memory <= taken.registers);
+}
+
+#[test]
 fn a_snapshot_is_taken_when_vcpus_and_then_devices_stand_still() {
     let vm = FakeVm::new(Fails::Nothing);
     vm.write(1);

@@ -74,6 +74,7 @@ impl Drive<'_> {
             unheard,
             in_flight,
             pauses,
+            steps,
             stall,
             ..
         } = self;
@@ -118,6 +119,7 @@ impl Drive<'_> {
                 in_flight,
             },
             pause_us: Quantiles::of(&pauses),
+            steps_us: steps.quantiles(),
             faults,
             pins: pin_counts(&mm, dma.registered),
             dma: DmaCounts {

@@ -39,7 +39,7 @@ use super::life::{DeviceWatch, LifeWatch};
 use super::occasion::Occasion;
 use super::ports::Inbox;
 use super::progress::Observer;
-use super::report::{Report, nanoseconds};
+use super::report::{Report, StepTimes, nanoseconds};
 use super::stall::StallMeter;
 use super::tracker::Tracker;
 use super::vm::PayloadVm;
@@ -73,6 +73,7 @@ pub(super) struct Drive<'a> {
     next_snapshot: Instant,
     next_tick: Instant,
     pauses: Histogram<u64>,
+    steps: StepTimes,
     last_pause: Option<Duration>,
     stall: StallMeter,
     life: LifeWatch,
@@ -136,6 +137,7 @@ impl<'a> Drive<'a> {
             next_snapshot: now + config.snapshot_every,
             next_tick: now + TICK,
             pauses: nanoseconds(),
+            steps: StepTimes::none(),
             last_pause: None,
             stall,
             life: LifeWatch::default(),

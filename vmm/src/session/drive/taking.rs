@@ -152,6 +152,7 @@ impl Drive<'_> {
     fn note_pause(&mut self, timing: Timing) {
         let pause = timing.pause();
         self.pauses.saturating_record(pause.as_nanos() as u64);
+        self.steps.record(timing.steps());
         self.last_pause = Some(pause);
     }
 }

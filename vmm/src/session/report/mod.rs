@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 pub use self::counts::{
     DirtyCounts, DmaCounts, FaultCounts, GuestCounts, MemoryPeaks, PinCounts, SnapshotCounts,
 };
-pub use self::quantiles::{Quantiles, nanoseconds};
+pub use self::quantiles::{Quantiles, StepQuantiles, StepTimes, nanoseconds};
 pub use self::verdict::Verdict;
 use super::config::Config;
 pub use crate::check::{Oracle, Violation, ViolationCounts};
@@ -111,6 +111,9 @@ pub struct Report {
     pub snapshots: SnapshotCounts,
     /// From the kick to the last vCPU running again, of each snapshot.
     pub pause_us: Quantiles,
+    /// The steps of it, and what was done before.
+    #[serde(default)]
+    pub steps_us: StepQuantiles,
     /// Page faults.
     pub faults: FaultCounts,
     /// Pages pinned.
@@ -138,6 +141,13 @@ pub(crate) mod tests {
     use serde_json::Value;
 
     use super::{super::config, *};
+
+    fn p50(micros: f64) -> Quantiles {
+        Quantiles {
+            p50: Some(micros),
+            ..Quantiles::default()
+        }
+    }
 
     /// A report with every number different.
     pub(crate) fn example() -> Report {
@@ -176,6 +186,14 @@ pub(crate) mod tests {
                 p50: Some(812.3),
                 p99: Some(2_204.1),
                 max: Some(5_180.0),
+            },
+            steps_us: StepQuantiles {
+                prepare: p50(1_900.0),
+                park: p50(61.8),
+                devices: p50(3.2),
+                fork: p50(650.4),
+                registers: p50(2.9),
+                resume: p50(90.0),
             },
             faults: FaultCounts {
                 reused: 1_002,
@@ -298,6 +316,10 @@ pub(crate) mod tests {
                 &["checked", "dropped", "in_flight", "restored", "taken"],
             ),
             ("stall_us", &["max", "p50", "p99"]),
+            (
+                "steps_us",
+                &["devices", "fork", "park", "prepare", "registers", "resume"],
+            ),
             ("unchecked", &[]),
             ("verdict", &[]),
             ("version", &[]),

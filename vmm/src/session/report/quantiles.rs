@@ -3,6 +3,8 @@
 use hdrhistogram::Histogram;
 use serde::{Deserialize, Serialize};
 
+use palimpsest::snapshot::Steps;
+
 /// Quantiles of a time, in microseconds with one decimal; `None`, and `null` in
 /// JSON, if nothing was measured.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -30,6 +32,64 @@ impl Quantiles {
     }
 }
 
+/// What the steps of snapshots took, in microseconds. All but the first are the pause.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct StepQuantiles {
+    /// What was done of a snapshot while the guest ran still.
+    pub prepare: Quantiles,
+    /// From the kick until all vCPUs stood still.
+    pub park: Quantiles,
+    /// Until devices did.
+    pub devices: Quantiles,
+    /// To fork memory.
+    pub fork: Quantiles,
+    /// To collect registers.
+    pub registers: Quantiles,
+    /// Until the last vCPU was about to run again.
+    pub resume: Quantiles,
+}
+
+/// What the steps of many snapshots took.
+#[derive(Debug)]
+pub struct StepTimes([Histogram<u64>; 6]);
+
+impl StepTimes {
+    /// Of none.
+    pub fn none() -> Self {
+        Self(std::array::from_fn(|_| nanoseconds()))
+    }
+
+    /// Adds those of one.
+    pub fn record(&mut self, steps: Steps) {
+        let Steps {
+            prepare,
+            park,
+            devices,
+            memory,
+            registers,
+            resume,
+        } = steps;
+        let steps = [prepare, park, devices, memory, registers, resume];
+        for (histogram, step) in self.0.iter_mut().zip(steps) {
+            histogram.saturating_record(step.as_nanos() as u64);
+        }
+    }
+
+    /// Their quantiles.
+    pub fn quantiles(&self) -> StepQuantiles {
+        let [prepare, park, devices, fork, registers, resume] =
+            self.0.each_ref().map(Quantiles::of);
+        StepQuantiles {
+            prepare,
+            park,
+            devices,
+            fork,
+            registers,
+            resume,
+        }
+    }
+}
+
 /// An empty histogram of nanoseconds up to an hour, three digits of each kept. Record with
 /// [`Histogram::saturating_record`]; [`Quantiles::of`] reads it.
 pub fn nanoseconds() -> Histogram<u64> {
@@ -38,7 +98,36 @@ pub fn nanoseconds() -> Histogram<u64> {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
+
+    #[test]
+    fn each_step_has_its_own_quantiles() {
+        let mut times = StepTimes::none();
+        assert_eq!(times.quantiles(), StepQuantiles::default());
+        times.record(Steps {
+            prepare: Duration::from_micros(1),
+            park: Duration::from_micros(2),
+            devices: Duration::from_micros(3),
+            memory: Duration::from_micros(4),
+            registers: Duration::from_micros(5),
+            resume: Duration::from_micros(6),
+        });
+        let of = times.quantiles();
+        let steps = [
+            of.prepare,
+            of.park,
+            of.devices,
+            of.fork,
+            of.registers,
+            of.resume,
+        ];
+        assert_eq!(
+            steps.map(|step| step.max),
+            [1.0, 2.0, 3.0, 4.0, 5.0, 6.0].map(Some)
+        );
+    }
 
     #[test]
     fn quantiles_are_microseconds_with_one_decimal() {
