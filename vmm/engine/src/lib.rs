@@ -47,6 +47,7 @@
 
 pub use palimpsest_mm as mm;
 
+pub mod aside;
 pub mod causes;
 pub mod device;
 pub mod host;

@@ -21,6 +21,7 @@ use super::tracking::{Tracked, UnreportedDirty};
 use super::view::View;
 use super::violation::{Oracle, Violation};
 use crate::run_snapshot::RunSnapshot;
+use palimpsest::aside::Aside;
 use palimpsest::host::PhysMap;
 use palimpsest::mm::FramePool;
 
@@ -46,6 +47,7 @@ pub struct Examiner {
     hammered: Hammered,
     physmap: Arc<PhysMap>,
     pool: Arc<FramePool>,
+    aside: Option<Arc<Aside>>,
     known: HashMap<u64, Known>,
 }
 
@@ -91,7 +93,17 @@ impl Examiner {
             hammered: Hammered::new(seed, pattern, layout),
             physmap,
             pool,
+            aside: None,
             known: HashMap::new(),
+        }
+    }
+
+    /// The same, stepping aside for a guest whose vCPUs are stopped and started.
+    #[must_use]
+    pub fn stepping_aside(self, aside: Arc<Aside>) -> Self {
+        Self {
+            aside: Some(aside),
+            ..self
         }
     }
 
@@ -210,6 +222,7 @@ impl Examiner {
             &self.physmap,
             &self.pool,
         )
+        .stepping_aside(self.aside.as_deref())
     }
 
     fn check_registers(

@@ -2,6 +2,7 @@
 
 use zerocopy::IntoBytes;
 
+use palimpsest::aside::Aside;
 use palimpsest::host::PhysMap;
 use palimpsest::mm::{FramePool, Frozen, Gfn, PAGE_SIZE, Pfn};
 
@@ -21,6 +22,7 @@ pub(super) struct View<'a> {
     memory: &'a Frozen,
     physmap: &'a PhysMap,
     pool: &'a FramePool,
+    aside: Option<&'a Aside>,
 }
 
 impl<'a> View<'a> {
@@ -35,11 +37,18 @@ impl<'a> View<'a> {
             memory,
             physmap,
             pool,
+            aside: None,
         }
+    }
+
+    /// The same, for a thread that steps aside: before each page that it looks at.
+    pub(super) fn stepping_aside(self, aside: Option<&'a Aside>) -> Self {
+        Self { aside, ..self }
     }
 
     /// The frame a page is in just now.
     pub(super) fn frame(&self, gfn: u64) -> Pfn {
+        self.aside.inspect(|aside| aside.pass());
         self.memory.frame(Gfn(gfn)).unwrap_or(Pfn::ZERO)
     }
 
@@ -53,6 +62,7 @@ impl<'a> View<'a> {
     }
 
     pub(super) fn page(&self, gfn: u64, page: &mut Page) {
+        self.aside.inspect(|aside| aside.pass());
         let read = self.memory.with_frame(Gfn(gfn), |pfn| match pfn {
             Pfn::ZERO => page.fill(0),
             pfn => {

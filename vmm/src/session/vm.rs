@@ -4,6 +4,7 @@ use std::io;
 use std::sync::Arc;
 
 use guest::abi::{Layout, PAGE_SIZE, PORT_DOORBELL_EVENT};
+use palimpsest::aside::Aside;
 use palimpsest::host::{Dumps, Ram};
 use palimpsest::kvm::{BootError, Kvm, KvmError, Machine};
 use palimpsest::memory::{Frames, Memory, MemoryError, MemoryOptions};
@@ -91,6 +92,7 @@ impl From<MemoryError> for PayloadVmError {
 #[derive(Debug)]
 pub(super) struct PayloadVm {
     vm: palimpsest::vm::Vm<AnyPolicy>,
+    aside: Arc<Aside>,
     pub(super) devices: Arc<DeviceSet>,
     pub(super) layout: Layout,
     /// Memory before the guest has run.
@@ -158,10 +160,12 @@ impl PayloadVm {
             devices: Arc::clone(&devices),
             events: events.clone(),
         };
+        let aside = Arc::<Aside>::default();
         let mut builder = palimpsest::vm::Vm::builder(memory)
             .ports(Arc::new(ports))
             .on_stop(move |vcpu, outcome| events.send(Event::Ended(vcpu, outcome)))
-            .copy_ahead(config.copy_ahead);
+            .copy_ahead(config.copy_ahead)
+            .aside(Arc::clone(&aside));
         for (device, port) in devices.devices().iter().zip(PORT_DOORBELL_EVENT..) {
             builder = builder
                 .device(Arc::clone(device) as _)
@@ -169,6 +173,7 @@ impl PayloadVm {
         }
         Ok(Self {
             vm: builder.build(kvm, config.vcpus as usize)?,
+            aside,
             devices,
             layout,
             reference,
@@ -185,6 +190,11 @@ impl PayloadVm {
             );
         }
         self.vm.start(|vcpu| boot::entry(self.entry, vcpu))
+    }
+
+    /// Who steps aside for it.
+    pub(super) fn aside(&self) -> &Arc<Aside> {
+        &self.aside
     }
 
     /// What snapshots are taken of.

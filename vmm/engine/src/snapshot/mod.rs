@@ -43,6 +43,7 @@ use std::time::{Duration, Instant};
 
 pub use self::restore::RewindError;
 pub use self::take::{Preparation, TakeError};
+use crate::aside::Aside;
 use crate::device::Quiesce;
 use crate::host::Ahead;
 use crate::mm::{AddressSpace, CowPolicy, Frozen};
@@ -94,6 +95,8 @@ pub struct Parts<'a, P: CowPolicy> {
     pub space: &'a AddressSpace<P>,
     /// Who copies ahead of its writes, if anybody does.
     pub ahead: Option<&'a Ahead>,
+    /// Who else computes beside it, and steps aside while its vCPUs are stopped and started.
+    pub aside: Option<&'a Aside>,
 }
 
 impl<P: CowPolicy> fmt::Debug for Parts<'_, P> {

@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use super::resting::Resting;
 use super::{Parts, Snapshot, Timing};
+use crate::aside::Aside;
 use crate::causes::Cause;
 use crate::device::Stopped;
 use crate::mm::{self, CowPolicy, FaultError};
@@ -59,6 +60,7 @@ impl<P: CowPolicy> Parts<'_, P> {
         let began = Instant::now();
         let _ahead = Resting::of(self.ahead);
         self.note_protected();
+        let aside = self.aside.map(Aside::hold);
         let mut paused = self.vcpus.pause(Capture::Nothing)?;
         let parked = Instant::now();
         let kicked = paused.kicked();
@@ -75,6 +77,7 @@ impl<P: CowPolicy> Parts<'_, P> {
         let registers = Instant::now();
         drop(stopped);
         let running = paused.resume();
+        drop(aside);
         Ok(Timing {
             began,
             kicked,

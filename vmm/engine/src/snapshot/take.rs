@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use super::resting::Resting;
 use super::{Parts, Snapshot, Timing};
+use crate::aside::Aside;
 use crate::device::Stopped;
 use crate::mm::{CowPolicy, ForkError};
 use crate::vcpus::{Capture, VcpusError};
@@ -67,6 +68,7 @@ impl<P: CowPolicy> Parts<'_, P> {
         if preparation == Preparation::Early && self.vcpus.may_lose_write_access() {
             self.space.prepare_fork();
         }
+        let aside = self.aside.map(Aside::hold);
         let mut paused = self.vcpus.pause(Capture::Registers)?;
         let parked = Instant::now();
         if !may_fork() {
@@ -95,6 +97,7 @@ impl<P: CowPolicy> Parts<'_, P> {
         let collected = Instant::now();
         drop(stopped);
         let running = paused.resume();
+        drop(aside);
         let snapshot = Snapshot::new(memory, vcpus, devices);
         let timing = Timing {
             began,

@@ -217,6 +217,7 @@ impl FakeVm {
             devices: self.devices.iter().map(|device| device as _).collect(),
             space: self.memory.space(),
             ahead: None,
+            aside: None,
         }
     }
 

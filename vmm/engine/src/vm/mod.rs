@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::aside::Aside;
 use crate::device::Quiesce;
 use crate::host::{Ahead, Ram};
 use crate::kvm::{
@@ -37,6 +38,7 @@ pub struct Builder<'a, P: CowPolicy = Exclusive> {
     ports: Arc<dyn PortHandler>,
     on_stop: OnStop,
     copies_ahead: bool,
+    aside: Option<Arc<Aside>>,
 }
 
 /// Ports without a handler.
@@ -98,6 +100,13 @@ impl<'a, P: CowPolicy> Builder<'a, P> {
         self
     }
 
+    /// Has threads that pass `aside` wait while a snapshot or a restore stops and starts the vCPUs.
+    #[must_use]
+    pub fn aside(mut self, aside: Arc<Aside>) -> Self {
+        self.aside = Some(aside);
+        self
+    }
+
     /// The VM, with `vcpus` vCPUs of KVM's, 1 to 255. It does not run before it is started.
     ///
     /// # Errors
@@ -124,6 +133,7 @@ impl<'a, P: CowPolicy> Builder<'a, P> {
             machine,
             devices: self.devices,
             ahead,
+            aside: self.aside,
             memory: self.memory,
         })
     }
@@ -147,6 +157,7 @@ pub struct Vm<P: CowPolicy = Exclusive> {
     machine: Machine,
     devices: Vec<Arc<dyn Quiesce>>,
     ahead: Option<Ahead>,
+    aside: Option<Arc<Aside>>,
     memory: Memory<P>,
 }
 
@@ -161,6 +172,7 @@ impl<P: CowPolicy> Vm<P> {
             ports: Arc::new(NoPorts),
             on_stop: Box::new(|vcpu, outcome| tracing::info!("vcpu {vcpu} has ended: {outcome}")),
             copies_ahead: true,
+            aside: None,
         }
     }
 
@@ -195,6 +207,7 @@ impl<P: CowPolicy> Vm<P> {
             devices: self.devices.iter().map(|device| &**device).collect(),
             space: self.memory.space(),
             ahead: self.ahead.as_ref(),
+            aside: self.aside.as_deref(),
         }
     }
 

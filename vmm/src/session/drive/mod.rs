@@ -112,7 +112,8 @@ impl<'a> Drive<'a> {
             vm.layout,
             Arc::clone(vm.frames().physmap()),
             Arc::clone(vm.frames().pool()),
-        );
+        )
+        .stepping_aside(Arc::clone(vm.aside()));
         let worker = Worker::start(examiner).map_err(RunError::Checker)?;
         let stall = StallMeter::new(vm.layout, vm.machine().tsc_khz());
         vm.start().map_err(RunError::Start)?;
