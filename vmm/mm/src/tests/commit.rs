@@ -177,6 +177,74 @@ fn folios(pool: &Arc<FramePool>, count: u64) -> Vec<FreshFolio> {
     (0..count).map(folio).collect()
 }
 
+/// A pool of folios of four, whose host refuses when it is told to.
+fn refusing_pool() -> (Arc<FramePool>, Arc<RefusingMemory>) {
+    let memory = RefusingMemory::new(64);
+    let bytes = Arc::clone(&memory) as Arc<dyn FrameMemory>;
+    let pool = FramePool::with_folios_of(Order::new(2), bytes, 64, 60).unwrap();
+    memory.committed.lock().unwrap().clear();
+    (pool, memory)
+}
+
+#[test]
+fn memory_that_is_there_is_not_asked_for_again() {
+    let (pool, memory) = refusing_pool();
+    // With what would be there by the way.
+    memory.refusals.at(0);
+    drop(pool.allocate().unwrap());
+    let asked = || memory.committed.lock().unwrap().clone();
+    assert_eq!(asked(), [(1, 1)]);
+    assert_eq!(pool.allocate().unwrap().pfn(), Pfn(1));
+    assert_eq!(asked(), [(1, 1)]);
+}
+
+#[test]
+fn what_nobody_waits_for_yet_is_asked_for_once() {
+    let (pool, memory) = refusing_pool();
+    memory.refusals.from(0);
+    pool.supply().provide();
+    assert_eq!(memory.refusals.calls(), 2, "a frame, and folios");
+    assert_eq!(pool.usage().committed, 0);
+}
+
+#[test]
+fn only_homes_are_asked_for_in_huge_pages() {
+    let (pool, memory) = refusing_pool();
+    let home = pool.reserve(8).unwrap();
+    let single = pool.allocate().unwrap();
+    let folio = pool.allocate_huge(&home, 0).unwrap().unwrap();
+    let copy = pool.allocate_folio().unwrap().unwrap();
+    assert_eq!(folio.head(), home.frame(0));
+    let in_base_pages = memory.in_base_pages.lock().unwrap().clone();
+    assert_eq!(in_base_pages, [single.pfn().0, copy.head().0]);
+    let asked = memory.committed.lock().unwrap().clone();
+    assert!(asked.contains(&(home.frame(0).0, 8)), "{asked:?}");
+}
+
+/// Room for a home may be where the host is being asked about frames.
+#[test]
+fn who_wants_a_home_waits_for_the_hosts_answer() {
+    let (pool, asks, answer) = slow_pool(60);
+    thread::scope(|scope| {
+        let frame = scope.spawn(|| pool.allocate().map(drop));
+        assert_eq!(asks.recv(), Ok((Pfn(1), 3)));
+        answer.send(true).unwrap();
+        frame.join().unwrap().unwrap();
+        // Of a run that is in the way of any home of that size.
+        let folio = scope.spawn(|| pool.allocate_folio().is_err());
+        let (first, _) = asks.recv().unwrap();
+        assert_eq!(first, Pfn(4));
+        let home = scope.spawn(|| pool.reserve(60).map(|home| home.frame(0)));
+        for _ in 0..1000 {
+            assert!(!home.is_finished(), "it is known yet whether there is room");
+            thread::yield_now();
+        }
+        answer.send(false).unwrap();
+        assert!(folio.join().unwrap());
+        assert_eq!(home.join().unwrap().unwrap(), Pfn(4));
+    });
+}
+
 /// What was free from one call to the next goes back, but for a few; what was used in between stays.
 #[test]
 fn memory_that_nobody_has_used_for_a_while_goes_back_to_the_host() {

@@ -457,6 +457,55 @@ const MANNERS: [Manner; 7] = [
 /// How many calls in a row are refused.
 const IN_A_ROW: [u64; 7] = [1, 2, 3, 4, 5, 9, u64::MAX];
 
+/// Neither undone nor finished for all pages at once, it is for some and for the others.
+#[test]
+fn what_cannot_be_settled_at_once_is_settled_by_halves() {
+    let manners = [
+        Manner::Nothing,
+        Manner::AllBut(1),
+        Manner::AllBut(2),
+        Manner::AllButFirst(3),
+        Manner::All,
+    ];
+    for manner in manners {
+        for refused in [3, 5, 7] {
+            let w = world_of(7, 64);
+            let pages = || (0..7).map(Gfn);
+            pages().for_each(|gfn| w.vm.cpu_write(gfn, gfn.0).unwrap());
+            w.mmu.refuse(manner, 0, refused);
+            assert!(w.vm.space.fork().is_err(), "{manner:?}");
+            w.mmu.never();
+            w.vm.space.check().unwrap();
+            for gfn in pages() {
+                let entry = w.entry(gfn);
+                let shown = (entry.pfn(), entry.protection());
+                assert_eq!(w.vm.mmu.page(gfn), shown, "{manner:?} {refused} {gfn:?}");
+                w.vm.cpu_write(gfn, gfn.0 + 10).unwrap();
+            }
+            let frozen = w.vm.space.fork().unwrap();
+            pages().for_each(|gfn| assert_eq!(w.vm.read_frozen(&frozen, gfn), gfn.0 + 10));
+        }
+    }
+}
+
+/// Who may write for a moment may have written.
+#[test]
+fn a_page_that_was_writable_for_a_moment_is_marked() {
+    for page in [P, Q, Gfn(3)] {
+        let w = world();
+        w.vm.cpu_write(page, 1).unwrap();
+        w.vm.space.take_dirty().unwrap();
+        assert!(!w.entry(page).is_dirty() && !w.entry(page).is_writable());
+        w.mmu.refuse(Manner::All, 0, 1);
+        assert!(w.vm.space.write_fault(page).is_err());
+        w.mmu.never();
+        assert!(!w.entry(page).is_writable());
+        let dirty = w.vm.space.take_dirty().unwrap();
+        assert_eq!(dirty.iter().collect::<Vec<_>>(), [page]);
+        w.vm.cpu_write(page, 2).unwrap();
+    }
+}
+
 #[test]
 fn whatever_the_mmu_refuses_the_space_is_whole_or_broken() {
     let mut broken = 0;

@@ -162,6 +162,8 @@ pub(super) struct RefusingMemory {
     /// The runs that were committed and uncommitted: first frame, how many.
     pub(super) committed: Mutex<Vec<(u64, u64)>>,
     pub(super) uncommitted: Mutex<Vec<(u64, u64)>>,
+    /// The first frames of those that were committed in base pages.
+    pub(super) in_base_pages: Mutex<Vec<u64>>,
 }
 
 impl RefusingMemory {
@@ -171,6 +173,7 @@ impl RefusingMemory {
             refusals: Refusals::default(),
             committed: Mutex::default(),
             uncommitted: Mutex::default(),
+            in_base_pages: Mutex::default(),
         })
     }
 
@@ -186,6 +189,10 @@ impl FrameMemory for RefusingMemory {
         self.refusals.ask()?;
         self.committed.lock().unwrap().push((first.0, count));
         Ok(())
+    }
+    fn commit_base_pages(&self, first: Pfn, count: u64) -> io::Result<()> {
+        self.in_base_pages.lock().unwrap().push(first.0);
+        self.commit(first, count)
     }
     fn copy(&self, from: Pfn, to: Pfn) {
         self.inner.copy(from, to);
