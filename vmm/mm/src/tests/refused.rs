@@ -488,6 +488,61 @@ fn what_cannot_be_settled_at_once_is_settled_by_halves() {
     }
 }
 
+/// That the MMU shows what the entries say.
+fn assert_shown(w: &World, why: &str) {
+    for gfn in (0..w.vm.space.pages()).map(Gfn) {
+        let entry = w.entry(gfn);
+        let shown = (entry.pfn(), entry.protection());
+        assert_eq!(w.vm.mmu.page(gfn), shown, "{why}: {gfn:?}");
+    }
+}
+
+/// A page whose writers were stopped, and cannot be let go on, stays read-only on both sides.
+#[test]
+fn writers_that_cannot_be_let_go_on_stay_out() {
+    for resume in [Manner::Clean, Manner::Nothing, Manner::All] {
+        let w = world();
+        w.vm.cpu_write(P, 5).unwrap();
+        w.mmu.refuse_each(1, &[Manner::Clean, resume]);
+        w.vm.space.migrate(P).unwrap_err();
+        assert_eq!(w.mmu.calls(), if resume == Manner::Clean { 3 } else { 4 });
+        w.mmu.never();
+        assert_shown(&w, &format!("{resume:?}"));
+        w.vm.cpu_write(P, 6).unwrap();
+        assert_eq!(w.vm.cpu_read(P), 6);
+    }
+}
+
+/// A page that was to become writable may have been written by then: what was begun is finished. One that
+/// was to be read-only is put back.
+#[test]
+fn what_was_mapped_in_part_is_finished_or_put_back() {
+    for manner in [Manner::Nothing, Manner::All] {
+        let w = world();
+        w.mmu.refuse(manner, 0, 1);
+        assert_eq!(w.vm.space.write_fault(P).unwrap(), Resolution::ZeroFilled);
+        assert_shown(&w, "finished");
+        w.mmu.refuse(manner, 0, 1);
+        w.vm.space.pin(Q, Access::Read).unwrap_err();
+        assert_eq!((w.mmu.calls(), w.slot(Q)), (2, "ZERO"));
+        assert_shown(&w, "put back");
+        w.mmu.never();
+        w.vm.space.check().unwrap();
+    }
+}
+
+#[test]
+fn pages_are_put_back_by_the_run() {
+    let w = world_of(8, 64);
+    let written = || (1..6).map(Gfn);
+    written().for_each(|gfn| w.vm.cpu_write(gfn, gfn.0).unwrap());
+    w.mmu.refuse(Manner::AllBut(2), 0, 1);
+    w.vm.space.discard(Gfn(1), 5).unwrap_err();
+    assert_eq!(w.mmu.calls(), 2, "asked once, and put back at once");
+    assert_shown(&w, "put back");
+    written().for_each(|gfn| assert_eq!(w.vm.cpu_read(gfn), gfn.0));
+}
+
 /// Who may write for a moment may have written.
 #[test]
 fn a_page_that_was_writable_for_a_moment_is_marked() {

@@ -41,7 +41,8 @@ pub(in super::super) struct Refusals {
     calls: AtomicU64,
     from: AtomicU64,
     until: AtomicU64,
-    manner: Mutex<Manner>,
+    /// Of those that are refused, in order; the last is that of all that follow.
+    manners: Mutex<Vec<Manner>>,
     pub(in super::super) crowded: AtomicU64,
 }
 
@@ -63,8 +64,22 @@ impl Refusals {
 
     /// Has an MMU refuse in this manner from now on, and `count` calls from the `nth` on.
     pub(in super::super) fn refuse(&self, manner: Manner, nth: u64, count: u64) {
-        *self.manner.lock().unwrap() = manner;
+        *self.manners.lock().unwrap() = vec![manner];
         self.between(nth, nth.saturating_add(count));
+    }
+
+    /// Has an MMU refuse calls from the `nth` on, each in its manner.
+    pub(super) fn refuse_each(&self, nth: u64, manners: &[Manner]) {
+        *self.manners.lock().unwrap() = manners.to_vec();
+        self.between(nth, nth + manners.len() as u64);
+    }
+
+    /// How call `nth` is refused.
+    fn manner(&self, nth: u64) -> Manner {
+        let refused = nth - self.from.load(Ordering::Relaxed);
+        let manners = self.manners.lock().unwrap();
+        let manner = manners.get(refused as usize).or(manners.last());
+        manner.copied().unwrap_or_default()
     }
 
     fn between(&self, from: u64, until: u64) {
@@ -78,14 +93,19 @@ impl Refusals {
         self.calls.load(Ordering::Relaxed)
     }
 
-    fn ask(&self) -> io::Result<()> {
+    /// Which call this is, if it is refused.
+    fn ask(&self) -> Result<(), u64> {
         let nth = self.calls.fetch_add(1, Ordering::Relaxed);
         let refused = self.from.load(Ordering::Relaxed)..self.until.load(Ordering::Relaxed);
         if refused.contains(&nth) {
-            return Err(io::Error::other("told to refuse"));
+            return Err(nth);
         }
         Ok(())
     }
+}
+
+fn refused() -> io::Error {
+    io::Error::other("told to refuse")
 }
 
 pub(in super::super) struct RefusingMmu {
@@ -103,10 +123,10 @@ impl RefusingMmu {
         count: u64,
         change: impl Fn(u64, u64) -> Result<(), MmuError>,
     ) -> Result<(), MmuError> {
-        let Err(source) = self.refusals.ask() else {
+        let Err(nth) = self.refusals.ask() else {
             return change(0, count);
         };
-        let manner = *self.refusals.manner.lock().unwrap();
+        let (source, manner) = (refused(), self.refusals.manner(nth));
         let (skipped, part) = manner.part(count);
         if part > 0 {
             change(skipped, part)?;
@@ -186,7 +206,7 @@ impl RefusingMemory {
 
 impl FrameMemory for RefusingMemory {
     fn commit(&self, first: Pfn, count: u64) -> io::Result<()> {
-        self.refusals.ask()?;
+        self.refusals.ask().map_err(|_| refused())?;
         self.committed.lock().unwrap().push((first.0, count));
         Ok(())
     }
@@ -207,7 +227,7 @@ impl FrameMemory for RefusingMemory {
         self.inner.write(frame, offset, bytes);
     }
     fn uncommit(&self, first: Pfn, count: u64) -> io::Result<()> {
-        self.refusals.ask()?;
+        self.refusals.ask().map_err(|_| refused())?;
         self.uncommitted.lock().unwrap().push((first.0, count));
         self.inner.uncommit(first, count)
     }

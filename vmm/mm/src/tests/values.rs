@@ -1,7 +1,39 @@
 //! Addresses, entries and frame states as values: their arithmetic, and how errors and traces spell them.
 
+use std::sync::atomic::Ordering;
+
 use super::super::frame::FrameTable;
+use super::super::page_set::PageSet;
 use super::*;
+
+#[test]
+fn a_set_of_pages_has_none_beyond_its_end() {
+    let mut set = PageSet::new(64);
+    set.insert(Gfn(63));
+    set.insert(Gfn(63));
+    assert_eq!((set.len(), set.is_empty()), (1, false));
+    assert!(set.contains(Gfn(63)) && !set.contains(Gfn(62)));
+    assert!(!set.contains(Gfn(64)) && !set.contains(Gfn(u64::MAX)));
+}
+
+/// Whoever keeps a share of an MMU has the same MMU.
+#[test]
+fn a_shared_mmu_is_the_mmu() {
+    let inner = SoftMmu::new(2);
+    let refusing = Arc::new(RefusingMmu {
+        inner: Arc::clone(&inner),
+        refusals: Arc::default(),
+    });
+    let shared = Arc::clone(&refusing);
+    shared.map(P, Pfn(7), 1, Protection::ReadOnly).unwrap();
+    assert_eq!(inner.page(P), (Pfn(7), Protection::ReadOnly));
+    shared.protect(P, 1, Protection::ReadWrite).unwrap();
+    assert_eq!(inner.page(P), (Pfn(7), Protection::ReadWrite));
+    assert_eq!(refusing.refusals.calls(), 2);
+    assert!(!shared.is_crowded());
+    refusing.refusals.crowded.store(1, Ordering::Relaxed);
+    assert!(shared.is_crowded());
+}
 
 #[test]
 fn a_guest_frame_number_is_an_address_in_pages() {
