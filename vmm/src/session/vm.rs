@@ -136,7 +136,7 @@ impl PayloadVm {
         let frames = Frames::with_limit(plan.physmap, plan.frames, dumps)?;
         let options = MemoryOptions {
             base_pages: config.page_size == PageSize::Base,
-            prices: None,
+            ..MemoryOptions::default()
         };
         let between = |window| -> Box<dyn Mmu> {
             if config.inject != Some(Injection::SkipWriteProtect) {
