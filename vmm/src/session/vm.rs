@@ -5,11 +5,11 @@ use std::sync::Arc;
 
 use guest::abi::{Layout, PAGE_SIZE, PORT_DOORBELL_EVENT};
 use palimpsest::host::{Dumps, Ram};
-use palimpsest::kvm::{BootError, Kvm, KvmError, Machine};
+use palimpsest::kvm::{BootError, KvmError, Machine};
 use palimpsest::memory::{Frames, Memory, MemoryError, MemoryOptions};
 use palimpsest::mm::{AddressSpace, AnyPolicy, Mmu, REGION_PAGES};
 use palimpsest::snapshot::Parts;
-use palimpsest::vm;
+use palimpsest::vm::{self, Accelerator};
 
 use super::config::{Config, Injection, PageSize, Size};
 use super::need::MemoryPlan;
@@ -102,7 +102,7 @@ impl PayloadVm {
     /// Puts a VM together, with its program loaded, that takes as much memory as `plan` says at most. It does
     /// not run yet.
     pub(super) fn build(
-        kvm: &Kvm,
+        accelerator: &Accelerator,
         config: &Config,
         image: Vec<u8>,
         policy: AnyPolicy,
@@ -136,7 +136,8 @@ impl PayloadVm {
         let frames = Frames::with_limit(plan.physmap, plan.frames, dumps)?;
         let options = MemoryOptions {
             base_pages: config.page_size == PageSize::Base,
-            ..MemoryOptions::default()
+            placement: accelerator.placement(),
+            prices: None,
         };
         let between = |window| -> Box<dyn Mmu> {
             if config.inject != Some(Injection::SkipWriteProtect) {
@@ -168,7 +169,7 @@ impl PayloadVm {
                 .doorbell(port, device.doorbell());
         }
         Ok(Self {
-            vm: builder.build(kvm, config.vcpus as usize)?,
+            vm: builder.build(accelerator, config.vcpus as usize)?,
             devices,
             layout,
             reference,

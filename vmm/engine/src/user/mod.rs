@@ -35,7 +35,7 @@ mod signals;
 mod tests;
 mod vcpu;
 
-use std::arch::x86_64::_rdtsc;
+use std::arch::x86_64::{__cpuid_count, _rdtsc};
 use std::io;
 use std::sync::Arc;
 use std::thread;
@@ -153,6 +153,13 @@ impl User {
         }
         Ok(machine)
     }
+}
+
+/// Whether this CPU has protection keys, and the kernel uses them: a guest's threads could be kept from the
+/// memory of the rest of the process by them. That is not done yet.
+pub fn has_protection_keys() -> bool {
+    const OSPKE: u32 = 1 << 4;
+    __cpuid_count(7, 0).ecx & OSPKE != 0
 }
 
 /// Frequency of the time-stamp counter, measured.
