@@ -8,7 +8,8 @@ use std::time::Duration;
 use guest::Misbehaviour;
 use guest::abi::{PORT_DOORBELL_EXIT, PORT_EXIT, PORT_FAILURE};
 use support::program::{EHDR, program, put, talker};
-use support::{Run, config, no_kvm, run_guest, run_guest_until};
+use support::{Run, accel, config, no_kvm, run_guest, run_guest_until};
+use vmm::accel::Accel;
 use vmm::cli::chain;
 use vmm::session::RunError;
 use vmm::session::config::{Config, PageSize, RunLength};
@@ -68,6 +69,15 @@ fn assert_crashed(run: &Run, reason: &str) {
     assert!(rest.contains("\ncode at rip: "), "{error}");
 }
 
+/// What is said of an exception: which it was is known where no virtual machine hides it.
+fn exception(which: &str) -> String {
+    let which = match accel() {
+        Accel::User => which,
+        Accel::Kvm | Accel::Auto => "triple fault",
+    };
+    format!("an exception nobody handles ({which})")
+}
+
 /// Whether the host keeps no registers of a vCPU after a triple fault.
 fn loses_registers(run: &Run) -> bool {
     run.report.platform.kvm == "svm"
@@ -92,7 +102,7 @@ fn an_invalid_opcode_is_a_crash_that_shows_the_code() {
         return;
     }
     let run = misbehave(Misbehaviour::InvalidOpcode);
-    assert_crashed(&run, "an exception nobody handles (triple fault)");
+    assert_crashed(&run, &exception("an invalid opcode"));
     let error = run.report.error.as_deref().unwrap();
     assert!(loses_registers(&run) || error.contains("\ncode at rip: 0f 0b "));
 }
@@ -324,7 +334,7 @@ fn a_non_canonical_address_is_a_crash() {
         return;
     }
     let run = misbehave(Misbehaviour::StoreNonCanonical);
-    assert_crashed(&run, "an exception nobody handles (triple fault)");
+    assert_crashed(&run, &exception("general protection"));
 }
 
 fn run_code(code: &[u8], length: RunLength) -> Run {

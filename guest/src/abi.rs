@@ -21,16 +21,19 @@
 //!
 //! # Memory map
 //! ```text
-//! 0x0000_0000  never written (a null pointer reads zeros here, it does not trap); see below
-//! 0x0000_1000  BootInfo
+//! 0x0000_0000  not the guest's: it touches nothing here. On KVM it would read zeros; see below
 //! 0x0000_2000  the I/O bitmap that allows `out` where IOPL is not kept: a page that must stay zero
 //! 0x0001_0000  page tables, built by the VMM with accessed and dirty bits set; read-only to the guest by
 //!              agreement
+//! 0x000f_0000  BootInfo
 //! 0x0010_0000  stacks, 64 KiB a vCPU, MAX_VCPUS of them
 //! 0x0020_0000  the ELF image
 //! Layout       vCPU pages, device areas, hammered memory: see Layout, which is computed by the VMM and
 //!              handed over in BootInfo
 //! ```
+//!
+//! Guest memory begins at 0, but a guest uses nothing below [`LOWEST_GPA`]: where guest addresses are addresses
+//! of a host process, nothing can be mapped there (`vm.mmap_min_addr`).
 //!
 //! The page at 0x2000 is there for PVM, which does not honour IOPL in ring 3 but looks into the I/O bitmap
 //! of the task-state segment. The task register has its base there and a limit of a page: zeros are a
@@ -63,8 +66,11 @@
 pub const PAGE_SIZE: u64 = 4096;
 /// Bytes in a region: what one huge page would map.
 pub const REGION_SIZE: u64 = 2 << 20;
+/// The lowest address that a guest uses: the least that Linux lets a process map, as it is configured
+/// everywhere (`vm.mmap_min_addr`).
+pub const LOWEST_GPA: u64 = 0x1_0000;
 /// Where [`BootInfo`] is.
-pub const BOOT_INFO_GPA: u64 = 0x1000;
+pub const BOOT_INFO_GPA: u64 = 0xf_0000;
 /// Where the page tables begin: PML4, PDPT, then one page directory a GiB.
 pub const PAGE_TABLES_GPA: u64 = 0x1_0000;
 /// Where the stacks begin.
@@ -405,7 +411,9 @@ const _: () = assert!(AREA_BUFFERS + SLOTS * BUFFER_STRIDE <= DEVICE_STRIDE);
 const _: () = assert!(core::mem::size_of::<VcpuPage>() as u64 <= VCPU_STRIDE);
 const _: () = assert!(MAX_VCPUS * VCPU_STRIDE <= REGION_SIZE);
 const _: () = assert!(core::mem::size_of::<DriverPage>() as u64 <= PAGE_SIZE);
-const _: () = assert!(PAGE_TABLES_GPA + (2 + (MAX_MEMORY >> 30)) * PAGE_SIZE <= STACKS_GPA);
+const _: () = assert!(LOWEST_GPA <= PAGE_TABLES_GPA);
+const _: () = assert!(PAGE_TABLES_GPA + (2 + (MAX_MEMORY >> 30)) * PAGE_SIZE <= BOOT_INFO_GPA);
+const _: () = assert!(BOOT_INFO_GPA + PAGE_SIZE <= STACKS_GPA);
 const _: () = assert!(STACKS_GPA + MAX_VCPUS * STACK_SIZE <= IMAGE_GPA);
 const _: () = assert!(DATA_OFFSET + DATA_LEN <= BUFFER_LEN && DATA_SPLIT.is_multiple_of(8));
 

@@ -1,5 +1,8 @@
 //! What the integration tests share: sessions that cannot hang a test, an observer that remembers, and
 //! skipping where there is no KVM.
+//!
+//! With `TEST_ACCEL=user` in the environment sessions run without KVM, as threads of the test: the same tests
+//! then say whether guests behave there as under KVM.
 #![allow(dead_code, reason = "every test binary uses a part of it")]
 
 pub(crate) mod program;
@@ -7,11 +10,13 @@ pub(crate) mod program;
 use std::io::Write;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};
+use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
 
 use guest::abi::Pattern;
 use palimpsest::kvm::{Kvm, PlatformError};
+use vmm::accel::Accel;
 use vmm::policy::Policy;
 use vmm::session::config::{Config, GuestSource, PageSize, RunLength};
 use vmm::session::progress::{Observer, Progress};
@@ -21,12 +26,24 @@ use vmm::session::{self, RunError};
 /// Longer than any run here takes on a machine that is busy: what is not over by then hangs.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(120);
 
-/// Whether the test must be skipped for want of KVM, which is said then.
+/// What runs the vCPUs of sessions here.
+pub(crate) fn accel() -> Accel {
+    match std::env::var("TEST_ACCEL").as_deref() {
+        Ok("user") => Accel::User,
+        _ => Accel::Kvm,
+    }
+}
+
+/// Whether the test must be skipped for want of KVM, which is said then. Where sessions run without, it is not
+/// wanted.
 ///
 /// # Panics
 /// In CI, where a run without these tests would look like a good one, and if there is a KVM but it is of no
 /// use.
 pub(crate) fn no_kvm() -> bool {
+    if accel() == Accel::User {
+        return false;
+    }
     match Kvm::open() {
         Ok(_) => false,
         Err(error @ (PlatformError::Missing | PlatformError::Permission)) => {
@@ -50,6 +67,9 @@ pub(crate) fn say(text: &str) {
 pub(crate) fn config() -> Config {
     Config {
         guest: GuestSource::Payload,
+        accel: accel(),
+        // Those of the tests do no harm.
+        trust_guest: true,
         memory: 32 << 20,
         vcpus: 2,
         length: RunLength::Snapshots(40),
@@ -210,6 +230,10 @@ fn watched(
         GuestSource::File("guest-of-this-test".into())
     };
     let config = Config { guest, ..config };
+    // Guest addresses are there once in a process.
+    static ALONE: Mutex<()> = Mutex::new(());
+    let _alone =
+        (config.accel == Accel::User).then(|| ALONE.lock().unwrap_or_else(PoisonError::into_inner));
     within(PATIENCE, move || {
         let stop = AtomicBool::new(false);
         let mut until = Until {

@@ -1,15 +1,14 @@
 //! What the guest ABI has a VMM do before a guest runs: its program, page tables, and what it is told.
 
 use guest::abi::{
-    BOOT_INFO_GPA, BOOT_MAGIC, BootInfo, IMAGE_GPA, Layout, MAX_MEMORY, PAGE_SIZE, PAGE_TABLES_GPA,
-    Pattern, stack_top,
+    BOOT_INFO_GPA, BOOT_MAGIC, BootInfo, IMAGE_GPA, LOWEST_GPA, Layout, MAX_MEMORY, PAGE_SIZE,
+    PAGE_TABLES_GPA, Pattern, stack_top,
 };
 use palimpsest::kvm::{self, BootError, EntryState, GuestRam, Image};
 
-/// A page that the ABI leaves unused, and that stays zero.
+/// A page that the ABI leaves unused, and that stays zero. Only KVM looks at it.
 const TASK_GPA: u64 = 0x2000;
-const _: () = assert!(BOOT_INFO_GPA + PAGE_SIZE <= TASK_GPA);
-const _: () = assert!(TASK_GPA + PAGE_SIZE <= PAGE_TABLES_GPA);
+const _: () = assert!(TASK_GPA + PAGE_SIZE <= LOWEST_GPA);
 
 /// Checks that `file` is a program that a guest can run.
 ///
@@ -131,12 +130,12 @@ mod tests {
     }
 
     #[test]
-    fn page_tables_end_below_the_stacks_however_much_memory_there_is() {
+    fn page_tables_end_below_the_boot_info_however_much_memory_there_is() {
         let ram = Bytes(Mutex::new(vec![0; 2 << 20]));
         for memory in [64 << 20, MAX_MEMORY, 2 * MAX_MEMORY] {
             let end = write_page_tables(&ram, memory).unwrap();
             assert!(
-                (PAGE_TABLES_GPA + 1..=STACKS_GPA).contains(&end),
+                (PAGE_TABLES_GPA + 1..=BOOT_INFO_GPA).contains(&end),
                 "{end:#x}"
             );
         }

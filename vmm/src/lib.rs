@@ -7,6 +7,7 @@
 //!
 //! | module | concept |
 //! |---|---|
+//! | [`accel`] | what runs vCPUs: KVM, or threads of this process |
 //! | [`policy`] | which copy-on-write policy, chosen by name |
 //! | [`boot`] | what a guest finds before it runs |
 //! | [`check`] | the oracles: is every snapshot right? |
@@ -17,6 +18,7 @@
 //! | [`doctor`] | what this machine can and cannot do for a run |
 //! | [`cli`] | the program: arguments, display, reports |
 
+pub mod accel;
 pub mod boot;
 pub mod check;
 pub mod cli;

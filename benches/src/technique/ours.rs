@@ -47,6 +47,7 @@ impl Ours {
             base_pages: granularity == Granularity::Small,
             // Whatever a page costs, a region is broken whole.
             prices: (granularity == Granularity::Huge).then(|| Prices::fixed(0)),
+            ..MemoryOptions::default()
         };
         let plain = |window| Box::new(window) as _;
         let memory = Memory::with(&frames, memory, Exclusive, options, plain).map_err(no_memory)?;

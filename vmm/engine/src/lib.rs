@@ -38,6 +38,7 @@
 //! | [`snapshot`] | taking and restoring snapshots of all of it at one instant |
 //! | [`vcpus`] | what a snapshot needs of vCPUs, whoever runs them |
 //! | [`kvm`] | KVM runs them: vCPU threads, exits, write faults, register state |
+//! | [`user`] | threads of this process run them, where there is no KVM |
 //! | [`device`] | what a snapshot needs of devices; virtqueues |
 //! | [`saved`] | what a snapshot keeps of either |
 //! | [`memory`] | frames that VMs share, and the memory of one of them |
@@ -55,6 +56,7 @@ pub mod kvm;
 pub mod memory;
 pub mod saved;
 pub mod snapshot;
+pub mod user;
 pub mod vcpus;
 pub mod vm;
 

@@ -4,7 +4,7 @@ use std::fmt;
 use std::io;
 use std::sync::Arc;
 
-use crate::host::{Dumps, MappingBudget, PhysMap, Prices, Ram, Window};
+use crate::host::{Dumps, MappingBudget, PhysMap, Placement, Prices, Ram, Window};
 use crate::mm::{
     AddressSpace, AllocError, CowPolicy, Exclusive, FramePool, Frozen, Gfn, Mmu, OutOfRange,
     PAGE_SIZE,
@@ -140,6 +140,8 @@ pub struct MemoryOptions {
     /// In base pages of 4 KiB alone, without huge folios. All [`Frames`] that it is in have base pages from
     /// then on.
     pub base_pages: bool,
+    /// Where the window is.
+    pub placement: Placement,
     /// What faults cost. If there is nothing here, that is learnt while the guest runs.
     pub prices: Option<Prices>,
 }
@@ -188,10 +190,12 @@ impl<P: CowPolicy> Memory<P> {
         }
         let (physmap, budget) = (Arc::clone(&frames.physmap), Arc::clone(&frames.budget));
         let window =
-            Window::new(physmap, budget, pages).map_err(|source| MemoryError::Reserve {
-                what: "the guest's window",
-                bytes,
-                source,
+            Window::placed(physmap, budget, pages, options.placement).map_err(|source| {
+                MemoryError::Reserve {
+                    what: "the guest's window",
+                    bytes,
+                    source,
+                }
             })?;
         let window = Arc::new(window);
         let mmu = between(Arc::clone(&window));

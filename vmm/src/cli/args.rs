@@ -13,6 +13,7 @@ use clap::{
 use guest::abi::Pattern;
 
 use super::units::{parse_size, parse_time};
+use crate::accel::Accel;
 use crate::policy::Policy;
 use crate::session::compare::Race;
 use crate::session::config::{Config, GuestSource, Injection, PageSize, RunLength, pattern_named};
@@ -25,6 +26,7 @@ Examples:
   vmm --duration 60s --vcpus 4 --pattern hot  a longer run, most writes in few pages
   vmm --snapshots 1000 --report run.json      a number of snapshots, results as JSON
   vmm --policy mapcount                       see an old Linux leak into snapshots (exit code 3)
+  vmm --accel user                            the same where there is no KVM
   vmm --inject share-pinned                   see an oracle catch a wrong fork (exit code 3)
   vmm compare                                 three generations of Linux's rules, side by side
   vmm compare --scenario B1 --policy mapcount one historical bug, step by step
@@ -66,6 +68,20 @@ pub(crate) struct Args {
         value_parser = parse_guest
     )]
     guest: GuestSource,
+
+    /// What runs the guest's vCPUs. Under `user` nothing keeps the guest from what this process can do: its
+    /// code runs as code of the process, which says so when it starts. The built-in payload does no harm
+    #[arg(
+        long,
+        value_name = "WHAT",
+        default_value = "auto",
+        help_heading = "Guest"
+    )]
+    accel: Accel,
+
+    /// Run a program other than `payload` without KVM too: it can do whatever this process can
+    #[arg(long, help_heading = "Guest")]
+    trust_guest: bool,
 
     /// Memory of the guest
     #[arg(
@@ -235,6 +251,15 @@ pub(crate) struct CompareArgs {
     #[arg(long, value_name = "N", default_value_t = 2)]
     vcpus: u64,
 
+    /// What runs the vCPUs. Without KVM scenarios are played on the software model
+    #[arg(
+        long,
+        value_name = "WHAT",
+        default_value = "auto",
+        conflicts_with = "list"
+    )]
+    pub(crate) accel: Accel,
+
     /// Seed of everything that is chosen [default: random]
     #[arg(long, value_name = "N")]
     seed: Option<u64>,
@@ -293,6 +318,7 @@ impl CompareArgs {
             seed: self.seed.unwrap_or_else(random_seed),
             memory: self.memory,
             vcpus: self.vcpus,
+            accel: self.accel,
         }
     }
 }
@@ -302,6 +328,8 @@ impl Args {
     pub(crate) fn config(&self) -> Config {
         Config {
             guest: self.guest.clone(),
+            accel: self.accel,
+            trust_guest: self.trust_guest,
             memory: self.memory,
             vcpus: self.vcpus,
             length: match (self.snapshots, self.duration) {
@@ -396,6 +424,8 @@ mod tests {
     fn every_flag_arrives() {
         let config = parse(&[
             "--guest=a.elf",
+            "--accel=user",
+            "--trust-guest",
             "--memory=1G",
             "--vcpus=4",
             "--snapshots=9",
@@ -417,6 +447,8 @@ mod tests {
             config,
             Config {
                 guest: GuestSource::File("a.elf".into()),
+                accel: Accel::User,
+                trust_guest: true,
                 memory: 1 << 30,
                 vcpus: 4,
                 length: RunLength::Snapshots(9),

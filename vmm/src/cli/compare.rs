@@ -11,6 +11,7 @@ use super::scenario_text;
 use super::screen::Screen;
 use super::units::exact_time;
 use super::{Failure, interrupt, print, race_text};
+use crate::accel::{self, Accel, Opened};
 use crate::policy::Policy;
 use crate::scenario::engine::{Moment, ScenarioOutcome};
 use crate::scenario::real::RealStage;
@@ -22,7 +23,7 @@ use crate::session::compare::{Race, Raced};
 use crate::session::progress::{Observer, Progress};
 use crate::session::report::{Verdict, Violation};
 use palimpsest::host::Limits;
-use palimpsest::kvm::Kvm;
+use palimpsest::vm::Accelerator;
 
 /// Everything that was compared: the format of `--json`.
 #[derive(Debug, Serialize)]
@@ -47,7 +48,18 @@ pub(super) fn run(args: &CompareArgs, screen: &Screen) -> Result<Verdict, Failur
 }
 
 fn compare(args: &CompareArgs, screen: &Screen) -> Result<Verdict, Failure> {
-    let race = args.race();
+    let Opened { accelerator, note } = open(args)?;
+    if let Some(note) = note {
+        screen.line(&note);
+    }
+    let accel = match accelerator {
+        Accelerator::Kvm(_) => Accel::Kvm,
+        Accelerator::User(_) => Accel::User,
+    };
+    let race = Race {
+        accel,
+        ..args.race()
+    };
     let racing = if args.no_race { &[][..] } else { &Policy::ALL };
     if !args.no_race {
         // Any policy's configuration is as good as another's.
@@ -73,8 +85,18 @@ fn compare(args: &CompareArgs, screen: &Screen) -> Result<Verdict, Failure> {
             table::SCENARIOS.len()
         ));
     }
-    let scenarios = Survey::take::<RealStage>(&mut |_| !stop.load(Ordering::Relaxed));
+    let mut go_on = |_: &Scenario| !stop.load(Ordering::Relaxed);
+    let scenarios = match accel {
+        // A scenario has machines beside each other, and guest addresses are there once.
+        Accel::User => Survey::take::<SoftStage>(&mut go_on),
+        Accel::Kvm | Accel::Auto => Survey::take::<RealStage>(&mut go_on),
+    };
     finish(args, screen, race, races, scenarios, &stop)
+}
+
+/// What runs vCPUs here.
+fn open(args: &CompareArgs) -> Result<Opened, Failure> {
+    accel::open(args.accel).map_err(|error| Failure::Run(error.into()))
 }
 
 fn finish(
@@ -163,7 +185,9 @@ fn narrate(scenario: &Scenario, args: &CompareArgs) -> Result<Verdict, Failure> 
     let mut watch = |moment: &Moment<'_>| story += &scenario_text::step(moment, by_the_bit);
     let (by, outcome, expected) = match args.on {
         PlayedOn::Vcpu => {
-            Kvm::open().map_err(|e| Failure::Run(e.into()))?;
+            if let Accelerator::User(_) = open(args)?.accelerator {
+                return Err(Failure::OneMachine);
+            }
             (
                 format!("{policy}, on a real vCPU"),
                 emulate::<RealStage>(scenario, policy, &mut watch),

@@ -108,6 +108,11 @@ enum Failure {
     Run(#[from] session::RunError),
     #[error("could not play all of it: {why}")]
     NotPlayed { why: String },
+    #[error(
+        "--on vcpu needs KVM: a scenario has machines beside each other, and without KVM guest addresses are \
+         there once in a process"
+    )]
+    OneMachine,
     #[error("--scenario {id}: there is none of that name")]
     NoScenario { id: String },
 }
@@ -118,6 +123,7 @@ impl Failure {
             // The same command line is right on a larger machine.
             Self::Config(ConfigError::Need(_)) => EXIT_ERROR,
             Self::Config(_) | Self::NoScenario { .. } => EXIT_USAGE,
+            Self::Run(session::RunError::Untrusted(_)) => EXIT_USAGE,
             _ => EXIT_ERROR,
         }
     }
@@ -129,11 +135,13 @@ impl Failure {
                 Some("`vmm doctor` says who limits memory, and what guest would run")
             }
             Self::Config(_) => Some("vmm --help explains every flag"),
+            Self::OneMachine => Some("--on soft plays it on a software model"),
             Self::NoScenario { .. } => Some("vmm compare --list has them all"),
             Self::Guest { .. }
             | Self::Run(session::RunError::Build(session::PayloadVmError::Image { .. })) => {
                 Some("--guest takes `payload`, or the path of a static ELF")
             }
+            Self::Run(session::RunError::Untrusted(_)) => None,
             Self::Run(_) | Self::Limits(_) | Self::NotPlayed { .. } => {
                 Some("`vmm doctor` says what this machine can and cannot do")
             }

@@ -26,10 +26,14 @@ pub(super) fn render(race: &Race, races: &[Raced]) -> String {
     );
     if let Some(raced) = races.first() {
         let platform = &raced.report.platform;
+        let by = match &*platform.kvm {
+            "none" => "threads of this process".to_owned(),
+            kvm => format!("{kvm} KVM"),
+        };
         let _ = writeln!(
             text,
-            "  on {} KVM, Linux {}, {} CPUs",
-            platform.kvm, platform.kernel, platform.cpus
+            "  on {}, Linux {}, {} CPUs",
+            by, platform.kernel, platform.cpus
         );
     }
     let _ = write!(text, "\n  {:<21}", "violations of");
@@ -136,6 +140,7 @@ mod tests {
             seed: 5,
             memory: 64 << 20,
             vcpus: 2,
+            accel: crate::accel::Accel::Kvm,
         };
         let text = render(
             &race,

@@ -241,6 +241,7 @@ fn found_by(faults: &FaultCounts) -> Option<String> {
         (faults.by_event, "event"),
         (faults.by_region, "region"),
         (faults.by_all, "all memory"),
+        (faults.by_signal, "signal"),
         (faults.emulated, "emulation"),
     ];
     let ways = ways.into_iter().filter(|(times, _)| *times > 0);
@@ -310,6 +311,7 @@ fn quantiles(quantiles: &Quantiles, meaning: &str) -> String {
 /// The KVM of a report, in words.
 pub(super) fn kvm_in_words(kvm: &str, paging: &str) -> String {
     let kvm = match kvm {
+        "none" => return "threads of this process (no KVM, no isolation)".to_owned(),
         // It has no other way.
         "pvm" => return "PVM (KVM without VMX or SVM)".to_owned(),
         "vmx" => "VMX",

@@ -82,6 +82,7 @@ impl Device {
                 registered: Registered::default(),
                 pending: VecDeque::new(),
                 current: Current::None,
+                interrupted: None,
                 phase: DevicePhase::Running,
                 stops: 0,
                 rung: false,
@@ -207,6 +208,7 @@ impl Device {
             self.take(state);
         }
         let request = state.pending.pop_front()?;
+        state.interrupted = None;
         state.current = Current::Transferring(request.head);
         let registered = match request.action {
             RequestAction::Transfer {
@@ -331,11 +333,13 @@ impl Device {
     /// What a snapshot keeps of it.
     pub fn state(&self) -> DeviceState {
         let state = self.lock();
+        // One that was in flight is so until it is begun again.
+        let begun = usize::from(state.interrupted.is_some());
         DeviceState {
             queue: state.ring.state(),
-            pending: state.pending.iter().map(|r| r.head).collect(),
+            pending: state.pending.iter().skip(begun).map(|r| r.head).collect(),
             in_flight: match &state.current {
-                Current::None => None,
+                Current::None => state.interrupted,
                 Current::Transferring(head) => Some(*head),
                 Current::Transferred(transferred) => Some(transferred.request.head),
             },
@@ -372,6 +376,8 @@ impl Device {
             );
             state.stats.bad_requests += 1;
         }
+        let first = state.pending.front().map(|r| r.head);
+        state.interrupted = saved.in_flight.filter(|head| first == Some(*head));
         state.ring.go_on_at(saved.queue.next_avail);
         Ok(())
     }
@@ -402,6 +408,7 @@ impl Device {
         let mut state = self.lock();
         state.pending.clear();
         state.current = Current::None;
+        state.interrupted = None;
         state.registered.clear();
     }
 

@@ -7,6 +7,7 @@
 //! | file | asks |
 //! |---|---|
 //! | `kvm` | which KVM is it, does it make a virtual machine, which registers can it not save? |
+//! | `user` | can a guest run without it? |
 //! | `memory` | is there enough of it, who limits it, is it huge? |
 //! | `process` | CPUs, mappings, threads, files, signals |
 //!
@@ -15,6 +16,7 @@
 mod kvm;
 mod memory;
 mod process;
+mod user;
 
 use serde::Serialize;
 
@@ -88,7 +90,16 @@ pub struct Examination {
 /// Finds out whether `config` can run here, and how well.
 pub fn examine(config: &Config) -> Examination {
     let platform = Platform::detect();
-    let mut findings = kvm::examine(&platform);
+    let (mut findings, user) = (kvm::examine(&platform), user::examine());
+    if user.grade == Grade::Ok {
+        // Runs go without KVM too.
+        let no = |finding: &&mut Finding| finding.grade == Grade::No;
+        findings
+            .iter_mut()
+            .filter(no)
+            .for_each(|finding| finding.grade = Grade::Worse);
+    }
+    findings.push(user);
     findings.push(process::cpus(&platform, config));
     findings.extend(memory::examine(config));
     findings.extend(process::examine(config));

@@ -18,6 +18,7 @@ use super::config::{Config, GuestSource, PageSize, RunLength};
 use super::progress::Observer;
 use super::report::{Report, Verdict};
 use super::{RunError, run};
+use crate::accel::Accel;
 use crate::check::Oracle;
 use crate::policy::Policy;
 
@@ -32,6 +33,8 @@ pub struct Race {
     pub memory: u64,
     /// vCPUs of the guest.
     pub vcpus: u64,
+    /// What runs them.
+    pub accel: Accel,
 }
 
 /// How the race went under one policy.
@@ -63,6 +66,8 @@ impl Race {
     pub fn config(&self, policy: Policy) -> Config {
         Config {
             guest: GuestSource::Payload,
+            accel: self.accel,
+            trust_guest: false,
             memory: self.memory,
             vcpus: self.vcpus,
             length: RunLength::Duration(self.duration),

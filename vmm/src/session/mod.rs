@@ -37,22 +37,26 @@ mod vm;
 
 use std::sync::atomic::AtomicBool;
 
-use self::config::{Config, Injection};
+use self::config::{Config, Injection, Untrusted};
 use self::need::{MemoryPlan, NeedError};
 use self::progress::Observer;
 use self::report::Report;
 pub use self::vm::PayloadVmError;
+use crate::accel::{self, AccelError, Opened};
 use crate::check::inject::{Faulty, PolicyFault};
 use palimpsest::host::Limits;
-use palimpsest::kvm::{Kvm, KvmError, PlatformError};
+use palimpsest::kvm::KvmError;
 use palimpsest::mm::{AnyPolicy, CowPolicy};
 
 /// Why a run could not start.
 #[derive(Debug, thiserror::Error)]
 pub enum RunError {
-    /// No KVM.
+    /// Nothing that runs vCPUs.
     #[error(transparent)]
-    Platform(#[from] PlatformError),
+    Accel(#[from] AccelError),
+    /// The guest would run without isolation, and nobody has said that it is trusted.
+    #[error(transparent)]
+    Untrusted(#[from] Untrusted),
     /// How much memory there is could not be found out.
     #[error("cannot tell how much memory this host has")]
     Limits(#[source] std::io::Error),
@@ -86,10 +90,14 @@ pub fn run(
         _ => config.policy.make(),
     };
     let name = policy.name();
-    let kvm = Kvm::open()?;
+    let Opened { accelerator, note } = accel::open(config.accel)?;
+    config.trusts_its_guest_under(&accelerator)?;
+    if let Some(note) = note {
+        observer.note(&note);
+    }
     let limits = Limits::detect().map_err(RunError::Limits)?;
     let plan = MemoryPlan::new(config, &limits)?;
     let (events, inbox) = ports::events();
-    let vm = vm::PayloadVm::build(&kvm, config, image, policy, plan, events)?;
-    drive::Drive::start(vm, config, inbox, stop, observer)?.run(name, kvm.platform())
+    let vm = vm::PayloadVm::build(&accelerator, config, image, policy, plan, events)?;
+    drive::Drive::start(vm, config, inbox, stop, observer)?.run(name, accelerator.platform())
 }

@@ -6,11 +6,11 @@ use std::sync::Arc;
 use guest::abi::{Layout, PAGE_SIZE, PORT_DOORBELL_EVENT};
 use palimpsest::aside::Aside;
 use palimpsest::host::{Dumps, Ram};
-use palimpsest::kvm::{BootError, Kvm, KvmError, Machine};
+use palimpsest::kvm::{BootError, KvmError, Machine};
 use palimpsest::memory::{Frames, Memory, MemoryError, MemoryOptions};
 use palimpsest::mm::{AddressSpace, AnyPolicy, Mmu, REGION_PAGES};
 use palimpsest::snapshot::Parts;
-use palimpsest::vm;
+use palimpsest::vm::{self, Accelerator};
 
 use super::config::{Config, Injection, PageSize, Size};
 use super::need::MemoryPlan;
@@ -104,7 +104,7 @@ impl PayloadVm {
     /// Puts a VM together, with its program loaded, that takes as much memory as `plan` says at most. It does
     /// not run yet.
     pub(super) fn build(
-        kvm: &Kvm,
+        accelerator: &Accelerator,
         config: &Config,
         image: Vec<u8>,
         policy: AnyPolicy,
@@ -138,6 +138,7 @@ impl PayloadVm {
         let frames = Frames::with_limit(plan.physmap, plan.frames, dumps)?;
         let options = MemoryOptions {
             base_pages: config.page_size == PageSize::Base,
+            placement: accelerator.placement(),
             prices: None,
         };
         let between = |window| -> Box<dyn Mmu> {
@@ -172,7 +173,7 @@ impl PayloadVm {
                 .doorbell(port, device.doorbell());
         }
         Ok(Self {
-            vm: builder.build(kvm, config.vcpus as usize)?,
+            vm: builder.build(accelerator, config.vcpus as usize)?,
             aside,
             devices,
             layout,

@@ -6,11 +6,11 @@ use std::io;
 use std::os::fd::BorrowedFd;
 use std::ptr::{self, NonNull};
 
-use rustix::mm::{MapFlags, ProtFlags, munmap};
+use rustix::mm::{MapFlags, MprotectFlags, ProtFlags, munmap};
 
 use super::aligned::reserve;
 use super::private::{Dumps, keep_private};
-use super::syscalls::mmap;
+use super::syscalls::{mmap, mprotect};
 
 /// All bytes of a file, mapped shared at an address that is aligned to 2 MiB.
 #[derive(Debug)]
@@ -48,6 +48,16 @@ impl Mapping {
         // SAFETY: the mapping made just now.
         unsafe { keep_private(at, mapping.len, dumps) }?;
         Ok(mapping)
+    }
+
+    /// Changes what all of it may be used for: never to less than its users do with it.
+    ///
+    /// # Errors
+    /// The host's, if it does not let it.
+    pub(super) fn protect(&self, flags: MprotectFlags) -> io::Result<()> {
+        // SAFETY: a mapping of our own, of which nothing is taken away.
+        unsafe { mprotect(self.base.as_ptr().cast(), self.len, flags) }?;
+        Ok(())
     }
 
     /// Its first byte.

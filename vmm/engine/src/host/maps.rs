@@ -43,6 +43,26 @@ pub(super) fn within(range: Range<u64>) -> io::Result<Vec<MappedPart>> {
     }
 }
 
+/// What the first mapping within `range` is, in words: its addresses, and what is mapped there.
+pub(super) fn first_in(range: Range<u64>) -> io::Result<Option<String>> {
+    for line in BufReader::new(File::open("/proc/self/maps")?).lines() {
+        let line = line?;
+        let part = parse(&line).ok_or(io::ErrorKind::InvalidData)?;
+        if part.addresses.start < range.end && part.addresses.end > range.start {
+            // Behind the fifth word is what is mapped, if that has a name.
+            let name = line.split_ascii_whitespace().skip(5);
+            let name = name.collect::<Vec<_>>().join(" ");
+            let name = match &*name {
+                "" => "memory without a name",
+                name => name,
+            };
+            let Range { start, end } = part.addresses;
+            return Ok(Some(format!("{name} at {start:#x} to {end:#x}")));
+        }
+    }
+    Ok(None)
+}
+
 /// `start-end rwxs offset ...`
 fn parse(line: &str) -> Option<MappedPart> {
     let mut words = line.split_ascii_whitespace();
@@ -81,6 +101,15 @@ mod tests {
         ] {
             assert_eq!(parse(line), None, "{line}");
         }
+    }
+
+    #[test]
+    fn the_first_mapping_in_a_range_is_named() {
+        let address = first_in as *const () as u64;
+        let exe = std::env::current_exe().unwrap();
+        let named = first_in(address..address + 1).unwrap().unwrap();
+        assert!(named.starts_with(exe.to_str().unwrap()), "{named}");
+        assert_eq!(first_in(0..1).unwrap(), None);
     }
 
     #[test]

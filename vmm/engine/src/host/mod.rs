@@ -40,7 +40,7 @@ mod syscalls;
 mod window;
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 pub use ahead::Ahead;
 pub use budget::MappingBudget;
@@ -50,4 +50,4 @@ pub use prices::Prices;
 pub use private::Dumps;
 pub use ram::{PinnedBuffer, Ram, RamError, SlicePin};
 pub use space::Space;
-pub use window::Window;
+pub use window::{LOWEST, Placement, Window};

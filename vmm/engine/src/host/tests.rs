@@ -4,7 +4,7 @@ mod refused;
 
 use std::fs;
 use std::os::unix::fs::FileExt;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use proptest::prelude::*;
 use vm_memory::{Bytes, GuestAddress};
@@ -383,4 +383,82 @@ fn a_frame_without_memory_cannot_be_reached() {
     assert!(is_refused(|| physmap.equal(Pfn(60), Pfn(101))));
     physmap.commit_base_pages(Pfn(100), 1).unwrap();
     assert!(!reach(Pfn(100)) && reach(Pfn(101)));
+}
+
+/// The word that nobody else of this process has guest addresses.
+pub(crate) fn alone_at_guest_addresses() -> MutexGuard<'static, ()> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A window at guest addresses.
+fn placed(pages: u64) -> std::io::Result<Window> {
+    let budget = Arc::new(MappingBudget::with_limit(10_000));
+    Window::placed(
+        physmap(4 * pages),
+        budget,
+        pages,
+        Placement::AtGuestAddresses,
+    )
+}
+
+#[test]
+fn a_window_at_guest_addresses_shows_and_lets_execute_what_it_is_told_from_the_lowest_on() {
+    let _alone = alone_at_guest_addresses();
+    let window = placed(PAGES).unwrap();
+    let lowest = LOWEST / PAGE_SIZE;
+    assert_eq!(
+        (window.host_address(), window.len()),
+        (0, PAGES * PAGE_SIZE)
+    );
+    let (read, write) = (Protection::ReadOnly, Protection::ReadWrite);
+    // Over the lowest page, below it alone, and above it.
+    window.map(Gfn(0), Pfn(1), 32, write).unwrap();
+    window.map(Gfn(3), Pfn(100), 4, write).unwrap();
+    window.map(Gfn(40), Pfn(70), 8, read).unwrap();
+    window.protect(Gfn(8), 12, read).unwrap();
+    window.map(Gfn(24), Pfn::ZERO, 2, read).unwrap();
+    let shown = window.pages_by_kernel();
+    for (page, shown) in (0..).zip(shown) {
+        let expected = match page {
+            _ if page < lowest => None,
+            24 | 25 | 32..40 | 48.. => Some((Pfn::ZERO, read)),
+            16..20 => Some((Pfn(page + 1), read)),
+            20..32 => Some((Pfn(page + 1), write)),
+            _ => Some((Pfn(page + 30), read)),
+        };
+        assert_eq!(shown, expected, "page {page}");
+    }
+    let maps = fs::read_to_string("/proc/self/maps").unwrap();
+    let ours = maps.lines().filter(|line| {
+        let start = u64::from_str_radix(line.split('-').next().unwrap(), 16).unwrap();
+        start < PAGES * PAGE_SIZE
+    });
+    let rights = Vec::from_iter(ours.map(|line| line.split(' ').nth(1).unwrap()));
+    assert!(
+        rights.len() > 4 && rights.iter().all(|rights| rights.contains('x')),
+        "{rights:?}"
+    );
+    drop(window);
+    assert_eq!(maps::first_in(0..PAGES * PAGE_SIZE).unwrap(), None);
+}
+
+#[test]
+fn guest_addresses_that_are_taken_are_refused_and_it_is_said_by_what() {
+    let _alone = alone_at_guest_addresses();
+    let window = placed(PAGES).unwrap();
+    window
+        .map(Gfn(16), Pfn(1), 1, Protection::ReadOnly)
+        .unwrap();
+    let refused = placed(PAGES).unwrap_err();
+    assert_eq!(refused.kind(), std::io::ErrorKind::AddrInUse);
+    let said = refused.to_string();
+    assert!(
+        said.contains("taken, by /memfd:palimpsest-frames"),
+        "{said}"
+    );
+    drop(window);
+    placed(PAGES).unwrap();
+    let none = placed(LOWEST / PAGE_SIZE).unwrap_err().to_string();
+    assert_eq!(none, "there is no memory above 0x10000");
 }

@@ -5,6 +5,11 @@
 //! vCPU see the change before the call returns. Memory nobody ever wrote is a private anonymous mapping
 //! without write permission: the host's own zero page, which costs one mapping for any number of pages.
 //!
+//! Where guest code runs as code of this process, guest addresses are host addresses: such a window is at the
+//! guest's own addresses ([`Placement::AtGuestAddresses`]), and what it shows can be executed. It begins at
+//! [`LOWEST`]: a host maps nothing below, so pages there are noted and never shown. There is one such place in
+//! a process.
+//!
 //! What the host refuses it may have done in part: `mprotect` changes one mapping after the other, and says
 //! that there is no room for more when it comes to the one that must be split (seen on Linux 6.18 with
 //! `vm.max_map_count` reached). So after a refusal the window asks the kernel what is there: it has changed
@@ -20,7 +25,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use rustix::io::Errno;
 use rustix::mm::{MapFlags, MprotectFlags, ProtFlags, munmap};
 
-use super::aligned::reserve;
+use super::aligned::{reserve, reserve_at};
 use super::budget::MappingBudget;
 use super::maps;
 use super::physmap::PhysMap;
@@ -29,12 +34,29 @@ use super::shown::{Shown, ShownRegion, by_region, mappings};
 use super::syscalls::{mmap_anonymous, mprotect};
 use crate::mm::{Gfn, Mmu, MmuError, PAGE_SIZE, Pfn, Protection, REGION_PAGES};
 
+/// The lowest address of a window at guest addresses: the least that Linux lets a process map, as it is
+/// configured everywhere (`vm.mmap_min_addr`).
+pub const LOWEST: u64 = 0x1_0000;
+
+/// Where a window is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Placement {
+    /// Where the host has addresses, aligned to 2 MiB.
+    #[default]
+    Anywhere,
+    /// At the guest's own addresses, from [`LOWEST`] on, for who runs guest code as code of this process.
+    AtGuestAddresses,
+}
+
 /// A window of guest memory.
 #[derive(Debug)]
 pub struct Window {
-    /// First host address, aligned to 2 MiB.
+    /// Host address of gpa 0, aligned to 2 MiB.
     base: usize,
+    /// The first page that is mapped.
+    lowest: u64,
     pages: u64,
+    placement: Placement,
     physmap: Arc<PhysMap>,
     budget: Arc<MappingBudget>,
     /// What each page shows, so that mappings can be counted before they are made.
@@ -47,15 +69,40 @@ impl Window {
     /// # Errors
     /// The host's, if it has no address space; or the mapping budget's.
     pub fn new(physmap: Arc<PhysMap>, budget: Arc<MappingBudget>, pages: u64) -> io::Result<Self> {
+        Self::placed(physmap, budget, pages, Placement::Anywhere)
+    }
+
+    /// The same, at `placement`.
+    ///
+    /// # Errors
+    /// As [`Window::new`]; or if something is mapped there already, which is named, or the host does not let
+    /// memory be executed.
+    pub fn placed(
+        physmap: Arc<PhysMap>,
+        budget: Arc<MappingBudget>,
+        pages: u64,
+        placement: Placement,
+    ) -> io::Result<Self> {
         budget
             .change(0, 1)
             .map_err(|limit| io::Error::other(MmuError::MappingLimit { limit }))?;
-        let base = reserve(pages.saturating_mul(PAGE_SIZE)).inspect_err(|_| {
+        let len = pages.saturating_mul(PAGE_SIZE);
+        let (base, lowest) = match placement {
+            Placement::Anywhere => (reserve(len), 0),
+            Placement::AtGuestAddresses => {
+                let made = physmap.allow_execution();
+                let made = made.and_then(|()| reserve_at(LOWEST..len.max(LOWEST)));
+                (made.map(|()| 0), LOWEST / PAGE_SIZE)
+            }
+        };
+        let base = base.inspect_err(|_| {
             let _ = budget.change(1, 0);
         })?;
         let window = Self {
             base,
+            lowest,
             pages,
+            placement,
             physmap,
             budget,
             shown: Mutex::new(vec![
@@ -67,9 +114,28 @@ impl Window {
         Ok(window)
     }
 
-    /// First host address: what a memslot for gpa 0 points at.
+    /// Host address of gpa 0: what a memslot for it points at.
     pub fn host_address(&self) -> u64 {
         self.base as u64
+    }
+
+    /// Where it is.
+    pub fn placement(&self) -> Placement {
+        self.placement
+    }
+
+    /// The part of `count` pages from `first` on that is mapped.
+    fn mapped(&self, first: Gfn, count: u64) -> Range<u64> {
+        let end = first.0 + count;
+        first.0.max(self.lowest).min(end)..end
+    }
+
+    /// What everything here may be, beside written.
+    fn readable(&self) -> ProtFlags {
+        match self.placement {
+            Placement::Anywhere => ProtFlags::READ,
+            Placement::AtGuestAddresses => ProtFlags::READ | ProtFlags::EXEC,
+        }
     }
 
     /// Bytes.
@@ -99,24 +165,26 @@ impl Window {
     /// Keeps mappings that were just made for `count` pages from `first` on to this process. Until then they
     /// are not, so that a child that is made meanwhile has them; it is not worth a lock.
     fn keep_private(&self, first: Gfn, count: u64) {
-        let len = (count * PAGE_SIZE) as usize;
+        let pages = self.mapped(first, count);
+        let len = ((pages.end - pages.start) * PAGE_SIZE) as usize;
         // SAFETY: the callers have mapped them, in the window's own range.
-        let kept = unsafe { keep_private(self.address(first), len, self.physmap.dumps()) };
+        let kept =
+            unsafe { keep_private(self.address(Gfn(pages.start)), len, self.physmap.dumps()) };
         if let Err(error) = kept {
             // What the guest sees is right all the same.
             tracing::debug!(%error, "a mapping is not kept from child processes");
         }
     }
 
-    /// Changes what pages `first..first + count` show: books the mappings, lets `apply` do it, and notes it,
-    /// or takes the booking back if that fails.
+    /// Changes what pages `first..first + count` show: books the mappings, lets `apply` do it to those of them
+    /// that are mapped, and notes it, or takes the booking back if that fails.
     fn change(
         &self,
         first: Gfn,
         count: u64,
         what: &'static str,
         shows: impl Fn(Shown) -> Shown,
-        apply: impl FnOnce() -> rustix::io::Result<()>,
+        apply: impl FnOnce(Range<u64>) -> rustix::io::Result<()>,
     ) -> Result<(), MmuError> {
         assert!(
             count > 0
@@ -142,14 +210,17 @@ impl Window {
         self.budget
             .change(before, after)
             .map_err(|limit| MmuError::MappingLimit { limit })?;
-        if let Err(error) = apply() {
+        let mapped = self.mapped(first, count);
+        if !mapped.is_empty()
+            && let Err(error) = apply(mapped.clone())
+        {
             let _ = self.budget.change(after, before);
-            let noted = by_region(range.clone()).flat_map(|(region, pages)| {
+            let noted = by_region(mapped.clone()).flat_map(|(region, pages)| {
                 let first = region as u64 * REGION_PAGES;
                 let runs = shown[region].runs_within(pages);
                 runs.map(move |(run, shown)| (first + run.start..first + run.end, shown))
             });
-            let is_torn = !self.is_mapped_as(range.clone(), noted);
+            let is_torn = !self.is_mapped_as(mapped, noted);
             // The host may refuse before the budget does: the process has mappings that are no windows', and
             // the host has other reasons to say that there is no memory.
             let no_room = MmuError::MappingLimit {
@@ -266,48 +337,44 @@ impl Mmu for Window {
         count: u64,
         protection: Protection,
     ) -> Result<(), MmuError> {
-        let len = (count * PAGE_SIZE) as usize;
+        let bytes = |pages: &Range<u64>| ((pages.end - pages.start) * PAGE_SIZE) as usize;
         if frame == Pfn::ZERO {
-            return self.change(
-                first,
-                count,
-                "clear",
-                |_| Shown::ZEROS,
-                || {
-                    // SAFETY: `change` has checked that the range is the window's own. Only vCPUs look
-                    // through it.
-                    unsafe {
-                        mmap_anonymous(
-                            self.address(first),
-                            len,
-                            ProtFlags::READ,
-                            MapFlags::PRIVATE | MapFlags::FIXED | MapFlags::NORESERVE,
-                        )
-                    }
-                    .map(|_| self.keep_private(first, count))
-                },
-            );
+            let shows = |_| Shown::ZEROS;
+            return self.change(first, count, "clear", shows, |pages| {
+                // SAFETY: `change` has checked that the range is the window's own. Only vCPUs look through
+                // it.
+                unsafe {
+                    mmap_anonymous(
+                        self.address(Gfn(pages.start)),
+                        bytes(&pages),
+                        self.readable(),
+                        MapFlags::PRIVATE | MapFlags::FIXED | MapFlags::NORESERVE,
+                    )
+                }
+                .map(|_| self.keep_private(first, count))
+            });
         }
         let distance = frame.0 as i64 - first.0 as i64;
         let shows = |_| Shown::frames(distance, protection);
-        self.change(first, count, "map", shows, || {
+        self.change(first, count, "map", shows, |pages| {
+            let frame = Pfn(frame.0 + (pages.start - first.0));
+            let at = self.address(Gfn(pages.start));
             // SAFETY: as above.
-            unsafe {
-                self.physmap
-                    .show(frame, protection, self.address(first), len)
-            }
+            unsafe { self.physmap.show(frame, protection, at, bytes(&pages)) }
         })
     }
 
     fn protect(&self, first: Gfn, count: u64, protection: Protection) -> Result<(), MmuError> {
         let flags = match protection {
-            Protection::ReadOnly => MprotectFlags::READ,
-            Protection::ReadWrite => MprotectFlags::READ | MprotectFlags::WRITE,
+            Protection::ReadOnly => self.readable(),
+            Protection::ReadWrite => self.readable() | ProtFlags::WRITE,
         };
+        let flags = MprotectFlags::from_bits_retain(flags.bits());
         let shows = |page: Shown| page.protected(protection);
-        self.change(first, count, "protect", shows, || {
+        self.change(first, count, "protect", shows, |pages| {
+            let len = ((pages.end - pages.start) * PAGE_SIZE) as usize;
             // SAFETY: as above.
-            unsafe { mprotect(self.address(first), (count * PAGE_SIZE) as usize, flags) }
+            unsafe { mprotect(self.address(Gfn(pages.start)), len, flags) }
         })
     }
 
@@ -322,9 +389,11 @@ impl Drop for Window {
         let pages =
             by_region(0..self.pages).flat_map(|(region, pages)| shown[region].within(pages));
         let _ = self.budget.change(mappings(pages), 0);
+        let pages = self.mapped(Gfn(0), self.pages);
+        let len = ((pages.end - pages.start) * PAGE_SIZE) as usize;
         // SAFETY: the range is the window's own; the VM whose memslot pointed here is gone, or sees nothing
         // from now on.
-        let unmapped = unsafe { munmap(self.address(Gfn(0)), self.len() as usize) };
+        let unmapped = unsafe { munmap(self.address(Gfn(pages.start)), len) };
         if let Err(error) = unmapped {
             tracing::warn!(%error, "cannot unmap a window");
         }

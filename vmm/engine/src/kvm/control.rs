@@ -24,7 +24,7 @@ use super::state::{Clock, VcpuState};
 /// What a vCPU's thread is to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
-pub(super) enum VcpuCommand {
+pub(crate) enum VcpuCommand {
     Run,
     Pause,
     Stop,
@@ -32,7 +32,7 @@ pub(super) enum VcpuCommand {
 
 /// What a vCPU's thread is doing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Phase {
+pub(crate) enum Phase {
     /// In the guest, or on its way to it, or handling an exit.
     Running,
     /// Out of the guest with no instruction half done.
@@ -43,7 +43,7 @@ pub(super) enum Phase {
 
 /// Something to do with the registers of a parked vCPU.
 #[derive(Debug)]
-pub(super) enum RegisterTask {
+pub(crate) enum RegisterTask {
     /// Read them all.
     Capture,
     /// Set them all.
@@ -54,7 +54,7 @@ pub(super) enum RegisterTask {
 
 /// What became of the task of a parked vCPU.
 #[derive(Debug)]
-pub(super) enum TaskState {
+pub(crate) enum TaskState {
     Idle,
     Queued(RegisterTask),
     Running,
@@ -64,23 +64,23 @@ pub(super) enum TaskState {
 }
 
 impl TaskState {
-    pub(super) fn is_pending(&self) -> bool {
+    pub(crate) fn is_pending(&self) -> bool {
         matches!(self, Self::Queued(_) | Self::Running)
     }
 }
 
 /// One vCPU, as its thread and the machine see it.
 #[derive(Debug)]
-pub(super) struct Slot {
-    pub(super) phase: Phase,
+pub(crate) struct Slot {
+    pub(crate) phase: Phase,
     /// When `phase` began.
-    pub(super) since: Instant,
-    pub(super) task: TaskState,
+    pub(crate) since: Instant,
+    pub(crate) task: TaskState,
 }
 
 /// What a machine shares with its vCPU threads.
 #[derive(Debug)]
-pub(super) struct Control {
+pub(crate) struct Control {
     commands: Vec<AtomicU8>,
     slots: Mutex<Vec<Slot>>,
     /// A command or a task is there for a parked vCPU.
@@ -90,11 +90,11 @@ pub(super) struct Control {
 }
 
 /// A vCPU did not do in time what it was told.
-pub(super) struct TimedOut;
+pub(crate) struct TimedOut;
 
 impl Control {
     /// For `vcpus` vCPUs, all parked.
-    pub(super) fn new(vcpus: usize) -> Self {
+    pub(crate) fn new(vcpus: usize) -> Self {
         let slot = || Slot {
             phase: Phase::Parked,
             since: Instant::now(),
@@ -111,13 +111,13 @@ impl Control {
     }
 
     /// The slots. A thread that panicked holding them left them whole: every change is one assignment.
-    pub(super) fn lock(&self) -> MutexGuard<'_, Vec<Slot>> {
+    pub(crate) fn lock(&self) -> MutexGuard<'_, Vec<Slot>> {
         self.slots.lock().unwrap_or_else(|e| e.into_inner())
     }
 
     /// The command of vCPU `vcpu`. SeqCst: the other half of
     /// [`KickFlag::clear`](super::kick::KickFlag::clear).
-    pub(super) fn command(&self, vcpu: usize) -> VcpuCommand {
+    pub(crate) fn command(&self, vcpu: usize) -> VcpuCommand {
         match self.commands[vcpu].load(Ordering::SeqCst) {
             0 => VcpuCommand::Run,
             1 => VcpuCommand::Pause,
@@ -128,7 +128,7 @@ impl Control {
     /// Gives all vCPUs a command, and wakes those that are parked. The command to stop is never taken back.
     ///
     /// The slots are handed over to show that they are locked.
-    pub(super) fn give(&self, _slots: &mut MutexGuard<'_, Vec<Slot>>, command: VcpuCommand) {
+    pub(crate) fn give(&self, _slots: &mut MutexGuard<'_, Vec<Slot>>, command: VcpuCommand) {
         for current in &self.commands {
             if current.load(Ordering::SeqCst) != VcpuCommand::Stop as u8 {
                 current.store(command as u8, Ordering::SeqCst);
@@ -138,12 +138,12 @@ impl Control {
     }
 
     /// Wakes parked vCPUs to look at their tasks.
-    pub(super) fn task_given(&self) {
+    pub(crate) fn task_given(&self) {
         self.to_vcpus.notify_all();
     }
 
     /// Waits until `ready` holds, at most `limit`.
-    pub(super) fn wait<'a>(
+    pub(crate) fn wait<'a>(
         &self,
         slots: MutexGuard<'a, Vec<Slot>>,
         limit: Duration,
@@ -162,7 +162,7 @@ impl Control {
     }
 
     /// The thread of vCPU `vcpu` is now doing something else.
-    pub(super) fn enter_phase(&self, vcpu: usize, phase: Phase) {
+    pub(crate) fn enter_phase(&self, vcpu: usize, phase: Phase) {
         let mut slots = self.lock();
         set_phase(&mut slots[vcpu], phase);
         drop(slots);
@@ -171,7 +171,7 @@ impl Control {
 
     /// Waits, parked, for a task. `None` once the command is no longer to pause; the vCPU then counts as
     /// running.
-    pub(super) fn next_task(&self, vcpu: usize) -> Option<RegisterTask> {
+    pub(crate) fn next_task(&self, vcpu: usize) -> Option<RegisterTask> {
         let mut slots = self.lock();
         loop {
             let slot = &mut slots[vcpu];
@@ -192,7 +192,7 @@ impl Control {
     }
 
     /// The task that [`Control::next_task`] gave is finished.
-    pub(super) fn finish(&self, vcpu: usize, task: TaskState) {
+    pub(crate) fn finish(&self, vcpu: usize, task: TaskState) {
         self.lock()[vcpu].task = task;
         self.to_machine.notify_all();
     }

@@ -6,18 +6,19 @@ use super::fault::RungCounters;
 
 /// Counts of what vCPUs did.
 #[derive(Debug, Default)]
-pub(super) struct Counters {
-    pub(super) write_faults: AtomicU64,
-    pub(super) rungs: RungCounters,
-    pub(super) emulated_stores: AtomicU64,
-    pub(super) port_exits: AtomicU64,
-    pub(super) kicks: AtomicU64,
+pub(crate) struct Counters {
+    pub(crate) write_faults: AtomicU64,
+    pub(crate) rungs: RungCounters,
+    pub(crate) emulated_stores: AtomicU64,
+    pub(crate) signals: AtomicU64,
+    pub(crate) port_exits: AtomicU64,
+    pub(crate) kicks: AtomicU64,
     /// Exits of any kind, by vCPU.
     exits: Vec<AtomicU64>,
 }
 
 impl Counters {
-    pub(super) fn new(vcpus: usize) -> Self {
+    pub(crate) fn new(vcpus: usize) -> Self {
         Self {
             exits: (0..vcpus).map(|_| AtomicU64::new(0)).collect(),
             ..Self::default()
@@ -25,12 +26,12 @@ impl Counters {
     }
 
     /// vCPU `vcpu` has come out of the guest.
-    pub(super) fn note_exit(&self, vcpu: usize) {
+    pub(crate) fn note_exit(&self, vcpu: usize) {
         self.exits[vcpu].fetch_add(1, Ordering::Relaxed);
     }
 
     /// How often each vCPU has come out of the guest.
-    pub(super) fn exits(&self) -> Vec<u64> {
+    pub(crate) fn exits(&self) -> Vec<u64> {
         let count = |exits: &AtomicU64| exits.load(Ordering::Relaxed);
         self.exits.iter().map(count).collect()
     }

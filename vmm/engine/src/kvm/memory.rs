@@ -113,12 +113,13 @@ pub unsafe trait Memslot: Send + Sync {
     }
 }
 
+/// Not of one at guest addresses, which begins at 0: [`vm`](crate::vm) refuses it.
 // SAFETY: a window owns its range, which is unmapped when it is dropped, hands out no references into it, and
 // changes it only as an MMU does.
 unsafe impl Memslot for Window {
     fn host_address(&self) -> NonNull<u8> {
         let address = ptr::with_exposed_provenance_mut(Self::host_address(self) as usize);
-        NonNull::new(address).expect("nothing is mapped at 0")
+        NonNull::new(address).expect("a window at guest addresses is no memslot")
     }
 
     fn len(&self) -> u64 {

@@ -21,8 +21,8 @@
 //! (both end the vCPU as a crash), nested virtualisation.
 
 pub mod boot;
-mod control;
-mod counters;
+pub(crate) mod control;
+pub(crate) mod counters;
 mod create;
 mod error;
 mod extended;
@@ -40,7 +40,7 @@ pub mod port;
 pub mod registers;
 pub mod state;
 mod table_bits;
-mod tables;
+pub(crate) mod tables;
 #[cfg(test)]
 pub(crate) mod tests;
 mod vcpu;
@@ -58,5 +58,5 @@ pub use outcome::{CrashReason, CrashReport, Outcome};
 pub use platform::{Paging, Platform};
 pub use port::{PortAction, PortHandler, StopReason};
 pub use registers::EntryState;
-pub use state::{Clock, VcpuState};
+pub use state::{Clock, StateKind, VcpuState};
 pub use tables::PageTables;

@@ -46,6 +46,12 @@ pub enum CrashReason {
     /// An exception: guests have no handlers, so any is a triple fault.
     #[error("an exception nobody handles (triple fault)")]
     Shutdown,
+    /// The same, where the host says which ([`user`](crate::user)).
+    #[error("an exception nobody handles ({what})")]
+    Exception {
+        /// Which, in words.
+        what: &'static str,
+    },
     /// A read or write of an address without memory.
     #[error("{} gpa {gpa:#x}, where there is no memory", if *.write { "wrote to" } else { "read from" })]
     Mmio {

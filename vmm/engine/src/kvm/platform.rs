@@ -10,7 +10,7 @@ use serde::Serialize;
 /// Where this ran, for the head of every report.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Platform {
-    /// `"pvm"`, `"vmx"`, `"svm"` or `"unknown"`.
+    /// `"pvm"`, `"vmx"`, `"svm"` or `"unknown"`; `"none"` if guest code runs without it.
     pub kvm: &'static str,
     /// How a guest's memory is translated.
     pub paging: Paging,
@@ -33,6 +33,8 @@ pub enum Paging {
     Ept,
     /// By page tables that KVM makes of the guest's, in software.
     Shadow,
+    /// Not at all: they are the same.
+    Host,
     /// The kernel does not say.
     Unknown,
 }
@@ -45,6 +47,7 @@ impl Paging {
             Self::EptAd => "ept-ad",
             Self::Ept => "ept",
             Self::Shadow => "shadow",
+            Self::Host => "host",
             Self::Unknown => "unknown",
         }
     }
@@ -156,6 +159,7 @@ mod tests {
             Paging::EptAd,
             Paging::Ept,
             Paging::Shadow,
+            Paging::Host,
             Paging::Unknown,
         ] {
             assert_eq!(serde_json::to_value(paging).unwrap(), paging.name());

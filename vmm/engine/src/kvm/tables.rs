@@ -62,7 +62,7 @@ pub(super) enum Confined {
 
 /// How guest-virtual addresses are translated on this host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Translation {
+pub(crate) enum Translation {
     /// By the guest's own tables, and the host's below them: NPT, EPT.
     Nested,
     /// By KVM's copy of the guest's tables.
@@ -75,7 +75,7 @@ impl Translation {
     /// That of `platform`. Where the kernel does not say, what costs more and is right in any case.
     pub(super) fn of(platform: &Platform) -> Self {
         match platform.paging {
-            Paging::Npt | Paging::EptAd | Paging::Ept => Self::Nested,
+            Paging::Npt | Paging::EptAd | Paging::Ept | Paging::Host => Self::Nested,
             Paging::Shadow | Paging::Unknown if platform.kvm == "svm" => Self::ShadowOnSvm,
             Paging::Shadow | Paging::Unknown => Self::Shadow,
         }

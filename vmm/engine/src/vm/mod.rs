@@ -8,13 +8,72 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::aside::Aside;
 use crate::device::Quiesce;
-use crate::host::{Ahead, Ram};
+use crate::host::{Ahead, Placement, Ram};
 use crate::kvm::{
-    EntryState, GuestRam, Kvm, KvmError, Machine, OnStop, Outcome, PortAction, PortHandler,
+    EntryState, GuestRam, Kvm, KvmError, Machine, OnStop, Outcome, Platform, PortAction,
+    PortHandler,
 };
 use crate::memory::Memory;
 use crate::mm::{CowPolicy, Exclusive};
 use crate::snapshot::{Parts, RewindError, Snapshot, TakeError, Timing};
+use crate::user::User;
+
+/// What runs the vCPUs of VMs.
+#[derive(Debug)]
+pub enum Accelerator {
+    /// KVM.
+    Kvm(Kvm),
+    /// Threads of this process: see [`user`](crate::user).
+    User(User),
+}
+
+impl Accelerator {
+    /// Where this runs.
+    pub fn platform(&self) -> &Platform {
+        match self {
+            Self::Kvm(kvm) => kvm.platform(),
+            Self::User(user) => user.platform(),
+        }
+    }
+
+    /// Where a VM's window must be.
+    pub fn placement(&self) -> Placement {
+        match self {
+            Self::Kvm(_) => Placement::Anywhere,
+            Self::User(_) => Placement::AtGuestAddresses,
+        }
+    }
+}
+
+/// An [`Accelerator`] that somebody else has.
+#[derive(Clone, Copy, Debug)]
+pub enum By<'a> {
+    /// KVM.
+    Kvm(&'a Kvm),
+    /// Threads of this process.
+    User(&'a User),
+}
+
+impl<'a> From<&'a Kvm> for By<'a> {
+    fn from(kvm: &'a Kvm) -> Self {
+        Self::Kvm(kvm)
+    }
+}
+
+impl<'a> From<&'a User> for By<'a> {
+    fn from(user: &'a User) -> Self {
+        Self::User(user)
+    }
+}
+
+impl<'a> From<&'a Accelerator> for By<'a> {
+    fn from(accelerator: &'a Accelerator) -> Self {
+        match accelerator {
+            Accelerator::Kvm(kvm) => Self::Kvm(kvm),
+            Accelerator::User(user) => Self::User(user),
+        }
+    }
+}
 
 /// Why a VM could not be put together.
 #[derive(Debug, thiserror::Error)]
@@ -107,20 +166,25 @@ impl<'a, P: CowPolicy> Builder<'a, P> {
         self
     }
 
-    /// The VM, with `vcpus` vCPUs of KVM's, 1 to 255. It does not run before it is started.
+    /// The VM, with `vcpus` vCPUs, 1 to 255, that are run by `by`. It does not run before it is started.
     ///
     /// # Errors
-    /// If there are no vCPUs or too many, a port has two doorbells, KVM refuses, or the host has no more
-    /// threads or file descriptors.
-    pub fn build(self, kvm: &Kvm, vcpus: usize) -> Result<Vm<P>, BuildError> {
-        let machine = Machine::new(
-            kvm,
-            Arc::clone(self.memory.window()) as _,
-            self.guest_ram,
-            vcpus,
-            self.ports,
-            self.on_stop,
-        )?;
+    /// If there are no vCPUs or too many, the memory's window is not where they need it
+    /// ([`Accelerator::placement`]), a port has two doorbells, KVM refuses, or the host has no more threads or
+    /// file descriptors.
+    pub fn build<'b>(self, by: impl Into<By<'b>>, vcpus: usize) -> Result<Vm<P>, BuildError> {
+        let window = Arc::clone(self.memory.window());
+        let machine = match by.into() {
+            By::Kvm(_) if window.placement() != Placement::Anywhere => {
+                return Err(KvmError::Placement.into());
+            }
+            By::Kvm(kvm) => {
+                Machine::new(kvm, window, self.guest_ram, vcpus, self.ports, self.on_stop)?
+            }
+            By::User(user) => {
+                user.machine(window, self.guest_ram, vcpus, self.ports, self.on_stop)?
+            }
+        };
         for (port, event) in self.doorbells {
             machine.register_doorbell(port, event)?;
         }

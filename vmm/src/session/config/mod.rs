@@ -23,18 +23,27 @@ use std::{fmt, path::PathBuf, time::Duration};
 use guest::abi::Pattern;
 use serde::{Deserialize, Serialize};
 
+use crate::accel::Accel;
 use crate::policy::Policy;
 
 pub use self::injection::Injection;
 pub use self::pattern::{pattern_name, pattern_named};
 pub use self::size::Size;
-pub use self::validate::ConfigError;
+pub use self::validate::{ConfigError, Untrusted};
 
 /// Everything that decides how a run goes. Two runs with equal configurations do the same work.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Config {
     /// The program the guest runs.
     pub guest: GuestSource,
+    /// What runs its vCPUs.
+    // Reports of before there was a choice have none.
+    #[serde(default)]
+    pub accel: Accel,
+    /// Whether a program that is not the built-in one may run without isolation.
+    // As for the accelerator.
+    #[serde(default)]
+    pub trust_guest: bool,
     /// Bytes of guest memory.
     #[serde(rename = "memory_bytes")]
     pub memory: u64,
@@ -149,6 +158,8 @@ pub(crate) mod tests {
     pub(crate) fn example() -> Config {
         Config {
             guest: GuestSource::Payload,
+            accel: Accel::Auto,
+            trust_guest: false,
             memory: 256 << 20,
             vcpus: 2,
             length: RunLength::Duration(Duration::from_secs(10)),
@@ -190,7 +201,15 @@ pub(crate) mod tests {
     #[test]
     fn a_configuration_of_before_there_was_a_choice_can_be_read() {
         let mut json = serde_json::to_value(example()).unwrap();
-        for key in ["policy", "track_dirty_s", "page_size", "copy_ahead"] {
+        let keys = [
+            "policy",
+            "track_dirty_s",
+            "page_size",
+            "copy_ahead",
+            "accel",
+            "trust_guest",
+        ];
+        for key in keys {
             json.as_object_mut().unwrap().remove(key).unwrap();
         }
         let read: Config = serde_json::from_value(json).unwrap();

@@ -8,6 +8,7 @@ use super::super::need::{MemoryPlan, NeedError};
 use super::{Config, GuestSource, Injection, RunLength, Size};
 use crate::policy::Policy;
 use palimpsest::host::Limits;
+use palimpsest::vm::Accelerator;
 
 /// End of the guest image that [`Config::validate`] assumes: well above that of the payload.
 const ASSUMED_IMAGE_END: u64 = 4 << 20;
@@ -138,7 +139,31 @@ pub enum ConfigError {
     },
 }
 
+/// A program that nobody said is trusted would run without isolation.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "--guest {guest}: without KVM a guest is code of this process, and can do whatever the process can; if \
+     you trust this program, say --trust-guest"
+)]
+pub struct Untrusted {
+    /// The program.
+    pub guest: String,
+}
+
 impl Config {
+    /// Refuses a program that nobody said is trusted where `accelerator` isolates nothing.
+    ///
+    /// # Errors
+    /// That it is to be trusted first.
+    pub fn trusts_its_guest_under(&self, accelerator: &Accelerator) -> Result<(), Untrusted> {
+        match (accelerator, &self.guest) {
+            (Accelerator::User(_), GuestSource::File(_)) if !self.trust_guest => Err(Untrusted {
+                guest: self.guest.to_string(),
+            }),
+            _ => Ok(()),
+        }
+    }
+
     /// Refuses what makes no sense, and what `host` cannot give.
     pub fn validate(&self, host: &Limits) -> Result<(), ConfigError> {
         if self.vcpus == 0 || self.vcpus > abi::MAX_VCPUS {
@@ -261,6 +286,9 @@ fn validate_time(flag: &'static str, time: Duration) -> Result<(), ConfigError> 
 
 #[cfg(test)]
 mod tests {
+    use palimpsest::kvm::Kvm;
+    use palimpsest::user::User;
+
     use super::super::tests::example;
     use super::*;
 
@@ -445,5 +473,24 @@ mod tests {
             };
             assert_eq!(payload.validate(&host()), Ok(()), "{fault}");
         }
+    }
+
+    #[test]
+    fn only_a_guest_of_somebody_elses_must_be_trusted_and_only_without_kvm() {
+        let user = Accelerator::User(User::open().unwrap());
+        let mut config = example();
+        assert_eq!(config.trusts_its_guest_under(&user), Ok(()));
+        config.guest = GuestSource::File("a.elf".into());
+        let refused = config.trusts_its_guest_under(&user).unwrap_err();
+        let said = refused.to_string();
+        assert!(said.starts_with("--guest a.elf: without KVM"), "{said}");
+        if let Ok(kvm) = Kvm::open() {
+            assert_eq!(
+                config.trusts_its_guest_under(&Accelerator::Kvm(kvm)),
+                Ok(())
+            );
+        }
+        config.trust_guest = true;
+        assert_eq!(config.trusts_its_guest_under(&user), Ok(()));
     }
 }

@@ -46,6 +46,7 @@ pub(super) fn fault_counts(mm: &MmStats, machine: &MachineStats) -> FaultCounts 
         by_event: by(Rung::Event),
         by_region: by(Rung::Region),
         by_all: by(Rung::All),
+        by_signal: machine.signals,
         emulated: machine.emulated_stores,
     }
 }

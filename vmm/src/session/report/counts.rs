@@ -89,6 +89,9 @@ pub struct FaultCounts {
     /// Faults of vCPUs for which a region farther away was made writable, on the way through all of memory.
     #[serde(default)]
     pub by_all: u64,
+    /// Faults of vCPUs whose page a signal named: those of threads of this process.
+    #[serde(default)]
+    pub by_signal: u64,
     /// Stores that KVM emulated and could not do itself.
     #[serde(default)]
     pub emulated: u64,

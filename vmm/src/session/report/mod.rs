@@ -15,6 +15,7 @@ pub use self::counts::{
 pub use self::quantiles::{Quantiles, StepQuantiles, StepTimes, nanoseconds};
 pub use self::verdict::Verdict;
 use super::config::Config;
+use crate::accel::Accel;
 pub use crate::check::{Oracle, Violation, ViolationCounts};
 use palimpsest::kvm;
 
@@ -51,10 +52,14 @@ impl EndedBy {
 /// The machine a run was on.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Platform {
-    /// The kind of KVM: `pvm`, `vmx`, `svm`, or `unknown`.
+    /// What ran the vCPUs: `kvm`, or `user` for threads of the process.
+    // Reports of before there was a choice have none.
+    #[serde(default = "by_kvm")]
+    pub accel: String,
+    /// The kind of KVM: `pvm`, `vmx`, `svm`, or `unknown`; `none` if it was not used.
     pub kvm: String,
     /// How it translates a guest's addresses: `npt`, `ept-ad` (with accessed and dirty bits),
-    /// `ept`, `shadow`, or `unknown`.
+    /// `ept`, `shadow`, `host` (they are the host's), or `unknown`.
     // Reports of before it was asked for have none.
     #[serde(default = "unknown")]
     pub paging: String,
@@ -64,13 +69,22 @@ pub struct Platform {
     pub cpus: u64,
 }
 
+fn by_kvm() -> String {
+    Accel::Kvm.to_string()
+}
+
 fn unknown() -> String {
     kvm::Paging::Unknown.name().to_owned()
 }
 
 impl From<&kvm::Platform> for Platform {
     fn from(platform: &kvm::Platform) -> Self {
+        let accel = match platform.kvm {
+            "none" => Accel::User,
+            _ => Accel::Kvm,
+        };
         Self {
+            accel: accel.to_string(),
             kvm: platform.kvm.to_owned(),
             paging: platform.paging.name().to_owned(),
             kernel: platform.kernel.clone(),
@@ -154,6 +168,7 @@ pub(crate) mod tests {
         Report {
             version: "0.1.0".to_owned(),
             platform: Platform {
+                accel: "kvm".to_owned(),
                 kvm: "pvm".to_owned(),
                 paging: "shadow".to_owned(),
                 kernel: "6.18.0".to_owned(),
@@ -250,6 +265,7 @@ pub(crate) mod tests {
             (
                 "config",
                 &[
+                    "accel",
                     "copy_ahead",
                     "dma_devices",
                     "dump_guest_memory",
@@ -266,6 +282,7 @@ pub(crate) mod tests {
                     "seed",
                     "snapshot_every_s",
                     "track_dirty_s",
+                    "trust_guest",
                     "vcpus",
                 ],
             ),
@@ -283,6 +300,7 @@ pub(crate) mod tests {
                     "by_kvm",
                     "by_operand",
                     "by_region",
+                    "by_signal",
                     "by_walk",
                     "copied",
                     "eager_copied",
@@ -309,7 +327,7 @@ pub(crate) mod tests {
             ),
             ("pause_us", &["max", "p50", "p99"]),
             ("pins", &["fast", "registered", "slow"]),
-            ("platform", &["cpus", "kernel", "kvm", "paging"]),
+            ("platform", &["accel", "cpus", "kernel", "kvm", "paging"]),
             ("policy", &[]),
             (
                 "snapshots",

@@ -23,7 +23,7 @@ use std::{io, thread};
 
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use rustix::io::Errno;
-use rustix::mm::ProtFlags;
+use rustix::mm::{MprotectFlags, ProtFlags};
 use rustix::process::{Resource, getrlimit};
 use vm_memory::VolatileSlice;
 use vm_memory::bitmap::BitmapSlice;
@@ -94,6 +94,16 @@ impl PhysMap {
             backed: Backed::none(frames),
             cpus: thread::available_parallelism().map_or(1, NonZero::get),
         }))
+    }
+
+    /// Lets what windows show from now on be executed: guest code runs as code of this process.
+    ///
+    /// # Errors
+    /// If the host does not let memory be written and executed.
+    pub(in crate::host) fn allow_execution(&self) -> io::Result<()> {
+        let executable = MprotectFlags::READ | MprotectFlags::EXEC;
+        self.read_only.protect(executable)?;
+        self.writable.protect(executable | MprotectFlags::WRITE)
     }
 
     /// Whether core dumps have it.

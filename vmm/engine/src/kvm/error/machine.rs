@@ -35,6 +35,11 @@ pub enum KvmError {
         #[source]
         source: errno::Error,
     },
+    /// The window is somewhere else than guest code needs it, or KVM.
+    #[error(
+        "the window must be at guest addresses to run guest code as code of this process, and must not be for kvm"
+    )]
+    Placement,
     /// No vCPUs, or too many.
     #[error("{vcpus} vcpus: a machine has 1 to {MAX_VCPUS}")]
     VcpuCount {

@@ -1,5 +1,7 @@
 //! Why a vCPU could not go on.
 
+use std::io;
+
 use vmm_sys_util::errno;
 
 use super::WriteFaultError;
@@ -14,6 +16,23 @@ pub enum VcpuRunError {
         /// What the kernel said.
         #[source]
         source: errno::Error,
+    },
+    /// The thread could not be made one that guest code runs on.
+    #[error("cannot {what}")]
+    Prepare {
+        /// What could not be done.
+        what: &'static str,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The host refused to enter the guest.
+    #[error("the host refuses the vcpu's registers (signal {signal}, code {code})")]
+    Entry {
+        /// The signal it sent.
+        signal: i32,
+        /// And its code.
+        code: i32,
     },
     /// The pages of a write fault are unknown.
     #[error("cannot resolve a write fault")]

@@ -4,6 +4,7 @@ use vmm_sys_util::errno;
 
 use crate::causes::Cause;
 use crate::kvm::extended::XSAVE_WORDS;
+use crate::kvm::state::StateKind;
 
 /// Why registers could not be captured or restored.
 #[derive(Debug, thiserror::Error)]
@@ -44,6 +45,30 @@ pub enum StateError {
         /// What is wrong with its bytes, if the version is known.
         #[source]
         source: Option<postcard::Error>,
+    },
+    /// A state that is another accelerator's.
+    #[error(
+        "the vcpu was run by {found}, and this one is run by {wanted}: they have not the same registers"
+    )]
+    Kind {
+        /// Who ran the vCPU.
+        found: StateKind,
+        /// Who is to run it now.
+        wanted: StateKind,
+    },
+    /// A base that is no address.
+    #[error("the base of {what} is {base:#x}, which is no address")]
+    Base {
+        /// Of what.
+        what: &'static str,
+        /// What it would be.
+        base: u64,
+    },
+    /// An XSAVE area that this CPU or kernel has not.
+    #[error("the xsave area makes no sense here: {why}")]
+    Xsave {
+        /// What is wrong with it.
+        why: &'static str,
     },
     /// A state that was not captured: its XSAVE area has the wrong size.
     #[error("the xsave area has {words} words, not {XSAVE_WORDS}")]

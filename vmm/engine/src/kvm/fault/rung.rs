@@ -64,7 +64,7 @@ impl RungCounts {
 
 /// The same, while vCPUs count.
 #[derive(Debug, Default)]
-pub(in crate::kvm) struct RungCounters([AtomicU64; Rung::ALL.len()]);
+pub(crate) struct RungCounters([AtomicU64; Rung::ALL.len()]);
 
 impl RungCounters {
     pub(in crate::kvm) fn count(&self, rung: Rung) {

@@ -16,7 +16,7 @@ use kvm_ioctls::{Cap, IoEventAddress, NoDatamatch, VmFd};
 use vmm_sys_util::errno;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::{Machine, OnStop};
+use super::{Backend, Machine, OnStop};
 use crate::kvm::control::Control;
 use crate::kvm::counters::Counters;
 use crate::kvm::create::{create_vcpu, create_vm, msr_set};
@@ -25,6 +25,7 @@ use crate::kvm::fault::Ladder;
 use crate::kvm::kick;
 use crate::kvm::memory::{GuestRam, Memslot};
 use crate::kvm::open::Kvm;
+use crate::kvm::outcome::Outcome;
 use crate::kvm::paravirt::{self, Targets};
 use crate::kvm::port::PortHandler;
 use crate::kvm::registers;
@@ -33,8 +34,84 @@ use crate::kvm::tables::Translation;
 use crate::kvm::vcpu::{SyncRegs, Vcpu};
 use crate::kvm::watch::Watch;
 
+/// A virtual machine of KVM's.
+pub(crate) struct KvmVm {
+    fd: VmFd,
+    /// Where the memslot points.
+    _slot: Arc<dyn Memslot>,
+    region: kvm_userspace_memory_region,
+}
+
 impl Machine {
-    /// A machine with `vcpus` vCPUs and all of `slot` as its memory. It does not run before it is started.
+    /// A machine that is to have `vcpus` vCPUs, run by `backend`, and has no thread yet.
+    ///
+    /// # Errors
+    /// If there are to be none, or more than [`MAX_VCPUS`].
+    pub(crate) fn without_threads(
+        backend: Backend,
+        translation: Translation,
+        ram: Arc<dyn GuestRam>,
+        vcpus: usize,
+    ) -> Result<Self, KvmError> {
+        if vcpus == 0 || vcpus > MAX_VCPUS {
+            return Err(KvmError::VcpuCount { vcpus });
+        }
+        Ok(Self {
+            backend,
+            control: Arc::new(Control::new(vcpus)),
+            counters: Arc::new(Counters::new(vcpus)),
+            threads: Arc::default(),
+            watch: None,
+            is_stuck: AtomicBool::new(false),
+            ram,
+            translation,
+            started: Mutex::new(false),
+            tsc_khz: 0,
+            left_out: Vec::new(),
+        })
+    }
+
+    /// Starts the thread of the next vCPU, whose whole life is `run`: it returns how it ended, if it did by
+    /// itself.
+    ///
+    /// # Errors
+    /// If the host has no more threads.
+    pub(crate) fn add_thread(
+        &mut self,
+        on_stop: &Arc<OnStop>,
+        run: impl FnOnce() -> Option<Outcome> + Send + 'static,
+    ) -> Result<(), KvmError> {
+        let index = self.threads.len();
+        let on_stop = Arc::clone(on_stop);
+        let thread = thread::Builder::new()
+            .name(format!("vcpu{index}"))
+            .spawn(move || {
+                if let Some(outcome) = run() {
+                    on_stop(index, outcome);
+                }
+            })
+            .map_err(|source| KvmError::Thread {
+                vcpu: index,
+                source,
+            })?;
+        // Nobody else has them before the machine is there.
+        if let Some(threads) = Arc::get_mut(&mut self.threads) {
+            threads.push(thread);
+        }
+        Ok(())
+    }
+
+    /// What its vCPUs' threads share with it.
+    pub(crate) fn shared(&self) -> (&Arc<Control>, &Arc<Counters>) {
+        (&self.control, &self.counters)
+    }
+
+    /// Says what the frequency of the guest's time-stamp counter is.
+    pub(crate) fn set_tsc_khz(&mut self, khz: u32) {
+        self.tsc_khz = khz;
+    }
+
+    /// A machine of KVM's with `vcpus` vCPUs and all of `slot` as its memory. It does not run before it is started.
     ///
     /// # Errors
     /// If there are no vCPUs or more than [`MAX_VCPUS`], KVM refuses, or the host has no more threads.
@@ -46,9 +123,6 @@ impl Machine {
         handler: Arc<dyn PortHandler>,
         on_stop: OnStop,
     ) -> Result<Self, KvmError> {
-        if vcpus == 0 || vcpus > MAX_VCPUS {
-            return Err(KvmError::VcpuCount { vcpus });
-        }
         let vm = create_vm(kvm)?;
         let region = kvm_userspace_memory_region {
             slot: 0,
@@ -77,29 +151,22 @@ impl Machine {
             SyncRegs::Absent
         };
 
-        let control = Arc::new(Control::new(vcpus));
-        let counters = Arc::new(Counters::new(vcpus));
         let on_stop = Arc::new(on_stop);
         kick::install().map_err(|source| KvmError::Thread { vcpu: 0, source })?;
-        let mut machine = Self {
-            vm,
-            control,
-            counters,
-            threads: Arc::default(),
-            watch: None,
-            is_stuck: AtomicBool::new(false),
-            ram: Arc::clone(&ram),
-            _slot: Arc::clone(&slot),
-            region,
-            translation,
-            started: Mutex::new(false),
-            tsc_khz: 0,
-            left_out: Vec::new(),
-        };
+        let mut made = Vec::with_capacity(vcpus);
         for index in 0..vcpus {
             let cpuid = registers::vcpu_cpuid(&kvm.cpuid, index as u8);
-            let fd = create_vcpu(&machine.vm, index, &cpuid)?;
+            let fd = create_vcpu(&vm, index, &cpuid)?;
             let msrs = msr_set(kvm, &fd, index)?;
+            made.push((cpuid, fd, msrs));
+        }
+        let backend = Backend::Kvm(KvmVm {
+            fd: vm,
+            _slot: Arc::clone(&slot),
+            region,
+        });
+        let mut machine = Self::without_threads(backend, translation, Arc::clone(&ram), vcpus)?;
+        for (index, (cpuid, fd, msrs)) in made.into_iter().enumerate() {
             if index == 0 {
                 machine.tsc_khz = fd.get_tsc_khz().unwrap_or(0);
                 machine.left_out.clone_from(&msrs.left_out);
@@ -123,22 +190,7 @@ impl Machine {
                 kicked: false,
                 kicked_at: None,
             };
-            let on_stop = Arc::clone(&on_stop);
-            let thread = thread::Builder::new()
-                .name(format!("vcpu{index}"))
-                .spawn(move || {
-                    if let Some(outcome) = vcpu.run() {
-                        on_stop(index, outcome);
-                    }
-                })
-                .map_err(|source| KvmError::Thread {
-                    vcpu: index,
-                    source,
-                })?;
-            // Nobody else has them before there is a watch.
-            if let Some(threads) = Arc::get_mut(&mut machine.threads) {
-                threads.push(thread);
-            }
+            machine.add_thread(&on_stop, move || vcpu.run())?;
         }
         let watch = Watch::start(
             Arc::clone(&machine.threads),
@@ -154,24 +206,31 @@ impl Machine {
     /// # Errors
     /// If the port has a doorbell already, or KVM refuses.
     pub fn register_doorbell(&self, port: u16, event: &EventFd) -> Result<(), KvmError> {
-        let address = IoEventAddress::Pio(port.into());
-        self.vm
-            .register_ioevent(event, &address, NoDatamatch)
-            .map_err(|source| KvmError::Doorbell { port, source })
+        let registered = match &self.backend {
+            Backend::Kvm(vm) => {
+                let address = IoEventAddress::Pio(port.into());
+                vm.fd.register_ioevent(event, &address, NoDatamatch)
+            }
+            Backend::User(shared) => shared.doorbells.register(port, event),
+        };
+        registered.map_err(|source| KvmError::Doorbell { port, source })
     }
 
     /// Makes KVM forget what it keeps of the guest's page tables: it does when the memory that they are in
     /// goes.
     pub(super) fn forget_tables(&self) -> Result<(), KvmError> {
+        let Backend::Kvm(vm) = &self.backend else {
+            return Ok(());
+        };
         let gone = kvm_userspace_memory_region {
             memory_size: 0,
-            ..self.region
+            ..vm.region
         };
-        for region in [gone, self.region] {
+        for region in [gone, vm.region] {
             // SAFETY: as in `Machine::new`.
-            let set = unsafe { self.vm.set_user_memory_region(region) };
+            let set = unsafe { vm.fd.set_user_memory_region(region) };
             set.map_err(|source| KvmError::Memory {
-                len: self.region.memory_size,
+                len: vm.region.memory_size,
                 source,
             })?;
         }

@@ -8,7 +8,6 @@ use std::time::Duration;
 use super::Machine;
 use crate::kvm::control::{Phase, Slot, VcpuCommand};
 use crate::kvm::error::{KvmError, PATIENCE};
-use crate::kvm::kick;
 
 impl Machine {
     /// Tells all vCPUs to stop for good, without waiting for them.
@@ -51,7 +50,7 @@ impl Machine {
     /// dropped.
     fn kick_all(&self) {
         for (vcpu, thread) in self.threads.iter().enumerate() {
-            if let Err(error) = kick::kick(thread) {
+            if let Err(error) = self.backend.kick(thread) {
                 tracing::warn!("cannot kick vcpu {vcpu} out of the guest: {error}");
             }
         }

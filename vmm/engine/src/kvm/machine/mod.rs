@@ -1,8 +1,9 @@
-//! A virtual machine of KVM's.
+//! A virtual machine: threads that run its vCPUs, and what drives them. KVM runs the vCPUs, or the threads do
+//! themselves ([`user`](crate::user)): pausing, capturing, restoring and ending are the same for both.
 //!
 //! | file | concept |
 //! |---|---|
-//! | `build` | its memslot and its vCPU threads |
+//! | `build` | making it: the threads; KVM's memslot and vCPUs |
 //! | `drive` | starting vCPUs, and giving them tasks |
 //! | `paused` | all of them between two instructions |
 //! | `end` | stopping them for good |
@@ -31,21 +32,22 @@ mod end;
 mod paused;
 
 use std::fmt;
+use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
-use kvm_bindings::kvm_userspace_memory_region;
-use kvm_ioctls::VmFd;
-
+use self::build::KvmVm;
 pub use self::paused::PausedMachine;
 use super::control::Control;
 use super::counters::Counters;
 use super::fault::RungCounts;
-use super::memory::{GuestRam, Memslot};
+use super::kick;
+use super::memory::GuestRam;
 use super::outcome::Outcome;
 use super::tables::Translation;
 use super::watch::Watch;
+use crate::user;
 
 /// Is told on a vCPU's thread that the vCPU has ended by itself, and why. Not called for vCPUs that the
 /// machine stops.
@@ -62,22 +64,29 @@ pub struct MachineStats {
     pub rungs: RungCounts,
     /// Stores that KVM emulated and gave to the VMM to carry out.
     pub emulated_stores: u64,
+    /// Write faults whose page a signal named ([`user`](crate::user)): they need no ladder.
+    pub signals: u64,
     /// Kicks: one a running vCPU and pause.
     pub kicks: u64,
 }
 
+/// Who runs the vCPUs of a machine.
+pub(crate) enum Backend {
+    /// KVM.
+    Kvm(KvmVm),
+    /// The threads themselves: their code is this process's.
+    User(user::Shared),
+}
+
 /// A virtual machine. Dropping it stops its vCPUs and waits for their threads.
 pub struct Machine {
-    vm: VmFd,
+    backend: Backend,
     control: Arc<Control>,
     counters: Arc<Counters>,
     threads: Arc<Vec<JoinHandle<()>>>,
     /// Ended before the threads are.
     watch: Option<Watch>,
     ram: Arc<dyn GuestRam>,
-    /// Where the memslot points.
-    _slot: Arc<dyn Memslot>,
-    region: kvm_userspace_memory_region,
     translation: Translation,
     /// Whether the machine was started. Locked while somebody drives it: pauses exclude each other.
     started: Mutex<bool>,
@@ -92,6 +101,19 @@ impl fmt::Debug for Machine {
         f.debug_struct("Machine")
             .field("vcpus", &self.threads.len())
             .finish_non_exhaustive()
+    }
+}
+
+impl Backend {
+    /// Gets a vCPU's thread out of the guest. One that has ended needs no kick.
+    ///
+    /// # Errors
+    /// If the kernel refuses. It has no reason to, and whoever waits for the vCPU would wait in vain.
+    fn kick(&self, thread: &JoinHandle<()>) -> io::Result<()> {
+        match self {
+            Self::Kvm(_) => kick::kick(thread),
+            Self::User(_) => user::kick(thread),
+        }
     }
 }
 
@@ -126,6 +148,7 @@ impl Machine {
             write_faults,
             rungs,
             emulated_stores,
+            signals,
             port_exits,
             kicks,
             ..
@@ -133,6 +156,7 @@ impl Machine {
         MachineStats {
             rungs: rungs.now(),
             emulated_stores: emulated_stores.load(Ordering::Relaxed),
+            signals: signals.load(Ordering::Relaxed),
             write_faults: write_faults.load(Ordering::Relaxed),
             port_exits: port_exits.load(Ordering::Relaxed),
             kicks: kicks.load(Ordering::Relaxed),

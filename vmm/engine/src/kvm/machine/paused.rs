@@ -9,7 +9,6 @@ use super::Machine;
 use super::drive::{check_alive, last_change};
 use crate::kvm::control::{Phase, RegisterTask, TaskState, VcpuCommand};
 use crate::kvm::error::{KvmError, PATIENCE};
-use crate::kvm::kick;
 use crate::kvm::state::{Clock, VcpuState};
 use crate::kvm::table_bits;
 use crate::kvm::tables::{PageTables, Translation};
@@ -46,7 +45,7 @@ impl Machine {
         drop(slots);
         let threads = self.threads.iter().zip(running).enumerate();
         for (vcpu, (thread, _)) in threads.filter(|(_, (_, run))| *run) {
-            if let Err(source) = kick::kick(thread) {
+            if let Err(source) = self.backend.kick(thread) {
                 self.control
                     .give(&mut self.control.lock(), VcpuCommand::Run);
                 return Err(KvmError::Kick { vcpu, source });

@@ -3,7 +3,7 @@
 use kvm_bindings::{kvm_debugregs, kvm_mp_state, kvm_msr_entry, kvm_sync_regs, kvm_xcrs};
 use kvm_ioctls::VcpuFd;
 
-use super::VcpuState;
+use super::{StateKind, VcpuState};
 use crate::kvm::error::StateError;
 use crate::kvm::msr::{self, MsrSet};
 
@@ -81,6 +81,7 @@ impl Capturer {
         let mut msrs = msr::read(vcpu, &self.clock)?;
         msrs.extend_from_slice(&privileged.msrs);
         let state = VcpuState {
+            kind: StateKind::Kvm,
             regs: exit.regs,
             sregs: exit.sregs,
             xsave: vcpu

@@ -15,6 +15,8 @@ mod capture;
 mod display;
 mod restore;
 
+use std::fmt;
+
 use kvm_bindings::{
     kvm_debugregs, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs,
 };
@@ -28,9 +30,30 @@ use super::extended::{Extended, XSAVE_WORDS};
 use super::tables::Confined;
 use crate::saved::{Saved, State};
 
+/// Who ran the vCPU that a state is of. A state is set by its own kind alone: the others have not the same
+/// registers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum StateKind {
+    /// KVM.
+    Kvm,
+    /// A thread of the host ([`user`](crate::user)). Of the system registers there are the selectors of code
+    /// and stack, the bases of FS and GS, and CR2.
+    User,
+}
+
+impl fmt::Display for StateKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Kvm => "kvm",
+            Self::User => "user",
+        })
+    }
+}
+
 /// All registers of a vCPU, as plain data. What is deserialised is not trusted: KVM checks what it is given.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct VcpuState {
+    kind: StateKind,
     regs: kvm_regs,
     sregs: kvm_sregs,
     xsave: Vec<u32>,
@@ -42,8 +65,10 @@ pub struct VcpuState {
     mp_state: kvm_mp_state,
 }
 
+const IA32_TSC: u32 = 0x10;
+
 /// The form that [`VcpuState::to_bytes`] has.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 
 impl State for VcpuState {
     fn version(&self) -> u32 {
@@ -81,6 +106,7 @@ impl VcpuState {
     pub fn of(regs: kvm_regs, sregs: kvm_sregs, mut xsave: Vec<u32>) -> Self {
         xsave.resize(XSAVE_WORDS, 0);
         Self {
+            kind: StateKind::Kvm,
             regs,
             sregs,
             xsave,
@@ -91,6 +117,38 @@ impl VcpuState {
             debug: kvm_debugregs::default(),
             mp_state: kvm_mp_state::default(),
         }
+    }
+
+    /// That of a thread of the host, with its time-stamp counter.
+    pub(crate) fn of_user(regs: kvm_regs, sregs: kvm_sregs, xsave: Vec<u32>, tsc: u64) -> Self {
+        let tsc = kvm_msr_entry {
+            index: IA32_TSC,
+            data: tsc,
+            ..Default::default()
+        };
+        Self {
+            kind: StateKind::User,
+            xsave,
+            msrs: vec![tsc],
+            ..Self::of(regs, sregs, Vec::new())
+        }
+    }
+
+    /// Who ran the vCPU.
+    pub fn kind(&self) -> StateKind {
+        self.kind
+    }
+
+    /// Fails if another than `kind` ran the vCPU.
+    ///
+    /// # Errors
+    /// That says who did.
+    pub(crate) fn must_be(&self, kind: StateKind) -> Result<(), StateError> {
+        if self.kind == kind {
+            return Ok(());
+        }
+        let (found, wanted) = (self.kind, kind);
+        Err(StateError::Kind { found, wanted })
     }
 
     /// The same with other registers. They are not trusted: KVM checks what it is given.
@@ -134,7 +192,7 @@ impl VcpuState {
 
     /// The time-stamp counter when it was captured, if the host gives it.
     pub fn tsc(&self) -> Option<u64> {
-        let tsc = self.msrs.iter().find(|msr| msr.index == 0x10);
+        let tsc = self.msrs.iter().find(|msr| msr.index == IA32_TSC);
         tsc.map(|msr| msr.data)
     }
 
@@ -195,6 +253,7 @@ mod tests {
 
     pub(super) fn state() -> VcpuState {
         VcpuState {
+            kind: StateKind::Kvm,
             regs: kvm_regs::default(),
             sregs: kvm_sregs::default(),
             xsave: vec![0; XSAVE_WORDS],

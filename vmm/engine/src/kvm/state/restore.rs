@@ -5,7 +5,7 @@
 use kvm_bindings::kvm_xsave;
 use kvm_ioctls::VcpuFd;
 
-use super::VcpuState;
+use super::{StateKind, VcpuState};
 use crate::kvm::error::StateError;
 use crate::kvm::extended::{XSAVE_BYTES, XSAVE_WORDS};
 use crate::kvm::msr;
@@ -34,6 +34,7 @@ impl VcpuState {
         clock: Clock,
         _xsave_fits: XsaveFits,
     ) -> Result<(), StateError> {
+        self.must_be(StateKind::Kvm)?;
         let mut xsave = kvm_xsave::default();
         if self.xsave.len() != XSAVE_WORDS {
             return Err(StateError::XsaveSize {
