@@ -39,6 +39,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use rustix::mm::{MapFlags, MprotectFlags, ProtFlags, mmap_anonymous, mprotect, munmap};
 
 use super::frame::{FP_XSTATE_MAGIC1, FRAME_XSTATE_ALIGN, Frame, Gpr, fx_magic, fx_size};
+use super::signals::{self, Handler};
 use crate::mm::PAGE_SIZE;
 
 /// First word of a [`Block`].
@@ -97,7 +98,12 @@ unsafe extern "C" {
     /// Behind the last instruction of that function that is before the guest's first.
     static palimpsest_user_enter_end: u8;
     /// The handler of all signals by which a guest comes out.
-    pub(super) fn palimpsest_user_signal(signal: i32, info: *mut c_void, context: *mut c_void);
+    fn palimpsest_user_signal(signal: i32, info: *mut libc::siginfo_t, context: *mut c_void);
+}
+
+/// What is to handle the signals by which a guest comes out.
+pub(super) fn handler() -> Handler {
+    palimpsest_user_signal
 }
 
 global_asm!(
@@ -194,7 +200,7 @@ global_asm!(
     stack_size = const offset_of!(Frame, stack_size),
     stack_bytes = sym STACK_BYTES,
     came_out = sym came_out,
-    not_ours = sym super::signals::not_the_guests,
+    not_ours = sym signals::not_the_guests,
 );
 
 /// Copies what the kernel has saved of the guest. On the alternate stack, with the VMM's FS base; signals that

@@ -8,14 +8,14 @@ use vmm_sys_util::eventfd::EventFd;
 
 /// The doorbells of a machine.
 #[derive(Debug, Default)]
-pub(crate) struct Doorbells(RwLock<Vec<(u16, EventFd)>>);
+pub(super) struct Doorbells(RwLock<Vec<(u16, EventFd)>>);
 
 impl Doorbells {
     /// Has an `out` to `port` signal `event`.
     ///
     /// # Errors
     /// `EEXIST` if the port has a doorbell already, as KVM says it; or the host's.
-    pub(crate) fn register(&self, port: u16, event: &EventFd) -> Result<(), errno::Error> {
+    pub(super) fn register(&self, port: u16, event: &EventFd) -> Result<(), errno::Error> {
         let mut all = self.0.write().unwrap_or_else(PoisonError::into_inner);
         if all.iter().any(|(other, _)| *other == port) {
             return Err(errno::Error::new(Errno::EXIST.raw_os_error()));

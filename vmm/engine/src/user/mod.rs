@@ -38,11 +38,13 @@ mod vcpu;
 use std::arch::x86_64::{__cpuid_count, _rdtsc};
 use std::io;
 use std::sync::Arc;
-use std::thread;
+use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use vmm_sys_util::errno;
+use vmm_sys_util::eventfd::EventFd;
+
 use self::doorbells::Doorbells;
-pub(crate) use self::signals::kick;
 use self::vcpu::Vcpu;
 use crate::host::{LOWEST, Placement, Window};
 use crate::kvm::machine::Backend;
@@ -69,10 +71,23 @@ pub enum UserError {
     Signals(#[source] io::Error),
 }
 
-/// What a machine shares with its vCPUs' threads, beside what every machine does.
-#[derive(Debug, Default)]
-pub(crate) struct Shared {
-    pub(crate) doorbells: Arc<Doorbells>,
+/// The threads of a machine's vCPUs, to that machine.
+struct Threads {
+    doorbells: Arc<Doorbells>,
+}
+
+impl Backend for Threads {
+    fn kick(&self, thread: &JoinHandle<()>) -> io::Result<()> {
+        signals::kick(thread)
+    }
+
+    fn register_doorbell(&self, port: u16, event: &EventFd) -> Result<(), errno::Error> {
+        self.doorbells.register(port, event)
+    }
+
+    fn forget_tables(&self) -> Result<(), KvmError> {
+        Ok(())
+    }
 }
 
 /// A host that can run guest code as code of this process.
@@ -97,7 +112,7 @@ impl User {
         if !is_x86_feature_detected!("xsave") {
             return Err(UserError::Xsave);
         }
-        signals::install().map_err(UserError::Signals)?;
+        signals::install(crossing::handler()).map_err(UserError::Signals)?;
         Ok(Self {
             platform: Platform {
                 kvm: "none",
@@ -129,11 +144,12 @@ impl User {
         if window.placement() != Placement::AtGuestAddresses {
             return Err(KvmError::Placement);
         }
-        let shared = Shared::default();
-        let doorbells = Arc::clone(&shared.doorbells);
+        let doorbells = Arc::<Doorbells>::default();
         // Nobody keeps anything of the guest's page tables: they mean nothing here.
         let translation = Translation::Nested;
-        let backend = Backend::User(shared);
+        let backend = Box::new(Threads {
+            doorbells: Arc::clone(&doorbells),
+        });
         let mut machine = Machine::without_threads(backend, translation, Arc::clone(&ram), vcpus)?;
         machine.set_tsc_khz(self.tsc_khz);
         let on_stop = Arc::new(on_stop);

@@ -23,7 +23,8 @@ use std::ptr;
 use std::sync::Mutex;
 use std::thread::JoinHandle;
 
-use super::crossing::palimpsest_user_signal;
+/// A handler of signals.
+pub(super) type Handler = unsafe extern "C" fn(i32, *mut libc::siginfo_t, *mut c_void);
 
 /// Gets a vCPU out of the guest.
 pub(super) const KICK: i32 = libc::SIGSTKFLT;
@@ -58,11 +59,12 @@ unsafe impl Sync for Before {}
 
 static BEFORE: Before = Before(UnsafeCell::new([MaybeUninit::uninit(); 32]));
 
-/// Installs the handler for all of them, once a process.
+/// Installs `handler` for all of them, once a process. It brings guests out, and passes what is not a guest's
+/// to [`not_the_guests`].
 ///
 /// # Errors
 /// The host's.
-pub(super) fn install() -> io::Result<()> {
+pub(super) fn install(handler: Handler) -> io::Result<()> {
     static INSTALLED: Mutex<bool> = Mutex::new(false);
     let mut installed = INSTALLED.lock().unwrap_or_else(|e| e.into_inner());
     if *installed {
@@ -81,7 +83,7 @@ pub(super) fn install() -> io::Result<()> {
     }
     // SAFETY: plain data, for which zeros are a value; the pieces are filled in.
     let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
-    action.sa_sigaction = palimpsest_user_signal as *const () as usize;
+    action.sa_sigaction = handler as *const () as usize;
     // Not blocked meanwhile, so that the mask of the VMM's code is always the same.
     action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK | libc::SA_NODEFER;
     // SAFETY: masks are plain data. The handler allocates nothing, takes no lock and uses no thread-local

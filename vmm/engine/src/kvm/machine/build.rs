@@ -5,9 +5,10 @@
     reason = "the memslot: the kernel is given a range of host memory"
 )]
 
+use std::io;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
-use std::thread;
+use std::thread::{self, JoinHandle};
 
 use kvm_bindings::{
     KVM_CAP_EXIT_ON_EMULATION_FAILURE, kvm_enable_cap, kvm_userspace_memory_region,
@@ -35,11 +36,39 @@ use crate::kvm::vcpu::{SyncRegs, Vcpu};
 use crate::kvm::watch::Watch;
 
 /// A virtual machine of KVM's.
-pub(crate) struct KvmVm {
+struct KvmVm {
     fd: VmFd,
     /// Where the memslot points.
     _slot: Arc<dyn Memslot>,
     region: kvm_userspace_memory_region,
+}
+
+impl Backend for KvmVm {
+    fn kick(&self, thread: &JoinHandle<()>) -> io::Result<()> {
+        kick::kick(thread)
+    }
+
+    fn register_doorbell(&self, port: u16, event: &EventFd) -> Result<(), errno::Error> {
+        let address = IoEventAddress::Pio(port.into());
+        self.fd.register_ioevent(event, &address, NoDatamatch)
+    }
+
+    /// They go when the memory that they are in does.
+    fn forget_tables(&self) -> Result<(), KvmError> {
+        let gone = kvm_userspace_memory_region {
+            memory_size: 0,
+            ..self.region
+        };
+        for region in [gone, self.region] {
+            // SAFETY: as in `Machine::new`.
+            let set = unsafe { self.fd.set_user_memory_region(region) };
+            set.map_err(|source| KvmError::Memory {
+                len: self.region.memory_size,
+                source,
+            })?;
+        }
+        Ok(())
+    }
 }
 
 impl Machine {
@@ -48,7 +77,7 @@ impl Machine {
     /// # Errors
     /// If there are to be none, or more than [`MAX_VCPUS`].
     pub(crate) fn without_threads(
-        backend: Backend,
+        backend: Box<dyn Backend>,
         translation: Translation,
         ram: Arc<dyn GuestRam>,
         vcpus: usize,
@@ -111,7 +140,8 @@ impl Machine {
         self.tsc_khz = khz;
     }
 
-    /// A machine of KVM's with `vcpus` vCPUs and all of `slot` as its memory. It does not run before it is started.
+    /// A machine of KVM's with `vcpus` vCPUs and all of `slot` as its memory. It does not run before it is
+    /// started.
     ///
     /// # Errors
     /// If there are no vCPUs or more than [`MAX_VCPUS`], KVM refuses, or the host has no more threads.
@@ -160,7 +190,7 @@ impl Machine {
             let msrs = msr_set(kvm, &fd, index)?;
             made.push((cpuid, fd, msrs));
         }
-        let backend = Backend::Kvm(KvmVm {
+        let backend = Box::new(KvmVm {
             fd: vm,
             _slot: Arc::clone(&slot),
             region,
@@ -206,35 +236,8 @@ impl Machine {
     /// # Errors
     /// If the port has a doorbell already, or KVM refuses.
     pub fn register_doorbell(&self, port: u16, event: &EventFd) -> Result<(), KvmError> {
-        let registered = match &self.backend {
-            Backend::Kvm(vm) => {
-                let address = IoEventAddress::Pio(port.into());
-                vm.fd.register_ioevent(event, &address, NoDatamatch)
-            }
-            Backend::User(shared) => shared.doorbells.register(port, event),
-        };
+        let registered = self.backend.register_doorbell(port, event);
         registered.map_err(|source| KvmError::Doorbell { port, source })
-    }
-
-    /// Makes KVM forget what it keeps of the guest's page tables: it does when the memory that they are in
-    /// goes.
-    pub(super) fn forget_tables(&self) -> Result<(), KvmError> {
-        let Backend::Kvm(vm) = &self.backend else {
-            return Ok(());
-        };
-        let gone = kvm_userspace_memory_region {
-            memory_size: 0,
-            ..vm.region
-        };
-        for region in [gone, vm.region] {
-            // SAFETY: as in `Machine::new`.
-            let set = unsafe { vm.fd.set_user_memory_region(region) };
-            set.map_err(|source| KvmError::Memory {
-                len: vm.region.memory_size,
-                source,
-            })?;
-        }
-        Ok(())
     }
 }
 

@@ -3,6 +3,7 @@
 //!
 //! | file | concept |
 //! |---|---|
+//! | `backend` | what it asks of who runs its vCPUs |
 //! | `build` | making it: the threads; KVM's memslot and vCPUs |
 //! | `drive` | starting vCPUs, and giving them tasks |
 //! | `paused` | all of them between two instructions |
@@ -26,28 +27,26 @@
 //! # }
 //! ```
 
+mod backend;
 mod build;
 mod drive;
 mod end;
 mod paused;
 
 use std::fmt;
-use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
-use self::build::KvmVm;
+pub(crate) use self::backend::Backend;
 pub use self::paused::PausedMachine;
 use super::control::Control;
 use super::counters::Counters;
 use super::fault::RungCounts;
-use super::kick;
 use super::memory::GuestRam;
 use super::outcome::Outcome;
 use super::tables::Translation;
 use super::watch::Watch;
-use crate::user;
 
 /// Is told on a vCPU's thread that the vCPU has ended by itself, and why. Not called for vCPUs that the
 /// machine stops.
@@ -70,17 +69,9 @@ pub struct MachineStats {
     pub kicks: u64,
 }
 
-/// Who runs the vCPUs of a machine.
-pub(crate) enum Backend {
-    /// KVM.
-    Kvm(KvmVm),
-    /// The threads themselves: their code is this process's.
-    User(user::Shared),
-}
-
 /// A virtual machine. Dropping it stops its vCPUs and waits for their threads.
 pub struct Machine {
-    backend: Backend,
+    backend: Box<dyn Backend>,
     control: Arc<Control>,
     counters: Arc<Counters>,
     threads: Arc<Vec<JoinHandle<()>>>,
@@ -101,19 +92,6 @@ impl fmt::Debug for Machine {
         f.debug_struct("Machine")
             .field("vcpus", &self.threads.len())
             .finish_non_exhaustive()
-    }
-}
-
-impl Backend {
-    /// Gets a vCPU's thread out of the guest. One that has ended needs no kick.
-    ///
-    /// # Errors
-    /// If the kernel refuses. It has no reason to, and whoever waits for the vCPU would wait in vain.
-    fn kick(&self, thread: &JoinHandle<()>) -> io::Result<()> {
-        match self {
-            Self::Kvm(_) => kick::kick(thread),
-            Self::User(_) => user::kick(thread),
-        }
     }
 }
 

@@ -184,7 +184,7 @@ impl PausedMachine<'_> {
         if self.machine.translation != Translation::Nested
             && !self.machine.page_tables(states)?.are(tables)
         {
-            self.machine.forget_tables()?;
+            self.machine.backend.forget_tables()?;
         }
         self.machine
             .do_all(|vcpu| RegisterTask::Restore(Box::new(states[vcpu].clone()), clock))
