@@ -45,9 +45,8 @@ pub(super) enum Gpr {
     Error,
     /// Its vector.
     Vector,
-    _OldMask,
-    /// Address of the page fault.
-    Cr2,
+    /// Address of the page fault. Before it is a word that nobody uses.
+    Cr2 = 22,
 }
 
 /// `struct ucontext`.

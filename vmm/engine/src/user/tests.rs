@@ -1,5 +1,9 @@
 //! Guests of a few hand-assembled instructions, as code of this process. There is one machine at a time.
 
+#![expect(unsafe_code, reason = "a fault of the VMM's own")]
+
+use std::os::unix::process::ExitStatusExt;
+use std::process::{Command, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::sync::{Mutex, MutexGuard};
 
@@ -42,6 +46,16 @@ fn memory(placement: Placement) -> Result<Memory, MemoryError> {
     Memory::with(&frames, MEMORY, Exclusive, options, plain)
 }
 
+/// The handler of this port faults.
+const PORT_FAULT: u16 = 0x666;
+
+/// A fault of the VMM's own.
+fn fault() -> PortAction {
+    // SAFETY: nothing is mapped there, and that is what this is about: it does not come back.
+    unsafe { std::ptr::without_provenance::<u8>(8).read_volatile() };
+    PortAction::Continue
+}
+
 struct Ports;
 
 impl PortHandler for Ports {
@@ -49,6 +63,7 @@ impl PortHandler for Ports {
         match port {
             PORT_EXIT => PortAction::Stop(StopReason::Exit { status: value }),
             0x500 => PortAction::Continue,
+            PORT_FAULT => fault(),
             _ => PortAction::Unknown,
         }
     }
@@ -427,4 +442,43 @@ fn a_guest_that_spins_can_be_stopped() {
     let silent = guest.outcomes.recv_timeout(Duration::ZERO);
     assert!(matches!(silent, Err(RecvTimeoutError::Timeout)));
     assert!(guest.vm.machine().pause(Capture::Nothing).is_err());
+}
+
+#[test]
+#[ignore = "ends the process: the next test has one for it"]
+fn faults_on_a_vcpus_thread() {
+    without_core();
+    // mov dx, PORT_FAULT; out dx, al
+    let guest = Guest::new(1, &[&[0x66, 0xba, 0x66, 0x06, 0xee], SPIN]);
+    panic!("{}", guest.outcome());
+}
+
+#[test]
+#[ignore = "ends the process: the next test has one for it"]
+fn faults_beside_a_guest() {
+    without_core();
+    let guest = Guest::new(1, &[COUNT]);
+    wait_until("counting", || guest.word(DATA) > 1000);
+    fault();
+}
+
+fn without_core() {
+    let none = rustix::process::Rlimit {
+        current: Some(0),
+        maximum: Some(0),
+    };
+    rustix::process::setrlimit(rustix::process::Resource::Core, none).unwrap();
+}
+
+#[test]
+fn a_fault_of_the_vmms_own_ends_it_as_ever() {
+    for test in ["faults_on_a_vcpus_thread", "faults_beside_a_guest"] {
+        let status = Command::new(std::env::current_exe().unwrap())
+            .args(["--ignored", "--exact", &format!("user::tests::{test}")])
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .status()
+            .unwrap();
+        assert_eq!(status.signal(), Some(libc::SIGSEGV), "{test}: {status}");
+    }
 }
