@@ -28,6 +28,8 @@ pub(super) enum Exit {
     WriteFault { gfn: u64 },
     /// It wrote a port by an instruction of so many bytes.
     Out { port: u16, value: u32, len: u64 },
+    /// Ring 3 may not do it, and what stands at RIP is nothing of that kind.
+    Protection,
     /// It did what a guest must not do.
     Crash(CrashReason),
     /// The host refused to enter.
@@ -67,9 +69,7 @@ pub(super) fn of(raw: RawExit, frame: &Frame, window: &Range<u64>, ram: &dyn Gue
 /// What the instruction at RIP, which ring 3 may not execute, is to the VMM.
 fn privileged(frame: &Frame, ram: &dyn GuestRam) -> Exit {
     let Some(instruction) = instruction_at(frame.gpr(Gpr::Rip), ram) else {
-        return Exit::Crash(CrashReason::Exception {
-            what: "general protection, at an instruction that cannot be read",
-        });
+        return Exit::Protection;
     };
     let len = instruction.len() as u64;
     let dx = frame.gpr(Gpr::Rdx) as u16;
@@ -105,9 +105,7 @@ fn privileged(frame: &Frame, ram: &dyn GuestRam) -> Exit {
         Mnemonic::Outsw => string(2),
         Mnemonic::Outsd => string(4),
         Mnemonic::Hlt => CrashReason::Halt,
-        _ => CrashReason::Exception {
-            what: "general protection",
-        },
+        _ => return Exit::Protection,
     })
 }
 

@@ -28,6 +28,9 @@ use crate::mm::PAGE_SIZE;
 /// How often in a row a write may fault at a page that is writable already. Another vCPU may have been first,
 /// or a fork have taken the page back; not for ever.
 const MOST_LOST: u32 = 1000;
+/// How often in a row an instruction may be one that ring 3 may not execute, and be another when it is looked
+/// at: another vCPU may be patching it.
+const MOST_PATCHED: u32 = 100;
 /// Bytes of the longest store that the kernel carries out for the CPU (`sgdt` under UMIP). It names the first,
 /// even if it could not write the last, on the next page.
 const EMULATED: u64 = 10;
@@ -77,6 +80,8 @@ struct Running {
     shape: XstateShape,
     /// Where a write last faulted at a page that was writable, and how often in a row it did.
     lost: (u64, u64, u32),
+    /// How often in a row the instruction at RIP was not what it had been.
+    patched: u32,
 }
 
 impl Running {
@@ -97,6 +102,7 @@ impl Running {
             crossing,
             shape,
             lost: (0, 0, 0),
+            patched: 0,
         })
     }
 
@@ -122,8 +128,17 @@ impl Running {
                 ram.was_entered(entered.elapsed());
             }
             self.vcpu.counters.note_exit(self.vcpu.index);
+            if exit != Exit::Protection {
+                self.patched = 0;
+            }
             match exit {
                 Exit::Kicked => {}
+                // As a CPU that comes to the instruction anew.
+                Exit::Protection if self.patched < MOST_PATCHED => self.patched += 1,
+                Exit::Protection => {
+                    let what = "general protection";
+                    return Some(self.crashed(CrashReason::Exception { what }));
+                }
                 Exit::Out { port, value, len } => {
                     if let Some(outcome) = self.out(port, value, len) {
                         return Some(outcome);
