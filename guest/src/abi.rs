@@ -32,8 +32,8 @@
 //!              handed over in BootInfo
 //! ```
 //!
-//! Guest memory begins at 0, but a guest uses nothing below [`LOWEST_GPA`]: where guest addresses are addresses
-//! of a host process, nothing can be mapped there (`vm.mmap_min_addr`).
+//! Guest memory begins at 0, but a guest uses nothing below [`LOWEST_GPA`]: where guest addresses are
+//! addresses of a host process, nothing can be mapped there (`vm.mmap_min_addr`).
 //!
 //! The page at 0x2000 is there for PVM, which does not honour IOPL in ring 3 but looks into the I/O bitmap
 //! of the task-state segment. The task register has its base there and a limit of a page: zeros are a

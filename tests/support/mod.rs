@@ -34,8 +34,8 @@ pub(crate) fn accel() -> Accel {
     }
 }
 
-/// Whether the test must be skipped for want of KVM, which is said then. Where sessions run without, it is not
-/// wanted.
+/// Whether the test must be skipped for want of KVM, which is said then. Where sessions run without, it is
+/// not wanted.
 ///
 /// # Panics
 /// In CI, where a run without these tests would look like a good one, and if there is a KVM but it is of no

@@ -16,8 +16,8 @@ pub(super) struct LockedState {
     pub(super) pending: VecDeque<Request>,
     /// The one before those.
     pub(super) current: Current,
-    /// The first pending one was in flight in the snapshot that was restored, and has not been begun again: its
-    /// data may be there in part.
+    /// The first pending one was in flight in the snapshot that was restored, and has not been begun again:
+    /// its data may be there in part.
     pub(super) interrupted: Option<u16>,
     pub(super) phase: DevicePhase,
     /// How many want it stopped.

@@ -52,7 +52,8 @@ pub(super) fn reserve(len: u64) -> io::Result<usize> {
 /// Reserves the addresses `range` itself. They show zeros, and can be executed.
 ///
 /// # Errors
-/// If there are none in it, something is mapped there already, which is named, or the host maps nothing there.
+/// If there are none in it, something is mapped there already, which is named, or the host maps nothing
+/// there.
 pub(super) fn reserve_at(range: Range<u64>) -> io::Result<()> {
     if range.is_empty() {
         return Err(io::Error::new(
@@ -98,8 +99,8 @@ fn taken(range: &Range<u64>) -> io::Error {
     io::Error::new(
         io::ErrorKind::AddrInUse,
         format!(
-            "the addresses {:#x} to {:#x} of this process are taken, by {by}; guest addresses are there once, so \
-             a process has one VM without KVM",
+            "the addresses {:#x} to {:#x} of this process are taken, by {by}; guest addresses are there once, \
+             so a process has one VM without KVM",
             range.start, range.end
         ),
     )

@@ -7,8 +7,8 @@
 //!
 //! Where guest code runs as code of this process, guest addresses are host addresses: such a window is at the
 //! guest's own addresses ([`Placement::AtGuestAddresses`]), and what it shows can be executed. It begins at
-//! [`LOWEST`]: a host maps nothing below, so pages there are noted and never shown. There is one such place in
-//! a process.
+//! [`LOWEST`]: a host maps nothing below, so pages there are noted and never shown. There is one such place
+//! in a process.
 //!
 //! What the host refuses it may have done in part: `mprotect` changes one mapping after the other, and says
 //! that there is no room for more when it comes to the one that must be split (seen on Linux 6.18 with
@@ -176,8 +176,8 @@ impl Window {
         }
     }
 
-    /// Changes what pages `first..first + count` show: books the mappings, lets `apply` do it to those of them
-    /// that are mapped, and notes it, or takes the booking back if that fails.
+    /// Changes what pages `first..first + count` show: books the mappings, lets `apply` do it to those of
+    /// them that are mapped, and notes it, or takes the booking back if that fails.
     fn change(
         &self,
         first: Gfn,

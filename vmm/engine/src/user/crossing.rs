@@ -5,17 +5,17 @@
 //!     ^                                                                     │ a signal
 //!     └── VMM's stack, rest of its registers ── came_out <── signal_entry <─┘ on the alternate stack
 //! ```
-//! Going in is one system call: `rt_sigreturn` sets all registers from a *frame* as the kernel lays it out for
-//! signal handlers (`arch/x86/include/uapi/asm/sigcontext.h`), and the signal mask with them. So a kick is
-//! blocked whenever the VMM runs and let in as the guest is entered: one that comes between the last look at
-//! the command and the guest's first instruction is not lost, but delivered there.
+//! Going in is one system call: `rt_sigreturn` sets all registers from a *frame* as the kernel lays it out
+//! for signal handlers (`arch/x86/include/uapi/asm/sigcontext.h`), and the signal mask with them. So a kick
+//! is blocked whenever the VMM runs and let in as the guest is entered: one that comes between the last look
+//! at the command and the guest's first instruction is not lost, but delivered there.
 //!
 //! Coming out is a signal, whose handler begins on the thread's alternate stack. At the base of that stack is
 //! the thread's [`Block`], which the handler finds by what the kernel says of the stack in the frame: neither
 //! the guest's stack nor its FS base, and so no thread-local variable, is used before the VMM's are back. The
 //! frame is copied, and the handler does not return: it goes on where [`enter`](Crossing::enter) was called.
-//! No register can be lost on the way, since the kernel saves and sets all of them that a thread has; the bases
-//! of FS and GS, which are not in a frame, are read and written here.
+//! No register can be lost on the way, since the kernel saves and sets all of them that a thread has; the
+//! bases of FS and GS, which are not in a frame, are read and written here.
 //!
 //! A signal that does not find the thread in guest code is somebody else's: see `signals`.
 //!
@@ -54,7 +54,8 @@ const RFLAGS_NOT_IN_FRAME: u64 = 1 << 14 | 1 << 21;
 /// thread's alternate stack may have a block.
 pub(super) static STACK_BYTES: AtomicU64 = AtomicU64::new(0);
 
-/// What the two sides of the crossing know of each other. It lies at the base of the thread's alternate stack.
+/// What the two sides of the crossing know of each other. It lies at the base of the thread's alternate
+/// stack.
 #[repr(C)]
 struct Block {
     magic: u64,
@@ -203,8 +204,8 @@ global_asm!(
     not_ours = sym signals::not_the_guests,
 );
 
-/// Copies what the kernel has saved of the guest. On the alternate stack, with the VMM's FS base; signals that
-/// are not about an instruction are blocked.
+/// Copies what the kernel has saved of the guest. On the alternate stack, with the VMM's FS base; signals
+/// that are not about an instruction are blocked.
 ///
 /// # Safety
 /// `info` and `frame` are what the kernel gave to a handler on the thread that has `block`, whose places to
@@ -269,8 +270,8 @@ pub(super) struct Crossing {
 }
 
 impl Crossing {
-    /// Makes this thread one that can enter guest code: gives it an alternate stack with a block. The frame is
-    /// that of the VMM's own code here.
+    /// Makes this thread one that can enter guest code: gives it an alternate stack with a block. The frame
+    /// is that of the VMM's own code here.
     ///
     /// # Errors
     /// If the host has no memory, or refuses.
@@ -331,8 +332,8 @@ impl Crossing {
             ss_flags: 0,
             ss_size: size as usize,
         };
-        // SAFETY: the guard is the first page of the mapping just made, and the block the begin of the second.
-        // The stack is mapped until `drop`, which gives the thread back what it had.
+        // SAFETY: the guard is the first page of the mapping just made, and the block the begin of the
+        // second. The stack is mapped until `drop`, which gives the thread back what it had.
         unsafe {
             mprotect(stack.as_ptr(), guard, MprotectFlags::empty())?;
             crossing.block.write(block);

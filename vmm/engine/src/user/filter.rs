@@ -1,8 +1,8 @@
 //! No system call of the guest's reaches the kernel.
 //!
-//! A vCPU's thread gets a seccomp filter: a system call by an instruction in the guest's window is SIGSYS, and
-//! so a crash of the guest with a report. Those of the VMM, whose code lies elsewhere, are as they were: it
-//! handles faults on this thread.
+//! A vCPU's thread gets a seccomp filter: a system call by an instruction in the guest's window is SIGSYS,
+//! and so a crash of the guest with a report. Those of the VMM, whose code lies elsewhere, are as they were:
+//! it handles faults on this thread.
 //!
 //! The filter looks at the instruction pointer, for which `seccompiler`'s rules have no word: so its
 //! instructions are written here, as `struct sock_filter`s, and it installs them.

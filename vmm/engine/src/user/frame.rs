@@ -1,4 +1,5 @@
-//! A signal frame, as the kernel lays it out: all registers that a thread has, but for the bases of FS and GS.
+//! A signal frame, as the kernel lays it out: all registers that a thread has, but for the bases of FS and
+//! GS.
 //!
 //! `struct ucontext` and `struct sigcontext_64` of `arch/x86/include/uapi/asm/sigcontext.h`, which are ABI.
 

@@ -8,8 +8,8 @@
 //!   registers known. No kick is lost.
 //! - A write to a page that the guest may not write yet is a SIGSEGV with its address, resolved by
 //!   [`GuestRam::write_fault`] on the vCPU's own thread; then the instruction is done again.
-//! - VMM code never runs on the guest's stack or with its FS base. A fault that is not the guest's crashes the
-//!   process as it would without this.
+//! - VMM code never runs on the guest's stack or with its FS base. A fault that is not the guest's crashes
+//!   the process as it would without this.
 //! - An exception, a system call or a privileged instruction of the guest's ends its vCPU with a report.
 //!
 //! How: `crossing` goes into guest code and out of it, by a signal frame (`frame`); `signals` says which

@@ -50,7 +50,8 @@ pub(super) struct XstateShape {
 }
 
 impl XstateShape {
-    /// That of the frame which `crossing` has from the kernel. `None` if the kernel does not save them by XSAVE.
+    /// That of the frame which `crossing` has from the kernel. `None` if the kernel does not save them by
+    /// XSAVE.
     pub(super) fn of(crossing: &Crossing) -> Option<Self> {
         let area = crossing.xstate();
         let word = |at: usize| Some(u32::from_le_bytes(area[at..at + 4].try_into().ok()?));

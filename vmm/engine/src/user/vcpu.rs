@@ -31,8 +31,8 @@ const MOST_LOST: u32 = 1000;
 /// How often in a row an instruction may be one that ring 3 may not execute, and be another when it is looked
 /// at: another vCPU may be patching it.
 const MOST_PATCHED: u32 = 100;
-/// Bytes of the longest store that the kernel carries out for the CPU (`sgdt` under UMIP). It names the first,
-/// even if it could not write the last, on the next page.
+/// Bytes of the longest store that the kernel carries out for the CPU (`sgdt` under UMIP). It names the
+/// first, even if it could not write the last, on the next page.
 const EMULATED: u64 = 10;
 /// Bytes of code in a crash report.
 const CODE_SHOWN: usize = 16;

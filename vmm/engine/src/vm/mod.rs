@@ -170,8 +170,8 @@ impl<'a, P: CowPolicy> Builder<'a, P> {
     ///
     /// # Errors
     /// If there are no vCPUs or too many, the memory's window is not where they need it
-    /// ([`Accelerator::placement`]), a port has two doorbells, KVM refuses, or the host has no more threads or
-    /// file descriptors.
+    /// ([`Accelerator::placement`]), a port has two doorbells, KVM refuses, or the host has no more threads
+    /// or file descriptors.
     pub fn build<'b>(self, by: impl Into<By<'b>>, vcpus: usize) -> Result<Vm<P>, BuildError> {
         let window = Arc::clone(self.memory.window());
         let machine = match by.into() {
