@@ -221,6 +221,17 @@ fn only_homes_are_asked_for_in_huge_pages() {
     assert!(asked.contains(&(home.frame(0).0, 8)), "{asked:?}");
 }
 
+#[test]
+fn a_home_is_where_no_memory_is_if_there_is_such_a_place() {
+    let (pool, _memory) = refusing_pool();
+    drop(pool.allocate_folio().unwrap().unwrap());
+    assert_eq!(
+        pool.reserve(8).unwrap().frame(0),
+        Pfn(8),
+        "4 to 7 have some"
+    );
+}
+
 /// Room for a home may be where the host is being asked about frames.
 #[test]
 fn who_wants_a_home_waits_for_the_hosts_answer() {

@@ -497,6 +497,41 @@ fn assert_shown(w: &World, why: &str) {
     }
 }
 
+/// A run of pages that are to be protected may have some that are read-only already.
+#[test]
+fn a_fork_that_is_undone_makes_nothing_writable_that_was_not() {
+    const REGION: u64 = 4;
+    let (pool, memory) = soft_pool_of(Order::new(2), 64).unwrap();
+    let mmu = Arc::<Refusals>::default();
+    let between = |inner: Arc<SoftMmu>| -> Box<dyn Mmu> {
+        Box::new(RefusingMmu {
+            inner,
+            refusals: Arc::clone(&mmu),
+        })
+    };
+    let vm = SoftVm::with_mmu(&pool, &memory, right(), 3 * REGION, between).unwrap();
+    let pages = || (0..3 * REGION).map(Gfn);
+    pages().for_each(|gfn| vm.cpu_write(gfn, gfn.0).unwrap());
+    drop(vm.space.fork().unwrap());
+    vm.space.unshare(Gfn(REGION)).unwrap();
+    for gfn in pages().filter(|gfn| gfn.0 / REGION != 1) {
+        vm.cpu_write(gfn, gfn.0).unwrap();
+    }
+    let entry = |gfn| vm.space.entry(gfn).unwrap();
+    assert!(entry(Gfn(REGION)).is_huge() && !entry(Gfn(REGION)).is_writable());
+    for manner in [Manner::Nothing, Manner::AllBut(2), Manner::All] {
+        mmu.refuse(manner, 0, 1);
+        assert!(vm.space.fork().is_err());
+        assert!(mmu.calls() > 1, "it was undone");
+        mmu.never();
+        for gfn in pages() {
+            let shown = (entry(gfn).pfn(), entry(gfn).protection());
+            assert_eq!(vm.mmu.page(gfn), shown, "{manner:?} {gfn:?}");
+            assert_eq!(entry(gfn).is_writable(), gfn.0 / REGION != 1);
+        }
+    }
+}
+
 /// A page whose writers were stopped, and cannot be let go on, stays read-only on both sides.
 #[test]
 fn writers_that_cannot_be_let_go_on_stay_out() {
