@@ -1234,3 +1234,29 @@ fn a_break_moves_the_snapshots_of_before_the_last_as_well() {
     drop((older, younger));
     w.settle();
 }
+
+/// Whoever forms a folio says that its pages are held, be it all of them.
+#[test]
+fn a_folio_all_of_whose_pages_are_held_is_not_shared() {
+    let w = huge().written();
+    w.vm.space.set_whole_price(1);
+    let first = w.vm.space.pin(P, Access::Read).unwrap();
+    let frozen = w.vm.space.fork().unwrap();
+    assert!(!w.is_huge(P), "split for the pinned page");
+    let pins: Vec<_> = (1..REGION)
+        .map(|n| w.vm.space.pin(Gfn(n), Access::Read).unwrap())
+        .collect();
+    for n in 0..REGION {
+        w.vm.cpu_write(Gfn(n), n).unwrap();
+    }
+    assert!(w.is_huge(P), "huge again");
+    let copied = w.stats().eager_copied;
+    let younger = w.vm.space.fork().unwrap();
+    assert_eq!(w.stats().eager_copied, copied + REGION);
+    for (n, pin) in (0..REGION).zip([first].into_iter().chain(pins)) {
+        w.vm.cpu_write(Gfn(n), 50 + n).unwrap();
+        assert_eq!((w.vm.dma_read(&pin), w.read(&younger, Gfn(n))), (50 + n, n));
+    }
+    drop((frozen, younger));
+    w.settle();
+}
