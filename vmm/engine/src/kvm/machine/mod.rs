@@ -1,5 +1,5 @@
 //! A virtual machine: threads that run its vCPUs, and what drives them. KVM runs the vCPUs, or the threads do
-//! themselves ([`user`]): pausing, capturing, restoring and ending are the same for both.
+//! themselves ([`user`](crate::user)): pausing, capturing, restoring and ending are the same for both.
 //!
 //! | file | concept |
 //! |---|---|
@@ -63,7 +63,7 @@ pub struct MachineStats {
     pub rungs: RungCounts,
     /// Stores that KVM emulated and gave to the VMM to carry out.
     pub emulated_stores: u64,
-    /// Write faults whose page a signal named ([`user`]): they need no ladder.
+    /// Write faults whose page a signal named ([`user`](crate::user)): they need no ladder.
     pub signals: u64,
     /// Kicks: one a running vCPU and pause.
     pub kicks: u64,
