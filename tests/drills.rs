@@ -11,7 +11,7 @@ use std::fs;
 use std::time::Duration;
 
 use guest::Drill;
-use support::{Recorder, Run, accel, config, no_kvm, run_guest_until, say};
+use support::{Recorder, Run, accel, config, no_kvm, run_guest_until, say, times};
 use vmm::accel::Accel;
 use vmm::session::config::{Config, PageSize};
 use vmm::session::report::{EndedBy, FaultCounts};
@@ -80,11 +80,13 @@ fn no_page_tables() -> bool {
 /// fault must be found by what the instruction is about: what was found by making whole regions writable was
 /// not found.
 fn drill(drill: Drill) -> Vec<Run> {
-    let shapes = [(PageSize::Base, 2, FAULTS), (PageSize::Huge, 1, 1)];
+    let shapes = [(PageSize::Base, 2, times(FAULTS)), (PageSize::Huge, 1, 1)];
     let runs = shapes.into_iter().filter_map(|(page_size, vcpus, least)| {
         run(drilled(drill, page_size, vcpus), move |seen| {
             let now = seen.now();
-            now.snapshots >= SNAPSHOTS && now.ops >= ROUNDS && resolved(&now.faults) >= least
+            now.snapshots >= times(SNAPSHOTS)
+                && now.ops >= times(ROUNDS)
+                && resolved(&now.faults) >= least
         })
     });
     let runs = Vec::from_iter(runs);
@@ -105,7 +107,7 @@ fn drill_rewound(drill: Drill, vcpus: u64, dma_devices: u64) {
         };
         run(asked, |seen| {
             let now = seen.now();
-            now.restored >= RESTORES && now.ops > 0
+            now.restored >= times(RESTORES) && now.ops > 0
         });
     }
 }
@@ -119,7 +121,9 @@ fn code_that_another_vcpu_patches_is_executed_as_it_was() {
     for page_size in [PageSize::Base, PageSize::Huge] {
         run(drilled(Drill::PatchedCode, page_size, 2), |seen| {
             let now = seen.now();
-            now.snapshots >= 2 * SNAPSHOTS && now.ops >= ROUNDS && named(&now.faults) > 0
+            now.snapshots >= times(2 * SNAPSHOTS)
+                && now.ops >= times(ROUNDS)
+                && named(&now.faults) > 0
         });
     }
     drill_rewound(Drill::PatchedCode, 2, 0);
@@ -153,7 +157,9 @@ fn stores_that_kvm_retries_for_ever_are_helped_along() {
         for page_size in [PageSize::Base, PageSize::Huge] {
             run(drilled(drill, page_size, 1), |seen| {
                 let now = seen.now();
-                now.snapshots >= SNAPSHOTS && now.ops >= ROUNDS && named(&now.faults) > 0
+                now.snapshots >= times(SNAPSHOTS)
+                    && now.ops >= times(ROUNDS)
+                    && named(&now.faults) > 0
             });
         }
     }
@@ -179,7 +185,7 @@ fn string_instructions_go_on_where_they_were_interrupted() {
         for page_size in [PageSize::Base, PageSize::Huge] {
             run(drilled(Drill::Strings, page_size, vcpus), |seen| {
                 let now = seen.now();
-                now.snapshots >= SNAPSHOTS && now.ops >= 4 && resolved(&now.faults) > 0
+                now.snapshots >= times(SNAPSHOTS) && now.ops >= 4 && resolved(&now.faults) > 0
             });
         }
     }
@@ -195,7 +201,9 @@ fn a_counter_on_two_pages_counts_everything_once() {
         for page_size in [PageSize::Base, PageSize::Huge] {
             run(drilled(Drill::SplitCounter, page_size, vcpus), |seen| {
                 let now = seen.now();
-                now.snapshots >= 2 * SNAPSHOTS && now.ops >= ROUNDS && resolved(&now.faults) > 0
+                now.snapshots >= times(2 * SNAPSHOTS)
+                    && now.ops >= times(ROUNDS)
+                    && resolved(&now.faults) > 0
             });
         }
     }
@@ -267,7 +275,7 @@ fn a_guest_that_talks_for_ever_is_listened_to_and_snapshotted() {
         return;
     }
     let run = run(drilled(Drill::Talk, PageSize::Huge, 1), |seen| {
-        seen.now().snapshots >= SNAPSHOTS && !seen.console.is_empty()
+        seen.now().snapshots >= times(SNAPSHOTS) && !seen.console.is_empty()
     });
     let run = run.expect("every CPU can talk");
     assert!(run.seen.console.starts_with("drill Talk 0\n"));
@@ -307,7 +315,7 @@ fn drill_on_tables(drill: Drill) {
         for page_size in [PageSize::Base, PageSize::Huge] {
             let run = run(drilled(drill, page_size, vcpus), |seen| {
                 let now = seen.now();
-                now.snapshots >= 2 * SNAPSHOTS && now.ops >= SNAPSHOTS
+                now.snapshots >= times(2 * SNAPSHOTS) && now.ops >= times(SNAPSHOTS)
             });
             let faults = run.expect("every CPU has page tables").report.faults;
             assert_eq!((faults.by_region, faults.by_all), (0, 0), "{faults:?}");
@@ -331,7 +339,7 @@ fn page_tables_are_those_of_the_snapshot_after_a_restore() {
             };
             run(asked, |seen| {
                 let now = seen.now();
-                now.restored >= 3 * RESTORES && now.ops >= ROUNDS
+                now.restored >= times(3 * RESTORES) && now.ops >= times(ROUNDS)
             });
         }
     }

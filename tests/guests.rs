@@ -8,7 +8,7 @@ use std::time::Duration;
 use guest::Misbehaviour;
 use guest::abi::{PORT_DOORBELL_EXIT, PORT_EXIT, PORT_FAILURE};
 use support::program::{EHDR, program, put, talker};
-use support::{Run, accel, config, no_kvm, run_guest, run_guest_until};
+use support::{Run, accel, config, no_kvm, run_guest, run_guest_until, times};
 use vmm::accel::Accel;
 use vmm::cli::chain;
 use vmm::session::RunError;
@@ -115,7 +115,7 @@ fn a_guest_that_spins_is_snapshotted_all_the_same() {
     let run = misbehave_as(
         Misbehaviour::Spin,
         Config {
-            length: RunLength::Snapshots(30),
+            length: RunLength::Snapshots(times(30)),
             ..config()
         },
     );
@@ -437,7 +437,7 @@ fn a_guest_that_never_stops_ringing_is_snapshotted_all_the_same() {
     let mut code = vec![0xba];
     code.extend(u32::from(PORT_DOORBELL_EXIT).to_le_bytes());
     code.extend(b"\xef\xeb\xfd");
-    let run = run_code(&code, RunLength::Snapshots(40));
+    let run = run_code(&code, RunLength::Snapshots(times(40)));
     run.assert_clean();
     assert_eq!(run.report.ended_by, EndedBy::Snapshots);
 }

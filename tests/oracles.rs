@@ -5,19 +5,21 @@ mod support;
 use std::ops::RangeInclusive;
 use std::time::Duration;
 
-use support::{Run, config, no_kvm, run};
+use support::{Run, config, no_kvm, run, times};
 use vmm::check::{Oracle, Violation};
 use vmm::session::config::{Config, Injection, RunLength};
 use vmm::session::report::Verdict;
 
 /// Seeds that every fault is tried with.
-const SEEDS: RangeInclusive<u64> = 1..=20;
+fn seeds() -> RangeInclusive<u64> {
+    1..=times(20)
+}
 
 /// Runs with `fault` in them, as short as can be: they go on until the fault has had its occasion, however
 /// fast the guest is, and not longer. Its oracle must see it in every one.
 fn caught(fault: Injection) -> Vec<Run> {
     let oracle = fault.caught_by();
-    SEEDS
+    seeds()
         .map(|seed| {
             let run = run(Config {
                 seed,
@@ -77,7 +79,7 @@ fn a_clean_run_has_no_violation() {
         let run = run(Config {
             seed,
             dma_devices: 4,
-            length: RunLength::Snapshots(100),
+            length: RunLength::Snapshots(times(100)),
             ..config()
         });
         run.assert_clean();
@@ -219,7 +221,7 @@ fn a_leaked_pin_breaks_accounting() {
     }
     let violations = violations(Injection::LeakPin);
     // One a run.
-    assert_eq!(violations.len(), SEEDS.count(), "{violations:?}");
+    assert_eq!(violations.len(), seeds().count(), "{violations:?}");
     for violation in violations {
         assert!(violation.found.contains("1 pins"), "{violation}");
     }

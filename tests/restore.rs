@@ -7,7 +7,7 @@ mod support;
 
 use guest::Misbehaviour;
 use guest::abi::{MAX_REGISTERED, Pattern};
-use support::{config, no_kvm, run, run_guest, run_until};
+use support::{config, no_kvm, run, run_guest, run_until, times};
 use vmm::session::config::{Config, RunLength};
 
 #[test]
@@ -15,10 +15,11 @@ fn a_guest_is_rewound_as_often_as_asked() {
     if no_kvm() {
         return;
     }
-    for (restore_every, expected) in [(0, 0), (1, 30), (7, 4), (31, 0)] {
+    let count = times(30);
+    for (restore_every, expected) in [(0, 0), (1, count), (7, count / 7), (count + 1, 0)] {
         let run = run(Config {
             restore_every,
-            length: RunLength::Snapshots(30),
+            length: RunLength::Snapshots(count),
             ..config()
         });
         run.assert_clean();
@@ -37,7 +38,7 @@ fn a_guest_rewound_after_every_snapshot_still_gets_on() {
     };
     let run = run_until(asked, |seen| {
         let now = seen.now();
-        now.restored >= 100 && now.ops > 0 && now.dma_bytes > 0
+        now.restored >= times(100) && now.ops > 0 && now.dma_bytes > 0
     });
     run.assert_clean();
 }
@@ -68,7 +69,7 @@ fn the_only_snapshot_can_be_restored() {
         ..config()
     });
     run.assert_clean();
-    assert_eq!(run.report.snapshots.restored, 40);
+    assert_eq!(run.report.snapshots.restored, times(40));
 }
 
 #[test]
@@ -77,9 +78,9 @@ fn snapshots_from_long_ago_can_be_restored() {
         return;
     }
     run(Config {
-        keep: 30,
+        keep: times(30) as usize,
         restore_every: 3,
-        length: RunLength::Snapshots(60),
+        length: RunLength::Snapshots(times(60)),
         ..config()
     })
     .assert_clean();
@@ -102,7 +103,7 @@ fn devices_go_on_with_their_registered_buffers_after_a_restore() {
         let (first, now) = (registered.next(), seen.now());
         first.is_some_and(|first| {
             now.pins.registered > 0
-                && now.restored > first.restored + 10
+                && now.restored > first.restored + times(10)
                 && now.dma_bytes > first.dma_bytes
         })
     });
@@ -125,6 +126,6 @@ fn a_guest_that_counts_no_operations_can_be_rewound() {
     )
     .unwrap();
     run.assert_clean();
-    assert_eq!(run.report.snapshots.restored, 40);
+    assert_eq!(run.report.snapshots.restored, times(40));
     assert_eq!(run.report.guest.ops, 0);
 }

@@ -6,7 +6,7 @@ mod support;
 use std::time::Duration;
 
 use guest::abi::{MAX_DEVICES, MAX_REGISTERED, MAX_VCPUS, PAGE_SIZE, Pattern};
-use support::{accel, config, no_kvm, run, run_until};
+use support::{accel, config, no_kvm, run, run_until, times};
 use vmm::accel::Accel;
 use vmm::session::config::{Config, PageSize, RunLength};
 use vmm::session::report::{EndedBy, Verdict};
@@ -27,7 +27,7 @@ fn every_pattern_runs_clean() {
             ..config()
         };
         let run = run_until(asked, |seen| {
-            seen.now().snapshots >= 40 && seen.now().ops > 1000
+            seen.now().snapshots >= times(40) && seen.now().ops > times(1000)
         });
         run.assert_clean();
         assert!(run.report.guest.ops > 0, "{pattern:?}");
@@ -47,7 +47,7 @@ fn any_number_of_vcpus_runs_clean() {
             ..config()
         };
         let run = run_until(asked, |seen| {
-            seen.now().snapshots >= 30 && seen.now().ops > 0
+            seen.now().snapshots >= times(30) && seen.now().ops > 0
         });
         run.assert_clean();
         assert!(run.report.guest.ops > 0, "{vcpus} vcpus");
@@ -69,7 +69,7 @@ fn any_number_of_devices_runs_clean() {
             let is_registered = seen.progress.iter().any(|p| p.pins.registered > 0);
             let now = seen.now();
             // Two directions, and the guest takes turns.
-            now.snapshots >= 40
+            now.snapshots >= times(40)
                 && now.dma_requests > 10
                 && now.pins.fast > 0
                 && is_registered == (registered_buffers > 0)
@@ -95,7 +95,7 @@ fn a_guest_without_devices_does_no_dma() {
         ..config()
     };
     let run = run_until(asked, |seen| {
-        seen.now().snapshots >= 40 && seen.now().ops > 0
+        seen.now().snapshots >= times(40) && seen.now().ops > 0
     });
     run.assert_clean();
     assert_eq!(run.report.dma, Default::default());
@@ -177,7 +177,7 @@ fn progress_never_goes_back_and_ends_where_the_report_does() {
         return;
     }
     let run = run(Config {
-        length: RunLength::Snapshots(60),
+        length: RunLength::Snapshots(times(60)),
         ..config()
     });
     run.assert_clean();
@@ -240,8 +240,8 @@ fn many_snapshots_can_be_alive_at_once() {
         return;
     }
     let run = run(Config {
-        keep: 50,
-        length: RunLength::Snapshots(60),
+        keep: times(50) as usize,
+        length: RunLength::Snapshots(times(60)),
         ..config()
     });
     run.assert_clean();
@@ -257,7 +257,7 @@ fn memory_that_is_not_touched_costs_nothing() {
         memory,
         page_size: PageSize::Base,
         pattern: Pattern::Sparse,
-        length: RunLength::Snapshots(20),
+        length: RunLength::Snapshots(times(20)),
         ..config()
     });
     run.assert_clean();
@@ -291,7 +291,7 @@ fn frames_of_dropped_snapshots_are_used_again() {
     let run = run_until(asked, move |seen| {
         let faults = seen.now().faults;
         let copied = (faults.copied + faults.neighbours + faults.ahead) * PAGE_SIZE;
-        seen.now().snapshots >= 60 && copied > 2 * bound
+        seen.now().snapshots >= times(60) && copied > 2 * bound
     });
     run.assert_clean();
     assert!(

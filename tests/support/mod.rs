@@ -72,7 +72,7 @@ pub(crate) fn config() -> Config {
         trust_guest: true,
         memory: 32 << 20,
         vcpus: 2,
-        length: RunLength::Snapshots(40),
+        length: RunLength::Snapshots(times(40)),
         snapshot_every: Duration::from_millis(5),
         keep: 4,
         restore_every: 10,
@@ -252,6 +252,16 @@ fn watched(
 fn slowness() -> u32 {
     let said = std::env::var("TEST_SLOWNESS").ok();
     said.and_then(|said| said.parse().ok()).unwrap_or(1)
+}
+
+/// `count`, or a quarter of it where everything takes longer. What counts much of something is there to meet
+/// what is rare, and does so on a machine of its own; on another it is about what is different there.
+pub(crate) fn times(count: u64) -> u64 {
+    if slowness() > 1 {
+        count.div_ceil(4)
+    } else {
+        count
+    }
 }
 
 /// What `work` returns, if it does within `time`, or as much longer as this host may take.

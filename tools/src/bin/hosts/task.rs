@@ -131,7 +131,7 @@ fn main_job() -> Vec<Task> {
 fn faults(extent: Extent) -> Vec<Task> {
     const FOUND: i32 = 3;
     // A run with a fault in it lasts until the fault could be seen, however few there are.
-    let snapshots = if extent == Extent::Sample { "6" } else { "40" };
+    let snapshots = if extent == Extent::Full { "40" } else { "6" };
     let fault = |fault: Injection| {
         let mut command = vec![
             "vmm",
