@@ -10,12 +10,20 @@
 //!   Parked ─────────────▶ Running ─────────────▶ Parked ── task: Queued ▶ Running ▶ Captured | Done | Failed
 //!      └─── command = Stop ──┴──── or a crash, or an exit ───▶ Ended
 //! ```
-//! Commands change with the slots locked, so that a parked thread cannot miss one; a running thread reads its
-//! own without the lock (see [`kick`](super::kick) for why it cannot miss one either).
+//! The command of a vCPU changes with its slot locked, so that a parked thread cannot miss one; a running
+//! thread reads its own without the lock (see [`kick`](super::kick) for why it cannot miss one either).
+//!
+//! On a machine whose CPUs are all busy a wake-up too many is a vCPU that waits for a slice of somebody's.
+//! So every vCPU has a lock and a wake-up of its own, and whoever waits for vCPUs is woken once, by the last
+//! of them: each slot says what is [`Awaited`] of it, and [`Pending`] counts the slots that say so. A slot's
+//! lock is taken before that of the count.
 
 use std::sync::atomic::{AtomicU8, Ordering};
-use std::sync::{Condvar, Mutex, MutexGuard};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
+
+use crossbeam_utils::CachePadded;
+use rustix::thread::sched_getcpu;
 
 use super::error::StateError;
 use super::registers::EntryState;
@@ -76,49 +84,109 @@ pub(crate) struct Slot {
     /// When `phase` began.
     pub(crate) since: Instant,
     pub(crate) task: TaskState,
+    /// What somebody waits for.
+    awaited: Option<Awaited>,
+    /// The CPU that the thread was on when it parked.
+    cpu: usize,
+}
+
+/// What a vCPU can be waited for to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Awaited {
+    /// Parked. Nobody is waited for any longer once a vCPU has ended.
+    Parked,
+    /// No longer parked.
+    Running,
+    /// Without a task that is not done; or ended.
+    WithoutTask,
+    /// Ended.
+    Ended,
+}
+
+impl Awaited {
+    fn is(self, slot: &Slot) -> bool {
+        match self {
+            Self::Parked => slot.phase != Phase::Running,
+            Self::Running => slot.phase != Phase::Parked,
+            Self::WithoutTask => !slot.task.is_pending() || slot.phase == Phase::Ended,
+            Self::Ended => slot.phase == Phase::Ended,
+        }
+    }
+}
+
+/// How many slots have something awaited of them.
+#[derive(Debug, Default)]
+struct Pending {
+    slots: usize,
+    /// Whether a vCPU has ended.
+    has_ended: bool,
+}
+
+#[derive(Debug)]
+struct VcpuControl {
+    command: AtomicU8,
+    slot: Mutex<Slot>,
+    /// A command or a task is there for the vCPU, which is parked.
+    wake: Condvar,
 }
 
 /// What a machine shares with its vCPU threads.
 #[derive(Debug)]
 pub(crate) struct Control {
-    commands: Vec<AtomicU8>,
-    slots: Mutex<Vec<Slot>>,
-    /// A command or a task is there for a parked vCPU.
-    to_vcpus: Condvar,
-    /// A phase or the state of a task changed.
+    vcpus: Vec<CachePadded<VcpuControl>>,
+    pending: Mutex<Pending>,
+    /// Nothing is awaited any longer, or a vCPU has ended.
     to_machine: Condvar,
+    /// Locked by whoever waits: there is one thing awaited of a slot.
+    waiting: Mutex<()>,
 }
 
 /// A vCPU did not do in time what it was told.
-pub(crate) struct TimedOut;
+#[derive(Debug)]
+pub(crate) struct TimedOut {
+    /// The first of them.
+    pub(crate) vcpu: usize,
+}
 
 impl Control {
     /// For `vcpus` vCPUs, all parked.
     pub(crate) fn new(vcpus: usize) -> Self {
-        let slot = || Slot {
-            phase: Phase::Parked,
-            since: Instant::now(),
-            task: TaskState::Idle,
+        let vcpu = |_| {
+            CachePadded::new(VcpuControl {
+                command: AtomicU8::new(VcpuCommand::Pause as u8),
+                slot: Mutex::new(Slot {
+                    phase: Phase::Parked,
+                    since: Instant::now(),
+                    task: TaskState::Idle,
+                    awaited: None,
+                    cpu: 0,
+                }),
+                wake: Condvar::new(),
+            })
         };
         Self {
-            commands: (0..vcpus)
-                .map(|_| AtomicU8::new(VcpuCommand::Pause as u8))
-                .collect(),
-            slots: Mutex::new((0..vcpus).map(|_| slot()).collect()),
-            to_vcpus: Condvar::new(),
+            vcpus: (0..vcpus).map(vcpu).collect(),
+            pending: Mutex::default(),
             to_machine: Condvar::new(),
+            waiting: Mutex::default(),
         }
     }
 
-    /// The slots. A thread that panicked holding them left them whole: every change is one assignment.
-    pub(crate) fn lock(&self) -> MutexGuard<'_, Vec<Slot>> {
-        self.slots.lock().unwrap_or_else(|e| e.into_inner())
+    /// The slot of vCPU `vcpu`.
+    pub(crate) fn slot(&self, vcpu: usize) -> MutexGuard<'_, Slot> {
+        lock(&self.vcpus[vcpu].slot)
+    }
+
+    /// What `of` says of each slot.
+    pub(crate) fn each<T>(&self, mut of: impl FnMut(&mut Slot) -> T) -> Vec<T> {
+        let slots = self.vcpus.iter().map(|vcpu| lock(&vcpu.slot));
+        slots.map(|mut slot| of(&mut slot)).collect()
     }
 
     /// The command of vCPU `vcpu`. SeqCst: the other half of
     /// [`KickFlag::clear`](super::kick::KickFlag::clear).
     pub(crate) fn command(&self, vcpu: usize) -> VcpuCommand {
-        match self.commands[vcpu].load(Ordering::SeqCst) {
+        match self.vcpus[vcpu].command.load(Ordering::SeqCst) {
             0 => VcpuCommand::Run,
             1 => VcpuCommand::Pause,
             _ => VcpuCommand::Stop,
@@ -127,54 +195,104 @@ impl Control {
 
     /// Gives all vCPUs a command, and wakes those that are parked. The command to stop is never taken back.
     ///
-    /// The slots are handed over to show that they are locked.
-    pub(crate) fn give(&self, _slots: &mut MutexGuard<'_, Vec<Slot>>, command: VcpuCommand) {
-        for current in &self.commands {
-            if current.load(Ordering::SeqCst) != VcpuCommand::Stop as u8 {
-                current.store(command as u8, Ordering::SeqCst);
+    /// Those are woken last that parked on this thread's CPU. That is where they can run as soon as this
+    /// thread waits, and a scheduler that finds this CPU busy would put them where the others go.
+    pub(crate) fn give(&self, command: VcpuCommand) {
+        let here = sched_getcpu();
+        let mut last = Vec::new();
+        for (vcpu, control) in self.vcpus.iter().enumerate() {
+            if command == VcpuCommand::Run && lock(&control.slot).cpu == here {
+                last.push(vcpu);
+            } else {
+                control.give(command);
             }
         }
-        self.to_vcpus.notify_all();
+        for vcpu in last {
+            self.vcpus[vcpu].give(command);
+        }
     }
 
-    /// Wakes parked vCPUs to look at their tasks.
-    pub(crate) fn task_given(&self) {
-        self.to_vcpus.notify_all();
+    /// Gives all vCPUs the command to pause, and a task for then. Which of them were running.
+    pub(crate) fn give_pause(&self, task: impl Fn() -> TaskState) -> Vec<bool> {
+        let vcpus = self.vcpus.iter().map(|vcpu| {
+            // With the slot locked for both: one that has yet to see that it may run must not do the task
+            // before it does.
+            let mut slot = lock(&vcpu.slot);
+            slot.task = task();
+            vcpu.set(VcpuCommand::Pause);
+            if slot.phase == Phase::Parked {
+                vcpu.wake.notify_one();
+            }
+            slot.phase == Phase::Running
+        });
+        vcpus.collect()
     }
 
-    /// Waits until `ready` holds, at most `limit`.
-    pub(crate) fn wait<'a>(
+    /// Gives vCPU `vcpu`, which is parked, a task.
+    pub(crate) fn give_task(&self, vcpu: usize, task: RegisterTask) {
+        let control = &self.vcpus[vcpu];
+        lock(&control.slot).task = TaskState::Queued(task);
+        control.wake.notify_one();
+    }
+
+    /// Waits until each of the first `vcpus` is what is `awaited` of it, at most `limit`.
+    ///
+    /// # Errors
+    /// If one is not by then. Of what is awaited as [`Awaited::Parked`] it is no error that one has ended.
+    pub(crate) fn wait(
         &self,
-        slots: MutexGuard<'a, Vec<Slot>>,
+        vcpus: usize,
+        awaited: Awaited,
         limit: Duration,
-        mut ready: impl FnMut(&[Slot]) -> bool,
-    ) -> (MutexGuard<'a, Vec<Slot>>, Result<(), TimedOut>) {
-        let (slots, timeout) = self
+    ) -> Result<(), TimedOut> {
+        let _alone = lock(&self.waiting);
+        let deadline = Instant::now() + limit;
+        for control in &self.vcpus[..vcpus] {
+            let mut slot = lock(&control.slot);
+            if !awaited.is(&slot) {
+                slot.awaited = Some(awaited);
+                lock(&self.pending).slots += 1;
+            }
+        }
+        let left = deadline.saturating_duration_since(Instant::now());
+        let is_over = |p: &Pending| p.slots == 0 || awaited == Awaited::Parked && p.has_ended;
+        let waited = self
             .to_machine
-            .wait_timeout_while(slots, limit, |slots| !ready(slots))
-            .unwrap_or_else(|e| e.into_inner());
-        let result = if timeout.timed_out() {
-            Err(TimedOut)
-        } else {
-            Ok(())
-        };
-        (slots, result)
+            .wait_timeout_while(lock(&self.pending), left, |pending| !is_over(pending))
+            .unwrap_or_else(PoisonError::into_inner);
+        let timed_out = !is_over(&waited.0);
+        drop(waited);
+        let mut late = None;
+        for (vcpu, control) in self.vcpus[..vcpus].iter().enumerate() {
+            if lock(&control.slot).awaited.take().is_some() {
+                lock(&self.pending).slots -= 1;
+                late = late.or(Some(vcpu));
+            }
+        }
+        match late {
+            Some(vcpu) if timed_out => Err(TimedOut { vcpu }),
+            _ => Ok(()),
+        }
     }
 
     /// The thread of vCPU `vcpu` is now doing something else.
     pub(crate) fn enter_phase(&self, vcpu: usize, phase: Phase) {
-        let mut slots = self.lock();
-        set_phase(&mut slots[vcpu], phase);
-        drop(slots);
-        self.to_machine.notify_all();
+        self.change(vcpu, |slot| {
+            set_phase(slot, phase);
+            slot.cpu = sched_getcpu();
+        });
+        if phase == Phase::Ended {
+            lock(&self.pending).has_ended = true;
+            self.to_machine.notify_all();
+        }
     }
 
     /// Waits, parked, for a task. `None` once the command is no longer to pause; the vCPU then counts as
     /// running.
     pub(crate) fn next_task(&self, vcpu: usize) -> Option<RegisterTask> {
-        let mut slots = self.lock();
+        let control = &self.vcpus[vcpu];
+        let mut slot = lock(&control.slot);
         loop {
-            let slot = &mut slots[vcpu];
             if matches!(slot.task, TaskState::Queued(_))
                 && let TaskState::Queued(task) =
                     std::mem::replace(&mut slot.task, TaskState::Running)
@@ -182,25 +300,194 @@ impl Control {
                 return Some(task);
             }
             if self.command(vcpu) != VcpuCommand::Pause {
-                set_phase(slot, Phase::Running);
-                drop(slots);
-                self.to_machine.notify_all();
+                set_phase(&mut slot, Phase::Running);
+                self.changed(slot);
                 return None;
             }
-            slots = self.to_vcpus.wait(slots).unwrap_or_else(|e| e.into_inner());
+            let waited = control.wake.wait(slot);
+            slot = waited.unwrap_or_else(PoisonError::into_inner);
         }
     }
 
     /// The task that [`Control::next_task`] gave is finished.
     pub(crate) fn finish(&self, vcpu: usize, task: TaskState) {
-        self.lock()[vcpu].task = task;
-        self.to_machine.notify_all();
+        self.change(vcpu, |slot| slot.task = task);
     }
+
+    fn change(&self, vcpu: usize, change: impl FnOnce(&mut Slot)) {
+        let mut slot = self.slot(vcpu);
+        change(&mut slot);
+        self.changed(slot);
+    }
+
+    /// Wakes whoever waits if `slot` was the last that was awaited to be what it is now.
+    fn changed(&self, mut slot: MutexGuard<'_, Slot>) {
+        if slot.awaited.is_none_or(|awaited| !awaited.is(&slot)) {
+            return;
+        }
+        slot.awaited = None;
+        let mut pending = lock(&self.pending);
+        pending.slots -= 1;
+        let was_last = pending.slots == 0;
+        drop((pending, slot));
+        if was_last {
+            self.to_machine.notify_all();
+        }
+    }
+}
+
+impl VcpuControl {
+    /// Sets the command. Its slot is locked.
+    fn set(&self, command: VcpuCommand) {
+        if self.command.load(Ordering::SeqCst) != VcpuCommand::Stop as u8 {
+            self.command.store(command as u8, Ordering::SeqCst);
+        }
+    }
+
+    fn give(&self, command: VcpuCommand) {
+        let slot = lock(&self.slot);
+        self.set(command);
+        let is_parked = slot.phase == Phase::Parked;
+        drop(slot);
+        if is_parked {
+            self.wake.notify_one();
+        }
+    }
+}
+
+/// A thread that panicked with the lock left what it locks whole: every change is one assignment.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn set_phase(slot: &mut Slot, phase: Phase) {
     if slot.phase != phase {
         slot.phase = phase;
         slot.since = Instant::now();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::AtomicU64;
+    use std::thread;
+
+    use super::*;
+
+    const SOON: Duration = Duration::from_secs(60);
+    const VCPUS: usize = 3;
+
+    /// The life of a vCPU's thread: it counts how often it looks, and what it does.
+    fn live(control: &Control, vcpu: usize, looks: &AtomicU64, tasks: &AtomicU64) {
+        loop {
+            match control.command(vcpu) {
+                VcpuCommand::Run => {
+                    looks.fetch_add(1, Ordering::SeqCst);
+                    thread::yield_now();
+                }
+                VcpuCommand::Pause => {
+                    control.enter_phase(vcpu, Phase::Parked);
+                    while control.next_task(vcpu).is_some() {
+                        tasks.fetch_add(1, Ordering::SeqCst);
+                        control.finish(vcpu, TaskState::Done);
+                    }
+                }
+                VcpuCommand::Stop => break,
+            }
+        }
+        control.enter_phase(vcpu, Phase::Ended);
+    }
+
+    /// Ends the threads, however the test ends.
+    struct Ended<'a>(&'a Control);
+
+    impl Drop for Ended<'_> {
+        fn drop(&mut self) {
+            self.0.give(VcpuCommand::Stop);
+        }
+    }
+
+    fn with_threads(test: impl FnOnce(&Control, &AtomicU64, &AtomicU64)) {
+        let control = Control::new(VCPUS);
+        let (looks, tasks) = (AtomicU64::new(0), AtomicU64::new(0));
+        thread::scope(|scope| {
+            let _ended = Ended(&control);
+            for vcpu in 0..VCPUS {
+                let (control, looks, tasks) = (&control, &looks, &tasks);
+                scope.spawn(move || live(control, vcpu, looks, tasks));
+            }
+            // As a machine that starts: each has a task before it runs.
+            for vcpu in 0..VCPUS {
+                control.give_task(vcpu, RegisterTask::Capture);
+            }
+            control.wait(VCPUS, Awaited::WithoutTask, SOON).unwrap();
+            test(&control, &looks, &tasks);
+            control.give(VcpuCommand::Stop);
+            control.wait(VCPUS, Awaited::Ended, SOON).unwrap();
+        });
+        assert_eq!(lock(&control.pending).slots, 0);
+    }
+
+    #[test]
+    fn a_thousand_pauses_lose_no_wake_up_and_no_task() {
+        with_threads(|control, looks, tasks| {
+            for pauses in 1..=1000 {
+                control.give(VcpuCommand::Run);
+                control.wait(VCPUS, Awaited::Running, SOON).unwrap();
+                let task = || TaskState::Queued(RegisterTask::Capture);
+                control.give_pause(task);
+                control.wait(VCPUS, Awaited::Parked, SOON).unwrap();
+                let phases = control.each(|slot| slot.phase);
+                assert_eq!(phases, [Phase::Parked; VCPUS]);
+                control.wait(VCPUS, Awaited::WithoutTask, SOON).unwrap();
+                let done = tasks.load(Ordering::SeqCst);
+                assert_eq!(done, (pauses + 1) * VCPUS as u64);
+                let before = looks.load(Ordering::SeqCst);
+                control.give_pause(|| TaskState::Idle);
+                assert_eq!(looks.load(Ordering::SeqCst), before, "one ran");
+            }
+        });
+    }
+
+    #[test]
+    fn who_is_late_is_named() {
+        let control = Control::new(VCPUS);
+        for vcpu in [0, 2] {
+            control.enter_phase(vcpu, Phase::Running);
+        }
+        let timed_out = control.wait(VCPUS, Awaited::Running, Duration::ZERO);
+        assert_eq!(timed_out.map_err(|late| late.vcpu), Err(1));
+        // Of who was waited for in vain nothing is awaited any longer.
+        control.enter_phase(1, Phase::Running);
+        control
+            .wait(VCPUS, Awaited::Running, Duration::ZERO)
+            .unwrap();
+        assert_eq!(lock(&control.pending).slots, 0);
+    }
+
+    #[test]
+    fn nobody_is_waited_for_to_park_when_one_has_ended() {
+        let control = Control::new(VCPUS);
+        for vcpu in 0..VCPUS {
+            control.enter_phase(vcpu, Phase::Running);
+        }
+        thread::scope(|scope| {
+            let waits = scope.spawn(|| control.wait(VCPUS, Awaited::Parked, SOON));
+            control.enter_phase(1, Phase::Ended);
+            waits.join().unwrap().unwrap();
+        });
+        assert_eq!(control.each(|slot| slot.phase)[0], Phase::Running);
+        assert_eq!(lock(&control.pending).slots, 0);
+        let timed_out = control.wait(VCPUS, Awaited::Ended, Duration::ZERO);
+        assert_eq!(timed_out.map_err(|late| late.vcpu), Err(0));
+    }
+
+    #[test]
+    fn the_command_to_stop_is_never_taken_back() {
+        let control = Control::new(1);
+        control.give(VcpuCommand::Stop);
+        control.give(VcpuCommand::Run);
+        control.give_pause(|| TaskState::Idle);
+        assert_eq!(control.command(0), VcpuCommand::Stop);
     }
 }

@@ -36,12 +36,7 @@ impl Watch {
             let mut seen = counters.exits();
             while !wait(&told) {
                 let exits = counters.exits();
-                let running = Vec::from_iter(
-                    control
-                        .lock()
-                        .iter()
-                        .map(|slot| slot.phase == Phase::Running),
-                );
+                let running = control.each(|slot| slot.phase == Phase::Running);
                 for (vcpu, thread) in threads.iter().enumerate() {
                     if running[vcpu] && exits[vcpu] == seen[vcpu] {
                         // Refused, it is tried again the next time.

@@ -1,10 +1,9 @@
 //! Starts vCPUs, gives them tasks while they are parked, and lets them run.
 
-use std::sync::MutexGuard;
 use std::time::Instant;
 
 use super::Machine;
-use crate::kvm::control::{Phase, RegisterTask, Slot, TaskState, VcpuCommand};
+use crate::kvm::control::{Awaited, Phase, RegisterTask, TaskState, TimedOut, VcpuCommand};
 use crate::kvm::error::{KvmError, PATIENCE};
 use crate::kvm::registers::EntryState;
 use crate::kvm::state::{Clock, VcpuState};
@@ -53,16 +52,16 @@ impl Machine {
         &self,
         mut task: impl FnMut(usize) -> RegisterTask,
     ) -> Result<(), KvmError> {
-        let mut slots = self.finish_pending()?;
-        for (vcpu, slot) in slots.iter_mut().enumerate() {
-            slot.task = TaskState::Queued(task(vcpu));
+        self.finish_pending()?;
+        for vcpu in 0..self.vcpus() {
+            self.control.give_task(vcpu, task(vcpu));
         }
-        drop(slots);
-        self.control.task_given();
-        let mut slots = self.finish_pending()?;
-        for (vcpu, slot) in slots.iter_mut().enumerate() {
+        self.finish_pending()?;
+        for vcpu in 0..self.vcpus() {
+            let mut slot = self.control.slot(vcpu);
             if let TaskState::Failed(source) = std::mem::replace(&mut slot.task, TaskState::Idle) {
-                self.control.give(&mut slots, VcpuCommand::Stop);
+                drop(slot);
+                self.control.give(VcpuCommand::Stop);
                 return Err(KvmError::State { vcpu, source });
             }
         }
@@ -70,44 +69,37 @@ impl Machine {
     }
 
     /// Waits until no vCPU has a task left.
-    pub(super) fn finish_pending(&self) -> Result<MutexGuard<'_, Vec<Slot>>, KvmError> {
-        let (slots, in_time) = self.control.wait(self.control.lock(), PATIENCE, |slots| {
-            slots
-                .iter()
-                .all(|slot| !slot.task.is_pending() || slot.phase == Phase::Ended)
-        });
-        check_alive(&slots)?;
-        let pending = slots.iter().position(|slot| slot.task.is_pending());
-        match (in_time, pending) {
-            (Err(_), Some(vcpu)) => Err(KvmError::Stuck { vcpu }),
-            _ => Ok(slots),
-        }
+    pub(super) fn finish_pending(&self) -> Result<(), KvmError> {
+        let done = self.wait(Awaited::WithoutTask);
+        self.check_alive()?;
+        done.map_err(|TimedOut { vcpu }| KvmError::Stuck { vcpu })
     }
 
     /// Lets all vCPUs run. Returns when the last of them was about to enter the guest.
     pub(super) fn run_all(&self) -> Instant {
-        let mut slots = self.control.lock();
-        self.control.give(&mut slots, VcpuCommand::Run);
-        let (slots, in_time) = self.control.wait(slots, PATIENCE, |slots| {
-            slots.iter().all(|slot| slot.phase != Phase::Parked)
-        });
-        let parked = slots.iter().position(|slot| slot.phase == Phase::Parked);
-        if let (Err(_), Some(vcpu)) = (in_time, parked) {
+        self.control.give(VcpuCommand::Run);
+        if let Err(TimedOut { vcpu }) = self.wait(Awaited::Running) {
             tracing::warn!("vcpu {vcpu} was told to run, and has not begun");
         }
-        last_change(&slots).unwrap_or_else(Instant::now)
+        self.last_change().unwrap_or_else(Instant::now)
     }
-}
 
-/// Fails if a vCPU has ended.
-pub(super) fn check_alive(slots: &[Slot]) -> Result<(), KvmError> {
-    match slots.iter().position(|slot| slot.phase == Phase::Ended) {
-        Some(vcpu) => Err(KvmError::Stopped { vcpu }),
-        None => Ok(()),
+    /// Waits until all vCPUs are what is `awaited` of them.
+    pub(super) fn wait(&self, awaited: Awaited) -> Result<(), TimedOut> {
+        self.control.wait(self.vcpus(), awaited, PATIENCE)
     }
-}
 
-/// When the last vCPU changed its phase.
-pub(super) fn last_change(slots: &[Slot]) -> Option<Instant> {
-    slots.iter().map(|slot| slot.since).max()
+    /// Fails if a vCPU has ended.
+    pub(super) fn check_alive(&self) -> Result<(), KvmError> {
+        let ended = self.control.each(|slot| slot.phase == Phase::Ended);
+        match ended.iter().position(|ended| *ended) {
+            Some(vcpu) => Err(KvmError::Stopped { vcpu }),
+            None => Ok(()),
+        }
+    }
+
+    /// When the last vCPU changed its phase.
+    pub(super) fn last_change(&self) -> Option<Instant> {
+        self.control.each(|slot| slot.since).into_iter().max()
+    }
 }

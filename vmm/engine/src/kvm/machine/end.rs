@@ -6,15 +6,13 @@ use std::thread;
 use std::time::Duration;
 
 use super::Machine;
-use crate::kvm::control::{Phase, Slot, VcpuCommand};
+use crate::kvm::control::{Awaited, Phase, VcpuCommand};
 use crate::kvm::error::{KvmError, PATIENCE};
 
 impl Machine {
     /// Tells all vCPUs to stop for good, without waiting for them.
     pub fn stop(&self) {
-        let mut slots = self.control.lock();
-        self.control.give(&mut slots, VcpuCommand::Stop);
-        drop(slots);
+        self.control.give(VcpuCommand::Stop);
         self.kick_all();
     }
 
@@ -37,13 +35,12 @@ impl Machine {
         } else {
             PATIENCE
         };
-        let has_ended = |slot: &Slot| slot.phase == Phase::Ended;
         let threads = self.threads.len();
-        let (slots, in_time) = self.control.wait(self.control.lock(), patience, |slots| {
-            slots[..threads].iter().all(has_ended)
-        });
+        let in_time = self.control.wait(threads, Awaited::Ended, patience);
         self.is_stuck.store(in_time.is_err(), Ordering::Relaxed);
-        slots[..threads].iter().map(has_ended).collect()
+        let mut ended = self.control.each(|slot| slot.phase == Phase::Ended);
+        ended.truncate(threads);
+        ended
     }
 
     /// Sends every vCPU the signal. What is refused is tried again: by the watch, or when the machine is

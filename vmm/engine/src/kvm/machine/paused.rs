@@ -6,9 +6,8 @@ use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use super::Machine;
-use super::drive::{check_alive, last_change};
-use crate::kvm::control::{Phase, RegisterTask, TaskState, VcpuCommand};
-use crate::kvm::error::{KvmError, PATIENCE};
+use crate::kvm::control::{Awaited, RegisterTask, Slot, TaskState, TimedOut, VcpuCommand};
+use crate::kvm::error::KvmError;
 use crate::kvm::state::{Clock, VcpuState};
 use crate::kvm::table_bits;
 use crate::kvm::tables::{PageTables, Translation};
@@ -28,45 +27,30 @@ impl Machine {
         if !*started {
             return Err(KvmError::NotStarted);
         }
-        let mut slots = self.control.lock();
-        check_alive(&slots)?;
-        for slot in slots.iter_mut() {
-            slot.task = match capture {
-                Capture::Registers => TaskState::Queued(RegisterTask::Capture),
-                Capture::Nothing => TaskState::Idle,
-            };
-        }
+        self.check_alive()?;
         let kicked = Instant::now();
-        self.control.give(&mut slots, VcpuCommand::Pause);
-        let running: Vec<_> = slots
-            .iter()
-            .map(|slot| slot.phase == Phase::Running)
-            .collect();
-        drop(slots);
+        let running = self.control.give_pause(|| match capture {
+            Capture::Registers => TaskState::Queued(RegisterTask::Capture),
+            Capture::Nothing => TaskState::Idle,
+        });
         let threads = self.threads.iter().zip(running).enumerate();
         for (vcpu, (thread, _)) in threads.filter(|(_, (_, run))| *run) {
             if let Err(source) = self.backend.kick(thread) {
-                self.control
-                    .give(&mut self.control.lock(), VcpuCommand::Run);
+                self.control.give(VcpuCommand::Run);
                 return Err(KvmError::Kick { vcpu, source });
             }
             self.counters.kicks.fetch_add(1, Ordering::Relaxed);
         }
 
-        let (mut slots, in_time) = self.control.wait(self.control.lock(), PATIENCE, |slots| {
-            slots.iter().all(|slot| slot.phase == Phase::Parked)
-                || slots.iter().any(|slot| slot.phase == Phase::Ended)
-        });
-        let stuck = slots.iter().position(|slot| slot.phase == Phase::Running);
-        let result = match (in_time, stuck) {
-            (Err(_), Some(vcpu)) => Err(KvmError::Stuck { vcpu }),
-            _ => check_alive(&slots),
+        let result = match self.wait(Awaited::Parked) {
+            Err(TimedOut { vcpu }) => Err(KvmError::Stuck { vcpu }),
+            Ok(()) => self.check_alive(),
         };
         if let Err(error) = result {
-            self.control.give(&mut slots, VcpuCommand::Run);
+            self.control.give(VcpuCommand::Run);
             return Err(error);
         }
-        let parked = last_change(&slots).unwrap_or(kicked);
+        let parked = self.last_change().unwrap_or(kicked);
         Ok(PausedMachine {
             machine: self,
             _driving: started,
@@ -117,21 +101,19 @@ impl PausedMachine<'_> {
     /// # Errors
     /// If those of one cannot be captured.
     pub fn states(&self) -> Result<Vec<VcpuState>, KvmError> {
-        let mut slots = self.machine.finish_pending()?;
-        let mut asked = false;
-        for slot in slots.iter_mut() {
-            if matches!(slot.task, TaskState::Idle | TaskState::Done) {
-                slot.task = TaskState::Queued(RegisterTask::Capture);
-                asked = true;
-            }
+        let Machine { control, .. } = self.machine;
+        self.machine.finish_pending()?;
+        let is_asked = |slot: &mut Slot| !matches!(slot.task, TaskState::Idle | TaskState::Done);
+        let asked = control.each(is_asked);
+        for (vcpu, _) in asked.iter().enumerate().filter(|(_, asked)| !**asked) {
+            control.give_task(vcpu, RegisterTask::Capture);
         }
-        if asked {
-            drop(slots);
-            self.machine.control.task_given();
-            slots = self.machine.finish_pending()?;
+        if asked.contains(&false) {
+            self.machine.finish_pending()?;
         }
-        let mut states = Vec::with_capacity(slots.len());
-        for (vcpu, slot) in slots.iter_mut().enumerate() {
+        let mut states = Vec::with_capacity(asked.len());
+        for vcpu in 0..asked.len() {
+            let mut slot = control.slot(vcpu);
             match &slot.task {
                 TaskState::Captured(state) => states.push((**state).clone()),
                 TaskState::Failed(_) => {
