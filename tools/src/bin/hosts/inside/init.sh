@@ -8,7 +8,14 @@ export TEST_SLOWNESS=10
 mount -t proc proc /proc
 mount -t sysfs sys /sys
 mount -t devtmpfs dev /dev
-for folder in /dev/shm /tmp /run; do mkdir -p $folder; mount -t tmpfs none $folder; done
+for folder in /dev/shm /tmp /run; do
+    # What came along may be in one: the programs are where they were built.
+    mkdir -p $folder /along
+    mv $folder /along/this && mkdir $folder
+    mount -t tmpfs none $folder
+    cp -a /along/this/. $folder
+    rm -r /along
+done
 ln -s /proc/self/fd /dev/fd
 ln -s fd/0 /dev/stdin
 ln -s fd/1 /dev/stdout
