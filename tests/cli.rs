@@ -355,6 +355,39 @@ fn a_good_run_exits_with_0_and_says_so() {
 }
 
 #[test]
+fn a_trace_has_a_row_for_each_thread_and_every_step_of_every_snapshot() {
+    if no_kvm() {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("trace.json");
+    let trace = ["--restore-every", "5", "--trace", path.to_str().unwrap()];
+    let said = run(&[&SHORT[..], &trace].concat());
+    said.assert_code(0);
+    assert_eq!(names(directory.path()), ["trace.json"]);
+    let trace: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    let events = trace["traceEvents"].as_array().unwrap();
+    let rows = events.iter().filter(|event| event["ph"] == "M");
+    let rows = Vec::from_iter(rows.map(|row| row["args"]["name"].as_str().unwrap()));
+    for row in ["main", "vcpu0", "vcpu1", "checker"] {
+        assert!(rows.contains(&row), "{row}: {rows:?}");
+    }
+    let named = |name: &str| events.iter().filter(|e| e["name"] == name).count();
+    for step in ["snapshot", "fork", "registers", "first look", "last look"] {
+        assert_eq!(named(step), 10, "{step}");
+    }
+    assert_eq!(named("restore"), 2);
+    // A pause each for the snapshots, the restores, and to see that the guest follows the formula.
+    assert!(named("parked") >= 2 * (10 + 2), "{}", named("parked"));
+    let times = events.iter().filter(|event| event["ph"] == "X");
+    assert!(
+        times
+            .into_iter()
+            .all(|e| e["dur"].as_f64() >= Some(0.0) && e["ts"].is_f64())
+    );
+}
+
+#[test]
 fn a_violation_exits_with_3_and_shows_what_was_seen() {
     if no_kvm() {
         return;
@@ -603,10 +636,12 @@ fn a_report_that_cannot_be_written_is_found_before_the_run() {
         (format!("{path}/no/report.json"), "there is no directory"),
         ("/proc/report.json".to_owned(), "cannot write"),
     ] {
-        let said = run_refused(&["--report", &report]);
-        said.assert_code(1);
-        let expected = format!("error: --report {report}: {why}");
-        assert!(said.stderr.contains(&expected), "{said:?}");
+        for flag in ["--report", "--trace"] {
+            let said = run_refused(&[flag, &report]);
+            said.assert_code(1);
+            let expected = format!("error: {flag} {report}: {why}");
+            assert!(said.stderr.contains(&expected), "{said:?}");
+        }
     }
     assert_eq!(names(directory.path()), Vec::<String>::new());
 }

@@ -9,6 +9,8 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
+use crate::timeline::span;
+
 /// Whether threads that compute beside a guest step aside.
 #[derive(Debug, Default)]
 pub struct Aside {
@@ -32,6 +34,7 @@ impl Aside {
 
     #[cold]
     fn wait(&self) {
+        let _span = span!("aside");
         let mut holds = self.lock();
         while *holds > 0 {
             holds = self

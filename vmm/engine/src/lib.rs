@@ -43,6 +43,7 @@
 //! | [`saved`] | what a snapshot keeps of either |
 //! | [`memory`] | frames that VMs share, and the memory of one of them |
 //! | [`host`] | the physmap and the window: where frames are, and what vCPUs see; pins |
+//! | [`timeline`] | what happens when, for whoever draws it |
 //! | [`causes`] | what caused an error, and the chain in words |
 //! | [`mm`] | the protocol: frames, shadow page tables, faults, pins, forks. No system calls |
 
@@ -56,6 +57,7 @@ pub mod kvm;
 pub mod memory;
 pub mod saved;
 pub mod snapshot;
+pub mod timeline;
 pub mod user;
 pub mod vcpus;
 pub mod vm;

@@ -6,6 +6,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::thread::{self, JoinHandle};
 
+use palimpsest::timeline::TARGET;
+use tracing::span::EnteredSpan;
+use tracing::trace_span;
+
 use super::examiner::{Examiner, Findings, Look};
 use super::violation::Violation;
 use crate::run_snapshot::RunSnapshot;
@@ -24,6 +28,21 @@ pub struct Worker {
 enum Task {
     First(Arc<RunSnapshot>, Look),
     Last(Arc<RunSnapshot>, Option<Arc<RunSnapshot>>),
+}
+
+impl Task {
+    /// Says that it is being done.
+    fn span(&self) -> EnteredSpan {
+        let number = |snapshot: &RunSnapshot| snapshot.number();
+        match self {
+            Self::First(s, _) => {
+                trace_span!(target: TARGET, "first look", snapshot = number(s)).entered()
+            }
+            Self::Last(s, _) => {
+                trace_span!(target: TARGET, "last look", snapshot = number(s)).entered()
+            }
+        }
+    }
 }
 
 /// Statistics, and how far the thread is: nothing else is ordered by them.
@@ -67,6 +86,7 @@ impl Worker {
             .name("checker".to_owned())
             .spawn(move || {
                 for task in todo {
+                    let _span = task.span();
                     let Findings { pages, violations } = match &task {
                         Task::First(snapshot, look) => {
                             let findings = examiner.first_look(snapshot, look);

@@ -205,6 +205,10 @@ pub(crate) struct Args {
     #[arg(long, value_name = "FILE", help_heading = "Output")]
     pub(crate) report: Option<PathBuf>,
 
+    /// Write what each thread did when, for ui.perfetto.dev or chrome://tracing
+    #[arg(long, value_name = "FILE", help_heading = "Output")]
+    pub(crate) trace: Option<PathBuf>,
+
     /// Have the guest's memory in core dumps of this program; they are without it otherwise
     #[arg(long, help_heading = "Output")]
     dump_guest_memory: bool,

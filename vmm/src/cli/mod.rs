@@ -8,33 +8,36 @@ mod doctor;
 mod guest_file;
 mod interrupt;
 mod outlet;
+mod output_file;
 mod printable;
 mod progress_text;
 mod race_text;
-mod report_file;
 mod report_text;
 mod scenario_text;
 mod screen;
 mod status;
 mod terminal;
+mod timeline;
 pub mod units;
 
 use std::{
     io::{self, Write},
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::ExitCode,
     time::Duration,
 };
 
 use clap::Parser;
-use tracing::level_filters::LevelFilter;
+use tracing::{Metadata, level_filters::LevelFilter};
+use tracing_subscriber::{Layer, filter::filter_fn, layer::SubscriberExt, util::SubscriberInitExt};
 
 use self::{
     args::{Args, Command},
     outlet::Outlet,
-    report_file::{ReportFile, ReportFileError},
+    output_file::{OutputFile, OutputFileError},
     screen::{Colours, Screen},
     status::Status,
+    timeline::Timeline,
 };
 use crate::session::{
     self,
@@ -59,12 +62,13 @@ pub fn main() -> ExitCode {
     interrupt::ignore_file_size_signal();
     let args = Args::parse();
     let screen = Screen::new();
-    start_log(args.verbose, &screen);
+    let timeline = args.trace.is_some().then(Timeline::new);
+    start_log(args.verbose, &screen, timeline.clone());
     let done = match &args.command {
         Some(Command::Compare(compare)) => compare::run(compare, &screen),
         // Without a run's flags `args` are those of the main job.
         Some(Command::Doctor(doctor)) => doctor::run(doctor, &args.config()),
-        None => run(&args, screen.clone()),
+        None => run(&args, screen.clone(), timeline),
     };
     let code = match done {
         Ok(verdict) => exit_code(verdict),
@@ -93,7 +97,7 @@ enum Failure {
     #[error("cannot tell how much memory this host has")]
     Limits(#[source] io::Error),
     #[error(transparent)]
-    ReportFile(#[from] ReportFileError),
+    OutputFile(#[from] OutputFileError),
     #[error("--guest {}: cannot read", path.display())]
     Guest {
         path: PathBuf,
@@ -158,15 +162,13 @@ fn complain(screen: &Screen, failure: &Failure) {
 }
 
 /// The verdict, or that of a run whose report got lost.
-fn run(args: &Args, screen: Screen) -> Result<Verdict, Failure> {
+fn run(args: &Args, screen: Screen, timeline: Option<Timeline>) -> Result<Verdict, Failure> {
     let config = args.config();
     config.validate(&Limits::detect().map_err(Failure::Limits)?)?;
     // Found out now and not after minutes of running.
-    let report_file = args
-        .report
-        .as_deref()
-        .map(ReportFile::prepare)
-        .transpose()?;
+    let file = |flag, path: Option<&Path>| path.map(|p| OutputFile::prepare(flag, p)).transpose();
+    let report_file = file("--report", args.report.as_deref())?;
+    let trace_file = file("--trace", args.trace.as_deref())?;
     let image = guest_image(&config.guest)?;
     let stop = interrupt::stop_flag().map_err(Failure::Signals)?;
 
@@ -184,8 +186,15 @@ fn run(args: &Args, screen: Screen) -> Result<Verdict, Failure> {
 
     let printed = print(&report_text::render(&report)).map_err(Failure::Print);
     let written = report_file.map_or(Ok(()), |file| file.write(&report));
+    let traced = trace_file.zip(timeline).map_or(Ok(()), |(file, timeline)| {
+        file.write_json(timeline.to_json())
+    });
     let mut verdict = report.verdict;
-    for outcome in [printed, written.map_err(Failure::from)] {
+    for outcome in [
+        printed,
+        written.map_err(Failure::from),
+        traced.map_err(Failure::from),
+    ] {
         if let Err(failure) = outcome {
             complain(&screen, &failure);
             // A violation is the worse news of the two: it still decides the exit code.
@@ -229,7 +238,7 @@ fn print(text: &str) -> io::Result<()> {
     }
 }
 
-fn start_log(verbose: u8, screen: &Screen) {
+fn start_log(verbose: u8, screen: &Screen, timeline: Option<Timeline>) {
     let level = match verbose {
         0 => LevelFilter::WARN,
         1 => LevelFilter::INFO,
@@ -237,11 +246,18 @@ fn start_log(verbose: u8, screen: &Screen) {
         _ => LevelFilter::TRACE,
     };
     let writer = screen.clone();
-    tracing_subscriber::fmt()
-        .with_max_level(level)
+    let is_of_timeline = |meta: &Metadata<'_>| meta.target() == palimpsest::timeline::TARGET;
+    let log = tracing_subscriber::fmt::layer()
         .with_ansi(screen.colours() == Colours::On)
         .with_timer(tracing_subscriber::fmt::time::uptime())
         .with_writer(move || writer.clone())
+        .with_filter(filter_fn(move |meta| {
+            *meta.level() <= level && !is_of_timeline(meta)
+        }));
+    let timeline = timeline.map(|timeline| timeline.with_filter(filter_fn(is_of_timeline)));
+    tracing_subscriber::registry()
+        .with(log)
+        .with(timeline)
         .init();
 }
 

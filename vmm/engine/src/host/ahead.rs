@@ -24,6 +24,7 @@ use std::time::{Duration, Instant};
 use rustix::process::setpriority_process;
 
 use crate::mm::{AddressSpace, CowPolicy};
+use crate::timeline::span;
 
 /// The lowest there is: everybody else goes first.
 const NICE: i32 = 19;
@@ -211,6 +212,7 @@ impl WorkerState {
             }
             duty.is_busy = true;
             drop(duty);
+            let span = span!("copy ahead");
             let end = Instant::now() + TURN;
             let is_done = loop {
                 if !piece() {
@@ -220,6 +222,7 @@ impl WorkerState {
                     break false;
                 }
             };
+            drop(span);
             let mut duty = self.lock();
             duty.is_busy = false;
             if is_done && duty.todo == Todo::Work {

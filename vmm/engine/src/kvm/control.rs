@@ -23,9 +23,10 @@ use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use crossbeam_utils::CachePadded;
-use rustix::thread::sched_getcpu;
+use rustix::thread::{Pid, gettid, sched_getcpu};
 
 use super::error::StateError;
+use super::placement::{self, CpuPin, Cpus};
 use super::registers::EntryState;
 use super::state::{Clock, VcpuState};
 
@@ -86,8 +87,12 @@ pub(crate) struct Slot {
     pub(crate) task: TaskState,
     /// What somebody waits for.
     awaited: Option<Awaited>,
-    /// The CPU that the thread was on when it parked.
-    cpu: usize,
+    /// Where the thread was.
+    cpus: Cpus,
+    /// The thread, once it has parked.
+    thread: Option<Pid>,
+    /// Where it is to run first.
+    pin: Option<CpuPin>,
 }
 
 /// What a vCPU can be waited for to be.
@@ -159,7 +164,9 @@ impl Control {
                     since: Instant::now(),
                     task: TaskState::Idle,
                     awaited: None,
-                    cpu: 0,
+                    cpus: Cpus::default(),
+                    thread: None,
+                    pin: None,
                 }),
                 wake: Condvar::new(),
             })
@@ -194,21 +201,36 @@ impl Control {
     }
 
     /// Gives all vCPUs a command, and wakes those that are parked. The command to stop is never taken back.
-    ///
-    /// Those are woken last that parked on this thread's CPU. That is where they can run as soon as this
-    /// thread waits, and a scheduler that finds this CPU busy would put them where the others go.
     pub(crate) fn give(&self, command: VcpuCommand) {
-        let here = sched_getcpu();
-        let mut last = Vec::new();
-        for (vcpu, control) in self.vcpus.iter().enumerate() {
-            if command == VcpuCommand::Run && lock(&control.slot).cpu == here {
-                last.push(vcpu);
-            } else {
-                control.give(command);
+        for vcpu in &self.vcpus {
+            if vcpu.give(command) {
+                vcpu.wake.notify_one();
             }
         }
-        for vcpu in last {
-            self.vcpus[vcpu].give(command);
+    }
+
+    /// Gives all vCPUs the command to run, and wakes those that are parked, each on a CPU of its own
+    /// (see [`placement`](super::placement)).
+    pub(crate) fn give_run(&self) {
+        let here = sched_getcpu();
+        let parked = self.each(|slot| match slot.phase {
+            Phase::Parked => Some(slot.cpus),
+            Phase::Running | Phase::Ended => None,
+        });
+        let places = placement::places(&parked, here);
+        // This thread's CPU is free when it waits.
+        let is_here = |vcpu: &usize| places[*vcpu] == Some(here);
+        let (last, first): (Vec<_>, Vec<_>) = (0..self.vcpus.len()).partition(is_here);
+        for vcpu in first.into_iter().chain(last) {
+            let control = &self.vcpus[vcpu];
+            let mut slot = lock(&control.slot);
+            if let (Some(cpu), Some(thread)) = (places[vcpu], slot.thread) {
+                slot.pin = CpuPin::to(thread, cpu);
+            }
+            drop(slot);
+            if control.give(VcpuCommand::Run) {
+                control.wake.notify_one();
+            }
         }
     }
 
@@ -279,7 +301,8 @@ impl Control {
     pub(crate) fn enter_phase(&self, vcpu: usize, phase: Phase) {
         self.change(vcpu, |slot| {
             set_phase(slot, phase);
-            slot.cpu = sched_getcpu();
+            slot.cpus.parked = sched_getcpu();
+            slot.thread.get_or_insert_with(gettid);
         });
         if phase == Phase::Ended {
             lock(&self.pending).has_ended = true;
@@ -301,7 +324,10 @@ impl Control {
             }
             if self.command(vcpu) != VcpuCommand::Pause {
                 set_phase(&mut slot, Phase::Running);
+                let pin = slot.pin.take();
+                slot.cpus.ran = sched_getcpu();
                 self.changed(slot);
+                drop(pin);
                 return None;
             }
             let waited = control.wake.wait(slot);
@@ -344,14 +370,11 @@ impl VcpuControl {
         }
     }
 
-    fn give(&self, command: VcpuCommand) {
+    /// Gives it a command. Whether it is parked, and to be woken for it.
+    fn give(&self, command: VcpuCommand) -> bool {
         let slot = lock(&self.slot);
         self.set(command);
-        let is_parked = slot.phase == Phase::Parked;
-        drop(slot);
-        if is_parked {
-            self.wake.notify_one();
-        }
+        slot.phase == Phase::Parked
     }
 }
 
@@ -432,7 +455,7 @@ mod tests {
     fn a_thousand_pauses_lose_no_wake_up_and_no_task() {
         with_threads(|control, looks, tasks| {
             for pauses in 1..=1000 {
-                control.give(VcpuCommand::Run);
+                control.give_run();
                 control.wait(VCPUS, Awaited::Running, SOON).unwrap();
                 let task = || TaskState::Queued(RegisterTask::Capture);
                 control.give_pause(task);

@@ -8,6 +8,7 @@ use crate::aside::Aside;
 use crate::causes::Cause;
 use crate::device::Stopped;
 use crate::mm::{self, CowPolicy, FaultError};
+use crate::timeline::span;
 use crate::vcpus::{Capture, Paused, VcpusError};
 
 /// How long devices may take to reach a boundary for a restore, which cannot go on without.
@@ -57,15 +58,21 @@ impl<P: CowPolicy> Parts<'_, P> {
                 guest: here,
             });
         }
+        let _span = span!("restore");
         let began = Instant::now();
         let _ahead = Resting::of(self.ahead);
         self.note_protected();
         let aside = self.aside.map(Aside::hold);
+        let step = span!("park");
         let mut paused = self.vcpus.pause(Capture::Nothing)?;
         let parked = Instant::now();
+        drop(step);
         let kicked = paused.kicked();
+        let step = span!("devices");
         let stopped = Stopped::stop(self.devices.clone(), kicked + RESTORE_WAIT);
         let quiesced = Instant::now();
+        drop(step);
+        let step = span!("memory");
         let memory = match self.rewind(&mut *paused, snapshot, after_memory) {
             Ok(memory) => memory,
             Err(error) => {
@@ -75,9 +82,12 @@ impl<P: CowPolicy> Parts<'_, P> {
             }
         };
         let registers = Instant::now();
-        drop(stopped);
+        drop(step);
+        let step = span!("resume");
+        // Devices after the vCPUs, which they would keep from a CPU.
         let running = paused.resume();
-        drop(aside);
+        drop(step);
+        drop((stopped, aside));
         Ok(Timing {
             began,
             kicked,

@@ -7,6 +7,7 @@ use super::{Parts, Snapshot, Timing};
 use crate::aside::Aside;
 use crate::device::Stopped;
 use crate::mm::{CowPolicy, ForkError};
+use crate::timeline::span;
 use crate::vcpus::{Capture, VcpusError};
 
 /// How long devices may take to reach a boundary for a snapshot. A request is a few microseconds' work; the
@@ -62,21 +63,29 @@ impl<P: CowPolicy> Parts<'_, P> {
         may_fork: &dyn Fn() -> bool,
         after_memory: impl FnOnce(),
     ) -> Result<(Snapshot, Timing), TakeError> {
+        let _span = span!("snapshot");
         let began = Instant::now();
+        let step = span!("prepare");
         self.note_protected();
         let _ahead = Resting::of(self.ahead);
         if preparation == Preparation::Early && self.vcpus.may_lose_write_access() {
             self.space.prepare_fork();
         }
+        drop(step);
         let aside = self.aside.map(Aside::hold);
+        let step = span!("park");
         let mut paused = self.vcpus.pause(Capture::Registers)?;
         let parked = Instant::now();
+        drop(step);
         if !may_fork() {
             return Err(TakeError::CalledOff);
         }
         let kicked = paused.kicked();
+        let step = span!("devices");
         let stopped = Stopped::stop(self.devices.clone(), kicked + BOUNDARY_WAIT);
         let quiesced = Instant::now();
+        drop(step);
+        let step = span!("fork");
         let devices = self.devices.iter().map(|device| device.capture()).collect();
         let forked = self.space.fork().map_err(TakeError::from);
         let forked = forked.inspect(|_| after_memory());
@@ -93,11 +102,16 @@ impl<P: CowPolicy> Parts<'_, P> {
             }
         };
         let forked = Instant::now();
+        drop(step);
+        let step = span!("registers");
         let vcpus = paused.states()?;
         let collected = Instant::now();
-        drop(stopped);
+        drop(step);
+        let step = span!("resume");
+        // Devices after the vCPUs, which they would keep from a CPU.
         let running = paused.resume();
-        drop(aside);
+        drop(step);
+        drop((stopped, aside));
         let snapshot = Snapshot::new(memory, vcpus, devices);
         let timing = Timing {
             began,

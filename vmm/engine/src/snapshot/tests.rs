@@ -290,9 +290,9 @@ fn a_snapshot_is_taken_when_vcpus_and_then_devices_stand_still() {
         "memory",
         "vcpus has_protected",
         "vcpus states",
+        "vcpus resume",
         "a resume",
         "b resume",
-        "vcpus resume",
     ];
     assert_eq!(vm.log.take(), [&STOPPED[..], &then].concat());
     let captured = snapshot.devices().iter().map(Saved::get);
@@ -317,9 +317,9 @@ fn a_restore_releases_devices_before_memory_and_restores_them_after() {
         "b restore 1 at 1",
         "vcpus restore",
         "vcpus has_protected",
+        "vcpus resume",
         "a resume",
         "b resume",
-        "vcpus resume",
     ];
     assert_eq!(vm.log.take(), [&STOPPED[..], &then].concat());
 }
@@ -331,7 +331,7 @@ fn a_device_that_reaches_no_boundary_is_captured_and_not_restored() {
     vm.write(1);
     let snapshot = vm.take();
     assert_eq!(snapshot.devices().len(), 2);
-    assert_eq!(vm.log.take().last().unwrap(), "vcpus resume");
+    assert!(vm.log.take().contains(&"vcpus resume".to_owned()));
 
     vm.write(2);
     let error = vm.restore(&snapshot).unwrap_err();

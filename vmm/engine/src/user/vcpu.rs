@@ -24,6 +24,7 @@ use crate::kvm::{
     WriteFaultError,
 };
 use crate::mm::PAGE_SIZE;
+use crate::timeline::span;
 
 /// How often in a row a write may fault at a page that is writable already. Another vCPU may have been first,
 /// or a fork have taken the page back; not for ever.
@@ -145,6 +146,7 @@ impl Running {
                     }
                 }
                 Exit::WriteFault { gfn } => {
+                    let _span = span!("fault", address = raw.address);
                     let exited = Instant::now();
                     if let Err(error) = self.write_fault(gfn, raw.address) {
                         return Some(self.failed(error));
@@ -220,11 +222,16 @@ impl Running {
     /// Stays out of the guest, and does what is asked about the registers, until the command changes.
     fn park(&mut self) {
         let (control, index) = (Arc::clone(&self.vcpu.control), self.vcpu.index);
+        let _span = span!("parked");
         control.enter_phase(index, Phase::Parked);
         while let Some(task) = control.next_task(index) {
             let done: Result<_, StateError> = match task {
-                RegisterTask::Capture => Ok(TaskState::Captured(Box::new(self.capture()))),
+                RegisterTask::Capture => {
+                    let _span = span!("capture");
+                    Ok(TaskState::Captured(Box::new(self.capture())))
+                }
                 RegisterTask::Restore(state, _) => {
+                    let _span = span!("set registers");
                     registers::restore(&mut self.crossing, &state, &self.shape)
                         .map(|()| TaskState::Done)
                 }

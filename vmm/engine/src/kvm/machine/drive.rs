@@ -77,7 +77,7 @@ impl Machine {
 
     /// Lets all vCPUs run. Returns when the last of them was about to enter the guest.
     pub(super) fn run_all(&self) -> Instant {
-        self.control.give(VcpuCommand::Run);
+        self.control.give_run();
         if let Err(TimedOut { vcpu }) = self.wait(Awaited::Running) {
             tracing::warn!("vcpu {vcpu} was told to run, and has not begun");
         }

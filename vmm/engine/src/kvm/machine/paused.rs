@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use super::Machine;
-use crate::kvm::control::{Awaited, RegisterTask, Slot, TaskState, TimedOut, VcpuCommand};
+use crate::kvm::control::{Awaited, RegisterTask, Slot, TaskState, TimedOut};
 use crate::kvm::error::KvmError;
 use crate::kvm::state::{Clock, VcpuState};
 use crate::kvm::table_bits;
@@ -36,7 +36,7 @@ impl Machine {
         let threads = self.threads.iter().zip(running).enumerate();
         for (vcpu, (thread, _)) in threads.filter(|(_, (_, run))| *run) {
             if let Err(source) = self.backend.kick(thread) {
-                self.control.give(VcpuCommand::Run);
+                self.control.give_run();
                 return Err(KvmError::Kick { vcpu, source });
             }
             self.counters.kicks.fetch_add(1, Ordering::Relaxed);
@@ -47,7 +47,7 @@ impl Machine {
             Ok(()) => self.check_alive(),
         };
         if let Err(error) = result {
-            self.control.give(VcpuCommand::Run);
+            self.control.give_run();
             return Err(error);
         }
         let parked = self.last_change().unwrap_or(kicked);

@@ -9,6 +9,7 @@ use crate::kvm::fault;
 use crate::kvm::outcome::CrashReport;
 use crate::kvm::registers::{self, EntryState};
 use crate::kvm::state::{Clock, VcpuState};
+use crate::timeline::span;
 
 /// Bytes of code in a crash report.
 const CODE_SHOWN: usize = 16;
@@ -29,13 +30,17 @@ impl Vcpu {
 
     /// Stays out of the guest, and does what is asked about the registers, until the command changes.
     pub(super) fn park(&mut self) {
+        let _span = span!("parked");
         self.control.enter_phase(self.index, Phase::Parked);
         while let Some(task) = self.control.next_task(self.index) {
             let done = match task {
-                RegisterTask::Capture => self
-                    .capture()
-                    .map(|state| TaskState::Captured(Box::new(state))),
+                RegisterTask::Capture => {
+                    let _span = span!("capture");
+                    self.capture()
+                        .map(|state| TaskState::Captured(Box::new(state)))
+                }
                 RegisterTask::Restore(state, clock) => {
+                    let _span = span!("set registers");
                     self.restore(&state, clock).map(|()| TaskState::Done)
                 }
                 RegisterTask::Enter(entry) => {

@@ -17,6 +17,7 @@ use crate::kvm::error::VcpuRunError;
 use crate::kvm::kick::KickFlag;
 use crate::kvm::outcome::{CrashReason, Outcome};
 use crate::kvm::port::PortAction;
+use crate::timeline::span;
 
 impl Vcpu {
     /// The thread's whole life. `None` if the machine told it to stop.
@@ -108,6 +109,7 @@ impl Vcpu {
                 }
                 Exit::WriteFault(gpas) => {
                     self.counters.write_faults.fetch_add(1, Ordering::Relaxed);
+                    let _span = span!("fault");
                     let exited = Instant::now();
                     if let Err(error) = self.write_fault(gpas) {
                         return Some(self.failed(error));

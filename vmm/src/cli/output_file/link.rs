@@ -9,7 +9,7 @@ use std::{io, process};
 use rustix::fs::{OFlags, fcntl_getfl};
 use rustix::io::Errno;
 
-use super::error::ReportFileError;
+use super::error::{Asked, OutputFileError};
 
 /// Links that are followed, one after the other: as many as the kernel does.
 const MOST_LINKS: usize = 40;
@@ -30,13 +30,13 @@ pub(super) enum NoWhere {
 }
 
 impl NoWhere {
-    pub(super) fn of(self, path: &Path) -> ReportFileError {
-        let path = path.to_owned();
+    pub(super) fn of(self, asked: &Asked) -> OutputFileError {
+        let asked = asked.clone();
         match self {
-            Self::Directory => ReportFileError::Directory { path },
-            Self::NoDirectory(directory) => ReportFileError::NoDirectory { path, directory },
-            Self::TooManyLinks => ReportFileError::Write {
-                path,
+            Self::Directory => OutputFileError::Directory { asked },
+            Self::NoDirectory(directory) => OutputFileError::NoDirectory { asked, directory },
+            Self::TooManyLinks => OutputFileError::Write {
+                asked,
                 source: Errno::LOOP.into(),
             },
         }

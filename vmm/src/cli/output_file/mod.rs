@@ -1,4 +1,4 @@
-//! Where a report goes that is asked for by `--report`.
+//! Where a file goes that is asked for on the command line, by `--report` or `--trace`.
 //!
 //! A regular file is replaced in one step, so that whoever reads the path sees the old one or the whole new
 //! one; it keeps its owner and its mode. Everything else is written to where it is: pipes, terminals, what a
@@ -16,48 +16,56 @@ mod link;
 mod place;
 
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-pub(crate) use self::error::ReportFileError;
+use serde::Serialize;
+
+pub(crate) use self::error::{Asked, OutputFileError};
 use self::link::{Followed, descriptor, followed};
 use self::place::Place;
-use crate::session::report::Report;
 
-/// Where a [`Report`] goes, found to be writable before the run.
+/// Where a file goes, found to be writable before the run.
 #[derive(Debug)]
-pub(crate) struct ReportFile {
-    /// As it was asked for.
-    path: PathBuf,
+pub(crate) struct OutputFile {
+    asked: Asked,
     place: Place,
 }
 
-impl ReportFile {
-    /// Checks that a report can be written to `path`. Leaves nothing behind, and an existing file as it is.
-    pub(crate) fn prepare(path: &Path) -> Result<Self, ReportFileError> {
-        let write = |source| ReportFileError::Write {
-            path: path.to_owned(),
-            source,
+impl OutputFile {
+    /// Checks that `path`, which `flag` has asked for, can be written to. Leaves nothing behind, and an
+    /// existing file as it is.
+    pub(crate) fn prepare(flag: &'static str, path: &Path) -> Result<Self, OutputFileError> {
+        let path = path.to_owned();
+        let asked = Asked { flag, path };
+        let place = match followed(&asked.path).map_err(|reason| reason.of(&asked))? {
+            Followed::Descriptor(number) => {
+                let open = descriptor(number).map_err(|source| OutputFileError::Write {
+                    asked: asked.clone(),
+                    source,
+                });
+                Place::Open(open?)
+            }
+            Followed::File(target) => Place::of(target, &asked)?,
         };
-        let place = match followed(path).map_err(|reason| reason.of(path))? {
-            Followed::Descriptor(number) => Place::Open(descriptor(number).map_err(write)?),
-            Followed::File(target) => Place::of(target, path)?,
-        };
-        Ok(Self {
-            path: path.to_owned(),
-            place,
-        })
+        Ok(Self { asked, place })
     }
 
-    /// Writes `report`.
-    pub(crate) fn write(self, report: &Report) -> Result<(), ReportFileError> {
-        let Self { path, place } = self;
-        let written = serde_json::to_vec_pretty(report)
-            .map_err(io::Error::from)
-            .and_then(|mut json| {
-                json.push(b'\n');
-                place.write(json)
-            });
-        written.map_err(|source| ReportFileError::Write { path, source })
+    /// Writes `content` as JSON.
+    pub(crate) fn write(self, content: &impl Serialize) -> Result<(), OutputFileError> {
+        self.write_json(serde_json::to_vec_pretty(content))
+    }
+
+    /// Writes what is JSON already.
+    pub(crate) fn write_json(
+        self,
+        json: serde_json::Result<Vec<u8>>,
+    ) -> Result<(), OutputFileError> {
+        let Self { asked, place } = self;
+        let written = json.map_err(io::Error::from).and_then(|mut json| {
+            json.push(b'\n');
+            place.write(json)
+        });
+        written.map_err(|source| OutputFileError::Write { asked, source })
     }
 }
 
@@ -66,19 +74,22 @@ mod tests {
     use std::fs::{self, File, OpenOptions, Permissions};
     use std::io::{Read, Write};
     use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, symlink};
+    use std::path::PathBuf;
     use std::thread;
 
     use rustix::fs::{CWD, Mode, mkfifoat};
 
     use super::*;
+    use crate::session::report::Report;
     use crate::session::report::tests::example;
+
+    fn prepare(path: &Path) -> Result<OutputFile, OutputFileError> {
+        OutputFile::prepare("--report", path)
+    }
 
     #[track_caller]
     fn write(path: &Path) {
-        ReportFile::prepare(path)
-            .unwrap()
-            .write(&example())
-            .unwrap();
+        prepare(path).unwrap().write(&example()).unwrap();
     }
 
     #[track_caller]
@@ -88,12 +99,12 @@ mod tests {
     }
 
     #[test]
-    fn a_report_file_is_replaced_whole() {
+    fn a_output_file_is_replaced_whole() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("report.json");
         fs::write(&path, "old").unwrap();
         let before = fs::metadata(&path).unwrap().ino();
-        let file = ReportFile::prepare(&path).unwrap();
+        let file = prepare(&path).unwrap();
         assert_eq!(fs::read_to_string(&path).unwrap(), "old");
         file.write(&example()).unwrap();
         assert_written(&path);
@@ -131,7 +142,7 @@ mod tests {
     }
 
     #[test]
-    fn a_link_to_a_report_file_stays_a_link() {
+    fn a_link_to_a_output_file_stays_a_link() {
         let directory = tempfile::tempdir().unwrap();
         let at = |name| directory.path().join(name);
         fs::write(at("old"), "old").unwrap();
@@ -148,8 +159,8 @@ mod tests {
             fs::remove_file(&link).unwrap();
         }
         symlink("ring", at("ring")).unwrap();
-        let error = ReportFile::prepare(&at("ring")).unwrap_err();
-        assert!(matches!(error, ReportFileError::Write { .. }), "{error:?}");
+        let error = prepare(&at("ring")).unwrap_err();
+        assert!(matches!(error, OutputFileError::Write { .. }), "{error:?}");
     }
 
     #[test]
@@ -165,7 +176,7 @@ mod tests {
 
     #[test]
     fn a_device_is_written_to_and_not_replaced() {
-        let file = ReportFile::prepare(Path::new("/dev/null")).unwrap();
+        let file = prepare(Path::new("/dev/null")).unwrap();
         assert!(matches!(file.place, Place::Open(_)));
         file.write(&example()).unwrap();
         assert!(!fs::metadata("/dev/null").unwrap().is_file());
@@ -203,7 +214,7 @@ mod tests {
                 text
             })
         };
-        let file = ReportFile::prepare(&path).unwrap();
+        let file = prepare(&path).unwrap();
         assert!(matches!(file.place, Place::Pipe(_)), "{file:?}");
         let read = reader(path.clone());
         file.write(&example()).unwrap();
@@ -217,7 +228,7 @@ mod tests {
             .write(true)
             .open(&path)
             .unwrap();
-        let file = ReportFile::prepare(&path).unwrap();
+        let file = prepare(&path).unwrap();
         assert!(matches!(file.place, Place::Open(_)), "{file:?}");
         file.write(&example()).unwrap();
         drop(both);
@@ -226,21 +237,21 @@ mod tests {
     #[test]
     fn a_place_that_cannot_be_written_is_found_at_once() {
         let directory = tempfile::tempdir().unwrap();
-        let error = ReportFile::prepare(directory.path()).unwrap_err();
-        assert!(matches!(error, ReportFileError::Directory { .. }));
-        let error = ReportFile::prepare(&directory.path().join("no/such/file")).unwrap_err();
+        let error = prepare(directory.path()).unwrap_err();
+        assert!(matches!(error, OutputFileError::Directory { .. }));
+        let error = prepare(&directory.path().join("no/such/file")).unwrap_err();
         assert!(error.to_string().ends_with("/no/such"), "{error}");
-        let error = ReportFile::prepare(Path::new("/proc/report.json")).unwrap_err();
+        let error = prepare(Path::new("/proc/report.json")).unwrap_err();
         assert_eq!(
             error.to_string(),
             "--report /proc/report.json: cannot write"
         );
         let cause = std::error::Error::source(&error).unwrap().to_string();
-        assert!(!cause.contains(".report-"), "{cause}");
+        assert!(!cause.contains(".vmm-"), "{cause}");
         for path in ["", "/", ".."] {
-            let error = ReportFile::prepare(Path::new(path)).unwrap_err();
+            let error = prepare(Path::new(path)).unwrap_err();
             assert!(
-                matches!(error, ReportFileError::Directory { .. }),
+                matches!(error, OutputFileError::Directory { .. }),
                 "{path:?} {error:?}"
             );
         }

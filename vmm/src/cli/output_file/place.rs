@@ -1,4 +1,4 @@
-//! How a report is written, by what is at its path.
+//! How a file is written, by what is at its path.
 
 use std::fs::{self, File, Metadata, OpenOptions, Permissions};
 use std::io::{self, Write};
@@ -12,12 +12,12 @@ use rustix::fs::{Access, access};
 
 use super::super::PATIENCE;
 use super::super::outlet::Outlet;
-use super::error::ReportFileError;
+use super::error::{Asked, OutputFileError};
 
 /// Time between two looks whether a pipe has a reader.
 const LOOK_EVERY: Duration = Duration::from_millis(20);
 
-/// How a report is written, which depends on what is at its path.
+/// How a file is written, which depends on what is at its path.
 #[derive(Debug)]
 pub(super) enum Place {
     /// A regular file, or none yet: replaced in one step by one like `old`.
@@ -34,11 +34,11 @@ pub(super) enum Place {
 }
 
 impl Place {
-    /// That of `target`, which is no link, for a report that was asked for by `asked`.
-    pub(super) fn of(target: PathBuf, asked: &Path) -> Result<Self, ReportFileError> {
-        let path = || asked.to_owned();
-        let write = |source: io::Error| ReportFileError::Write {
-            path: path(),
+    /// That of `target`, which is no link, for what was asked for by `asked`.
+    pub(super) fn of(target: PathBuf, asked: &Asked) -> Result<Self, OutputFileError> {
+        let asked = || asked.clone();
+        let write = |source: io::Error| OutputFileError::Write {
+            asked: asked(),
             source,
         };
         let meta = match fs::metadata(&target) {
@@ -52,10 +52,10 @@ impl Place {
         };
         let kind = meta.file_type();
         if kind.is_dir() {
-            return Err(ReportFileError::Directory { path: path() });
+            return Err(OutputFileError::Directory { asked: asked() });
         }
         if kind.is_block_device() {
-            return Err(ReportFileError::BlockDevice { path: path() });
+            return Err(OutputFileError::BlockDevice { asked: asked() });
         }
         if kind.is_fifo() {
             access(&target, Access::WRITE_OK).map_err(|errno| write(errno.into()))?;
@@ -124,11 +124,11 @@ fn directory_of(target: &Path) -> &Path {
     target.parent().unwrap_or(Path::new("/"))
 }
 
-/// A new file in `directory`, that of the report: on the same file system, so that it can be renamed over it.
+/// A new file in `directory`, to become one of its own: on the same file system, so that it can be renamed over it.
 /// With owner and mode of `old`.
 fn temporary(directory: &Path, old: Option<&Metadata>) -> io::Result<tempfile::NamedTempFile> {
     let file = tempfile::Builder::new()
-        .prefix(".report-")
+        .prefix(".vmm-")
         .suffix(".tmp")
         // What any new file gets; the umask takes its part. Temporary files are private otherwise.
         .permissions(Permissions::from_mode(0o666))
