@@ -15,10 +15,12 @@ use benches::report::{self, Platform, Report, Skipped, check_writable, pattern_n
 use benches::technique::{Kind, TechniqueError};
 use benches::vm::{GuestConfig, VmError};
 use benches::{targets, text};
-use clap::Parser;
+use clap::{Parser, ValueEnum};
 use guest::abi::Pattern;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use palimpsest::kvm::{Kvm, PlatformError};
+use palimpsest::user::{User, UserError};
+use palimpsest::vm::By;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::flag;
 use vmm::cli::chain;
@@ -56,6 +58,11 @@ struct Args {
     /// Techniques to measure; see below [default: those with a star; with --all, all]
     #[arg(long, value_name = "NAME", value_delimiter = ',')]
     technique: Vec<Kind>,
+
+    /// What runs guests: `kvm` those of all techniques but ours-user, `user` those of ours-user, which
+    /// are threads [default: both, as far as they can be had]
+    #[arg(long, value_name = "WHAT", value_delimiter = ',')]
+    accel: Vec<Runs>,
 
     /// Snapshots of each whose pause and stall are measured
     #[arg(long, value_name = "N", default_value = "5", value_parser = clap::value_parser!(u64).range(1..))]
@@ -105,6 +112,68 @@ struct Args {
     bench: bool,
 }
 
+/// What runs guests.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Runs {
+    Kvm,
+    User,
+}
+
+/// What there is to run guests.
+struct Accelerators {
+    kvm: Option<Kvm>,
+    user: Option<User>,
+}
+
+impl Accelerators {
+    /// Opens what is `asked` for, or what there is if nothing is. What cannot be had then is noted in
+    /// `skipped`.
+    fn open(asked: &[Runs], skipped: &mut Vec<Skipped>) -> Result<Self, Error> {
+        let wants = |runs| asked.is_empty() || asked.contains(&runs);
+        let mut accelerators = Self {
+            kvm: None,
+            user: None,
+        };
+        let mut skip = |what: &str, error: Error| match asked {
+            [] => {
+                skipped.push(Skipped {
+                    what: what.to_owned(),
+                    why: chain(&error),
+                });
+                Ok(())
+            }
+            _ => Err(error),
+        };
+        if wants(Runs::Kvm) {
+            match Kvm::open() {
+                Ok(kvm) => accelerators.kvm = Some(kvm),
+                Err(error) => skip("all that KVM runs", error.into())?,
+            }
+        }
+        if wants(Runs::User) {
+            match User::open() {
+                Ok(user) => accelerators.user = Some(user),
+                Err(error) => skip(Kind::OursUser.name(), error.into())?,
+            }
+        }
+        Ok(accelerators)
+    }
+
+    /// What runs the guest of `kind`.
+    fn of(&self, kind: Kind) -> Option<By<'_>> {
+        if kind.needs_kvm() {
+            self.kvm.as_ref().map(By::Kvm)
+        } else {
+            self.user.as_ref().map(By::User)
+        }
+    }
+
+    fn platform(&self) -> Option<&palimpsest::kvm::Platform> {
+        let kvm = self.kvm.as_ref().map(Kvm::platform);
+        kvm.or(self.user.as_ref().map(User::platform))
+    }
+}
+
 fn parse_pattern(name: &str) -> Result<Pattern, String> {
     report::pattern_of(name).ok_or_else(|| "there are dense, uniform, hot, sparse".to_owned())
 }
@@ -122,6 +191,8 @@ fn techniques() -> String {
 enum Error {
     #[error(transparent)]
     Kvm(#[from] PlatformError),
+    #[error("guests cannot run without KVM here")]
+    User(#[from] UserError),
     #[error("cannot measure the machine")]
     Machine(#[source] io::Error),
     #[error("--json {}: cannot write", path.display())]
@@ -154,7 +225,9 @@ fn run(args: &Args) -> Result<(), Error> {
         let path = path.clone();
         check_writable(&path).map_err(|source| Error::Json { path, source })?;
     }
-    let kvm = Kvm::open()?;
+    let mut skipped = Vec::new();
+    let accelerators = Accelerators::open(&args.accel, &mut skipped)?;
+    let platform = accelerators.platform().ok_or(Error::Nothing)?;
     let stop = stop_flag().map_err(Error::Signals)?;
     let sampling = Sampling {
         rounds: args.rounds,
@@ -167,28 +240,29 @@ fn run(args: &Args) -> Result<(), Error> {
             .collect(),
         rate_time: args.rate_time,
     };
-    let techniques = match &args.technique[..] {
+    let mut techniques = match &args.technique[..] {
         [] => Kind::ALL
             .into_iter()
             .filter(|kind| args.all || kind.is_default())
             .collect(),
         some => some.to_vec(),
     };
+    techniques.retain(|kind| accelerators.of(*kind).is_some());
     let configs = configs(args);
     let display = ProgressDisplay::new(configs.len() * techniques.len());
 
     display.step("the machine");
     let mut report = Report {
         version: env!("CARGO_PKG_VERSION").to_owned(),
-        platform: Platform::of(kvm.platform()),
+        platform: Platform::of(platform),
         machine: Machine::measure().map_err(Error::Machine)?,
         rounds: args.rounds,
         cells: Vec::new(),
-        skipped: Vec::new(),
+        skipped,
         targets: Vec::new(),
     };
     let ended = measure_all(
-        &kvm,
+        &accelerators,
         &configs,
         &techniques,
         &sampling,
@@ -228,7 +302,7 @@ enum Ended {
 
 /// Fills in the cells of `report`. One that fails is noted, and the others are measured.
 fn measure_all(
-    kvm: &Kvm,
+    accelerators: &Accelerators,
     configs: &[GuestConfig],
     techniques: &[Kind],
     sampling: &Sampling,
@@ -251,9 +325,12 @@ fn measure_all(
                 config.vcpus,
                 if config.dma { ", DMA" } else { "" }
             );
+            let Some(by) = accelerators.of(technique) else {
+                continue;
+            };
             display.begin(&cell);
             let mut step = |step: &str| display.step(&format!("{cell}: {step}"));
-            let (what, why) = match measure(kvm, technique, config, sampling, stop, &mut step) {
+            let (what, why) = match measure(by, technique, config, sampling, stop, &mut step) {
                 Ok(measured) => {
                     report.cells.push(measured);
                     display.next();

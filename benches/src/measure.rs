@@ -23,7 +23,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use guest::sweep::Lap;
-use palimpsest::kvm::Kvm;
+use palimpsest::vm::By;
 
 use crate::footprint;
 use crate::report::{Cell, Rate};
@@ -59,12 +59,12 @@ pub struct Sampling {
     pub rate_time: Duration,
 }
 
-/// Measures `kind` with the guest of `config`. Calls `step` with what it is at.
+/// Measures `kind`, run by `by`, with the guest of `config`. Calls `step` with what it is at.
 ///
 /// # Errors
 /// If the technique or the guest fails, or `stop` is set.
 pub fn measure(
-    kvm: &Kvm,
+    by: By<'_>,
     kind: Kind,
     config: &GuestConfig,
     sampling: &Sampling,
@@ -82,7 +82,7 @@ pub fn measure(
         return Err(VmError::NoMemory { needed, available });
     }
     step("boot");
-    let vm = BenchVm::boot(kvm, kind.start(config.memory)?, config)?;
+    let vm = BenchVm::boot(by, kind.start(config.memory)?, config)?;
     let run = Run { vm: &vm, stop };
     step("first touch");
     vm.wait("touching its memory", stop, |_, vcpu| Ok(vcpu.resident))?;

@@ -10,9 +10,10 @@ use std::time::{Duration, Instant};
 use guest::abi::{DEVICE_STRIDE, Layout, PAGE_SIZE, PORT_PANIC, Pattern, REGION_SIZE, Text};
 use guest::sweep::{Choice, LAPS, Lap, SweepOrders, SweepPage};
 use palimpsest::kvm::{
-    BootError, GuestRam, Kvm, KvmError, Machine, PortAction, PortHandler, StopReason, VcpuState,
+    BootError, GuestRam, KvmError, Machine, OnStop, PortAction, PortHandler, StopReason, VcpuState,
 };
 use palimpsest::vcpus::Capture;
+use palimpsest::vm::By;
 use vmm::boot;
 
 use crate::technique::{SnapshotMemory, Technique, TechniqueError};
@@ -137,9 +138,9 @@ pub struct MeasuredSnapshot<'a> {
 }
 
 impl BenchVm {
-    /// Boots the guest on the memory of `technique`.
+    /// Boots the guest on the memory of `technique`, run by `by`.
     pub fn boot(
-        kvm: &Kvm,
+        by: By<'_>,
         technique: Arc<dyn Technique>,
         config: &GuestConfig,
     ) -> Result<Self, VmError> {
@@ -168,14 +169,19 @@ impl BenchVm {
 
         let ended = Arc::new(Mutex::new(Vec::new()));
         let ends = Arc::clone(&ended);
-        let machine = Machine::new(
-            kvm,
-            technique.slot(),
-            Arc::clone(&ram),
-            config.vcpus as usize,
-            Arc::new(Ports(Arc::clone(&ram))),
-            Box::new(move |vcpu, outcome| lock(&ends).push(format!("vcpu {vcpu}: {outcome}"))),
-        )?;
+        let (vcpus, ports) = (config.vcpus as usize, Arc::new(Ports(Arc::clone(&ram))));
+        let on_stop: OnStop =
+            Box::new(move |vcpu, outcome| lock(&ends).push(format!("vcpu {vcpu}: {outcome}")));
+        let machine = match (by, technique.window()) {
+            (By::Kvm(kvm), _) => {
+                let slot = technique.slot();
+                Machine::new(kvm, slot, Arc::clone(&ram), vcpus, ports, on_stop)?
+            }
+            (By::User(user), Some(window)) => {
+                user.machine(window, Arc::clone(&ram), vcpus, ports, on_stop)?
+            }
+            (By::User(_), None) => return Err(KvmError::Placement.into()),
+        };
         let device = config
             .dma
             .then(|| DeviceThread::start(&*technique, layout.device_area(0)))

@@ -29,6 +29,7 @@ use std::str::FromStr;
 use std::sync::Arc;
 
 use palimpsest::causes::Cause;
+use palimpsest::host::{Placement, Window};
 use palimpsest::kvm::{GuestRam, Memslot};
 use palimpsest::mm::ForkError;
 
@@ -39,6 +40,11 @@ pub use ours::Granularity;
 pub trait Technique: Send + Sync {
     /// What KVM is told guest memory is.
     fn slot(&self) -> Arc<dyn Memslot>;
+
+    /// The window that a guest without KVM sees memory through, if the technique has one.
+    fn window(&self) -> Option<Arc<Window>> {
+        None
+    }
 
     /// Guest memory, for whoever loads a program into it, and for faults that KVM hands to the VMM.
     fn ram(&self) -> Arc<dyn GuestRam>;
@@ -133,6 +139,8 @@ fn host<E: Into<io::Error>>(what: &'static str) -> impl FnOnce(E) -> TechniqueEr
 pub enum Kind {
     /// Ours, as it comes.
     Ours,
+    /// Ours, its guest run without KVM.
+    OursUser,
     /// Ours, without the thread that copies ahead.
     OursAlone,
     /// Ours, held to 4 KiB.
@@ -153,8 +161,9 @@ pub enum Kind {
 
 impl Kind {
     /// All of them, in the order of tables.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::Ours,
+        Self::OursUser,
         Self::OursAlone,
         Self::Ours4k,
         Self::Ours2m,
@@ -169,6 +178,7 @@ impl Kind {
     pub const fn name(self) -> &'static str {
         match self {
             Self::Ours => "ours",
+            Self::OursUser => "ours-user",
             Self::OursAlone => "ours-alone",
             Self::Ours4k => "ours-4k",
             Self::Ours2m => "ours-2m",
@@ -184,6 +194,7 @@ impl Kind {
     pub const fn about(self) -> &'static str {
         match self {
             Self::Ours => "this repository, as it comes",
+            Self::OursUser => "this repository without KVM: the guest as threads of the VMM",
             Self::OursAlone => "this repository, without the thread that copies ahead",
             Self::Ours4k => "this repository, held to 4 KiB",
             Self::Ours2m => "this repository, held to 2 MiB",
@@ -198,9 +209,13 @@ impl Kind {
     /// Whether it is measured by default.
     pub const fn is_default(self) -> bool {
         match self {
-            Self::Ours | Self::Ours4k | Self::Fork | Self::ForkThp | Self::Uffd | Self::Copy => {
-                true
-            }
+            Self::Ours
+            | Self::OursUser
+            | Self::Ours4k
+            | Self::Fork
+            | Self::ForkThp
+            | Self::Uffd
+            | Self::Copy => true,
             Self::OursAlone | Self::Ours2m | Self::UffdThp => false,
         }
     }
@@ -209,18 +224,28 @@ impl Kind {
     pub const fn is_ours(self) -> bool {
         matches!(
             self,
-            Self::Ours | Self::OursAlone | Self::Ours4k | Self::Ours2m
+            Self::Ours | Self::OursUser | Self::OursAlone | Self::Ours4k | Self::Ours2m
         )
+    }
+
+    /// Whether its guest is run by KVM.
+    pub const fn needs_kvm(self) -> bool {
+        !matches!(self, Self::OursUser)
     }
 
     /// The technique, at work on `memory` bytes of guest memory that were never touched.
     pub fn start(self, memory: u64) -> Result<Arc<dyn Technique>, TechniqueError> {
+        let placement = if self.needs_kvm() {
+            Placement::Anywhere
+        } else {
+            Placement::AtGuestAddresses
+        };
         let ours = |granularity, ahead| {
-            let ours = ours::Ours::new(memory, granularity, ahead)?;
+            let ours = ours::Ours::new(memory, placement, granularity, ahead)?;
             Ok(Arc::new(ours) as Arc<dyn Technique>)
         };
         match self {
-            Self::Ours => ours(Granularity::Adaptive, true),
+            Self::Ours | Self::OursUser => ours(Granularity::Adaptive, true),
             Self::OursAlone => ours(Granularity::Adaptive, false),
             Self::Ours4k => ours(Granularity::Small, true),
             Self::Ours2m => ours(Granularity::Huge, true),

@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use guest::abi::PAGE_SIZE;
-use palimpsest::host::{Ahead, PinnedBuffer, Prices, Ram};
+use palimpsest::host::{Ahead, PinnedBuffer, Placement, Prices, Ram, Window};
 use palimpsest::kvm::{GuestRam, Memslot};
 use palimpsest::memory::{Frames, Memory, MemoryError, MemoryOptions};
 use palimpsest::mm::{Access, Exclusive, Frozen, Gfn};
@@ -37,6 +37,7 @@ pub(super) struct Ours {
 impl Ours {
     pub(super) fn new(
         memory: u64,
+        placement: Placement,
         granularity: Granularity,
         copies_ahead: bool,
     ) -> Result<Self, TechniqueError> {
@@ -47,7 +48,7 @@ impl Ours {
             base_pages: granularity == Granularity::Small,
             // Whatever a page costs, a region is broken whole.
             prices: (granularity == Granularity::Huge).then(|| Prices::fixed(0)),
-            ..MemoryOptions::default()
+            placement,
         };
         let plain = |window| Box::new(window) as _;
         let memory = Memory::with(&frames, memory, Exclusive, options, plain).map_err(no_memory)?;
@@ -70,6 +71,10 @@ fn no_memory(error: MemoryError) -> TechniqueError {
 impl Technique for Ours {
     fn slot(&self) -> Arc<dyn Memslot> {
         Arc::clone(self.memory.window()) as _
+    }
+
+    fn window(&self) -> Option<Arc<Window>> {
+        Some(Arc::clone(self.memory.window()))
     }
 
     fn ram(&self) -> Arc<dyn GuestRam> {

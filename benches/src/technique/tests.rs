@@ -10,6 +10,8 @@ use std::time::{Duration, Instant};
 
 use guest::abi::{PAGE_SIZE, Pattern};
 use palimpsest::kvm::{Kvm, PlatformError};
+use palimpsest::user::User;
+use palimpsest::vm::Accelerator;
 
 use super::{Kind, TechniqueError};
 use crate::alone::beside_others;
@@ -55,9 +57,20 @@ fn hashes(mut read: impl FnMut(u64, &mut [u8])) -> Vec<u64> {
         .collect()
 }
 
+/// What runs the guest of `kind`, or nothing where the test must be skipped, which is said then.
+fn accelerator(kind: Kind) -> Option<Accelerator> {
+    if kind.needs_kvm() {
+        kvm().map(Accelerator::Kvm)
+    } else {
+        Some(Accelerator::User(User::open().unwrap()))
+    }
+}
+
 /// Takes a few snapshots of a guest that writes all the while, and holds each against what memory was.
 fn keeps_memory(kind: Kind, dma: bool) {
-    let Some(kvm) = kvm() else { return };
+    let Some(accelerator) = accelerator(kind) else {
+        return;
+    };
     let _beside = beside_others();
     let technique = match kind.start(MEMORY) {
         Err(TechniqueError::Unavailable { why }) => return say(&format!("skipped: {why}")),
@@ -72,7 +85,7 @@ fn keeps_memory(kind: Kind, dma: bool) {
         cold_every: 2,
         dma,
     };
-    let vm = BenchVm::boot(&kvm, technique, &config).unwrap();
+    let vm = BenchVm::boot((&accelerator).into(), technique, &config).unwrap();
     let stop = AtomicBool::new(false);
     vm.wait("touching its memory", &stop, |_, vcpu| Ok(vcpu.laps > 0))
         .unwrap();
@@ -112,6 +125,12 @@ fn keeps_memory(kind: Kind, dma: bool) {
 fn ours_keeps_memory() {
     keeps_memory(Kind::Ours, false);
     keeps_memory(Kind::Ours, true);
+}
+
+#[test]
+fn ours_keeps_memory_without_kvm() {
+    keeps_memory(Kind::OursUser, false);
+    keeps_memory(Kind::OursUser, true);
 }
 
 #[test]
@@ -190,5 +209,8 @@ fn techniques_have_names() {
         assert_eq!(kind.name().parse::<Kind>().unwrap(), kind);
     }
     let error = "xor".parse::<Kind>().unwrap_err().to_string();
-    assert!(error.contains("ours, ours-alone, ours-4k"), "{error}");
+    assert!(
+        error.contains("ours, ours-user, ours-alone, ours-4k"),
+        "{error}"
+    );
 }

@@ -256,17 +256,68 @@ fn xstate_bytes() -> usize {
     (most + 64).next_multiple_of(FRAME_XSTATE_ALIGN)
 }
 
+/// Memory of this process's own, which goes when this is dropped.
+struct Mapping {
+    at: NonNull<c_void>,
+    bytes: usize,
+}
+
+impl Mapping {
+    fn new(bytes: usize) -> io::Result<Self> {
+        // SAFETY: a new mapping at an address of the kernel's choice replaces nothing.
+        let at = unsafe {
+            mmap_anonymous(
+                ptr::null_mut(),
+                bytes,
+                ProtFlags::READ | ProtFlags::WRITE,
+                MapFlags::PRIVATE,
+            )
+        }?;
+        let at = NonNull::new(at).ok_or(io::ErrorKind::OutOfMemory)?;
+        Ok(Self { at, bytes })
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: made by `new`, and whoever has it is done with it.
+        let _ = unsafe { munmap(self.at.as_ptr(), self.bytes) };
+    }
+}
+
+/// Room for extended registers as the kernel lays them out, aligned as it asks for.
+struct XstateArea {
+    at: NonNull<u8>,
+    layout: Layout,
+}
+
+impl XstateArea {
+    fn new(bytes: usize) -> io::Result<Self> {
+        let layout = Layout::from_size_align(bytes, FRAME_XSTATE_ALIGN)
+            .map_err(|_| io::ErrorKind::OutOfMemory)?;
+        // SAFETY: the layout has a size.
+        let at = NonNull::new(unsafe { alloc::alloc_zeroed(layout) });
+        let at = at.ok_or(io::ErrorKind::OutOfMemory)?;
+        Ok(Self { at, layout })
+    }
+}
+
+impl Drop for XstateArea {
+    fn drop(&mut self) {
+        // SAFETY: made by `new`, with this layout.
+        unsafe { alloc::dealloc(self.at.as_ptr(), self.layout) };
+    }
+}
+
 /// The crossing of one thread. It is made, used and dropped on that thread.
 pub(super) struct Crossing {
-    /// The alternate stack, behind a page that nobody may touch.
-    stack: NonNull<c_void>,
-    bytes: usize,
     block: NonNull<Block>,
     frame: NonNull<Frame>,
-    xstate: NonNull<u8>,
-    xstate_layout: Layout,
-    /// The alternate stack that the thread had.
-    before: libc::stack_t,
+    xstate: XstateArea,
+    /// The alternate stack that the thread had, once it has ours.
+    before: Option<libc::stack_t>,
+    /// The alternate stack, behind a page that nobody may touch.
+    _stack: Mapping,
 }
 
 impl Crossing {
@@ -280,37 +331,17 @@ impl Crossing {
         STACK_BYTES.store(size, Ordering::SeqCst);
         let guard = PAGE_SIZE as usize;
         let bytes = size as usize + guard;
-        // SAFETY: a new mapping at an address of the kernel's choice replaces nothing.
-        let stack = unsafe {
-            mmap_anonymous(
-                ptr::null_mut(),
-                bytes,
-                ProtFlags::READ | ProtFlags::WRITE,
-                MapFlags::PRIVATE,
-            )
-        }?;
-        let xstate_layout = Layout::from_size_align(xstate_bytes(), FRAME_XSTATE_ALIGN)
-            .map_err(|_| io::ErrorKind::OutOfMemory)?;
-        // SAFETY: the layout has a size.
-        let xstate = NonNull::new(unsafe { alloc::alloc_zeroed(xstate_layout) });
-        let stack = NonNull::new(stack);
-        let (Some(xstate), Some(stack)) = (xstate, stack) else {
-            return Err(io::ErrorKind::OutOfMemory.into());
-        };
+        let stack = Mapping::new(bytes)?;
+        let xstate = XstateArea::new(xstate_bytes())?;
+        let guarded = stack.at;
         // SAFETY: inside the mapping just made.
-        let base = unsafe { stack.byte_add(guard) };
+        let base = unsafe { guarded.byte_add(guard) };
         let mut crossing = Self {
-            stack,
-            bytes,
             block: base.cast(),
             frame: NonNull::from(Box::leak(Box::<Frame>::default())),
             xstate,
-            xstate_layout,
-            before: libc::stack_t {
-                ss_sp: ptr::null_mut(),
-                ss_flags: libc::SS_DISABLE,
-                ss_size: 0,
-            },
+            before: None,
+            _stack: stack,
         };
         let block = Block {
             magic: MAGIC,
@@ -324,8 +355,8 @@ impl Crossing {
             flags: RFLAGS_PLAIN,
             exit: RawExit::default(),
             copy_to: crossing.frame.as_ptr(),
-            xstate_to: xstate.as_ptr(),
-            xstate_room: xstate_layout.size(),
+            xstate_to: crossing.xstate.at.as_ptr(),
+            xstate_room: crossing.xstate.layout.size(),
         };
         let ours = libc::stack_t {
             ss_sp: base.as_ptr(),
@@ -335,11 +366,13 @@ impl Crossing {
         // SAFETY: the guard is the first page of the mapping just made, and the block the begin of the
         // second. The stack is mapped until `drop`, which gives the thread back what it had.
         unsafe {
-            mprotect(stack.as_ptr(), guard, MprotectFlags::empty())?;
+            mprotect(guarded.as_ptr(), guard, MprotectFlags::empty())?;
             crossing.block.write(block);
-            if libc::sigaltstack(&ours, &mut crossing.before) != 0 {
+            let mut before = std::mem::zeroed();
+            if libc::sigaltstack(&ours, &mut before) != 0 {
                 return Err(io::Error::last_os_error());
             }
+            crossing.before = Some(before);
         }
         // Without a frame it comes out at once, and the kernel has made one.
         // SAFETY: the block was made for this thread. The bases of FS and GS are the VMM's.
@@ -362,7 +395,7 @@ impl Crossing {
     /// What they point to is the guest's: it can do to this process whatever the registers let it do.
     pub(super) unsafe fn enter(&mut self) -> RawExit {
         let block = self.block.as_ptr();
-        let xstate = self.xstate.as_ptr() as u64;
+        let xstate = self.xstate.at.as_ptr() as u64;
         self.frame_mut().xstate = xstate;
         let flags = RFLAGS_PLAIN | self.frame().gpr(Gpr::Rflags) & RFLAGS_NOT_IN_FRAME;
         // SAFETY: the block and the frame are this thread's, and there. What runs is the caller's to answer
@@ -390,13 +423,15 @@ impl Crossing {
     /// The guest's extended registers as the kernel lays them out, and what it puts behind them.
     pub(super) fn xstate(&self) -> &[u8] {
         // SAFETY: the allocation, of which a frame's extended registers are a part.
-        unsafe { std::slice::from_raw_parts(self.xstate.as_ptr(), self.xstate_layout.size()) }
+        unsafe { std::slice::from_raw_parts(self.xstate.at.as_ptr(), self.xstate.layout.size()) }
     }
 
     /// The same, to be changed.
     pub(super) fn xstate_mut(&mut self) -> &mut [u8] {
         // SAFETY: as above; nobody else has it.
-        unsafe { std::slice::from_raw_parts_mut(self.xstate.as_ptr(), self.xstate_layout.size()) }
+        unsafe {
+            std::slice::from_raw_parts_mut(self.xstate.at.as_ptr(), self.xstate.layout.size())
+        }
     }
 
     /// Bases of FS and GS.
@@ -422,11 +457,11 @@ impl Crossing {
 
 impl Drop for Crossing {
     fn drop(&mut self) {
-        // SAFETY: the thread gets back what it had, and nobody uses ours any more: it goes.
+        // SAFETY: the thread gets back what it had, before ours goes. Nobody else has the frame.
         unsafe {
-            libc::sigaltstack(&self.before, ptr::null_mut());
-            let _ = munmap(self.stack.as_ptr(), self.bytes);
-            alloc::dealloc(self.xstate.as_ptr(), self.xstate_layout);
+            if let Some(before) = &self.before {
+                libc::sigaltstack(before, ptr::null_mut());
+            }
             drop(Box::from_raw(self.frame.as_ptr()));
         }
     }
