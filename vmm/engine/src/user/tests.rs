@@ -3,6 +3,7 @@
 #![expect(unsafe_code, reason = "a fault of the VMM's own")]
 
 use std::cell::Cell;
+use std::fs;
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -10,6 +11,7 @@ use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Mutex, MutexGuard};
 
 use ::guest::abi::{IMAGE_GPA, STACKS_GPA};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::*;
@@ -449,7 +451,7 @@ fn a_guest_that_spins_can_be_stopped() {
 #[test]
 #[ignore = "ends the process: the next test has one for it"]
 fn faults_on_a_vcpus_thread() {
-    without_core();
+    with_core();
     // mov dx, PORT_FAULT; out dx, al
     let guest = Guest::new(1, &[&[0x66, 0xba, 0x66, 0x06, 0xee], SPIN]);
     panic!("{}", guest.outcome());
@@ -458,30 +460,48 @@ fn faults_on_a_vcpus_thread() {
 #[test]
 #[ignore = "ends the process: the next test has one for it"]
 fn faults_beside_a_guest() {
-    without_core();
+    with_core();
     let guest = Guest::new(1, &[COUNT]);
     wait_until("counting", || guest.word(DATA) > 1000);
     fault();
 }
 
-fn without_core() {
-    let none = rustix::process::Rlimit {
-        current: Some(0),
-        maximum: Some(0),
+/// Lets this process have as large a core as it may.
+fn with_core() {
+    let limit = getrlimit(Resource::Core);
+    let most = Rlimit {
+        current: limit.maximum,
+        ..limit
     };
-    rustix::process::setrlimit(rustix::process::Resource::Core, none).unwrap();
+    setrlimit(Resource::Core, most).unwrap();
+}
+
+/// Whether a core is a file in the folder of whoever crashes.
+fn cores_are_files() -> bool {
+    let pattern = fs::read_to_string("/proc/sys/kernel/core_pattern").unwrap_or_default();
+    let is_name = !pattern.trim().is_empty() && !pattern.starts_with(['|', '/', '@']);
+    is_name && getrlimit(Resource::Core).maximum != Some(0)
 }
 
 #[test]
 fn a_fault_of_the_vmms_own_ends_it_as_ever() {
     for test in ["faults_on_a_vcpus_thread", "faults_beside_a_guest"] {
+        let folder = tempfile::tempdir().unwrap();
         let status = Command::new(std::env::current_exe().unwrap())
+            .current_dir(folder.path())
             .args(["--ignored", "--exact", &format!("user::tests::{test}")])
             .stdout(Stdio::null())
             .stderr(Stdio::null())
             .status()
             .unwrap();
         assert_eq!(status.signal(), Some(libc::SIGSEGV), "{test}: {status}");
+        if cores_are_files() {
+            assert!(status.core_dumped(), "{test}: {status}");
+            let core = fs::read_dir(folder.path()).unwrap().next();
+            let core = fs::metadata(core.unwrap().unwrap().path()).unwrap();
+            // Without the guest's memory.
+            assert!((1..MEMORY).contains(&core.len()), "{test}: {core:?}");
+        }
     }
 }
 
