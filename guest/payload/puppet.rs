@@ -2,7 +2,8 @@
 //! its half of the contract.
 //!
 //! It lives in registers alone. It has no stack, no data and nothing to remember, so that the only memory it
-//! ever writes, its mailbox aside, is what it was told to write, and it can be started anew at any time.
+//! ever writes, its mailbox aside, is what it was told to write, and it can be started anew at any time. Nor
+//! does it care where it is: where its mailbox is it is told as the first argument.
 
 #![no_std]
 #![no_main]
@@ -16,19 +17,19 @@ use core::hint::spin_loop;
 use core::mem::offset_of;
 use core::panic::PanicInfo;
 
-use abi::{MAIL_GPA, MAIL_READ, MAIL_WRITE, Mail, PORT_MAIL, SAYS_DONE, SAYS_READY};
+use abi::{MAIL_READ, MAIL_WRITE, Mail, PORT_MAIL, SAYS_DONE, SAYS_READY};
 
 // A command is one `mov`: a read never writes, and a write that faults is done again whole.
 global_asm!(
     ".globl _start",
     "_start:",
-    "mov ebx, {mail}",
+    "mov rbx, rdi",
     "mov eax, {ready}",
     "2:",
     "mov edx, {port}",
     "out dx, eax",
     "mov rcx, [rbx + {command}]",
-    "mov rdi, [rbx + {gpa}]",
+    "mov rdi, [rbx + {address}]",
     "mov rax, [rbx + {word}]",
     "cmp rcx, {read}",
     "je 3f",
@@ -45,14 +46,13 @@ global_asm!(
     // No such command.
     "5:",
     "ud2",
-    mail = const MAIL_GPA,
     port = const PORT_MAIL,
     ready = const SAYS_READY,
     done = const SAYS_DONE,
     read = const MAIL_READ,
     write = const MAIL_WRITE,
     command = const offset_of!(Mail, command),
-    gpa = const offset_of!(Mail, gpa),
+    address = const offset_of!(Mail, address),
     word = const offset_of!(Mail, word),
 );
 

@@ -579,9 +579,9 @@ pub const MAIL_GPA: u64 = STACKS_GPA;
 pub const SAYS_READY: u32 = 0;
 /// The puppet has done the last command.
 pub const SAYS_DONE: u32 = 1;
-/// Command: read the word at [`Mail::gpa`] into [`Mail::word`].
+/// Command: read the word at [`Mail::address`] into [`Mail::word`].
 pub const MAIL_READ: u64 = 1;
-/// Command: write [`Mail::word`] to [`Mail::gpa`].
+/// Command: write [`Mail::word`] to [`Mail::address`].
 pub const MAIL_WRITE: u64 = 2;
 
 /// What the puppet is to do, and what came of it.
@@ -590,8 +590,8 @@ pub const MAIL_WRITE: u64 = 2;
 pub struct Mail {
     /// [`MAIL_READ`] or [`MAIL_WRITE`]; anything else is a crash.
     pub command: u64,
-    /// Where.
-    pub gpa: u64,
+    /// Where, as the puppet sees memory.
+    pub address: u64,
     /// The word to write, or the word that was read.
     pub word: u64,
 }

@@ -255,7 +255,7 @@ pub(crate) struct CompareArgs {
     #[arg(long, value_name = "N", default_value_t = 2)]
     vcpus: u64,
 
-    /// What runs the vCPUs. Without KVM scenarios are played on the software model
+    /// What runs the vCPUs, in the race and in the scenarios
     #[arg(
         long,
         value_name = "WHAT",
@@ -306,7 +306,7 @@ pub(crate) struct CompareArgs {
 /// What a scenario is played on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub(crate) enum PlayedOn {
-    /// A virtual machine with a vCPU
+    /// A virtual machine with a vCPU, which `--accel` runs
     Vcpu,
     /// A software model of one: needs no KVM
     Soft,

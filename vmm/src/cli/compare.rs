@@ -14,9 +14,10 @@ use super::{Failure, interrupt, print, race_text};
 use crate::accel::{self, Accel, Opened};
 use crate::policy::Policy;
 use crate::scenario::engine::{Moment, ScenarioOutcome};
-use crate::scenario::real::RealStage;
+use crate::scenario::real::{ByKvm, ByThreads, RealStage};
 use crate::scenario::script::Scenario;
 use crate::scenario::soft::SoftStage;
+use crate::scenario::stage::Stage;
 use crate::scenario::survey::{Row, Survey};
 use crate::scenario::{ask_the_kernel, emulate, table};
 use crate::session::compare::{Race, Raced};
@@ -87,8 +88,7 @@ fn compare(args: &CompareArgs, screen: &Screen) -> Result<Verdict, Failure> {
     }
     let mut go_on = |_: &Scenario| !stop.load(Ordering::Relaxed);
     let scenarios = match accel {
-        // A scenario has machines beside each other, and guest addresses are there once.
-        Accel::User => Survey::take::<SoftStage>(&mut go_on),
+        Accel::User => Survey::take::<RealStage<ByThreads>>(&mut go_on),
         Accel::Kvm | Accel::Auto => Survey::take::<RealStage>(&mut go_on),
     };
     finish(args, screen, race, races, scenarios, &stop)
@@ -185,14 +185,18 @@ fn narrate(scenario: &Scenario, args: &CompareArgs) -> Result<Verdict, Failure> 
     let mut watch = |moment: &Moment<'_>| story += &scenario_text::step(moment, by_the_bit);
     let (by, outcome, expected) = match args.on {
         PlayedOn::Vcpu => {
-            if let Accelerator::User(_) = open(args)?.accelerator {
-                return Err(Failure::OneMachine);
-            }
-            (
-                format!("{policy}, on a real vCPU"),
-                emulate::<RealStage>(scenario, policy, &mut watch),
-                scenario.expected.under(policy),
-            )
+            let (on, outcome) = match open(args)?.accelerator {
+                Accelerator::Kvm(_) => (
+                    RealStage::<ByKvm>::NAME,
+                    emulate::<RealStage>(scenario, policy, &mut watch),
+                ),
+                Accelerator::User(_) => (
+                    RealStage::<ByThreads>::NAME,
+                    emulate::<RealStage<ByThreads>>(scenario, policy, &mut watch),
+                ),
+            };
+            let expected = scenario.expected.under(policy);
+            (format!("{policy}, on {on}"), outcome, expected)
         }
         PlayedOn::Soft => (
             format!("{policy}, on the software MMU"),

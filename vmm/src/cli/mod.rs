@@ -112,11 +112,6 @@ enum Failure {
     Run(#[from] session::RunError),
     #[error("could not play all of it: {why}")]
     NotPlayed { why: String },
-    #[error(
-        "--on vcpu needs KVM: a scenario has machines beside each other, and without KVM guest addresses are \
-         there once in a process"
-    )]
-    OneMachine,
     #[error("--scenario {id}: there is none of that name")]
     NoScenario { id: String },
 }
@@ -139,7 +134,6 @@ impl Failure {
                 Some("`vmm doctor` says who limits memory, and what guest would run")
             }
             Self::Config(_) => Some("vmm --help explains every flag"),
-            Self::OneMachine => Some("--on soft plays it on a software model"),
             Self::NoScenario { .. } => Some("vmm compare --list has them all"),
             Self::Guest { .. }
             | Self::Run(session::RunError::Build(session::PayloadVmError::Image { .. })) => {

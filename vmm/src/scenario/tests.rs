@@ -2,7 +2,7 @@ use super::engine::ScenarioOutcome;
 use super::performer::Hold::{GetRead, PinRead, PinWrite};
 use super::performer::Who::{C, P};
 use super::performer::{Hold, HoldId, Memory, NotDone, Page, PageView, Performer, Who};
-use super::real::RealStage;
+use super::real::{ByThreads, RealStage};
 use super::script::{Expected, Scenario, Slot, Step};
 use super::soft::SoftStage;
 use super::stage::Stage;
@@ -311,6 +311,12 @@ fn every_verdict_on_a_real_vcpu_is_the_tables() {
         return;
     }
     let wrong = against_the_table::<RealStage>();
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+#[test]
+fn every_verdict_on_a_real_vcpu_without_kvm_is_the_tables() {
+    let wrong = against_the_table::<RealStage<ByThreads>>();
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 

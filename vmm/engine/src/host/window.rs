@@ -8,7 +8,7 @@
 //! Where guest code runs as code of this process, guest addresses are host addresses: such a window is at the
 //! guest's own addresses ([`Placement::AtGuestAddresses`]), and what it shows can be executed. It begins at
 //! [`LOWEST`]: a host maps nothing below, so pages there are noted and never shown. There is one such place
-//! in a process.
+//! in a process; windows of code that may be anywhere can be anywhere ([`Placement::Executable`]).
 //!
 //! What the host refuses it may have done in part: `mprotect` changes one mapping after the other, and says
 //! that there is no room for more when it comes to the one that must be split (seen on Linux 6.18 with
@@ -45,7 +45,11 @@ pub enum Placement {
     #[default]
     Anywhere,
     /// At the guest's own addresses, from [`LOWEST`] on, for who runs guest code as code of this process.
+    /// There is one such place in it.
     AtGuestAddresses,
+    /// Where the host has addresses, as [`Placement::Anywhere`], for who runs guest code as code of this
+    /// process that does not care where it is. There is room for many.
+    Executable,
 }
 
 /// A window of guest memory.
@@ -89,6 +93,7 @@ impl Window {
         let len = pages.saturating_mul(PAGE_SIZE);
         let (base, lowest) = match placement {
             Placement::Anywhere => (reserve(len), 0),
+            Placement::Executable => (physmap.allow_execution().and_then(|()| reserve(len)), 0),
             Placement::AtGuestAddresses => {
                 let made = physmap.allow_execution();
                 let made = made.and_then(|()| reserve_at(LOWEST..len.max(LOWEST)));
@@ -134,7 +139,9 @@ impl Window {
     fn readable(&self) -> ProtFlags {
         match self.placement {
             Placement::Anywhere => ProtFlags::READ,
-            Placement::AtGuestAddresses => ProtFlags::READ | ProtFlags::EXEC,
+            Placement::AtGuestAddresses | Placement::Executable => {
+                ProtFlags::READ | ProtFlags::EXEC
+            }
         }
     }
 

@@ -1,9 +1,8 @@
 //! Why a guest came out, in terms of what it did.
 
-use std::ops::Range;
-
 use iced_x86::{Decoder, DecoderOptions, Instruction, Mnemonic, OpKind, Register};
 
+use super::addresses::Addresses;
 use super::crossing::RawExit;
 use super::frame::{Frame, Gpr};
 use super::signals::KICK;
@@ -36,8 +35,8 @@ pub(super) enum Exit {
     Refused(RawExit),
 }
 
-/// What `raw` means of a guest with the registers in `frame`, whose window has the addresses `window`.
-pub(super) fn of(raw: RawExit, frame: &Frame, window: &Range<u64>, ram: &dyn GuestRam) -> Exit {
+/// What `raw` means of a guest with the registers in `frame`, whose memory is at `addresses`.
+pub(super) fn of(raw: RawExit, frame: &Frame, addresses: &Addresses, ram: &dyn GuestRam) -> Exit {
     if raw.refused || raw.overflow {
         return Exit::Refused(raw);
     }
@@ -46,16 +45,19 @@ pub(super) fn of(raw: RawExit, frame: &Frame, window: &Range<u64>, ram: &dyn Gue
         KICK => Exit::Kicked,
         libc::SIGSEGV if frame.gpr(Gpr::Vector) == PAGE_FAULT => {
             let write = frame.gpr(Gpr::Error) & WRITE != 0;
-            let gpa = raw.address;
-            if write && window.contains(&gpa) {
-                Exit::WriteFault {
+            match addresses.gpa(raw.address) {
+                Some(gpa) if write => Exit::WriteFault {
                     gfn: gpa / PAGE_SIZE,
-                }
-            } else {
-                Exit::Crash(CrashReason::Mmio { gpa, write })
+                },
+                _ => Exit::Crash(CrashReason::Mmio {
+                    gpa: raw.address,
+                    write,
+                }),
             }
         }
-        libc::SIGSEGV if frame.gpr(Gpr::Vector) == GENERAL_PROTECTION => privileged(frame, ram),
+        libc::SIGSEGV if frame.gpr(Gpr::Vector) == GENERAL_PROTECTION => {
+            privileged(frame, addresses, ram)
+        }
         libc::SIGSEGV => crash("a fault of memory that has no address"),
         libc::SIGBUS => crash("memory that cannot be accessed so"),
         libc::SIGILL => crash("an invalid opcode"),
@@ -67,8 +69,8 @@ pub(super) fn of(raw: RawExit, frame: &Frame, window: &Range<u64>, ram: &dyn Gue
 }
 
 /// What the instruction at RIP, which ring 3 may not execute, is to the VMM.
-fn privileged(frame: &Frame, ram: &dyn GuestRam) -> Exit {
-    let Some(instruction) = instruction_at(frame.gpr(Gpr::Rip), ram) else {
+fn privileged(frame: &Frame, addresses: &Addresses, ram: &dyn GuestRam) -> Exit {
+    let Some(instruction) = instruction_at(frame.gpr(Gpr::Rip), addresses, ram) else {
         return Exit::Protection;
     };
     let len = instruction.len() as u64;
@@ -110,17 +112,20 @@ fn privileged(frame: &Frame, ram: &dyn GuestRam) -> Exit {
 }
 
 /// The instruction at `rip`, if guest memory has one there.
-fn instruction_at(rip: u64, ram: &dyn GuestRam) -> Option<Instruction> {
-    let code = code_at(rip, ram, LONGEST);
+fn instruction_at(rip: u64, addresses: &Addresses, ram: &dyn GuestRam) -> Option<Instruction> {
+    let code = code_at(rip, addresses, ram, LONGEST);
     let instruction = Decoder::with_ip(64, &code, rip, DecoderOptions::NONE).decode();
     (!instruction.is_invalid()).then_some(instruction)
 }
 
 /// Up to `len` bytes of guest memory at `rip`.
-pub(super) fn code_at(rip: u64, ram: &dyn GuestRam, len: usize) -> Vec<u8> {
-    let there = ram.len().saturating_sub(rip).min(len as u64) as usize;
+pub(super) fn code_at(rip: u64, addresses: &Addresses, ram: &dyn GuestRam, len: usize) -> Vec<u8> {
+    let Some(gpa) = addresses.gpa(rip) else {
+        return Vec::new();
+    };
+    let there = ram.len().saturating_sub(gpa).min(len as u64) as usize;
     let mut code = vec![0; there];
-    match ram.read(rip, &mut code) {
+    match ram.read(gpa, &mut code) {
         Ok(()) => code,
         Err(_) => Vec::new(),
     }

@@ -10,6 +10,7 @@
 //! It keeps honest guests honest, and no more: one that means harm jumps to a `syscall` of the VMM's.
 
 use std::io;
+use std::ops::Range;
 
 use seccompiler::{BpfProgram, apply_filter, sock_filter};
 
@@ -25,28 +26,36 @@ const RETURN: u16 = 0x06;
 const IP_LOW: u32 = 8;
 const IP_HIGH: u32 = 12;
 
-/// Lets through what instructions above `end` do. At and below it is the guest: the instruction pointer is
-/// behind the instruction.
-fn program(end: u64) -> BpfProgram {
-    let (high, low) = ((end >> 32) as u32, end as u32);
+/// Traps what instructions in `code` do, and lets all others through. The instruction pointer is behind the
+/// instruction.
+fn program(code: &Range<u64>) -> BpfProgram {
+    let halves = |address: u64| ((address >> 32) as u32, address as u32);
+    let ((start_high, start_low), (end_high, end_low)) = (halves(code.start), halves(code.end));
     let step = |code, k, jt, jf| sock_filter { code, jt, jf, k };
     vec![
+        // Above the end: allow.
         step(LOAD, IP_HIGH, 0, 0),
-        step(IF_ABOVE, high, 3, 0), // allow
-        step(IF_EQUAL, high, 0, 3), // else trap
+        step(IF_ABOVE, end_high, 8, 0),
+        step(IF_EQUAL, end_high, 0, 2),
         step(LOAD, IP_LOW, 0, 0),
-        step(IF_ABOVE, low, 0, 1), // allow, else trap
+        step(IF_ABOVE, end_low, 5, 0),
+        // Above the start: trap.
+        step(LOAD, IP_HIGH, 0, 0),
+        step(IF_ABOVE, start_high, 4, 0),
+        step(IF_EQUAL, start_high, 0, 2),
+        step(LOAD, IP_LOW, 0, 0),
+        step(IF_ABOVE, start_low, 1, 0),
         step(RETURN, libc::SECCOMP_RET_ALLOW, 0, 0),
         step(RETURN, libc::SECCOMP_RET_TRAP, 0, 0),
     ]
 }
 
-/// Has this thread's system calls from addresses below `end` trapped, for as long as it lives.
+/// Has this thread's system calls from addresses in `code` trapped, for as long as it lives.
 ///
 /// # Errors
 /// The host's, if it has no seccomp filters or lets this process have none.
-pub(super) fn install(end: u64) -> io::Result<()> {
-    apply_filter(&program(end)).map_err(io::Error::other)
+pub(super) fn install(code: Range<u64>) -> io::Result<()> {
+    apply_filter(&program(&code)).map_err(io::Error::other)
 }
 
 #[cfg(test)]
@@ -73,16 +82,24 @@ mod tests {
 
     #[test]
     fn what_lies_in_the_window_is_trapped_and_nothing_else() {
-        for end in [
-            0x100_0000,
-            0xffff_ffff,
-            1 << 32,
-            (3 << 32) + 0x1000,
-            128 << 30,
+        for code in [
+            0..0x100_0000,
+            0..0xffff_ffff,
+            0..1 << 32,
+            0..(3 << 32) + 0x1000,
+            0..128 << 30,
+            0x7f12_3450_0000..0x7f12_3460_0000,
+            0x7f12_ff00_0000..0x7f13_0100_0000,
+            0x7f13_0000_0000..0x7f14_0000_0000,
         ] {
-            let program = program(end);
+            let program = program(&code);
+            let Range { start, end } = code;
             for ip in [
-                0,
+                start.saturating_sub(1),
+                start,
+                start + 1,
+                start + 2,
+                (start + end) / 2,
                 0x1_0000,
                 0xffff_ffff,
                 1 << 32,
@@ -91,13 +108,14 @@ mod tests {
                 end + 1,
                 end << 1,
                 1 << 46,
+                (1 << 47) - 1,
             ] {
-                let expected = if ip <= end {
+                let expected = if ip > start && ip <= end {
                     libc::SECCOMP_RET_TRAP
                 } else {
                     libc::SECCOMP_RET_ALLOW
                 };
-                assert_eq!(says(&program, ip), expected, "{ip:#x} with {end:#x}");
+                assert_eq!(says(&program, ip), expected, "{ip:#x} with {code:x?}");
             }
         }
     }

@@ -2,7 +2,7 @@
 //!
 //! What it guarantees
 //! - A vCPU is one thread, which runs the guest's instructions in ring 3 of the host, at the guest's own
-//!   addresses: its window is there ([`Placement::AtGuestAddresses`]). The same programs run as under KVM, on
+//!   addresses: its window is there ([`Placement::AtGuestAddresses`](crate::host::Placement)). The same programs run as under KVM, on
 //!   the same memory, devices and snapshots.
 //! - [`Machine::pause`] returns when no vCPU is in guest code, each between two instructions, with all its
 //!   registers known. No kick is lost.
@@ -20,10 +20,11 @@
 //! **Not covered: isolation.** The guest can read and write all that this process has. Run no guest that you
 //! would not run as a program of your own.
 //!
-//! One machine a process: guest addresses are there once (docs/decisions/0011).
+//! One machine a process, of code that has fixed addresses: they are there once (docs/decisions/0011).
 
 #![expect(unsafe_code, reason = "reads the time-stamp counter")]
 
+mod addresses;
 mod crossing;
 mod doorbells;
 mod exit;
@@ -44,9 +45,10 @@ use std::time::{Duration, Instant};
 use vmm_sys_util::errno;
 use vmm_sys_util::eventfd::EventFd;
 
+use self::addresses::Addresses;
 use self::doorbells::Doorbells;
 use self::vcpu::Vcpu;
-use crate::host::{LOWEST, Placement, Window};
+use crate::host::Window;
 use crate::kvm::machine::Backend;
 use crate::kvm::memory::GuestRam;
 use crate::kvm::tables::Translation;
@@ -130,8 +132,12 @@ impl User {
 
     /// A machine with `vcpus` vCPUs, which see memory through `window`. It does not run before it is started.
     ///
+    /// Addresses are those of the window for its code, where it is started too: the guest's own, or, for code
+    /// that may be anywhere ([`Placement::Executable`](crate::host::Placement::Executable)), those that the
+    /// host gave.
+    ///
     /// # Errors
-    /// If there are no vCPUs or too many, the window is not at guest addresses, or the host has no more
+    /// If there are no vCPUs or too many, nothing can be executed in the window, or the host has no more
     /// threads.
     pub fn machine(
         &self,
@@ -141,9 +147,7 @@ impl User {
         handler: Arc<dyn PortHandler>,
         on_stop: OnStop,
     ) -> Result<Machine, KvmError> {
-        if window.placement() != Placement::AtGuestAddresses {
-            return Err(KvmError::Placement);
-        }
+        let addresses = Addresses::of(&window).ok_or(KvmError::Placement)?;
         let doorbells = Arc::<Doorbells>::default();
         // Nobody keeps anything of the guest's page tables: they mean nothing here.
         let translation = Translation::Nested;
@@ -158,7 +162,7 @@ impl User {
             let vcpu = Vcpu {
                 index,
                 ram: Arc::clone(&ram),
-                addresses: LOWEST..window.len(),
+                addresses: addresses.clone(),
                 _window: Arc::clone(&window),
                 handler: Arc::clone(&handler),
                 doorbells: Arc::clone(&doorbells),

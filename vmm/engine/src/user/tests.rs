@@ -16,8 +16,8 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::*;
 use crate::causes::chain;
-use crate::host::Ram;
 use crate::host::tests::alone_at_guest_addresses;
+use crate::host::{LOWEST, Placement, Ram};
 use crate::kvm::registers::tests::entry;
 use crate::kvm::tests::code::{COUNT, EXIT_42, RDI_DATA, SPIN};
 use crate::kvm::tests::guest::wait_until;

@@ -3,12 +3,12 @@
 #![expect(unsafe_code, reason = "enters guest code")]
 
 use std::arch::x86_64::_rdtsc;
-use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
+use super::addresses::Addresses;
 use super::crossing::Crossing;
 use super::doorbells::Doorbells;
 use super::exit::{self, Exit};
@@ -45,7 +45,7 @@ pub(super) struct Vcpu {
     /// Kept for as long as the vCPU may go there.
     pub(super) _window: Arc<Window>,
     /// Addresses of the guest's.
-    pub(super) addresses: Range<u64>,
+    pub(super) addresses: Addresses,
     pub(super) handler: Arc<dyn PortHandler>,
     pub(super) doorbells: Arc<Doorbells>,
     pub(super) control: Arc<Control>,
@@ -96,7 +96,7 @@ impl Running {
             let source = std::io::ErrorKind::Unsupported.into();
             error("save extended registers by XSAVE")(source)
         })?;
-        filter::install(vcpu.addresses.end)
+        filter::install(vcpu.addresses.code())
             .map_err(error("keep the guest from making system calls (seccomp)"))?;
         Ok(Self {
             vcpu,
@@ -192,9 +192,13 @@ impl Running {
             let resolved = self.vcpu.ram.write_fault(gfn);
             resolved.map_err(|source| VcpuRunError::Memory { gfn, source })
         };
-        let last = address + EMULATED - 1;
-        let goes_on = last / PAGE_SIZE != gfn && self.vcpu.addresses.contains(&last);
-        if resolve(gfn)? || goes_on && resolve(last / PAGE_SIZE)? {
+        let last = self.vcpu.addresses.gpa(address + EMULATED - 1);
+        let next = last.map(|gpa| gpa / PAGE_SIZE).filter(|last| *last != gfn);
+        let mut resolved = resolve(gfn)?;
+        if let (false, Some(next)) = (resolved, next) {
+            resolved = resolve(next)?;
+        }
+        if resolved {
             counters.signals.fetch_add(1, Ordering::Relaxed);
             self.lost = (0, 0, 0);
             return Ok(());
@@ -208,7 +212,7 @@ impl Running {
         if times < MOST_LOST {
             return Ok(());
         }
-        let code = exit::code_at(rip, &*self.vcpu.ram, CODE_SHOWN);
+        let code = exit::code_at(rip, &self.vcpu.addresses, &*self.vcpu.ram, CODE_SHOWN);
         Err(VcpuRunError::Fault {
             source: WriteFaultError::Stuck {
                 rip,
@@ -253,7 +257,12 @@ impl Running {
     /// Where the vCPU is.
     fn report(&self) -> Box<CrashReport> {
         let state = self.capture();
-        let code = exit::code_at(state.rip(), &*self.vcpu.ram, CODE_SHOWN);
+        let code = exit::code_at(
+            state.rip(),
+            &self.vcpu.addresses,
+            &*self.vcpu.ram,
+            CODE_SHOWN,
+        );
         Box::new(CrashReport {
             state: Some(state),
             code,

@@ -80,11 +80,11 @@ impl From<Outcome> for CpuError {
     }
 }
 
-/// One access to guest memory.
+/// One access to guest memory, at an address of its code.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Command {
-    Read { gpa: u64 },
-    Write { gpa: u64, value: u64 },
+    Read { address: u64 },
+    Write { address: u64, value: u64 },
 }
 
 /// The word that was read or written, or how the vCPU ended.
@@ -192,12 +192,12 @@ impl Mailbox {
 
     fn put(&self, command: Command) {
         let (kind, at, word) = match command {
-            Command::Read { gpa } => (MAIL_READ, gpa, 0),
-            Command::Write { gpa, value } => (MAIL_WRITE, gpa, value),
+            Command::Read { address } => (MAIL_READ, address, 0),
+            Command::Write { address, value } => (MAIL_WRITE, address, value),
         };
         let put = |offset, word| store(&self.physmap, self.frame, offset, word);
         put(offset_of!(Mail, command), kind);
-        put(offset_of!(Mail, gpa), at);
+        put(offset_of!(Mail, address), at);
         put(offset_of!(Mail, word), word);
     }
 
@@ -219,7 +219,7 @@ mod tests {
     }
 
     fn ask(line: &mut Line) -> Result<u64, CpuError> {
-        line.ask(Command::Read { gpa: 0 })
+        line.ask(Command::Read { address: 0 })
     }
 
     #[test]

@@ -2,8 +2,8 @@
 //!
 //! What it guarantees
 //! - A CPU access of a scenario is one instruction of a guest. A write to a page that the window shows
-//!   read-only is a write fault of KVM's, resolved on the vCPU's thread by
-//!   [`AddressSpace::write_fault`], as in any other run.
+//!   read-only is a write fault, resolved on the vCPU's thread by [`AddressSpace::write_fault`], as in any
+//!   other run.
 //! - **Nothing but the scenario's pages is subject to the policy on the stage.** The guest program, its page
 //!   tables and its mailbox are in the window, but not in the address space: no fork shares them, no write to
 //!   them needs a frame. So a guest obeys even when there is no memory left, and whatever a wrong policy does
@@ -35,7 +35,7 @@ mod tests;
 
 use std::any::Any;
 use std::io;
-
+use std::marker::PhantomData;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -47,14 +47,15 @@ use super::performer::{Memory, PAGES};
 use super::stage::{Actor, Stage, StageError, Wrap};
 use crate::boot;
 use palimpsest::causes::Cause;
-use palimpsest::host::{Dumps, PhysMap, Ram, Window};
-use palimpsest::kvm::{GuestRam, Kvm};
+use palimpsest::host::{Dumps, PhysMap, Placement, Ram, Window};
+use palimpsest::kvm::{EntryState, GuestRam, Kvm};
 use palimpsest::memory::{self, Frames};
 use palimpsest::mm::{
     Access, AddressSpace, AnyPolicy, FrameMemory, FramePool, Frozen, Gfn, Mmu, MmuError, PAGE_SIZE,
     Pfn, Protection, REGION_PAGES, Resolution,
 };
-use palimpsest::vm::Vm;
+use palimpsest::user::User;
+use palimpsest::vm::{Accelerator, Vm};
 
 pub use self::line::CpuError;
 
@@ -167,11 +168,53 @@ pub enum RealError {
     },
 }
 
-/// A stage whose actors are virtual machines of one vCPU. It is for one scenario: frames and homes are few,
-/// and not used again. There is none without a KVM that can be used.
+/// Who runs the vCPUs of a stage.
+pub trait RunBy {
+    /// The stage's name in reports.
+    const NAME: &'static str;
+    /// Where windows are.
+    const PLACEMENT: Placement;
+
+    /// What runs them.
+    ///
+    /// # Errors
+    /// If it cannot be had here.
+    fn open() -> Result<Accelerator, StageError>;
+}
+
+/// KVM does.
 #[derive(Debug)]
-pub struct RealStage {
-    kvm: Kvm,
+pub enum ByKvm {}
+
+impl RunBy for ByKvm {
+    const NAME: &'static str = "a real vCPU";
+    const PLACEMENT: Placement = Placement::Anywhere;
+
+    fn open() -> Result<Accelerator, StageError> {
+        Ok(Accelerator::Kvm(Kvm::open()?))
+    }
+}
+
+/// Threads of this process do. The guest is told addresses of its window, wherever the host has put it: so
+/// there can be several at once.
+#[derive(Debug)]
+pub enum ByThreads {}
+
+impl RunBy for ByThreads {
+    const NAME: &'static str = "a real vCPU without KVM";
+    const PLACEMENT: Placement = Placement::Executable;
+
+    fn open() -> Result<Accelerator, StageError> {
+        Ok(Accelerator::User(User::open()?))
+    }
+}
+
+/// A stage whose actors are virtual machines of one vCPU. It is for one scenario: frames and homes are few,
+/// and not used again. There is none where `R` runs nothing.
+#[derive(Debug)]
+pub struct RealStage<R = ByKvm> {
+    accelerator: Accelerator,
+    run_by: PhantomData<R>,
     frames: Frames,
     program: Arc<Program>,
     layout: StageLayout,
@@ -181,7 +224,7 @@ pub struct RealStage {
     guests: AtomicU64,
 }
 
-impl RealStage {
+impl<R: RunBy> RealStage<R> {
     /// A guest whose address space `make` makes over the window it is given, wrapped.
     fn actor(
         &self,
@@ -193,10 +236,11 @@ impl RealStage {
             what: "a guest's window",
             source,
         };
-        let window = Window::new(
+        let window = Window::placed(
             Arc::clone(self.frames.physmap()),
             Arc::clone(self.frames.budget()),
             self.program.len() / PAGE_SIZE,
+            R::PLACEMENT,
         )
         .map_err(reserve)?;
         self.program.show(&window)?;
@@ -207,6 +251,11 @@ impl RealStage {
             Protection::ReadWrite,
         )?;
         let window = Arc::new(window);
+        // Where the guest's code has gpa 0.
+        let base = match R::PLACEMENT {
+            Placement::Executable => window.host_address(),
+            Placement::Anywhere | Placement::AtGuestAddresses => 0,
+        };
         let shown = OffsetWindow {
             window: Arc::clone(&window),
             first: self.layout.first,
@@ -225,15 +274,22 @@ impl RealStage {
             .ports(Arc::new(ports))
             .on_stop(on_stop)
             .copy_ahead(false)
-            .build(&self.kvm, 1)?;
+            .build(&self.accelerator, 1)?;
         // Before it starts: if it does not, the line is dropped first.
         let actor = RealActor {
             line: Mutex::new(line),
             vm,
             layout: self.layout,
+            base,
         };
-        let rip = self.program.entry();
-        actor.vm.start(|vcpu| boot::entry(rip, vcpu))?;
+        let entry = boot::entry(self.program.entry(), 0);
+        let entry = EntryState {
+            rip: base + entry.rip,
+            rsp: base + entry.rsp,
+            arguments: [base + MAIL_GPA, 0],
+            ..entry
+        };
+        actor.vm.start(|_| entry)?;
         Ok(actor)
     }
 
@@ -254,12 +310,12 @@ impl RealStage {
     }
 }
 
-impl Stage for RealStage {
-    const NAME: &'static str = "a real vCPU";
+impl<R: RunBy> Stage for RealStage<R> {
+    const NAME: &'static str = R::NAME;
     type Actor = RealActor;
 
     fn new(memory: Memory) -> Result<Self, StageError> {
-        let kvm = Kvm::open()?;
+        let accelerator = R::open()?;
         let image = boot::parse(guest::PUPPET)?;
         let programs = Program::frames(&image);
         let layout = StageLayout::new(memory, Program::end_of(&image));
@@ -277,7 +333,8 @@ impl Stage for RealStage {
         let end = layout.end(Program::end_of(&image));
         let program = Program::load(Arc::clone(physmap), first, &image, end)?;
         Ok(Self {
-            kvm,
+            accelerator,
+            run_by: PhantomData,
             frames,
             program: Arc::new(program),
             layout,
@@ -327,6 +384,8 @@ pub struct RealActor {
     line: Mutex<Line>,
     vm: Vm<AnyPolicy>,
     layout: StageLayout,
+    /// Where the guest's code has gpa 0.
+    base: u64,
 }
 
 impl RealActor {
@@ -351,14 +410,14 @@ impl Actor for RealActor {
     }
 
     fn cpu_write(&self, page: u64, value: u64) -> Result<(), StageError> {
-        let gpa = self.layout.gpa(page)?;
-        self.ask(Command::Write { gpa, value })?;
+        let address = self.base + self.layout.gpa(page)?;
+        self.ask(Command::Write { address, value })?;
         Ok(())
     }
 
     fn cpu_read(&self, page: u64) -> Result<u64, StageError> {
-        let gpa = self.layout.gpa(page)?;
-        Ok(self.ask(Command::Read { gpa })?)
+        let address = self.base + self.layout.gpa(page)?;
+        Ok(self.ask(Command::Read { address })?)
     }
 }
 

@@ -380,7 +380,7 @@ fn an_access_out_of_range_is_an_error() {
         match actor.ask(command).unwrap_err() {
             CpuError::Crashed { reason, .. } => {
                 assert!(matches!(
-                    actor.ask(Command::Read { gpa: 0 }),
+                    actor.ask(Command::Read { address: 0 }),
                     Err(CpuError::Ended { .. })
                 ));
                 reason
@@ -390,13 +390,22 @@ fn an_access_out_of_range_is_an_error() {
     };
     // Mapped by the page tables, whose pages are of 2 MiB, but not memory.
     let gpa = stage.program.len();
-    let (read, write) = (Command::Read { gpa }, Command::Write { gpa, value: 1 });
+    let (read, write) = (
+        Command::Read { address: gpa },
+        Command::Write {
+            address: gpa,
+            value: 1,
+        },
+    );
     assert_eq!(crash(read), CrashReason::Mmio { gpa, write: false });
     assert_eq!(crash(write), CrashReason::Mmio { gpa, write: true });
     let gpa = 1 << 40;
-    assert_eq!(crash(Command::Read { gpa }), CrashReason::Shutdown);
+    assert_eq!(crash(Command::Read { address: gpa }), CrashReason::Shutdown);
     assert_eq!(
-        crash(Command::Write { gpa, value: 1 }),
+        crash(Command::Write {
+            address: gpa,
+            value: 1
+        }),
         CrashReason::Shutdown
     );
 }
@@ -406,7 +415,12 @@ fn a_guest_cannot_write_its_program() {
     let stage = need_stage!();
     for gpa in [IMAGE_GPA, MAIL_GPA - PAGE_SIZE, MAIL_GPA + PAGE_SIZE] {
         let actor = parent(&stage);
-        let error = actor.ask(Command::Write { gpa, value: 0 }).unwrap_err();
+        let error = actor
+            .ask(Command::Write {
+                address: gpa,
+                value: 0,
+            })
+            .unwrap_err();
         let (gfn, text) = (Gfn::of_gpa(gpa), chain(&error));
         assert!(
             text.ends_with(&format!(
@@ -424,7 +438,12 @@ fn a_walk_of_page_tables_may_count_as_a_write_to_them() {
     let actor = parent(&stage);
     // An entry that no address needs, as it was: what is asked is whether the page can be written.
     let gpa = PAGE_TABLES_GPA + 8 * 100;
-    actor.ask(Command::Write { gpa, value: 0 }).unwrap();
+    actor
+        .ask(Command::Write {
+            address: gpa,
+            value: 0,
+        })
+        .unwrap();
     assert!(stage.program.is_writable(Gfn::of_gpa(PAGE_TABLES_GPA)));
     assert!(!stage.program.is_writable(Gfn::of_gpa(IMAGE_GPA)));
     assert_eq!(words(&actor), [0; 4]);
@@ -458,7 +477,7 @@ fn a_dropped_actor_leaves_nothing_and_faults_were_its_own_threads() {
             assert!(thread.is_some_and(|thread| thread != here));
         }
         match end {
-            "crashed" => drop(actor.ask(Command::Read { gpa: 1 << 40 }).unwrap_err()),
+            "crashed" => drop(actor.ask(Command::Read { address: 1 << 40 }).unwrap_err()),
             "refused" => {
                 watch.refuses.store(true, Ordering::SeqCst);
                 actor.cpu_write(1, 1).unwrap_err();
@@ -498,7 +517,7 @@ fn a_stage_says_when_it_has_had_its_guests() {
         reason(stage.parent(Box::new(Exclusive), &plain)),
         "this stage has had 64 guests: take a new one"
     );
-    let other = RealStage::new(Memory::Base).unwrap();
+    let other = <RealStage>::new(Memory::Base).unwrap();
     let pool = Arc::clone(other.pool());
     let small = AddressSpace::new(pool, Exclusive, Box::new(Unseen), 3).unwrap();
     assert_eq!(

@@ -37,8 +37,8 @@ pub enum KvmError {
     },
     /// The window is somewhere else than guest code needs it, or KVM.
     #[error(
-        "the window must be at guest addresses to run guest code as code of this process, and must not be \
-         for kvm"
+        "the window must be at guest addresses, or executable elsewhere, to run guest code as code of this \
+         process, and must be neither for kvm"
     )]
     Placement,
     /// No vCPUs, or too many.
