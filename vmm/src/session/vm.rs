@@ -1,6 +1,7 @@
 //! A running VM: the engine's, with the payload's devices.
 
 use std::io;
+use std::ops::Range;
 use std::sync::Arc;
 
 use guest::abi::{Layout, PAGE_SIZE, PORT_DOORBELL_EVENT};
@@ -100,6 +101,12 @@ pub(super) struct PayloadVm {
     entry: u64,
 }
 
+/// The pages that stay writable when a fork is to skip some: each operation of the guest writes there.
+pub(super) fn leaky_pages(layout: &Layout) -> Range<u64> {
+    let first = layout.vcpu_base / PAGE_SIZE;
+    first..first + REGION_PAGES
+}
+
 impl PayloadVm {
     /// Puts a VM together, with its program loaded, that takes as much memory as `plan` says at most. It does
     /// not run yet.
@@ -145,9 +152,7 @@ impl PayloadVm {
             if config.inject != Some(Injection::SkipWriteProtect) {
                 return Box::new(window);
             }
-            // Each operation of the guest writes there.
-            let first = layout.vcpu_base / PAGE_SIZE;
-            Box::new(LeakyMmu::new(window, first..first + REGION_PAGES))
+            Box::new(LeakyMmu::new(window, leaky_pages(&layout)))
         };
         let memory = Memory::with(&frames, config.memory, policy, options, between)?;
         let ram = memory.ram().clone();

@@ -23,10 +23,10 @@ use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use crossbeam_utils::CachePadded;
-use rustix::thread::{Pid, gettid, sched_getcpu};
+use rustix::thread::sched_getcpu;
 
 use super::error::StateError;
-use super::placement::{self, CpuPin, Cpus};
+use super::placement::{self, CpuPin, Cpus, FreeThread};
 use super::registers::EntryState;
 use super::state::{Clock, VcpuState};
 
@@ -89,8 +89,8 @@ pub(crate) struct Slot {
     awaited: Option<Awaited>,
     /// Where the thread was.
     cpus: Cpus,
-    /// The thread, once it has parked.
-    thread: Option<Pid>,
+    /// The thread, if it can be told where to run.
+    thread: Option<FreeThread>,
     /// Where it is to run first.
     pin: Option<CpuPin>,
 }
@@ -209,8 +209,8 @@ impl Control {
         }
     }
 
-    /// Gives all vCPUs the command to run, and wakes those that are parked, each on a CPU of its own
-    /// (see [`placement`](super::placement)).
+    /// Gives all vCPUs the command to run, and wakes those that are parked: as far as there are CPUs, not
+    /// two on one (see [`placement`](super::placement)).
     pub(crate) fn give_run(&self) {
         let here = sched_getcpu();
         let parked = self.each(|slot| match slot.phase {
@@ -225,13 +225,23 @@ impl Control {
             let control = &self.vcpus[vcpu];
             let mut slot = lock(&control.slot);
             if let (Some(cpu), Some(thread)) = (places[vcpu], slot.thread) {
-                slot.pin = CpuPin::to(thread, cpu);
+                slot.pin = thread.pin(cpu);
             }
             drop(slot);
             if control.give(VcpuCommand::Run) {
                 control.wake.notify_one();
             }
         }
+    }
+
+    /// Lets those run anywhere that were told where to run first, and have not begun.
+    pub(crate) fn let_loose(&self) {
+        drop(self.each(|slot| slot.pin.take()));
+    }
+
+    /// This thread is that of vCPU `vcpu`.
+    pub(crate) fn is_on_this_thread(&self, vcpu: usize) {
+        self.slot(vcpu).thread = FreeThread::this();
     }
 
     /// Gives all vCPUs the command to pause, and a task for then. Which of them were running.
@@ -302,7 +312,6 @@ impl Control {
         self.change(vcpu, |slot| {
             set_phase(slot, phase);
             slot.cpus.parked = sched_getcpu();
-            slot.thread.get_or_insert_with(gettid);
         });
         if phase == Phase::Ended {
             lock(&self.pending).has_ended = true;

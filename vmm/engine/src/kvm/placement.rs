@@ -7,10 +7,15 @@
 //! runs when the first has had its slice (milliseconds), and a CPU is idle beside them: what has just run is
 //! not moved soon either (`sched_migration_cost`).
 //!
-//! So each is told where to run first, on a CPU that one of the vCPUs had, or that of the thread that wakes
-//! them, which it leaves. As soon as it runs it may run anywhere that it might before.
+//! So those that would be woken on a busy CPU are told where to run first, on a CPU that one of the vCPUs
+//! had, or that of the thread that wakes them, which it leaves. As soon as it runs, and at the latest a moment
+//! later (`Machine::run_all`), each may run anywhere that it might before: on a CPU that somebody else needs
+//! it would wait for its share there, seconds perhaps.
+//!
+//! A thread that somebody has told where to run (`taskset`, `pthread_setaffinity_np`) is left alone: the
+//! kernel has one mask for what is asked of a thread, and does not say whether there is one.
 
-use rustix::thread::{CpuSet, Pid, sched_getaffinity, sched_setaffinity};
+use rustix::thread::{CpuSet, Pid, gettid, sched_getaffinity, sched_setaffinity};
 
 /// The CPUs that a vCPU's thread was on.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -49,41 +54,69 @@ pub(super) fn places(vcpus: &[Option<Cpus>], here: usize) -> Vec<Option<usize>> 
     places.collect()
 }
 
+/// A thread of which nobody has asked that it run on certain CPUs.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct FreeThread {
+    thread: Pid,
+    /// Where its control group lets it run.
+    may: CpuSet,
+}
+
+impl FreeThread {
+    /// This thread, if it is one and the host lets it be told where to run.
+    pub(super) fn this() -> Option<Self> {
+        let before = sched_getaffinity(None).ok()?;
+        sched_setaffinity(None, &everywhere()).ok()?;
+        let may = sched_getaffinity(None).ok()?;
+        if may != before {
+            let _ = sched_setaffinity(None, &before);
+            return None;
+        }
+        let thread = gettid();
+        Some(Self { thread, may })
+    }
+
+    /// Has it run on `cpu` until what this gives is dropped. `None` if it may not run there, somebody has
+    /// said meanwhile where it may, or the host refuses.
+    pub(super) fn pin(&self, cpu: usize) -> Option<CpuPin> {
+        let now = sched_getaffinity(Some(self.thread)).ok()?;
+        if now != self.may || cpu >= CpuSet::MAX_CPU || !now.is_set(cpu) {
+            return None;
+        }
+        let mut to = CpuSet::new();
+        to.set(cpu);
+        sched_setaffinity(Some(self.thread), &to).ok()?;
+        let thread = self.thread;
+        Some(CpuPin { thread, to })
+    }
+}
+
+/// All CPUs that there can be: what is asked of a thread of which nothing is asked. Where its control group
+/// lets it run it may then, and where that will let it.
+fn everywhere() -> CpuSet {
+    let mut all = CpuSet::new();
+    (0..CpuSet::MAX_CPU).for_each(|cpu| all.set(cpu));
+    all
+}
+
 /// A thread that may run on one CPU only, until this is dropped.
 #[derive(Debug)]
 pub(super) struct CpuPin {
     thread: Pid,
     to: CpuSet,
-    before: CpuSet,
-}
-
-impl CpuPin {
-    /// Pins `thread` to `cpu`. `None` if it may not run there, or the host refuses.
-    pub(super) fn to(thread: Pid, cpu: usize) -> Option<Self> {
-        let before = sched_getaffinity(Some(thread)).ok()?;
-        if cpu >= CpuSet::MAX_CPU || !before.is_set(cpu) {
-            return None;
-        }
-        let mut to = CpuSet::new();
-        to.set(cpu);
-        sched_setaffinity(Some(thread), &to).ok()?;
-        Some(Self { thread, to, before })
-    }
 }
 
 impl Drop for CpuPin {
     fn drop(&mut self) {
         // Unless somebody else has said meanwhile where it may run.
         if sched_getaffinity(Some(self.thread)).is_ok_and(|now| now == self.to) {
-            let _ = sched_setaffinity(Some(self.thread), &self.before);
+            let _ = sched_setaffinity(Some(self.thread), &everywhere());
         }
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use rustix::thread::gettid;
-
     use super::*;
 
     fn at(parked: usize, ran: usize) -> Option<Cpus> {
@@ -109,30 +142,32 @@ mod tests {
     }
 
     #[test]
-    fn a_thread_is_pinned_for_as_long_as_it_is() {
-        let (me, before) = (gettid(), sched_getaffinity(None).unwrap());
-        let cpus = || (0..CpuSet::MAX_CPU).filter(|cpu| before.is_set(*cpu));
+    fn a_thread_is_pinned_for_as_long_as_it_is_and_only_if_nobody_says_where_it_runs() {
+        let before = sched_getaffinity(None).unwrap();
+        sched_setaffinity(None, &everywhere()).unwrap();
+        let all = sched_getaffinity(None).unwrap();
+        let cpus = || (0..CpuSet::MAX_CPU).filter(|cpu| all.is_set(*cpu));
         let cpu = cpus().next_back().unwrap();
-        let pin = CpuPin::to(me, cpu).unwrap();
+        let free = FreeThread::this().unwrap();
+        let pin = free.pin(cpu).unwrap();
         let now = sched_getaffinity(None).unwrap();
         assert_eq!((now.count(), now.is_set(cpu)), (1, true));
         drop(pin);
-        assert_eq!(sched_getaffinity(None).unwrap(), before);
-        // Where it may not run it is not pinned.
-        let mut one = CpuSet::new();
-        one.set(cpu);
-        sched_setaffinity(None, &one).unwrap();
-        assert!(
-            cpus()
-                .filter(|other| *other != cpu)
-                .all(|other| CpuPin::to(me, other).is_none())
-        );
-        assert!(CpuPin::to(me, usize::MAX).is_none());
-        sched_setaffinity(None, &before).unwrap();
+        assert_eq!(sched_getaffinity(None).unwrap(), all);
+        assert!(free.pin(usize::MAX).is_none());
         // What somebody else says meanwhile holds.
-        let pin = CpuPin::to(me, cpu).unwrap();
-        sched_setaffinity(None, &before).unwrap();
+        let pin = free.pin(cpu).unwrap();
+        sched_setaffinity(None, &all).unwrap();
         drop(pin);
-        assert_eq!(sched_getaffinity(None).unwrap(), before);
+        assert_eq!(sched_getaffinity(None).unwrap(), all);
+        if all.count() > 1 {
+            let mut one = CpuSet::new();
+            one.set(cpu);
+            sched_setaffinity(None, &one).unwrap();
+            assert!(free.pin(cpu).is_none());
+            assert!(FreeThread::this().is_none());
+            assert_eq!(sched_getaffinity(None).unwrap(), one);
+        }
+        sched_setaffinity(None, &before).unwrap();
     }
 }

@@ -69,7 +69,7 @@ impl vcpus::Paused for Still<'_> {
         self.paused.stop();
     }
 
-    fn resume(self: Box<Self>) -> Instant {
-        self.paused.resume()
+    fn resume(self: Box<Self>, then: Box<dyn FnOnce() + '_>) -> Instant {
+        self.paused.resume_then(then)
     }
 }

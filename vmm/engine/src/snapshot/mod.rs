@@ -11,7 +11,7 @@
 //! 2. Devices stop between two requests: a completion and its data are both in the snapshot or neither is. A
 //!    device that does not get there in time is recorded as in flight. Their states are captured.
 //! 3. Memory is forked.
-//! 4. The registers are collected; devices go on, then vCPUs.
+//! 4. The registers are collected; vCPUs go on, then devices.
 //! 5. What the guest writes between all snapshots is copied ahead of it ([`Ahead`]); before the kick that
 //!    rests, and most of what has changed is forked already ([`AddressSpace::prepare_fork`]).
 //! 6. Everything else (checking, hashing) happens later, beside the running guest.
@@ -121,7 +121,7 @@ pub struct Timing {
     pub quiesced: Instant,
     /// Memory was forked, or set back.
     pub memory: Instant,
-    /// Registers were collected, or set back, and devices could go on.
+    /// Registers were collected, or set back, and vCPUs could go on.
     pub registers: Instant,
     /// The last vCPU was about to run again.
     pub running: Instant,

@@ -85,9 +85,8 @@ impl<P: CowPolicy> Parts<'_, P> {
         drop(step);
         let step = span!("resume");
         // Devices after the vCPUs, which they would keep from a CPU.
-        let running = paused.resume();
+        let running = paused.resume(Box::new(|| drop((stopped, aside))));
         drop(step);
-        drop((stopped, aside));
         Ok(Timing {
             began,
             kicked,

@@ -173,8 +173,10 @@ impl Paused for FakePaused<'_> {
         self.end = "vcpus stop";
     }
 
-    fn resume(mut self: Box<Self>) -> Instant {
-        self.end = "vcpus resume";
+    fn resume(mut self: Box<Self>, then: Box<dyn FnOnce() + '_>) -> Instant {
+        self.end = "vcpus resumed";
+        self.log.note("vcpus resume");
+        then();
         Instant::now()
     }
 }
@@ -293,6 +295,7 @@ fn a_snapshot_is_taken_when_vcpus_and_then_devices_stand_still() {
         "vcpus resume",
         "a resume",
         "b resume",
+        "vcpus resumed",
     ];
     assert_eq!(vm.log.take(), [&STOPPED[..], &then].concat());
     let captured = snapshot.devices().iter().map(Saved::get);
@@ -320,6 +323,7 @@ fn a_restore_releases_devices_before_memory_and_restores_them_after() {
         "vcpus resume",
         "a resume",
         "b resume",
+        "vcpus resumed",
     ];
     assert_eq!(vm.log.take(), [&STOPPED[..], &then].concat());
 }

@@ -261,7 +261,7 @@ fn restored_registers_are_those_that_were_captured() {
         assert_eq!((now.regs(), now.sregs()), (before.regs(), before.sregs()));
         assert_eq!(now.extended(), before.extended());
         assert_eq!(counted(vm.ram()), then);
-        paused.resume();
+        paused.resume(Box::new(|| ()));
     }
 }
 

@@ -12,9 +12,10 @@ use crate::check::Look;
 use crate::dma::{DeviceSet, DeviceState};
 use crate::run_snapshot::RunSnapshot;
 use crate::session::config::Injection;
-use crate::session::faults::{AtLarge, Late, Old, Stale};
+use crate::session::faults::{AtLarge, Late, Leaky, Old, Stale};
 use crate::session::occasion::{GuestCounters, overdue, wait_until};
 use crate::session::skew::SkewedMemory;
+use crate::session::vm::leaky_pages;
 use palimpsest::kvm::VcpuState;
 use palimpsest::mm::ForkError;
 use palimpsest::snapshot::{self, Preparation, TakeError, Timing};
@@ -95,12 +96,17 @@ impl Drive<'_> {
             },
             older: OnceCell::new(),
         };
+        let leaky = Leaky {
+            vcpus,
+            writable: leaky_pages(&self.vm.layout),
+        };
         let at_large;
         match config.inject {
             Some(Injection::RunDevices) => {
                 at_large = AtLarge::of(&parts.devices, go_on);
                 parts.devices = at_large.iter().map(|device| device as _).collect();
             }
+            Some(Injection::SkipWriteProtect) => parts.vcpus = &leaky,
             Some(Injection::LateRegisters) => parts.vcpus = &late,
             Some(Injection::StaleRegisters | Injection::SkewVcpus) => parts.vcpus = &stale,
             _ => {}

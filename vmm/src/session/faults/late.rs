@@ -58,7 +58,10 @@ impl Paused for PausedLate<'_> {
     }
 
     fn states(&mut self) -> Result<Vec<Saved>, VcpusError> {
-        self.running = self.paused.take().map(|paused| paused.resume());
+        self.running = self
+            .paused
+            .take()
+            .map(|paused| paused.resume(Box::new(|| ())));
         (self.late.run_on)();
         let mut paused = self.late.vcpus.pause(Capture::Registers)?;
         let states = paused.states();
@@ -82,8 +85,8 @@ impl Paused for PausedLate<'_> {
         self.paused.into_iter().for_each(|paused| paused.stop());
     }
 
-    fn resume(self: Box<Self>) -> Instant {
-        let resumed = self.paused.map(|paused| paused.resume());
+    fn resume(self: Box<Self>, then: Box<dyn FnOnce() + '_>) -> Instant {
+        let resumed = self.paused.map(|paused| paused.resume(then));
         self.running.or(resumed).unwrap_or(self.kicked)
     }
 }

@@ -8,14 +8,17 @@
 //! |---|---|
 //! | `late` | registers are captured after the vCPUs ran on |
 //! | `stale` | registers of one vCPU are from before it ran on |
+//! | `leaky` | pages that a fork left writable are not said to be read-only |
 //! | `at_large` | devices are not stopped, and have the state from before they ran on |
 
 mod at_large;
 mod late;
+mod leaky;
 mod stale;
 #[cfg(test)]
 mod tests;
 
 pub(super) use at_large::AtLarge;
 pub(super) use late::Late;
+pub(super) use leaky::Leaky;
 pub(super) use stale::{Old, Stale};

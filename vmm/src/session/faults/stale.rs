@@ -37,7 +37,7 @@ impl Vcpus for Stale<'_> {
             let state = state.map_err(|error| VcpusError::Failed(error.into()))?;
             let _ = self.older.set(state);
         }
-        before.resume();
+        before.resume(Box::new(|| ()));
         (self.run_on)();
         Ok(Box::new(PausedStale {
             stale: self,
@@ -89,8 +89,8 @@ impl Paused for PausedStale<'_> {
         self.paused.stop();
     }
 
-    fn resume(self: Box<Self>) -> Instant {
-        self.paused.resume()
+    fn resume(self: Box<Self>, then: Box<dyn FnOnce() + '_>) -> Instant {
+        self.paused.resume(then)
     }
 }
 

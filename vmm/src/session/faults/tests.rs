@@ -12,7 +12,7 @@ use palimpsest::kvm::VcpuState;
 use palimpsest::saved::Saved;
 use palimpsest::vcpus::{Capture, Paused, Vcpus, VcpusError};
 
-use super::{AtLarge, Late, Old, Stale};
+use super::{AtLarge, Late, Leaky, Old, Stale};
 
 /// What was asked of [`Fake`] vCPUs, and how they went on.
 #[derive(Clone, Debug, PartialEq)]
@@ -31,6 +31,24 @@ enum Call {
 use Call::{
     BeforeRestore, Drop as Dropped, HasProtected, Pause, Restore, Resume, RunOn, States, Stop,
 };
+
+#[test]
+fn of_pages_that_stay_writable_nobody_is_told_that_they_do_not() {
+    let fake = Fake::new();
+    let leaky = Leaky {
+        vcpus: &fake,
+        writable: 5..7,
+    };
+    let mut paused = leaky.pause(Capture::Registers).unwrap();
+    paused.has_protected(&mut [3, 5, 6, 7].into_iter()).unwrap();
+    paused.states().unwrap();
+    paused.resume(Box::new(|| ()));
+    let told = HasProtected(vec![3, 7]);
+    assert_eq!(
+        fake.calls(),
+        [Pause(Capture::Registers), told, States, Resume]
+    );
+}
 
 /// Two vCPUs that count operations.
 struct Fake {
@@ -132,9 +150,10 @@ impl Paused for FakePaused<'_> {
         self.fake.note(Stop);
     }
 
-    fn resume(mut self: Box<Self>) -> Instant {
+    fn resume(mut self: Box<Self>, then: Box<dyn FnOnce() + '_>) -> Instant {
         self.is_let_go = true;
         self.fake.note(Resume);
+        then();
         self.fake.time()
     }
 }
@@ -180,7 +199,7 @@ fn late_registers_are_captured_after_the_vcpus_ran_on() {
     let kicked = paused.kicked();
     assert_eq!(fake.calls(), [Pause(Capture::Nothing)]);
     assert_eq!(seen(&paused.states().unwrap()), [[12; 3]; 2]);
-    let running = paused.resume();
+    let running = paused.resume(Box::new(|| ()));
     let first = Capture::Nothing;
     let second = Capture::Registers;
     let calls = [Pause(first), Resume, RunOn, Pause(second), States, Resume];
@@ -224,7 +243,10 @@ fn stale_states(old: Old) -> (Vec<Saved>, VcpuState) {
     assert_eq!(older, registers(7));
     let states = paused.states().unwrap();
     assert_eq!(fake.last(), Some(States));
-    assert_eq!(paused.resume(), fake.started + Duration::from_secs(7));
+    assert_eq!(
+        paused.resume(Box::new(|| ())),
+        fake.started + Duration::from_secs(7)
+    );
     assert_eq!(fake.last(), Some(Resume));
     (states, older)
 }
@@ -262,7 +284,7 @@ fn stopping_resuming_and_dropping_reach_the_vcpus() {
                 match call {
                     Stop => paused.stop(),
                     Resume => {
-                        paused.resume();
+                        paused.resume(Box::new(|| ()));
                     }
                     _ => drop(paused),
                 }
@@ -325,7 +347,10 @@ fn a_vcpu_that_ends_while_late_ones_run_on_is_an_error_and_the_rest_runs() {
     assert!(paused.has_protected(&mut [1].into_iter()).is_err());
     assert!(paused.before_restore().is_err());
     assert!(paused.restore(&[]).is_err());
-    assert_eq!(paused.resume(), fake.started + Duration::from_secs(2));
+    assert_eq!(
+        paused.resume(Box::new(|| ())),
+        fake.started + Duration::from_secs(2)
+    );
     assert_eq!(fake.calls(), calls);
 }
 

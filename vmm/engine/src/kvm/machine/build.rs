@@ -112,9 +112,11 @@ impl Machine {
     ) -> Result<(), KvmError> {
         let index = self.threads.len();
         let on_stop = Arc::clone(on_stop);
+        let control = Arc::clone(&self.control);
         let thread = thread::Builder::new()
             .name(format!("vcpu{index}"))
             .spawn(move || {
+                control.is_on_this_thread(index);
                 if let Some(outcome) = run() {
                     on_stop(index, outcome);
                 }

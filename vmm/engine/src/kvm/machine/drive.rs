@@ -1,12 +1,16 @@
 //! Starts vCPUs, gives them tasks while they are parked, and lets them run.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::Machine;
 use crate::kvm::control::{Awaited, Phase, RegisterTask, TaskState, TimedOut, VcpuCommand};
 use crate::kvm::error::{KvmError, PATIENCE};
 use crate::kvm::registers::EntryState;
 use crate::kvm::state::{Clock, VcpuState};
+
+/// How long a vCPU that may run is waited for before whatever else is to go on does: many times what it takes
+/// where there is a CPU for it.
+const MOMENT: Duration = Duration::from_millis(1);
 
 impl Machine {
     /// Starts all vCPUs, each where `entry` of its number says.
@@ -33,7 +37,7 @@ impl Machine {
         }
         self.do_all(task)?;
         *started = true;
-        self.run_all();
+        self.run_all(|| ());
         Ok(())
     }
 
@@ -75,10 +79,17 @@ impl Machine {
         done.map_err(|TimedOut { vcpu }| KvmError::Stuck { vcpu })
     }
 
-    /// Lets all vCPUs run. Returns when the last of them was about to enter the guest.
-    pub(super) fn run_all(&self) -> Instant {
+    /// Lets all vCPUs run, and calls `then` when they do, or when some have waited for a CPU for a moment.
+    /// Returns when the last of them was about to enter the guest.
+    pub(super) fn run_all(&self, then: impl FnOnce()) -> Instant {
         self.control.give_run();
-        if let Err(TimedOut { vcpu }) = self.wait(Awaited::Running) {
+        let vcpus = self.vcpus();
+        let late = self.control.wait(vcpus, Awaited::Running, MOMENT).is_err();
+        if late {
+            self.control.let_loose();
+        }
+        then();
+        if late && let Err(TimedOut { vcpu }) = self.wait(Awaited::Running) {
             tracing::warn!("vcpu {vcpu} was told to run, and has not begun");
         }
         self.last_change().unwrap_or_else(Instant::now)

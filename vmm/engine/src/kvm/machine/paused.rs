@@ -56,6 +56,7 @@ impl Machine {
             _driving: started,
             kicked,
             parked,
+            runs: false,
         })
     }
 
@@ -73,6 +74,8 @@ pub struct PausedMachine<'a> {
     _driving: MutexGuard<'a, bool>,
     kicked: Instant,
     parked: Instant,
+    /// They run on already.
+    runs: bool,
 }
 
 impl fmt::Debug for PausedMachine<'_> {
@@ -193,13 +196,21 @@ impl PausedMachine<'_> {
 
     /// Lets all vCPUs run on. Returns the time when the last of them was about to enter the guest.
     pub fn resume(self) -> Instant {
-        self.machine.run_all()
+        self.resume_then(|| ())
+    }
+
+    /// The same, and calls `then` when all of them run, or some have waited for a CPU for a millisecond.
+    pub fn resume_then(mut self, then: impl FnOnce()) -> Instant {
+        self.runs = true;
+        self.machine.run_all(then)
     }
 }
 
 impl Drop for PausedMachine<'_> {
     fn drop(&mut self) {
-        // After `resume` this finds all vCPUs running, and after `stop` those that are stopped stay so.
-        self.machine.run_all();
+        // After `stop` those that are stopped stay so.
+        if !self.runs {
+            self.machine.run_all(|| ());
+        }
     }
 }
