@@ -647,6 +647,21 @@ fn a_report_that_cannot_be_written_is_found_before_the_run() {
 }
 
 #[test]
+fn a_file_is_not_both_report_and_trace() {
+    let directory = tempfile::tempdir().unwrap();
+    let at = |name| directory.path().join(name).to_str().unwrap().to_owned();
+    std::os::unix::fs::symlink("one", at("link")).unwrap();
+    for (report, trace) in [("one", "one"), ("one", "link"), ("link", "one")] {
+        let said = run_refused(&["--report", &at(report), "--trace", &at(trace)]);
+        said.assert_code(2);
+        assert!(said.stderr.contains("one file cannot be both"), "{said:?}");
+    }
+    fs::write(at("one"), "").unwrap();
+    fs::hard_link(at("one"), at("other")).unwrap();
+    run_refused(&["--report", &at("one"), "--trace", &at("other")]).assert_code(2);
+}
+
+#[test]
 fn a_run_that_is_killed_leaves_the_old_report_whole() {
     if no_kvm() {
         return;

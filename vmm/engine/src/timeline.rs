@@ -5,7 +5,8 @@
 //!
 //! | thread | spans |
 //! |---|---|
-//! | whoever takes snapshots | `snapshot`: `prepare`, `park`, `devices`, `fork`, `registers`, `resume`; `restore`: `park`, `devices`, `memory`, `resume` |
+//! | whoever takes snapshots | `snapshot`: `prepare`, `park`, `devices`, `fork`, `registers`, `resume` |
+//! | | `restore`: `park`, `devices`, `memory`, `resume` |
 //! | a vCPU's | `parked`; `capture` and `set registers` in it; `fault`, without KVM with the address written |
 //! | the one that copies ahead | `copy ahead` |
 //! | who steps [`aside`](crate::aside) | `aside` |

@@ -24,7 +24,6 @@ use std::{
     io::{self, Write},
     path::{Path, PathBuf},
     process::ExitCode,
-    time::Duration,
 };
 
 use clap::Parser;
@@ -33,7 +32,7 @@ use tracing_subscriber::{Layer, filter::filter_fn, layer::SubscriberExt, util::S
 
 use self::{
     args::{Args, Command},
-    outlet::Outlet,
+    outlet::{Outlet, PATIENCE},
     output_file::{OutputFile, OutputFileError},
     screen::{Colours, Screen},
     status::Status,
@@ -53,9 +52,6 @@ const EXIT_ERROR: u8 = 1;
 const EXIT_USAGE: u8 = 2;
 /// An oracle found a violation.
 const EXIT_VIOLATED: u8 = 3;
-
-/// How long a reader of the report may take nothing before the rest is given up.
-const PATIENCE: Duration = Duration::from_secs(10);
 
 /// What the program does, from its arguments to its exit code.
 pub fn main() -> ExitCode {
@@ -121,7 +117,9 @@ impl Failure {
         match self {
             // The same command line is right on a larger machine.
             Self::Config(ConfigError::Need(_)) => EXIT_ERROR,
-            Self::Config(_) | Self::NoScenario { .. } => EXIT_USAGE,
+            Self::Config(_)
+            | Self::NoScenario { .. }
+            | Self::OutputFile(OutputFileError::Same { .. }) => EXIT_USAGE,
             Self::Run(session::RunError::Untrusted(_)) => EXIT_USAGE,
             _ => EXIT_ERROR,
         }
@@ -163,6 +161,9 @@ fn run(args: &Args, screen: Screen, timeline: Option<Timeline>) -> Result<Verdic
     let file = |flag, path: Option<&Path>| path.map(|p| OutputFile::prepare(flag, p)).transpose();
     let report_file = file("--report", args.report.as_deref())?;
     let trace_file = file("--trace", args.trace.as_deref())?;
+    if let (Some(trace), Some(report)) = (&trace_file, &report_file) {
+        trace.is_not(report)?;
+    }
     let image = guest_image(&config.guest)?;
     let stop = interrupt::stop_flag().map_err(Failure::Signals)?;
 
@@ -181,7 +182,11 @@ fn run(args: &Args, screen: Screen, timeline: Option<Timeline>) -> Result<Verdic
     let printed = print(&report_text::render(&report)).map_err(Failure::Print);
     let written = report_file.map_or(Ok(()), |file| file.write(&report));
     let traced = trace_file.zip(timeline).map_or(Ok(()), |(file, timeline)| {
-        file.write_json(timeline.to_json())
+        let (json, lost) = timeline.to_json();
+        if lost > 0 {
+            screen.line(&format!("--trace: no room for the last {lost} events"));
+        }
+        file.write_json(json)
     });
     let mut verdict = report.verdict;
     for outcome in [

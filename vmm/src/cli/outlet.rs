@@ -18,6 +18,9 @@ const MOST_WAITING: usize = 256 << 10;
 /// Bytes written at a time. After each piece it is known that somebody still reads.
 const PIECE: usize = 4096;
 
+/// How long a reader of a report may take nothing before the rest is given up.
+pub(super) const PATIENCE: Duration = Duration::from_secs(10);
+
 /// A place to write to. Clones share it; with the last of them the file is closed, once all is written.
 #[derive(Clone, Debug)]
 pub(crate) struct Outlet {

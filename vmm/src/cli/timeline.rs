@@ -9,16 +9,18 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use serde::ser::SerializeSeq;
 use serde::{Serialize, Serializer};
+use tracing::Subscriber;
 use tracing::field::{Field, Visit};
 use tracing::span::{Attributes, Id};
-use tracing::{Subscriber, debug};
 use tracing_subscriber::Layer;
 use tracing_subscriber::layer::Context;
 use tracing_subscriber::registry::LookupSpan;
 
-/// Events that are kept of a thread: what there is time for in hours.
-const MOST_EVENTS: usize = 1 << 20;
+/// Events that are kept of a thread, of 64 bytes each and more. At a hundred snapshots a second there is time
+/// for that many faults in some minutes; whoever wants to see more sees too much.
+const MOST_EVENTS: usize = 1 << 19;
 
 /// What threads have done since it was made.
 #[derive(Clone, Debug)]
@@ -27,19 +29,19 @@ pub(super) struct Timeline(Arc<Shared>);
 #[derive(Debug)]
 struct Shared {
     began: Instant,
-    rows: Mutex<Vec<Arc<Mutex<Row>>>>,
+    rows: Mutex<Vec<Arc<Mutex<ThreadRow>>>>,
 }
 
 /// What one thread has done.
 #[derive(Debug)]
-struct Row {
+struct ThreadRow {
     thread: String,
-    events: Vec<Event>,
+    events: Vec<TraceEvent>,
     lost: u64,
 }
 
 #[derive(Debug)]
-struct Event {
+struct TraceEvent {
     name: &'static str,
     began: Duration,
     took: Duration,
@@ -55,7 +57,7 @@ struct Entered(Instant);
 
 thread_local! {
     /// This thread's row. There is one timeline a process.
-    static ROW: OnceCell<Arc<Mutex<Row>>> = const { OnceCell::new() };
+    static ROW: OnceCell<Arc<Mutex<ThreadRow>>> = const { OnceCell::new() };
 }
 
 impl Timeline {
@@ -66,10 +68,10 @@ impl Timeline {
         }))
     }
 
-    fn note(&self, event: Event) {
+    fn note(&self, event: TraceEvent) {
         ROW.with(|row| {
             let row = row.get_or_init(|| {
-                let row = Arc::new(Mutex::new(Row {
+                let row = Arc::new(Mutex::new(ThreadRow {
                     thread: thread::current().name().unwrap_or("?").to_owned(),
                     events: Vec::new(),
                     lost: 0,
@@ -86,36 +88,11 @@ impl Timeline {
         });
     }
 
-    /// The file, as JSON.
-    pub(super) fn to_json(&self) -> serde_json::Result<Vec<u8>> {
-        let mut events = Vec::new();
-        for (tid, row) in (1..).zip(&*lock(&self.0.rows)) {
-            let row = lock(row);
-            if row.lost > 0 {
-                debug!(thread = row.thread, lost = row.lost, "the trace is full");
-            }
-            events.push(Line::Name {
-                name: "thread_name",
-                ph: 'M',
-                pid: 1,
-                tid,
-                args: ThreadName {
-                    name: row.thread.clone(),
-                },
-            });
-            events.extend(row.events.iter().map(|event| Line::Complete {
-                name: event.name,
-                ph: 'X',
-                pid: 1,
-                tid,
-                ts: micros(event.began),
-                dur: micros(event.took),
-                args: event.arguments.clone(),
-            }));
-        }
-        serde_json::to_vec(&File {
-            trace_events: events,
-        })
+    /// The file, as JSON, and how many events are not in it, for want of room.
+    pub(super) fn to_json(&self) -> (serde_json::Result<Vec<u8>>, u64) {
+        let rows = lock(&self.0.rows);
+        let lost = rows.iter().map(|row| lock(row).lost).sum();
+        (serde_json::to_vec(&TraceFile(&rows)), lost)
     }
 }
 
@@ -150,7 +127,7 @@ impl<S: Subscriber + for<'a> LookupSpan<'a>> Layer<S> for Timeline {
         };
         let extensions = span.extensions();
         if let Some(Entered(entered)) = extensions.get() {
-            self.note(Event {
+            self.note(TraceEvent {
                 name: span.name(),
                 began: entered.saturating_duration_since(self.0.began),
                 took: now.saturating_duration_since(*entered),
@@ -176,22 +153,55 @@ impl Serialize for Arguments {
 }
 
 /// The file: "Trace Event Format", JSON object format.
-#[derive(Serialize)]
-struct File {
-    #[serde(rename = "traceEvents")]
-    trace_events: Vec<Line>,
+struct TraceFile<'a>(&'a [Arc<Mutex<ThreadRow>>]);
+
+/// What threads have done, one after the other.
+struct TraceEvents<'a>(&'a [Arc<Mutex<ThreadRow>>]);
+
+impl Serialize for TraceFile<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_map([("traceEvents", TraceEvents(self.0))])
+    }
+}
+
+impl Serialize for TraceEvents<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let mut events = serializer.serialize_seq(None)?;
+        for (tid, row) in (1..).zip(self.0) {
+            let row = lock(row);
+            events.serialize_element(&EventRecord::Name {
+                name: "thread_name",
+                ph: 'M',
+                pid: 1,
+                tid,
+                args: ThreadName { name: &row.thread },
+            })?;
+            for event in &row.events {
+                events.serialize_element(&EventRecord::Complete {
+                    name: event.name,
+                    ph: 'X',
+                    pid: 1,
+                    tid,
+                    ts: micros(event.began),
+                    dur: micros(event.took),
+                    args: &event.arguments,
+                })?;
+            }
+        }
+        events.end()
+    }
 }
 
 #[derive(Serialize)]
 #[serde(untagged)]
-enum Line {
+enum EventRecord<'a> {
     /// A thread has this name.
     Name {
         name: &'static str,
         ph: char,
         pid: u32,
         tid: usize,
-        args: ThreadName,
+        args: ThreadName<'a>,
     },
     /// Something that began and ended.
     Complete {
@@ -201,13 +211,13 @@ enum Line {
         tid: usize,
         ts: f64,
         dur: f64,
-        args: Arguments,
+        args: &'a Arguments,
     },
 }
 
 #[derive(Serialize)]
-struct ThreadName {
-    name: String,
+struct ThreadName<'a> {
+    name: &'a str,
 }
 
 #[cfg(test)]
@@ -227,7 +237,7 @@ mod tests {
             trace_span!("inner", snapshot = 7u64).in_scope(|| ());
             drop(outer);
         });
-        let file: Value = serde_json::from_slice(&timeline.to_json().unwrap()).unwrap();
+        let file: Value = serde_json::from_slice(&timeline.to_json().0.unwrap()).unwrap();
         let events = file["traceEvents"].as_array().unwrap();
         let [row, inner, outer] = &events[..] else {
             panic!("{events:?}")
@@ -246,5 +256,29 @@ mod tests {
         assert!(number(&outer["ts"]) <= number(&inner["ts"]));
         assert!(number(&outer["dur"]) >= number(&inner["dur"]));
         assert!(events.iter().all(|event| event["tid"] == 1));
+    }
+
+    #[test]
+    fn what_there_is_no_room_for_is_counted() {
+        let timeline = Timeline::new();
+        let subscriber = tracing_subscriber::registry().with(timeline.clone());
+        tracing::subscriber::with_default(subscriber, || {
+            trace_span!("first").in_scope(|| ());
+            let row = Arc::clone(&lock(&timeline.0.rows)[0]);
+            let event = || TraceEvent {
+                name: "more",
+                began: Duration::ZERO,
+                took: Duration::ZERO,
+                arguments: Arguments::default(),
+            };
+            lock(&row).events.resize_with(MOST_EVENTS, event);
+            for _ in 0..3 {
+                trace_span!("too many").in_scope(|| ());
+            }
+        });
+        let (json, lost) = timeline.to_json();
+        assert_eq!(lost, 3);
+        let json = String::from_utf8(json.unwrap()).unwrap();
+        assert!(json.contains("more") && !json.contains("too many"));
     }
 }

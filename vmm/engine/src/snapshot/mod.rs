@@ -3,7 +3,7 @@
 //! ```text
 //!            kick                                                resume
 //!   vCPUs   ──┤ park │ capture registers, each on its own thread ├── run, and fault
-//!   devices ──────┤ stop at a boundary │ capture ├──────────────── go on
+//!   devices ──────┤ stop at a boundary │ capture ├────────────────┤ go on
 //!   memory          ............... fork: write-protect, share, copy what is pinned
 //!             |<------------------------- pause ----------------->|
 //! ```

@@ -25,6 +25,9 @@ pub(crate) enum OutputFileError {
     /// The path is that of a directory.
     #[error("{asked}: is a directory")]
     Directory { asked: Asked },
+    /// Something else goes there, too.
+    #[error("{asked} and {other}: one file cannot be both")]
+    Same { asked: Asked, other: Asked },
     /// The path is that of a disk.
     #[error("{asked}: is a block device")]
     BlockDevice { asked: Asked },

@@ -50,6 +50,17 @@ impl OutputFile {
         Ok(Self { asked, place })
     }
 
+    /// Checks that this is not `other`'s file: the second to be written would be all that is left of both.
+    pub(crate) fn is_not(&self, other: &Self) -> Result<(), OutputFileError> {
+        if self.place.is_file_of(&other.place) {
+            return Err(OutputFileError::Same {
+                asked: self.asked.clone(),
+                other: other.asked.clone(),
+            });
+        }
+        Ok(())
+    }
+
     /// Writes `content` as JSON.
     pub(crate) fn write(self, content: &impl Serialize) -> Result<(), OutputFileError> {
         self.write_json(serde_json::to_vec_pretty(content))
@@ -99,7 +110,7 @@ mod tests {
     }
 
     #[test]
-    fn a_output_file_is_replaced_whole() {
+    fn a_file_is_replaced_whole() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("report.json");
         fs::write(&path, "old").unwrap();
@@ -142,7 +153,7 @@ mod tests {
     }
 
     #[test]
-    fn a_link_to_a_output_file_stays_a_link() {
+    fn a_link_to_a_file_stays_a_link() {
         let directory = tempfile::tempdir().unwrap();
         let at = |name| directory.path().join(name);
         fs::write(at("old"), "old").unwrap();

@@ -10,8 +10,7 @@ use std::time::{Duration, Instant};
 
 use rustix::fs::{Access, access};
 
-use super::super::PATIENCE;
-use super::super::outlet::Outlet;
+use super::super::outlet::{Outlet, PATIENCE};
 use super::error::{Asked, OutputFileError};
 
 /// Time between two looks whether a pipe has a reader.
@@ -90,6 +89,18 @@ impl Place {
         })
     }
 
+    /// Whether this and `other` are one file that is written anew. What is open is added to.
+    pub(super) fn is_file_of(&self, other: &Self) -> bool {
+        let inode = |path: &Path| fs::metadata(path).map(|meta| (meta.dev(), meta.ino())).ok();
+        match (self, other) {
+            (
+                Self::Replaced { target, .. } | Self::Kept(target),
+                Self::Replaced { target: other, .. } | Self::Kept(other),
+            ) => target == other || inode(target).is_some_and(|one| inode(other) == Some(one)),
+            _ => false,
+        }
+    }
+
     /// Writes `json` there.
     pub(super) fn write(self, json: Vec<u8>) -> io::Result<()> {
         match self {
@@ -124,7 +135,7 @@ fn directory_of(target: &Path) -> &Path {
     target.parent().unwrap_or(Path::new("/"))
 }
 
-/// A new file in `directory`, to become one of its own: on the same file system, so that it can be renamed over it.
+/// A new file in `directory`, to be renamed over one there.
 /// With owner and mode of `old`.
 fn temporary(directory: &Path, old: Option<&Metadata>) -> io::Result<tempfile::NamedTempFile> {
     let file = tempfile::Builder::new()
@@ -159,8 +170,9 @@ fn open_pipe(path: &Path) -> io::Result<Option<OwnedFd>> {
 }
 
 fn replace(target: &Path, old: Option<&Metadata>, json: &[u8]) -> io::Result<()> {
-    let mut temporary = temporary(directory_of(target), old)?;
-    temporary.write_all(json)?;
+    let temporary = temporary(directory_of(target), old)?;
+    // By its descriptor: the error of another way would name the temporary file.
+    temporary.as_file().write_all(json)?;
     temporary.as_file().sync_all()?;
     match temporary.persist(target) {
         Ok(_) => Ok(()),

@@ -17,7 +17,7 @@ use std::time::Duration;
 
 use guest::abi::{MAIL_READ, MAIL_WRITE, Mail, PORT_MAIL, SAYS_DONE};
 
-use super::{load, store};
+use super::words::{load, store};
 use palimpsest::causes::chain;
 use palimpsest::host::PhysMap;
 use palimpsest::kvm::{

@@ -25,6 +25,7 @@
 //! |---|---|
 //! | `program` | what every guest of a stage has beside its address space |
 //! | `line` | commands to a guest, and its answers |
+//! | `words` | the words of a frame |
 //!
 //! Not covered: address spaces with more than one vCPU.
 
@@ -32,6 +33,7 @@ mod line;
 mod program;
 #[cfg(test)]
 mod tests;
+mod words;
 
 use std::any::Any;
 use std::io;
@@ -43,11 +45,12 @@ use guest::abi::{MAIL_GPA, PAGE_TABLES_GPA};
 
 use self::line::{Command, Line, Mailbox};
 use self::program::Program;
+use self::words::{load, store};
 use super::performer::{Memory, PAGES};
 use super::stage::{Actor, Stage, StageError, Wrap};
 use crate::boot;
 use palimpsest::causes::Cause;
-use palimpsest::host::{Dumps, PhysMap, Placement, Ram, Window};
+use palimpsest::host::{Dumps, Placement, Ram, Window};
 use palimpsest::kvm::{EntryState, GuestRam, Kvm};
 use palimpsest::memory::{self, Frames};
 use palimpsest::mm::{
@@ -509,16 +512,4 @@ impl GuestRam for GuestMemory {
             None => Err(format!("{} bytes at {gpa:#x} are not guest memory", buf.len()).into()),
         }
     }
-}
-
-/// The word at byte `offset` of a frame.
-fn load(physmap: &PhysMap, frame: Pfn, offset: usize) -> u64 {
-    let mut word = [0u64];
-    physmap.slice(frame, offset as u64, 8).copy_to(&mut word);
-    word[0]
-}
-
-/// Writes the word at byte `offset` of a frame.
-fn store(physmap: &PhysMap, frame: Pfn, offset: usize, word: u64) {
-    physmap.slice(frame, offset as u64, 8).copy_from(&[word]);
 }

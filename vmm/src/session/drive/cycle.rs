@@ -4,8 +4,8 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use super::Drive;
 use super::end::End;
+use super::{Drive, TICK};
 use crate::check::Boot;
 use crate::session::config::{GuestSource, RunLength};
 use crate::session::occasion::PATIENCE;
@@ -13,8 +13,6 @@ use crate::session::report::EndedBy;
 use palimpsest::kvm::KvmError;
 use palimpsest::vcpus::Capture;
 
-/// Between two calls of the observer.
-pub(super) const TICK: Duration = Duration::from_millis(100);
 /// Looks the checker may be behind before the next snapshot waits for it.
 const MOST_BACKLOG: u64 = 3;
 

@@ -31,7 +31,6 @@ use std::time::{Duration, Instant};
 
 use hdrhistogram::Histogram;
 
-use self::cycle::TICK;
 use self::random::SplitMix64;
 use super::RunError;
 use super::config::Config;
@@ -47,6 +46,9 @@ use crate::check::{Boot, Examiner, ViolationCounts, Worker};
 use crate::dma::Mismatch;
 use crate::run_snapshot::RunSnapshot;
 use palimpsest::kvm;
+
+/// Between two calls of the observer.
+const TICK: Duration = Duration::from_millis(100);
 
 /// A run that goes on.
 pub(super) struct Drive<'a> {
