@@ -79,7 +79,7 @@ pub const fn page_word_from_key(key: u64, word: u64) -> u64 {
     key.wrapping_add(word.wrapping_mul(PAGE_STEP))
 }
 
-/// How many of `words`, which are those of a page from word `from` on, are as the page with key `key` has them,
+/// How many of `words`, those of a page from word `from` on, are as the page with key `key` has them,
 /// before one that is not. A page without a key is all zero.
 pub fn matching_words(key: Option<u64>, from: u64, words: &[u64]) -> usize {
     const CHUNK: usize = 8;

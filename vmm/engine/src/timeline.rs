@@ -7,7 +7,7 @@
 //! |---|---|
 //! | whoever takes snapshots | `snapshot`: `prepare`, `park`, `devices`, `fork`, `registers`, `resume` |
 //! | | `restore`: `park`, `devices`, `memory`, `resume` |
-//! | a vCPU's | `parked`; `capture` and `set registers` in it; `fault`, without KVM with the address written |
+//! | a vCPU's | `parked`; in it `capture` and `set registers`; `fault`, without KVM with its address |
 //! | the one that copies ahead | `copy ahead` |
 //! | who steps [`aside`](crate::aside) | `aside` |
 

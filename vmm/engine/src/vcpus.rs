@@ -86,8 +86,8 @@ pub trait Paused {
     /// Stops all of them for good: none runs again.
     fn stop(self: Box<Self>);
 
-    /// Lets them run on, and calls `then` when they do, or after a moment if one waits for a CPU so long: what
-    /// else belongs to the VM goes on then. Returns the time when the last of them was about to enter the
+    /// Lets them run on, and calls `then` when they do, or after a moment if one waits for a CPU so long:
+    /// what else belongs to the VM goes on then. Returns the time when the last of them was about to enter the
     /// guest.
     fn resume(self: Box<Self>, then: Box<dyn FnOnce() + '_>) -> Instant;
 }

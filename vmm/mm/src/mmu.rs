@@ -57,7 +57,8 @@ impl<M: Mmu + ?Sized> Mmu for Arc<M> {
 pub enum MmuError {
     /// The host allows a process only so many mappings. Nothing has changed.
     #[error(
-        "the window needs more than {limit} memory mappings: raise vm.max_map_count (sysctl -w vm.max_map_count=262144)"
+        "the window needs more than {limit} memory mappings: raise vm.max_map_count (sysctl -w \
+         vm.max_map_count=262144)"
     )]
     MappingLimit {
         /// How many this process may use for windows.

@@ -85,7 +85,8 @@ fn registers(unsaved: &[u32]) -> Finding {
     Finding::worse(
         "registers",
         format!("MSRs that cannot be saved here: {}{more}", named.join(", ")),
-        "a restore leaves them as they are; the payload uses none of them, yours should not (`vmm -v` names all)",
+        "a restore leaves them as they are; the payload uses none of them, yours should not (`vmm -v` \
+         names all)",
     )
 }
 

@@ -85,11 +85,13 @@ fn huge(tried: io::Result<()>) -> Finding {
     let (why, advice) = match error.raw_os_error() {
         Some(libc::EINVAL) => (
             "this kernel makes none for a file in memory",
-            "use Linux 6.7 or newer, built with transparent huge pages; guests run in pages of 4 KiB, and snapshots stop them for longer",
+            "use Linux 6.7 or newer, built with transparent huge pages; guests run in pages of \
+             4 KiB, and snapshots stop them for longer",
         ),
         Some(libc::ENOMEM | libc::EAGAIN | libc::EBUSY) => (
             "the host had none to give just now",
-            "its memory is in pieces or used up: `echo 1 > /proc/sys/vm/compact_memory` helps; guests run all the same, in pages of 4 KiB",
+            "its memory is in pieces or used up: `echo 1 > /proc/sys/vm/compact_memory` helps; guests run \
+             all the same, in pages of 4 KiB",
         ),
         Some(libc::EFBIG) => (
             "RLIMIT_FSIZE does not let a file have 2 MiB",

@@ -36,7 +36,8 @@ pub(super) fn cpus(platform: &Platform, config: &Config) -> Finding {
         Finding::worse(
             "cpus",
             found,
-            "they take turns: pauses are longer, and fewer snapshots are checked in a second; `--vcpus 1` helps",
+            "they take turns: pauses are longer, and fewer snapshots are checked in a second; \
+             `--vcpus 1` helps",
         )
     }
 }
@@ -59,10 +60,12 @@ pub(super) fn examine(config: &Config) -> Vec<Finding> {
 fn mappings(budget: &MappingBudget) -> Finding {
     let limit = budget.limit();
     let found = format!(
-        "{limit} within vm.max_map_count, enough for {} of guest memory however it is written; snapshots take none",
+        "{limit} within vm.max_map_count, enough for {} of guest memory however it is written; \
+         snapshots take none",
         Size((limit * PAGE_SIZE) >> 20 << 20)
     );
-    let advice = "beyond that pages are copied together to save mappings: `sysctl -w vm.max_map_count=262144` has room for 1 GiB";
+    let advice = "beyond that pages are copied together to save mappings: \
+                  `sysctl -w vm.max_map_count=262144` has room for 1 GiB";
     match limit {
         0..FEW_MAPPINGS => Finding::no("mappings", found, advice),
         FEW_MAPPINGS..USUAL_MAPPINGS => Finding::worse("mappings", found, advice),

@@ -99,7 +99,8 @@ fn taken(range: &Range<u64>) -> io::Error {
     io::Error::new(
         io::ErrorKind::AddrInUse,
         format!(
-            "the addresses {:#x} to {:#x} of this process are taken, by {by}; guest addresses are there once, \
+            "the addresses {:#x} to {:#x} of this process are taken, by {by}; guest addresses are there \
+             once, \
              so a process has one VM without KVM",
             range.start, range.end
         ),

@@ -2,7 +2,8 @@
 //!
 //! What it guarantees
 //! - A vCPU is one thread, which runs the guest's instructions in ring 3 of the host, at the guest's own
-//!   addresses: its window is there ([`Placement::AtGuestAddresses`](crate::host::Placement)). The same programs run as under KVM, on
+//!   addresses: its window is there ([`AtGuestAddresses`](crate::host::Placement)), or, for code that may be
+//!   anywhere, at addresses of the host's choice (`Executable`). The same programs run as under KVM, on
 //!   the same memory, devices and snapshots.
 //! - [`Machine::pause`] returns when no vCPU is in guest code, each between two instructions, with all its
 //!   registers known. No kick is lost.

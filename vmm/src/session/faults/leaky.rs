@@ -7,8 +7,8 @@ use palimpsest::saved::Saved;
 use palimpsest::vcpus::{Capture, Paused, Vcpus, VcpusError};
 
 /// vCPUs that are not told that some pages have become read-only, which have not
-/// ([`LeakyMmu`](crate::check::inject::LeakyMmu)). Where no page table may be read-only, whoever is told makes a page
-/// that looks like one writable in the right way, and the fault that was put in is gone.
+/// ([`LeakyMmu`](crate::check::inject::LeakyMmu)). Where no page table may be read-only, whoever is told makes
+/// a page that looks like one writable in the right way, and the fault that was put in is gone.
 pub(in crate::session) struct Leaky<'a> {
     /// The real ones.
     pub(in crate::session) vcpus: &'a dyn Vcpus,
