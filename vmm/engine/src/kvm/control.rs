@@ -402,7 +402,10 @@ fn set_phase(slot: &mut Slot, phase: Phase) {
 #[cfg(test)]
 mod tests {
     use std::sync::atomic::AtomicU64;
+    use std::sync::mpsc;
     use std::thread;
+
+    use rustix::thread::{gettid, sched_getaffinity};
 
     use super::*;
 
@@ -512,6 +515,37 @@ mod tests {
         assert_eq!(lock(&control.pending).slots, 0);
         let timed_out = control.wait(VCPUS, Awaited::Ended, Duration::ZERO);
         assert_eq!(timed_out.map_err(|late| late.vcpu), Err(0));
+    }
+
+    /// It may wait for the CPU that it was told to run on for as long as somebody else needs that.
+    #[test]
+    fn who_does_not_begin_may_run_anywhere_again() {
+        let control = Control::new(1);
+        let (say, heard) = mpsc::channel();
+        let (end, ended) = mpsc::channel::<()>();
+        thread::scope(|scope| {
+            let control = &control;
+            scope.spawn(move || {
+                control.is_on_this_thread(0);
+                control.enter_phase(0, Phase::Parked);
+                say.send((gettid(), sched_getcpu())).unwrap();
+                // It never looks at its command.
+                let _ = ended.recv();
+            });
+            let (thread, cpu) = heard.recv().unwrap();
+            let may_run = || sched_getaffinity(Some(thread)).unwrap();
+            let before = may_run();
+            let mut slot = control.slot(0);
+            // Where somebody has said on which CPUs this process runs, nobody is told.
+            let is_free = slot.thread.is_some();
+            slot.pin = slot.thread.and_then(|thread| thread.pin(cpu));
+            assert_eq!(slot.pin.is_some(), is_free);
+            drop(slot);
+            assert!(!is_free || may_run().count() == 1);
+            control.let_loose();
+            assert_eq!(may_run(), before);
+            drop(end);
+        });
     }
 
     #[test]
