@@ -48,12 +48,12 @@ fn every_policy_behaves_as_its_table_says() {
     if support::no_kvm() {
         return;
     }
-    // What the wrong ones must show is a race. If it was not seen, which a busy host can bring about, the run
-    // was too short.
+    // What the wrong ones must show is a race. If it was not seen, which a busy or slow host can bring about,
+    // the run was too short; the program says so itself if it sees that.
     let compare = |duration| vmm(&["--json", "--duration", duration, "--seed", "7"]);
     let mut output = compare("4s");
     for longer in ["20s", "60s"] {
-        if output.status.code() != Some(3) || !is_only_missed(&output) {
+        if output.status.success() || !is_only_missed(&output) {
             break;
         }
         output = compare(longer);

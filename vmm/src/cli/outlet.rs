@@ -259,9 +259,20 @@ mod tests {
         outlet.finish(LONG).unwrap();
         outlet.send("last\n");
         let text = read.join().unwrap();
-        let told = format!("[{lost} lines lost here: nobody read them]\nlast\n");
-        assert!(text.ends_with(&told), "{}", &text[text.len() - 200..]);
-        assert_eq!(text.matches('\n').count() as u64, 2000 - lost + 2);
+        assert!(text.ends_with(" lines lost here: nobody read them]\nlast\n"));
+        // On a busy machine they are lost in several places.
+        let told = |line: &str| {
+            let told = line
+                .strip_prefix('[')?
+                .strip_suffix(" lines lost here: nobody read them]");
+            told?.parse::<u64>().ok()
+        };
+        let told = Vec::from_iter(text.lines().filter_map(told));
+        assert_eq!(told.iter().sum::<u64>(), lost);
+        assert_eq!(
+            text.lines().filter(|text| *text == &line[..1000]).count() as u64,
+            2000 - lost
+        );
     }
 
     #[test]
