@@ -36,7 +36,7 @@ pub mod outcome;
 mod paging;
 mod paravirt;
 mod placement;
-mod platform;
+pub mod platform;
 pub mod port;
 pub mod registers;
 pub mod state;
