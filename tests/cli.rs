@@ -365,7 +365,7 @@ fn a_trace_has_a_row_for_each_thread_and_every_step_of_every_snapshot() {
     let said = run(&[&SHORT[..], &trace].concat());
     said.assert_code(0);
     assert_eq!(names(directory.path()), ["trace.json"]);
-    let trace: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    let trace = json(&path);
     let events = trace["traceEvents"].as_array().unwrap();
     let rows = events.iter().filter(|event| event["ph"] == "M");
     let rows = Vec::from_iter(rows.map(|row| row["args"]["name"].as_str().unwrap()));

@@ -9,8 +9,8 @@
 //!
 //! So those that would be woken on a busy CPU are told where to run first, on a CPU that one of the vCPUs
 //! had, or that of the thread that wakes them, which it leaves. As soon as it runs, and at the latest a
-//! moment later (`Machine::run_all`), each may run anywhere that it might before: on a CPU that somebody else needs
-//! it would wait for its share there, seconds perhaps.
+//! moment later (`Machine::run_all`), each may run anywhere that it might before: on a CPU that somebody else
+//! needs it would wait for its share there, seconds perhaps.
 //!
 //! A thread that somebody has told where to run (`taskset`, `pthread_setaffinity_np`) is left alone: the
 //! kernel has one mask for what is asked of a thread, and does not say whether there is one.
