@@ -1,10 +1,10 @@
 //! Pages that a fork leaves writable, and that nothing makes writable again as they should be.
 
 use std::ops::Range;
-use std::time::Instant;
 
-use palimpsest::saved::Saved;
 use palimpsest::vcpus::{Capture, Paused, Vcpus, VcpusError};
+
+use super::changed::{Change, Changed};
 
 /// vCPUs that are not told that some pages have become read-only, which have not
 /// ([`LeakyMmu`](crate::check::inject::LeakyMmu)). Where no page table may be read-only, whoever is told makes
@@ -18,8 +18,8 @@ pub(in crate::session) struct Leaky<'a> {
 
 impl Vcpus for Leaky<'_> {
     fn pause(&self, capture: Capture) -> Result<Box<dyn Paused + '_>, VcpusError> {
-        Ok(Box::new(PausedLeaky {
-            leaky: self,
+        Ok(Box::new(Changed {
+            change: self,
             paused: self.vcpus.pause(capture)?,
         }))
     }
@@ -29,39 +29,8 @@ impl Vcpus for Leaky<'_> {
     }
 }
 
-struct PausedLeaky<'a> {
-    leaky: &'a Leaky<'a>,
-    paused: Box<dyn Paused + 'a>,
-}
-
-impl Paused for PausedLeaky<'_> {
-    fn kicked(&self) -> Instant {
-        self.paused.kicked()
-    }
-
-    fn states(&mut self) -> Result<Vec<Saved>, VcpusError> {
-        self.paused.states()
-    }
-
-    fn has_protected(&mut self, gfns: &mut dyn Iterator<Item = u64>) -> Result<(), VcpusError> {
-        let writable = &self.leaky.writable;
-        let mut others = gfns.filter(|gfn| !writable.contains(gfn));
-        self.paused.has_protected(&mut others)
-    }
-
-    fn before_restore(&mut self) -> Result<(), VcpusError> {
-        self.paused.before_restore()
-    }
-
-    fn restore(&mut self, states: &[Saved]) -> Result<(), VcpusError> {
-        self.paused.restore(states)
-    }
-
-    fn stop(self: Box<Self>) {
-        self.paused.stop();
-    }
-
-    fn resume(self: Box<Self>, then: Box<dyn FnOnce() + '_>) -> Instant {
-        self.paused.resume(then)
+impl Change for Leaky<'_> {
+    fn is_told(&self, gfn: u64) -> bool {
+        !self.writable.contains(&gfn)
     }
 }

@@ -6,12 +6,14 @@
 //!
 //! | file | concept |
 //! |---|---|
+//! | `changed` | what is changed between a snapshot and vCPUs, and what goes through |
 //! | `late` | registers are captured after the vCPUs ran on |
 //! | `stale` | registers of one vCPU are from before it ran on |
 //! | `leaky` | pages that a fork left writable are not said to be read-only |
 //! | `at_large` | devices are not stopped, and have the state from before they ran on |
 
 mod at_large;
+mod changed;
 mod late;
 mod leaky;
 mod stale;

@@ -1,11 +1,12 @@
 //! Registers of one vCPU that are captured too early.
 
 use std::cell::OnceCell;
-use std::time::Instant;
 
 use palimpsest::kvm::VcpuState;
 use palimpsest::saved::Saved;
 use palimpsest::vcpus::{Capture, Paused, Vcpus, VcpusError};
+
+use super::changed::{Change, Changed};
 
 /// What of vCPU 0 is too old.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -39,8 +40,8 @@ impl Vcpus for Stale<'_> {
         }
         before.resume(Box::new(|| ()));
         (self.run_on)();
-        Ok(Box::new(PausedStale {
-            stale: self,
+        Ok(Box::new(Changed {
+            change: self,
             paused: self.vcpus.pause(capture)?,
         }))
     }
@@ -50,47 +51,17 @@ impl Vcpus for Stale<'_> {
     }
 }
 
-struct PausedStale<'a> {
-    stale: &'a Stale<'a>,
-    paused: Box<dyn Paused + 'a>,
-}
-
-impl Paused for PausedStale<'_> {
-    fn kicked(&self) -> Instant {
-        self.paused.kicked()
-    }
-
-    fn states(&mut self) -> Result<Vec<Saved>, VcpusError> {
-        let mut states = self.paused.states()?;
-        if let (Some(saved), Some(older)) = (states.first_mut(), self.stale.older.get()) {
+impl Change for Stale<'_> {
+    fn states(&self, mut states: Vec<Saved>) -> Result<Vec<Saved>, VcpusError> {
+        if let (Some(saved), Some(older)) = (states.first_mut(), self.older.get()) {
             let state = VcpuState::of_saved(saved);
             let state = state.map_err(|error| VcpusError::Failed(error.into()))?;
-            *saved = Saved::new(match self.stale.old {
+            *saved = Saved::new(match self.old {
                 Old::Extended => with_extended_of(state, older),
                 Old::All => older.clone(),
             });
         }
         Ok(states)
-    }
-
-    fn has_protected(&mut self, gfns: &mut dyn Iterator<Item = u64>) -> Result<(), VcpusError> {
-        self.paused.has_protected(gfns)
-    }
-
-    fn before_restore(&mut self) -> Result<(), VcpusError> {
-        self.paused.before_restore()
-    }
-
-    fn restore(&mut self, states: &[Saved]) -> Result<(), VcpusError> {
-        self.paused.restore(states)
-    }
-
-    fn stop(self: Box<Self>) {
-        self.paused.stop();
-    }
-
-    fn resume(self: Box<Self>, then: Box<dyn FnOnce() + '_>) -> Instant {
-        self.paused.resume(then)
     }
 }
 
