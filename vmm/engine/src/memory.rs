@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use crate::host::{Dumps, MappingBudget, PhysMap, Placement, Prices, Ram, Window};
 use crate::mm::{
-    AddressSpace, AllocError, CowPolicy, Exclusive, FramePool, Frozen, Gfn, Mmu, OutOfRange,
-    PAGE_SIZE,
+    AddressSpace, AllocError, CowPolicy, Exclusive, ForkError, FramePool, Frozen, Gfn, Mmu,
+    OutOfRange, PAGE_SIZE,
 };
 
 /// Why there is no memory for a VM.
@@ -31,6 +31,20 @@ pub enum MemoryError {
     Size {
         /// What was asked for.
         bytes: u64,
+    },
+    /// A snapshot could not be shared with a clone.
+    #[error("cannot share the snapshot's memory with a clone")]
+    Share(#[source] ForkError),
+    /// A snapshot of memory in other frames.
+    #[error("the snapshot is of memory in other frames")]
+    OtherFrames,
+    /// A window of another size than the snapshot's memory.
+    #[error("a window of {window} bytes does not fit a snapshot of {snapshot} bytes")]
+    WindowSize {
+        /// Bytes of the window.
+        window: u64,
+        /// Bytes of the snapshot's memory.
+        snapshot: u64,
     },
 }
 
@@ -128,6 +142,20 @@ impl Frames {
         Ok(())
     }
 
+    /// A window of `bytes` bytes on to these frames, all of which shows zeros.
+    ///
+    /// # Errors
+    /// If the host has no address space for it, or no mapping.
+    pub fn window(&self, bytes: u64, placement: Placement) -> Result<Window, MemoryError> {
+        let (physmap, budget) = (Arc::clone(&self.physmap), Arc::clone(&self.budget));
+        let window = Window::placed(physmap, budget, bytes / PAGE_SIZE, placement);
+        window.map_err(|source| MemoryError::Reserve {
+            what: "the guest's window",
+            bytes,
+            source,
+        })
+    }
+
     /// How many mappings the windows of this process may use.
     pub fn budget(&self) -> &Arc<MappingBudget> {
         &self.budget
@@ -188,27 +216,54 @@ impl<P: CowPolicy> Memory<P> {
         if pages == 0 || !bytes.is_multiple_of(PAGE_SIZE) {
             return Err(MemoryError::Size { bytes });
         }
-        let (physmap, budget) = (Arc::clone(&frames.physmap), Arc::clone(&frames.budget));
-        let window =
-            Window::placed(physmap, budget, pages, options.placement).map_err(|source| {
-                MemoryError::Reserve {
-                    what: "the guest's window",
-                    bytes,
-                    source,
-                }
-            })?;
-        let window = Arc::new(window);
+        let window = Arc::new(frames.window(bytes, options.placement)?);
         let mmu = between(Arc::clone(&window));
         let mut space = AddressSpace::new(Arc::clone(&frames.pool), policy, mmu, pages)?;
         if options.base_pages {
             space = space.with_base_pages();
             frames.physmap.use_base_pages();
         }
-        let mut memory = Self::over(frames, space, window);
-        if let Some(prices) = options.prices {
-            memory.ram = memory.ram.with_prices(prices);
+        Ok(Self::over(frames, space, window).with_prices(options.prices))
+    }
+
+    /// A clone's: what was in memory when `snapshot` was taken of it, which must be in `frames`. It shares
+    /// every frame with the snapshot, and whoever else has it, until one of them writes there. `window` shows
+    /// zeros everywhere, as [`Frames::window`] gives it; `between` is as in [`Memory::with`].
+    ///
+    /// What it takes does not depend on how much memory there is, but on how many stretches of it are
+    /// neighbours in the physmap.
+    ///
+    /// # Errors
+    /// If the snapshot is in other frames or of another size than the window, or there are not enough
+    /// mappings.
+    pub fn clone_of(
+        frames: &Frames,
+        snapshot: &Frozen,
+        policy: P,
+        prices: Option<Prices>,
+        window: Arc<Window>,
+        between: impl FnOnce(Arc<Window>) -> Box<dyn Mmu>,
+    ) -> Result<Self, MemoryError> {
+        if !Arc::ptr_eq(snapshot.pool(), &frames.pool) {
+            return Err(MemoryError::OtherFrames);
         }
-        Ok(memory)
+        let bytes = snapshot.pages() * PAGE_SIZE;
+        if window.len() != bytes {
+            return Err(MemoryError::WindowSize {
+                window: window.len(),
+                snapshot: bytes,
+            });
+        }
+        let mmu = between(Arc::clone(&window));
+        let space = AddressSpace::from_frozen(snapshot, policy, mmu).map_err(MemoryError::Share)?;
+        Ok(Self::over(frames, space, window).with_prices(prices))
+    }
+
+    fn with_prices(mut self, prices: Option<Prices>) -> Self {
+        if let Some(prices) = prices {
+            self.ram = self.ram.with_prices(prices);
+        }
+        self
     }
 
     /// Of an address space that is there already, which changes the whole of `window` or a part of it. Its

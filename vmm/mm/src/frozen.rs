@@ -48,6 +48,11 @@ impl Frozen {
         self.pages
     }
 
+    /// The pool its frames are from.
+    pub fn pool(&self) -> &Arc<FramePool> {
+        &self.pool
+    }
+
     /// The entry of a page just now: a hint, since a break may move it to another frame.
     pub fn entry(&self, gfn: Gfn) -> Result<Entry, OutOfRange> {
         self.with_entry(gfn, |entry| entry)

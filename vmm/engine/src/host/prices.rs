@@ -45,6 +45,19 @@ impl Prices {
         }
     }
 
+    /// What was learnt so far, to begin with for somebody else: a clone's faults cost what its parent's do.
+    #[must_use]
+    pub fn as_learnt(&self) -> Self {
+        let copy = |price: &AtomicU64| AtomicU64::new(price.load(Ordering::Relaxed));
+        Self {
+            small: copy(&self.small),
+            whole: copy(&self.whole),
+            entry: copy(&self.entry),
+            handling: copy(&self.handling),
+            fixed: self.fixed,
+        }
+    }
+
     /// A vCPU was in the guest for so long.
     pub fn entered(&self, time: Duration) {
         shortest(&self.entry, time);

@@ -1,8 +1,15 @@
 //! A virtual machine: memory, vCPUs and devices, put together and taken apart in the right order.
+//!
+//! | file | concept |
+//! |---|---|
+//! | `clones` | starting one as a snapshot says |
+//! | `shell` | what of a clone can be made before it is known whose |
 
-use std::fmt;
-use std::io;
+mod clones;
+mod shell;
+
 use std::sync::Arc;
+use std::{fmt, io, mem};
 
 use vmm_sys_util::eventfd::EventFd;
 
@@ -17,6 +24,9 @@ use crate::memory::Memory;
 use crate::mm::{CowPolicy, Exclusive};
 use crate::snapshot::{Parts, RewindError, Snapshot, TakeError, Timing};
 use crate::user::User;
+
+pub use self::clones::CloneError;
+pub use self::shell::{Shell, ShellError, Shells};
 
 /// What runs the vCPUs of VMs.
 #[derive(Debug)]
@@ -84,6 +94,9 @@ pub enum BuildError {
     /// The host has no more threads.
     #[error("cannot start the thread that copies ahead")]
     Ahead(#[source] io::Error),
+    /// The memory is behind another window than the shell's.
+    #[error("the memory is not behind the shell's window")]
+    OtherWindow,
 }
 
 /// What a VM is made of. [`Vm::builder`] makes one.
@@ -172,19 +185,36 @@ impl<'a, P: CowPolicy> Builder<'a, P> {
     /// If there are no vCPUs or too many, the memory's window is not where they need it
     /// ([`Accelerator::placement`]), a port has two doorbells, KVM refuses, or the host has no more threads
     /// or file descriptors.
-    pub fn build<'b>(self, by: impl Into<By<'b>>, vcpus: usize) -> Result<Vm<P>, BuildError> {
+    pub fn build<'b>(mut self, by: impl Into<By<'b>>, vcpus: usize) -> Result<Vm<P>, BuildError> {
         let window = Arc::clone(self.memory.window());
+        let ram = Arc::clone(&self.guest_ram);
+        let ports = Arc::clone(&self.ports);
+        let on_stop = mem::replace(&mut self.on_stop, Box::new(|_, _| ()));
         let machine = match by.into() {
             By::Kvm(_) if window.placement() != Placement::Anywhere => {
                 return Err(KvmError::Placement.into());
             }
-            By::Kvm(kvm) => {
-                Machine::new(kvm, window, self.guest_ram, vcpus, self.ports, self.on_stop)?
-            }
-            By::User(user) => {
-                user.machine(window, self.guest_ram, vcpus, self.ports, self.on_stop)?
-            }
+            By::Kvm(kvm) => Machine::new(kvm, window, ram, vcpus, ports, on_stop)?,
+            By::User(user) => user.machine(window, ram, vcpus, ports, on_stop)?,
         };
+        self.around(machine)
+    }
+
+    /// The VM, with the vCPUs that `shell` has. Its memory must be behind the shell's window
+    /// ([`Shell::window`]).
+    ///
+    /// # Errors
+    /// If it is not, a port has two doorbells, KVM refuses, or the host has no more threads or file
+    /// descriptors.
+    pub fn build_in(mut self, shell: Shell) -> Result<Vm<P>, BuildError> {
+        let ram = Arc::clone(&self.guest_ram);
+        let ports = Arc::clone(&self.ports);
+        let on_stop = mem::replace(&mut self.on_stop, Box::new(|_, _| ()));
+        let machine = shell.fill(self.memory.window(), ram, ports, on_stop)?;
+        self.around(machine)
+    }
+
+    fn around(self, machine: Machine) -> Result<Vm<P>, BuildError> {
         for (port, event) in self.doorbells {
             machine.register_doorbell(port, event)?;
         }

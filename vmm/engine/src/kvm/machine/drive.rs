@@ -18,7 +18,8 @@ impl Machine {
     /// # Errors
     /// If the machine was started before. If KVM refuses the registers, the machine is stopped for good.
     pub fn start(&self, entry: impl Fn(usize) -> EntryState) -> Result<(), KvmError> {
-        self.start_with(|vcpu| RegisterTask::Enter(entry(vcpu)))
+        self.start_with(|vcpu| RegisterTask::Enter(entry(vcpu)), || ())
+            .map(|_| ())
     }
 
     /// Starts the vCPUs where they were captured.
@@ -26,19 +27,37 @@ impl Machine {
     /// # Errors
     /// As [`Machine::start`]; or if there are not as many states as vCPUs.
     pub fn start_from(&self, states: &[VcpuState], clock: Clock) -> Result<(), KvmError> {
-        self.check_count(states)?;
-        self.start_with(|vcpu| RegisterTask::Restore(Box::new(states[vcpu].clone()), clock))
+        self.start_from_then(states, clock, || ()).map(|_| ())
     }
 
-    fn start_with(&self, task: impl FnMut(usize) -> RegisterTask) -> Result<(), KvmError> {
+    /// The same, and calls `then` when all of them run, or some have waited for a CPU for a millisecond.
+    /// Returns when the last of them was about to enter the guest.
+    ///
+    /// # Errors
+    /// As [`Machine::start_from`]. `then` is not called, but dropped.
+    pub fn start_from_then(
+        &self,
+        states: &[VcpuState],
+        clock: Clock,
+        then: impl FnOnce(),
+    ) -> Result<Instant, KvmError> {
+        self.check_count(states)?;
+        let restore = |vcpu: usize| RegisterTask::Restore(Box::new(states[vcpu].clone()), clock);
+        self.start_with(restore, then)
+    }
+
+    fn start_with(
+        &self,
+        task: impl FnMut(usize) -> RegisterTask,
+        then: impl FnOnce(),
+    ) -> Result<Instant, KvmError> {
         let mut started = self.started.lock().unwrap_or_else(|e| e.into_inner());
         if *started {
             return Err(KvmError::AlreadyStarted);
         }
         self.do_all(task)?;
         *started = true;
-        self.run_all(|| ());
-        Ok(())
+        Ok(self.run_all(then))
     }
 
     pub(super) fn check_count(&self, states: &[VcpuState]) -> Result<(), KvmError> {

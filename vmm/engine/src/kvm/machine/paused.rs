@@ -60,6 +60,18 @@ impl Machine {
         })
     }
 
+    /// [`PausedMachine::keep_tables_writable`], also for a machine that was not started yet.
+    pub(crate) fn keep_tables_writable(
+        &self,
+        gfns: impl Iterator<Item = u64>,
+    ) -> Result<(), KvmError> {
+        if self.may_lose_write_access() {
+            return Ok(());
+        }
+        let kept = table_bits::keep_writable(&*self.ram, gfns);
+        kept.map_err(|source| KvmError::Tables { source })
+    }
+
     /// The page tables of vCPUs in these states.
     fn page_tables(&self, states: &[VcpuState]) -> Result<PageTables, KvmError> {
         let vcpus = states.iter().map(|state| (state.sregs(), state.confined()));
@@ -182,11 +194,7 @@ impl PausedMachine<'_> {
     /// # Errors
     /// If one cannot be read or made writable. The guest must not run on.
     pub fn keep_tables_writable(&self, gfns: impl Iterator<Item = u64>) -> Result<(), KvmError> {
-        if self.machine.may_lose_write_access() {
-            return Ok(());
-        }
-        let kept = table_bits::keep_writable(&*self.machine.ram, gfns);
-        kept.map_err(|source| KvmError::Tables { source })
+        self.machine.keep_tables_writable(gfns)
     }
 
     /// Stops all vCPUs for good: none of them enters the guest again.

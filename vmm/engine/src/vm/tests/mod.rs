@@ -1,5 +1,7 @@
 //! Whole VMs on real KVM.
 
+mod clones;
+
 use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Mutex, Weak};
 use std::time::Instant;

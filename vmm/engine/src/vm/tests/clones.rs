@@ -1,0 +1,274 @@
+//! Clones: VMs that run on from a snapshot of another.
+
+use super::*;
+use crate::host::{Dumps, Placement};
+use crate::memory::MemoryError;
+use crate::mm::{PAGE_SIZE, Pfn};
+
+/// Which of a clone's vCPUs come from where.
+#[derive(Clone, Copy)]
+enum From {
+    Builder,
+    Shell,
+}
+
+/// A clone of `snapshot`, which was taken of `vm`, with a device if `device` gives one. It does not run yet.
+fn clone(
+    kvm: &Kvm,
+    vm: &Vm,
+    snapshot: &Snapshot,
+    from: From,
+    device: impl FnOnce(&Ram) -> Option<FakeDevice>,
+) -> Vm {
+    let frames = vm.memory().frames();
+    let bytes = vm.ram().size();
+    let shell = match from {
+        From::Builder => None,
+        From::Shell => Some(Shell::new(kvm, frames, bytes, snapshot.vcpus().len()).unwrap()),
+    };
+    let window = match &shell {
+        Some(shell) => Arc::clone(shell.window()),
+        None => Arc::new(frames.window(bytes, Placement::Anywhere).unwrap()),
+    };
+    let plain = |window| Box::new(window) as _;
+    let memory = Memory::clone_of(frames, snapshot.memory(), Exclusive, None, window, plain);
+    let memory = memory.unwrap();
+    let device = device(memory.ram());
+    let mut builder = Vm::builder(memory).copy_ahead(false);
+    if let Some(device) = device {
+        builder = builder.device(Arc::new(device));
+    }
+    match shell {
+        Some(shell) => builder.build_in(shell).unwrap(),
+        None => builder.build(kvm, snapshot.vcpus().len()).unwrap(),
+    }
+}
+
+fn nothing() -> Result<(), Cause> {
+    Ok(())
+}
+
+fn counts_on(vm: &Vm) {
+    let now = counted(vm.ram());
+    wait_until("counting on", || counted(vm.ram()) > now + 1000);
+}
+
+#[test]
+fn a_clone_runs_on_from_its_snapshot_and_neither_shows_in_the_other() {
+    let kvm = need_kvm!();
+    for from in [From::Builder, From::Shell] {
+        let vm = counting(kvm, |_| None);
+        let (snapshot, _) = vm.snapshot().unwrap();
+        let then = agree(&vm, &snapshot);
+        let clone = clone(kvm, &vm, &snapshot, from, |_| None);
+        assert_eq!(counted(clone.ram()), then, "it has not run yet");
+        // What is written last, before it runs, is its own.
+        let name = |vm: &Vm| {
+            let mut word = [0; 4];
+            vm.ram().read(DATA + 64, &mut word).unwrap();
+            word
+        };
+        let identity = || Ok(clone.ram().write(DATA + 64, b"mine")?);
+        clone.start_from(&snapshot, identity).unwrap();
+        assert_eq!((&name(&clone), name(&vm)), (b"mine", [0; 4]));
+        // All three are what they are by themselves.
+        counts_on(&clone);
+        counts_on(&vm);
+        assert_eq!(agree(&vm, &snapshot), then);
+        let (of_clone, _) = clone.snapshot().unwrap();
+        assert!(agree(&clone, &of_clone) > then + 1000);
+        // The parent's memory is its own again when the others are gone.
+        drop((clone, snapshot, of_clone));
+        counts_on(&vm);
+        let frames = vm.memory().frames().clone();
+        drop(vm);
+        assert_eq!(frames.pool().leftovers(1), []);
+        assert_eq!(frames.budget().used(), 0);
+    }
+}
+
+#[test]
+fn clones_of_clones_outlive_whom_they_are_of() {
+    let kvm = need_kvm!();
+    let vm = counting(kvm, |_| None);
+    let frames = vm.memory().frames().clone();
+    let (snapshot, _) = vm.snapshot().unwrap();
+    let first = clone(kvm, &vm, &snapshot, From::Builder, |_| None);
+    first.start_from(&snapshot, nothing).unwrap();
+    counts_on(&first);
+    let (later, _) = first.snapshot().unwrap();
+    let then = agree(&first, &later);
+    let second = clone(kvm, &first, &later, From::Shell, |_| None);
+    drop((vm, snapshot));
+    second.start_from(&later, nothing).unwrap();
+    // The middle goes.
+    drop(first);
+    assert_eq!(
+        {
+            let mut word = [0; 8];
+            frames.read(later.memory(), DATA, &mut word).unwrap();
+            u64::from_le_bytes(word)
+        },
+        then
+    );
+    drop(later);
+    counts_on(&second);
+    drop(second);
+    assert_eq!(frames.pool().leftovers(1), []);
+}
+
+#[test]
+fn the_devices_of_a_clone_become_what_they_were_before_it_runs() {
+    let kvm = need_kvm!();
+    let (log, parents) = (Log::default(), Log::default());
+    let vm = counting(kvm, |ram| {
+        Some(FakeDevice::new("parent", &parents, ram, Fails::Nothing))
+    });
+    let (snapshot, _) = vm.snapshot().unwrap();
+    parents.take();
+    let device = |ram: &Ram| Some(FakeDevice::new("clone", &log, ram, Fails::Nothing));
+    let clone = clone(kvm, &vm, &snapshot, From::Builder, device);
+    let identity = || {
+        log.note("identity");
+        Ok(())
+    };
+    clone.start_from(&snapshot, identity).unwrap();
+    let told = [
+        "clone begin_stop",
+        "clone finish_stop",
+        "clone restore 0 at 0",
+        "identity",
+        "clone resume",
+    ];
+    assert_eq!(log.take(), told);
+    assert_eq!(parents.take(), [""; 0], "the parent's goes on");
+    counts_on(&clone);
+}
+
+/// Whatever is refused, the snapshot and the parent are as they were, and another clone can be made.
+#[test]
+fn a_clone_that_is_not_started_leaves_everybody_as_they_were() {
+    let kvm = need_kvm!();
+    let log = Log::default();
+    let with = |fails| move |ram: &Ram, log: &Log| Some(FakeDevice::new("device", log, ram, fails));
+    let vm = counting(kvm, |ram| with(Fails::Nothing)(ram, &log));
+    let (snapshot, _) = vm.snapshot().unwrap();
+    let then = agree(&vm, &snapshot);
+    let other = |vcpus, devices| Snapshot::new(Arc::clone(snapshot.memory()), vcpus, devices);
+    let (vcpus, devices) = (snapshot.vcpus().to_vec(), snapshot.devices().to_vec());
+    let two = vec![vcpus[0].clone(), vcpus[0].clone()];
+    let nonsense = vec![Saved::stored(99, Vec::new())];
+    type Is = fn(&CloneError) -> bool;
+    let cases: [(Snapshot, Fails, Is); 4] = [
+        (other(vcpus.clone(), Vec::new()), Fails::Nothing, |error| {
+            matches!(
+                error,
+                CloneError::DeviceCount {
+                    snapshot: 0,
+                    clone: 1
+                }
+            )
+        }),
+        (other(two, devices.clone()), Fails::Nothing, |error| {
+            matches!(
+                error,
+                CloneError::Vcpus(KvmError::StateCount {
+                    states: 2,
+                    vcpus: 1
+                })
+            )
+        }),
+        (other(nonsense, devices.clone()), Fails::Nothing, |error| {
+            matches!(error, CloneError::State { vcpu: 0, .. })
+        }),
+        (other(vcpus, devices), Fails::Restore, |error| {
+            matches!(error, CloneError::Devices(_))
+        }),
+    ];
+    for (of, fails, is_expected) in &cases {
+        let clone = clone(kvm, &vm, &snapshot, From::Shell, |ram| {
+            with(*fails)(ram, &log)
+        });
+        let error = clone.start_from(of, nothing).unwrap_err();
+        assert!(is_expected(&error), "{error}");
+    }
+    let refused = clone(kvm, &vm, &snapshot, From::Builder, |ram| {
+        with(Fails::Nothing)(ram, &log)
+    });
+    let error = refused
+        .start_from(&snapshot, || Err("no name".into()))
+        .unwrap_err();
+    assert_eq!(chain(&error), "cannot tell the clone who it is: no name");
+    assert_eq!(counted(refused.ram()), then, "it has not run");
+    let good = clone(kvm, &vm, &snapshot, From::Builder, |ram| {
+        with(Fails::Nothing)(ram, &log)
+    });
+    good.start_from(&snapshot, nothing).unwrap();
+    let again = good.start_from(&snapshot, nothing).unwrap_err();
+    let is_started = matches!(again, CloneError::Vcpus(KvmError::AlreadyStarted));
+    assert!(is_started, "{again}");
+    counts_on(&good);
+    counts_on(&vm);
+    assert_eq!(agree(&vm, &snapshot), then);
+}
+
+#[test]
+fn memory_of_others_and_windows_of_other_sizes_are_refused() {
+    let kvm = need_kvm!();
+    let vm = counting(kvm, |_| None);
+    let (snapshot, _) = vm.snapshot().unwrap();
+    let frames = vm.memory().frames();
+    let plain = |window| Box::new(window) as _;
+    let clone_in = |frames: &Frames, bytes| {
+        let window = Arc::new(frames.window(bytes, Placement::Anywhere).unwrap());
+        Memory::clone_of(frames, snapshot.memory(), Exclusive, None, window, plain)
+    };
+    let other = clone_in(&Frames::new(2 * MEMORY).unwrap(), MEMORY).unwrap_err();
+    assert!(matches!(other, MemoryError::OtherFrames), "{other}");
+    let small = clone_in(frames, MEMORY - PAGE_SIZE).unwrap_err();
+    let is_size = matches!(small, MemoryError::WindowSize { window, snapshot }
+        if window + PAGE_SIZE == snapshot);
+    assert!(is_size, "{small}");
+    // Behind another window than the shell's.
+    let memory = clone_in(frames, MEMORY).unwrap();
+    let shell = Shell::new(kvm, frames, MEMORY, 1).unwrap();
+    let error = Vm::builder(memory).build_in(shell).unwrap_err();
+    assert!(matches!(error, BuildError::OtherWindow), "{error}");
+}
+
+#[test]
+fn shells_are_there_before_they_are_asked_for() {
+    let kvm = need_kvm!();
+    let vm = counting(kvm, |_| None);
+    let (snapshot, _) = vm.snapshot().unwrap();
+    let frames = vm.memory().frames();
+    let shells = Shells::start(Kvm::open().unwrap(), frames.clone(), MEMORY, 1, 2).unwrap();
+    assert_eq!(shells.wait_until_ready(), 2);
+    shells.want(0);
+    for left in [1, 0, 0] {
+        let shell = shells.take().unwrap();
+        assert_eq!(shells.ready(), left, "the last one was made on the spot");
+        let window = Arc::clone(shell.window());
+        let plain = |window| Box::new(window) as _;
+        let memory = Memory::clone_of(frames, snapshot.memory(), Exclusive, None, window, plain);
+        let clone = Vm::builder(memory.unwrap()).build_in(shell).unwrap();
+        clone.start_from(&snapshot, nothing).unwrap();
+        counts_on(&clone);
+    }
+    shells.want(1);
+    assert_eq!(shells.wait_until_ready(), 1);
+}
+
+#[test]
+fn shells_that_cannot_be_made_keep_nobody_waiting() {
+    let _kvm = need_kvm!();
+    let frames = Frames::with_limit(64, 64, Dumps::WithoutGuest).unwrap();
+    let shells = Shells::start(Kvm::open().unwrap(), frames.clone(), MEMORY, 0, 3).unwrap();
+    assert_eq!(shells.wait_until_ready(), 0);
+    let error = shells.take().unwrap_err();
+    let is_count = matches!(error, ShellError::Kvm(KvmError::VcpuCount { vcpus: 0 }));
+    assert!(is_count, "{error}");
+    drop(shells);
+    assert_eq!(frames.budget().used(), 0);
+    assert_eq!(frames.pool().state(Pfn::ZERO).pins(), 0);
+}
