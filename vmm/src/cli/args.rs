@@ -12,6 +12,7 @@ use clap::{
 };
 use guest::abi::Pattern;
 
+use super::fork::ForkArgs;
 use super::units::{parse_size, parse_time};
 use crate::accel::Accel;
 use crate::policy::Policy;
@@ -28,6 +29,8 @@ Examples:
   vmm --policy mapcount                       see an old Linux leak into snapshots (exit code 3)
   vmm --accel user                            the same where there is no KVM
   vmm --inject share-pinned                   see an oracle catch a wrong fork (exit code 3)
+  vmm fork -n 100                             a hundred clones of a running guest, all running
+  vmm fork --depth 3 --width 2                clones of clones of clones
   vmm compare                                 three generations of Linux's rules, side by side
   vmm compare --scenario B1 --policy mapcount one historical bug, step by step
   vmm doctor                                  what this machine can and cannot do
@@ -221,6 +224,7 @@ pub(crate) struct Args {
 /// What the program does besides running a guest.
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
+    Fork(ForkArgs),
     Compare(CompareArgs),
     Doctor(DoctorArgs),
 }
@@ -367,7 +371,7 @@ fn parse_switch(text: &str) -> Result<bool, String> {
 }
 
 /// Seeds are typed again by people, and read by programs that keep numbers as doubles: 32 bits will do.
-fn random_seed() -> u64 {
+pub(super) fn random_seed() -> u64 {
     // The standard library's only source of randomness.
     RandomState::new().build_hasher().finish() & u64::from(u32::MAX)
 }
@@ -380,7 +384,7 @@ fn parse_guest(text: &str) -> Result<GuestSource, String> {
     }
 }
 
-fn pattern_parser() -> impl TypedValueParser<Value = Pattern> {
+pub(super) fn pattern_parser() -> impl TypedValueParser<Value = Pattern> {
     PossibleValuesParser::new([
         PossibleValue::new("dense").help("Page after page, over and over"),
         PossibleValue::new("uniform").help("All pages alike, in an order that keeps changing"),

@@ -5,6 +5,7 @@
 mod args;
 mod compare;
 mod doctor;
+mod fork;
 mod guest_file;
 mod interrupt;
 mod outlet;
@@ -41,6 +42,7 @@ use self::{
 use crate::session::{
     self,
     config::{ConfigError, GuestSource},
+    family::{FamilyError, config::FamilyConfigError},
     report::Verdict,
 };
 pub use palimpsest::causes::chain;
@@ -61,6 +63,7 @@ pub fn main() -> ExitCode {
     let timeline = args.trace.is_some().then(Timeline::new);
     start_log(args.verbose, &screen, timeline.clone());
     let done = match &args.command {
+        Some(Command::Fork(fork)) => fork::run(fork, &screen),
         Some(Command::Compare(compare)) => compare::run(compare, &screen),
         // Without a run's flags `args` are those of the main job.
         Some(Command::Doctor(doctor)) => doctor::run(doctor, &args.config()),
@@ -106,6 +109,10 @@ enum Failure {
     Print(#[source] io::Error),
     #[error(transparent)]
     Run(#[from] session::RunError),
+    #[error(transparent)]
+    FamilyConfig(#[from] FamilyConfigError),
+    #[error(transparent)]
+    Family(#[from] FamilyError),
     #[error("could not play all of it: {why}")]
     NotPlayed { why: String },
     #[error("--scenario {id}: there is none of that name")]
@@ -116,8 +123,10 @@ impl Failure {
     fn exit_code(&self) -> u8 {
         match self {
             // The same command line is right on a larger machine.
-            Self::Config(ConfigError::Need(_)) => EXIT_ERROR,
+            Self::Config(ConfigError::Need(_))
+            | Self::FamilyConfig(FamilyConfigError::Guest(ConfigError::Need(_))) => EXIT_ERROR,
             Self::Config(_)
+            | Self::FamilyConfig(_)
             | Self::NoScenario { .. }
             | Self::OutputFile(OutputFileError::Same { .. }) => EXIT_USAGE,
             Self::Run(session::RunError::Untrusted(_)) => EXIT_USAGE,
@@ -128,17 +137,21 @@ impl Failure {
     /// What to do about it, where that is not plain from the error.
     fn hint(&self) -> Option<&'static str> {
         match self {
-            Self::Config(ConfigError::Need(_)) | Self::Run(session::RunError::Need(_)) => {
+            Self::Config(ConfigError::Need(_))
+            | Self::FamilyConfig(FamilyConfigError::Guest(ConfigError::Need(_)))
+            | Self::Family(FamilyError::Run(session::RunError::Need(_)))
+            | Self::Run(session::RunError::Need(_)) => {
                 Some("`vmm doctor` says who limits memory, and what guest would run")
             }
             Self::Config(_) => Some("vmm --help explains every flag"),
+            Self::FamilyConfig(_) => Some("vmm fork --help explains every flag"),
             Self::NoScenario { .. } => Some("vmm compare --list has them all"),
             Self::Guest { .. }
             | Self::Run(session::RunError::Build(session::PayloadVmError::Image { .. })) => {
                 Some("--guest takes `payload`, or the path of a static ELF")
             }
             Self::Run(session::RunError::Untrusted(_)) => None,
-            Self::Run(_) | Self::Limits(_) | Self::NotPlayed { .. } => {
+            Self::Run(_) | Self::Family(_) | Self::Limits(_) | Self::NotPlayed { .. } => {
                 Some("`vmm doctor` says what this machine can and cannot do")
             }
             _ => None,

@@ -298,7 +298,7 @@ fn steps(steps: &StepQuantiles) -> String {
     )
 }
 
-fn quantiles(quantiles: &Quantiles, meaning: &str) -> String {
+pub(super) fn quantiles(quantiles: &Quantiles, meaning: &str) -> String {
     let cell = |value: Option<f64>| value.map_or_else(|| "-".to_owned(), micros);
     format!(
         "{:>10} {:>10} {:>10}   {meaning}",
@@ -329,7 +329,7 @@ pub(super) fn kvm_in_words(kvm: &str, paging: &str) -> String {
     format!("KVM on {kvm} {paging}")
 }
 
-fn plural(number: u64, noun: &str) -> String {
+pub(super) fn plural(number: u64, noun: &str) -> String {
     let s = if number == 1 { "" } else { "s" };
     format!("{} {noun}{s}", count(number))
 }

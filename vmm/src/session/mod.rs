@@ -13,6 +13,9 @@
 //! | `vm` | the VM, put together |
 //! | `ports` | what the guest writes to its ports |
 //! | `drive` | a run that goes on: its loop, snapshots, restores, end |
+//! | [`family`] | a run of many machines: a guest, clones of it, clones of those |
+//! | `end` | how a run ended |
+//! | `failure` | what a guest says that it has seen go wrong |
 //! | `life` | whether a rewound guest runs on |
 //! | `occasion` | what an injected fault needs to be seen |
 //! | `faults` | vCPUs and devices that do wrong on purpose |
@@ -23,6 +26,9 @@
 pub mod compare;
 pub mod config;
 mod drive;
+mod end;
+mod failure;
+pub mod family;
 mod faults;
 mod life;
 pub mod need;
@@ -74,6 +80,15 @@ pub enum RunError {
     Checker(#[source] std::io::Error),
 }
 
+/// The policy that `config` asks for, or has spoilt.
+fn policy_of(config: &Config) -> AnyPolicy {
+    match config.inject {
+        Some(Injection::SharePinned) => Box::new(Faulty(PolicyFault::SharePinned)),
+        Some(Injection::ReuseShared) => Box::new(Faulty(PolicyFault::ReuseShared)),
+        _ => config.policy.make(),
+    }
+}
+
 /// Runs `image` as `config` says, until the run is over or `stop` is set.
 ///
 /// # Errors
@@ -84,11 +99,7 @@ pub fn run(
     stop: &AtomicBool,
     observer: &mut dyn Observer,
 ) -> Result<Report, RunError> {
-    let policy: AnyPolicy = match config.inject {
-        Some(Injection::SharePinned) => Box::new(Faulty(PolicyFault::SharePinned)),
-        Some(Injection::ReuseShared) => Box::new(Faulty(PolicyFault::ReuseShared)),
-        _ => config.policy.make(),
-    };
+    let policy = policy_of(config);
     let name = policy.name();
     let Opened { accelerator, note } = accel::open(config.accel)?;
     config.trusts_its_guest_under(&accelerator)?;

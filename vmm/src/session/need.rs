@@ -171,7 +171,18 @@ impl MemoryPlan {
     /// # Errors
     /// If that is less than the run cannot do without.
     pub fn new(config: &Config, limits: &Limits) -> Result<Self, NeedError> {
+        Self::of_machines(config, 1, limits)
+    }
+
+    /// What so many machines may take that are as `config` says, one of them and its clones. There is enough
+    /// for one; of how many more there are clones goes by how much there is.
+    ///
+    /// # Errors
+    /// If that is less than one of them cannot do without, or there are not enough addresses for all.
+    pub fn of_machines(config: &Config, machines: u64, limits: &Limits) -> Result<Self, NeedError> {
         let need = Need::of(config);
+        let clones = machines.saturating_sub(1);
+        let of_clones = clones.saturating_mul(config.memory);
         let room = limits.memory();
         let usable = usable(room);
         if usable < need.total() {
@@ -185,8 +196,10 @@ impl MemoryPlan {
         let beyond = usable - need.total();
         let most = need.frames() + (beyond - tables_of_frames(beyond));
 
-        let mut most = most.min(wanted(config));
+        let mut most = most.min(wanted(config).saturating_add(of_clones));
+        // A clone has no checker, but a thread that watches it.
         let threads = config.vcpus + config.dma_devices + OTHER_THREADS;
+        let threads = threads + clones * (config.vcpus + config.dma_devices + 1);
         let private =
             need.checker + need.tables + tables_of_frames(most) + PROGRAM / 2 + threads * STACK;
         let refused = |what, least, room: &Room| NeedError::Resource {
@@ -203,13 +216,13 @@ impl MemoryPlan {
                 Limiter::AddressSpace,
                 "addresses",
                 2,
-                config.memory + 3 * REGION_SIZE + private + PROGRAM + threads * ARENA,
+                config.memory + of_clones + 3 * REGION_SIZE + private + PROGRAM + threads * ARENA,
             ),
         ] {
             let Some(room) = limits.resource(&by) else {
                 continue;
             };
-            let besides = besides + times * physmap_bytes(config.memory, 0);
+            let besides = besides + times * physmap_bytes(config.memory + of_clones, 0);
             let least = besides.saturating_add(times * need.frames());
             if room.left < least {
                 return Err(refused(what, least, room));
@@ -223,7 +236,7 @@ impl MemoryPlan {
         }
         Ok(Self {
             frames: most / PAGE_SIZE,
-            physmap: physmap_bytes(config.memory, most) / PAGE_SIZE,
+            physmap: physmap_bytes(config.memory.saturating_add(of_clones), most) / PAGE_SIZE,
         })
     }
 }

@@ -3,15 +3,18 @@
 use std::io;
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::Instant;
 
 use guest::abi::{Layout, PAGE_SIZE, PORT_DOORBELL_EVENT};
 use palimpsest::aside::Aside;
+use palimpsest::causes::Cause;
 use palimpsest::host::{Dumps, Ram};
 use palimpsest::kvm::{BootError, KvmError, Machine};
 use palimpsest::memory::{Frames, Memory, MemoryError, MemoryOptions};
 use palimpsest::mm::{AddressSpace, AnyPolicy, Mmu, REGION_PAGES};
 use palimpsest::snapshot::Parts;
-use palimpsest::vm::{self, Accelerator};
+use palimpsest::snapshot::Snapshot;
+use palimpsest::vm::{self, Accelerator, CloneError, Shell};
 
 use super::config::{Config, Injection, PageSize, Size};
 use super::need::MemoryPlan;
@@ -107,6 +110,38 @@ pub(super) fn leaky_pages(layout: &Layout) -> Range<u64> {
     first..first + REGION_PAGES
 }
 
+/// Devices for the guest in `memory`, and the VM that `build` makes of it with them.
+fn with_devices(
+    memory: Memory<AnyPolicy>,
+    layout: &Layout,
+    config: &Config,
+    aside: &Arc<Aside>,
+    events: Events,
+    build: impl FnOnce(
+        vm::Builder<'_, AnyPolicy>,
+    ) -> Result<palimpsest::vm::Vm<AnyPolicy>, vm::BuildError>,
+) -> Result<(Arc<DeviceSet>, palimpsest::vm::Vm<AnyPolicy>), PayloadVmError> {
+    let ram = memory.ram().clone();
+    let devices = Arc::new(DeviceSet::start(&ram, layout, config.seed)?);
+    let ports = Ports {
+        ram,
+        devices: Arc::clone(&devices),
+        events: events.clone(),
+    };
+    let mut builder = palimpsest::vm::Vm::builder(memory)
+        .ports(Arc::new(ports))
+        .on_stop(move |vcpu, outcome| events.send(Event::Ended(vcpu, outcome)))
+        .copy_ahead(config.copy_ahead)
+        .aside(Arc::clone(aside));
+    for (device, port) in devices.devices().iter().zip(PORT_DOORBELL_EVENT..) {
+        builder = builder
+            .device(Arc::clone(device) as _)
+            .doorbell(port, device.doorbell());
+    }
+    let vm = build(builder)?;
+    Ok((devices, vm))
+}
+
 impl PayloadVm {
     /// Puts a VM together, with its program loaded, that takes as much memory as `plan` says at most. It does
     /// not run yet.
@@ -160,31 +195,60 @@ impl PayloadVm {
         boot::write_first_memory(&ram, layout, config.seed, config.pattern)?;
 
         let reference = Reference::new(&ram, &layout, image.writable());
-        let devices = Arc::new(DeviceSet::start(&ram, &layout, config.seed)?);
-        let ports = Ports {
-            ram: ram.clone(),
-            devices: Arc::clone(&devices),
-            events: events.clone(),
-        };
         let aside = Arc::<Aside>::default();
-        let mut builder = palimpsest::vm::Vm::builder(memory)
-            .ports(Arc::new(ports))
-            .on_stop(move |vcpu, outcome| events.send(Event::Ended(vcpu, outcome)))
-            .copy_ahead(config.copy_ahead)
-            .aside(Arc::clone(&aside));
-        for (device, port) in devices.devices().iter().zip(PORT_DOORBELL_EVENT..) {
-            builder = builder
-                .device(Arc::clone(device) as _)
-                .doorbell(port, device.doorbell());
-        }
+        let (devices, vm) = with_devices(memory, &layout, config, &aside, events, |builder| {
+            builder.build(accelerator, config.vcpus as usize)
+        })?;
         Ok(Self {
-            vm: builder.build(accelerator, config.vcpus as usize)?,
+            vm,
             aside,
             devices,
             layout,
             reference,
             entry: image.entry(),
         })
+    }
+
+    /// A clone of this one, or of a clone of it, in `shell`: with the memory of `snapshot`, and devices of its
+    /// own. It does not run yet. `config` is that of this one.
+    pub(super) fn clone_of(
+        &self,
+        snapshot: &Snapshot,
+        shell: Shell,
+        config: &Config,
+        policy: AnyPolicy,
+        events: Events,
+    ) -> Result<Self, PayloadVmError> {
+        let memory = Memory::clone_of(
+            self.frames(),
+            snapshot.memory(),
+            policy,
+            Some(self.ram().prices().as_learnt()),
+            Arc::clone(shell.window()),
+            |window| Box::new(window),
+        )?;
+        let (layout, aside) = (self.layout, Arc::clone(&self.aside));
+        let (devices, vm) = with_devices(memory, &layout, config, &aside, events, |builder| {
+            builder.build_in(shell)
+        })?;
+        Ok(Self {
+            vm,
+            aside,
+            devices,
+            layout,
+            reference: self.reference.clone(),
+            entry: self.entry,
+        })
+    }
+
+    /// Starts a clone where `snapshot` was taken. `identity` is called before it runs: see
+    /// [`start_from`](palimpsest::vm::Vm::start_from).
+    pub(super) fn start_from(
+        &self,
+        snapshot: &Snapshot,
+        identity: impl FnOnce() -> Result<(), Cause>,
+    ) -> Result<Instant, CloneError> {
+        self.vm.start_from(snapshot, identity)
     }
 
     /// Starts the vCPUs.

@@ -258,6 +258,11 @@ impl Shells {
         self.stock.changed.notify_all();
     }
 
+    /// The frames that clones in them have theirs of.
+    pub fn frames(&self) -> &Frames {
+        &self.stock.frames
+    }
+
     /// How many are ready.
     pub fn ready(&self) -> usize {
         self.stock.lock().ready.len()

@@ -14,7 +14,7 @@
 
 mod injection;
 mod pattern;
-mod seconds;
+pub(in crate::session) mod seconds;
 mod size;
 mod validate;
 

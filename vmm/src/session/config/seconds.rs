@@ -4,16 +4,21 @@ use std::time::Duration;
 
 use serde::{Deserialize, Deserializer, Serializer, de::Error};
 
-pub(super) fn serialize<S: Serializer>(value: &Duration, to: S) -> Result<S::Ok, S::Error> {
+pub(in crate::session) fn serialize<S: Serializer>(
+    value: &Duration,
+    to: S,
+) -> Result<S::Ok, S::Error> {
     to.serialize_f64(value.as_secs_f64())
 }
 
-pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Duration, D::Error> {
+pub(in crate::session) fn deserialize<'de, D: Deserializer<'de>>(
+    from: D,
+) -> Result<Duration, D::Error> {
     Duration::try_from_secs_f64(f64::deserialize(from)?).map_err(D::Error::custom)
 }
 
 /// Those that may be missing, or `null`.
-pub(super) mod optional {
+pub(in crate::session) mod optional {
     use std::time::Duration;
 
     use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error};

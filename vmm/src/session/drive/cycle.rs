@@ -4,10 +4,10 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use super::end::End;
 use super::{Drive, TICK};
 use crate::check::Boot;
 use crate::session::config::{GuestSource, RunLength};
+use crate::session::end::End;
 use crate::session::occasion::PATIENCE;
 use crate::session::report::EndedBy;
 use palimpsest::kvm::KvmError;

@@ -6,9 +6,9 @@ use guest::abi::PAGE_SIZE;
 
 use super::Drive;
 use super::counts::{fault_counts, pin_counts};
-use super::end::End;
 use crate::check::account;
 use crate::session::config::Injection;
+use crate::session::end::End;
 use crate::session::ports::Event;
 use crate::session::report::{
     DmaCounts, EndedBy, GuestCounts, MemoryPeaks, Quantiles, Report, SnapshotCounts, Verdict,

@@ -2,12 +2,12 @@
 
 use std::time::{Duration, Instant};
 
-use guest::abi::{Failure, FailureKind};
+use guest::abi::Failure;
 
 use super::Drive;
-use super::end::End;
 use crate::check::{Oracle, Violation};
-use crate::dma::Mismatch;
+use crate::session::end::End;
+use crate::session::failure;
 use crate::session::ports::Event;
 use palimpsest::vcpus::VcpusError;
 
@@ -51,65 +51,8 @@ impl Drive<'_> {
     }
 
     fn failure(&mut self, failure: &Failure) -> Violation {
-        let kind = FailureKind::from_raw(failure.kind);
-        let (oracle, what) = match kind {
-            Some(FailureKind::Page) => (Oracle::Life, "a page is not what the guest left there"),
-            Some(FailureKind::DmaToGuest) => (
-                Oracle::Coherence,
-                "the guest does not see what a device wrote",
-            ),
-            Some(FailureKind::DmaFromGuest) => (
-                Oracle::Coherence,
-                "a device does not see what the guest wrote",
-            ),
-            Some(FailureKind::Margin) => (
-                Oracle::Coherence,
-                "the guest's own bytes beside a DMA buffer are lost",
-            ),
-            Some(FailureKind::Ring) => (
-                Oracle::Coherence,
-                "a completion makes no sense to the guest",
-            ),
-            Some(FailureKind::Register) => {
-                (Oracle::Life, "a register is not what the vcpu left there")
-            }
-            None => (Oracle::Life, "the guest reports a failure of unknown kind"),
-        };
-        let mut v = Violation::new(
-            oracle,
-            format!("{what} (vcpu {}, operation {})", failure.vcpu, failure.op),
-        );
-        v.expected = format!("{:#018x}", failure.expected);
-        v.found = match kind {
-            Some(FailureKind::DmaFromGuest) => self.seen_by_device(failure),
-            _ => format!("{:#018x}", failure.found),
-        };
-        if kind == Some(FailureKind::Register) {
-            return v;
-        }
-        v.gpa = Some(failure.gpa);
-        if failure.seq != 0 || failure.device != 0 {
-            v.last_writer = format!("device {}, request {}", failure.device, failure.seq);
-        }
-        if let Ok(entry) = self
-            .vm
-            .space()
-            .entry(palimpsest::mm::Gfn::of_gpa(failure.gpa))
-        {
-            v.frame = format!("{entry:?} {:?}", self.vm.frames().pool().state(entry.pfn()));
-        }
-        v
-    }
-
-    /// What the device saw of the request that `failure` is about. The guest can't know: it sees what it
-    /// wrote itself.
-    fn seen_by_device(&mut self, failure: &Failure) -> String {
         self.collect_mismatches();
-        let of_request = |m: &&Mismatch| (m.device, m.seq) == (failure.device, failure.seq);
-        match self.mismatches.iter().rev().find(of_request) {
-            Some(mismatch) => format!("{:#018x}", mismatch.found),
-            None => format!("{:#018x} by the guest, else by the device", failure.found),
-        }
+        failure::violation(failure, &self.vm, self.mismatches.iter())
     }
 
     pub(super) fn collect_mismatches(&mut self) {

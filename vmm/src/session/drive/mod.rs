@@ -9,13 +9,11 @@
 //! | `guest` | what the guest says |
 //! | `ticking` | what is done every tenth of a second |
 //! | `counts` | how far guest, devices and memory are |
-//! | `end` | how a run ended |
 //! | `finishing` | everything is taken apart, and the report written |
 //! | `random` | choices that a seed repeats |
 
 mod counts;
 mod cycle;
-mod end;
 mod finishing;
 mod guest;
 mod random;

@@ -6,10 +6,10 @@ use guest::abi::PAGE_SIZE;
 use guest::formula::Schedule;
 
 use super::Drive;
-use super::end::End;
 use crate::check;
 use crate::run_snapshot::RunSnapshot;
 use crate::session::config::Injection;
+use crate::session::end::End;
 use crate::session::life::{self, DeviceWatch, LifeWatch};
 use palimpsest::snapshot::RewindError;
 

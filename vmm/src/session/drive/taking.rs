@@ -6,12 +6,12 @@ use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
 use super::Drive;
-use super::end::End;
 use super::room::room_for;
 use crate::check::Look;
 use crate::dma::{DeviceSet, DeviceState};
 use crate::run_snapshot::RunSnapshot;
 use crate::session::config::Injection;
+use crate::session::end::End;
 use crate::session::faults::{AtLarge, Late, Leaky, Old, Stale};
 use crate::session::occasion::{GuestCounters, overdue, wait_until};
 use crate::session::skew::SkewedMemory;

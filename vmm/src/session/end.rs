@@ -5,19 +5,19 @@ use palimpsest::causes::chain;
 use palimpsest::kvm::{Outcome, StopReason};
 
 /// How a run ended.
-pub(super) struct End {
-    pub(super) by: EndedBy,
-    pub(super) error: Option<String>,
+pub(in crate::session) struct End {
+    pub(in crate::session) by: EndedBy,
+    pub(in crate::session) error: Option<String>,
 }
 
 impl End {
     /// As it should.
-    pub(super) fn fine(by: EndedBy) -> Self {
+    pub(in crate::session) fn fine(by: EndedBy) -> Self {
         Self { by, error: None }
     }
 
     /// The run cannot go on.
-    pub(super) fn failed(why: String) -> Self {
+    pub(in crate::session) fn failed(why: String) -> Self {
         Self {
             by: EndedBy::Error,
             error: Some(why),
@@ -25,12 +25,12 @@ impl End {
     }
 
     /// The run cannot go on, because of `error`.
-    pub(super) fn error(error: &dyn std::error::Error) -> Self {
+    pub(in crate::session) fn error(error: &dyn std::error::Error) -> Self {
         Self::failed(chain(error))
     }
 
     /// vCPU `vcpu` has ended with `outcome`.
-    pub(super) fn of_vcpu(vcpu: usize, outcome: &Outcome) -> Self {
+    pub(in crate::session) fn of_vcpu(vcpu: usize, outcome: &Outcome) -> Self {
         let crash = |error: String| Self {
             by: EndedBy::GuestCrash,
             error: Some(error),

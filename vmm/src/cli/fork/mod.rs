@@ -1,0 +1,57 @@
+//! `vmm fork`: a guest that runs, and clones of it.
+//!
+//! | file | concept |
+//! |---|---|
+//! | `args` | its flags |
+//! | `status` | what is shown while it goes on |
+//! | `tree` | machines as a tree |
+//! | `text` | the report |
+
+mod args;
+mod status;
+mod text;
+mod tree;
+
+pub(super) use self::args::ForkArgs;
+use self::status::ForkStatus;
+use super::output_file::OutputFile;
+use super::screen::Screen;
+use super::{Failure, complain, guest_image, interrupt, print};
+use crate::session::family;
+use crate::session::report::Verdict;
+use palimpsest::host::Limits;
+
+/// What came of it.
+pub(super) fn run(args: &ForkArgs, screen: &Screen) -> Result<Verdict, Failure> {
+    let config = args.config();
+    config.validate(&Limits::detect().map_err(Failure::Limits)?)?;
+    // Found out now and not after minutes of running.
+    let report_file = args.report.as_deref();
+    let report_file = report_file.map(|path| OutputFile::prepare("--report", path));
+    let report_file = report_file.transpose()?;
+    let image = guest_image(&config.guest.guest)?;
+    let stop = interrupt::stop_flag().map_err(Failure::Signals)?;
+    screen.line(&format!(
+        "vmm {}: seed {}",
+        env!("CARGO_PKG_VERSION"),
+        config.guest.seed
+    ));
+    let mut status = ForkStatus::new(screen.clone(), &config, stop.clone());
+    let outcome = family::run(&config, image, &stop, &mut status);
+    status.finish();
+    let report = outcome?;
+
+    let printed = print(&text::render(&report)).map_err(Failure::Print);
+    let written = report_file.map_or(Ok(()), |file| file.write(&report));
+    let mut verdict = report.verdict;
+    for outcome in [printed, written.map_err(Failure::from)] {
+        if let Err(failure) = outcome {
+            complain(screen, &failure);
+            // A violation is the worse news of the two: it still decides the exit code.
+            if verdict == Verdict::Ok {
+                verdict = Verdict::Error;
+            }
+        }
+    }
+    Ok(verdict)
+}

@@ -1,0 +1,214 @@
+//! What is shown while a family lives: a block with its tree on a terminal, a line now and then elsewhere.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use indicatif::ProgressStyle;
+
+use super::tree;
+use crate::cli::printable::printable;
+use crate::cli::screen::{STEPS, Screen};
+use crate::cli::units::{bytes, count};
+use crate::session::family::config::FamilyConfig;
+use crate::session::family::progress::{FamilyObserver, FamilyProgress, Phase};
+use crate::session::report::{Oracle, Violation, ViolationCounts};
+
+/// Time from one line to the next, off a terminal.
+const LINE_EVERY: Duration = Duration::from_secs(2);
+/// When the first of them is written.
+const FIRST_LINE: Duration = Duration::from_secs(1);
+/// Violations of each oracle that are shown; the others are only counted.
+const SHOWN: u64 = 5;
+/// Lines of the tree.
+const TREE: usize = 12;
+
+/// Shows a family.
+pub(super) struct ForkStatus {
+    screen: Screen,
+    total: Duration,
+    stop: Arc<AtomicBool>,
+    stop_noted: bool,
+    next_line: Duration,
+    /// Violations seen, by position in [`Oracle::ALL`].
+    seen: [u64; Oracle::ALL.len()],
+}
+
+impl ForkStatus {
+    pub(super) fn new(screen: Screen, config: &FamilyConfig, stop: Arc<AtomicBool>) -> Self {
+        if let Some(bar) = screen.bar() {
+            // An empty line first: see the block of a run.
+            let style = ProgressStyle::with_template("\n[{bar:58.cyan}]\n{msg}");
+            bar.set_style(
+                style
+                    .expect("the template is constant")
+                    .progress_chars("=> "),
+            );
+        }
+        Self {
+            screen,
+            total: config.warm_up + config.duration,
+            stop,
+            stop_noted: false,
+            next_line: FIRST_LINE,
+            seen: [0; Oracle::ALL.len()],
+        }
+    }
+
+    /// Takes the block off the screen.
+    pub(super) fn finish(self) {
+        self.screen.clear_block();
+        self.screen.finish();
+    }
+}
+
+impl FamilyObserver for ForkStatus {
+    fn progress(&mut self, progress: &FamilyProgress) {
+        if !self.stop_noted && self.stop.load(Ordering::Relaxed) {
+            self.stop_noted = true;
+            self.note("stopping: checking what was taken (Ctrl-C again kills)");
+        }
+        if let Some(bar) = self.screen.bar().cloned() {
+            self.screen.raise_block();
+            let part = progress.elapsed.as_secs_f64() / self.total.as_secs_f64();
+            bar.set_position((part * STEPS as f64).clamp(0.0, STEPS as f64) as u64);
+            bar.set_message(block(progress));
+        } else if progress.elapsed >= self.next_line {
+            while self.next_line <= progress.elapsed {
+                self.next_line += LINE_EVERY;
+            }
+            self.screen.line(&line(progress));
+        }
+    }
+
+    fn console(&mut self, machine: usize, text: &str) {
+        let text = printable(text.trim_end());
+        self.screen.line(&format!("machine {machine}: {text}"));
+    }
+
+    fn violation(&mut self, machine: Option<usize>, violation: &Violation) {
+        let oracle = violation.oracle;
+        let seen = &mut self.seen[oracle as usize];
+        *seen += 1;
+        if *seen <= SHOWN {
+            let of = machine.map(|machine| format!("machine {machine}: "));
+            let of = of.unwrap_or_default();
+            self.screen.line(&format!("{of}{violation}"));
+        } else if *seen == SHOWN + 1 {
+            self.screen.line(&format!(
+                "more violations of {oracle}: from here on they are only counted"
+            ));
+        }
+    }
+
+    fn note(&mut self, text: &str) {
+        self.screen.line(text);
+    }
+}
+
+fn phase(phase: Phase) -> String {
+    match phase {
+        Phase::WarmingUp => "the root warms up".to_owned(),
+        Phase::Forking { generation } => format!("forking, generation {generation}"),
+        Phase::Running => "all run".to_owned(),
+        Phase::Shrinking => "the root is gone, and every third".to_owned(),
+        Phase::Ending => "looking at all once more".to_owned(),
+    }
+}
+
+/// Violations by oracle, those that have none left out.
+fn violations(counts: &ViolationCounts) -> String {
+    let seen = Oracle::ALL.into_iter().filter(|o| counts.of(*o) > 0);
+    let seen: Vec<_> = seen
+        .map(|o| format!("{o} {}", count(counts.of(o))))
+        .collect();
+    match seen.as_slice() {
+        [] => "none".to_owned(),
+        seen => seen.join(", "),
+    }
+}
+
+fn operations(progress: &FamilyProgress) -> String {
+    let all: f64 = progress.members.iter().map(|m| m.ops_per_s).sum();
+    count(all as u64)
+}
+
+fn block(p: &FamilyProgress) -> String {
+    let rows = [
+        ("time", format!("{:.1} s", p.elapsed.as_secs_f64())),
+        ("phase", phase(p.phase)),
+        (
+            "machines",
+            format!(
+                "{} live, of {}; {} operations/s in all",
+                count(p.members.len() as u64),
+                count(p.wanted),
+                operations(p)
+            ),
+        ),
+        (
+            "snapshots",
+            format!("{}, {} checked", count(p.snapshots), count(p.checked)),
+        ),
+        (
+            "memory",
+            format!("{} of {}", bytes(p.bytes_in_use), bytes(p.bytes_limit)),
+        ),
+        ("violations", violations(&p.violations)),
+    ];
+    let rows = rows.map(|(name, value)| format!("{name:<11} {value}"));
+    let tree = tree::lines(&p.members, TREE);
+    let all: Vec<String> = rows.into_iter().chain(tree).collect();
+    all.join("\n")
+}
+
+fn line(p: &FamilyProgress) -> String {
+    format!(
+        "{:.1} s: {}: {} of {} machines, {} operations/s, {} snapshots, {} checked, {}, violations: {}",
+        p.elapsed.as_secs_f64(),
+        phase(p.phase),
+        count(p.members.len() as u64),
+        count(p.wanted),
+        operations(p),
+        count(p.snapshots),
+        count(p.checked),
+        bytes(p.bytes_in_use),
+        violations(&p.violations)
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::session::family::progress::MemberProgress;
+
+    #[test]
+    fn a_line_says_what_goes_on() {
+        let mut progress = FamilyProgress {
+            elapsed: Duration::from_millis(2_345),
+            phase: Phase::Forking { generation: 2 },
+            members: vec![MemberProgress {
+                id: 0,
+                parent: None,
+                depth: 0,
+                ops: 12,
+                ops_per_s: 4_321.0,
+            }],
+            wanted: 7,
+            snapshots: 9,
+            checked: 8,
+            violations: ViolationCounts::default(),
+            bytes_in_use: 3 << 20,
+            bytes_limit: 1 << 30,
+        };
+        progress.violations.add(Oracle::Isolation);
+        assert_eq!(
+            line(&progress),
+            "2.3 s: forking, generation 2: 1 of 7 machines, 4,321 operations/s, 9 snapshots, 8 checked, \
+             3.00 MiB, violations: isolation 1"
+        );
+        let block = block(&progress);
+        assert!(block.ends_with("\nroot  4,321 operations/s"), "{block}");
+        assert!(block.contains("machines    1 live, of 7; "), "{block}");
+    }
+}

@@ -1,0 +1,195 @@
+//! What a family is asked to be.
+
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use crate::session::config::{Config, ConfigError};
+use crate::session::need::MemoryPlan;
+use palimpsest::host::Limits;
+
+/// The most machines of a family.
+pub const MAX_MACHINES: u64 = 1024;
+
+/// Which machines there are to be beside the root.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Shape {
+    /// So many clones of the root, of one snapshot.
+    Clones(u64),
+    /// Clones, clones of those, and so on.
+    Tree {
+        /// Generations below the root.
+        depth: u64,
+        /// Clones of each machine that is not of the last generation.
+        width: u64,
+    },
+}
+
+impl Shape {
+    /// How many machines that are, with the root; `None` if there is no number for it.
+    pub fn machines(self) -> Option<u64> {
+        match self {
+            Self::Clones(clones) => clones.checked_add(1),
+            Self::Tree { depth, width } => {
+                let (mut all, mut generation) = (1u64, 1u64);
+                for _ in 0..depth {
+                    generation = generation.checked_mul(width)?;
+                    all = all.checked_add(generation)?;
+                    if all > MAX_MACHINES {
+                        return None;
+                    }
+                }
+                Some(all)
+            }
+        }
+    }
+
+    /// Generations below the root, and how many clones each machine has that is not of the last.
+    pub(super) fn generations(self) -> (u64, u64) {
+        match self {
+            Self::Clones(clones) => (1, clones),
+            Self::Tree { depth, width } => (depth, width),
+        }
+    }
+}
+
+/// Everything that decides how a family lives.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FamilyConfig {
+    /// The guest. Of its length the run makes no use: see [`FamilyConfig::duration`]. A snapshot of some machine
+    /// is taken every `snapshot_every`.
+    pub guest: Config,
+    /// Which machines there are to be.
+    pub shape: Shape,
+    /// How long the root runs by itself.
+    #[serde(rename = "warm_up_s", with = "crate::session::config::seconds")]
+    pub warm_up: Duration,
+    /// How long all of them run, once they are there.
+    #[serde(rename = "duration_s", with = "crate::session::config::seconds")]
+    pub duration: Duration,
+}
+
+/// Why a [`FamilyConfig`] is refused.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum FamilyConfigError {
+    /// The guest is.
+    #[error(transparent)]
+    Guest(#[from] ConfigError),
+    /// There would be no clone.
+    #[error("{flag} 0: a family has at least 1 clone")]
+    NoClones {
+        /// The flag.
+        flag: &'static str,
+    },
+    /// There would be too many.
+    #[error("{what}: a family has at most {MAX_MACHINES} machines, the root among them")]
+    TooMany {
+        /// The flags.
+        what: String,
+    },
+}
+
+impl FamilyConfig {
+    /// How many machines there are to be, with the root.
+    pub fn machines(&self) -> u64 {
+        self.shape.machines().unwrap_or(MAX_MACHINES)
+    }
+
+    /// Refuses what makes no sense, and what `host` cannot give.
+    ///
+    /// # Errors
+    /// See [`FamilyConfigError`].
+    pub fn validate(&self, host: &Limits) -> Result<(), FamilyConfigError> {
+        let none = |flag| Err(FamilyConfigError::NoClones { flag });
+        let what = match self.shape {
+            Shape::Clones(0) => return none("--clones"),
+            Shape::Tree { depth: 0, .. } => return none("--depth"),
+            Shape::Tree { width: 0, .. } => return none("--width"),
+            Shape::Clones(clones) => format!("--clones {clones}"),
+            Shape::Tree { depth, width } => format!("--depth {depth} --width {width}"),
+        };
+        match self.shape.machines() {
+            Some(1..=MAX_MACHINES) => {}
+            _ => return Err(FamilyConfigError::TooMany { what }),
+        }
+        self.guest.validate(host)?;
+        MemoryPlan::of_machines(&self.guest, self.machines(), host).map_err(ConfigError::from)?;
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::session::config::tests::example;
+
+    fn family(shape: Shape) -> FamilyConfig {
+        FamilyConfig {
+            guest: example(),
+            shape,
+            warm_up: Duration::from_secs(1),
+            duration: Duration::from_secs(5),
+        }
+    }
+
+    #[test]
+    fn machines_are_counted_with_the_root() {
+        for (shape, machines) in [
+            (Shape::Clones(1), Some(2)),
+            (Shape::Clones(100), Some(101)),
+            (Shape::Clones(u64::MAX), None),
+            (Shape::Tree { depth: 3, width: 4 }, Some(1 + 4 + 16 + 64)),
+            (Shape::Tree { depth: 5, width: 1 }, Some(6)),
+            (
+                Shape::Tree {
+                    depth: u64::MAX,
+                    width: 1,
+                },
+                None,
+            ),
+            (
+                Shape::Tree {
+                    depth: 2,
+                    width: u64::MAX,
+                },
+                None,
+            ),
+        ] {
+            assert_eq!(shape.machines(), machines, "{shape:?}");
+        }
+    }
+
+    #[test]
+    fn families_of_none_and_of_too_many_are_refused() {
+        let refusal = |shape| {
+            let refused = family(shape).validate(&Limits::of_host(8 << 30));
+            refused.unwrap_err().to_string()
+        };
+        assert_eq!(
+            refusal(Shape::Clones(0)),
+            "--clones 0: a family has at least 1 clone"
+        );
+        assert!(refusal(Shape::Tree { depth: 0, width: 2 }).starts_with("--depth 0: "));
+        assert!(refusal(Shape::Tree { depth: 2, width: 0 }).starts_with("--width 0: "));
+        assert_eq!(
+            refusal(Shape::Clones(1024)),
+            "--clones 1024: a family has at most 1024 machines, the root among them"
+        );
+        let tree = refusal(Shape::Tree { depth: 9, width: 9 });
+        assert!(tree.starts_with("--depth 9 --width 9: "), "{tree}");
+        let fine = family(Shape::Clones(1023)).validate(&Limits::of_host(8 << 30));
+        assert_eq!(fine, Ok(()));
+    }
+
+    #[test]
+    fn a_family_survives_json() {
+        for shape in [Shape::Clones(3), Shape::Tree { depth: 3, width: 2 }] {
+            let json = serde_json::to_string(&family(shape)).unwrap();
+            assert_eq!(
+                serde_json::from_str::<FamilyConfig>(&json).unwrap(),
+                family(shape)
+            );
+        }
+    }
+}

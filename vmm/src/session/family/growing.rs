@@ -1,0 +1,193 @@
+//! How clones come to be.
+
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use super::Family;
+use super::member::Member;
+use super::progress::Phase;
+use super::report::Forking;
+use crate::check::Boot;
+use crate::run_snapshot::RunSnapshot;
+use crate::session::end::End;
+use crate::session::occasion::PATIENCE;
+use crate::session::policy_of;
+use crate::session::ports::events;
+use palimpsest::causes::{Cause, chain};
+use palimpsest::kvm::KvmError;
+use palimpsest::mm::PAGE_SIZE;
+use palimpsest::vcpus::Capture;
+
+/// Shells that are made before clones are.
+const MOST_SHELLS: u64 = 256;
+/// How often the root is looked at while it warms up.
+const LOOK: Duration = Duration::from_millis(5);
+
+impl Family<'_> {
+    /// Lets the root warm up, and makes all clones.
+    pub(super) fn grow(&mut self) -> Result<(), End> {
+        let (generations, width) = self.config.shape.generations();
+        let clones = self.config.machines() - 1;
+        self.shells.want(clones.min(MOST_SHELLS) as usize);
+        let before = self.warm_up()?;
+        // A clone that finds none makes its own.
+        self.shells.wait_until_ready();
+        let began = (Instant::now(), self.ops_of_root());
+        let mut parents = vec![0];
+        for generation in 1..=generations {
+            self.phase = Phase::Forking { generation };
+            let mut children = Vec::new();
+            for parent in parents {
+                children.extend(self.fork(parent, width)?);
+                if self.refused.is_some() {
+                    break;
+                }
+            }
+            parents = children;
+            if self.refused.is_some() {
+                break;
+            }
+        }
+        self.shells.want(0);
+        let rate = |ops: u64, time: Duration| ops as f64 / time.as_secs_f64().max(1e-9);
+        let (then, ops) = began;
+        let time = then.elapsed();
+        self.forking = Some(Forking {
+            clones: self.members.len() as u64 - 1,
+            time_s: time.as_secs_f64(),
+            root_ops_per_s_before: before,
+            root_ops_per_s_meanwhile: rate(self.ops_of_root().saturating_sub(ops), time),
+        });
+        Ok(())
+    }
+
+    fn ops_of_root(&self) -> u64 {
+        self.members[0].as_ref().map_or(0, Member::ops)
+    }
+
+    /// Waits until the root follows the formula and has run for as long as it is to by itself. Says how many
+    /// operations a second it does.
+    fn warm_up(&mut self) -> Result<f64, End> {
+        while self.boot.is_none() {
+            self.tick()?;
+            self.latch()?;
+            if self.boot.is_none() && self.started.elapsed() > PATIENCE {
+                return Err(End::failed(format!(
+                    "the guest has not begun to write memory after {} s",
+                    PATIENCE.as_secs()
+                )));
+            }
+            thread::sleep(LOOK);
+        }
+        // How fast it is shows in the second half.
+        let half = self.config.warm_up / 2;
+        self.run_for(half)?;
+        let (then, ops) = (Instant::now(), self.ops_of_root());
+        self.run_for(self.config.warm_up - half)?;
+        let done = self.ops_of_root().saturating_sub(ops);
+        Ok(done as f64 / then.elapsed().as_secs_f64().max(1e-9))
+    }
+
+    fn run_for(&mut self, time: Duration) -> Result<(), End> {
+        let until = Instant::now() + time;
+        while Instant::now() < until {
+            self.tick()?;
+            thread::sleep(LOOK.min(until.saturating_duration_since(Instant::now())));
+        }
+        Ok(())
+    }
+
+    /// Looks whether the root says that it follows the formula.
+    fn latch(&mut self) -> Result<(), End> {
+        let Some(root) = &self.members[0] else {
+            return Ok(());
+        };
+        let (ram, machine) = (root.vm.ram(), root.vm.machine());
+        let registers = || {
+            let paused = machine.pause(Capture::Registers)?;
+            let states = paused.states()?;
+            paused.resume();
+            Ok::<_, KvmError>(states)
+        };
+        match Boot::latch(ram, &root.vm.layout, &root.vm.reference, registers) {
+            Ok(boot) => {
+                self.boot = boot.map(Arc::new);
+                Ok(())
+            }
+            Err(error) => self.has_ended(0, &error),
+        }
+    }
+
+    /// Takes a snapshot of machine `parent`, and makes `width` clones of it. Says which they are: fewer, if
+    /// one is refused.
+    fn fork(&mut self, parent: usize, width: u64) -> Result<Vec<usize>, End> {
+        let Some(origin) = self.snapshot(parent)? else {
+            return Ok(Vec::new());
+        };
+        self.origins.push(Arc::clone(&origin));
+        let mut clones = Vec::new();
+        for _ in 0..width {
+            self.tick()?;
+            if self.members[parent].is_none() {
+                break;
+            }
+            if let Err(why) = self.make_clone(parent, &origin) {
+                let number = self.members.len();
+                let why = format!("clone {number} was refused: {why}");
+                self.observer.note(&why);
+                // The others go on, but not all was done that was asked for.
+                self.errors.push(why.clone());
+                self.refused = Some(why);
+                break;
+            }
+            clones.push(self.members.len() - 1);
+        }
+        Ok(clones)
+    }
+
+    /// Makes a clone of machine `parent` from `origin`.
+    fn make_clone(&mut self, parent: usize, origin: &Arc<RunSnapshot>) -> Result<(), String> {
+        self.has_room_for_another()?;
+        let Some(of) = &self.members[parent] else {
+            return Err("its parent is gone".to_owned());
+        };
+        let guest = &self.config.guest;
+        let began = Instant::now();
+        let shell = self.shells.take().map_err(|error| chain(&error))?;
+        let (sender, inbox) = events();
+        let vm = of
+            .vm
+            .clone_of(origin.taken(), shell, guest, policy_of(guest), sender)
+            .map_err(|error| chain(&error))?;
+        let running = vm
+            .start_from(origin.taken(), || Ok::<_, Cause>(()))
+            .map_err(|error| chain(&error))?;
+        let first = running.saturating_duration_since(began);
+        let place = (parent, of.depth);
+        let clone = Member::clone_of(place, vm, inbox, origin, first);
+        self.first_instruction
+            .saturating_record(first.as_nanos() as u64);
+        self.members.push(Some(clone));
+        Ok(())
+    }
+
+    /// Whether there is memory for another machine: as much as it may write, beside what all others may.
+    fn has_room_for_another(&self) -> Result<(), String> {
+        let limit = self.shells_frames_usage().limit;
+        let pages = self.config.guest.memory / PAGE_SIZE;
+        // Each machine has its memory once, in time, and each snapshot that is kept.
+        let others = self.members.len() as u64 + self.origins.len() as u64;
+        let promised = (others + self.config.guest.keep as u64) * pages;
+        if promised + pages <= limit {
+            return Ok(());
+        }
+        Err(format!(
+            "with it machines ({}) and snapshots ({}) may need {} MiB, and there are {} MiB",
+            self.members.len() + 1,
+            self.origins.len() as u64 + self.config.guest.keep as u64,
+            ((promised + pages) * PAGE_SIZE) >> 20,
+            (limit * PAGE_SIZE) >> 20
+        ))
+    }
+}

@@ -1,0 +1,352 @@
+//! A family: a guest that runs, clones of it, and clones of those, all of them running at once and checked.
+//!
+//! ```text
+//!   warm up           fork                               run on                   some go        end
+//!   root ──────────── s1 ── root runs on ─────────────── snapshots of all ─────── ───────────── a last
+//!                      ├──── clone 1 ──── s2 ── ...      in turn, checked         root first    snapshot
+//!                      └──── clone 2 ...                                                        of each
+//! ```
+//! All have their frames from one pool. What each must hold is a formula of its own registers, so a byte that one
+//! writes and another sees is found by the oracles that check single guests: clones are never equally far. One
+//! examiner looks at the snapshots of all.
+//!
+//! | file | concept |
+//! |---|---|
+//! | [`config`] | what a family is asked to be |
+//! | `member` | one machine of it |
+//! | `growing` | the root, and how clones come to be |
+//! | `living` | all run; some are dropped |
+//! | `finishing` | everything is taken apart, and the report written |
+//! | [`report`] | what was found |
+//! | [`progress`] | how it is watched |
+
+pub mod config;
+mod finishing;
+mod growing;
+mod living;
+mod member;
+pub mod progress;
+pub mod report;
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use hdrhistogram::Histogram;
+
+use self::config::FamilyConfig;
+use self::member::Member;
+use self::progress::{FamilyObserver, FamilyProgress, MemberProgress, Phase};
+use self::report::FamilyReport;
+use super::end::End;
+use super::need::MemoryPlan;
+use super::ports::events;
+use super::report::nanoseconds;
+use super::vm::PayloadVm;
+use super::{RunError, policy_of};
+use crate::accel::{self, Opened};
+use crate::check::{Boot, Examiner, Look, Violation, ViolationCounts, Worker};
+use crate::run_snapshot::RunSnapshot;
+use palimpsest::host::Limits;
+use palimpsest::kvm::{Kvm, Platform, PlatformError};
+use palimpsest::mm::PAGE_SIZE;
+use palimpsest::vm::{Accelerator, Shells};
+
+/// Between two calls of the observer.
+const TICK: Duration = Duration::from_millis(100);
+
+/// Why a family could not start.
+#[derive(Debug, thiserror::Error)]
+pub enum FamilyError {
+    /// The root could not.
+    #[error(transparent)]
+    Run(#[from] RunError),
+    /// Without KVM a process has room for one machine.
+    #[error(
+        "clones need KVM: without it a guest's addresses are addresses of this process, which has each once \
+         (docs/decisions/0011){}", why.as_ref().map_or(String::new(), |why| format!("; {why}"))
+    )]
+    User {
+        /// Why there is no KVM, if nobody has asked to do without.
+        why: Option<String>,
+    },
+    /// KVM cannot be opened once more, by the thread that makes shells.
+    #[error("cannot open kvm for clones")]
+    Kvm(#[from] PlatformError),
+    /// No thread that makes shells.
+    #[error("cannot start the thread that makes shells")]
+    Shells(#[source] std::io::Error),
+}
+
+/// Runs a family of `image` as `config` says, until that is over or `stop` is set.
+///
+/// # Errors
+/// If the root could not be started. Whatever happens after that is in the report.
+pub fn run(
+    config: &FamilyConfig,
+    image: Vec<u8>,
+    stop: &AtomicBool,
+    observer: &mut dyn FamilyObserver,
+) -> Result<FamilyReport, FamilyError> {
+    let guest = &config.guest;
+    let Opened { accelerator, note } = accel::open(guest.accel).map_err(RunError::from)?;
+    if matches!(accelerator, Accelerator::User(_)) {
+        return Err(FamilyError::User {
+            why: note.and_then(|note| note.split_once(": ").map(|(_, why)| why.to_owned())),
+        });
+    }
+    let limits = Limits::detect().map_err(RunError::Limits)?;
+    let plan =
+        MemoryPlan::of_machines(guest, config.machines(), &limits).map_err(RunError::from)?;
+    let (sender, inbox) = events();
+    let vm = PayloadVm::build(&accelerator, guest, image, policy_of(guest), plan, sender);
+    let vm = vm.map_err(RunError::from)?;
+    let platform = accelerator.platform();
+    let shells = Shells::start(
+        Kvm::open()?,
+        vm.frames().clone(),
+        guest.memory,
+        guest.vcpus as usize,
+        0,
+    )
+    .map_err(FamilyError::Shells)?;
+    let family = Family::start(config, vm, inbox, shells, stop, observer)?;
+    Ok(family.run(platform))
+}
+
+/// A family that lives.
+struct Family<'a> {
+    config: &'a FamilyConfig,
+    stop: &'a AtomicBool,
+    observer: &'a mut dyn FamilyObserver,
+    // Before the shells, whose frames theirs are.
+    members: Vec<Option<Member>>,
+    /// What is left to say of those that are gone.
+    gone: Vec<report::MemberReport>,
+    shells: Shells,
+    worker: Worker,
+    started: Instant,
+    next_tick: Instant,
+    next_snapshot: Instant,
+    phase: Phase,
+    /// Snapshots that clones were made of.
+    origins: Vec<Arc<RunSnapshot>>,
+    /// Others, the oldest first.
+    kept: VecDeque<Arc<RunSnapshot>>,
+    /// Which machine each snapshot is of, by number.
+    owners: HashMap<u64, usize>,
+    taken: u64,
+    boot: Option<Arc<Boot>>,
+    first_instruction: Histogram<u64>,
+    /// Of snapshots that clones were made of.
+    fork_pauses: Histogram<u64>,
+    /// Of all others.
+    pauses: Histogram<u64>,
+    forking: Option<report::Forking>,
+    refused: Option<String>,
+    violations: ViolationCounts,
+    unchecked: Vec<String>,
+    errors: Vec<String>,
+    /// Whose turn is next to have a snapshot taken.
+    turn: usize,
+}
+
+impl<'a> Family<'a> {
+    fn start(
+        config: &'a FamilyConfig,
+        vm: PayloadVm,
+        inbox: super::ports::Inbox,
+        shells: Shells,
+        stop: &'a AtomicBool,
+        observer: &'a mut dyn FamilyObserver,
+    ) -> Result<Self, FamilyError> {
+        let examiner = Examiner::new(
+            config.guest.seed,
+            config.guest.pattern,
+            vm.layout,
+            Arc::clone(vm.frames().physmap()),
+            Arc::clone(vm.frames().pool()),
+        )
+        .stepping_aside(Arc::clone(vm.aside()));
+        let worker = Worker::start(examiner).map_err(RunError::Checker)?;
+        vm.start().map_err(RunError::Start)?;
+        let now = Instant::now();
+        Ok(Self {
+            config,
+            stop,
+            observer,
+            members: vec![Some(Member::root(vm, inbox))],
+            gone: Vec::new(),
+            shells,
+            worker,
+            started: now,
+            next_tick: now + TICK,
+            next_snapshot: now,
+            phase: Phase::WarmingUp,
+            origins: Vec::new(),
+            kept: VecDeque::new(),
+            owners: HashMap::new(),
+            taken: 0,
+            boot: None,
+            first_instruction: nanoseconds(),
+            fork_pauses: nanoseconds(),
+            pauses: nanoseconds(),
+            forking: None,
+            refused: None,
+            violations: ViolationCounts::default(),
+            unchecked: Vec::new(),
+            errors: Vec::new(),
+            turn: 0,
+        })
+    }
+
+    /// Has the family grow, live and die, and reports.
+    fn run(mut self, platform: &Platform) -> FamilyReport {
+        let ended = self.grow().and_then(|()| self.live());
+        let ended = match ended {
+            Err(End { error: None, by }) => by,
+            Err(End {
+                error: Some(error),
+                by,
+            }) => {
+                self.errors.push(error);
+                by
+            }
+            Ok(by) => by,
+        };
+        self.finish(ended, platform)
+    }
+
+    /// Takes a snapshot of a machine and hands it to the checker.
+    fn snapshot(&mut self, of: usize) -> Result<Option<Arc<RunSnapshot>>, End> {
+        let Some(member) = self.members[of].as_ref() else {
+            return Ok(None);
+        };
+        let parent = member.runs_on_from.upgrade();
+        let (taken, timing) = match member.vm.parts().take() {
+            Ok(taken) => taken,
+            Err(error) => return self.has_ended(of, &error).map(|()| None),
+        };
+        self.taken += 1;
+        let number = self.taken;
+        let snapshot = RunSnapshot::new(number, parent.as_ref().map(|p| p.number()), taken);
+        let snapshot = Arc::new(snapshot.map_err(|error| End::error(&error))?);
+        self.owners.insert(number, of);
+        let pauses = match self.phase {
+            Phase::Forking { .. } => &mut self.fork_pauses,
+            _ => &mut self.pauses,
+        };
+        pauses.saturating_record(timing.pause().as_nanos() as u64);
+        let look = Look {
+            boot: self.boot.clone(),
+            parent,
+            tracked: None,
+        };
+        self.worker.first_look(&snapshot, look);
+        if let Some(member) = self.members[of].as_mut() {
+            member.runs_on_from = Arc::downgrade(&snapshot);
+        }
+        Ok(Some(snapshot))
+    }
+
+    /// A machine cannot be paused: its own words are better than the pauser's.
+    fn has_ended(&mut self, of: usize, error: &dyn std::error::Error) -> Result<(), End> {
+        let words = self.members[of].as_mut().and_then(Member::last_words);
+        let why = words.unwrap_or_else(|| palimpsest::causes::chain(error));
+        self.errors.push(format!("machine {of}: {why}"));
+        self.drop_member(of);
+        match self.members.iter().flatten().next() {
+            Some(_) => Ok(()),
+            None => Err(End::failed("no machine is left".to_owned())),
+        }
+    }
+
+    /// What is due every tenth of a second. Says whether the run is to go on.
+    fn tick(&mut self) -> Result<(), End> {
+        if self.stop.load(Ordering::Relaxed) {
+            return Err(End::fine(super::report::EndedBy::CtrlC));
+        }
+        let now = Instant::now();
+        if now < self.next_tick {
+            return Ok(());
+        }
+        self.next_tick = now + TICK;
+        for violation in self.worker.take_violations() {
+            self.violation(None, &violation);
+        }
+        if self.worker.is_dead() {
+            return Err(End::failed("the checker has panicked".to_owned()));
+        }
+        let machines = self.members.len() as u32;
+        for of in 0..self.members.len() {
+            let Some(member) = self.members[of].as_mut() else {
+                continue;
+            };
+            let heard = member.listen(machines);
+            for text in heard.console {
+                self.observer.console(of, &text);
+            }
+            for violation in heard.violations {
+                self.violation(Some(of), &violation);
+            }
+            if let Some(why) = heard.ended {
+                self.errors.push(format!("machine {of}: {why}"));
+                self.drop_member(of);
+            }
+        }
+        if self.members.iter().all(Option::is_none) {
+            return Err(End::failed("no machine is left".to_owned()));
+        }
+        let progress = self.progress();
+        self.observer.progress(&progress);
+        Ok(())
+    }
+
+    fn progress(&mut self) -> FamilyProgress {
+        let pool = self.shells_frames_usage();
+        let members = self
+            .members
+            .iter_mut()
+            .enumerate()
+            .filter_map(|(id, member)| {
+                let member = member.as_mut()?;
+                Some(MemberProgress {
+                    id,
+                    parent: member.parent,
+                    depth: member.depth,
+                    ops: member.ops(),
+                    ops_per_s: member.recent_ops_per_s(),
+                })
+            });
+        FamilyProgress {
+            elapsed: self.started.elapsed(),
+            phase: self.phase,
+            members: members.collect(),
+            wanted: self.config.machines(),
+            snapshots: self.taken,
+            checked: self.worker.progress().checked,
+            violations: self.violations,
+            bytes_in_use: pool.in_use * PAGE_SIZE,
+            bytes_limit: pool.limit * PAGE_SIZE,
+        }
+    }
+
+    fn violation(&mut self, of: Option<usize>, violation: &Violation) {
+        let owner = || self.owners.get(&violation.snapshot?).copied();
+        let of = of.or_else(owner);
+        self.violations.add(violation.oracle);
+        self.observer.violation(of, violation);
+    }
+
+    fn shells_frames_usage(&self) -> palimpsest::mm::PoolUsage {
+        self.shells.frames().pool().usage()
+    }
+
+    /// Drops a machine; what is to be said of it is kept.
+    fn drop_member(&mut self, of: usize) {
+        if let Some(member) = self.members[of].take() {
+            self.gone.push(member.report(of));
+        }
+    }
+}
