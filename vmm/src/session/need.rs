@@ -171,18 +171,23 @@ impl MemoryPlan {
     /// # Errors
     /// If that is less than the run cannot do without.
     pub fn new(config: &Config, limits: &Limits) -> Result<Self, NeedError> {
-        Self::of_machines(config, 1, limits)
+        Self::with_clones(config, 0, 0, limits)
     }
 
-    /// What so many machines may take that are as `config` says, one of them and its clones. There is enough
-    /// for one; of how many more there are clones goes by how much there is.
+    /// The same with so many clones of it, of so many snapshots. Of memory there is enough for it alone: how
+    /// many clones are made is a matter of how much there is.
     ///
     /// # Errors
-    /// If that is less than one of them cannot do without, or there are not enough addresses for all.
-    pub fn of_machines(config: &Config, machines: u64, limits: &Limits) -> Result<Self, NeedError> {
+    /// If that is less than it cannot do without, or there are not enough addresses for all.
+    pub fn with_clones(
+        config: &Config,
+        clones: u64,
+        snapshots: u64,
+        limits: &Limits,
+    ) -> Result<Self, NeedError> {
         let need = Need::of(config);
-        let clones = machines.saturating_sub(1);
         let of_clones = clones.saturating_mul(config.memory);
+        let of_snapshots = snapshots.saturating_mul(config.memory);
         let room = limits.memory();
         let usable = usable(room);
         if usable < need.total() {
@@ -196,7 +201,8 @@ impl MemoryPlan {
         let beyond = usable - need.total();
         let most = need.frames() + (beyond - tables_of_frames(beyond));
 
-        let mut most = most.min(wanted(config).saturating_add(of_clones));
+        let others = of_clones.saturating_add(of_snapshots);
+        let mut most = most.min(wanted(config).saturating_add(others));
         // A clone has no checker, but a thread that watches it.
         let threads = config.vcpus + config.dma_devices + OTHER_THREADS;
         let threads = threads + clones * (config.vcpus + config.dma_devices + 1);

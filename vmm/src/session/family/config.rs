@@ -5,7 +5,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use crate::session::config::{Config, ConfigError};
-use crate::session::need::MemoryPlan;
+use crate::session::need::{MemoryPlan, NeedError};
 use palimpsest::host::Limits;
 
 /// The most machines of a family.
@@ -41,6 +41,20 @@ impl Shape {
                     }
                 }
                 Some(all)
+            }
+        }
+    }
+
+    /// How many of them have clones.
+    pub(super) fn parents(self) -> u64 {
+        match self {
+            Self::Clones(_) => 1,
+            Self::Tree { depth, width } => {
+                let above = Self::Tree {
+                    depth: depth.saturating_sub(1),
+                    width,
+                };
+                above.machines().unwrap_or(MAX_MACHINES)
             }
         }
     }
@@ -114,8 +128,14 @@ impl FamilyConfig {
             _ => return Err(FamilyConfigError::TooMany { what }),
         }
         self.guest.validate(host)?;
-        MemoryPlan::of_machines(&self.guest, self.machines(), host).map_err(ConfigError::from)?;
+        self.plan(host).map_err(ConfigError::from)?;
         Ok(())
+    }
+
+    /// What it may take of `host`.
+    pub(super) fn plan(&self, host: &Limits) -> Result<MemoryPlan, NeedError> {
+        let clones = self.machines() - 1;
+        MemoryPlan::with_clones(&self.guest, clones, self.shape.parents(), host)
     }
 }
 
@@ -158,6 +178,8 @@ mod tests {
         ] {
             assert_eq!(shape.machines(), machines, "{shape:?}");
         }
+        assert_eq!(Shape::Clones(7).parents(), 1);
+        assert_eq!(Shape::Tree { depth: 3, width: 4 }.parents(), 1 + 4 + 16);
     }
 
     #[test]

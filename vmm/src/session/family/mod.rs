@@ -40,7 +40,6 @@ use self::member::Member;
 use self::progress::{FamilyObserver, FamilyProgress, MemberProgress, Phase};
 use self::report::FamilyReport;
 use super::end::End;
-use super::need::MemoryPlan;
 use super::ports::events;
 use super::report::nanoseconds;
 use super::vm::PayloadVm;
@@ -97,8 +96,7 @@ pub fn run(
         });
     }
     let limits = Limits::detect().map_err(RunError::Limits)?;
-    let plan =
-        MemoryPlan::of_machines(guest, config.machines(), &limits).map_err(RunError::from)?;
+    let plan = config.plan(&limits).map_err(RunError::from)?;
     let (sender, inbox) = events();
     let vm = PayloadVm::build(&accelerator, guest, image, policy_of(guest), plan, sender);
     let vm = vm.map_err(RunError::from)?;
