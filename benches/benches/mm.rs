@@ -1,11 +1,13 @@
 //! The protocol alone: no window, no guest.
 
 use std::hint::black_box;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use benches::bare::{base_pages_without_window, space_without_window, time_forks, write};
+use benches::bare::{NoMmu, base_pages_without_window, space_without_window, time_forks, write};
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use palimpsest::mm::{Access, Gfn};
+use palimpsest::mm::soft::soft_pool;
+use palimpsest::mm::{Access, AddressSpace, Exclusive, FramePool, Frozen, Gfn};
 
 /// 64 MiB.
 const PAGES: u64 = 1 << 14;
@@ -130,5 +132,60 @@ fn fault(c: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, pin, fork, fault);
+/// A pool of frames of one word, with room for `homes` spaces of so many pages.
+fn words(pages: u64, homes: u64) -> Arc<FramePool> {
+    soft_pool(REGION + homes * pages).expect("memory").0
+}
+
+/// A space over such frames, all of whose pages are written, in huge entries.
+fn space_of_words(pool: &Arc<FramePool>, pages: u64) -> AddressSpace<Exclusive> {
+    let space = AddressSpace::new(Arc::clone(pool), Exclusive, Box::new(NoMmu), pages);
+    let space = space.expect("memory");
+    for first in (0..pages).step_by(REGION as usize) {
+        space.write_fault(Gfn(first)).expect("write");
+    }
+    space
+}
+
+fn clone_of(frozen: &Frozen) -> AddressSpace<Exclusive> {
+    AddressSpace::from_frozen(frozen, Exclusive, Box::new(NoMmu)).expect("clone")
+}
+
+/// Clones are made of memory in huge entries, and dropped.
+fn clone(c: &mut Criterion) {
+    let mut group = c.benchmark_group("clone");
+    for (name, mib) in [("256 MiB", 256), ("1 GiB", 1 << 10), ("8 GiB", 8 << 10)] {
+        let pages = mib << 8;
+        let pool = words(pages, 2);
+        let space = space_of_words(&pool, pages);
+        let frozen = space.fork().expect("fork");
+        group.bench_function(BenchmarkId::new("made", name), |b| {
+            b.iter_custom(|rounds| {
+                let mut spent = Duration::ZERO;
+                for _ in 0..rounds {
+                    let start = Instant::now();
+                    let clone = black_box(clone_of(&frozen));
+                    spent += start.elapsed();
+                    drop(clone);
+                }
+                spent
+            });
+        });
+        group.bench_function(BenchmarkId::new("dropped", name), |b| {
+            b.iter_custom(|rounds| {
+                let mut spent = Duration::ZERO;
+                for _ in 0..rounds {
+                    let clone = black_box(clone_of(&frozen));
+                    let start = Instant::now();
+                    drop(clone);
+                    spent += start.elapsed();
+                }
+                spent
+            });
+        });
+    }
+    group.finish();
+}
+
+criterion_group!(benches, pin, fork, fault, clone);
 criterion_main!(benches);

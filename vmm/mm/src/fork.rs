@@ -20,11 +20,9 @@ use std::sync::Arc;
 
 use super::addr::{Gfn, Pfn};
 use super::commit::AllocError;
-use super::entry::Entry;
 use super::frozen::{Frozen, FrozenChunk, FrozenChunks, FrozenFrames, FrozenRegion};
-use super::mapped::Counted;
 use super::mapped::table::RegionGuard;
-use super::mmu::{Mmu, MmuError};
+use super::mmu::MmuError;
 use super::policy::CowPolicy;
 use super::predictor::{Candidate, Leaf};
 use super::safeguard::{Safeguard, is_left_out};
@@ -37,7 +35,7 @@ use super::sync::lock;
 const PREPARE_AT_ONCE: usize = 16;
 
 /// Frames, and those they are to be copied to.
-type Copies = Vec<(Pfn, Pfn)>;
+pub(super) type Copies = Vec<(Pfn, Pfn)>;
 
 /// What a snapshot has of a region: shared, or copied where a device holds it.
 struct ForkedRegion {
@@ -334,7 +332,12 @@ impl<P: CowPolicy> AddressSpace<P> {
     }
 
     /// One more mapping of `pfn` for another address space, or of a copy of it if it can't be shared.
-    fn share_or_copy(&self, gfn: Gfn, pfn: Pfn, copies: &mut Copies) -> Result<Pfn, ForkError> {
+    pub(super) fn share_or_copy(
+        &self,
+        gfn: Gfn,
+        pfn: Pfn,
+        copies: &mut Copies,
+    ) -> Result<Pfn, ForkError> {
         match self.pool.frames().try_share(pfn, &self.policy) {
             Ok(()) => Ok(pfn),
             Err(_) => self.copy_for_child(gfn, pfn, copies),
@@ -412,96 +415,6 @@ impl<P: CowPolicy> AddressSpace<P> {
             })
             .map_err(ForkError::WriteProtect)
     }
-
-    /// A running clone of a snapshot: a live address space that shares the snapshot's frames. `mmu` shows
-    /// zeros, read-only, everywhere.
-    ///
-    /// # Errors
-    /// If the pool has no room for the clone's home, or `mmu` refuses.
-    pub fn from_frozen(frozen: &Frozen, policy: P, mmu: Box<dyn Mmu>) -> Result<Self, ForkError> {
-        let pool = Arc::clone(&frozen.pool);
-        let clone = Self::new(pool, policy, mmu, frozen.pages()).map_err(ForkError::Home)?;
-        let mut different = Vec::new();
-        for (index, from) in frozen.table.iter() {
-            let theirs = from.lock();
-            let mut to = clone.mapped.table.lock(index);
-            if let Some(head) = theirs.huge() {
-                if clone.adopt_huge(&mut to, head)? == Adopted::InPart {
-                    different.push(index);
-                }
-                continue;
-            }
-            drop(theirs);
-            let mut adopted = Adopted::Shared;
-            for gfn in to.pages() {
-                let mut adopt = |entry: Entry| match entry.is_present() {
-                    true => clone.adopt(&mut to, gfn, entry.pfn()),
-                    false => Ok(Adopted::Shared),
-                };
-                // A break must not move the snapshot between the look and the share: the frame would be the
-                // writer's.
-                let page = if is_left_out(Safeguard::CloneUnderLock) {
-                    let entry = from.lock().get(gfn);
-                    adopt(entry)
-                } else {
-                    from.lock().with(gfn, adopt)
-                };
-                adopted = adopted.and(page?);
-            }
-            if adopted == Adopted::InPart || !to.is_full() {
-                different.push(index);
-            }
-        }
-        // Until it changes something, its own forks are what the snapshot is: where all of it is shared.
-        lock(&clone.lineage).unchanged = frozen.table.clone();
-        for index in different {
-            clone.open_all(&mut clone.mapped.table.lock(index));
-        }
-        Ok(clone)
-    }
-
-    /// Maps the folio of a snapshot's region at the same region of this space, read-only. The region was
-    /// untouched.
-    fn adopt_huge(&self, region: &mut RegionGuard<'_>, head: Pfn) -> Result<Adopted, ForkError> {
-        let frames = self.pool.frames();
-        if frames.try_share_huge(head, &self.policy).is_err() {
-            frames.mark_by_page(head);
-            let mut pages = region.pages().zip(head.run(region.len()));
-            return pages.try_fold(Adopted::Shared, |all, (gfn, pfn)| {
-                Ok(all.and(self.adopt(region, gfn, pfn)?))
-            });
-        }
-        let (first, count) = (region.first(), region.len());
-        let to = Entry::huge_read_only(head);
-        if let Err(error) = self.mapped.map(region, first, count, to, Counted) {
-            self.pool.unmap_huge(head);
-            return Err(ForkError::Map(error));
-        }
-        Ok(Adopted::Shared)
-    }
-
-    /// Maps the frame of a snapshot's page, or a copy if it cannot be shared, at the same page of this
-    /// space, read-only. The page was untouched.
-    fn adopt(
-        &self,
-        region: &mut RegionGuard<'_>,
-        gfn: Gfn,
-        pfn: Pfn,
-    ) -> Result<Adopted, ForkError> {
-        let mut copies = Copies::new();
-        let ours = self.share_or_copy(gfn, pfn, &mut copies)?;
-        self.pool.memory().copy_all(&copies);
-        let to = Entry::read_only(ours);
-        if let Err(error) = self.mapped.map(region, gfn, 1, to, Counted) {
-            self.pool.unmap(ours);
-            return Err(ForkError::Map(error));
-        }
-        Ok(if ours == pfn {
-            Adopted::Shared
-        } else {
-            Adopted::InPart
-        })
-    }
 }
 
 /// What the predictor is asked about a region that has changed.
@@ -510,19 +423,5 @@ fn candidate<'a>(region: &'a RegionGuard<'_>) -> Candidate<'a> {
         history: &region.state.history,
         index: region.index(),
         is_huge: region.huge().is_some(),
-    }
-}
-
-/// Whether a clone has in common with its snapshot what it was to have in common.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Adopted {
-    Shared,
-    /// Some page had to be copied, and so is the clone's own.
-    InPart,
-}
-
-impl Adopted {
-    fn and(self, other: Self) -> Self {
-        if self == Self::Shared { other } else { self }
     }
 }

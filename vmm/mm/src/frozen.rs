@@ -344,6 +344,11 @@ impl FrozenChunk {
         frames.zip(*lock(&self.frames)).all(|(a, b)| a == b)
     }
 
+    /// Calls `look` with the frames of its pages, which stay there and as they are for the length of the call.
+    pub(super) fn with_frames<R>(&self, look: impl FnOnce(&[Pfn]) -> R) -> R {
+        look(&*lock(&self.frames))
+    }
+
     #[cfg(all(test, not(loom)))]
     pub(super) fn frame(&self, gfn: Gfn) -> Pfn {
         lock(&self.frames)[self.index(gfn)]

@@ -44,6 +44,7 @@
 //! | `fault` | write fault and unshare: how a page becomes exclusive, and who gets the copy |
 //! | `dirty` | which pages were written since? Write-protection without intent to copy |
 //! | `fork` | share everything, copy what is pinned |
+//! | `clone` | a running space made of a snapshot |
 //! | `rearrange` | how a page is taken out of its frame while devices may hold it |
 //! | `discard`, `migrate`, `merge` | a balloon, compaction, deduplication |
 //! | `ahead` | breaks before the guest asks for them |
@@ -60,6 +61,7 @@ mod addr;
 mod ahead;
 mod allocator;
 mod bits;
+mod clone;
 mod commit;
 mod dirty;
 mod discard;

@@ -40,7 +40,7 @@ use super::fresh::{Fresh, FreshFolio};
 use super::mmu::{Mmu, MmuError};
 use super::page_set::PageSet;
 use super::sync::{RwLock, RwLockReadGuard, RwLockWriteGuard, read, write};
-use table::{RegionGuard, Table};
+use table::{RegionGuard, Stretch, Table};
 
 /// The two sides.
 pub(super) struct Mapped {
@@ -379,6 +379,21 @@ impl Mapped {
         Ok(())
     }
 
+    /// Maps what was never touched, of a space that nobody else has yet: `run`, each stretch of which follows
+    /// the one before it, in pages and in frames, read-only and with one call. Its mappings are counted.
+    ///
+    /// # Errors
+    /// The MMU's. What it shows then nobody knows: the space goes, and the MMU with it.
+    pub(super) fn map_first(&self, run: &[Stretch]) -> Result<(), MmuError> {
+        let Some(&Stretch { first, frame, .. }) = run.first() else {
+            return Ok(());
+        };
+        let count = run.iter().map(|stretch| stretch.count).sum();
+        self.mmu.map(first, frame, count, Protection::ReadOnly)?;
+        run.iter().for_each(|stretch| self.table.publish(stretch));
+        Ok(())
+    }
+
     /// Has `count` pages from `first` on show zeros again, in small entries. `regions` are all those that
     /// they are in.
     pub(super) fn discard(
@@ -454,9 +469,7 @@ impl Mapped {
     /// MMU any more: it is not changed.
     pub(super) fn dismantle(&mut self, mut give_back: impl FnMut(Entry)) {
         for index in 0..self.table.regions() {
-            let entries = self.table.lock(index).clear();
-            let present = entries.into_iter().filter(|entry| entry.is_present());
-            present.for_each(&mut give_back);
+            self.table.lock(index).clear(&mut give_back);
         }
     }
 

@@ -133,9 +133,48 @@ impl Table {
         }
     }
 
+    /// Publishes entries, read-only, for pages that were never touched.
+    pub(super) fn publish(&self, stretch: &Stretch) {
+        let Stretch { first, frame, .. } = *stretch;
+        let step = if stretch.is_huge {
+            self.order.pages()
+        } else {
+            stretch.count
+        };
+        for at in (0..stretch.count).step_by(step as usize) {
+            let mut region = self.lock_of(Gfn(first.0 + at));
+            if stretch.is_huge {
+                region.set_huge(Entry::huge_read_only(Pfn(frame.0 + at)));
+            } else {
+                (0..step).for_each(|n| {
+                    region.set(Gfn(first.0 + n), Entry::read_only(Pfn(frame.0 + n)));
+                });
+            }
+        }
+    }
+
     /// Locks the region that `gfn` lies in.
     pub(in super::super) fn lock_of(&self, gfn: Gfn) -> RegionGuard<'_> {
         self.lock(self.region_of(gfn))
+    }
+}
+
+/// Pages that follow each other, in frames that do: those of one region, by small entries, or of whole
+/// regions, each by a huge one.
+#[derive(Clone, Copy, Debug)]
+pub(in super::super) struct Stretch {
+    pub(in super::super) first: Gfn,
+    /// That of the first page.
+    pub(in super::super) frame: Pfn,
+    pub(in super::super) count: u64,
+    pub(in super::super) is_huge: bool,
+}
+
+impl Stretch {
+    /// Whether `next` goes on where this ends.
+    pub(in super::super) fn is_followed_by(&self, next: &Self) -> bool {
+        let end = (self.first.0 + self.count, self.frame.0 + self.count);
+        end == (next.first.0, next.frame.0)
     }
 }
 
@@ -312,21 +351,22 @@ impl RegionGuard<'_> {
         self.set(gfn, self.get(gfn).cleaned());
     }
 
-    /// Takes all entries away, and says which there were: the huge one, or small ones.
-    pub(super) fn clear(&mut self) -> Vec<Entry> {
-        let entries = match self.huge() {
-            Some(huge) => vec![huge],
-            None if self.is_untouched() => Vec::new(),
-            None => self.pages().map(|gfn| self.get(gfn)).collect(),
-        };
-        if !entries.is_empty() {
-            for slot in self.entries {
-                slot.store(Entry::UNTOUCHED.word(), Ordering::Release);
-            }
+    /// Takes all entries away, and hands over those that are present: the huge one, or small ones.
+    pub(super) fn clear(&mut self, mut give_back: impl FnMut(Entry)) {
+        if let Some(huge) = self.huge() {
             self.huge.store(Entry::UNTOUCHED.word(), Ordering::Release);
-            self.state.touched = 0;
+            give_back(huge);
+        } else if !self.is_untouched() {
+            for slot in self.entries {
+                let entry = Entry::of_word(slot.load(Ordering::Relaxed));
+                slot.store(Entry::UNTOUCHED.word(), Ordering::Release);
+                if entry.is_present() {
+                    give_back(entry);
+                }
+            }
         }
-        entries
+        // What a huge entry has left in the small ones is not looked at.
+        self.state.touched = 0;
     }
 
     fn slot(&self, gfn: Gfn) -> &AtomicU64 {

@@ -1,0 +1,188 @@
+//! Clones: live address spaces made of a snapshot, whose frames they share (PROTOCOL.md T10).
+//!
+//! A clone is made while its siblings, and the space that was forked, write. Each page is *adopted*: under
+//! the lock of the snapshot's region its frame is given one mapping more, so that from then on whoever writes
+//! it breaks. What is counted is then mapped in *runs*: pages that follow each other, in frames that do, with
+//! one call of the MMU, be they of one region or of all of them, by huge entries or by small ones.
+//!
+//! A page that cannot be shared is copied. A clone that cannot be made leaves nothing behind.
+
+use std::mem;
+use std::sync::Arc;
+
+use super::addr::{Gfn, Pfn};
+use super::fork::{Copies, ForkError};
+use super::frozen::{Frozen, FrozenRegion};
+use super::mapped::table::Stretch;
+use super::mmu::Mmu;
+use super::policy::CowPolicy;
+use super::safeguard::{Safeguard, is_left_out};
+use super::space::AddressSpace;
+use super::sync::lock;
+
+impl<P: CowPolicy> AddressSpace<P> {
+    /// A running clone of a snapshot: a live address space that shares the snapshot's frames. `mmu` shows
+    /// zeros, read-only, everywhere.
+    ///
+    /// # Errors
+    /// If `mmu` refuses, or there is no memory for a page that cannot be shared. Nothing is left of the
+    /// clone, nor of `mmu`.
+    pub fn from_frozen(frozen: &Frozen, policy: P, mmu: Box<dyn Mmu>) -> Result<Self, ForkError> {
+        let pool = Arc::clone(&frozen.pool);
+        let clone = Self::new(pool, policy, mmu, frozen.pages()).map_err(ForkError::Home)?;
+        let mut adoption = Adoption {
+            clone: &clone,
+            counted: Vec::new(),
+            different: Vec::new(),
+        };
+        for (index, from) in frozen.table.iter() {
+            adoption.adopt(index, from)?;
+        }
+        adoption.map_counted(Rest::Mapped)?;
+        let different = mem::take(&mut adoption.different);
+        drop(adoption);
+        // Until it changes something, its own forks are what the snapshot is: where all of it is shared.
+        lock(&clone.lineage).unchanged = frozen.table.clone();
+        for index in different {
+            clone.open_all(&mut clone.mapped.table.lock(index));
+        }
+        Ok(clone)
+    }
+}
+
+/// A clone that is being made.
+struct Adoption<'a, P: CowPolicy> {
+    clone: &'a AddressSpace<P>,
+    /// What has a mapping more on the clone's behalf, and is not mapped yet: in order.
+    counted: Vec<Stretch>,
+    /// The regions that the snapshot does not have in common with the clone.
+    different: Vec<usize>,
+}
+
+/// What becomes of the last run, which may go on in the next region.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Rest {
+    Waits,
+    Mapped,
+}
+
+impl<P: CowPolicy> Adoption<'_, P> {
+    /// Adopts a region of the snapshot.
+    fn adopt(&mut self, index: usize, from: &FrozenRegion) -> Result<(), ForkError> {
+        let clone = self.clone;
+        let (first, count, is_full) = {
+            let ours = clone.mapped.table.lock(index);
+            (ours.first(), ours.len(), ours.is_full())
+        };
+        // A break must not move the snapshot between the look and the share: the frame would be the writer's.
+        let theirs = from.lock();
+        let is_shared = if let Some(head) = theirs.huge() {
+            let _locked = (!is_left_out(Safeguard::CloneUnderLock)).then_some(theirs);
+            let frames = clone.pool.frames();
+            if frames.try_share_huge(head, &clone.policy).is_ok() {
+                self.count(first, head, count, true);
+                true
+            } else {
+                frames.mark_by_page(head);
+                let frames: Vec<Pfn> = head.run(count).collect();
+                self.adopt_pages(first, &frames)?
+            }
+        } else {
+            let chunks = theirs.chunks().cloned().unwrap_or_default();
+            drop(theirs);
+            let each = clone.pool.huge().chunk().pages();
+            let mut is_shared = true;
+            for (chunk, first) in chunks.iter().zip((first.0..).step_by(each as usize)) {
+                let Some(chunk) = chunk else { continue };
+                let mut adopt = |frames: &[Pfn]| self.adopt_pages(Gfn(first), frames);
+                is_shared &= if is_left_out(Safeguard::CloneUnderLock) {
+                    let frames = chunk.with_frames(<[Pfn]>::to_vec);
+                    adopt(&frames)
+                } else {
+                    chunk.with_frames(adopt)
+                }?;
+            }
+            is_shared
+        };
+        if !is_shared || !is_full {
+            self.different.push(index);
+        }
+        self.map_counted(Rest::Waits)
+    }
+
+    /// Adopts pages of one region, whose frames are these, [`Pfn::ZERO`] where nothing was ever touched. Says
+    /// whether all could be shared.
+    fn adopt_pages(&mut self, first: Gfn, frames: &[Pfn]) -> Result<bool, ForkError> {
+        let mut copies = Copies::new();
+        for (gfn, &pfn) in (first.0..).map(Gfn).zip(frames) {
+            if pfn != Pfn::ZERO {
+                let ours = self.clone.share_or_copy(gfn, pfn, &mut copies)?;
+                self.count(gfn, ours, 1, false);
+            }
+        }
+        self.clone.pool.memory().copy_all(&copies);
+        Ok(copies.is_empty())
+    }
+
+    /// Notes that `count` pages from `first` on, in the frames from `frame` on, have a mapping more.
+    fn count(&mut self, first: Gfn, frame: Pfn, count: u64, is_huge: bool) {
+        let next = Stretch {
+            first,
+            frame,
+            count,
+            is_huge,
+        };
+        let table = &self.clone.mapped.table;
+        match self.counted.last_mut() {
+            Some(last)
+                if last.is_followed_by(&next)
+                    && last.is_huge == is_huge
+                    && (is_huge || table.region_of(last.first) == table.region_of(first)) =>
+            {
+                last.count += count;
+            }
+            _ => self.counted.push(next),
+        }
+    }
+
+    /// Maps what is counted, run by run.
+    fn map_counted(&mut self, rest: Rest) -> Result<(), ForkError> {
+        if rest == Rest::Waits && self.counted.len() <= 1 {
+            return Ok(());
+        }
+        let runs = self.counted.chunk_by(Stretch::is_followed_by);
+        let mut ends: Vec<usize> = runs.map(<[Stretch]>::len).collect();
+        if rest == Rest::Waits {
+            ends.pop();
+        }
+        let mut mapped = 0;
+        let mut result = Ok(());
+        for len in ends {
+            let run = &self.counted[mapped..mapped + len];
+            result = self.clone.mapped.map_first(run).map_err(ForkError::Map);
+            if result.is_err() {
+                break;
+            }
+            mapped += len;
+        }
+        self.counted.drain(..mapped);
+        result
+    }
+}
+
+impl<P: CowPolicy> Drop for Adoption<'_, P> {
+    /// Gives back what was counted for nothing. What is mapped goes with the clone.
+    fn drop(&mut self) {
+        let pool = &self.clone.pool;
+        for stretch in &self.counted {
+            let frames = stretch.frame.run(stretch.count);
+            if stretch.is_huge {
+                let pages = pool.huge().pages();
+                let heads = frames.step_by(pages as usize);
+                heads.for_each(|head| pool.unmap_huge(head));
+            } else {
+                frames.for_each(|pfn| pool.unmap(pfn));
+            }
+        }
+    }
+}
