@@ -18,7 +18,7 @@ pub(crate) fn by_hand(host: &'static Host, suites: &[Suite]) -> Vec<Assignment> 
         Processor::Amd => (&Suite::ALL[..], Extent::Full),
         // Slower by far: the tests would take hours.
         Processor::Intel => (
-            &[Suite::Main, Suite::Faults, Suite::Compare][..],
+            &[Suite::Main, Suite::Fork, Suite::Faults, Suite::Compare][..],
             Extent::Sample,
         ),
     };
@@ -65,8 +65,14 @@ pub(crate) fn for_every_change() -> Vec<Assignment> {
     // What takes longest goes first.
     let assignments = [
         assignment("amd", &[Suite::Tests]),
-        assignment("amd", &[Suite::Main, Suite::Faults, Suite::Compare]),
-        assignment("amd-npt0", &[Suite::Main, Suite::Faults, Suite::Compare]),
+        assignment(
+            "amd",
+            &[Suite::Main, Suite::Fork, Suite::Faults, Suite::Compare],
+        ),
+        assignment(
+            "amd-npt0",
+            &[Suite::Main, Suite::Fork, Suite::Faults, Suite::Compare],
+        ),
     ];
     assignments.into_iter().flatten().collect()
 }
@@ -88,7 +94,7 @@ mod tests {
             suites
         };
         assert_eq!(suites("amd"), Suite::ALL);
-        assert_eq!(suites("amd-npt0"), Suite::ALL[..3]);
+        assert_eq!(suites("amd-npt0"), Suite::ALL[..4]);
     }
 
     #[test]
@@ -106,7 +112,7 @@ mod tests {
     fn tests_have_an_emulator_of_their_own() {
         let assignments = by_hand(&host::ALL[0], &[]);
         let suites = Vec::from_iter(assignments.iter().map(|assignment| &assignment.suites[..]));
-        let rest = &Suite::ALL[..3];
+        let rest = &Suite::ALL[..4];
         assert_eq!(suites, [rest, &[Suite::Tests]]);
         let of_tests = |host| by_hand(host, &[Suite::Tests])[0].extent;
         assert_eq!(of_tests(&host::ALL[0]), Extent::Full);

@@ -30,6 +30,7 @@ pub(crate) fn table(runs: &[HostRun]) -> String {
     let mut rows = vec![vec![
         "host".to_owned(),
         "main job".to_owned(),
+        "fork".to_owned(),
         "faults".to_owned(),
         "compare".to_owned(),
         "tests".to_owned(),
@@ -198,7 +199,7 @@ mod tests {
             ..HostRun::new(&host::ALL[0], tasks)
         };
         let runs = [run];
-        assert!(table(&runs).contains(&format!("| -        | 1 of {count} |")));
+        assert!(table(&runs).contains(&format!("| -        | -    | 1 of {count} |")));
         let wrongs = wrongs(&runs);
         assert!(wrongs.contains("exit code 0, not 3"), "{wrongs}");
         assert!(wrongs.ends_with("- amd: interrupted\n"), "{wrongs}");

@@ -25,6 +25,8 @@ pub(crate) struct Task {
 pub(crate) enum Suite {
     /// The main job: one and two vCPUs, every pattern
     Main,
+    /// A guest and clones of it, and a tree of them
+    Fork,
     /// Every fault that can be injected
     Faults,
     /// The race of the policies, and the scenarios
@@ -34,7 +36,13 @@ pub(crate) enum Suite {
 }
 
 impl Suite {
-    pub(crate) const ALL: [Self; 4] = [Self::Main, Self::Faults, Self::Compare, Self::Tests];
+    pub(crate) const ALL: [Self; 5] = [
+        Self::Main,
+        Self::Fork,
+        Self::Faults,
+        Self::Compare,
+        Self::Tests,
+    ];
 }
 
 /// How much of `compare` and the tests there is time for.
@@ -48,9 +56,9 @@ pub(crate) enum Extent {
     Sample,
 }
 
-/// The tests that take a slow host long: of the screen, the command line and scenarios, which
+/// The tests that take a slow host long: of the screen, the command line, scenarios and families, which
 /// are much the same on all.
-const LONG: [&str; 2] = ["cli", "compare"];
+const LONG: [&str; 3] = ["cli", "compare", "fork"];
 
 /// Tests of which the emulator of a processor is at fault if they fail, and why.
 const EMULATOR: [(&str, &str); 1] = [(
@@ -61,6 +69,9 @@ const EMULATOR: [(&str, &str); 1] = [(
 
 /// The exit code of what was killed for taking too long.
 pub(crate) const KILLED: i32 = 128 + 9;
+
+/// The exit code of who has found a violation.
+const FOUND: i32 = 3;
 
 /// Nothing that is right takes longer, however slow the host.
 pub(crate) const LIMIT: Duration = Duration::from_secs(180);
@@ -105,6 +116,7 @@ impl Task {
 pub(crate) fn tasks(suite: Suite, extent: Extent, tests: &[String]) -> Vec<Task> {
     match suite {
         Suite::Main => main_job(),
+        Suite::Fork => families(),
         Suite::Faults => faults(extent),
         Suite::Compare => compare(extent),
         Suite::Tests => tests
@@ -127,9 +139,21 @@ fn main_job() -> Vec<Task> {
     ["1", "2"].into_iter().flat_map(jobs).collect()
 }
 
+/// Families: right ones of both shapes, and one that breaks the rules.
+fn families() -> Vec<Task> {
+    let family = |flags: &str| {
+        let command = format!("vmm fork --memory 32M --warm-up 1s --duration 4s --seed 1 {flags}");
+        Task::of(Suite::Fork, &Vec::from_iter(command.split(' ')))
+    };
+    vec![
+        family("-n 3"),
+        family("--depth 2 --width 2 --pattern uniform"),
+        family("-n 2 --inject reuse-shared").expecting(FOUND),
+    ]
+}
+
 /// Every injected fault, which an oracle must find.
 fn faults(extent: Extent) -> Vec<Task> {
-    const FOUND: i32 = 3;
     // A run with a fault in it lasts until the fault could be seen, however few there are.
     let snapshots = if extent == Extent::Full { "40" } else { "6" };
     let fault = |fault: Injection| {
