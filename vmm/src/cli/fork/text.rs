@@ -194,3 +194,132 @@ fn of_each(shares: &SharesReport) -> String {
         bytes(shares.shared_bytes)
     )
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::check::ViolationCounts;
+    use crate::session::config::Injection;
+    use crate::session::config::tests::example as guest;
+    use crate::session::family::config::FamilyConfig;
+    use crate::session::family::report::{Forking, MemberReport, Shares};
+    use crate::session::report::{Platform, Quantiles};
+
+    fn example() -> FamilyReport {
+        let member = |id: usize| MemberReport {
+            id,
+            parent: (id > 0).then_some(0),
+            depth: u64::from(id > 0),
+            first_instruction_us: (id > 0).then_some(412.5),
+            ops: 1_000 * (id as u64 + 1),
+            pages_copied: 7,
+        };
+        let times = |micros| Quantiles {
+            p50: Some(micros),
+            p99: Some(2.0 * micros),
+            max: Some(3.0 * micros),
+        };
+        let holder = |machine, is_snapshot, mib: u64| Shares {
+            machine,
+            is_snapshot,
+            alone_bytes: mib << 20,
+            shared_bytes: 40 << 20,
+        };
+        FamilyReport {
+            version: "0.1.0".to_owned(),
+            platform: Platform {
+                accel: "kvm".to_owned(),
+                kvm: "pvm".to_owned(),
+                paging: "shadow".to_owned(),
+                kernel: "6.18.0".to_owned(),
+                cpus: 2,
+            },
+            config: FamilyConfig {
+                guest: guest(),
+                shape: Shape::Clones(2),
+                warm_up: Duration::from_secs(1),
+                duration: Duration::from_secs(5),
+            },
+            verdict: Verdict::Ok,
+            error: None,
+            unchecked: Vec::new(),
+            ended_by: EndedBy::Duration,
+            duration_s: 6.25,
+            refused: None,
+            forking: Some(Forking {
+                clones: 2,
+                time_s: 0.001,
+                root_ops_per_s_before: 200_000.0,
+                root_ops_per_s_meanwhile: 150_000.0,
+            }),
+            first_instruction_us: times(412.5),
+            fork_pause_us: times(120.0),
+            pause_us: times(130.0),
+            snapshots: 55,
+            checked: 55,
+            checked_pages: 123_456,
+            shares: Some(SharesReport {
+                holders: vec![
+                    holder(0, false, 3),
+                    holder(1, false, 2),
+                    holder(2, false, 9),
+                    holder(0, true, 100),
+                ],
+                shared_bytes: 40 << 20,
+                unexplained_bytes: 0,
+            }),
+            machines: (0..3).map(member).collect(),
+            violations: ViolationCounts::default(),
+            bytes_peak: 300 << 20,
+            bytes_limit: 900 << 20,
+            mappings_peak: 77,
+            mappings_limit: 63_530,
+        }
+    }
+
+    #[test]
+    fn a_good_family_reads_like_this() {
+        assert_eq!(
+            render(&example()),
+            "\
+ok: 3 machines, 55 snapshots of them, every one checked bit for bit, no violation
+
+run         6.25 s, as asked
+asked for   2 clones; 256 MiB, 2 vCPUs, 2 devices, uniform, 1 s before the first
+                   p50        p99        max
+clone           412 µs     825 µs    1.24 ms   from the wish to its first instruction
+fork pause      120 µs     240 µs     360 µs   its parent stands still, once for all its clones
+pause           130 µs     260 µs     390 µs   for the other snapshots
+forking     2 clones in 1.00 ms; the root 200,000 operations/s before, 150,000 meanwhile
+guests      6,000 operations, 1,000 at least by each; 21 pages copied
+snapshots   55 taken, 55 checked (123,456 pages)
+memory      each machine 3.00 MiB by itself (9.00 MiB at most), 40.0 MiB shared by several
+in use      300 MiB of 900 MiB at most, 77 of 63,530 mappings
+violations  cut 0, isolation 0, coherence 0, life 0, tracking 0, accounting 0
+policy      exclusive
+platform    PVM (KVM without VMX or SVM), Linux 6.18.0, 2 CPUs
+seed        7 (repeat with --seed 7)
+"
+        );
+    }
+
+    #[test]
+    fn what_went_wrong_comes_first() {
+        let mut report = example();
+        report.verdict = Verdict::Error;
+        report.error = Some("clone 2 was refused: no memory\nmachine 1: a\x1bcrash".to_owned());
+        let text = render(&report);
+        let expected =
+            "could not finish: clone 2 was refused: no memory\n  machine 1: a\\u{1b}crash\n\n";
+        assert!(text.starts_with(expected), "{text}");
+        report.verdict = Verdict::Violated;
+        report.violations.isolation = 2;
+        report.config.guest.inject = Some(Injection::ReuseShared);
+        let text = render(&report);
+        assert!(text.starts_with("VIOLATED: 2 violations in 55 snapshots of 3 machines\n"));
+        assert!(text.contains("\n  clone 2 was refused"), "{text}");
+        assert!(text.contains("injected    reuse-shared: caught"), "{text}");
+    }
+}
