@@ -390,6 +390,38 @@ impl Allocator {
         Some(first)
     }
 
+    /// Makes a home of a whole run for region number `index` of a space of `regions`. It is run number `near`
+    /// if that is free; else where there is room for all of the space, so that the homes of its other regions
+    /// can lie beside it; else any. Without memory, so that the host can give it in one piece, if there may be
+    /// memory for it.
+    pub(super) fn make_home_of_folio(
+        &mut self,
+        near: Option<u64>,
+        index: u64,
+        regions: u64,
+    ) -> Option<Pfn> {
+        let has_room = self.room() >= self.folio.pages();
+        let runs = self.frames / self.folio.pages();
+        let is_fit =
+            |&run: &u64| run < runs && self.whole.get(run) && (!has_room || !self.ready.get(run));
+        let is_bare = |&first: &u64| {
+            self.whole.ones(first, regions) == regions && self.ready.ones(first, regions) == 0
+        };
+        let room_for_all = || {
+            let firsts = (0..runs.saturating_sub(regions - 1)).step_by(regions as usize);
+            firsts.filter(|_| has_room).find(is_bare)
+        };
+        let run = near
+            .filter(is_fit)
+            .or_else(|| Some(room_for_all()? + index))
+            .or_else(|| self.whole.iter().find(is_fit))
+            .or_else(|| self.whole.iter().next())?;
+        let first = Pfn(run * self.folio.pages());
+        self.homes.set_run(first.0, self.folio.pages(), true);
+        self.look_at(run);
+        Some(first)
+    }
+
     fn find_home(&self, pages: u64, fits: impl Fn(u64, u64) -> bool) -> Option<Pfn> {
         let folio = self.folio.pages();
         let step = if pages < folio { 1 } else { folio };

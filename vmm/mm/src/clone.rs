@@ -29,7 +29,7 @@ impl<P: CowPolicy> AddressSpace<P> {
     /// clone, nor of `mmu`.
     pub fn from_frozen(frozen: &Frozen, policy: P, mmu: Box<dyn Mmu>) -> Result<Self, ForkError> {
         let pool = Arc::clone(&frozen.pool);
-        let clone = Self::new(pool, policy, mmu, frozen.pages()).map_err(ForkError::Home)?;
+        let clone = Self::without_home(pool, policy, mmu, frozen.pages());
         let mut adoption = Adoption {
             clone: &clone,
             counted: Vec::new(),
@@ -70,10 +70,7 @@ impl<P: CowPolicy> Adoption<'_, P> {
     /// Adopts a region of the snapshot.
     fn adopt(&mut self, index: usize, from: &FrozenRegion) -> Result<(), ForkError> {
         let clone = self.clone;
-        let (first, count, is_full) = {
-            let ours = clone.mapped.table.lock(index);
-            (ours.first(), ours.len(), ours.is_full())
-        };
+        let (first, count) = clone.mapped.table.pages_of_region(index);
         // A break must not move the snapshot between the look and the share: the frame would be the writer's.
         let theirs = from.lock();
         let is_shared = if let Some(head) = theirs.huge() {
@@ -104,7 +101,7 @@ impl<P: CowPolicy> Adoption<'_, P> {
             }
             is_shared
         };
-        if !is_shared || !is_full {
+        if !is_shared || count < clone.pool.huge().pages() {
             self.different.push(index);
         }
         self.map_counted(Rest::Waits)

@@ -59,12 +59,9 @@ pub enum ForkError {
     /// The window could not be write-protected.
     #[error("cannot write-protect guest memory")]
     WriteProtect(#[source] MmuError),
-    /// The child's own MMU or home could not be set up.
+    /// The child's own MMU could not be set up.
     #[error("cannot map the clone's memory")]
     Map(#[source] MmuError),
-    /// The pool has no room for the clone.
-    #[error("cannot make room for the clone")]
-    Home(#[source] AllocError),
 }
 
 impl<P: CowPolicy> AddressSpace<P> {

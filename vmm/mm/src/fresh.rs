@@ -11,16 +11,25 @@ use super::pool_ref::PoolRef;
 pub(super) struct Fresh {
     pool: PoolRef,
     pfn: Pfn,
+    is_blank: bool,
     owned_elsewhere: bool,
 }
 
 impl Fresh {
     /// Of a frame that was allocated.
-    pub(super) fn of_allocated(pool: PoolRef, pfn: Pfn) -> Self {
+    pub(super) fn of_allocated(pool: PoolRef, taken: &Taken) -> Self {
         Self {
             pool,
-            pfn,
+            pfn: taken.first,
+            is_blank: taken.is_blank,
             owned_elsewhere: false,
+        }
+    }
+
+    /// Fills it with zeros.
+    pub(super) fn zero(&self) {
+        if !self.is_blank {
+            self.pool.memory().zero(self.pfn);
         }
     }
 

@@ -29,7 +29,7 @@
 //! | `predictor` | what the guest will write: how much is copied at once, and what beforehand |
 //! | `allocator` | who has which frame, and which frames have memory |
 //! | `commit` | asking the host for memory and giving it back, with no lock held |
-//! | `home` | the frames each address space has for its own |
+//! | `home` | the frames each region of an address space has for its own |
 //! | `frame` | the words of all frames, and their atomic transitions |
 //! | `folio` | frames that are mapped, shared and written as one; holds on their pages |
 //! | `pool_ref` | how what somebody has of a pool outlives it |
@@ -41,7 +41,9 @@
 //! | `lineage` | what the next fork takes over from the last one |
 //! | `space` | live address spaces; lock order |
 //! | `open` | what comes before every change of a page |
+//! | `house` | where pages get their frames, and when a region moves to another home |
 //! | `fault` | write fault and unshare: how a page becomes exclusive, and who gets the copy |
+//! | `whole` | the same for all of a region at once |
 //! | `dirty` | which pages were written since? Write-protection without intent to copy |
 //! | `fork` | share everything, copy what is pinned |
 //! | `clone` | a running space made of a snapshot |
@@ -77,6 +79,7 @@ mod frozen;
 mod get;
 mod hold;
 mod home;
+mod house;
 mod lineage;
 mod mapped;
 mod merge;
@@ -97,6 +100,7 @@ mod space;
 mod stats;
 mod stripe;
 mod sync;
+mod whole;
 
 #[cfg(all(test, not(any(loom, shuttle))))]
 mod model;

@@ -8,6 +8,7 @@
 //! ```
 
 use super::addr::{Gfn, Pfn};
+use super::house::Ahead;
 use super::policy::CowPolicy;
 use super::rearrange::RearrangeError;
 use super::safeguard::{Safeguard, is_left_out};
@@ -36,7 +37,7 @@ impl<P: CowPolicy> AddressSpace<P> {
         if state.refs() != 1 {
             return Err(busy(state));
         }
-        let fresh = self.pool.allocate_near(&self.home, gfn.0)?;
+        let fresh = self.allocate_page(&mut region, gfn, Ahead::Nothing)?;
         let stops_writers =
             entry.is_writable() && !is_left_out(Safeguard::WritersStoppedBeforeCopy);
         if stops_writers {

@@ -1,7 +1,7 @@
 //! The frame pool: all frames of a process, and the memory they may have.
 //!
-//! An address space has a *home* (`home.rs`): a frame for each of its pages, where the page is for as long as
-//! nothing forces it elsewhere. All other frames (copies for snapshots, mostly) come from the rest of the
+//! A region of an address space has a *home* (`home.rs`): a frame for each of its pages, where the page is for
+//! as long as nothing forces it elsewhere. All other frames (copies for snapshots, mostly) come from the rest of the
 //! pool. Which frame is whose is `allocator.rs`; how frames come to have memory is `commit.rs`; the handles
 //! by which they are held are `fresh.rs` and `hold.rs`.
 //!
@@ -20,7 +20,7 @@ use super::frame::{FrameTable, Released};
 use super::frame_state::FrameState;
 use super::fresh::{Fresh, FreshFolio, Isolated};
 use super::hold::{Get, PinnedRun};
-use super::home::Home;
+use super::home::{Home, Place};
 use super::mmu::FrameMemory;
 use super::policy::CowPolicy;
 use super::pool_ref::PoolRef;
@@ -124,10 +124,38 @@ impl FramePool {
         Home::reserve(&self.supply, pages)
     }
 
-    /// A frame for anything: not zeroed.
+    /// Reserves a home for a region: [`Home::reserve_folio`].
+    pub(super) fn reserve_folio(
+        &self,
+        place: &Place,
+        index: usize,
+        regions: usize,
+    ) -> Option<Home> {
+        Home::reserve_folio(&self.supply, self.huge(), place, index, regions)
+    }
+
+    /// Whether somebody has a frame.
+    pub(super) fn is_allocated(&self, pfn: Pfn) -> bool {
+        self.supply.lock().is_allocated(pfn)
+    }
+
+    /// A frame for anything, with whatever is in it.
     pub(super) fn allocate(&self) -> Result<Fresh, AllocError> {
         let taken = self.supply.take(Allocator::claim_single)?;
-        Ok(Fresh::of_allocated(self.reference(), taken.first))
+        Ok(Fresh::of_allocated(self.reference(), &taken))
+    }
+
+    /// The frame for page `index` of a home, with whatever is in it. If it has no memory, that is asked for up
+    /// to the `most`th page from there on. `None` if somebody has the frame, or there is no memory for it.
+    pub(super) fn allocate_at(
+        &self,
+        home: &Home,
+        index: u64,
+        most: u64,
+    ) -> Result<Option<Fresh>, AllocError> {
+        let pfn = home.frame(index);
+        let taken = self.supply.try_take(|a| a.claim_home(pfn, 1, most))?;
+        Ok(taken.map(|taken| Fresh::of_allocated(self.reference(), &taken)))
     }
 
     /// The frames of a huge folio for the pages from `index` on: their homes. `None` if one of them is in
@@ -157,32 +185,15 @@ impl FramePool {
         self.supply.give_back_surplus();
     }
 
-    /// A frame for page `index` that is filled with zeros: its home if that is free, so that neighbours stay
-    /// neighbours, else any.
-    pub(super) fn allocate_zeroed(&self, home: &Home, index: u64) -> Result<Fresh, AllocError> {
-        let (fresh, is_zero) = self.allocate_home(home, index)?;
-        if !is_zero {
-            self.memory().zero(fresh.pfn());
-        }
-        Ok(fresh)
-    }
-
-    /// As [`FramePool::allocate_zeroed`], with whatever is in it.
+    /// A frame for page `index`, with whatever is in it: its home if that is free, so that neighbours stay
+    /// neighbours, else any. Room is made for it if there is none.
     pub(super) fn allocate_near(&self, home: &Home, index: u64) -> Result<Fresh, AllocError> {
-        self.allocate_home(home, index).map(|(fresh, _)| fresh)
-    }
-
-    /// Says also whether the frame is known to be all zeros: its memory is new.
-    fn allocate_home(&self, home: &Home, index: u64) -> Result<(Fresh, bool), AllocError> {
         let pfn = home.frame(index);
         let taken = self.supply.take(|a| match a.claim_home(pfn, 1, 1) {
             Err(Unavailable::Taken | Unavailable::Limit) => a.claim_single(),
             home => home,
         })?;
-        Ok((
-            Fresh::of_allocated(self.reference(), taken.first),
-            taken.is_blank,
-        ))
+        Ok(Fresh::of_allocated(self.reference(), &taken))
     }
 
     pub(super) fn free(&self, pfn: Pfn) {

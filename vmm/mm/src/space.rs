@@ -8,7 +8,7 @@ use super::addr::{Gfn, OutOfRange};
 use super::commit::AllocError;
 use super::entry::Entry;
 use super::frozen::FrozenTable;
-use super::home::Home;
+use super::home::Place;
 use super::lineage::Lineage;
 use super::mapped::Mapped;
 use super::mapped::table::{RegionGuard, Table};
@@ -36,7 +36,8 @@ pub struct AddressSpace<P> {
     pub(super) pool: Arc<FramePool>,
     pub(super) policy: P,
     pub(super) mapped: Mapped,
-    pub(super) home: Home,
+    /// Where homes of its regions are to be, if they get others than they began with.
+    pub(super) place: Place,
     pub(super) lineage: Mutex<Lineage>,
     pub(super) predictor: Predictor,
     pub(super) counters: Counters,
@@ -57,10 +58,22 @@ impl<P: CowPolicy> AddressSpace<P> {
         mmu: Box<dyn Mmu>,
         pages: u64,
     ) -> Result<Self, AllocError> {
-        let order = pool.huge();
-        let table = Table::new(pages, order);
-        Ok(Self {
-            home: pool.reserve(pages)?,
+        let home = pool.reserve(pages)?;
+        let space = Self::without_home(pool, policy, mmu, pages);
+        space.mapped.table.settle(home);
+        Ok(space)
+    }
+
+    /// The same without frames of its own: its regions get homes when they need them.
+    pub(super) fn without_home(
+        pool: Arc<FramePool>,
+        policy: P,
+        mmu: Box<dyn Mmu>,
+        pages: u64,
+    ) -> Self {
+        let table = Table::new(pages, pool.huge());
+        Self {
+            place: Place::default(),
             lineage: Mutex::new(Lineage::new(table.regions())),
             predictor: Predictor::learning(),
             pool,
@@ -69,7 +82,7 @@ impl<P: CowPolicy> AddressSpace<P> {
             counters: Counters::default(),
             uses_huge: true,
             tracks_dirty: AtomicBool::new(false),
-        })
+        }
     }
 
     /// The same, without huge folios: every page has an entry of its own, and is broken by itself.

@@ -467,10 +467,8 @@ impl Mapped {
 
     /// Takes all entries away, and hands them over to have their frames given back. Nobody looks through the
     /// MMU any more: it is not changed.
-    pub(super) fn dismantle(&mut self, mut give_back: impl FnMut(Entry)) {
-        for index in 0..self.table.regions() {
-            self.table.lock(index).clear(&mut give_back);
-        }
+    pub(super) fn dismantle(&mut self, give_back: impl FnMut(Entry)) {
+        self.table.clear(give_back);
     }
 
     /// For model checkers: one half of [`Mapped::map`] of one page, by itself.

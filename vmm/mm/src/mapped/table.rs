@@ -5,35 +5,38 @@
 //! the lock of its region** and may be read without one (the fast path of a pin does).
 
 use std::ops::{Range, RangeInclusive};
-use std::sync::Weak;
+use std::sync::{OnceLock, Weak};
 
 use super::super::addr::{Gfn, Order, OutOfRange, Pfn};
 use super::super::entry::Entry;
 use super::super::frozen::{FrozenChunks, FrozenRegion};
+use super::super::home::Home;
 use super::super::predictor::History;
 use super::super::sync::{AtomicU64, Mutex, MutexGuard, Ordering, lock, zeroed};
+
+/// Regions whose states are made at once.
+const GROUP: usize = 64;
 
 /// The entries of one address space.
 pub(in super::super) struct Table {
     /// Small entries. Those of a region with a huge entry mean nothing, and those of a region that always had
     /// one were never touched: they are as long as a page of the host, and cost no memory (`sync::zeroed`).
     entries: Box<[AtomicU64]>,
-    regions: Box<[ShadowRegion]>,
+    /// The huge entry of each region, if it is present.
+    huge: Box<[AtomicU64]>,
+    /// What there is once for all of a region, made when somebody looks at one of its group: a clone has
+    /// entries long before it has need of more.
+    states: Box<[OnceLock<States>]>,
     /// How large a region is.
     order: Order,
 }
 
-/// A region of the table: beside its small entries, what there is once for all of it.
-struct ShadowRegion {
-    /// The huge entry, if it is present.
-    huge: AtomicU64,
-    state: Mutex<RegionState>,
-}
+type States = Box<[Mutex<RegionState>]>;
 
 /// What is kept of a region under its lock, beside its entries.
 #[derive(Default)]
 pub(in super::super) struct RegionState {
-    /// Small entries that are not [`Entry::UNTOUCHED`].
+    /// Small entries that are not [`Entry::UNTOUCHED`]. Of a region that a huge entry maps it means nothing.
     touched: usize,
     /// Whether anything has changed since the last fork (`lineage.rs`).
     pub(in super::super) is_changed: bool,
@@ -44,19 +47,35 @@ pub(in super::super) struct RegionState {
     pub(in super::super) sharers: Vec<Weak<FrozenRegion>>,
     /// The predictor's record of it.
     pub(in super::super) history: History,
+    /// The frames it has for its own: none until it needs one (`house.rs`).
+    pub(in super::super) home: Option<Home>,
 }
 
 impl Table {
     pub(in super::super) fn new(pages: u64, order: Order) -> Self {
-        let region = |_| ShadowRegion {
-            huge: AtomicU64::new(0),
-            state: Mutex::new(RegionState::default()),
-        };
+        let regions = pages.div_ceil(order.pages()) as usize;
         Self {
             entries: zeroed(pages as usize),
-            regions: (0..pages.div_ceil(order.pages())).map(region).collect(),
+            huge: zeroed(regions),
+            states: (0..regions.div_ceil(GROUP))
+                .map(|_| OnceLock::new())
+                .collect(),
             order,
         }
+    }
+
+    /// Gives each region its part of `home`, which has a frame for each page.
+    pub(in super::super) fn settle(&self, mut home: Home) {
+        for index in 0..self.regions() {
+            let mut region = self.lock(index);
+            region.state.home = Some(home.split_front(region.len()));
+        }
+    }
+
+    fn state(&self, index: usize) -> &Mutex<RegionState> {
+        let group = &self.states[index / GROUP];
+        let made = || (0..GROUP).map(|_| Mutex::default()).collect();
+        &group.get_or_init(made)[index % GROUP]
     }
 
     pub(in super::super) fn pages(&self) -> u64 {
@@ -64,7 +83,7 @@ impl Table {
     }
 
     pub(in super::super) fn regions(&self) -> usize {
-        self.regions.len()
+        self.huge.len()
     }
 
     /// Whether there is such a page.
@@ -101,8 +120,8 @@ impl Table {
         if gfn.0 >= self.order.floor(self.pages()) {
             return None;
         }
-        let region = &self.regions[self.region_of(gfn)];
-        let huge = Entry::of_word(region.huge.load(Ordering::Acquire));
+        let huge = &self.huge[self.region_of(gfn)];
+        let huge = Entry::of_word(huge.load(Ordering::Acquire));
         huge.is_present()
             .then(|| huge.page(gfn.0 - self.order.floor(gfn.0)))
     }
@@ -124,8 +143,8 @@ impl Table {
         let first = index * self.order.pages() as usize;
         let last = self.entries.len().min(first + self.order.pages() as usize);
         RegionGuard {
-            state: lock(&self.regions[index].state),
-            huge: &self.regions[index].huge,
+            state: lock(self.state(index)),
+            huge: &self.huge[index],
             entries: &self.entries[first..last],
             first: Gfn(first as u64),
             index,
@@ -133,22 +152,44 @@ impl Table {
         }
     }
 
-    /// Publishes entries, read-only, for pages that were never touched.
+    /// Publishes entries, read-only, for pages that were never touched, of a space that nobody else has yet.
     pub(super) fn publish(&self, stretch: &Stretch) {
         let Stretch { first, frame, .. } = *stretch;
-        let step = if stretch.is_huge {
-            self.order.pages()
+        if stretch.is_huge {
+            let pages = self.order.pages();
+            let huge = &self.huge[self.region_of(first)..];
+            let heads = (frame.0..frame.0 + stretch.count).step_by(pages as usize);
+            for (slot, head) in huge.iter().zip(heads) {
+                let entry = Entry::huge_read_only(Pfn(head));
+                slot.store(entry.word(), Ordering::Release);
+            }
         } else {
-            stretch.count
-        };
-        for at in (0..stretch.count).step_by(step as usize) {
-            let mut region = self.lock_of(Gfn(first.0 + at));
-            if stretch.is_huge {
-                region.set_huge(Entry::huge_read_only(Pfn(frame.0 + at)));
-            } else {
-                (0..step).for_each(|n| {
-                    region.set(Gfn(first.0 + n), Entry::read_only(Pfn(frame.0 + n)));
-                });
+            let mut region = self.lock_of(first);
+            (0..stretch.count).for_each(|n| {
+                region.set(Gfn(first.0 + n), Entry::read_only(Pfn(frame.0 + n)));
+            });
+        }
+    }
+
+    /// The pages of a region: the first, and how many.
+    pub(in super::super) fn pages_of_region(&self, index: usize) -> (Gfn, u64) {
+        let first = index as u64 * self.order.pages();
+        (Gfn(first), self.order.pages().min(self.pages() - first))
+    }
+
+    /// Takes all entries away, and hands over those that are present.
+    pub(super) fn clear(&mut self, mut give_back: impl FnMut(Entry)) {
+        for index in 0..self.regions() {
+            let huge = Entry::of_word(self.huge[index].load(Ordering::Relaxed));
+            if huge.is_present() {
+                // What it has left in the small ones is not looked at.
+                give_back(huge);
+                self.huge[index].store(Entry::UNTOUCHED.word(), Ordering::Release);
+                if self.states[index / GROUP].get().is_some() {
+                    self.lock(index).state.touched = 0;
+                }
+            } else if self.states[index / GROUP].get().is_some() {
+                self.lock(index).clear_small(&mut give_back);
             }
         }
     }
@@ -195,7 +236,7 @@ impl RegionGuard<'_> {
 
     /// Whether no page of the region was ever touched.
     pub(in super::super) fn is_untouched(&self) -> bool {
-        self.state.touched == 0
+        self.state.touched == 0 && self.huge().is_none()
     }
 
     pub(in super::super) fn first(&self) -> Gfn {
@@ -285,7 +326,7 @@ impl RegionGuard<'_> {
         match self.huge() {
             Some(huge) => huge.page(gfn.0 - self.first.0),
             // Not read: that would put memory behind it, which most regions never need.
-            None if self.is_untouched() => Entry::UNTOUCHED,
+            None if self.state.touched == 0 => Entry::UNTOUCHED,
             // The lock orders this against every store.
             None => Entry::of_word(self.slot(gfn).load(Ordering::Relaxed)),
         }
@@ -316,7 +357,6 @@ impl RegionGuard<'_> {
     pub(super) fn set_huge(&mut self, entry: Entry) {
         debug_assert!(entry.is_huge() && self.is_full());
         self.huge.store(entry.word(), Ordering::Release);
-        self.state.touched = self.entries.len();
     }
 
     /// Publishes small entries that say what the huge entry says, in its place.
@@ -325,6 +365,7 @@ impl RegionGuard<'_> {
         for (index, slot) in (0..).zip(self.entries) {
             slot.store(huge.page(index).small().word(), Ordering::Release);
         }
+        self.state.touched = self.entries.len();
         // After them: who finds no huge entry finds these.
         self.huge.store(Entry::UNTOUCHED.word(), Ordering::Release);
     }
@@ -351,21 +392,18 @@ impl RegionGuard<'_> {
         self.set(gfn, self.get(gfn).cleaned());
     }
 
-    /// Takes all entries away, and hands over those that are present: the huge one, or small ones.
-    pub(super) fn clear(&mut self, mut give_back: impl FnMut(Entry)) {
-        if let Some(huge) = self.huge() {
-            self.huge.store(Entry::UNTOUCHED.word(), Ordering::Release);
-            give_back(huge);
-        } else if !self.is_untouched() {
-            for slot in self.entries {
-                let entry = Entry::of_word(slot.load(Ordering::Relaxed));
-                slot.store(Entry::UNTOUCHED.word(), Ordering::Release);
-                if entry.is_present() {
-                    give_back(entry);
-                }
+    /// Takes the small entries away, and hands over those that are present.
+    fn clear_small(&mut self, mut give_back: impl FnMut(Entry)) {
+        if self.is_untouched() {
+            return;
+        }
+        for slot in self.entries {
+            let entry = Entry::of_word(slot.load(Ordering::Relaxed));
+            slot.store(Entry::UNTOUCHED.word(), Ordering::Release);
+            if entry.is_present() {
+                give_back(entry);
             }
         }
-        // What a huge entry has left in the small ones is not looked at.
         self.state.touched = 0;
     }
 

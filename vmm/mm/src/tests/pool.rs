@@ -2,7 +2,8 @@
 
 use super::super::allocator::COMMIT_FOLIOS;
 use super::super::frame::Released;
-use super::super::fresh::FreshFolio;
+use super::super::fresh::{Fresh, FreshFolio};
+use super::super::home::Home;
 use super::super::soft::soft_pool_of;
 use super::refusing::RefusingMemory;
 use super::*;
@@ -79,17 +80,23 @@ fn at_the_limit_a_page_is_filled_away_from_home() {
     assert!(w.vm.cpu_write(Gfn(3), 7).is_err());
 }
 
+fn zeroed(pool: &FramePool, home: &Home, index: u64) -> Fresh {
+    let fresh = pool.allocate_near(home, index).unwrap();
+    fresh.zero();
+    fresh
+}
+
 #[test]
 fn a_frame_that_was_used_before_is_zeroed() {
     let (pool, memory) = soft_pool(8).unwrap();
     let home = pool.reserve(1).unwrap();
     let used = pool.allocate_near(&home, 0).unwrap().pfn();
     memory.store(used, 7);
-    let fresh = pool.allocate_zeroed(&home, 0).unwrap();
+    let fresh = zeroed(&pool, &home, 0);
     assert_eq!((fresh.pfn(), memory.load(used)), (used, 0));
     let elsewhere = pool.allocate().unwrap().pfn();
     memory.store(elsewhere, 7);
-    let other = pool.allocate_zeroed(&home, 0).unwrap();
+    let other = zeroed(&pool, &home, 0);
     assert_eq!((other.pfn(), memory.load(elsewhere)), (elsewhere, 0));
 }
 
@@ -98,9 +105,9 @@ fn a_frame_that_was_used_before_is_zeroed() {
 fn a_frame_that_is_new_is_not_zeroed_again() {
     let (pool, memory) = soft_pool(8).unwrap();
     let home = pool.reserve(2).unwrap();
-    let first = pool.allocate_zeroed(&home, 0).unwrap();
+    let first = zeroed(&pool, &home, 0);
     memory.store(Pfn(first.pfn().0 + 1), 7);
-    let second = pool.allocate_zeroed(&home, 1).unwrap();
+    let second = zeroed(&pool, &home, 1);
     assert_eq!(
         (second.pfn().0, memory.load(second.pfn())),
         (first.pfn().0 + 1, 7)

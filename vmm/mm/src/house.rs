@@ -1,0 +1,147 @@
+//! Where the pages of a region get their frames, and when the region moves house.
+//!
+//! A page gets its frame at home. If somebody else has that, another machine runs on in it, most often: a
+//! clone, or who was cloned. Single pages go elsewhere then, and as long as there are few of them that is
+//! best. But if others run on in most of a region's frames, all of what is written of it must be copied, and
+//! page by page to anywhere it would be in as many mappings and never huge again. So the region gets another
+//! *home*: pages go to their places in it as they break, neighbours join into one mapping, a break of the
+//! whole region copies it into a folio there, and when all pages have come the region is huge again.
+//!
+//! The old home is given up: what others have of it is theirs, and free frames are anybody's.
+//!
+//! Snapshots and readers have nobody move house: those are moved (`fault.rs`), these go away.
+
+use std::collections::HashSet;
+use std::sync::Weak;
+
+use super::addr::{Gfn, Pfn};
+use super::commit::AllocError;
+use super::fresh::{Fresh, FreshFolio};
+use super::home::Home;
+use super::mapped::table::RegionGuard;
+use super::policy::CowPolicy;
+use super::space::AddressSpace;
+
+/// How much memory is made ready with that of a page.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Ahead {
+    /// None: it is not known that the next page will be written.
+    Nothing,
+    /// That of the pages that follow it in its region, which are needed next.
+    Region,
+}
+
+impl<P: CowPolicy> AddressSpace<P> {
+    /// A frame for a page, with whatever is in it: at its region's home, if that can be, or at the home that
+    /// the region moves to; else anywhere.
+    pub(super) fn allocate_page(
+        &self,
+        region: &mut RegionGuard<'_>,
+        gfn: Gfn,
+        ahead: Ahead,
+    ) -> Result<Fresh, AllocError> {
+        self.settle(region);
+        let index = gfn.0 - region.first().0;
+        let most = match ahead {
+            Ahead::Nothing => 1,
+            Ahead::Region => region.len() - index,
+        };
+        let Some(home) = &region.state.home else {
+            return self.pool.allocate();
+        };
+        if let Some(fresh) = self.pool.allocate_at(home, index, most)? {
+            return Ok(fresh);
+        }
+        let is_taken = self.pool.is_allocated(home.frame(index));
+        if is_taken
+            && self.moves_house(region)
+            && let Some(home) = &region.state.home
+        {
+            return self.pool.allocate_near(home, index);
+        }
+        match &region.state.home {
+            Some(home) => self.pool.allocate_near(home, index),
+            None => self.pool.allocate(),
+        }
+    }
+
+    /// The frames of a folio for all of a region, with whatever is in them: its home, or the one it moves to.
+    /// `None` if it has none that nobody has a frame of, or there is no memory for it.
+    pub(super) fn allocate_region(
+        &self,
+        region: &mut RegionGuard<'_>,
+    ) -> Result<Option<FreshFolio>, AllocError> {
+        self.settle(region);
+        let Some(home) = &region.state.home else {
+            return Ok(None);
+        };
+        let folio = self.pool.allocate_huge(home, 0)?;
+        if folio.is_some() || !home.is_taken() || !self.moves_house(region) {
+            return Ok(folio);
+        }
+        match &region.state.home {
+            Some(home) => self.pool.allocate_huge(home, 0),
+            None => Ok(None),
+        }
+    }
+
+    /// Gives a region a home, if it has none and there is room for one.
+    fn settle(&self, region: &mut RegionGuard<'_>) {
+        if region.state.home.is_none() {
+            region.state.home = self.another_home(region);
+        }
+    }
+
+    fn another_home(&self, region: &RegionGuard<'_>) -> Option<Home> {
+        let regions = self.mapped.table.regions();
+        self.pool
+            .reserve_folio(&self.place, region.index(), regions)
+    }
+
+    /// Gives a region another home, if others run on in at least half of its pages and there is room for one.
+    /// Says whether it has.
+    fn moves_house(&self, region: &mut RegionGuard<'_>) -> bool {
+        if !self.is_run_on_by_others(region) {
+            return false;
+        }
+        match self.another_home(region) {
+            Some(home) => {
+                region.state.home = Some(home);
+                true
+            }
+            None => false,
+        }
+    }
+
+    /// Whether other live spaces map at least half of a region's pages that have a frame.
+    fn is_run_on_by_others(&self, region: &RegionGuard<'_>) -> bool {
+        let alive = || region.state.sharers.iter().filter_map(Weak::upgrade);
+        if let Some(head) = region.huge().map(|huge| huge.pfn()) {
+            let frozen = alive().filter(|s| s.lock().huge() == Some(head)).count() as u64;
+            if self.pool.frames().folio_state(head).maps() > frozen + 1 {
+                return true;
+            }
+        }
+        // Of each page the mappings that are ours, or of a snapshot of ours: those would move.
+        let frames: Vec<Pfn> = region.pages().map(|gfn| region.get(gfn).pfn()).collect();
+        let mut known = vec![1; frames.len()];
+        // Snapshots may have a mapping in common.
+        let mut counted = HashSet::new();
+        for snapshot in alive() {
+            let theirs = snapshot.lock();
+            for ((gfn, &pfn), known) in region.pages().zip(&frames).zip(&mut known) {
+                if theirs.get(gfn).pfn() == pfn && counted.insert((theirs.holder(gfn), gfn)) {
+                    *known += 1;
+                }
+            }
+        }
+        let is_present = |pfn: Pfn| pfn != Pfn::ZERO;
+        let present = frames.iter().filter(|&&pfn| is_present(pfn)).count();
+        let shared = frames
+            .iter()
+            .zip(known)
+            .filter(|&(&pfn, known)| is_present(pfn) && self.pool.state(pfn).maps() > known)
+            .count();
+        2 * shared >= present
+    }
+}
