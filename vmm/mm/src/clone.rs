@@ -5,20 +5,27 @@
 //! it breaks. What is counted is then mapped in *runs*: pages that follow each other, in frames that do, with
 //! one call of the MMU, be they of one region or of all of them, by huge entries or by small ones.
 //!
-//! A page that cannot be shared is copied. A clone that cannot be made leaves nothing behind.
+//! A region whose pages are scattered over many runs, or over more than one where mappings are short, is
+//! copied whole into a folio of the clone's own, which takes one mapping. A page that cannot be shared is copied. A clone that cannot be made leaves nothing behind.
 
 use std::mem;
 use std::sync::Arc;
 
 use super::addr::{Gfn, Pfn};
+use super::entry::Entry;
 use super::fork::{Copies, ForkError};
-use super::frozen::{Frozen, FrozenRegion};
+use super::frozen::{Frozen, FrozenChunks, FrozenRegion};
 use super::mapped::table::Stretch;
 use super::mmu::Mmu;
 use super::policy::CowPolicy;
 use super::safeguard::{Safeguard, is_left_out};
 use super::space::AddressSpace;
 use super::sync::lock;
+
+/// A region in more runs of frames than this is copied. To map a run costs the host some 20 us where KVM is a
+/// shadow MMU; to give a folio memory and copy 2 MiB to it about what 64 of them cost. And a process has 65,530
+/// mappings: a thousand regions with more of them than this would be all.
+const SCATTERED: usize = 64;
 
 impl<P: CowPolicy> AddressSpace<P> {
     /// A running clone of a snapshot: a live address space that shares the snapshot's frames. `mmu` shows
@@ -87,24 +94,97 @@ impl<P: CowPolicy> Adoption<'_, P> {
         } else {
             let chunks = theirs.chunks().cloned().unwrap_or_default();
             drop(theirs);
-            let each = clone.pool.huge().chunk().pages();
-            let mut is_shared = true;
-            for (chunk, first) in chunks.iter().zip((first.0..).step_by(each as usize)) {
-                let Some(chunk) = chunk else { continue };
-                let mut adopt = |frames: &[Pfn]| self.adopt_pages(Gfn(first), frames);
-                is_shared &= if is_left_out(Safeguard::CloneUnderLock) {
-                    let frames = chunk.with_frames(<[Pfn]>::to_vec);
-                    adopt(&frames)
-                } else {
-                    chunk.with_frames(adopt)
-                }?;
-            }
-            is_shared
+            !self.copy_scattered(index, &chunks)? && self.adopt_chunks(first, &chunks)?
         };
         if !is_shared || count < clone.pool.huge().pages() {
             self.different.push(index);
         }
         self.map_counted(Rest::Waits)
+    }
+
+    /// Adopts what is in the chunks of the region that begins at page `first`. Says whether all could be shared.
+    fn adopt_chunks(&mut self, first: Gfn, chunks: &FrozenChunks) -> Result<bool, ForkError> {
+        let each = self.clone.pool.huge().chunk().pages();
+        let mut is_shared = true;
+        for (chunk, first) in chunks.iter().zip((first.0..).step_by(each as usize)) {
+            let Some(chunk) = chunk else { continue };
+            let mut adopt = |frames: &[Pfn]| self.adopt_pages(Gfn(first), frames);
+            is_shared &= if is_left_out(Safeguard::CloneUnderLock) {
+                let frames = chunk.with_frames(<[Pfn]>::to_vec);
+                adopt(&frames)
+            } else {
+                chunk.with_frames(adopt)
+            }?;
+        }
+        Ok(is_shared)
+    }
+
+    /// Copies a region into a folio of the clone's own, if its pages are scattered and there is a folio. Says
+    /// whether it has.
+    fn copy_scattered(&self, index: usize, chunks: &FrozenChunks) -> Result<bool, ForkError> {
+        let clone = self.clone;
+        let most = if clone.mapped.is_crowded() {
+            1
+        } else {
+            SCATTERED
+        };
+        if self.runs_of(chunks) <= most {
+            return Ok(false);
+        }
+        let mut region = clone.mapped.table.lock(index);
+        let folio = if region.is_full() {
+            // Without memory the pages are shared after all.
+            clone.allocate_region(&mut region).ok().flatten()
+        } else {
+            None
+        };
+        let Some(folio) = folio else {
+            return Ok(false);
+        };
+        let each = clone.pool.huge().chunk().pages();
+        for (chunk, head) in chunks.iter().zip((folio.head().0..).step_by(each as usize)) {
+            match chunk {
+                Some(chunk) => chunk.with_frames(|frames| self.copy_pages(frames, Pfn(head))),
+                None => self.copy_pages(&vec![Pfn::ZERO; each as usize], Pfn(head)),
+            }
+        }
+        let to = Entry::huge_read_only(folio.head());
+        let (first, count) = (region.first(), region.len());
+        let mapped = clone.mapped.map(&mut region, first, count, to, folio);
+        mapped.map(|()| true).map_err(ForkError::Map)
+    }
+
+    /// In how many runs of frames the pages are that chunks have, just now.
+    fn runs_of(&self, chunks: &FrozenChunks) -> usize {
+        let each = self.clone.pool.huge().chunk().pages() as usize;
+        let (mut runs, mut next) = (0, Pfn::ZERO);
+        let mut look = |frames: &[Pfn]| {
+            for &pfn in &frames[..each] {
+                runs += usize::from(pfn != Pfn::ZERO && pfn != next);
+                next = match pfn {
+                    Pfn::ZERO => Pfn::ZERO,
+                    Pfn(n) => Pfn(n + 1),
+                };
+            }
+        };
+        for chunk in chunks {
+            match chunk {
+                Some(chunk) => chunk.with_frames(&mut look),
+                None => look(&vec![Pfn::ZERO; each]),
+            }
+        }
+        runs
+    }
+
+    /// Copies pages to the frames from `to` on.
+    fn copy_pages(&self, frames: &[Pfn], to: Pfn) {
+        let each = self.clone.pool.huge().chunk().pages();
+        for (from, to) in frames.iter().zip(to.run(each)) {
+            match *from {
+                Pfn::ZERO => self.clone.pool.memory().zero(to),
+                from => self.clone.copy(from, to),
+            }
+        }
     }
 
     /// Adopts pages of one region, whose frames are these, [`Pfn::ZERO`] where nothing was ever touched. Says

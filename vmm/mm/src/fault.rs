@@ -218,6 +218,7 @@ impl<P: CowPolicy> AddressSpace<P> {
                 Resolution::SharersMoved
             } else {
                 self.move_writer(region, gfn, entry, intent)?;
+                region.state.history.moved_writer();
                 return Ok(Resolution::WriterMoved);
             }
         };

@@ -40,29 +40,50 @@ impl<P: CowPolicy> AddressSpace<P> {
         gfn: Gfn,
         ahead: Ahead,
     ) -> Result<Fresh, AllocError> {
+        if let Some(fresh) = self.allocate_at_home(region, gfn, ahead)? {
+            return Ok(fresh);
+        }
+        let index = gfn.0 - region.first().0;
+        let home = region.state.home.as_ref();
+        if home.is_some_and(|home| self.pool.is_allocated(home.frame(index))) {
+            self.moves_house(region);
+        }
+        match &region.state.home {
+            Some(home) => self.pool.allocate_near(home, index),
+            None => self.pool.allocate(),
+        }
+    }
+
+    /// The frame of a page at home, with whatever is in it. `None` if somebody has it, or there is no memory for
+    /// it, or no room for a home.
+    pub(super) fn allocate_at_home(
+        &self,
+        region: &mut RegionGuard<'_>,
+        gfn: Gfn,
+        ahead: Ahead,
+    ) -> Result<Option<Fresh>, AllocError> {
         self.settle(region);
         let index = gfn.0 - region.first().0;
         let most = match ahead {
             Ahead::Nothing => 1,
             Ahead::Region => region.len() - index,
         };
-        let Some(home) = &region.state.home else {
-            return self.pool.allocate();
-        };
-        if let Some(fresh) = self.pool.allocate_at(home, index, most)? {
-            return Ok(fresh);
-        }
-        let is_taken = self.pool.is_allocated(home.frame(index));
-        if is_taken
-            && self.moves_house(region)
-            && let Some(home) = &region.state.home
-        {
-            return self.pool.allocate_near(home, index);
-        }
         match &region.state.home {
-            Some(home) => self.pool.allocate_near(home, index),
-            None => self.pool.allocate(),
+            Some(home) => self.pool.allocate_at(home, index, most),
+            None => Ok(None),
         }
+    }
+
+    /// Whether a page is in its frame at home.
+    pub(super) fn is_at_home(&self, region: &RegionGuard<'_>, gfn: Gfn) -> bool {
+        let home = region.state.home.as_ref();
+        let index = gfn.0 - region.first().0;
+        home.is_some_and(|home| home.frame(index) == region.get(gfn).pfn())
+    }
+
+    /// Whether any page of a region is.
+    pub(super) fn lives_at_home(&self, region: &RegionGuard<'_>) -> bool {
+        region.pages().any(|gfn| self.is_at_home(region, gfn))
     }
 
     /// The frames of a folio for all of a region, with whatever is in them: its home, or the one it moves to.

@@ -9,6 +9,7 @@
 
 use super::addr::{Gfn, Pfn};
 use super::house::Ahead;
+use super::mapped::table::RegionGuard;
 use super::policy::CowPolicy;
 use super::rearrange::RearrangeError;
 use super::safeguard::{Safeguard, is_left_out};
@@ -30,6 +31,15 @@ impl<P: CowPolicy> AddressSpace<P> {
         }
         self.open(&mut region, gfn);
         self.split(&mut region);
+        self.migrate_page(&mut region, gfn)
+    }
+
+    /// The same for a page with a frame, whose region is open and in small entries.
+    pub(super) fn migrate_page(
+        &self,
+        region: &mut RegionGuard<'_>,
+        gfn: Gfn,
+    ) -> Result<Pfn, RearrangeError> {
         let entry = region.get(gfn);
         let pfn = entry.pfn();
         let busy = |state| RearrangeError::Busy { gfn, state };
@@ -37,13 +47,13 @@ impl<P: CowPolicy> AddressSpace<P> {
         if state.refs() != 1 {
             return Err(busy(state));
         }
-        let fresh = self.allocate_page(&mut region, gfn, Ahead::Nothing)?;
+        let fresh = self.allocate_page(region, gfn, Ahead::Nothing)?;
         let stops_writers =
             entry.is_writable() && !is_left_out(Safeguard::WritersStoppedBeforeCopy);
         if stops_writers {
-            self.mapped.suspend_writes(&mut region, gfn)?;
+            self.mapped.suspend_writes(region, gfn)?;
         }
-        let go_on = |region: &mut _| {
+        let go_on = |region: &mut RegionGuard<'_>| {
             if entry.is_writable() {
                 self.mapped.resume_writes(region, gfn);
             }
@@ -54,7 +64,7 @@ impl<P: CowPolicy> AddressSpace<P> {
             match self.pool.isolate(pfn, |s| s.refs() == 1) {
                 Ok(isolated) => Some(isolated),
                 Err(state) => {
-                    go_on(&mut region);
+                    go_on(region);
                     return Err(busy(state));
                 }
             }
@@ -63,11 +73,11 @@ impl<P: CowPolicy> AddressSpace<P> {
         self.pool.memory().copy(pfn, moved);
         // The only holder: exclusive from here on, if it was not before (T4).
         let to = entry.in_frame(moved);
-        if let Err(error) = self.mapped.map(&mut region, gfn, 1, to, fresh) {
+        if let Err(error) = self.mapped.map(region, gfn, 1, to, fresh) {
             if let Some(isolated) = isolated {
                 isolated.put_back();
             }
-            go_on(&mut region);
+            go_on(region);
             return Err(error.into());
         }
         match isolated {

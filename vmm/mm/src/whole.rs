@@ -13,12 +13,14 @@ use super::entry::Entry;
 use super::fault::{FaultError, Intent, Resolution};
 use super::fresh::Fresh;
 use super::house::Ahead;
-use super::mapped::Counted;
 use super::mapped::table::RegionGuard;
 use super::policy::CowPolicy;
 use super::safeguard::{Safeguard, is_left_out};
 use super::space::AddressSpace;
 use super::stats::Counters;
+
+/// Pages that are elsewhere are few if they are one in so many.
+const FEW: u64 = 4;
 
 impl<P: CowPolicy> AddressSpace<P> {
     /// A break of a region that a huge entry maps, read-only: of all of it, or of nothing (`None`), and then
@@ -91,6 +93,7 @@ impl<P: CowPolicy> AddressSpace<P> {
     /// Nobody asked for any of it, so a page for which there is no memory is left as it is.
     pub(super) fn resolve_rest(&self, region: &mut RegionGuard<'_>, also_untouched: bool) {
         self.open_all(region);
+        let comes_home = self.lives_at_home(region);
         let (mut in_place, mut moved) = (Vec::new(), Vec::new());
         for gfn in region.pages() {
             let entry = region.get(gfn);
@@ -98,7 +101,7 @@ impl<P: CowPolicy> AddressSpace<P> {
                 continue;
             }
             let resolved = if entry.is_present() {
-                self.take_over(region, gfn, entry)
+                self.take_over(region, gfn, entry, comes_home)
             } else {
                 let fresh = self.allocate_page(region, gfn, Ahead::Region);
                 fresh
@@ -113,13 +116,14 @@ impl<P: CowPolicy> AddressSpace<P> {
             }
             Counters::add(&self.counters.neighbours);
         }
-        let done = match self.folio_of(region, &in_place) {
-            Some(head) => self.form_huge(region, head),
+        let done = match self.folio_of(region, &in_place, &moved) {
+            Some(head) => self.form_huge(region, head, moved),
             None => self
                 .allow_writes(region, &in_place)
                 .and_then(|()| self.map_moved(region, moved))
-                .and_then(|()| match self.folio_of(region, &[]) {
-                    Some(head) => self.form_huge(region, head),
+                .map(|()| self.fetch_stragglers(region))
+                .and_then(|()| match self.folio_of(region, &[], &[]) {
+                    Some(head) => self.form_huge(region, head, Vec::new()),
                     None => Ok(()),
                 }),
         };
@@ -129,22 +133,51 @@ impl<P: CowPolicy> AddressSpace<P> {
         }
     }
 
-    /// Makes the frame of a page exclusive, or says in which one a copy of it is.
+    /// Makes the frame of a page exclusive, or says in which one a copy of it is. If the page `comes_home`, it
+    /// does not stay elsewhere, even though that costs a copy more.
     fn take_over(
         &self,
         region: &mut RegionGuard<'_>,
         gfn: Gfn,
         entry: Entry,
+        comes_home: bool,
     ) -> Result<Option<Fresh>, FaultError> {
         let pfn = entry.pfn();
-        if self.pool.frames().try_reuse(pfn, &self.policy).is_ok()
-            || self.move_sharers(region, gfn, pfn)?
-        {
-            return Ok(None);
-        }
-        let fresh = self.allocate_page(region, gfn, Ahead::Region)?;
+        // Nobody pins a frame that is not exclusive, under the right policy; under others it is a matter of luck.
+        let state = self.pool.state(pfn);
+        let may_move = comes_home && !state.is_exclusive() && state.is_idle();
+        let at_home = match may_move {
+            true => self.allocate_at_home(region, gfn, Ahead::Region)?,
+            false => None,
+        };
+        let fresh = match at_home {
+            Some(fresh) => fresh,
+            None if self.pool.frames().try_reuse(pfn, &self.policy).is_ok() => return Ok(None),
+            None if self.move_sharers(region, gfn, pfn)? => return Ok(None),
+            None => self.allocate_page(region, gfn, Ahead::Region)?,
+        };
         self.copy(pfn, fresh.pfn());
         Ok(Some(fresh))
+    }
+
+    /// Brings pages home that are elsewhere, if they are all that keeps the region from being huge, and are
+    /// few. They were broken one by one, in frames that were the last holder's by then.
+    ///
+    /// Nobody asked for it: a page that cannot be moved stays where it is.
+    fn fetch_stragglers(&self, region: &mut RegionGuard<'_>) {
+        if !self.uses_huge || !region.is_full() {
+            return;
+        }
+        let is_elsewhere = |&gfn: &Gfn| !self.is_at_home(region, gfn);
+        let stragglers: Vec<Gfn> = region.pages().filter(is_elsewhere).collect();
+        let are_few = stragglers.len() as u64 <= region.len() / FEW;
+        if are_few && region.pages().all(|gfn| region.get(gfn).is_writable()) {
+            for gfn in stragglers {
+                if self.migrate_page(region, gfn).is_err() || !self.is_at_home(region, gfn) {
+                    break;
+                }
+            }
+        }
     }
 
     /// Maps pages to the frames that were filled for them, writable, with few calls. In the order of
@@ -170,8 +203,7 @@ impl<P: CowPolicy> AddressSpace<P> {
                 .collect();
             let to = Entry::writable(run[0].pfn());
             self.mapped.map(region, first, count, to, run)?;
-            let left = before.into_iter().filter(|entry| entry.is_present());
-            left.for_each(|entry| self.pool.unmap(entry.pfn()));
+            self.leave(before);
         }
         Ok(())
     }
@@ -189,38 +221,62 @@ impl<P: CowPolicy> AddressSpace<P> {
     }
 
     /// The folio that a region is in, page by page and in order, if every page is writable or among
-    /// `in_place`.
-    fn folio_of(&self, region: &RegionGuard<'_>, in_place: &[Gfn]) -> Option<Pfn> {
-        let head = region.get(region.first()).pfn();
+    /// `in_place`, or will be where it has `moved`.
+    fn folio_of(
+        &self,
+        region: &RegionGuard<'_>,
+        in_place: &[Gfn],
+        moved: &[(Gfn, Fresh)],
+    ) -> Option<Pfn> {
+        if !self.uses_huge || !region.is_full() {
+            return None;
+        }
         let mut in_place = in_place.iter().peekable();
-        let mut in_order = || {
-            region.pages().zip(head.0..).all(|(gfn, pfn)| {
-                let entry = region.get(gfn);
-                let is_ours = in_place.next_if_eq(&&gfn).is_some() || entry.is_writable();
-                is_ours && entry.pfn() == Pfn(pfn)
-            })
-        };
-        let is_folio = self.uses_huge
-            && region.is_full()
-            && self.pool.frames().head(head) == head
-            && in_order();
+        let mut moved = moved.iter().peekable();
+        let mut frames = region.pages().map(|gfn| {
+            if let Some((_, fresh)) = moved.next_if(|(page, _)| *page == gfn) {
+                return Some(fresh.pfn());
+            }
+            let entry = region.get(gfn);
+            let is_ours = in_place.next_if_eq(&&gfn).is_some() || entry.is_writable();
+            is_ours.then(|| entry.pfn())
+        });
+        let head = frames.next()??;
+        let mut rest = frames.zip(head.0 + 1..);
+        let is_folio = self.pool.frames().head(head) == head
+            && rest.all(|(frame, pfn)| frame == Some(Pfn(pfn)));
         is_folio.then_some(head)
     }
 
-    /// Maps a region by a huge entry again whose pages are all exclusive, in the folio at `head`.
+    /// Maps a region by a huge entry again whose pages are all exclusive, or have `moved` to frames that were
+    /// filled for them, in the folio at `head`.
     ///
     /// The MMU maps it anew, though nothing but rights differ: a host that has split its own huge mapping for
     /// a page that was protected by itself does not join it again, and would have the guest fault 512 times
     /// where one would do.
-    fn form_huge(&self, region: &mut RegionGuard<'_>, head: Pfn) -> Result<(), FaultError> {
+    fn form_huge(
+        &self,
+        region: &mut RegionGuard<'_>,
+        head: Pfn,
+        moved: Vec<(Gfn, Fresh)>,
+    ) -> Result<(), FaultError> {
         let (first, count) = (region.first(), region.len());
+        let left: Vec<Entry> = moved.iter().map(|(gfn, _)| region.get(*gfn)).collect();
+        let frames: Vec<Fresh> = moved.into_iter().map(|(_, fresh)| fresh).collect();
         self.mapped
-            .map(region, first, count, Entry::writable(head), Counted)?;
+            .map(region, first, count, Entry::writable(head), frames)?;
+        self.leave(left);
         if self.pool.frames().try_form_huge(head).is_ok() {
             region.set_joined(head);
             Counters::add(&self.counters.formed);
         }
         Ok(())
+    }
+
+    /// Gives back the mappings that pages had before they were mapped anew.
+    fn leave(&self, before: Vec<Entry>) {
+        let left = before.into_iter().filter(|entry| entry.is_present());
+        left.for_each(|entry| self.pool.unmap(entry.pfn()));
     }
 
     /// Points every snapshot that shares a page of the region at a copy, whatever that costs; says whether

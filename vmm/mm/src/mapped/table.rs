@@ -14,24 +14,28 @@ use super::super::home::Home;
 use super::super::predictor::History;
 use super::super::sync::{AtomicU64, Mutex, MutexGuard, Ordering, lock, zeroed};
 
-/// Regions whose states are made at once.
+/// Regions of a group.
 const GROUP: usize = 64;
 
 /// The entries of one address space.
 pub(in super::super) struct Table {
-    /// Small entries. Those of a region with a huge entry mean nothing, and those of a region that always had
-    /// one were never touched: they are as long as a page of the host, and cost no memory (`sync::zeroed`).
-    entries: Box<[AtomicU64]>,
     /// The huge entry of each region, if it is present.
     huge: Box<[AtomicU64]>,
-    /// What there is once for all of a region, made when somebody looks at one of its group: a clone has
-    /// entries long before it has need of more.
-    states: Box<[OnceLock<States>]>,
+    /// The rest, made when somebody first looks at a region of the group: a clone has huge entries long before
+    /// it has need of more.
+    groups: Box<[OnceLock<Group>]>,
+    pages: u64,
     /// How large a region is.
     order: Order,
 }
 
-type States = Box<[Mutex<RegionState>]>;
+/// What there is of some regions beside huge entries.
+struct Group {
+    /// Small entries. Those of a region with a huge entry mean nothing, and those of a region that always had
+    /// one were never touched: they are as long as a page of the host, and cost no memory (`sync::zeroed`).
+    entries: Box<[AtomicU64]>,
+    states: Box<[Mutex<RegionState>]>,
+}
 
 /// What is kept of a region under its lock, beside its entries.
 #[derive(Default)]
@@ -55,11 +59,11 @@ impl Table {
     pub(in super::super) fn new(pages: u64, order: Order) -> Self {
         let regions = pages.div_ceil(order.pages()) as usize;
         Self {
-            entries: zeroed(pages as usize),
             huge: zeroed(regions),
-            states: (0..regions.div_ceil(GROUP))
+            groups: (0..regions.div_ceil(GROUP))
                 .map(|_| OnceLock::new())
                 .collect(),
+            pages,
             order,
         }
     }
@@ -72,14 +76,28 @@ impl Table {
         }
     }
 
-    fn state(&self, index: usize) -> &Mutex<RegionState> {
-        let group = &self.states[index / GROUP];
-        let made = || (0..GROUP).map(|_| Mutex::default()).collect();
-        &group.get_or_init(made)[index % GROUP]
+    /// The group of a region, and which of it that is.
+    fn group_of(&self, index: usize) -> (&OnceLock<Group>, usize) {
+        (&self.groups[index / GROUP], index % GROUP)
+    }
+
+    fn is_made(&self, index: usize) -> bool {
+        self.group_of(index).0.get().is_some()
+    }
+
+    fn make_group(&self, index: usize) -> Group {
+        let first = index / GROUP * GROUP;
+        let regions = GROUP.min(self.regions() - first);
+        let (first_page, _) = self.pages_of_region(first);
+        let pages = (regions as u64 * self.order.pages()).min(self.pages - first_page.0);
+        Group {
+            entries: zeroed(pages as usize),
+            states: (0..regions).map(|_| Mutex::default()).collect(),
+        }
     }
 
     pub(in super::super) fn pages(&self) -> u64 {
-        self.entries.len() as u64
+        self.pages
     }
 
     pub(in super::super) fn regions(&self) -> usize {
@@ -130,7 +148,12 @@ impl Table {
     /// for many pages.
     #[inline]
     pub(in super::super) fn peek_small(&self, gfn: Gfn) -> Entry {
-        Entry::of_word(self.entries[gfn.0 as usize].load(Ordering::Acquire))
+        let (group, _) = self.group_of(self.region_of(gfn));
+        let Some(group) = group.get() else {
+            return Entry::UNTOUCHED;
+        };
+        let pages = GROUP as u64 * self.order.pages();
+        Entry::of_word(group.entries[(gfn.0 & (pages - 1)) as usize].load(Ordering::Acquire))
     }
 
     /// How many pages there are from `gfn` on to the end of its region.
@@ -140,13 +163,15 @@ impl Table {
     }
 
     pub(in super::super) fn lock(&self, index: usize) -> RegionGuard<'_> {
-        let first = index * self.order.pages() as usize;
-        let last = self.entries.len().min(first + self.order.pages() as usize);
+        let (group, at) = self.group_of(index);
+        let group = group.get_or_init(|| self.make_group(index));
+        let (first, count) = self.pages_of_region(index);
+        let first_entry = at * self.order.pages() as usize;
         RegionGuard {
-            state: lock(self.state(index)),
+            state: lock(&group.states[at]),
             huge: &self.huge[index],
-            entries: &self.entries[first..last],
-            first: Gfn(first as u64),
+            entries: &group.entries[first_entry..first_entry + count as usize],
+            first,
             index,
             order: self.order,
         }
@@ -185,10 +210,10 @@ impl Table {
                 // What it has left in the small ones is not looked at.
                 give_back(huge);
                 self.huge[index].store(Entry::UNTOUCHED.word(), Ordering::Release);
-                if self.states[index / GROUP].get().is_some() {
+                if self.is_made(index) {
                     self.lock(index).state.touched = 0;
                 }
-            } else if self.states[index / GROUP].get().is_some() {
+            } else if self.is_made(index) {
                 self.lock(index).clear_small(&mut give_back);
             }
         }

@@ -9,10 +9,17 @@
 //! before the forks so far is therefore held against it, the less the longer ago. So few breaks before each
 //! fork add up to as many as many before one.
 //!
+//! A break that moves the writer costs more than one that moves the sharers, and counts for more.
+//!
 //! A region that was broken whole the last times is broken whole at its first fault, and put to the proof
 //! every few forks.
 
 use super::probe::is_probe;
+
+/// Small breaks that one counts as that moves the writer, and not the sharers. It is a `mmap` where that is an
+/// `mprotect`, half as dear again with its fault; and leaves up to two mappings more, which stay, where that
+/// leaves them till the next fork.
+const MOVE: u32 = 2;
 
 /// The breaks of one region since the last fork, and what was learnt from those before.
 #[derive(Clone, Copy, Debug, Default)]
@@ -61,6 +68,11 @@ impl Breaks {
 
     pub(super) fn count_small(&mut self) {
         self.small += 1;
+    }
+
+    /// The last small break moved the writer: it counts as [`MOVE`].
+    pub(super) fn count_move(&mut self) {
+        self.small += MOVE - 1;
     }
 
     pub(super) fn count_whole(&mut self) {

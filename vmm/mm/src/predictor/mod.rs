@@ -194,6 +194,11 @@ impl History {
         self.breaks.count_small();
     }
 
+    /// The page was copied for the writer, which moved.
+    pub(super) fn moved_writer(&mut self) {
+        self.breaks.count_move();
+    }
+
     /// The region was broken whole, or all that was to be.
     pub(super) fn broke_whole(&mut self) {
         self.breaks.count_whole();

@@ -477,7 +477,8 @@ fn a_clone_shares_folios_and_moves_to_its_own() {
     w.vm.space.set_whole_price(2);
     let frozen = w.vm.space.fork().unwrap();
     let clone = SoftVm::clone_of(&frozen, &w.memory, right()).unwrap();
-    clone.space.set_whole_price(2);
+    // Two that move the writer.
+    clone.space.set_whole_price(3);
     let entry = |gfn| clone.space.entry(gfn).unwrap();
     assert!(entry(P).is_huge() && entry(P).pfn() == w.entry(P).pfn());
     assert_eq!(w.state(P).maps(), 3);
