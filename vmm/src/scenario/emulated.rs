@@ -15,8 +15,7 @@ use palimpsest::mm::{
 /// Address spaces under one policy, on a stage. Fields are in the order they must be dropped in.
 pub struct Emulated<S: Stage> {
     policy: Box<dyn Fn() -> AnyPolicy>,
-    child: Option<S::Actor>,
-    parent: Option<S::Actor>,
+    actors: BTreeMap<Who, S::Actor>,
     snapshot: Option<Arc<Frozen>>,
     holds: BTreeMap<HoldId, Held>,
     hogs: Vec<AddressSpace<Exclusive>>,
@@ -48,8 +47,7 @@ impl<S: Stage> Emulated<S> {
         let parent = stage.parent(policy(), &|mmu| refusal.watch(mmu))?;
         Ok(Self {
             policy,
-            child: None,
-            parent: Some(parent),
+            actors: BTreeMap::from([(Who::P, parent)]),
             snapshot: None,
             holds: BTreeMap::new(),
             hogs: Vec::new(),
@@ -59,11 +57,7 @@ impl<S: Stage> Emulated<S> {
     }
 
     fn actor(&self, who: Who) -> Result<&S::Actor, NotDone> {
-        let actor = match who {
-            Who::P => self.parent.as_ref(),
-            Who::C => self.child.as_ref(),
-            Who::S => None,
-        };
+        let actor = self.actors.get(&who);
         actor.ok_or_else(|| NotDone::Failed(format!("{who:?} does not run")))
     }
 
@@ -94,53 +88,63 @@ impl<S: Stage> Performer for Emulated<S> {
 
     fn read(&mut self, who: Who, page: Page) -> Result<u64, NotDone> {
         if who == Who::S {
-            let gfn = self.actor(Who::P)?.gfn(page);
             let frozen = self.frozen()?;
             return frozen
-                .with_frame(gfn, |frame| self.stage.load(frame))
+                .with_frame(self.stage.gfn(page), |frame| self.stage.load(frame))
                 .map_err(refused);
         }
         self.actor(who)?.cpu_read(page).map_err(refused_stage)
     }
 
-    fn fork(&mut self) -> Result<(), NotDone> {
-        let frozen = self.actor(Who::P)?.space().fork().map_err(refused)?;
+    fn fork(&mut self, parent: Who, child: Who) -> Result<(), NotDone> {
+        if !child.runs() || self.actors.contains_key(&child) {
+            return Err(NotDone::Failed(format!("{child:?} is no name for a child")));
+        }
+        let frozen = if parent.runs() {
+            self.actor(parent)?.space().fork().map_err(refused)?
+        } else {
+            Arc::clone(self.frozen()?)
+        };
         let policy = (self.policy)();
-        let child = self
+        let actor = self
             .stage
             .child(&frozen, policy, &|mmu| self.refusal.watch(mmu))
             .map_err(refused_stage)?;
-        self.child = Some(child);
+        self.actors.insert(child, actor);
         Ok(())
     }
 
-    fn snapshot(&mut self) -> Result<(), NotDone> {
-        self.snapshot = Some(self.actor(Who::P)?.space().fork().map_err(refused)?);
+    fn snapshot(&mut self, who: Who) -> Result<(), NotDone> {
+        if self.snapshot.is_some() {
+            return Err(NotDone::Failed("there is a snapshot already".to_owned()));
+        }
+        self.snapshot = Some(self.actor(who)?.space().fork().map_err(refused)?);
         Ok(())
     }
 
-    fn restore(&mut self) -> Result<(), NotDone> {
+    fn restore(&mut self, who: Who) -> Result<(), NotDone> {
         let frozen = self.frozen()?;
-        let space = self.actor(Who::P)?.space();
+        let space = self.actor(who)?.space();
         space.restore(frozen).map_err(refused)
     }
 
     fn exit(&mut self, who: Who) -> Result<(), NotDone> {
-        match who {
-            Who::P => self.parent = None,
-            Who::C => self.child = None,
-            Who::S => self.snapshot = None,
+        if who.runs() {
+            self.actor(who)?;
+            self.actors.remove(&who);
+        } else {
+            self.frozen()?;
+            self.snapshot = None;
         }
         Ok(())
     }
 
     fn take(&mut self, id: HoldId, who: Who, page: Page, hold: Hold) -> Result<(), NotDone> {
         let held = if who == Who::S {
-            let gfn = self.actor(Who::P)?.gfn(page);
+            let gfn = self.stage.gfn(page);
             Held::Get(self.frozen()?.get(gfn).map_err(refused)?)
         } else {
-            let actor = self.actor(who)?;
-            let (space, gfn) = (actor.space(), actor.gfn(page));
+            let (space, gfn) = (self.actor(who)?.space(), self.stage.gfn(page));
             match hold {
                 Hold::GetRead => Held::Get(space.get(gfn, Access::Read).map_err(refused)?),
                 Hold::GetWrite => Held::Get(space.get(gfn, Access::Write).map_err(refused)?),
@@ -173,14 +177,13 @@ impl<S: Stage> Performer for Emulated<S> {
     }
 
     fn discard(&mut self, who: Who, page: Page) -> Result<(), NotDone> {
-        let actor = self.actor(who)?;
-        let discarded = actor.space().discard(actor.gfn(page), 1);
+        let space = self.actor(who)?.space();
+        let discarded = space.discard(self.stage.gfn(page), 1);
         discarded.map(drop).map_err(refused)
     }
 
     fn discard_rest(&mut self, who: Who, page: Page) -> Result<(), NotDone> {
-        let actor = self.actor(who)?;
-        let (space, Gfn(kept)) = (actor.space(), actor.gfn(page));
+        let (space, Gfn(kept)) = (self.actor(who)?.space(), self.stage.gfn(page));
         let behind = kept + 1;
         space.discard(Gfn(0), kept).map_err(refused)?;
         space
@@ -192,8 +195,7 @@ impl<S: Stage> Performer for Emulated<S> {
     /// A write fault on the page that takes all of its region with it: the one thing that
     /// makes regions huge again.
     fn collapse(&mut self, who: Who, page: Page) -> Result<(), NotDone> {
-        let actor = self.actor(who)?;
-        let (space, gfn) = (actor.space(), actor.gfn(page));
+        let (space, gfn) = (self.actor(who)?.space(), self.stage.gfn(page));
         space.set_whole_price(0);
         let resolved = space.write_fault(gfn);
         space.set_whole_price(u32::MAX);
@@ -208,23 +210,23 @@ impl<S: Stage> Performer for Emulated<S> {
     }
 
     fn migrate(&mut self, who: Who, page: Page) -> Result<(), NotDone> {
-        let actor = self.actor(who)?;
-        let migrated = actor.space().migrate(actor.gfn(page));
+        let space = self.actor(who)?.space();
+        let migrated = space.migrate(self.stage.gfn(page));
         migrated.map(drop).map_err(refused)
     }
 
     fn merge(&mut self, one: (Who, Page), other: (Who, Page)) -> Result<(), NotDone> {
         let (a, b) = (self.actor(one.0)?, self.actor(other.0)?);
+        let gfn = |page| self.stage.gfn(page);
         a.space()
-            .merge(a.gfn(one.1), b.space(), b.gfn(other.1))
+            .merge(gfn(one.1), b.space(), gfn(other.1))
             .map_err(refused)
     }
 
     fn force_write(&mut self, who: Who, page: Page, value: u64) -> Result<(), NotDone> {
-        let actor = self.actor(who)?;
-        actor
-            .space()
-            .force_write(actor.gfn(page), 0, &value.to_le_bytes())
+        let space = self.actor(who)?.space();
+        space
+            .force_write(self.stage.gfn(page), 0, &value.to_le_bytes())
             .map_err(refused)
     }
 
@@ -262,13 +264,10 @@ impl<S: Stage> Performer for Emulated<S> {
 
     fn view(&mut self, who: Who, page: Page) -> Option<PageView> {
         let pool = Arc::clone(self.stage.pool());
-        let gfn = self.actor(Who::P).ok()?.gfn(page);
+        let gfn = self.stage.gfn(page);
         let entry = match who {
             Who::S => self.frozen().ok()?.entry(gfn).ok()?,
-            _ => {
-                let actor = self.actor(who).ok()?;
-                actor.space().entry(actor.gfn(page)).ok()?
-            }
+            _ => self.actor(who).ok()?.space().entry(gfn).ok()?,
         };
         debug_assert!(page < PAGES);
         Some(PageView {

@@ -6,15 +6,28 @@
 
 use palimpsest::mm::{Entry, FrameState, Pfn};
 
-/// An address space of a scenario.
+/// An address space of a scenario. P is there from the start; each other one from the step that makes it, which
+/// says of whom: C and D are two children of P in one scenario, a child and its child in another. A name is
+/// free again when its address space has ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Who {
-    /// The parent: there from the start.
+    /// The first. Whoever runs can fork, and end.
     P,
-    /// The child: there from the fork on. It runs, as the parent does.
+    /// A child. It runs, as its parent does.
     C,
-    /// The snapshot: there from when it is taken. It does not run, so it can only be read and dropped.
+    /// Another child.
+    D,
+    /// A child of a child, mostly: a grandchild.
+    G,
+    /// The snapshot. It does not run, so it can only be read, cloned, gone back to, and dropped.
     S,
+}
+
+impl Who {
+    /// Whether there is a CPU in it.
+    pub const fn runs(self) -> bool {
+        !matches!(self, Self::S)
+    }
 }
 
 /// Number of a page of a scenario: 0 to [`PAGES`] - 1.
@@ -82,8 +95,8 @@ pub struct PageView {
 /// Does the steps of a scenario. Memory is zero at first; a page is written and read as
 /// one 64-bit word, its first.
 ///
-/// A method for an address space that is not there, or a hold that was released, is a mistake in the
-/// scenario: [`NotDone::Failed`].
+/// A method for an address space that is not there, or that makes one that is, or for a hold that was released,
+/// is a mistake in the scenario: [`NotDone::Failed`].
 pub trait Performer {
     /// A CPU of `who` writes.
     fn write(&mut self, who: Who, page: Page, value: u64) -> Result<(), NotDone>;
@@ -91,14 +104,15 @@ pub trait Performer {
     /// A CPU of `who` reads. The snapshot has none and is read from outside.
     fn read(&mut self, who: Who, page: Page) -> Result<u64, NotDone>;
 
-    /// P forks: C is there from now on.
-    fn fork(&mut self) -> Result<(), NotDone>;
+    /// `parent` forks: `child`, which runs, is there from now on. The snapshot's child is a clone that starts
+    /// from it.
+    fn fork(&mut self, parent: Who, child: Who) -> Result<(), NotDone>;
 
-    /// A snapshot of P is taken: S is there from now on.
-    fn snapshot(&mut self) -> Result<(), NotDone>;
+    /// A snapshot of `who` is taken: S is there from now on.
+    fn snapshot(&mut self, who: Who) -> Result<(), NotDone>;
 
-    /// P goes back to S.
-    fn restore(&mut self) -> Result<(), NotDone>;
+    /// `who` goes back to S.
+    fn restore(&mut self, who: Who) -> Result<(), NotDone>;
 
     /// `who` ends, with all of its memory. Holds taken through it stay.
     fn exit(&mut self, who: Who) -> Result<(), NotDone>;

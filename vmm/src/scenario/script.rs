@@ -8,7 +8,7 @@ use crate::policy::Policy;
 /// One of the kernel's bugs, or of the rules that keep it away, as a sequence of steps.
 #[derive(Clone, Copy, Debug)]
 pub struct Scenario {
-    /// Its name in PROTOCOL.md section 8; those that begin with S are ours.
+    /// Its name in PROTOCOL.md section 8. Groups K, L and S are ours, and E1h, E3h and E5h.
     pub id: &'static str,
     /// What happens, in one line.
     pub title: &'static str,
@@ -128,12 +128,12 @@ pub enum Step {
     WriteSame(Who, Page, Page),
     /// A CPU reads, and must see what its address space holds.
     Read(Who, Page),
-    /// P forks C.
-    Fork,
-    /// A snapshot S is taken of P.
-    Snapshot,
-    /// P goes back to S.
-    Restore,
+    /// The first forks the second, which is there from then on. S forks nothing: a clone starts from it.
+    Fork(Who, Who),
+    /// A snapshot S is taken.
+    Snapshot(Who),
+    /// An address space goes back to S.
+    Restore(Who),
     /// An address space ends.
     Exit(Who),
     /// A hold is taken. Holds are numbered from 0 on.

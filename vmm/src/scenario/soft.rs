@@ -61,6 +61,10 @@ impl Stage for SoftStage {
         Ok(SoftVm::over(space, mmu, &self.memory))
     }
 
+    fn gfn(&self, page: u64) -> Gfn {
+        Gfn(page)
+    }
+
     fn load(&self, frame: Pfn) -> u64 {
         self.memory.load(frame)
     }
@@ -73,10 +77,6 @@ impl Stage for SoftStage {
 impl Actor for SoftVm<AnyPolicy> {
     fn space(&self) -> &AddressSpace<AnyPolicy> {
         &self.space
-    }
-
-    fn gfn(&self, page: u64) -> Gfn {
-        Gfn(page)
     }
 
     fn cpu_write(&self, page: u64, value: u64) -> Result<(), StageError> {

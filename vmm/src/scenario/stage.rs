@@ -32,13 +32,17 @@ pub trait Stage: Sized {
     /// An actor with untouched memory. Its MMU is what `wrap` makes of the stage's own.
     fn parent(&self, policy: AnyPolicy, wrap: Wrap<'_>) -> Result<Self::Actor, StageError>;
 
-    /// An actor that starts with the memory of `frozen`, shared.
+    /// An actor that starts with the memory of `frozen`, shared. There may be several of one snapshot, and of
+    /// snapshots of each other.
     fn child(
         &self,
         frozen: &Frozen,
         policy: AnyPolicy,
         wrap: Wrap<'_>,
     ) -> Result<Self::Actor, StageError>;
+
+    /// Guest page number of page `page` of the scenario, in every address space.
+    fn gfn(&self, page: u64) -> Gfn;
 
     /// The first word of a frame, as a device or a reader sees it.
     fn load(&self, frame: Pfn) -> u64;
@@ -52,9 +56,6 @@ pub trait Stage: Sized {
 pub trait Actor {
     /// The address space.
     fn space(&self) -> &AddressSpace<AnyPolicy>;
-
-    /// Guest page number of page `page` of the scenario.
-    fn gfn(&self, page: u64) -> Gfn;
 
     /// The CPU writes the first word of a page.
     fn cpu_write(&self, page: u64, value: u64) -> Result<(), StageError>;

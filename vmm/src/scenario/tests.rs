@@ -36,11 +36,15 @@ fn assert_verdict(steps: &'static [Step], copies: Option<u64>, verdict: Verdict)
 
 #[test]
 fn a_copy_too_many_is_seen() {
-    const STEPS: &[Step] = &[Step::Write(P, 0), Step::Fork, Step::Write(P, 0)];
+    const STEPS: &[Step] = &[Step::Write(P, 0), Step::Fork(P, C), Step::Write(P, 0)];
     assert_verdict(STEPS, Some(0), Verdict::Copied);
     assert_verdict(STEPS, Some(1), Verdict::Ok);
     // The fork's own copies count.
-    const PINNED: &[Step] = &[Step::Write(P, 0), Step::Take(P, 0, PinWrite), Step::Fork];
+    const PINNED: &[Step] = &[
+        Step::Write(P, 0),
+        Step::Take(P, 0, PinWrite),
+        Step::Fork(P, C),
+    ];
     assert_verdict(PINNED, Some(0), Verdict::Copied);
     // A page that is moved is not copied for anybody.
     const MOVED: &[Step] = &[Step::Write(P, 0), Step::Migrate(P, 0)];
@@ -85,7 +89,7 @@ fn a_wrong_size_is_seen() {
     // Of a folio that is collapsed no page moves; one that cannot be, says nothing by itself.
     const MADE: &[Step] = &[
         Step::Write(P, 0),
-        Step::Snapshot,
+        Step::Snapshot(P),
         Step::Write(P, 0),
         Step::IsSmall(P, 1),
         Step::Collapse(P, 1),
@@ -95,7 +99,7 @@ fn a_wrong_size_is_seen() {
     assert_verdict_of_huge(MADE, Some(3), Verdict::Copied);
     const NOT_MADE: &[Step] = &[
         Step::Write(P, 0),
-        Step::Fork,
+        Step::Fork(P, C),
         Step::Write(P, 0),
         Step::Collapse(P, 1),
         Step::IsHuge(P, 1),
@@ -157,7 +161,7 @@ fn a_step_that_fails_unexpectedly_is_no_verdict() {
 fn a_reader_may_see_what_was_there_since_it_looked_and_nothing_older() {
     const STEPS: &[Step] = &[
         Step::Write(P, 0),
-        Step::Fork,
+        Step::Fork(P, C),
         Step::Take(P, 0, GetRead),
         Step::Write(P, 0),
         Step::HoldReads(0),
@@ -183,13 +187,13 @@ impl Performer for Liar {
             0
         })
     }
-    fn fork(&mut self) -> Result<(), NotDone> {
+    fn fork(&mut self, _: Who, _: Who) -> Result<(), NotDone> {
         Ok(())
     }
-    fn snapshot(&mut self) -> Result<(), NotDone> {
+    fn snapshot(&mut self, _: Who) -> Result<(), NotDone> {
         Ok(())
     }
-    fn restore(&mut self) -> Result<(), NotDone> {
+    fn restore(&mut self, _: Who) -> Result<(), NotDone> {
         Ok(())
     }
     fn exit(&mut self, _: Who) -> Result<(), NotDone> {
@@ -262,7 +266,7 @@ fn the_verdict_is_what_memory_holds() {
     assert_eq!(verdict(1, TWO_WRITES), Some(Verdict::Diverged));
     assert_eq!(verdict(7, TWO_WRITES), Some(Verdict::Broken));
     // What another address space was given after they parted.
-    const PARTED: &[Step] = &[Step::Write(P, 0), Step::Fork, Step::Write(C, 1)];
+    const PARTED: &[Step] = &[Step::Write(P, 0), Step::Fork(P, C), Step::Write(C, 1)];
     assert_eq!(verdict(2, PARTED), Some(Verdict::Leaked));
     // Without a look at the frames nothing is said about copies.
     let ScenarioOutcome::Played { copies, .. } = play_with(2, TWO_WRITES) else {

@@ -32,7 +32,12 @@ impl Play<'_> {
             let before = match self.frames.get(at) {
                 Some(&before) => before,
                 // A child's page that is not in its parent's frame was copied by the fork.
-                None => frames.get(&(Who::P, at.1)).copied().flatten(),
+                None => self
+                    .parents
+                    .get(&at.0)
+                    .and_then(|&parent| frames.get(&(parent, at.1)))
+                    .copied()
+                    .flatten(),
             };
             let differs = matches!((before, frame), (Some(a), Some(b)) if a != b);
             copied += u64::from(differs && !moved(at));

@@ -7,25 +7,25 @@ use super::Play;
 use palimpsest::mm::{Entry, FrameState};
 
 impl Play<'_> {
-    /// What `value` says about who reads it where `who`'s page `page` is what should be seen.
-    fn judge(&mut self, reader: &str, who: Who, page: Page, value: u64, stale_is_fine: bool) {
-        let own = self.truth.get(&(who, page));
-        let own: &[u64] = own.map_or(&[], |v| v.as_slice());
+    /// What `value` says of `reader`, who should see the last value of `own` and may see an earlier one
+    /// if `stale_is_fine`.
+    fn weigh(
+        &self,
+        reader: &str,
+        own: &[u64],
+        value: u64,
+        stale_is_fine: bool,
+    ) -> Option<(Verdict, String)> {
         let now = own.last().copied().unwrap_or_default();
         if value == now {
-            return;
+            return None;
         }
         if own.contains(&value) {
-            if !stale_is_fine {
-                let what =
-                    format!("{reader} sees {value}, which was there once; it should see {now}");
-                self.find(Verdict::Diverged, what);
-            }
-            return;
+            let what = format!("{reader} sees {value}, which was there once; it should see {now}");
+            return (!stale_is_fine).then_some((Verdict::Diverged, what));
         }
-        let wrote = |(_, values): &(&(Who, Page), &Vec<u64>)| values.contains(&value);
-        let found = match self.truth.iter().find(wrote) {
-            Some(((other, at), _)) => (
+        Some(match self.truth.origin(value) {
+            Some((other, at)) => (
                 Verdict::Leaked,
                 format!(
                     "{reader} sees {value}, which is {other:?}'s, of page {at}; it should see {now}"
@@ -35,12 +35,13 @@ impl Play<'_> {
                 Verdict::Broken,
                 format!("{reader} sees {value}, which nobody wrote there; it should see {now}"),
             ),
-        };
-        self.find(found.0, found.1);
+        })
     }
 
     pub(super) fn judge_page(&mut self, who: Who, page: Page, value: u64) {
-        self.judge(&format!("{who:?}'s page {page}"), who, page, value, false);
+        let reader = format!("{who:?}'s page {page}");
+        let found = self.weigh(&reader, self.truth.history(who, page), value, false);
+        self.find_if(found);
     }
 
     pub(super) fn judge_hold(&mut self, id: HoldId, value: u64) {
@@ -48,11 +49,14 @@ impl Play<'_> {
             return;
         };
         let follows = held.hold.is_pin() || self.scenario.gets_must_follow;
-        let (who, page, stale_is_fine) = (held.who, held.page, !(follows && held.attached));
-        let since_taken = |v: &Vec<u64>| v[held.since..].contains(&value);
-        let too_old = !self.truth.get(&(who, page)).is_some_and(since_taken);
-        let reader = self.name_of(id);
-        self.judge(&reader, who, page, value, stale_is_fine && !too_old);
+        let must_follow = follows && held.orphan.is_none();
+        let own = match held.orphan {
+            None => self.truth.history(held.who, held.page),
+            Some(orphan) => &self.orphans[orphan],
+        };
+        let since_taken = own[held.since..].contains(&value);
+        let found = self.weigh(&self.name_of(id), own, value, !must_follow && since_taken);
+        self.find_if(found);
     }
 
     /// I3: a pinned page is exclusive until it is unpinned or gone.
@@ -60,7 +64,7 @@ impl Play<'_> {
         let Some(held) = self.holds.get(&id) else {
             return;
         };
-        if !(self.by_the_bit && held.hold.is_pin() && held.attached) {
+        if !(self.by_the_bit && held.hold.is_pin() && held.orphan.is_none()) {
             return;
         }
         let (who, page) = (held.who, held.page);

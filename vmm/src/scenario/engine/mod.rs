@@ -1,7 +1,8 @@
 //! Runs a scenario with a performer and computes what came of it.
 //!
 //! The engine keeps, beside the performer, what each page of each address space *should* hold: the list of
-//! values it had. Every write uses a value of its own, so a value that is read says who wrote it and when:
+//! values it had, those of its ancestors before they parted included. Every write uses a value of its own, so a
+//! value that is read says who wrote it and when:
 //! * what the page holds now: right;
 //! * what the page held once: who reads it and the page have parted ([`Verdict::Diverged`]);
 //! * what another page or address space was given after they parted: [`Verdict::Leaked`];
@@ -11,20 +12,23 @@
 //!
 //! | file | concept |
 //! |---|---|
+//! | `truth` | what each page should hold |
 //! | `judge` | what a value, an entry or a bit says, against what it should |
 //! | `copies` | pages that were copied |
 //! | `words` | steps and holds in words |
 
 mod copies;
 mod judge;
+mod truth;
 mod words;
 
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use self::truth::{History, Truth};
 pub use self::words::kind;
-use self::words::words;
+use self::words::{fork, words};
 use super::performer::{Hold, HoldId, NotDone, PAGES, Page, PageView, Performer, Who};
 use super::script::{Scenario, Step};
 use super::verdict::Verdict;
@@ -84,9 +88,11 @@ pub fn play(
         scenario,
         performer,
         by_the_bit,
-        truth: (0..PAGES).map(|page| ((Who::P, page), vec![0])).collect(),
+        truth: Truth::new(),
         alive: vec![Who::P],
+        parents: BTreeMap::new(),
         holds: BTreeMap::new(),
+        orphans: Vec::new(),
         holds_taken: 0,
         next_value: 0,
         frames: BTreeMap::new(),
@@ -109,10 +115,13 @@ struct Play<'a> {
     scenario: &'a Scenario,
     performer: &'a mut dyn Performer,
     by_the_bit: bool,
-    /// The values each page had, the present one last.
-    truth: BTreeMap<(Who, Page), Vec<u64>>,
+    truth: Truth,
     alive: Vec<Who>,
+    /// Whom each was forked from, or cloned.
+    parents: BTreeMap<Who, Who>,
     holds: BTreeMap<HoldId, Held>,
+    /// Pages that are gone from their address spaces.
+    orphans: Vec<History>,
     holds_taken: HoldId,
     next_value: u64,
     frames: BTreeMap<(Who, Page), Option<Pfn>>,
@@ -127,8 +136,8 @@ struct Held {
     hold: Hold,
     /// Values the page had had when it was taken.
     since: usize,
-    /// The page is still there.
-    attached: bool,
+    /// Which of the orphans the page is, if it is not there any more.
+    orphan: Option<usize>,
 }
 
 /// A page, its frame, what its entry says of it, and the state of its frame.
@@ -183,6 +192,12 @@ impl Play<'_> {
         views
     }
 
+    fn find_if(&mut self, found: Option<(Verdict, String)>) {
+        if let Some((verdict, what)) = found {
+            self.find(verdict, what);
+        }
+    }
+
     fn find(&mut self, verdict: Verdict, what: String) {
         self.verdict = self.verdict.max(verdict);
         self.findings.push(what);
@@ -193,21 +208,33 @@ impl Play<'_> {
         self.next_value
     }
 
-    fn now(&self, who: Who, page: Page) -> u64 {
-        let values = self.truth.get(&(who, page));
-        values.and_then(|v| v.last()).copied().unwrap_or_default()
-    }
-
-    fn set(&mut self, who: Who, page: Page, value: u64) {
-        self.truth.entry((who, page)).or_default().push(value);
-    }
-
     /// A page is gone from an address space, and is zeros there from now on.
     fn forget(&mut self, who: Who, page: Page) {
-        self.set(who, page, 0);
-        let here = |h: &&mut Held| (h.who, h.page) == (who, page);
+        self.orphan(who, page);
+        self.truth.set(who, page, 0);
+    }
+
+    /// A page is gone from an address space. Who holds it has it still, with the history it had.
+    fn orphan(&mut self, who: Who, page: Page) {
+        let index = self.orphans.len();
+        let here = |h: &&mut Held| (h.who, h.page) == (who, page) && h.orphan.is_none();
         for held in self.holds.values_mut().filter(here) {
-            held.attached = false;
+            held.orphan = Some(index);
+        }
+        self.orphans.push(self.truth.history(who, page).to_vec());
+    }
+
+    /// A device has written `value` through a hold.
+    fn set_through(&mut self, id: HoldId, value: u64) {
+        let Some(held) = self.holds.get(&id) else {
+            return;
+        };
+        match held.orphan {
+            None => self.truth.set(held.who, held.page, value),
+            Some(orphan) => {
+                self.truth.note_origin(held.who, held.page, value);
+                self.orphans[orphan].push(value);
+            }
         }
     }
 
@@ -217,13 +244,13 @@ impl Play<'_> {
             Step::Write(who, page) => {
                 let value = self.fresh_value();
                 self.performer.write(who, page, value)?;
-                self.set(who, page, value);
+                self.truth.set(who, page, value);
                 format!("{who:?} writes {value} to page {page}")
             }
             Step::WriteSame(who, page, of) => {
-                let value = self.now(who, of);
+                let value = self.truth.now(who, of);
                 self.performer.write(who, page, value)?;
-                self.set(who, page, value);
+                self.truth.set(who, page, value);
                 format!("{who:?} writes {value} to page {page}, as to page {of}")
             }
             Step::Read(who, page) => {
@@ -231,29 +258,27 @@ impl Play<'_> {
                 self.judge_page(who, page, value);
                 format!("{who:?} reads page {page}: {value}")
             }
-            Step::Fork => {
-                self.performer.fork()?;
-                self.part(Who::C);
-                "P forks: C is there".to_owned()
+            Step::Fork(parent, child) => {
+                self.performer.fork(parent, child)?;
+                self.part(parent, child);
+                format!("{}: {child:?} is there", fork(parent))
             }
-            Step::Snapshot => {
-                self.performer.snapshot()?;
-                self.part(Who::S);
-                "a snapshot is taken of P: S is there".to_owned()
+            Step::Snapshot(who) => {
+                self.performer.snapshot(who)?;
+                self.part(who, Who::S);
+                format!("a snapshot is taken of {who:?}: S is there")
             }
-            Step::Restore => {
-                self.performer.restore()?;
+            Step::Restore(who) => {
+                self.performer.restore(who)?;
                 for page in 0..PAGES {
-                    self.set(Who::P, page, self.now(Who::S, page));
+                    self.truth.set(who, page, self.truth.now(Who::S, page));
                 }
-                "P goes back to S".to_owned()
+                format!("{who:?} goes back to S")
             }
             Step::Exit(who) => {
                 self.performer.exit(who)?;
                 self.alive.retain(|&w| w != who);
-                for held in self.holds.values_mut().filter(|h| h.who == who) {
-                    held.attached = false;
-                }
+                (0..PAGES).for_each(|page| self.orphan(who, page));
                 format!("{who:?} ends")
             }
             Step::Take(who, page, hold) => self.take(1, who, page, hold)?,
@@ -266,10 +291,7 @@ impl Play<'_> {
             Step::HoldWrites(id) => {
                 let value = self.fresh_value();
                 self.performer.write_hold(id, value)?;
-                if let Some(held) = self.holds.get(&id).filter(|h| h.attached) {
-                    let (who, page) = (held.who, held.page);
-                    self.set(who, page, value);
-                }
+                self.set_through(id, value);
                 format!("{}: writes {value}", self.name_of(id))
             }
             Step::Release(id) => {
@@ -314,7 +336,7 @@ impl Play<'_> {
             Step::ForceWrite(who, page) => {
                 let value = self.fresh_value();
                 self.performer.force_write(who, page, value)?;
-                self.set(who, page, value);
+                self.truth.set(who, page, value);
                 format!("a debugger writes {value} to page {page} of {who:?}")
             }
             Step::ExhaustMemory => {
@@ -371,7 +393,7 @@ impl Play<'_> {
             }
             Err(NotDone::Refused(reason)) => {
                 // A fork that was refused may leave pages write-protected, which is legal and costs a fault.
-                if *step != Step::Fork && self.essence() != before {
+                if !matches!(step, Step::Fork(..)) && self.essence() != before {
                     let what = format!("{step:?} was refused and yet changed something");
                     self.find(Verdict::Broken, what);
                 }
@@ -395,26 +417,23 @@ impl Play<'_> {
             .collect()
     }
 
-    fn part(&mut self, child: Who) {
-        for page in 0..PAGES {
-            if let Some(values) = self.truth.get(&(Who::P, page)).cloned() {
-                self.truth.insert((child, page), values);
-            }
-        }
+    fn part(&mut self, parent: Who, child: Who) {
+        self.truth.part(parent, child);
+        self.parents.insert(child, parent);
         self.alive.push(child);
     }
 
     fn take(&mut self, count: u64, who: Who, page: Page, hold: Hold) -> Result<String, NotDone> {
         let first = self.holds_taken;
         self.performer.take_many(first, count, who, page, hold)?;
-        let since = self.truth.get(&(who, page)).map_or(0, |v| v.len() - 1);
+        let since = self.truth.history(who, page).len().saturating_sub(1);
         for id in (first..).take(count as usize) {
             let held = Held {
                 who,
                 page,
                 hold,
                 since,
-                attached: true,
+                orphan: None,
             };
             self.holds.insert(id, held);
             self.holds_taken = id + 1;

@@ -1,6 +1,6 @@
 //! Steps and holds in words.
 
-use super::super::performer::Hold;
+use super::super::performer::{Hold, Who};
 use super::super::script::Step;
 
 /// What a kind of hold is called.
@@ -13,10 +13,19 @@ pub const fn kind(hold: Hold) -> &'static str {
     }
 }
 
+/// How `parent` comes to have a child.
+pub(super) fn fork(parent: Who) -> String {
+    if parent.runs() {
+        format!("{parent:?} forks")
+    } else {
+        format!("a clone starts from {parent:?}")
+    }
+}
+
 /// A step that was not done.
 pub(super) fn words(step: &Step) -> String {
     match step {
-        Step::Fork => "P forks".to_owned(),
+        Step::Fork(parent, _) => fork(*parent),
         Step::Discard(who, page) => format!("{who:?} gives page {page} back to the host"),
         Step::Migrate(who, page) => format!("page {page} of {who:?} moves to another frame"),
         Step::Merge((a, m), (b, n)) => {

@@ -25,7 +25,7 @@ use super::super::performer::{Memory, PAGES, Page};
 
 /// Holds of either kind that can be had at once.
 pub(super) const HOLDS: usize = 8;
-/// How often P can fork.
+/// How often all of them together can fork.
 pub(super) const FORKS: usize = 8;
 /// Distance of two pages: each has a huge page's worth of addresses to itself, so that it can be moved
 /// (see [`ActorCommand::Move`]).
@@ -60,6 +60,8 @@ pub(super) enum ActorCommand {
     Read,
     /// Fork. The child takes its commands from channel `value`; the answer is its process id.
     Fork,
+    /// Close the end of channel `value`: another actor's child uses it.
+    Forget,
     /// End. The answer is the end of the channel.
     Exit,
     /// `vmsplice` into pipe `value`.
@@ -84,11 +86,12 @@ pub(super) enum ActorCommand {
 }
 
 impl ActorCommand {
-    const ALL: [Self; 14] = [
+    const ALL: [Self; 15] = [
         Self::Begin,
         Self::Write,
         Self::Read,
         Self::Fork,
+        Self::Forget,
         Self::Exit,
         Self::Splice,
         Self::Register,
@@ -120,7 +123,7 @@ pub(super) struct Kit {
     pub(super) memory: Memory,
     /// P's own channel.
     pub(super) commands: RawFd,
-    /// Channels for the children.
+    /// Channels for children to come, of whomever.
     pub(super) channels: [RawFd; FORKS],
     /// Pipes to splice pages into.
     pub(super) pipes: [RawFd; HOLDS],
@@ -169,7 +172,7 @@ fn invalid() -> io::Error {
     io::Error::from_raw_os_error(libc::EINVAL)
 }
 
-/// The life of P, and of C after it. To be called in the copy that [`duplicate`] made.
+/// The life of P, and of its descendants after it. To be called in the copy that [`duplicate`] made.
 ///
 /// `extern "C"`, so that a panic, which must not happen, aborts instead of unwinding
 /// into the controller's code.
@@ -301,18 +304,19 @@ impl Actor<'_> {
                 }
                 self.advise(behind, STRIDE as usize - behind, libc::MADV_DONTNEED)?;
             }
+            ActorCommand::Forget => {
+                let fd = pick(&self.kit.channels, value)?;
+                close(fd);
+            }
             ActorCommand::Begin | ActorCommand::Fork | ActorCommand::Exit => return Err(invalid()),
         }
         Ok(0)
     }
 
-    /// P forks. The child is the controller's child, not P's, so that it can be waited for when P is gone,
-    /// and closes P's channel, so that P's end is seen.
+    /// Forks. The child is the controller's child, not this process's, so that it can be waited for when this
+    /// one is gone, and closes its parent's channel, so that the parent's end is seen.
     fn fork(&mut self, channel: u64) -> io::Result<Duplicate> {
-        let fd = usize::try_from(channel)
-            .ok()
-            .and_then(|index| self.kit.channels.get(index).copied())
-            .ok_or_else(invalid)?;
+        let fd = pick(&self.kit.channels, channel)?;
         // SAFETY: the copy goes on in `live`, which keeps to the module's rules.
         let side = unsafe { duplicate(libc::CLONE_PARENT)? };
         match side {

@@ -1,15 +1,18 @@
-//! The kernel this host runs on as a performer: P and C are processes, and the
+//! The kernel this host runs on as a performer: P and its descendants are processes, and the
 //! copy-on-write is the kernel's own.
 //!
 //! Nothing is played here: an address space is a process's, a fork is `clone` without `CLONE_VM`, and what a
 //! step cannot be done with is [`NotDone::CannotAsk`].
 //!
 //! ```text
-//!   controller ── commands ──> P ── clone ──> C <── commands ── controller
-//!       │                      │ vmsplice     │
-//!       ├─ pipes <─────────────┴──────────────┤        transient readers
-//!       └─ rings <──── register a page ───────┘        devices
+//!   controller ── commands ──> P ── clone ──> C ── clone ──> G <── commands ── controller
+//!       │                      │ vmsplice     │              │
+//!       ├─ pipes <─────────────┴──────────────┴──────────────┤        transient readers
+//!       └─ rings <──────────── register a page ──────────────┘        devices
 //! ```
+//! All of them are children of the controller, whoever forked them, so that each may outlive the others and the
+//! controller waits for each. The actors' ends of channels are made before P is there, and inherited: each
+//! end that is in use is open in one actor alone, so that its channel ends when the actor does.
 //!
 //! | file | concept |
 //! |---|---|
@@ -76,11 +79,11 @@ pub fn kernel_release() -> String {
         .into_owned()
 }
 
-/// P, from the start, and C, from the fork on. Dropping it ends both; they end too if this process dies.
+/// P, from the start, and whom it and its descendants fork. Dropping it ends all of them; they end too if this
+/// process dies.
 #[derive(Debug)]
 pub struct Living {
-    parent: Option<Process>,
-    child: Option<Process>,
+    processes: BTreeMap<Who, Process>,
     /// Channels for children to come, by their index in the kit.
     channels: BTreeMap<u64, UnixStream>,
     /// What the pages are in.
@@ -144,8 +147,7 @@ impl Living {
             .ok()
             .and_then(Entry::frame);
         Ok(Self {
-            parent: Some(parent),
-            child: None,
+            processes: BTreeMap::from([(Who::P, parent)]),
             channels: (0..).zip(channels).collect(),
             memory,
             arena,
@@ -163,7 +165,7 @@ impl Living {
 
     /// The process that is `who`, if it is there.
     pub fn process_id(&self, who: Who) -> Option<u32> {
-        self.living(who).map(Process::pid)
+        self.processes.get(&who).map(Process::pid)
     }
 
     /// Whether one page table alone maps the page's frame, `None` if that can't be seen. A frame that is not
@@ -172,16 +174,8 @@ impl Living {
         self.entry(who, page).map(Entry::is_mapped_once)
     }
 
-    fn living(&self, who: Who) -> Option<&Process> {
-        match who {
-            Who::P => self.parent.as_ref(),
-            Who::C => self.child.as_ref(),
-            Who::S => None,
-        }
-    }
-
     fn entry(&self, who: Who, page: Page) -> Option<Entry> {
-        let process = self.living(who)?;
+        let process = self.processes.get(&who)?;
         Entry::of(process, self.address(page).ok()?).ok()
     }
 
@@ -194,12 +188,7 @@ impl Living {
     }
 
     fn process(&mut self, who: Who) -> Result<&mut Process, ActorError> {
-        match who {
-            Who::P => self.parent.as_mut(),
-            Who::C => self.child.as_mut(),
-            Who::S => None,
-        }
-        .ok_or_else(|| not_there(who))
+        self.processes.get_mut(&who).ok_or_else(|| not_there(who))
     }
 
     fn command(

@@ -67,10 +67,10 @@ impl Process {
         })
     }
 
-    /// C: a child that P has made.
-    pub(super) fn child(pid: u64, channel: UnixStream) -> io::Result<Self> {
+    /// `who`: a child that another actor has made, for this process.
+    pub(super) fn child(who: Who, pid: u64, channel: UnixStream) -> io::Result<Self> {
         Ok(Self {
-            who: Who::C,
+            who,
             child: Child::known(pid)?,
             channel,
         })

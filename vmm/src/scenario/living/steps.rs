@@ -3,7 +3,7 @@
 //! | step | what is done |
 //! |---|---|
 //! | write, read | in the process |
-//! | fork | in P; C is a child of the controller, so that it may outlive P |
+//! | fork | in the process; its child is the controller's, so that it may outlive whom it is a copy of |
 //! | take, [`Hold::GetRead`] | `vmsplice` of the word into a pipe of the controller |
 //! | take, [`Hold::PinWrite`] | the page becomes the registered buffer of a ring of the controller |
 //! | protect | `mprotect` of all pages read-only, and back |
@@ -38,15 +38,18 @@ impl Performer for Living {
         Ok(self.command(who, ActorCommand::Read, page, 0)?)
     }
 
-    fn fork(&mut self) -> Result<(), NotDone> {
-        if self.child.is_some() {
-            return Err(NotDone::Failed("C is there already".to_owned()));
+    fn fork(&mut self, parent: Who, child: Who) -> Result<(), NotDone> {
+        if !parent.runs() {
+            return Err(NotDone::CannotAsk("a process has no frozen fork"));
         }
-        self.process(Who::P)?;
+        if !child.runs() || self.processes.contains_key(&child) {
+            return Err(NotDone::Failed(format!("{child:?} is no name for a child")));
+        }
+        self.process(parent)?;
         let (index, commands) = self.channels.pop_first().ok_or(NotDone::CannotAsk(
-            "there are channels for only eight forks of P",
+            "there are channels for only eight forks",
         ))?;
-        let pid = match self.command(Who::P, ActorCommand::Fork, 0, index) {
+        let pid = match self.command(parent, ActorCommand::Fork, 0, index) {
             Ok(pid) => pid,
             Err(ActorError::Call(error)) if is_shortage(&error) => {
                 self.channels.insert(index, commands);
@@ -54,27 +57,30 @@ impl Performer for Living {
             }
             Err(error) => return Err(error.into()),
         };
-        let child = self
-            .child
-            .insert(Process::child(pid, commands).map_err(failed)?);
-        child.ask(ActorCommand::Begin, 0, 0)?;
+        let mut process = Process::child(child, pid, commands).map_err(failed)?;
+        // They have inherited the end that the child uses. Who has ended has it no more.
+        let others = self.processes.iter_mut().filter(|(who, _)| **who != parent);
+        for (_, other) in others {
+            match other.ask(ActorCommand::Forget, 0, index) {
+                Ok(_) | Err(ActorError::Gone { .. }) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        process.ask(ActorCommand::Begin, 0, 0)?;
+        self.processes.insert(child, process);
         Ok(())
     }
 
-    fn snapshot(&mut self) -> Result<(), NotDone> {
+    fn snapshot(&mut self, _who: Who) -> Result<(), NotDone> {
         Err(NotDone::CannotAsk("a process has no frozen fork"))
     }
 
-    fn restore(&mut self) -> Result<(), NotDone> {
+    fn restore(&mut self, _who: Who) -> Result<(), NotDone> {
         Err(NotDone::CannotAsk("a process has no frozen fork"))
     }
 
     fn exit(&mut self, who: Who) -> Result<(), NotDone> {
-        let process = match who {
-            Who::P => self.parent.take(),
-            Who::C => self.child.take(),
-            Who::S => None,
-        };
+        let process = self.processes.remove(&who);
         Ok(process.ok_or_else(|| not_there(who))?.end()?)
     }
 

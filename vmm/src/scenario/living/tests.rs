@@ -41,7 +41,7 @@ fn a_fork_separates_both_ways() {
     let mut living = living();
     living.write(Who::P, 0, 1).unwrap();
     living.write(Who::P, 1, 2).unwrap();
-    living.fork().unwrap();
+    living.fork(Who::P, Who::C).unwrap();
     living.write(Who::P, 0, 3).unwrap();
     living.write(Who::C, 1, 4).unwrap();
     assert_eq!(living.read(Who::C, 0).unwrap(), 1);
@@ -55,7 +55,7 @@ fn a_fork_separates_both_ways() {
 fn a_spliced_page_does_not_show_what_its_former_owner_writes() {
     let mut living = living();
     living.write(Who::P, PAGE, 7).unwrap();
-    living.fork().unwrap();
+    living.fork(Who::P, Who::C).unwrap();
     living.take(0, Who::C, PAGE, Hold::GetRead).unwrap();
     living.discard(Who::C, PAGE).unwrap();
     living.write(Who::P, PAGE, 8).unwrap();
@@ -90,7 +90,7 @@ fn a_pinned_page_stays_the_parents_across_a_fork() {
     };
     living.write(Who::P, PAGE, 1).unwrap();
     living.take(0, Who::P, PAGE, Hold::PinWrite).unwrap();
-    living.fork().unwrap();
+    living.fork(Who::P, Who::C).unwrap();
     living.write(Who::P, PAGE, 2).unwrap();
     assert_eq!(living.read_hold(0).unwrap(), 2);
     assert_eq!(living.read(Who::C, PAGE).unwrap(), 1);
@@ -107,7 +107,7 @@ fn a_hold_outlives_the_process_it_was_taken_through() {
     };
     living.write(Who::P, 0, 1).unwrap();
     living.write(Who::P, 1, 2).unwrap();
-    living.fork().unwrap();
+    living.fork(Who::P, Who::C).unwrap();
     living.take(0, Who::C, 0, Hold::PinWrite).unwrap();
     living.take(1, Who::C, 1, Hold::GetRead).unwrap();
     living.exit(Who::C).unwrap();
@@ -163,7 +163,7 @@ fn pages_are_in_a_huge_page_until_it_is_split() {
     };
     assert_eq!(huge_kib(&living, Who::P), 2048);
     (0..PAGES).for_each(|page| living.write(Who::P, page, 10 + page).unwrap());
-    living.fork().unwrap();
+    living.fork(Who::P, Who::C).unwrap();
     assert_eq!(huge_kib(&living, Who::C), 2048);
     living.exit(Who::C).unwrap();
     living.protect(Who::P).unwrap();
@@ -245,7 +245,7 @@ fn a_released_page_is_shared_again() {
         living.take(id, Who::P, PAGE, Hold::PinWrite).unwrap();
         living.release(id).unwrap();
     }
-    living.fork().unwrap();
+    living.fork(Who::P, Who::C).unwrap();
     assert_eq!(living.view(Who::P, PAGE), living.view(Who::C, PAGE));
     assert_eq!(living.is_mapped_once(Who::P, PAGE), Some(false));
     living.exit(Who::C).unwrap();
@@ -276,7 +276,7 @@ fn a_page_moves_unless_it_is_held() {
     assert_eq!(living.read_hold(0).unwrap(), 2);
     living.release(0).unwrap();
 
-    living.fork().unwrap();
+    living.fork(Who::P, Who::C).unwrap();
     assert!(matches!(
         living.migrate(Who::P, PAGE),
         Err(NotDone::CannotAsk(_))
@@ -307,7 +307,7 @@ fn a_pinned_page_does_not_move() {
 fn a_debugger_breaks_the_sharing_first() {
     let mut living = living();
     living.write(Who::P, PAGE, 1).unwrap();
-    living.fork().unwrap();
+    living.fork(Who::P, Who::C).unwrap();
     match living.force_write(Who::C, PAGE, 2) {
         Err(NotDone::CannotAsk(why)) => return eprintln!("skipped: {why}"),
         result => result.unwrap(),
@@ -333,7 +333,7 @@ fn frames_tell_copies_apart() {
     assert!(written.frame.is_some());
     assert_eq!(living.read(Who::P, 0).unwrap(), 0);
     assert_eq!(living.view(Who::P, 0), Some(untouched), "the zero page");
-    living.fork().unwrap();
+    living.fork(Who::P, Who::C).unwrap();
     assert_eq!(living.view(Who::C, PAGE), Some(written));
     living.write(Who::C, PAGE, 2).unwrap();
     assert_ne!(living.view(Who::C, PAGE), Some(written));
@@ -345,15 +345,18 @@ fn a_child_outlives_its_parent_and_makes_way_for_the_next() {
     let mut living = living();
     living.write(Who::P, PAGE, 1).unwrap();
     for _ in 0..FORKS {
-        living.fork().unwrap();
-        assert!(living.fork().is_err(), "there is one C");
+        living.fork(Who::P, Who::C).unwrap();
+        assert!(living.fork(Who::P, Who::C).is_err(), "there is one C");
         living.exit(Who::C).unwrap();
         assert!(matches!(living.read(Who::C, PAGE), Err(NotDone::Failed(_))));
     }
-    assert!(matches!(living.fork(), Err(NotDone::CannotAsk(_))));
+    assert!(matches!(
+        living.fork(Who::P, Who::C),
+        Err(NotDone::CannotAsk(_))
+    ));
     let mut living = self::living();
     living.write(Who::P, PAGE, 1).unwrap();
-    living.fork().unwrap();
+    living.fork(Who::P, Who::C).unwrap();
     living.exit(Who::P).unwrap();
     assert_eq!(living.read(Who::C, PAGE).unwrap(), 1);
     living.write(Who::C, PAGE, 2).unwrap();
@@ -371,7 +374,10 @@ fn mistakes_and_what_cannot_be_asked_are_told_apart() {
         Err(NotDone::Failed(_))
     ));
     assert!(matches!(living.release(3), Err(NotDone::Failed(_))));
-    assert!(matches!(living.snapshot(), Err(NotDone::CannotAsk(_))));
+    assert!(matches!(
+        living.snapshot(Who::P),
+        Err(NotDone::CannotAsk(_))
+    ));
     for hold in [Hold::PinRead, Hold::GetWrite] {
         let result = living.take(0, Who::P, 0, hold);
         assert!(matches!(result, Err(NotDone::CannotAsk(_))), "{hold:?}");
@@ -386,7 +392,7 @@ fn is_there(pid: u32) -> bool {
 #[test]
 fn nothing_is_left_behind() {
     let mut living = living();
-    living.fork().unwrap();
+    living.fork(Who::P, Who::C).unwrap();
     let pids = [Who::P, Who::C].map(|who| living.process_id(who).unwrap());
     assert!(pids.into_iter().all(is_there));
     drop(living);
@@ -407,7 +413,7 @@ fn actors_have_no_files_but_their_own() {
 #[test]
 fn a_killed_process_is_an_error() {
     let mut living = living();
-    living.fork().unwrap();
+    living.fork(Who::P, Who::C).unwrap();
     for who in [Who::C, Who::P] {
         let pid = living.process_id(who).unwrap() as i32;
         let pid = rustix::process::Pid::from_raw(pid).unwrap();
@@ -423,8 +429,8 @@ fn a_killed_process_is_an_error() {
 #[test]
 fn an_actor_ends_with_its_channel() {
     let mut living = living();
-    living.fork().unwrap();
-    let child = living.child.as_mut().unwrap();
+    living.fork(Who::P, Who::C).unwrap();
+    let child = living.processes.get_mut(&Who::C).unwrap();
     assert_eq!(child.abandon(), "has ended");
     assert_eq!(living.read(Who::P, 0).unwrap(), 0, "P has its own");
 }

@@ -70,7 +70,7 @@ const _: () = assert!(FIRST.0 + PAGES < SPACE_PAGES);
 /// Where the scenario's pages are in a huge folio: at both ends, side by side, and by themselves.
 const SPREAD: [u64; PAGES as usize] = [0, 1, 300, REGION_PAGES - 1];
 
-/// The most guests a stage ever has. A scenario needs two.
+/// The most guests a stage ever has. A scenario needs four, and some more where it forks over and over.
 const GUESTS: u64 = 64;
 /// Frames that may have memory: few, so that they are soon exhausted.
 const FRAME_LIMIT: u64 = 256;
@@ -370,6 +370,10 @@ impl<R: RunBy> Stage for RealStage<R> {
         })
     }
 
+    fn gfn(&self, page: u64) -> Gfn {
+        self.layout.gfn(page)
+    }
+
     fn load(&self, frame: Pfn) -> u64 {
         load(self.frames.physmap(), frame, 0)
     }
@@ -406,10 +410,6 @@ impl RealActor {
 impl Actor for RealActor {
     fn space(&self) -> &AddressSpace<AnyPolicy> {
         self.vm.memory().space()
-    }
-
-    fn gfn(&self, page: u64) -> Gfn {
-        self.layout.gfn(page)
     }
 
     fn cpu_write(&self, page: u64, value: u64) -> Result<(), StageError> {

@@ -45,8 +45,8 @@ fn parent(stage: &RealStage) -> RealActor {
 }
 
 /// What a snapshot holds in the first word of a page.
-fn frozen_word(stage: &RealStage, frozen: &Frozen, actor: &impl Actor, page: u64) -> u64 {
-    stage.load(frozen.frame(actor.gfn(page)).unwrap())
+fn frozen_word(stage: &RealStage, frozen: &Frozen, page: u64) -> u64 {
+    stage.load(frozen.frame(stage.gfn(page)).unwrap())
 }
 
 fn words(actor: &RealActor) -> [u64; PAGES as usize] {
@@ -155,7 +155,7 @@ fn the_vcpu_reads_zeros_and_then_what_it_wrote() {
     for page in 0..PAGES {
         actor.cpu_write(page, u64::MAX - page).unwrap();
         assert_eq!(actor.cpu_read(page).unwrap(), u64::MAX - page);
-        let entry = actor.space().entry(actor.gfn(page)).unwrap();
+        let entry = actor.space().entry(stage.gfn(page)).unwrap();
         assert!(entry.is_writable());
         assert_eq!(stage.load(entry.pfn()), u64::MAX - page);
         stage.store(entry.pfn(), page);
@@ -192,7 +192,7 @@ fn a_write_after_a_fork_leaves_the_snapshot_as_it_was() {
         actor.cpu_write(2, old + 1).unwrap();
         assert_eq!(actor.write_faults(), faults + 1);
         assert_eq!(actor.cpu_read(2).unwrap(), old + 1);
-        assert_eq!(frozen_word(&stage, &frozen, &actor, 2), old);
+        assert_eq!(frozen_word(&stage, &frozen, 2), old);
     }
 }
 
@@ -219,7 +219,7 @@ fn a_child_and_its_parent_are_isolated_both_ways() {
     drop(child);
     grandchild.cpu_write(1, 41).unwrap();
     assert_eq!(words(&grandchild), [20, 41, 0, 23]);
-    assert_eq!(frozen_word(&stage, &frozen, &grandchild, 1), 11);
+    assert_eq!(frozen_word(&stage, &frozen, 1), 11);
 }
 
 /// The folio of a guest in huge memory is one of the window's regions, and stays so for parent and child.
@@ -230,9 +230,9 @@ fn huge_memory_is_one_folio_of_the_window() {
     let parent = parent(&stage);
     parent.cpu_write(2, 12).unwrap();
     for page in 0..PAGES {
-        let entry = parent.space().entry(parent.gfn(page)).unwrap();
+        let entry = parent.space().entry(stage.gfn(page)).unwrap();
         assert!(entry.is_huge() && entry.is_writable(), "{entry:?}");
-        assert_eq!(entry.pfn().0 % REGION_PAGES, parent.gfn(page).0);
+        assert_eq!(entry.pfn().0 % REGION_PAGES, stage.gfn(page).0);
     }
     assert_eq!(parent.write_faults(), 1);
     (0..PAGES).for_each(|page| parent.cpu_write(page, 10 + page).unwrap());
@@ -241,7 +241,7 @@ fn huge_memory_is_one_folio_of_the_window() {
     let frozen = parent.space().fork().unwrap();
     let child = stage.child(&frozen, Box::new(Exclusive), &plain).unwrap();
     drop(frozen);
-    assert!(child.space().entry(child.gfn(3)).unwrap().is_huge());
+    assert!(child.space().entry(stage.gfn(3)).unwrap().is_huge());
     child.cpu_write(3, 23).unwrap();
     parent.cpu_write(0, 30).unwrap();
     assert_eq!(words(&parent), [30, 11, 12, 13]);
@@ -283,7 +283,7 @@ fn a_write_that_the_mmu_refuses_is_an_error() {
             format!("the vcpu has ended: {refusal}")
         );
     }
-    assert_eq!(frozen_word(&stage, &frozen, &parent, 0), 1);
+    assert_eq!(frozen_word(&stage, &frozen, 0), 1);
     // The address space is whole, and a new guest can run on in it.
     let child = stage.child(&frozen, Box::new(Exclusive), &wrap).unwrap();
     child.cpu_write(0, 3).unwrap();
@@ -304,7 +304,7 @@ fn without_memory_writes_that_need_some_are_errors_and_nothing_else_is() {
     drop(actor.space().fork().unwrap());
     actor.cpu_write(1, 8).unwrap();
     // One with a pinned page does, and is refused; the guest runs on.
-    let pin = actor.space().pin(actor.gfn(0), Access::Write).unwrap();
+    let pin = actor.space().pin(stage.gfn(0), Access::Write).unwrap();
     let refused = chain(&actor.space().fork().unwrap_err());
     assert!(refused.contains("out of memory"), "{refused}");
     for page in 0..3 {
@@ -349,7 +349,7 @@ fn a_guest_obeys_whatever_the_policy() {
 
     let parent = stage.parent(Box::new(Mapcount), &plain).unwrap();
     parent.cpu_write(0, 1).unwrap();
-    let pin = parent.space().pin(parent.gfn(0), Access::Write).unwrap();
+    let pin = parent.space().pin(stage.gfn(0), Access::Write).unwrap();
     let frozen = parent.space().fork().unwrap();
     let child = stage.child(&frozen, Box::new(Mapcount), &plain).unwrap();
     parent.cpu_write(0, 2).unwrap();

@@ -13,7 +13,7 @@ pub(super) const SCENARIOS: &[Scenario] = &[Scenario {
             the last writes in place.",
     steps: &[
         Write(P, 0),
-        Fork,
+        Fork(P, C),
         WriteSame(C, 0, 0),
         Merge((P, 0), (C, 0)),
         Is(P, 0, RS),

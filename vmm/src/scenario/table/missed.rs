@@ -16,7 +16,7 @@ pub(super) const SCENARIOS: &[Scenario] = &[
                 reads its secret through a pipe.",
         steps: &[
             Write(P, 0),
-            Fork,
+            Fork(P, C),
             Take(C, 0, GetRead),
             Discard(C, 0),
             Write(P, 0),
@@ -31,7 +31,7 @@ pub(super) const SCENARIOS: &[Scenario] = &[
         about: "Protection there and back must not hide that the page is shared.",
         steps: &[
             Write(P, 0),
-            Fork,
+            Fork(P, C),
             Take(C, 0, GetRead),
             Discard(C, 0),
             Protect(P),
@@ -49,7 +49,7 @@ pub(super) const SCENARIOS: &[Scenario] = &[
         steps: &[
             Write(P, 0),
             Take(P, 0, GetRead),
-            Fork,
+            Fork(P, C),
             Discard(P, 0),
             Write(C, 0),
             HoldReads(0),
@@ -63,7 +63,7 @@ pub(super) const SCENARIOS: &[Scenario] = &[
         about: "B3 with the hold taken after the fork.",
         steps: &[
             Write(P, 0),
-            Fork,
+            Fork(P, C),
             Take(P, 0, GetRead),
             Discard(P, 0),
             Write(C, 0),
@@ -81,7 +81,7 @@ pub(super) const SCENARIOS: &[Scenario] = &[
         steps: &[
             Write(P, 0),
             Write(P, 1),
-            Fork,
+            Fork(P, C),
             IsHuge(P, 0),
             IsHuge(C, 0),
             Take(C, 0, GetRead),
@@ -101,7 +101,7 @@ pub(super) const SCENARIOS: &[Scenario] = &[
                 child ends, where PROTOCOL.md has it unmap the page: a pinned page is not discarded here.",
         steps: &[
             Write(P, 0),
-            Fork,
+            Fork(P, C),
             Take(C, 0, PinRead),
             Exit(C),
             Write(P, 0),

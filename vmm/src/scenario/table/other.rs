@@ -16,7 +16,7 @@ pub(super) const SCENARIOS: &[Scenario] = &[
                 (H18).",
         steps: &[
             Write(P, 0),
-            Fork,
+            Fork(P, C),
             ForceWrite(P, 0),
             Is(P, 0, RX),
             Read(C, 0),
@@ -32,7 +32,7 @@ pub(super) const SCENARIOS: &[Scenario] = &[
         about: "Refused: somebody else maps it.",
         steps: &[
             Write(P, 0),
-            Fork,
+            Fork(P, C),
             Refused(&Migrate(P, 0)),
             Is(P, 0, RS),
             Write(P, 0),

@@ -12,7 +12,7 @@ pub(super) const SCENARIOS: &[Scenario] = &[
         id: "A1",
         title: "fork, then the parent writes",
         about: "Plain COW: the child keeps what was there.",
-        steps: &[Write(P, 0), Fork, Write(P, 0), Read(C, 0), Read(P, 0)],
+        steps: &[Write(P, 0), Fork(P, C), Write(P, 0), Read(C, 0), Read(P, 0)],
         copies: Some(1),
         ..PLAIN
     },
@@ -20,7 +20,7 @@ pub(super) const SCENARIOS: &[Scenario] = &[
         id: "A2",
         title: "fork, then the child writes",
         about: "Plain COW the other way round.",
-        steps: &[Write(P, 0), Fork, Write(C, 0), Read(P, 0), Read(C, 0)],
+        steps: &[Write(P, 0), Fork(P, C), Write(C, 0), Read(P, 0), Read(C, 0)],
         copies: Some(1),
         ..PLAIN
     },
@@ -28,7 +28,7 @@ pub(super) const SCENARIOS: &[Scenario] = &[
         id: "A3",
         title: "fork, the child ends, then the parent writes",
         about: "The last holder writes in place (T4).",
-        steps: &[Write(P, 0), Fork, Exit(C), Write(P, 0), Is(P, 0, WX)],
+        steps: &[Write(P, 0), Fork(P, C), Exit(C), Write(P, 0), Is(P, 0, WX)],
         copies: Some(0),
         kernel_may: Some((
             Copied,
@@ -42,7 +42,7 @@ pub(super) const SCENARIOS: &[Scenario] = &[
         about: "A page that is possibly shared stays read-only when protection is lifted (T22).",
         steps: &[
             Write(P, 0),
-            Fork,
+            Fork(P, C),
             Protect(P),
             Is(P, 0, RS),
             Write(P, 0),
@@ -57,7 +57,7 @@ pub(super) const SCENARIOS: &[Scenario] = &[
         about: "The first to write gets a copy, the other keeps the old page: one copy in all.",
         steps: &[
             Write(P, 0),
-            Fork,
+            Fork(P, C),
             Write(P, 0),
             Write(C, 0),
             Read(P, 0),
@@ -79,12 +79,12 @@ pub(super) const SCENARIOS: &[Scenario] = &[
             Write(P, 1),
             Write(P, 2),
             RefuseMmu(2),
-            Refused(&Fork),
+            Refused(&Fork(P, C)),
             Read(P, 1),
             Write(P, 0),
             Write(P, 1),
             Write(P, 2),
-            Fork,
+            Fork(P, C),
             Write(P, 1),
             Read(C, 1),
         ],
@@ -95,7 +95,7 @@ pub(super) const SCENARIOS: &[Scenario] = &[
         id: "A8",
         title: "fork with untouched memory, then the parent writes to it",
         about: "The child reads zeros.",
-        steps: &[Fork, Write(P, 0), Read(C, 0), Write(C, 1), Read(P, 1)],
+        steps: &[Fork(P, C), Write(P, 0), Read(C, 0), Write(C, 1), Read(P, 1)],
         copies: Some(0),
         ..PLAIN
     },

@@ -17,7 +17,7 @@ pub(super) const SCENARIOS: &[Scenario] = &[
         about: "The page is made the parent's own when it is pinned (unshare, T8), not when it is written.",
         steps: &[
             Write(P, 0),
-            Fork,
+            Fork(P, C),
             Take(P, 0, PinRead),
             Is(P, 0, RX),
             Write(P, 0),
@@ -34,7 +34,7 @@ pub(super) const SCENARIOS: &[Scenario] = &[
         about: "Provably the last: made exclusive in place (T7).",
         steps: &[
             Write(P, 0),
-            Fork,
+            Fork(P, C),
             Exit(C),
             Take(P, 0, PinRead),
             Is(P, 0, RX),
@@ -53,7 +53,7 @@ pub(super) const SCENARIOS: &[Scenario] = &[
         steps: &[
             Write(P, 0),
             Write(P, 1),
-            Fork,
+            Fork(P, C),
             IsHuge(P, 1),
             Take(P, 1, PinRead),
             IsSmall(P, 1),
@@ -75,7 +75,7 @@ pub(super) const SCENARIOS: &[Scenario] = &[
         steps: &[
             Write(P, 0),
             Write(P, 1),
-            Fork,
+            Fork(P, C),
             Exit(C),
             Take(P, 1, PinRead),
             IsHuge(P, 1),
@@ -140,7 +140,7 @@ pub(super) const SCENARIOS: &[Scenario] = &[
                 promises.",
         steps: &[
             Write(P, 0),
-            Fork,
+            Fork(P, C),
             Take(P, 0, GetRead),
             Write(P, 0),
             HoldReads(0),
@@ -173,7 +173,7 @@ pub(super) const SCENARIOS: &[Scenario] = &[
         about: "I11: unshare leaves the page protected, and it does not count as written.",
         steps: &[
             Write(P, 0),
-            Fork,
+            Fork(P, C),
             Protect(P),
             Take(P, 0, PinRead),
             Is(P, 0, RX),

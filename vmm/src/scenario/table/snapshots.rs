@@ -14,7 +14,13 @@ pub(super) const SCENARIOS: &[Scenario] = &[
         title: "a snapshot, then the guest writes",
         about: "The snapshot has no vCPUs, so it is given the copy, and the guest keeps its frame \
                 (SharersMove).",
-        steps: &[Write(P, 0), Snapshot, Write(P, 0), Read(S, 0), Read(P, 0)],
+        steps: &[
+            Write(P, 0),
+            Snapshot(P),
+            Write(P, 0),
+            Read(S, 0),
+            Read(P, 0),
+        ],
         copies: Some(1),
         ..PLAIN
     },
@@ -25,7 +31,7 @@ pub(super) const SCENARIOS: &[Scenario] = &[
         steps: &[
             Write(P, 0),
             Take(P, 0, PinWrite),
-            Snapshot,
+            Snapshot(P),
             HoldWrites(0),
             Read(P, 0),
             Read(S, 0),
@@ -40,7 +46,7 @@ pub(super) const SCENARIOS: &[Scenario] = &[
         about: "E1 with a snapshot for a child.",
         steps: &[
             Write(P, 0),
-            Snapshot,
+            Snapshot(P),
             Take(P, 0, PinRead),
             Write(P, 0),
             HoldReads(0),
@@ -57,9 +63,9 @@ pub(super) const SCENARIOS: &[Scenario] = &[
         steps: &[
             Write(P, 0),
             Take(P, 0, PinWrite),
-            Snapshot,
+            Snapshot(P),
             Write(P, 0),
-            Restore,
+            Restore(P),
             HoldReads(0),
             Write(P, 0),
             HoldReads(0),
@@ -77,7 +83,7 @@ pub(super) const SCENARIOS: &[Scenario] = &[
         about: "B1 with a snapshot: the reader must not see what the guest wrote later.",
         steps: &[
             Write(P, 0),
-            Snapshot,
+            Snapshot(P),
             Take(S, 0, GetRead),
             Exit(S),
             Write(P, 0),
@@ -97,7 +103,7 @@ pub(super) const SCENARIOS: &[Scenario] = &[
             Write(P, 2),
             Write(P, 3),
             Take(P, 1, PinWrite),
-            Snapshot,
+            Snapshot(P),
             IsSmall(P, 1),
             Is(P, 1, WX),
             Write(P, 0),

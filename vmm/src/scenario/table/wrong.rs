@@ -140,7 +140,7 @@ pub(super) const SCENARIOS: &[Scenario] = &[
             Take(P, 0, PinWrite),
             HoldWrites(0),
             Release(0),
-            Fork,
+            Fork(P, C),
             Read(C, 0),
         ],
         copies: Some(0),
