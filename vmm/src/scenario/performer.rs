@@ -6,9 +6,9 @@
 
 use palimpsest::mm::{Entry, FrameState, Pfn};
 
-/// An address space of a scenario. P is there from the start; each other one from the step that makes it, which
-/// says of whom: C and D are two children of P in one scenario, a child and its child in another. A name is
-/// free again when its address space has ended.
+/// An address space of a scenario. P is there from the start; each other one from the step that makes it,
+/// which says of whom: C and D are two children of P in one scenario, a child and its child in another. A
+/// name is free again when its address space has ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Who {
     /// The first. Whoever runs can fork, and end.
@@ -95,8 +95,8 @@ pub struct PageView {
 /// Does the steps of a scenario. Memory is zero at first; a page is written and read as
 /// one 64-bit word, its first.
 ///
-/// A method for an address space that is not there, or that makes one that is, or for a hold that was released,
-/// is a mistake in the scenario: [`NotDone::Failed`].
+/// A method for an address space that is not there, or that makes one that is there, or for a hold that was
+/// released, is a mistake in the scenario: [`NotDone::Failed`].
 pub trait Performer {
     /// A CPU of `who` writes.
     fn write(&mut self, who: Who, page: Page, value: u64) -> Result<(), NotDone>;

@@ -1,8 +1,8 @@
 //! Runs a scenario with a performer and computes what came of it.
 //!
 //! The engine keeps, beside the performer, what each page of each address space *should* hold: the list of
-//! values it had, those of its ancestors before they parted included. Every write uses a value of its own, so a
-//! value that is read says who wrote it and when:
+//! values it had, and before they parted its parent's. Every write uses a value of its own, so a value that
+//! is read says who wrote it and when:
 //! * what the page holds now: right;
 //! * what the page held once: who reads it and the page have parted ([`Verdict::Diverged`]);
 //! * what another page or address space was given after they parted: [`Verdict::Leaked`];

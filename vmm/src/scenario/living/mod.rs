@@ -10,9 +10,9 @@
 //!       ├─ pipes <─────────────┴──────────────┴──────────────┤        transient readers
 //!       └─ rings <──────────── register a page ──────────────┘        devices
 //! ```
-//! All of them are children of the controller, whoever forked them, so that each may outlive the others and the
-//! controller waits for each. The actors' ends of channels are made before P is there, and inherited: each
-//! end that is in use is open in one actor alone, so that its channel ends when the actor does.
+//! All of them are children of the controller, whoever forked them: each may outlive the others, and the
+//! controller waits for each. The actors' ends of channels are made before P is there, and inherited: one
+//! that is in use is open in one actor alone, so that its channel ends when the actor does.
 //!
 //! | file | concept |
 //! |---|---|
@@ -79,8 +79,8 @@ pub fn kernel_release() -> String {
         .into_owned()
 }
 
-/// P, from the start, and whom it and its descendants fork. Dropping it ends all of them; they end too if this
-/// process dies.
+/// P, from the start, and its descendants, each from its fork on. Dropping it ends all of them; they end too
+/// if this process dies.
 #[derive(Debug)]
 pub struct Living {
     processes: BTreeMap<Who, Process>,

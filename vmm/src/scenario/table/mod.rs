@@ -10,13 +10,17 @@
 //! | `huge` | F: huge pages |
 //! | `other` | H: debuggers, moved pages, dirty tracking |
 //! | `merged` | K: merged pages (ours) |
+//! | `lineage` | L: siblings, and children of children (ours) |
+//! | `clones` | L: clones of a snapshot, and snapshots of clones (ours) |
 //! | `snapshots` | S: snapshots (ours) |
 //! | `template` | what they have in common |
 //!
 //! Group G is races, which `tests/loom` has.
 
+mod clones;
 mod fork;
 mod huge;
+mod lineage;
 mod merged;
 mod missed;
 mod other;
@@ -28,7 +32,7 @@ mod wrong;
 
 use super::script::Scenario;
 
-const GROUPS: [&[Scenario]; 9] = [
+const GROUPS: [&[Scenario]; 11] = [
     plain::SCENARIOS,
     missed::SCENARIOS,
     wrong::SCENARIOS,
@@ -37,6 +41,8 @@ const GROUPS: [&[Scenario]; 9] = [
     huge::SCENARIOS,
     other::SCENARIOS,
     merged::SCENARIOS,
+    lineage::SCENARIOS,
+    clones::SCENARIOS,
     snapshots::SCENARIOS,
 ];
 

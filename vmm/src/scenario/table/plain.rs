@@ -4,8 +4,7 @@ use super::super::performer::Who::{C, P};
 use super::super::script::Scenario;
 use super::super::script::Slot::{RS, WX};
 use super::super::script::Step::*;
-use super::super::verdict::Verdict::Copied;
-use super::template::PLAIN;
+use super::template::{LRU_BATCH, PLAIN};
 
 pub(super) const SCENARIOS: &[Scenario] = &[
     Scenario {
@@ -30,10 +29,7 @@ pub(super) const SCENARIOS: &[Scenario] = &[
         about: "The last holder writes in place (T4).",
         steps: &[Write(P, 0), Fork(P, C), Exit(C), Write(P, 0), Is(P, 0, WX)],
         copies: Some(0),
-        kernel_may: Some((
-            Copied,
-            "a page that is still in another CPU's LRU batch has a reference more (H11)",
-        )),
+        kernel_may: LRU_BATCH,
         ..PLAIN
     },
     Scenario {
@@ -64,10 +60,7 @@ pub(super) const SCENARIOS: &[Scenario] = &[
             Read(C, 0),
         ],
         copies: Some(1),
-        kernel_may: Some((
-            Copied,
-            "a page that is still in another CPU's LRU batch has a reference more (H11)",
-        )),
+        kernel_may: LRU_BATCH,
         ..PLAIN
     },
     Scenario {

@@ -28,6 +28,12 @@ pub(super) const HUGE: Scenario = Scenario {
     ..PLAIN
 };
 
+/// The kernel's reuse of a page that was touched a moment ago.
+pub(super) const LRU_BATCH: Option<(Verdict, &str)> = Some((
+    Copied,
+    "a page that is still in another CPU's LRU batch has a reference more (H11)",
+));
+
 /// The kernel's fork of a folio with a pin.
 pub(super) const COPIES_ALL: Option<(Verdict, &str)> = Some((
     Copied,
