@@ -1,6 +1,7 @@
-//! Group L, which is ours: address spaces with siblings, and children of children. PROTOCOL.md has a parent and
-//! one child throughout; a frame that three share can go wrong in ways that one of two cannot, and clones of
-//! virtual machines are many.
+//! Group L, which is ours: address spaces with siblings, and children of children.
+//!
+//! PROTOCOL.md has a parent and one child throughout. A frame that three share can go wrong in ways that one
+//! of two cannot, and clones of virtual machines are many.
 
 use super::super::performer::Hold::{GetRead, PinRead, PinWrite};
 use super::super::performer::Who::{C, D, G, P};
@@ -121,8 +122,8 @@ pub(super) const SCENARIOS: &[Scenario] = &[
     Scenario {
         id: "L6",
         title: "a device pins a clone's page, parent and sibling write, the device writes",
-        about: "To be pinned for writing, the page was made the clone's own: of those that go on sharing, the \
-                first to write gets a copy, and the device reaches nobody but its clone.",
+        about: "To be pinned for writing, the page was made the clone's own: of those that go on sharing, \
+                the first to write gets a copy, and the device reaches nobody but its clone.",
         steps: &[
             Write(P, 0),
             Fork(P, C),
@@ -191,8 +192,9 @@ pub(super) const SCENARIOS: &[Scenario] = &[
     Scenario {
         id: "L9",
         title: "a device holds the parent's page over two forks, and writes in between",
-        about: "Each child gets a copy of its own, of its own time, and is alone with it: it writes in place. \
-                (The child's page is read-only at first here, where the kernel maps it writable, T11.)",
+        about: "Each child gets a copy of its own, of its own time, and is alone with it: it writes in \
+                place. (The child's page is read-only at first here, where the kernel maps it writable, \
+                T11.)",
         steps: &[
             Write(P, 0),
             Take(P, 0, PinWrite),

@@ -1,7 +1,16 @@
+//! | file | what |
+//! |---|---|
+//! | here | what steps come to, and that every verdict of the table is what is computed |
+//! | `liar` | the verdict is what memory holds |
+//! | `trees` | forks that are refused in a tree of address spaces; trees that grow at random |
+
+mod liar;
+mod trees;
+
 use super::engine::ScenarioOutcome;
 use super::performer::Hold::{GetRead, PinRead, PinWrite};
-use super::performer::Who::{C, P};
-use super::performer::{Hold, HoldId, Memory, NotDone, Page, PageView, Performer, Who};
+use super::performer::Memory;
+use super::performer::Who::{C, D, G, P, S};
 use super::real::{ByThreads, RealStage};
 use super::script::{Expected, Scenario, Slot, Step};
 use super::soft::SoftStage;
@@ -49,6 +58,46 @@ fn a_copy_too_many_is_seen() {
     // A page that is moved is not copied for anybody.
     const MOVED: &[Step] = &[Step::Write(P, 0), Step::Migrate(P, 0)];
     assert_verdict(MOVED, Some(0), Verdict::Ok);
+}
+
+/// A page is compared with that of whom its address space was forked from, not with P's.
+#[test]
+fn copies_of_a_tree_are_counted_once() {
+    const GRANDCHILD: &[Step] = &[
+        Step::Write(P, 0),
+        Step::Fork(P, C),
+        Step::Write(C, 0),
+        Step::Fork(C, G),
+    ];
+    assert_verdict(GRANDCHILD, Some(0), Verdict::Copied);
+    assert_verdict(GRANDCHILD, Some(1), Verdict::Ok);
+    const PINNED: &[Step] = &[
+        Step::Write(P, 0),
+        Step::Fork(P, C),
+        Step::Take(C, 0, PinWrite),
+        Step::Fork(C, G),
+        Step::Fork(C, D),
+    ];
+    assert_verdict(PINNED, Some(2), Verdict::Copied);
+    assert_verdict(PINNED, Some(3), Verdict::Ok);
+    const CLONE: &[Step] = &[
+        Step::Write(P, 0),
+        Step::Snapshot(P),
+        Step::Write(P, 0),
+        Step::Fork(S, C),
+    ];
+    assert_verdict(CLONE, Some(0), Verdict::Copied);
+    assert_verdict(CLONE, Some(1), Verdict::Ok);
+    // A name that is used again is another address space.
+    const AGAIN: &[Step] = &[
+        Step::Write(P, 0),
+        Step::Fork(P, C),
+        Step::Write(C, 0),
+        Step::Fork(C, D),
+        Step::Exit(C),
+        Step::Fork(P, C),
+    ];
+    assert_verdict(AGAIN, Some(1), Verdict::Ok);
 }
 
 #[test]
@@ -157,6 +206,58 @@ fn a_step_that_fails_unexpectedly_is_no_verdict() {
     );
 }
 
+/// Who is there when, and whose child anybody can be.
+#[test]
+fn mistakes_in_a_tree_are_no_verdict() {
+    let mistakes: [(&'static [Step], &str); 11] = [
+        (&[Step::Fork(C, G)], "C does not run"),
+        (&[Step::Fork(P, P)], "P is no name for a child"),
+        (&[Step::Fork(P, S)], "S is no name for a child"),
+        (
+            &[Step::Fork(P, C), Step::Fork(P, C)],
+            "C is no name for a child",
+        ),
+        (&[Step::Fork(S, C)], "there is no snapshot"),
+        (
+            &[Step::Fork(P, C), Step::Exit(P), Step::Fork(P, D)],
+            "P does not run",
+        ),
+        (&[Step::Exit(D)], "D does not run"),
+        (&[Step::Exit(S)], "there is no snapshot"),
+        (&[Step::Restore(P)], "there is no snapshot"),
+        (&[Step::Snapshot(D)], "D does not run"),
+        (
+            &[Step::Snapshot(P), Step::Snapshot(P)],
+            "there is a snapshot already",
+        ),
+    ];
+    for (steps, expected) in mistakes {
+        let outcome = outcome(steps, None);
+        assert_eq!(
+            outcome,
+            ScenarioOutcome::Failed(format!("failed: {expected}")),
+            "{steps:?}"
+        );
+    }
+    // P's name is as good as any, and the snapshot is read when nobody is left that ran.
+    const LEGAL: &[Step] = &[
+        Step::Write(P, 0),
+        Step::Fork(P, C),
+        Step::Exit(P),
+        Step::Fork(C, P),
+        Step::Write(P, 1),
+        Step::Snapshot(P),
+        Step::Exit(C),
+        Step::Exit(P),
+        Step::Read(S, 0),
+        Step::Read(S, 1),
+        Step::Fork(S, G),
+        Step::Exit(S),
+        Step::Snapshot(G),
+    ];
+    assert_verdict(LEGAL, Some(0), Verdict::Ok);
+}
+
 #[test]
 fn a_reader_may_see_what_was_there_since_it_looked_and_nothing_older() {
     const STEPS: &[Step] = &[
@@ -169,115 +270,15 @@ fn a_reader_may_see_what_was_there_since_it_looked_and_nothing_older() {
     assert_verdict(STEPS, None, Verdict::Ok);
 }
 
-/// A performer that does all it is asked, and reads `answer` everywhere after P wrote.
-struct Liar {
-    answer: u64,
-    wrote: bool,
-}
-
-impl Performer for Liar {
-    fn write(&mut self, _: Who, _: Page, _: u64) -> Result<(), NotDone> {
-        self.wrote = true;
-        Ok(())
+/// Says so if there is none, which is a failure in CI.
+fn has_kvm() -> bool {
+    let has_kvm = std::path::Path::new("/dev/kvm").exists();
+    if !has_kvm {
+        let ci = std::env::var_os("CI").is_some_and(|value| value == "true");
+        assert!(!ci, "CI must have KVM");
+        eprintln!("skipped: no /dev/kvm");
     }
-    fn read(&mut self, who: Who, page: Page) -> Result<u64, NotDone> {
-        Ok(if self.wrote && (who, page) == (P, 0) {
-            self.answer
-        } else {
-            0
-        })
-    }
-    fn fork(&mut self, _: Who, _: Who) -> Result<(), NotDone> {
-        Ok(())
-    }
-    fn snapshot(&mut self, _: Who) -> Result<(), NotDone> {
-        Ok(())
-    }
-    fn restore(&mut self, _: Who) -> Result<(), NotDone> {
-        Ok(())
-    }
-    fn exit(&mut self, _: Who) -> Result<(), NotDone> {
-        Ok(())
-    }
-    fn take(&mut self, _: HoldId, _: Who, _: Page, _: Hold) -> Result<(), NotDone> {
-        Ok(())
-    }
-    fn read_hold(&mut self, _: HoldId) -> Result<u64, NotDone> {
-        Ok(self.answer)
-    }
-    fn write_hold(&mut self, _: HoldId, _: u64) -> Result<(), NotDone> {
-        Ok(())
-    }
-    fn release(&mut self, _: HoldId) -> Result<(), NotDone> {
-        Ok(())
-    }
-    fn protect(&mut self, _: Who) -> Result<(), NotDone> {
-        Ok(())
-    }
-    fn discard(&mut self, _: Who, _: Page) -> Result<(), NotDone> {
-        Ok(())
-    }
-    fn discard_rest(&mut self, _: Who, _: Page) -> Result<(), NotDone> {
-        Ok(())
-    }
-    fn collapse(&mut self, _: Who, _: Page) -> Result<(), NotDone> {
-        Ok(())
-    }
-    fn migrate(&mut self, _: Who, _: Page) -> Result<(), NotDone> {
-        Err(NotDone::CannotAsk("it lies"))
-    }
-    fn merge(&mut self, _: (Who, Page), _: (Who, Page)) -> Result<(), NotDone> {
-        Ok(())
-    }
-    fn force_write(&mut self, _: Who, _: Page, _: u64) -> Result<(), NotDone> {
-        Ok(())
-    }
-    fn exhaust_memory(&mut self) -> Result<(), NotDone> {
-        Ok(())
-    }
-    fn free_memory(&mut self) -> Result<(), NotDone> {
-        Ok(())
-    }
-    fn refuse_mmu(&mut self, _: u64) -> Result<(), NotDone> {
-        Ok(())
-    }
-    fn view(&mut self, _: Who, _: Page) -> Option<PageView> {
-        None
-    }
-}
-
-#[test]
-fn the_verdict_is_what_memory_holds() {
-    let play_with = |answer, steps| {
-        let scenario = Scenario {
-            steps,
-            copies: Some(0),
-            ..*find("A1").unwrap()
-        };
-        let mut liar = Liar {
-            answer,
-            wrote: false,
-        };
-        play(&scenario, &mut liar, true, &mut |_| {})
-    };
-    let verdict = |answer, steps| play_with(answer, steps).verdict();
-    const TWO_WRITES: &[Step] = &[Step::Write(P, 0), Step::Write(P, 0), Step::Read(P, 0)];
-    assert_eq!(verdict(2, TWO_WRITES), Some(Verdict::Ok));
-    assert_eq!(verdict(1, TWO_WRITES), Some(Verdict::Diverged));
-    assert_eq!(verdict(7, TWO_WRITES), Some(Verdict::Broken));
-    // What another address space was given after they parted.
-    const PARTED: &[Step] = &[Step::Write(P, 0), Step::Fork(P, C), Step::Write(C, 1)];
-    assert_eq!(verdict(2, PARTED), Some(Verdict::Leaked));
-    // Without a look at the frames nothing is said about copies.
-    let ScenarioOutcome::Played { copies, .. } = play_with(2, TWO_WRITES) else {
-        panic!("played");
-    };
-    assert_eq!(copies, None);
-    const CANNOT: &[Step] = &[Step::Migrate(P, 0)];
-    assert_eq!(
-        play_with(0, CANNOT),
-        ScenarioOutcome::CannotAsk("it lies".to_owned())
-    );
+    has_kvm
 }
 
 /// Plays every scenario under every policy it is for; says where the computed verdict is not the table's.
@@ -308,10 +309,7 @@ fn every_verdict_on_the_software_mmu_is_the_tables() {
 
 #[test]
 fn every_verdict_on_a_real_vcpu_is_the_tables() {
-    if !std::path::Path::new("/dev/kvm").exists() {
-        let ci = std::env::var_os("CI").is_some_and(|value| value == "true");
-        assert!(!ci, "CI must have KVM");
-        eprintln!("skipped: no /dev/kvm");
+    if !has_kvm() {
         return;
     }
     let wrong = against_the_table::<RealStage>();
