@@ -50,6 +50,44 @@ fn a_fork_separates_both_ways() {
     assert_eq!(living.read(Who::P, 1).unwrap(), 2);
 }
 
+/// P, its children C and D, and C's child G; all have 1 and 2 in pages 0 and 1.
+fn family() -> Living {
+    let mut living = living();
+    living.write(Who::P, 0, 1).unwrap();
+    living.write(Who::P, 1, 2).unwrap();
+    living.fork(Who::P, Who::C).unwrap();
+    living.fork(Who::C, Who::G).unwrap();
+    living.fork(Who::P, Who::D).unwrap();
+    living
+}
+
+const FAMILY: [Who; 4] = [Who::P, Who::C, Who::D, Who::G];
+
+/// L1, L3: whoever writes or ends, the others have what they had.
+#[test]
+fn siblings_and_generations_are_separate() {
+    for gone in FAMILY {
+        let mut living = family();
+        for (who, value) in FAMILY.into_iter().zip(10..) {
+            living.write(who, 0, value).unwrap();
+        }
+        living.exit(gone).unwrap();
+        for (who, value) in FAMILY.into_iter().zip(10..) {
+            if who == gone {
+                assert!(matches!(living.read(who, 0), Err(NotDone::Failed(_))));
+                continue;
+            }
+            assert_eq!(living.read(who, 0).unwrap(), value, "{who:?}");
+            assert_eq!(living.read(who, 1).unwrap(), 2, "{who:?}");
+        }
+        // Another of its name, forked by whoever is left.
+        let parent = FAMILY.into_iter().find(|who| *who != gone).unwrap();
+        living.fork(parent, gone).unwrap();
+        living.write(gone, 1, 3).unwrap();
+        assert_eq!(living.read(parent, 1).unwrap(), 2);
+    }
+}
+
 /// B1: CVE-2020-29374 is closed.
 #[test]
 fn a_spliced_page_does_not_show_what_its_former_owner_writes() {
@@ -346,7 +384,8 @@ fn a_child_outlives_its_parent_and_makes_way_for_the_next() {
     living.write(Who::P, PAGE, 1).unwrap();
     for _ in 0..FORKS {
         living.fork(Who::P, Who::C).unwrap();
-        assert!(living.fork(Who::P, Who::C).is_err(), "there is one C");
+        let again = living.fork(Who::P, Who::C);
+        assert!(matches!(again, Err(NotDone::Failed(_))), "there is one C");
         living.exit(Who::C).unwrap();
         assert!(matches!(living.read(Who::C, PAGE), Err(NotDone::Failed(_))));
     }
@@ -375,9 +414,27 @@ fn mistakes_and_what_cannot_be_asked_are_told_apart() {
     ));
     assert!(matches!(living.release(3), Err(NotDone::Failed(_))));
     assert!(matches!(
+        living.fork(Who::C, Who::G),
+        Err(NotDone::Failed(_))
+    ));
+    assert!(matches!(
+        living.fork(Who::P, Who::P),
+        Err(NotDone::Failed(_))
+    ));
+    assert!(matches!(
+        living.fork(Who::P, Who::S),
+        Err(NotDone::Failed(_))
+    ));
+    assert!(matches!(
+        living.fork(Who::S, Who::C),
+        Err(NotDone::CannotAsk(_))
+    ));
+    assert_eq!(living.channels.len(), FORKS, "no fork was begun");
+    assert!(matches!(
         living.snapshot(Who::P),
         Err(NotDone::CannotAsk(_))
     ));
+    assert!(matches!(living.restore(Who::P), Err(NotDone::CannotAsk(_))));
     for hold in [Hold::PinRead, Hold::GetWrite] {
         let result = living.take(0, Who::P, 0, hold);
         assert!(matches!(result, Err(NotDone::CannotAsk(_))), "{hold:?}");
@@ -391,10 +448,11 @@ fn is_there(pid: u32) -> bool {
 
 #[test]
 fn nothing_is_left_behind() {
-    let mut living = living();
-    living.fork(Who::P, Who::C).unwrap();
-    let pids = [Who::P, Who::C].map(|who| living.process_id(who).unwrap());
+    let mut living = family();
+    let pids = FAMILY.map(|who| living.process_id(who).unwrap());
     assert!(pids.into_iter().all(is_there));
+    living.exit(Who::C).unwrap();
+    assert_eq!(pids.map(is_there), [true, false, true, true]);
     drop(living);
     assert!(!pids.into_iter().any(is_there));
 }
@@ -407,17 +465,21 @@ fn actors_have_no_files_but_their_own() {
     let rings = living.rings.as_ref().map_or(0, Vec::len);
     let expected = 1 + FORKS + HOLDS + rings;
     assert_eq!(count(living.process_id(Who::P).unwrap()), expected);
+    // Of a channel that is used nobody has an end but who is asked by it.
+    let living = family();
+    for who in FAMILY {
+        let files = count(living.process_id(who).unwrap());
+        assert_eq!(files, expected - 3, "{who:?}");
+    }
     drop(stray);
 }
 
 #[test]
 fn a_killed_process_is_an_error() {
-    let mut living = living();
-    living.fork(Who::P, Who::C).unwrap();
-    for who in [Who::C, Who::P] {
-        let pid = living.process_id(who).unwrap() as i32;
-        let pid = rustix::process::Pid::from_raw(pid).unwrap();
-        rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
+    let mut living = family();
+    // The one in the middle first: its parent, sibling and child are there still.
+    for who in [Who::C, Who::P, Who::G, Who::D] {
+        kill(&living, who);
         let error = living.read(who, 0).unwrap_err().to_string();
         assert_eq!(error, format!("failed: {who:?} was killed by signal 9"));
         assert!(living.write(who, 0, 1).is_err());
@@ -425,14 +487,50 @@ fn a_killed_process_is_an_error() {
     }
 }
 
+fn kill(living: &Living, who: Who) {
+    let pid = living.process_id(who).unwrap() as i32;
+    let pid = rustix::process::Pid::from_raw(pid).unwrap();
+    rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
+}
+
+#[test]
+fn a_fork_beside_or_by_a_killed_process() {
+    let mut living = family();
+    living.exit(Who::G).unwrap();
+    kill(&living, Who::C);
+    // It does not have to forget the channel of another's child.
+    living.fork(Who::P, Who::G).unwrap();
+    assert_eq!(living.read(Who::G, 1).unwrap(), 2);
+    living.exit(Who::G).unwrap();
+    let error = living.fork(Who::C, Who::G).unwrap_err().to_string();
+    assert_eq!(error, "failed: C was killed by signal 9");
+    assert!(living.process_id(Who::G).is_none());
+    living.fork(Who::D, Who::G).unwrap();
+    let pid = living.process_id(Who::G).unwrap();
+    assert!(is_there(pid));
+    drop(living);
+    assert!(!is_there(pid));
+}
+
 /// The channel is what tells an actor that its controller is gone.
 #[test]
 fn an_actor_ends_with_its_channel() {
-    let mut living = living();
-    living.fork(Who::P, Who::C).unwrap();
-    let child = living.processes.get_mut(&Who::C).unwrap();
+    let mut living = family();
+    for who in [Who::C, Who::G, Who::P] {
+        let process = living.processes.get_mut(&who).unwrap();
+        assert_eq!(process.abandon(), "has ended", "{who:?}");
+        assert_eq!(living.read(Who::D, 0).unwrap(), 1, "D has its own");
+    }
+}
+
+/// What became of its fork was never heard, so nobody knows of it.
+#[test]
+fn a_child_that_nobody_asks_ends_with_its_channel() {
+    let mut living = family();
+    let (index, commands) = living.channels.pop_first().unwrap();
+    let forked = living.command(Who::D, ActorCommand::Fork, 0, index);
+    let mut child = Process::child(Who::G, forked.unwrap(), commands).unwrap();
     assert_eq!(child.abandon(), "has ended");
-    assert_eq!(living.read(Who::P, 0).unwrap(), 0, "P has its own");
 }
 
 /// C2, H5; D3 with what `O_DIRECT` does today.

@@ -10,8 +10,8 @@ use super::super::script::{Scenario, Step};
 use super::super::table::find;
 use super::super::verdict::Verdict;
 
-/// A performer that keeps what it is given, and says `answer` when it is asked for page 0 of `of`, or for what
-/// is seen through a hold.
+/// A performer that keeps what it is given, and says `answer` when it is asked for page 0 of `of`, or for
+/// what is seen through a hold.
 struct Liar {
     of: Who,
     answer: u64,

@@ -1,7 +1,9 @@
 //! Tests on real KVM.
 //!
 //! Without a usable `/dev/kvm` they say that they were skipped; with `CI=true` in the
-//! environment that is a failure.
+//! environment that is a failure. `family` has several guests at once, without KVM too.
+
+mod family;
 
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
