@@ -192,6 +192,49 @@ fn a_scenario_is_told_step_by_step_without_kvm() {
 }
 
 #[test]
+fn a_family_is_told_by_name() {
+    for (args, parts) in [
+        (
+            &["--scenario", "L3", "--on", "soft"][..],
+            &[
+                "  3  P forks: C is there",
+                "  5  C forks: G is there",
+                "  6  C ends",
+                "G page 1   rw   frame ",
+                "verdict: ok, as it should be, 2 pages copied (as the table says)",
+            ][..],
+        ),
+        (
+            &["--scenario", "L4", "--on", "soft", "--policy", "mapcount"],
+            &[
+                "  3  P forks: D is there",
+                "     ! hold 0 (a reader's hold of C's page 0) sees 3, which is D's, of page 0; it should see 1",
+                "verdict: LEAK",
+            ],
+        ),
+        (
+            &["--scenario", "L16", "--on", "soft"],
+            &["  6  a clone starts from S: D is there", "verdict: ok"],
+        ),
+        (
+            &["--scenario", "L16", "--on", "kernel"],
+            &["cannot be asked: a process has no frozen fork"],
+        ),
+        (
+            &["--scenario", "L2", "--on", "kernel"],
+            &["  3  C forks: G is there", "  4  P ends", "verdict: "],
+        ),
+    ] {
+        let output = vmm(args);
+        let story = stdout(&output);
+        assert_eq!(output.status.code(), Some(0), "{story}{}", stderr(&output));
+        for part in parts {
+            assert!(story.contains(part), "{part}\n{story}");
+        }
+    }
+}
+
+#[test]
 fn a_scenario_can_be_played_by_the_kernel() {
     let output = vmm(&["--scenario", "A1", "--on", "kernel"]);
     assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
@@ -243,6 +286,7 @@ fn the_list_needs_nothing() {
     let output = vmm(&["--list"]);
     assert_eq!(output.status.code(), Some(0));
     assert!(stdout(&output).contains("  B1   the child holds a page as a reader"));
+    assert!(stdout(&output).contains("  L1   a parent and two clones write the same page\n"));
 }
 
 #[test]
