@@ -13,6 +13,8 @@
 #[allow(dead_code)] // One half of the contract is the VMM's.
 #[path = "../src/abi.rs"]
 mod abi;
+#[path = "../src/draws/mod.rs"]
+mod draws;
 #[allow(dead_code)] // The VMM uses more of it.
 #[path = "../src/formula.rs"]
 mod formula;
@@ -22,6 +24,7 @@ mod formula;
 mod registers;
 
 mod area;
+mod chance;
 mod console;
 mod driver;
 mod hammer;
@@ -30,13 +33,14 @@ mod port;
 mod rt;
 mod vcpu;
 
-use abi::{BootInfo, MAX_DEVICES, Pattern};
+use abi::{BootInfo, DRAW_EVERY, MAX_DEVICES, Pattern};
+use chance::Chance;
 use driver::Driver;
 use hammer::Hammer;
 use vcpu::Vcpu;
 
-/// Operations between two looks at the devices.
-const BATCH: u32 = 16;
+/// Operations between two draws, and two looks at the devices.
+const BATCH: u64 = DRAW_EVERY;
 
 /// What vCPU `index` does; called by `rt` on every vCPU.
 fn run(boot: &BootInfo, index: u64) -> ! {
@@ -63,7 +67,11 @@ fn run(boot: &BootInfo, index: u64) -> ! {
             *driver = Some(unsafe { Driver::new(boot, device) });
         }
     }
-    // The counter is set, the drivers' notes are in order, and the hammered pages are all zero.
+    // SAFETY: this vCPU's turn and log, of which nobody else writes more than the generation.
+    let mut chance = unsafe { Chance::new(layout, index) };
+    chance.announce();
+    // The counter is set, the drivers' notes are in order, nothing is drawn, and the hammered pages are all
+    // zero.
     vcpu.announce_formula();
     for driver in drivers.iter_mut().flatten() {
         driver.register_buffers(&mut vcpu);
@@ -75,6 +83,7 @@ fn run(boot: &BootInfo, index: u64) -> ! {
         for _ in 0..BATCH {
             hammer.operate(&mut vcpu);
         }
+        chance.draw();
         for driver in drivers.iter_mut().flatten() {
             driver.poll(&mut vcpu);
         }

@@ -26,6 +26,7 @@
 //! 0x0001_0000  page tables, built by the VMM with accessed and dirty bits set; read-only to the guest by
 //!              agreement
 //! 0x000f_0000  BootInfo
+//! 0x000f_1000  GenerationPage, which the VMM writes anew before a copy of the guest runs
 //! 0x0010_0000  stacks, 64 KiB a vCPU, MAX_VCPUS of them
 //! 0x0020_0000  the ELF image
 //! Layout       vCPU pages, device areas, hammered memory: see Layout, which is computed by the VMM and
@@ -56,6 +57,29 @@
 //! a [`RequestHeader`] (device-readable), the data descriptors if the request streams, a [`Status`]
 //! (device-writable). The guest finds completions by polling the used ring; there are no interrupts.
 //!
+//! # Identity
+//! A guest that is cloned or rewound is not alone with what it remembers: the machine it was copied from has
+//! the same seeds in its memory, and would draw the same random numbers from them. So the VMM gives each copy
+//! a new [`Generation`] before its first instruction, as ACPI's VM Generation ID does, with fresh seed
+//! material in it. It lies in a page of its own ([`GENERATION_GPA`]): [`BootInfo`] stays what it was at boot,
+//! which snapshots are checked for, the VMM needs to know nothing of the guest to write it, and one page is
+//! written wholly or not at all.
+//!
+//! There are no interrupts, and so there is no notice: a guest *polls*. To read the generation, to draw, and to
+//! read it again is not enough: a copy that is made after the second reading has both. The drawing must end
+//! in **one instruction** that looks and acts, and each vCPU has a [`Turn`] for that, two words side by side:
+//! the VMM writes the generation, the guest how much it has drawn, and `cmpxchg16b` of both is such an
+//! instruction. So a guest
+//!
+//! 1. reads its turn;
+//! 2. reads the seed, if the generation in the turn is not the one whose seed it has;
+//! 3. draws, and writes down what has been drawn, where it does not count yet;
+//! 4. counts it by `cmpxchg16b`. If that fails it is in a new generation: what it drew is void, and it begins
+//!    again.
+//!
+//! All of it is voluntary. A guest that ignores the page runs as it did before there was one; under a VMM that
+//! does not write it all of it is zero, and so is the seed.
+//!
 //! # The operation counter
 //! A hammering guest keeps the number of the operation it is doing in **MM7**. No compiler uses the MMX
 //! registers, so it is there whatever the vCPU was doing when it was stopped, and every snapshot's
@@ -71,6 +95,8 @@ pub const REGION_SIZE: u64 = 2 << 20;
 pub const LOWEST_GPA: u64 = 0x1_0000;
 /// Where [`BootInfo`] is.
 pub const BOOT_INFO_GPA: u64 = 0xf_0000;
+/// Where the [`GenerationPage`] is.
+pub const GENERATION_GPA: u64 = BOOT_INFO_GPA + PAGE_SIZE;
 /// Where the page tables begin: PML4, PDPT, then one page directory a GiB.
 pub const PAGE_TABLES_GPA: u64 = 0x1_0000;
 /// Where the stacks begin.
@@ -119,6 +145,45 @@ pub struct BootInfo {
     pub layout: Layout,
     /// A [`Pattern`] as a number.
     pub pattern: u64,
+}
+
+/// First word of a [`GenerationPage`] that the VMM has written, in this layout.
+pub const GENERATION_MAGIC: u64 = u64::from_le_bytes(*b"GENERAT1");
+
+/// What tells copies of a guest apart.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Generation {
+    /// One more than the memory that it is written to had before: it is another one than the guest can have
+    /// seen. Two copies of one guest have the same; their ids and seeds differ.
+    pub counter: u64,
+    /// No other generation anywhere has it.
+    pub id: [u64; 2],
+    /// Seed material that nobody else is given.
+    pub seed: [u64; 4],
+}
+
+/// The generation and what a vCPU has drawn, to be compared and changed as one.
+#[repr(C, align(64))]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Turn {
+    /// [`Generation::counter`], of the VMM.
+    pub generation: u64,
+    /// Numbers that the vCPU has drawn since the guest was booted, of the guest. The VMM leaves it as it is.
+    pub count: u64,
+}
+
+/// What lies at [`GENERATION_GPA`]. The VMM writes it while no vCPU runs: before the guest's first
+/// instruction, and before the first instruction of each copy of it.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct GenerationPage {
+    /// [`GENERATION_MAGIC`]; 0 if the VMM knows of no generations.
+    pub magic: u64,
+    /// The generation.
+    pub generation: Generation,
+    /// By vCPU; a cache line each, so that nobody waits.
+    pub turns: [Turn; MAX_VCPUS as usize],
 }
 
 /// How a vCPU chooses the page of its next operation.
@@ -272,6 +337,8 @@ pub struct VcpuPage {
     pub holds: [u64; 3],
     /// What the others have left here, by vCPU.
     pub marks: [Mark; MAX_VCPUS as usize],
+    /// What the vCPU has drawn.
+    pub draws: DrawLog,
     /// Unused by the payload.
     pub reserved: [u64; 8],
     /// The longest gap between two operations, by the time it ended.
@@ -287,6 +354,38 @@ pub struct VcpuPage {
 pub struct Mark {
     /// Operations that the vCPU had done: `formula::last_mark` of what it has done now, or of one less.
     pub ops: u64,
+}
+
+/// What [`DrawLog::draws`] holds when it holds.
+pub const DRAWS_BY_FORMULA: u64 = u64::from_le_bytes(*b"DRAWING1");
+/// Operations from one draw to the next: a vCPU that has done `n` operations has drawn `n / DRAW_EVERY`
+/// numbers, or has the last of them still to draw.
+pub const DRAW_EVERY: u64 = 16;
+/// Draws that a [`DrawLog`] has room for.
+pub const DRAW_LOG: u64 = 16;
+
+/// The random numbers that a vCPU has drawn last. How many they are says its [`Turn`].
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct DrawLog {
+    /// [`DRAWS_BY_FORMULA`] if this vCPU draws numbers as `guest::draws` says: the VMM then checks them.
+    pub draws: u64,
+    /// Draw `i` is at `i % DRAW_LOG`. The place of the next one may hold anything.
+    pub last: [Draw; DRAW_LOG as usize],
+}
+
+/// A number that was drawn.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Draw {
+    /// [`Generation::counter`] of the generation it is of.
+    pub generation: u64,
+    /// How many the vCPU had drawn before it since the guest was booted.
+    pub index: u64,
+    /// The number.
+    pub number: [u64; 2],
+    /// `formula::draw_digest` of all numbers up to this one.
+    pub digest: u64,
 }
 
 /// One bucket of [`VcpuPage::gaps`].
@@ -413,7 +512,10 @@ const _: () = assert!(MAX_VCPUS * VCPU_STRIDE <= REGION_SIZE);
 const _: () = assert!(core::mem::size_of::<DriverPage>() as u64 <= PAGE_SIZE);
 const _: () = assert!(LOWEST_GPA <= PAGE_TABLES_GPA);
 const _: () = assert!(PAGE_TABLES_GPA + (2 + (MAX_MEMORY >> 30)) * PAGE_SIZE <= BOOT_INFO_GPA);
-const _: () = assert!(BOOT_INFO_GPA + PAGE_SIZE <= STACKS_GPA);
+const _: () = assert!(GENERATION_GPA + PAGE_SIZE <= STACKS_GPA);
+const _: () = assert!(core::mem::size_of::<GenerationPage>() as u64 <= PAGE_SIZE);
+// So that what each operation writes is on one page.
+const _: () = assert!(core::mem::offset_of!(VcpuPage, reserved) as u64 <= PAGE_SIZE);
 const _: () = assert!(STACKS_GPA + MAX_VCPUS * STACK_SIZE <= IMAGE_GPA);
 const _: () = assert!(DATA_OFFSET + DATA_LEN <= BUFFER_LEN && DATA_SPLIT.is_multiple_of(8));
 

@@ -51,6 +51,8 @@ const POISON: u64 = u64::from_le_bytes(*b"poisoned");
 const MARGIN: u64 = u64::from_le_bytes(*b"a margin");
 const ORDER: u64 = u64::from_le_bytes(*b"an order");
 const REGISTERS: u64 = u64::from_le_bytes(*b"register");
+const DRAWN: u64 = u64::from_le_bytes(*b"drawn no");
+const GENERATION: u64 = u64::from_le_bytes(*b"generati");
 
 /// splitmix64: a bijection in which every bit of the input changes about half of the output.
 const fn mix(x: u64) -> u64 {
@@ -166,6 +168,40 @@ pub const fn register_key(seed: u64, vcpu: u64, op: u64) -> u64 {
 /// Word `word` of what registers hold under a [`register_key`].
 pub const fn register_word(key: u64, word: u64) -> u64 {
     key.wrapping_add(word.wrapping_mul(BUFFER_STEP))
+}
+
+/// Word `word` of id and seed of the `number`th generation that a VMM gives, where runs are to be repeatable.
+pub const fn generation_word(seed: u64, number: u64, word: u64) -> u64 {
+    mix(buffer_key(GENERATION, seed, number, word))
+}
+
+/// What the numbers of one generation are made by.
+///
+/// It stands for a cipher, and is none: it mixes well, and what it gives can be told apart by whoever looks
+/// for it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DrawKey([u64; 2]);
+
+impl DrawKey {
+    /// The key of the generation with this seed.
+    pub const fn new(seed: [u64; 4]) -> Self {
+        const fn fold([a, b, c, d]: [u64; 4], half: u64) -> u64 {
+            mix(mix(mix(mix(mix(DRAWN ^ half) ^ a) ^ b) ^ c) ^ d)
+        }
+        Self([fold(seed, 0), fold(seed, 1)])
+    }
+
+    /// What vCPU `vcpu` (below 2^8) draws when it has drawn `index` numbers (below 2^56) before. No two of one
+    /// key are the same, since each half is a bijection of vCPU and index.
+    pub const fn number(self, vcpu: u64, index: u64) -> [u64; 2] {
+        let place = (vcpu << OP_BITS) | (index & OP_MASK);
+        [mix(place ^ self.0[0]), mix(place ^ self.0[1])]
+    }
+}
+
+/// Digest of all numbers up to `number`, when that of those before it is `before`; 0 if there is none before.
+pub const fn draw_digest(before: u64, number: [u64; 2]) -> u64 {
+    mix(mix(before ^ number[0]) ^ number[1])
 }
 
 /// The vCPU in whose page vCPU `from` leaves its mark when it has done `ops`
@@ -574,6 +610,39 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn no_number_is_drawn_twice() {
+        let mut seen = HashSet::new();
+        let mut seeds = Vec::from([[0; 4]]);
+        // Seeds that differ in one bit, in the order of their words, and those of neighbouring generations.
+        seeds.extend((0..4).map(|word| std::array::from_fn(|w| u64::from(w == word))));
+        seeds.extend(
+            (1..20).map(|number| std::array::from_fn(|w| generation_word(1, number, w as u64))),
+        );
+        for seed in seeds {
+            let key = DrawKey::new(seed);
+            for vcpu in [0, 1, 15, 255] {
+                for index in (0..200).chain([OP_MASK]) {
+                    for half in key.number(vcpu, index) {
+                        assert!(seen.insert(half), "{seed:?} {vcpu} {index}");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_digest_tells_what_was_drawn_and_in_which_order() {
+        let numbers: Vec<_> = (0..3).map(|n| DrawKey::new([7; 4]).number(0, n)).collect();
+        let digest = |order: &[usize]| {
+            let numbers = order.iter().map(|&n| numbers[n]);
+            numbers.fold(0, draw_digest)
+        };
+        let orders: [&[usize]; 6] = [&[], &[0], &[0, 1], &[1, 0], &[0, 1, 2], &[0, 2, 1]];
+        let digests: HashSet<_> = orders.map(digest).into();
+        assert_eq!(digests.len(), orders.len());
     }
 
     #[test]

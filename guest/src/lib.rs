@@ -11,7 +11,7 @@
 //! - [`DRILL`] does one thing over and over which is hard on a VMM, and checks itself: see [`Drill`].
 //!
 //! [`abi`] is how a guest is entered, where its things are and how it speaks to the VMM; [`formula`] is what
-//! it writes. Both are compiled into the guests from the same source as into this crate. The build script
+//! it writes, and [`draws`] how it draws random numbers. All are compiled into the guests from the same source as into this crate. The build script
 //! compiles the guests with the same compiler as the rest, for `x86_64-unknown-linux-gnu`, whatever flags or
 //! profile the rest is built with.
 
@@ -21,6 +21,7 @@
 mod readme {}
 
 pub mod abi;
+pub mod draws;
 mod drill;
 pub mod formula;
 mod misbehaviour;
