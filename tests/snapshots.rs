@@ -215,6 +215,7 @@ fn a_restored_guest_is_the_one_that_was_captured() {
             assert_follows_formula(&vm.layout, &operations(first), |gpa, page| {
                 vm.ram().read(gpa, page).unwrap();
             });
+            Ok(())
         });
         restored.unwrap();
 
@@ -385,6 +386,7 @@ fn a_guest_that_was_rewound_in_part_does_not_run_on() {
             fails.store(true, Ordering::SeqCst);
             let last = Gfn(MEMORY / PAGE_SIZE - 1);
             vm.space().discard(last, 1).unwrap_err();
+            Ok(())
         });
         let error = restored.unwrap_err();
         let is_half_way = matches!(error, RewindError::Memory(_) | RewindError::Devices(_));

@@ -26,6 +26,9 @@ pub enum RewindError {
     /// Devices could not be restored.
     #[error("cannot restore the devices")]
     Devices(#[source] Cause),
+    /// What was to be done once memory was back could not be.
+    #[error("cannot make the restored memory ready")]
+    AfterMemory(#[source] Cause),
     /// The snapshot is of a VM with other devices. Nothing has changed.
     #[error("the snapshot has {snapshot} devices, the guest {guest}")]
     DeviceCount {
@@ -39,17 +42,18 @@ pub enum RewindError {
 impl<P: CowPolicy> Parts<'_, P> {
     /// Rewinds the VM to `snapshot`, and lets it run on from there. The guest's clock is not rewound.
     ///
-    /// `after_memory` is called when memory is back and nothing runs yet.
+    /// `after_memory` is called when memory is back and nothing runs yet: to look at it, or to write what the
+    /// rewound guest is to find there, such as a new generation.
     ///
     /// # Errors
     /// If the snapshot has another number of devices, or the vCPUs cannot be stopped: the VM is as it was,
     /// and runs on. If anything fails later it is part old, part new, and its vCPUs are stopped for good: a
-    /// device that does not reach a boundary within 5 s, memory of another size or pool, a state that is
-    /// refused.
+    /// device that does not reach a boundary within 5 s, memory of another size or pool, an `after_memory` that
+    /// says so, a state that is refused.
     pub fn restore(
         &self,
         snapshot: &Snapshot,
-        after_memory: impl FnOnce(),
+        after_memory: impl FnOnce() -> Result<(), Cause>,
     ) -> Result<Timing, RewindError> {
         let (there, here) = (snapshot.devices.len(), self.devices.len());
         if there != here {
@@ -103,14 +107,14 @@ impl<P: CowPolicy> Parts<'_, P> {
         &self,
         paused: &mut dyn Paused,
         snapshot: &Snapshot,
-        after_memory: impl FnOnce(),
+        after_memory: impl FnOnce() -> Result<(), Cause>,
     ) -> Result<Instant, RewindError> {
         let mut devices = self.devices.iter();
         let released = devices.try_for_each(|device| device.release());
         released.map_err(RewindError::Devices)?;
         paused.before_restore()?;
         self.space.restore(&snapshot.memory)?;
-        after_memory();
+        after_memory().map_err(RewindError::AfterMemory)?;
         let memory = Instant::now();
         for (device, state) in self.devices.iter().zip(&snapshot.devices) {
             device.restore(state).map_err(RewindError::Devices)?;

@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex};
 
 use super::*;
-use crate::causes::Cause;
+use crate::causes::{Cause, chain};
 use crate::host::Ram;
 use crate::memory::{Frames, Memory};
 use crate::mm::{Exclusive, PAGE_SIZE};
@@ -237,7 +237,10 @@ impl FakeVm {
     }
 
     fn restore(&self, snapshot: &Snapshot) -> Result<Timing, RewindError> {
-        self.parts().restore(snapshot, || self.log.note("memory"))
+        self.parts().restore(snapshot, || {
+            self.log.note("memory");
+            Ok(())
+        })
     }
 }
 
@@ -364,6 +367,26 @@ fn a_device_that_is_not_restored_stops_the_vm() {
     let log = vm.log.take();
     assert_eq!(log[log.len() - 3..], ["vcpus stop", "a resume", "b resume"]);
     assert!(!log.contains(&"vcpus restore".to_owned()));
+}
+
+/// As a guest that would run on as another does.
+#[test]
+fn memory_that_cannot_be_made_ready_stops_the_vm() {
+    let vm = FakeVm::new(Fails::Nothing);
+    vm.write(1);
+    let snapshot = vm.take();
+    vm.write(2);
+    vm.log.take();
+    let refused = || {
+        assert_eq!(word(vm.memory.ram()), 1, "memory is back");
+        Err("no room".into())
+    };
+    let error = vm.parts().restore(&snapshot, refused).unwrap_err();
+    assert!(matches!(error, RewindError::AfterMemory(_)), "{error}");
+    assert!(chain(&error).ends_with(": no room"), "{}", chain(&error));
+    let log = vm.log.take();
+    assert_eq!(log[log.len() - 3..], ["vcpus stop", "a resume", "b resume"]);
+    assert!(!log.iter().any(|said| said.contains(" restore")), "{log:?}");
 }
 
 #[test]

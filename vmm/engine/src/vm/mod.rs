@@ -291,7 +291,7 @@ impl<P: CowPolicy> Vm<P> {
     /// # Errors
     /// As [`Parts::restore`].
     pub fn restore(&self, snapshot: &Snapshot) -> Result<Timing, RewindError> {
-        self.parts().restore(snapshot, || ())
+        self.parts().restore(snapshot, || Ok(()))
     }
 
     /// Its parts, for whoever wants a say in how a snapshot is taken.

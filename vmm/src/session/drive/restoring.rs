@@ -45,6 +45,7 @@ impl Drive<'_> {
             {
                 tracing::warn!(%error, "cannot inject a stale page");
             }
+            Ok(())
         });
         if let Err(error) = restored {
             // Nothing runs on that could be watched.

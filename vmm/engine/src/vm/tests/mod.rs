@@ -278,7 +278,10 @@ fn a_snapshot_whose_vcpus_were_stored_runs_on_just_the_same() {
     });
     for _ in 0..3 {
         wait_until("counting on", || counted(vm.ram()) > then + 100_000);
-        let rewound = || assert_eq!(counted(vm.ram()), then);
+        let rewound = || {
+            assert_eq!(counted(vm.ram()), then);
+            Ok(())
+        };
         vm.parts().restore(&stored, rewound).unwrap();
         wait_until("counting again", || counted(vm.ram()) > then);
         let (later, _) = vm.snapshot().unwrap();
