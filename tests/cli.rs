@@ -514,6 +514,7 @@ fn the_json_report_has_these_keys_and_types() {
     let mut found = BTreeMap::new();
     kinds(&report, "", &mut found);
     let expected = [
+        ("checked_draws", "count"),
         ("checked_pages", "count"),
         ("config.accel", "text"),
         ("config.copy_ahead", "bool"),
@@ -611,6 +612,7 @@ fn the_json_report_has_these_keys_and_types() {
         ("violations.accounting", "count"),
         ("violations.coherence", "count"),
         ("violations.cut", "count"),
+        ("violations.identity", "count"),
         ("violations.isolation", "count"),
         ("violations.life", "count"),
         ("violations.tracking", "count"),

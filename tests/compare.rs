@@ -85,6 +85,7 @@ fn every_policy_behaves_as_its_table_says() {
         "coherence",
         "life",
         "tracking",
+        "identity",
         "accounting",
     ] {
         assert_eq!(of("exclusive", oracle), 0, "{oracle}");

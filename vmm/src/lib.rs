@@ -10,6 +10,7 @@
 //! | [`accel`] | what runs vCPUs: KVM, or threads of this process |
 //! | [`policy`] | which copy-on-write policy, chosen by name |
 //! | [`boot`] | what a guest finds before it runs |
+//! | [`incarnation`] | which copy of a guest a machine is, and the generation it is given |
 //! | [`check`] | the oracles: is every snapshot right? |
 //! | [`dma`] | the payload's DMA engines |
 //! | [`run_snapshot`] | a snapshot of a run: which one, and what is in it |
@@ -24,6 +25,7 @@ pub mod check;
 pub mod cli;
 pub mod dma;
 pub mod doctor;
+pub mod incarnation;
 pub mod policy;
 pub mod run_snapshot;
 pub mod scenario;

@@ -1,10 +1,13 @@
 //! A snapshot of a run: which one it is, and what is in it in the words of the program.
 
+use std::sync::Arc;
+
 use palimpsest::kvm::{StateError, VcpuState};
 use palimpsest::mm::Frozen;
 use palimpsest::snapshot;
 
 use crate::dma::{DeviceRestoreError, DeviceState};
+use crate::incarnation::Incarnation;
 
 /// A part of a snapshot has a state that is of another kind than a run's.
 #[derive(Debug, thiserror::Error)]
@@ -22,6 +25,7 @@ pub enum ForeignStateError {
 pub struct RunSnapshot {
     number: u64,
     parent: Option<u64>,
+    incarnation: Option<Arc<Incarnation>>,
     taken: snapshot::Snapshot,
     vcpus: Vec<VcpuState>,
     devices: Vec<DeviceState>,
@@ -44,10 +48,20 @@ impl RunSnapshot {
         Ok(Self {
             number,
             parent,
+            incarnation: None,
             taken,
             vcpus,
             devices,
         })
+    }
+
+    /// The same, of a guest that was in `incarnation`.
+    #[must_use]
+    pub fn of(self, incarnation: Arc<Incarnation>) -> Self {
+        Self {
+            incarnation: Some(incarnation),
+            ..self
+        }
     }
 
     /// Its number in the run, from 1.
@@ -58,6 +72,11 @@ impl RunSnapshot {
     /// The snapshot the VM ran on from, last before this one: the one restored last, or else taken last.
     pub fn parent(&self) -> Option<u64> {
         self.parent
+    }
+
+    /// The incarnation that the guest was in, if that is known.
+    pub fn incarnation(&self) -> Option<&Arc<Incarnation>> {
+        self.incarnation.as_ref()
     }
 
     /// What the engine has taken, which it can restore.
@@ -83,8 +102,6 @@ impl RunSnapshot {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
-
     use kvm_bindings::{kvm_regs, kvm_sregs};
     use palimpsest::host::PhysMap;
     use palimpsest::mm::{AddressSpace, Exclusive, FramePool, Gfn, Mmu, MmuError, Pfn, Protection};

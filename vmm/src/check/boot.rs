@@ -2,11 +2,15 @@
 
 use std::collections::HashMap;
 use std::mem::offset_of;
-use std::ops::Range;
+use std::ops::{Range, RangeInclusive};
 
-use guest::abi::{FOLLOWS_FORMULA, Layout, PAGE_SIZE, STACK_SIZE, STACKS_GPA, VcpuPage};
+use guest::abi::{
+    DRAWS_BY_FORMULA, DrawLog, FOLLOWS_FORMULA, GENERATION_GPA, Layout, PAGE_SIZE, STACK_SIZE,
+    STACKS_GPA, VcpuPage,
+};
 
 use super::hashes::{self, Hashes};
+use super::identity::{Found, Observation, due};
 use super::view::WORDS;
 use super::violation::{Oracle, Violation};
 use palimpsest::host::Ram;
@@ -19,6 +23,8 @@ pub(super) struct Declared {
     pub(super) held: u64,
     /// [`VcpuPage::holds`].
     pub(super) holds: [u64; 3],
+    /// Whether it draws numbers by the formula.
+    pub(super) draws: bool,
 }
 
 /// A guest that follows the formula.
@@ -54,9 +60,11 @@ impl Boot {
             return Ok(None);
         }
         let holds = |vcpu, n: usize| word(vcpu, offset_of!(VcpuPage, holds) + 8 * n);
+        let draws = offset_of!(VcpuPage, draws) + offset_of!(DrawLog, draws);
         let vcpus = (0..layout.vcpus).map(|vcpu| Declared {
             held: word(vcpu, offset_of!(VcpuPage, held)),
             holds: [holds(vcpu, 0), holds(vcpu, 1), holds(vcpu, 2)],
+            draws: word(vcpu, draws) == DRAWS_BY_FORMULA,
         });
         Ok(Some(Self {
             vcpus: vcpus.collect(),
@@ -64,10 +72,36 @@ impl Boot {
             pages: pages.clone(),
         }))
     }
+
+    /// What vCPUs have drawn that have done so many operations.
+    pub(super) fn draws(
+        &self,
+        snapshot: Option<u64>,
+        found: Found,
+        ops: impl IntoIterator<Item = RangeInclusive<u64>>,
+    ) -> Observation {
+        let due = |(ops, of): (RangeInclusive<u64>, &Declared)| of.draws.then(|| due(ops));
+        Observation {
+            snapshot,
+            found,
+            due: ops.into_iter().zip(&self.vcpus).map(due).collect(),
+        }
+    }
+
+    /// What vCPUs have drawn that stand still. `word` says what is in their guest's memory, by gpa.
+    pub fn draws_at_rest(&self, layout: &Layout, word: impl Fn(u64) -> u64) -> Observation {
+        let ops = (0..layout.vcpus).map(|vcpu| {
+            let counted = word(layout.vcpu_page(vcpu) + offset_of!(VcpuPage, ops) as u64);
+            // The registers may be one ahead.
+            counted..=counted.saturating_add(1)
+        });
+        let ops = Vec::from_iter(ops);
+        self.draws(None, Found::read(layout, word), ops)
+    }
 }
 
 /// Pages that nobody writes once the guest runs: its code and constant data, page tables, descriptors, and
-/// what is left free.
+/// what is left free. The generation, and what is counted beside it, is for another oracle.
 #[derive(Clone, Debug, Default)]
 pub struct Reference {
     hashes: Hashes,
@@ -77,7 +111,9 @@ impl Reference {
     /// What is in `ram` before the guest runs, whose program may write the addresses `writable`.
     pub fn new(ram: &Ram, layout: &Layout, writable: &[Range<u64>]) -> Self {
         let stacks = STACKS_GPA..STACKS_GPA + layout.vcpus * STACK_SIZE;
-        let changing: Vec<_> = std::iter::once(stacks)
+        let generation = GENERATION_GPA..GENERATION_GPA + PAGE_SIZE;
+        let changing: Vec<_> = [stacks, generation]
+            .into_iter()
             .chain(writable.iter().cloned())
             .map(|gpas| gpas.start / PAGE_SIZE..gpas.end.div_ceil(PAGE_SIZE))
             .collect();

@@ -15,11 +15,13 @@ use guest::formula::last_mark;
 use super::boot::Boot;
 use super::hammer::{At, Hammered};
 use super::hashes::{self, Hashes};
+use super::identity::{Found, Identities, Observation};
 use super::registers::Registers;
 use super::rings;
 use super::tracking::{Tracked, UnreportedDirty};
 use super::view::View;
 use super::violation::{Oracle, Violation};
+use crate::incarnation::Incarnation;
 use crate::run_snapshot::RunSnapshot;
 use palimpsest::aside::Aside;
 use palimpsest::host::PhysMap;
@@ -49,6 +51,7 @@ pub struct Examiner {
     pool: Arc<FramePool>,
     aside: Option<Arc<Aside>>,
     known: HashMap<u64, Known>,
+    identities: Identities,
 }
 
 /// What the first look at a snapshot found out.
@@ -64,6 +67,8 @@ struct Known {
 pub struct Findings {
     /// Pages that were read and compared.
     pub pages: u64,
+    /// Random numbers that were compared.
+    pub draws: u64,
     /// What was wrong.
     pub violations: Vec<Violation>,
 }
@@ -95,6 +100,7 @@ impl Examiner {
             pool,
             aside: None,
             known: HashMap::new(),
+            identities: Identities::default(),
         }
     }
 
@@ -150,6 +156,17 @@ impl Examiner {
             boot.pages.check(snapshot.number(), &hashes, &mut report);
             self.check_registers(snapshot, boot, &mut report);
         }
+        let drawn = boot.zip(ops.as_ref()).zip(snapshot.incarnation());
+        let drawn = drawn.map(|((boot, ops), incarnation)| {
+            let found = Found::read(&self.layout, |gpa| view.u64(gpa));
+            let ops = ops.iter().map(|&ops| ops..=ops);
+            (incarnation, boot.draws(Some(snapshot.number()), found, ops))
+        });
+        if let Some((incarnation, observation)) = drawn {
+            let drawn = self.look_at_draws(incarnation, &observation);
+            findings.draws += drawn.draws;
+            findings.violations.extend(drawn.violations);
+        }
         let now = Known { ops, hashes };
         if let Some(tracked) = &look.tracked {
             let mut report = Findings::reporter(&mut findings.violations);
@@ -157,6 +174,15 @@ impl Examiner {
         }
         self.known.insert(snapshot.number(), now);
         findings
+    }
+
+    /// Checks what `incarnation` has drawn by now. What it had drawn earlier was looked at before.
+    pub fn look_at_draws(&mut self, incarnation: &Arc<Incarnation>, now: &Observation) -> Findings {
+        let mut findings = Findings::default();
+        let mut report = Findings::reporter(&mut findings.violations);
+        let draws = self.identities.look(incarnation, now, &mut report);
+        drop(report);
+        Findings { draws, ..findings }
     }
 
     /// Checks that `snapshot` has not changed since its first look. `heir` is a younger snapshot whose parent

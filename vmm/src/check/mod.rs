@@ -7,6 +7,7 @@
 //! | coherence | guest and devices see what others write through a pin | the guest (`guest::abi::Failure`) |
 //! | life | a rewound guest runs on and its own checks hold | the guest, [`restored()`], [`crate::session`] |
 //! | tracking | dirty tracking tells of every page that changes | [`Examiner::first_look`] |
+//! | identity | no two copies of a guest draw the same random number | [`Identities`] |
 //! | accounting | at the end every frame is free, no reference or pin is left | [`account()`] |
 //!
 //! What memory must hold is a closed formula of the seed and of how many operations each vCPU has done
@@ -22,6 +23,7 @@ mod boot;
 mod examiner;
 mod hammer;
 mod hashes;
+mod identity;
 pub mod inject;
 mod registers;
 mod restored;
@@ -36,6 +38,7 @@ mod worker;
 pub use account::account;
 pub use boot::{Boot, Reference};
 pub use examiner::{Examiner, Findings, Look};
+pub use identity::{Found, Identities, Observation};
 pub use restored::restored;
 pub use tracking::{ReportedDirty, Tracked};
 pub use violation::{Oracle, Violation, ViolationCounts};

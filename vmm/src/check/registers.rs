@@ -203,6 +203,7 @@ mod tests {
                 declared: Declared {
                     held: HOLDS_REGISTERS | HOLDS_BASES | HOLDS_YMM,
                     holds: HOLDS,
+                    draws: false,
                 },
             };
             registers.check(&mut |v| found.push(v.to_string()));

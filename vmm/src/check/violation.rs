@@ -18,18 +18,21 @@ pub enum Oracle {
     Life,
     /// Dirty tracking tells of every page that changes.
     Tracking,
+    /// No two copies of a guest draw the same random number.
+    Identity,
     /// At the end every frame is free and no reference or pin is left.
     Accounting,
 }
 
 impl Oracle {
     /// Every oracle, in the order of the report.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 7] = [
         Self::Cut,
         Self::Isolation,
         Self::Coherence,
         Self::Life,
         Self::Tracking,
+        Self::Identity,
         Self::Accounting,
     ];
 
@@ -41,6 +44,7 @@ impl Oracle {
             Self::Coherence => "coherence",
             Self::Life => "life",
             Self::Tracking => "tracking",
+            Self::Identity => "identity",
             Self::Accounting => "accounting",
         }
     }
@@ -136,6 +140,10 @@ pub struct ViolationCounts {
     // Reports of before it was there have none.
     #[serde(default)]
     pub tracking: u64,
+    /// Of [`Oracle::Identity`].
+    // As for tracking.
+    #[serde(default)]
+    pub identity: u64,
     /// Of [`Oracle::Accounting`].
     pub accounting: u64,
 }
@@ -149,6 +157,7 @@ impl ViolationCounts {
             Oracle::Coherence => &mut self.coherence,
             Oracle::Life => &mut self.life,
             Oracle::Tracking => &mut self.tracking,
+            Oracle::Identity => &mut self.identity,
             Oracle::Accounting => &mut self.accounting,
         };
         *count += 1;
@@ -162,12 +171,19 @@ impl ViolationCounts {
             Oracle::Coherence => self.coherence,
             Oracle::Life => self.life,
             Oracle::Tracking => self.tracking,
+            Oracle::Identity => self.identity,
             Oracle::Accounting => self.accounting,
         }
     }
 
     /// Violations all oracles saw.
     pub const fn total(&self) -> u64 {
-        self.cut + self.isolation + self.coherence + self.life + self.tracking + self.accounting
+        self.cut
+            + self.isolation
+            + self.coherence
+            + self.life
+            + self.tracking
+            + self.identity
+            + self.accounting
     }
 }

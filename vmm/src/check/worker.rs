@@ -11,7 +11,9 @@ use tracing::span::EnteredSpan;
 use tracing::trace_span;
 
 use super::examiner::{Examiner, Findings, Look};
+use super::identity::Observation;
 use super::violation::Violation;
+use crate::incarnation::Incarnation;
 use crate::run_snapshot::RunSnapshot;
 
 /// Examines snapshots in the order they are handed over, on its own thread.
@@ -28,6 +30,7 @@ pub struct Worker {
 enum Task {
     First(Arc<RunSnapshot>, Look),
     Last(Arc<RunSnapshot>, Option<Arc<RunSnapshot>>),
+    Draws(Arc<Incarnation>, Observation),
 }
 
 impl Task {
@@ -41,6 +44,7 @@ impl Task {
             Self::Last(s, _) => {
                 trace_span!(target: TARGET, "last look", snapshot = number(s)).entered()
             }
+            Self::Draws(..) => trace_span!(target: TARGET, "draws").entered(),
         }
     }
 }
@@ -51,6 +55,7 @@ struct WorkerCounters {
     tasks_done: AtomicU64,
     checked: AtomicU64,
     pages: AtomicU64,
+    draws: AtomicU64,
 }
 
 /// The checker has panicked. The panic itself has been printed.
@@ -70,6 +75,8 @@ pub struct CheckCounts {
     pub checked: u64,
     /// Pages that were read and compared.
     pub pages: u64,
+    /// Random numbers that were compared.
+    pub draws: u64,
 }
 
 impl Worker {
@@ -87,15 +94,21 @@ impl Worker {
             .spawn(move || {
                 for task in todo {
                     let _span = task.span();
-                    let Findings { pages, violations } = match &task {
+                    let Findings {
+                        pages,
+                        draws,
+                        violations,
+                    } = match &task {
                         Task::First(snapshot, look) => {
                             let findings = examiner.first_look(snapshot, look);
                             count.checked.fetch_add(1, Ordering::Relaxed);
                             findings
                         }
                         Task::Last(snapshot, heir) => examiner.last_look(snapshot, heir.as_deref()),
+                        Task::Draws(incarnation, now) => examiner.look_at_draws(incarnation, now),
                     };
                     count.pages.fetch_add(pages, Ordering::Relaxed);
+                    count.draws.fetch_add(draws, Ordering::Relaxed);
                     for violation in violations {
                         // Nobody listens any more: the run is over.
                         let _ = report.send(violation);
@@ -125,6 +138,11 @@ impl Worker {
         self.hand_over(Task::Last(snapshot, heir.cloned()));
     }
 
+    /// Hands over what a guest that stands still has drawn, after all snapshots of it.
+    pub fn look_at_draws(&mut self, incarnation: Arc<Incarnation>, now: Observation) {
+        self.hand_over(Task::Draws(incarnation, now));
+    }
+
     fn hand_over(&mut self, task: Task) {
         if let Some(tasks) = &self.tasks
             && tasks.send(task).is_ok()
@@ -143,6 +161,7 @@ impl Worker {
         CheckCounts {
             checked: self.counters.checked.load(Ordering::Relaxed),
             pages: self.counters.pages.load(Ordering::Relaxed),
+            draws: self.counters.draws.load(Ordering::Relaxed),
         }
     }
 

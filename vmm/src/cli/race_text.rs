@@ -38,13 +38,13 @@ pub(super) fn render(race: &Race, races: &[Raced]) -> String {
     }
     let _ = write!(text, "\n  {:<21}", "violations of");
     for oracle in Oracle::ALL {
-        let _ = write!(text, " {:>6.6}", oracle.name());
+        let _ = write!(text, " {:>5.5}", oracle.name());
     }
     let _ = writeln!(text);
     for raced in races {
         let _ = write!(text, "  {:<21}", raced.policy.name());
         for oracle in Oracle::ALL {
-            let _ = write!(text, " {:>6}", raced.report.violations.of(oracle));
+            let _ = write!(text, " {:>5}", raced.report.violations.of(oracle));
         }
         let _ = writeln!(text, "  {}", verdict(raced));
     }

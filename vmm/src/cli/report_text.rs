@@ -66,6 +66,9 @@ fn verdict(report: &Report) -> String {
     }
 }
 
+/// Oracles on the first line of those that say what each has seen.
+const ORACLES_A_LINE: usize = 5;
+
 fn rows(report: &Report) -> Vec<(&'static str, String)> {
     let Report {
         config,
@@ -171,13 +174,13 @@ fn rows(report: &Report) -> Vec<(&'static str, String)> {
                 count(memory.vmas_limit)
             ),
         ),
-        (
-            "violations",
-            Oracle::ALL
-                .map(|oracle| format!("{oracle} {}", count(report.violations.of(oracle))))
-                .join(", "),
-        ),
     ];
+    let seen =
+        Oracle::ALL.map(|oracle| format!("{oracle} {}", count(report.violations.of(oracle))));
+    // They have no room on one line.
+    let (some, others) = seen.split_at(ORACLES_A_LINE);
+    rows.push(("violations", some.join(", ") + ","));
+    rows.push(("", others.join(", ")));
     if let Some(found) = found_by(faults) {
         let at = rows.iter().position(|(name, _)| *name == "regions");
         rows.insert(at.unwrap_or(rows.len()), ("found by", found));
@@ -365,7 +368,8 @@ pins        480,211 fast, 9,004 slow, 24 registered
 forks       94,113 pinned pages copied at once
 DMA         80,120 requests to the guest, 80,118 from it, 1.68 GiB
 memory      1.19 GiB of 1.25 GiB committed at most, 31,004 of 65,530 mappings
-violations  cut 0, isolation 0, coherence 0, life 0, tracking 0, accounting 0
+violations  cut 0, isolation 0, coherence 0, life 0, tracking 0,
+            identity 0, accounting 0
 policy      exclusive
 platform    PVM (KVM without VMX or SVM), Linux 6.18.0, 2 CPUs
 seed        7 (repeat with --seed 7)

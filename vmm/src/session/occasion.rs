@@ -169,7 +169,7 @@ impl Occasion {
             Some(Injection::SkipWriteProtect | Injection::ReuseShared | Injection::ForgetDirty) => {
                 (2, 0)
             }
-            Some(Injection::StalePage) => (1, 1),
+            Some(Injection::StalePage | Injection::SameGeneration) => (1, 1),
             Some(_) => (1, 0),
         }
     }
@@ -259,6 +259,7 @@ mod tests {
             (Injection::SkipWriteProtect, 2, 0),
             (Injection::RunDevices, 1, 0),
             (Injection::StalePage, 1, 1),
+            (Injection::SameGeneration, 1, 1),
         ] {
             let mut occasion = Occasion::new(Some(fault), 2);
             for _ in 0..snapshots {

@@ -16,13 +16,14 @@ use palimpsest::snapshot::Parts;
 use palimpsest::snapshot::Snapshot;
 use palimpsest::vm::{self, Accelerator, CloneError, Shell};
 
-use super::config::{Config, Injection, PageSize, Size};
+use super::config::{Config, GuestSource, Injection, PageSize, Size};
 use super::need::MemoryPlan;
 use super::ports::{Event, Events, Ports};
 use crate::boot;
 use crate::check::Reference;
 use crate::check::inject::LeakyMmu;
 use crate::dma::{DeviceSet, StartError};
+use crate::incarnation::{Entropy, Incarnation, IncarnationError, Incarnations};
 
 /// Why a VM could not be put together.
 #[derive(Debug, thiserror::Error)]
@@ -38,6 +39,9 @@ pub enum PayloadVmError {
     /// What the guest finds in its memory at first could not be written.
     #[error("cannot write the guest's first memory")]
     Boot(#[from] BootError),
+    /// The guest could not be given a generation.
+    #[error("cannot give the guest a generation")]
+    Generation(#[from] IncarnationError),
     /// Memory is too small for program, vCPUs and devices.
     #[error(
         "--memory {} is too small: the guest program ends at {image_end:#x}, \
@@ -101,6 +105,9 @@ pub(super) struct PayloadVm {
     pub(super) layout: Layout,
     /// Memory before the guest has run.
     pub(super) reference: Reference,
+    pub(super) incarnations: Incarnations,
+    /// The incarnation that it is in.
+    pub(super) incarnation: Arc<Incarnation>,
     entry: u64,
 }
 
@@ -193,6 +200,12 @@ impl PayloadVm {
         let ram = memory.ram().clone();
         image.load(&ram).map_err(no_good)?;
         boot::write_first_memory(&ram, layout, config.seed, config.pattern)?;
+        let incarnations = Incarnations::new(match config.guest {
+            GuestSource::Payload => Entropy::Seed(config.seed),
+            // Whatever it does with it is its own business, and nobody else is to know it.
+            GuestSource::File(_) => Entropy::Host,
+        });
+        let incarnation = Arc::new(incarnations.boot(&ram)?);
 
         let reference = Reference::new(&ram, &layout, image.writable());
         let aside = Arc::<Aside>::default();
@@ -205,6 +218,8 @@ impl PayloadVm {
             devices,
             layout,
             reference,
+            incarnations,
+            incarnation,
             entry: image.entry(),
         })
     }

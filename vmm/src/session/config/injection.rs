@@ -32,11 +32,14 @@ pub enum Injection {
     /// One page that is written all the time is kept back from the answers of dirty
     /// tracking [caught by: tracking]
     ForgetDirty,
+    /// A restored guest keeps the generation of the snapshot, and draws the same random numbers again [caught
+    /// by: identity]
+    SameGeneration,
 }
 
 impl Injection {
     /// Every fault there is.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
         Self::SharePinned,
         Self::SkipWriteProtect,
         Self::RunDevices,
@@ -47,6 +50,7 @@ impl Injection {
         Self::StaleRegisters,
         Self::SkewVcpus,
         Self::ForgetDirty,
+        Self::SameGeneration,
     ];
 
     /// The fault's name, as `--inject` takes it.
@@ -62,6 +66,7 @@ impl Injection {
             Self::StaleRegisters => "stale-registers",
             Self::SkewVcpus => "skew-vcpus",
             Self::ForgetDirty => "forget-dirty",
+            Self::SameGeneration => "same-generation",
         }
     }
 
@@ -76,6 +81,7 @@ impl Injection {
             Self::LeakPin => Oracle::Accounting,
             Self::StalePage => Oracle::Life,
             Self::ForgetDirty => Oracle::Tracking,
+            Self::SameGeneration => Oracle::Identity,
         }
     }
 
@@ -102,7 +108,7 @@ impl Injection {
 
     /// Whether the fault is about restoring, so that without restores it never happens.
     pub(super) const fn needs_restores(self) -> bool {
-        matches!(self, Self::StalePage)
+        matches!(self, Self::StalePage | Self::SameGeneration)
     }
 }
 

@@ -433,6 +433,13 @@ mod tests {
         );
         assert_eq!(
             refusal(|c| {
+                c.inject = Some(Injection::SameGeneration);
+                c.restore_every = 0;
+            }),
+            "--inject same-generation: this fault needs --restore-every 1 or more"
+        );
+        assert_eq!(
+            refusal(|c| {
                 c.inject = Some(Injection::SharePinned);
                 c.registered_buffers = 0;
             }),

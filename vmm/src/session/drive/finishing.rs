@@ -1,5 +1,6 @@
 //! The end: everything is taken apart, looked at once more, and written down.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use guest::abi::PAGE_SIZE;
@@ -30,6 +31,10 @@ impl Drive<'_> {
         // The guest is stopped first. The snapshots that have their last look now had it run beside them so
         // far.
         self.vm.machine().stop();
+        let stopped = self.vm.machine().wait_until_stopped();
+        if stopped.is_ok() {
+            self.look_at_last_draws();
+        }
         let (mm, dma) = (self.vm.space().stats(), self.vm.devices.stats());
         let faults = fault_counts(&mm, &self.vm.machine().stats());
         let dirty = self.dirty_counts();
@@ -80,7 +85,6 @@ impl Drive<'_> {
         } = self;
         let frames = vm.frames().clone();
         let usage = frames.pool().usage();
-        let stopped = vm.machine().wait_until_stopped();
         drop(vm);
         match stopped {
             Ok(()) => {
@@ -129,6 +133,7 @@ impl Drive<'_> {
             },
             dirty,
             checked_pages: checks.pages,
+            checked_draws: checks.draws,
             violations,
             memory: MemoryPeaks {
                 frames_peak: usage.peak,
@@ -139,6 +144,24 @@ impl Drive<'_> {
             },
             lines_lost: unheard,
         }
+    }
+}
+
+impl Drive<'_> {
+    /// Hands over what the guest has drawn since the last snapshot. It stands still.
+    fn look_at_last_draws(&mut self) {
+        let Some(boot) = &self.boot else {
+            return;
+        };
+        let (ram, layout) = (self.vm.ram(), &self.vm.layout);
+        let word = |gpa| {
+            let mut bytes = [0; 8];
+            ram.read(gpa, &mut bytes)
+                .map_or(0, |()| u64::from_le_bytes(bytes))
+        };
+        let now = boot.draws_at_rest(layout, word);
+        let incarnation = Arc::clone(&self.vm.incarnation);
+        self.worker.look_at_draws(incarnation, now);
     }
 }
 

@@ -10,6 +10,7 @@ use crate::check;
 use crate::run_snapshot::RunSnapshot;
 use crate::session::config::Injection;
 use crate::session::end::End;
+use crate::session::faults::Forgetful;
 use crate::session::life::{self, DeviceWatch, LifeWatch};
 use palimpsest::snapshot::RewindError;
 
@@ -37,14 +38,24 @@ impl Drive<'_> {
             .flatten();
         let (ram, layout) = (self.vm.ram().clone(), self.vm.layout);
         let pool = Arc::clone(self.vm.frames().pool());
-        let mut wrong = None;
+        let original = snapshot.incarnation().unwrap_or(&self.vm.incarnation);
+        let begin = || match self.config.inject {
+            Some(Injection::SameGeneration) => {
+                let ram = Forgetful(&ram);
+                self.vm.incarnations.copy(&ram, &layout, original)
+            }
+            _ => self.vm.incarnations.copy(&ram, &layout, original),
+        };
+        let (mut wrong, mut begun) = (None, None);
         let restored = self.vm.parts().restore(snapshot.taken(), || {
+            // Before anything is written: it is all the snapshot's.
             wrong = check::restored(&ram, &snapshot, &layout, &pool);
             if let Some((gpa, page)) = stale
                 && let Err(error) = ram.write(gpa, &page)
             {
                 tracing::warn!(%error, "cannot inject a stale page");
             }
+            begun = Some(begin()?);
             Ok(())
         });
         if let Err(error) = restored {
@@ -54,6 +65,9 @@ impl Drive<'_> {
                 RewindError::Vcpus(error) => self.why_vcpus_ended(error),
                 error => End::error(&error),
             });
+        }
+        if let Some(incarnation) = begun {
+            self.vm.incarnation = Arc::new(incarnation);
         }
         if let Some(violation) = wrong {
             self.violation(&violation);

@@ -32,7 +32,8 @@ impl Drive<'_> {
         self.taken = number;
         self.note_pause(timing);
         let snapshot = RunSnapshot::new(number, parent, snapshot);
-        let snapshot = Arc::new(snapshot.map_err(|error| End::error(&error))?);
+        let snapshot = snapshot.map_err(|error| End::error(&error))?;
+        let snapshot = Arc::new(snapshot.of(Arc::clone(&self.vm.incarnation)));
         let tracked = self.tracker.as_mut().and_then(|t| t.at(&snapshot));
         let is_in_flight = |state: &DeviceState| state.in_flight.is_some();
         self.in_flight += u64::from(snapshot.devices().iter().any(is_in_flight));

@@ -139,6 +139,10 @@ pub struct Report {
     pub dirty: DirtyCounts,
     /// Pages of snapshots that were compared with what they must hold.
     pub checked_pages: u64,
+    /// Random numbers of the guest's that were read and compared.
+    // Reports of before it drew any have none.
+    #[serde(default)]
+    pub checked_draws: u64,
     /// Violations.
     pub violations: ViolationCounts,
     /// What it cost the host.
@@ -236,6 +240,7 @@ pub(crate) mod tests {
             },
             dirty: DirtyCounts::default(),
             checked_pages: 178_231_004,
+            checked_draws: 92_001,
             violations: ViolationCounts::default(),
             memory: MemoryPeaks {
                 frames_peak: 312_004,
@@ -261,7 +266,8 @@ pub(crate) mod tests {
     fn the_json_has_exactly_these_keys() {
         let json = serde_json::to_value(example()).unwrap();
         let expected: BTreeMap<&str, &[&str]> = BTreeMap::from([
-            ("checked_pages", &[] as &[_]),
+            ("checked_draws", &[] as &[_]),
+            ("checked_pages", &[]),
             (
                 "config",
                 &[
@@ -347,6 +353,7 @@ pub(crate) mod tests {
                     "accounting",
                     "coherence",
                     "cut",
+                    "identity",
                     "isolation",
                     "life",
                     "tracking",
