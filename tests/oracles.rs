@@ -164,8 +164,8 @@ fn registers_of_an_earlier_instant_break_the_cut() {
     }
 }
 
-/// All that is compared with that vCPU's registers alone agrees with them. Only its marks in the pages of
-/// other vCPUs show that it is of another instant.
+/// All pages that are compared with that vCPU's registers alone agree with them. Only its marks in the pages of
+/// other vCPUs show that it is of another instant, and, to another oracle, the random numbers it has drawn.
 #[test]
 fn a_vcpu_of_an_earlier_instant_breaks_the_cut() {
     if no_kvm() {
@@ -212,6 +212,21 @@ fn a_dirty_page_that_is_kept_back_breaks_tracking() {
         assert_tells_where(&violation, config().memory);
         assert!(violation.snapshot.is_some(), "{violation}");
     }
+}
+
+#[test]
+fn a_rewound_guest_that_keeps_its_generation_breaks_identity() {
+    if no_kvm() {
+        return;
+    }
+    let mut drawn_again = 0;
+    for violation in violations(Injection::SameGeneration) {
+        assert!(!violation.expected.is_empty(), "{violation}");
+        assert_ne!(violation.expected, violation.found, "{violation}");
+        drawn_again += u64::from(violation.detail.ends_with("which were drawn before"));
+    }
+    // By each vCPU in each run: it has its occasion.
+    assert!(drawn_again >= config().vcpus * seeds().count() as u64);
 }
 
 #[test]

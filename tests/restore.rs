@@ -6,7 +6,7 @@
 mod support;
 
 use guest::Misbehaviour;
-use guest::abi::{MAX_REGISTERED, Pattern};
+use guest::abi::{DRAW_EVERY, MAX_REGISTERED, Pattern};
 use support::{config, no_kvm, run, run_guest, run_until, times};
 use vmm::session::config::{Config, RunLength};
 
@@ -108,6 +108,23 @@ fn devices_go_on_with_their_registered_buffers_after_a_restore() {
         })
     });
     run.assert_clean();
+}
+
+/// One that draws what it drew before, or what the guest drew that it was, breaks identity.
+#[test]
+fn a_rewound_guest_draws_random_numbers_of_its_own() {
+    if no_kvm() {
+        return;
+    }
+    let asked = config();
+    let vcpus = asked.vcpus;
+    // From some restore to the next, a vCPU has done operations enough to draw.
+    let run = run_until(asked, move |seen| {
+        let now = seen.now();
+        now.restored > 2 && now.ops > 4 * DRAW_EVERY * vcpus * (now.restored + 1)
+    });
+    run.assert_clean();
+    assert!(run.report.checked_draws > 0, "{:?}", run.report);
 }
 
 /// The life oracle waits for operations after a restore, but not of a guest that never does any.

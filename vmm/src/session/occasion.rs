@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use guest::abi::{Layout, STREAM_SLOTS, VcpuPage};
+use guest::abi::{DRAW_EVERY, Layout, STREAM_SLOTS, VcpuPage};
 
 use super::config::Injection;
 use super::vm::PayloadVm;
@@ -22,6 +22,8 @@ use palimpsest::host::Ram;
 
 /// Operations of each vCPU from one step to the next. Two may have been under way at one step or the other.
 const OPS: u64 = 3;
+/// The same where a fault shows in what vCPUs draw: each has drawn at least once.
+const OPS_TO_DRAW: u64 = DRAW_EVERY + OPS;
 /// Requests of each device, by the number of its slots: each slot has had one that was posted after the first
 /// snapshot, and checked.
 const ROUNDS: u64 = 4;
@@ -65,7 +67,7 @@ impl<'a> GuestCounters<'a> {
     /// Waits until each vCPU has gone on from where it is now, as [`wait_until`] does.
     pub(super) fn wait_for_ops(&self, stop: &AtomicBool) -> bool {
         let since = self.ops();
-        wait_until(stop, || have_gone_on(&since, &self.ops()))
+        wait_until(stop, || have_gone_on(&since, &self.ops(), OPS))
     }
 }
 
@@ -81,10 +83,11 @@ pub(super) fn wait_until(stop: &AtomicBool, mut event: impl FnMut() -> bool) -> 
     true
 }
 
-fn have_gone_on(since: &[u64], now: &[u64]) -> bool {
+/// Whether each vCPU has done `ops` operations.
+fn have_gone_on(since: &[u64], now: &[u64], ops: u64) -> bool {
     since.iter().zip(now).all(|(&since, &now)| {
         // Less than it was: the guest has been rewound, and has written since.
-        now.checked_sub(since).is_none_or(|done| done >= OPS)
+        now.checked_sub(since).is_none_or(|done| done >= ops)
     })
 }
 
@@ -146,7 +149,12 @@ impl Occasion {
 
     /// Whether the next step may be done.
     pub(super) fn is_ripe(&self, ops: &[u64]) -> bool {
-        self.fault.is_none() || have_gone_on(&self.last.ops, ops)
+        let enough = match self.fault {
+            None => return true,
+            Some(Injection::SameGeneration) => OPS_TO_DRAW,
+            Some(_) => OPS,
+        };
+        have_gone_on(&self.last.ops, ops, enough)
     }
 
     /// Whether there were steps enough for the fault to show.
@@ -249,12 +257,15 @@ mod tests {
         assert!(!occasion.is_ripe(&[4, 3]));
         assert!(occasion.is_ripe(&[4, 4]));
         occasion.last.at -= PATIENCE * 2;
+        let drawing = Occasion::new(Some(Injection::SameGeneration), 2);
+        assert!(!drawing.is_ripe(&[18, 100]));
+        assert!(drawing.is_ripe(&[19, 19]));
         assert!(occasion.overdue().unwrap().contains("reuse-shared"));
     }
 
     #[test]
     fn a_run_is_over_when_its_fault_has_had_its_occasion() {
-        let over = |occasion: &Occasion| occasion.is_over(&[9, 9], &[1_000], &layout());
+        let over = |occasion: &Occasion| occasion.is_over(&[19, 19], &[1_000], &layout());
         for (fault, snapshots, restores) in [
             (Injection::SkipWriteProtect, 2, 0),
             (Injection::RunDevices, 1, 0),

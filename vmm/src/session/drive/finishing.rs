@@ -1,6 +1,5 @@
 //! The end: everything is taken apart, looked at once more, and written down.
 
-use std::sync::Arc;
 use std::time::Duration;
 
 use guest::abi::PAGE_SIZE;
@@ -144,24 +143,6 @@ impl Drive<'_> {
             },
             lines_lost: unheard,
         }
-    }
-}
-
-impl Drive<'_> {
-    /// Hands over what the guest has drawn since the last snapshot. It stands still.
-    fn look_at_last_draws(&mut self) {
-        let Some(boot) = &self.boot else {
-            return;
-        };
-        let (ram, layout) = (self.vm.ram(), &self.vm.layout);
-        let word = |gpa| {
-            let mut bytes = [0; 8];
-            ram.read(gpa, &mut bytes)
-                .map_or(0, |()| u64::from_le_bytes(bytes))
-        };
-        let now = boot.draws_at_rest(layout, word);
-        let incarnation = Arc::clone(&self.vm.incarnation);
-        self.worker.look_at_draws(incarnation, now);
     }
 }
 

@@ -6,6 +6,7 @@
 //! | `taking` | taking a snapshot, with the fault that is injected into it |
 //! | `room` | room for snapshots, and which have to go |
 //! | `restoring` | rewinding the guest |
+//! | `draws` | what the guest has drawn that is in no snapshot |
 //! | `guest` | what the guest says |
 //! | `ticking` | what is done every tenth of a second |
 //! | `counts` | how far guest, devices and memory are |
@@ -14,6 +15,7 @@
 
 mod counts;
 mod cycle;
+mod draws;
 mod finishing;
 mod guest;
 mod random;

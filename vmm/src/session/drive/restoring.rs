@@ -26,6 +26,7 @@ impl Drive<'_> {
         let Some(snapshot) = self.kept.get(chosen).map(Arc::clone) else {
             return Ok(());
         };
+        self.look_at_draws_to_be_undone()?;
         self.stall.before_restore(self.vm.ram());
         let ops_before = self.counters().ops();
         let before: u64 = ops_before.iter().sum();
