@@ -47,6 +47,7 @@ fn main() -> ExitCode {
     println!("cargo::rerun-if-changed=payload");
     for shared in [
         "abi",
+        "draws/count",
         "draws/mod",
         "drill",
         "formula",

@@ -1,13 +1,12 @@
 //! The random numbers of a vCPU: where they are drawn (`draws` has how).
 
-use core::arch::asm;
 use core::mem::offset_of;
 
 use crate::abi::{
     DRAWS_BY_FORMULA, DrawLog, GENERATION_GPA, GenerationPage, Layout, PAGE_SIZE, Turn, VcpuPage,
 };
 use crate::area::Area;
-use crate::draws::{Drawer, Places};
+use crate::draws::{Drawer, Places, count};
 
 /// What a vCPU draws with.
 pub struct Chance {
@@ -69,25 +68,7 @@ impl Places for Memory {
     }
 
     fn count(&self, from: Turn, to: Turn) -> bool {
-        let counted: u8;
-        // SAFETY: the turn is mapped, aligned to more than 16 bytes, and reached by this and as an area only.
-        // RBX, which can't be named as an operand, is swapped in and restored. Memory is clobbered by default,
-        // so that the compiler has done all earlier stores and none of the later ones.
-        unsafe {
-            asm!(
-                "xchg rbx, rsi",
-                "cmpxchg16b [rdi]",
-                "sete r8b",
-                "mov rbx, rsi",
-                in("rdi") self.turn,
-                inout("rax") from.generation => _,
-                inout("rdx") from.count => _,
-                inout("rsi") to.generation => _,
-                in("rcx") to.count,
-                out("r8b") counted,
-                options(nostack)
-            );
-        }
-        counted != 0
+        // SAFETY: mapped, and reached by this and as an area only.
+        unsafe { count(self.turn as *mut Turn, from, to) }
     }
 }

@@ -38,7 +38,8 @@ pub fn write_page_tables(ram: &dyn GuestRam, memory: u64) -> Result<u64, BootErr
     kvm::write_page_tables(ram, PAGE_TABLES_GPA, memory.min(MAX_MEMORY))
 }
 
-/// Writes what a guest looks for in its memory at first: page tables, and what it is to do.
+/// Writes what a guest looks for in its memory at first: page tables, and what it is to do. Its generation is
+/// for [`Incarnations`](crate::incarnation::Incarnations).
 ///
 /// # Errors
 /// If guest memory can't be written.

@@ -29,8 +29,13 @@
 //! that counts needs no lock. The compiler is kept from moving accesses by [`Places`], all of which are
 //! volatile, and the one that counts clobbers memory.
 
+mod count;
+#[cfg(test)]
+mod tests;
+
 use core::mem::offset_of;
 
+pub use self::count::count;
 use crate::abi::{DRAW_LOG, Draw, DrawLog, Generation, GenerationPage, Turn};
 use crate::formula::{DrawKey, draw_digest};
 
@@ -45,7 +50,7 @@ pub trait Places {
     /// Puts a word at `offset` of this vCPU's [`DrawLog`].
     fn write_log(&self, offset: usize, word: u64);
 
-    /// If this vCPU's turn is `from`, makes it `to`, in one instruction. Says whether it was.
+    /// If this vCPU's turn is `from`, makes it `to`, in one instruction ([`count()`]). Says whether it was.
     fn count(&self, from: Turn, to: Turn) -> bool;
 }
 
@@ -115,6 +120,3 @@ fn write_down(places: &impl Places, turn: Turn, number: [u64; 2]) {
     put(offset_of!(Draw, number) + 8, number[1]);
     put(offset_of!(Draw, digest), draw_digest(before, number));
 }
-
-#[cfg(test)]
-mod tests;
