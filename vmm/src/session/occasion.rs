@@ -204,6 +204,12 @@ impl Occasion {
         })
     }
 
+    /// A vCPU stands still for good, which an oracle has said: from here on nothing is waited for. A fault may
+    /// have left the guest a stack on which it never comes out of a loop.
+    pub(super) fn give_up(&mut self) {
+        self.fault = None;
+    }
+
     /// Why the run cannot go on like this, if guest or devices have not done for long what the fault needs.
     pub(super) fn overdue(&self) -> Option<String> {
         let fault = self.fault?;
@@ -243,6 +249,18 @@ mod tests {
         let mut occasion = Occasion::new(Some(Injection::StalePage), 2);
         assert!(occasion.go_on().unwrap().contains("stale-page"));
         assert_eq!(occasion.go_on(), None);
+    }
+
+    #[test]
+    fn a_vcpu_that_stands_still_for_good_is_not_waited_for() {
+        let mut occasion = Occasion::new(Some(Injection::ReuseShared), 2);
+        occasion.snapshot(vec![3, 3], vec![0]);
+        let (ops, layout) = ([3, 100], layout());
+        assert!(!occasion.is_ripe(&ops) && !occasion.is_over(&ops, &[0], &layout));
+        occasion.give_up();
+        assert!(occasion.is_ripe(&ops) && occasion.is_over(&ops, &[0], &layout));
+        occasion.last.at -= PATIENCE * 2;
+        assert_eq!(occasion.overdue(), None);
     }
 
     #[test]

@@ -20,6 +20,7 @@ impl Drive<'_> {
         let patience = life::patience(self.stall.longest());
         if let Some(violation) = self.life.look(&ops, patience) {
             self.violation(&violation);
+            self.occasion.give_up();
         }
         let requests = self.requests_by_device();
         if let Some(violation) = self.device_life.look(&ops, &requests, patience) {
