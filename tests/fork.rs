@@ -104,6 +104,7 @@ fn rules_that_are_wrong_are_caught_in_a_family() {
     for wrong in [
         ["--inject", "reuse-shared"],
         ["--inject", "share-pinned"],
+        ["--inject", "same-generation"],
         ["--policy", "mapcount"],
     ] {
         // What shows is a matter of who is faster.

@@ -8,7 +8,9 @@ use super::{
 };
 use crate::session::{
     config::{Config, RunLength, Size, pattern_name},
-    report::{EndedBy, FaultCounts, Oracle, Quantiles, Report, StepQuantiles, Verdict},
+    report::{
+        EndedBy, FaultCounts, Oracle, Quantiles, Report, StepQuantiles, Verdict, ViolationCounts,
+    },
 };
 
 /// `report` on one screen. The first line is the verdict; what a crashed guest left comes right after it.
@@ -175,12 +177,7 @@ fn rows(report: &Report) -> Vec<(&'static str, String)> {
             ),
         ),
     ];
-    let seen =
-        Oracle::ALL.map(|oracle| format!("{oracle} {}", count(report.violations.of(oracle))));
-    // They have no room on one line.
-    let (some, others) = seen.split_at(ORACLES_A_LINE);
-    rows.push(("violations", some.join(", ") + ","));
-    rows.push(("", others.join(", ")));
+    rows.extend(violations(&report.violations));
     if let Some(found) = found_by(faults) {
         let at = rows.iter().position(|(name, _)| *name == "regions");
         rows.insert(at.unwrap_or(rows.len()), ("found by", found));
@@ -309,6 +306,17 @@ pub(super) fn quantiles(quantiles: &Quantiles, meaning: &str) -> String {
         cell(quantiles.p99),
         cell(quantiles.max)
     )
+}
+
+/// How many each oracle saw.
+pub(super) fn violations(counts: &ViolationCounts) -> [(&'static str, String); 2] {
+    let seen = Oracle::ALL.map(|oracle| format!("{oracle} {}", count(counts.of(oracle))));
+    // They have no room on one line.
+    let (some, others) = seen.split_at(ORACLES_A_LINE);
+    [
+        ("violations", some.join(", ") + ","),
+        ("", others.join(", ")),
+    ]
 }
 
 /// The KVM of a report, in words.

@@ -7,23 +7,23 @@ use std::time::Instant;
 
 use guest::abi::{Layout, PAGE_SIZE, PORT_DOORBELL_EVENT};
 use palimpsest::aside::Aside;
-use palimpsest::causes::Cause;
 use palimpsest::host::{Dumps, Ram};
 use palimpsest::kvm::{BootError, KvmError, Machine};
 use palimpsest::memory::{Frames, Memory, MemoryError, MemoryOptions};
 use palimpsest::mm::{AddressSpace, AnyPolicy, Mmu, REGION_PAGES};
 use palimpsest::snapshot::Parts;
-use palimpsest::snapshot::Snapshot;
 use palimpsest::vm::{self, Accelerator, CloneError, Shell};
 
 use super::config::{Config, GuestSource, Injection, PageSize, Size};
+use super::faults::Forgetful;
 use super::need::MemoryPlan;
 use super::ports::{Event, Events, Ports};
 use crate::boot;
-use crate::check::Reference;
 use crate::check::inject::LeakyMmu;
+use crate::check::{Boot, Observation, Reference};
 use crate::dma::{DeviceSet, StartError};
 use crate::incarnation::{Entropy, Incarnation, IncarnationError, Incarnations};
+use crate::run_snapshot::RunSnapshot;
 
 /// Why a VM could not be put together.
 #[derive(Debug, thiserror::Error)]
@@ -105,7 +105,7 @@ pub(super) struct PayloadVm {
     pub(super) layout: Layout,
     /// Memory before the guest has run.
     pub(super) reference: Reference,
-    pub(super) incarnations: Incarnations,
+    pub(super) incarnations: Arc<Incarnations>,
     /// The incarnation that it is in.
     pub(super) incarnation: Arc<Incarnation>,
     entry: u64,
@@ -200,11 +200,11 @@ impl PayloadVm {
         let ram = memory.ram().clone();
         image.load(&ram).map_err(no_good)?;
         boot::write_first_memory(&ram, layout, config.seed, config.pattern)?;
-        let incarnations = Incarnations::new(match config.guest {
+        let incarnations = Arc::new(Incarnations::new(match config.guest {
             GuestSource::Payload => Entropy::Seed(config.seed),
             // Whatever it does with it is its own business, and nobody else is to know it.
             GuestSource::File(_) => Entropy::Host,
-        });
+        }));
         let incarnation = Arc::new(incarnations.boot(&ram)?);
 
         let reference = Reference::new(&ram, &layout, image.writable());
@@ -228,7 +228,7 @@ impl PayloadVm {
     /// own. It does not run yet. `config` is that of this one.
     pub(super) fn clone_of(
         &self,
-        snapshot: &Snapshot,
+        snapshot: &RunSnapshot,
         shell: Shell,
         config: &Config,
         policy: AnyPolicy,
@@ -252,18 +252,56 @@ impl PayloadVm {
             devices,
             layout,
             reference: self.reference.clone(),
+            incarnations: Arc::clone(&self.incarnations),
+            // Until it is started.
+            incarnation: Arc::clone(snapshot.incarnation().unwrap_or(&self.incarnation)),
             entry: self.entry,
         })
     }
 
-    /// Starts a clone where `snapshot` was taken. `identity` is called before it runs: see
-    /// [`start_from`](palimpsest::vm::Vm::start_from).
+    /// Starts a clone where `snapshot` was taken, as an incarnation of its own: with a new generation, unless
+    /// a fault is to leave it the old one. Returns when its last vCPU was about to run.
     pub(super) fn start_from(
-        &self,
-        snapshot: &Snapshot,
-        identity: impl FnOnce() -> Result<(), Cause>,
+        &mut self,
+        snapshot: &RunSnapshot,
+        config: &Config,
     ) -> Result<Instant, CloneError> {
-        self.vm.start_from(snapshot, identity)
+        let mut begun = None;
+        let running = self.vm.start_from(snapshot.taken(), || {
+            begun = Some(self.begin_copy(&self.incarnation, config)?);
+            Ok(())
+        })?;
+        if let Some(incarnation) = begun {
+            self.incarnation = Arc::new(incarnation);
+        }
+        Ok(running)
+    }
+
+    /// Begins a copy of `original`, whose memory is in place and nothing runs.
+    pub(super) fn begin_copy(
+        &self,
+        original: &Incarnation,
+        config: &Config,
+    ) -> Result<Incarnation, IncarnationError> {
+        let ram = self.ram();
+        match config.inject {
+            Some(Injection::SameGeneration) => {
+                let ram = Forgetful(ram);
+                self.incarnations.copy(&ram, &self.layout, original)
+            }
+            _ => self.incarnations.copy(ram, &self.layout, original),
+        }
+    }
+
+    /// What the guest has drawn, which stands still and follows the formula.
+    pub(super) fn draws_at_rest(&self, boot: &Boot) -> Observation {
+        let word = |gpa| {
+            let mut bytes = [0; 8];
+            self.ram()
+                .read(gpa, &mut bytes)
+                .map_or(0, |()| u64::from_le_bytes(bytes))
+        };
+        boot.draws_at_rest(&self.layout, word)
     }
 
     /// Starts the vCPUs.

@@ -93,7 +93,11 @@ pub(crate) struct ForkArgs {
 }
 
 /// The faults that show in a family.
-const FAULTS: [Injection; 2] = [Injection::ReuseShared, Injection::SharePinned];
+const FAULTS: [Injection; 3] = [
+    Injection::ReuseShared,
+    Injection::SharePinned,
+    Injection::SameGeneration,
+];
 
 fn parse_fault(text: &str) -> Result<Injection, String> {
     let named = FAULTS.into_iter().find(|fault| fault.name() == text);
@@ -178,7 +182,7 @@ mod tests {
         }
         let refused = parse(&["--inject", "stale-page"]).unwrap_err();
         assert!(
-            refused.contains("there are reuse-shared, share-pinned"),
+            refused.contains("there are reuse-shared, share-pinned, same-generation"),
             "{refused}"
         );
     }

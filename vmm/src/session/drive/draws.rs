@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use super::Drive;
-use crate::session::end::End;
 use crate::check::Observation;
+use crate::session::end::End;
 use palimpsest::vcpus::Capture;
 
 impl Drive<'_> {
@@ -32,13 +32,7 @@ impl Drive<'_> {
 
     /// What the guest has drawn, which stands still, if it follows the formula.
     fn draws_at_rest(&self) -> Option<Observation> {
-        let (ram, boot) = (self.vm.ram(), self.boot.as_ref()?);
-        let word = |gpa| {
-            let mut bytes = [0; 8];
-            ram.read(gpa, &mut bytes)
-                .map_or(0, |()| u64::from_le_bytes(bytes))
-        };
-        Some(boot.draws_at_rest(&self.vm.layout, word))
+        Some(self.vm.draws_at_rest(self.boot.as_ref()?))
     }
 
     fn hand_over(&mut self, now: Option<Observation>) {

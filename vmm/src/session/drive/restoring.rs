@@ -10,7 +10,6 @@ use crate::check;
 use crate::run_snapshot::RunSnapshot;
 use crate::session::config::Injection;
 use crate::session::end::End;
-use crate::session::faults::Forgetful;
 use crate::session::life::{self, DeviceWatch, LifeWatch};
 use palimpsest::snapshot::RewindError;
 
@@ -40,13 +39,6 @@ impl Drive<'_> {
         let (ram, layout) = (self.vm.ram().clone(), self.vm.layout);
         let pool = Arc::clone(self.vm.frames().pool());
         let original = snapshot.incarnation().unwrap_or(&self.vm.incarnation);
-        let begin = || match self.config.inject {
-            Some(Injection::SameGeneration) => {
-                let ram = Forgetful(&ram);
-                self.vm.incarnations.copy(&ram, &layout, original)
-            }
-            _ => self.vm.incarnations.copy(&ram, &layout, original),
-        };
         let (mut wrong, mut begun) = (None, None);
         let restored = self.vm.parts().restore(snapshot.taken(), || {
             // Before anything is written: it is all the snapshot's.
@@ -56,7 +48,7 @@ impl Drive<'_> {
             {
                 tracing::warn!(%error, "cannot inject a stale page");
             }
-            begun = Some(begin()?);
+            begun = Some(self.vm.begin_copy(original, self.config)?);
             Ok(())
         });
         if let Err(error) = restored {

@@ -127,7 +127,12 @@ impl FamilyConfig {
             Some(1..=MAX_MACHINES) => {}
             _ => return Err(FamilyConfigError::TooMany { what }),
         }
-        self.guest.validate(host)?;
+        // What a restore is to a run, a clone is to a family.
+        let guest = Config {
+            restore_every: 1,
+            ..self.guest.clone()
+        };
+        guest.validate(host)?;
         self.plan(host).map_err(ConfigError::from)?;
         Ok(())
     }

@@ -73,6 +73,7 @@ impl Family<'_> {
             snapshots: self.taken,
             checked: checks.checked,
             checked_pages: checks.pages,
+            checked_draws: checks.draws,
             shares,
             machines: gone,
             violations,

@@ -14,7 +14,7 @@ use crate::session::end::End;
 use crate::session::occasion::PATIENCE;
 use crate::session::policy_of;
 use crate::session::ports::events;
-use palimpsest::causes::{Cause, chain};
+use palimpsest::causes::chain;
 use palimpsest::kvm::KvmError;
 use palimpsest::mm::PAGE_SIZE;
 use palimpsest::vcpus::Capture;
@@ -156,13 +156,14 @@ impl Family<'_> {
         let began = Instant::now();
         let shell = self.shells.take().map_err(|error| chain(&error))?;
         let (sender, inbox) = events();
-        let vm = of
+        let mut vm = of
             .vm
-            .clone_of(origin.taken(), shell, guest, policy_of(guest), sender)
+            .clone_of(origin, shell, guest, policy_of(guest), sender)
             .map_err(|error| chain(&error))?;
         let running = vm
-            .start_from(origin.taken(), || Ok::<_, Cause>(()))
+            .start_from(origin, guest)
             .map_err(|error| chain(&error))?;
+        self.incarnations.push(Arc::clone(&vm.incarnation));
         let first = running.saturating_duration_since(began);
         let place = (parent, of.depth);
         let clone = Member::clone_of(place, vm, inbox, origin, first);

@@ -46,6 +46,7 @@ use super::vm::PayloadVm;
 use super::{RunError, policy_of};
 use crate::accel::{self, Opened};
 use crate::check::{Boot, Examiner, Look, Violation, ViolationCounts, Worker};
+use crate::incarnation::Incarnation;
 use crate::run_snapshot::RunSnapshot;
 use palimpsest::host::Limits;
 use palimpsest::kvm::{Kvm, Platform, PlatformError};
@@ -128,6 +129,8 @@ struct Family<'a> {
     next_tick: Instant,
     next_snapshot: Instant,
     phase: Phase,
+    /// All there ever were: what one has drawn, nobody is to draw again.
+    incarnations: Vec<Arc<Incarnation>>,
     /// Snapshots that clones were made of.
     origins: Vec<Arc<RunSnapshot>>,
     /// Others, the oldest first.
@@ -174,6 +177,7 @@ impl<'a> Family<'a> {
             config,
             stop,
             observer,
+            incarnations: vec![Arc::clone(&vm.incarnation)],
             members: vec![Some(Member::root(vm, inbox))],
             gone: Vec::new(),
             shells,
@@ -229,7 +233,8 @@ impl<'a> Family<'a> {
         self.taken += 1;
         let number = self.taken;
         let snapshot = RunSnapshot::new(number, parent.as_ref().map(|p| p.number()), taken);
-        let snapshot = Arc::new(snapshot.map_err(|error| End::error(&error))?);
+        let snapshot = snapshot.map_err(|error| End::error(&error))?;
+        let snapshot = Arc::new(snapshot.of(Arc::clone(&member.vm.incarnation)));
         self.owners.insert(number, of);
         let pauses = match self.phase {
             Phase::Forking { .. } => &mut self.fork_pauses,
@@ -341,10 +346,19 @@ impl<'a> Family<'a> {
         self.shells.frames().pool().usage()
     }
 
-    /// Drops a machine; what is to be said of it is kept.
+    /// Drops a machine; what is to be said of it is kept, and what it has drawn is looked at.
     fn drop_member(&mut self, of: usize) {
-        if let Some(member) = self.members[of].take() {
-            self.gone.push(member.report(of));
+        let Some(member) = self.members[of].take() else {
+            return;
+        };
+        self.gone.push(member.report(of));
+        member.vm.machine().stop();
+        if member.vm.machine().wait_until_stopped().is_ok()
+            && let Some(boot) = &self.boot
+        {
+            let drawn = member.vm.draws_at_rest(boot);
+            let incarnation = Arc::clone(&member.vm.incarnation);
+            self.worker.look_at_draws(incarnation, drawn);
         }
     }
 }

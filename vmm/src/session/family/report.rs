@@ -95,6 +95,8 @@ pub struct FamilyReport {
     pub checked: u64,
     /// Pages that were compared.
     pub checked_pages: u64,
+    /// Random numbers that were compared.
+    pub checked_draws: u64,
     /// Who had what of memory at the end.
     pub shares: Option<SharesReport>,
     /// The machines, by number.
