@@ -164,8 +164,9 @@ fn registers_of_an_earlier_instant_break_the_cut() {
     }
 }
 
-/// All pages that are compared with that vCPU's registers alone agree with them. Only its marks in the pages of
-/// other vCPUs show that it is of another instant, and, to another oracle, the random numbers it has drawn.
+/// All pages that are compared with that vCPU's registers alone agree with them. Only its marks in the pages
+/// of other vCPUs show that it is of another instant, and, to another oracle, the random numbers it has
+/// drawn.
 #[test]
 fn a_vcpu_of_an_earlier_instant_breaks_the_cut() {
     if no_kvm() {

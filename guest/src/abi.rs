@@ -65,10 +65,10 @@
 //! which snapshots are checked for, the VMM needs to know nothing of the guest to write it, and one page is
 //! written wholly or not at all.
 //!
-//! There are no interrupts, and so there is no notice: a guest *polls*. To read the generation, to draw, and to
-//! read it again is not enough: a copy that is made after the second reading has both. The drawing must end
-//! in **one instruction** that looks and acts, and each vCPU has a [`Turn`] for that, two words side by side:
-//! the VMM writes the generation, the guest how much it has drawn, and `cmpxchg16b` of both is such an
+//! There are no interrupts, and so there is no notice: a guest *polls*. To read the generation, to draw, and
+//! to read it again is not enough: a copy that is made after the second reading has both. The drawing must
+//! end in **one instruction** that looks and acts, and each vCPU has a [`Turn`] for that, two words side by
+//! side: the VMM writes the generation, the guest how much it has drawn, and `cmpxchg16b` of both is such an
 //! instruction. So a guest
 //!
 //! 1. reads its turn;
@@ -77,8 +77,8 @@
 //! 4. counts it by `cmpxchg16b`. If that fails it is in a new generation: what it drew is void, and it begins
 //!    again.
 //!
-//! All of it is voluntary. A guest that ignores the page runs as it did before there was one; under a VMM that
-//! does not write it all of it is zero, and so is the seed.
+//! All of it is voluntary. A guest that ignores the page runs as it did before there was one; under a VMM
+//! that does not write it all of it is zero, and so is the seed.
 //!
 //! # The operation counter
 //! A hammering guest keeps the number of the operation it is doing in **MM7**. No compiler uses the MMX

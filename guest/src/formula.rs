@@ -191,8 +191,8 @@ impl DrawKey {
         Self([fold(seed, 0), fold(seed, 1)])
     }
 
-    /// What vCPU `vcpu` (below 2^8) draws when it has drawn `index` numbers (below 2^56) before. No two of one
-    /// key are the same, since each half is a bijection of vCPU and index.
+    /// What vCPU `vcpu` (below 2^8) draws when it has drawn `index` numbers (below 2^56) before. No two of
+    /// one key are the same, since each half is a bijection of vCPU and index.
     pub const fn number(self, vcpu: u64, index: u64) -> [u64; 2] {
         let place = (vcpu << OP_BITS) | (index & OP_MASK);
         [mix(place ^ self.0[0]), mix(place ^ self.0[1])]

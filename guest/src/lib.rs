@@ -11,9 +11,9 @@
 //! - [`DRILL`] does one thing over and over which is hard on a VMM, and checks itself: see [`Drill`].
 //!
 //! [`abi`] is how a guest is entered, where its things are and how it speaks to the VMM; [`formula`] is what
-//! it writes, and [`draws`] how it draws random numbers. All are compiled into the guests from the same source as into this crate. The build script
-//! compiles the guests with the same compiler as the rest, for `x86_64-unknown-linux-gnu`, whatever flags or
-//! profile the rest is built with.
+//! it writes, and [`draws`] how it draws random numbers. All are compiled into the guests from the same
+//! source as into this crate. The build script compiles the guests with the same compiler as the rest, for
+//! `x86_64-unknown-linux-gnu`, whatever flags or profile the rest is built with.
 
 /// The example of the README, compiled and run.
 #[cfg(doctest)]

@@ -1,8 +1,9 @@
 //! Which copy of a guest a machine is. Each copy has a generation of its own (see `guest::abi`).
 //!
-//! A guest is one *incarnation* from when it is booted, started as a clone, or rewound, until it is rewound or
-//! gone. [`Incarnations`] begins each, while nothing runs: it writes the new generation to the guest's memory,
-//! and remembers what the guest had drawn by then. That is all that is needed to know what it draws from there.
+//! A guest is one *incarnation* from when it is booted, started as a clone, or rewound, until it is rewound
+//! or gone. [`Incarnations`] begins each, while nothing runs: it writes the new generation to the guest's
+//! memory, and remembers what the guest had drawn by then. That is all that is needed to know what it draws
+//! from there.
 //!
 //! The generation is written by one write to one page. Either all of it is there or it is an error, and then
 //! the guest must not run.

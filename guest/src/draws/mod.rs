@@ -5,8 +5,8 @@
 //! when it is counted, by the one instruction that raises [`Turn::count`].
 //!
 //! # Why no number is drawn twice
-//! A copy is made between two instructions, and is of all memory and registers at that instant. Its generation
-//! is new: of the two, memory and registers differ in nothing else. Let the vCPU be anywhere in
+//! A copy is made between two instructions, and is of all memory and registers at that instant. Its
+//! generation is new: of the two, memory and registers differ in nothing else. Let the vCPU be anywhere in
 //! [`Drawer::draw`] then, with generation `g` in its turn and `n` numbers counted:
 //!
 //! | copied after | the original | the copy, now in generation `h` |
@@ -16,18 +16,19 @@
 //! | some words of the log were written | likewise | fails to count, and writes them again |
 //! | it was counted | goes on with `n + 1` of `g` | goes on with `n + 1` of `h`. Number `n` was drawn before there were two |
 //!
-//! So a number of `g` is counted only while `g` is in memory, and `g` is in the memory of one machine: each copy
-//! has another before its first instruction. A machine counts each `n` once, since to count it raises `n`. The
-//! next failure to count can only come from the next copy.
+//! So a number of `g` is counted only while `g` is in memory, and `g` is in the memory of one machine: each
+//! copy has another before its first instruction. A machine counts each `n` once, since to count it raises
+//! `n`. The next failure to count can only come from the next copy.
 //!
-//! That it is one instruction matters. With a second reading of the generation, and a store of the count after
-//! it, a copy made between the two would count the same number as the original: the tests find that, too.
+//! That it is one instruction matters. With a second reading of the generation, and a store of the count
+//! after it, a copy made between the two would count the same number as the original: the tests find that,
+//! too.
 //!
 //! # Order
 //! For whoever stops the vCPU, all stores of the instructions before are in memory, and none of those behind:
-//! x86 is in order for that observer, and no other writes or looks. So no fence is needed, and the instruction
-//! that counts needs no lock. The compiler is kept from moving accesses by [`Places`], all of which are
-//! volatile, and the one that counts clobbers memory.
+//! x86 is in order for that observer, and no other writes or looks. So no fence is needed, and the
+//! instruction that counts needs no lock. The compiler is kept from moving accesses by [`Places`], all of
+//! which are volatile, and the one that counts clobbers memory.
 
 mod count;
 #[cfg(test)]

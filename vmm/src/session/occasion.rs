@@ -204,8 +204,8 @@ impl Occasion {
         })
     }
 
-    /// A vCPU stands still for good, which an oracle has said: from here on nothing is waited for. A fault may
-    /// have left the guest a stack on which it never comes out of a loop.
+    /// A vCPU stands still for good, which an oracle has said: from here on nothing is waited for. A fault
+    /// may have left the guest a stack on which it never comes out of a loop.
     pub(super) fn give_up(&mut self) {
         self.fault = None;
     }

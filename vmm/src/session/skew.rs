@@ -1,8 +1,8 @@
 //! One vCPU's memory, set back to an earlier instant: an injected fault.
 //!
-//! All pages that are compared with that vCPU's registers alone agree with them then. Only the marks that vCPUs
-//! leave in each other's pages show that the other vCPUs are of another instant. The random numbers it has drawn
-//! are not set back: if there are any, `identity` has something to say, too.
+//! All pages that are compared with that vCPU's registers alone agree with them then. Only the marks that
+//! vCPUs leave in each other's pages show that the other vCPUs are of another instant. The random numbers it
+//! has drawn are not set back: if there are any, `identity` has something to say, too.
 
 use std::mem::offset_of;
 

@@ -48,8 +48,8 @@ impl<P: CowPolicy> Parts<'_, P> {
     /// # Errors
     /// If the snapshot has another number of devices, or the vCPUs cannot be stopped: the VM is as it was,
     /// and runs on. If anything fails later it is part old, part new, and its vCPUs are stopped for good: a
-    /// device that does not reach a boundary within 5 s, memory of another size or pool, an `after_memory` that
-    /// says so, a state that is refused.
+    /// device that does not reach a boundary within 5 s, memory of another size or pool, an `after_memory`
+    /// that says so, a state that is refused.
     pub fn restore(
         &self,
         snapshot: &Snapshot,

@@ -1,10 +1,11 @@
 //! Identity: no number is drawn twice, whichever copies of a guest there are.
 //!
 //! What an incarnation draws is a closed formula of its generation and of what its guest had drawn before
-//! ([`Incarnation`]), and how much it has drawn is in its memory, and follows from its operations. So its memory
-//! tells:
+//! ([`Incarnation`]), and how much it has drawn is in its memory, and follows from its operations. So its
+//! memory tells:
 //!
-//! - whether it has the generation that it was given, and draws by it from the first number on: not by that of
+//! - whether it has the generation that it was given, and draws by it from the first number on: not by that
+//!   of
 //!   the guest it is a copy of;
 //! - whether all that it has drawn is what it should be: the log has the last numbers, and a digest of all;
 //! - whether it goes on where it was, whatever copies are made of it.
@@ -16,8 +17,8 @@
 //! There is no tolerance: a draw is counted in one instruction, so at any instant it has been drawn or it has
 //! not. What is written in the log and not counted is void.
 //!
-//! Not covered: an incarnation of which nobody has a snapshot any more. Nothing can be copied from it, and its
-//! claims are dropped.
+//! Not covered: an incarnation of which nobody has a snapshot any more. Nothing can be copied from it, and
+//! its claims are dropped.
 
 use std::collections::HashMap;
 use std::mem::offset_of;
@@ -117,7 +118,8 @@ pub struct Observation {
     pub snapshot: Option<u64>,
     /// What memory says.
     pub found: Found,
-    /// How many numbers each vCPU has drawn by its operations; `None` if it says of itself that it draws none.
+    /// How many numbers each vCPU has drawn by its operations; `None` if it says of itself that it draws
+    /// none.
     pub due: Vec<Option<RangeInclusive<u64>>>,
 }
 
@@ -320,8 +322,8 @@ struct VcpuLook<'a> {
 }
 
 impl VcpuLook<'_> {
-    /// Follows the formula from what the vCPU had drawn before to what it has drawn now. Says what that is, and
-    /// by which seed; `None` if it is by none.
+    /// Follows the formula from what the vCPU had drawn before to what it has drawn now. Says what that is,
+    /// and by which seed; `None` if it is by none.
     fn follow(
         &self,
         from: Drawn,

@@ -1,5 +1,5 @@
-//! Guests that draw as the payload does, by its code, in memory that is words by address. Each wrong thing must
-//! be found and said for what it is.
+//! Guests that draw as the payload does, by its code, in memory that is words by address. Each wrong thing
+//! must be found and said for what it is.
 
 use std::cell::RefCell;
 use std::collections::HashMap;

@@ -1,5 +1,5 @@
-//! vCPUs, devices and memory that do wrong on purpose, so that an oracle can be seen to notice. A snapshot or a
-//! restore is given these, and they pass on what it asks of them to the real ones.
+//! vCPUs, devices and memory that do wrong on purpose, so that an oracle can be seen to notice. A snapshot or
+//! a restore is given these, and they pass on what it asks of them to the real ones.
 //!
 //! Most capture too early or too late. What happens in between is up to a call (`run_on`, `go_on`) that
 //! returns when enough has happened: no time is waited for.
