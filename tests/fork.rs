@@ -162,7 +162,7 @@ fn where_memory_ends_the_next_clone_is_refused_and_nobody_else() {
     };
     // SAFETY: between fork and exec, it calls one function that may be called there.
     unsafe {
-        command.pre_exec(move || Ok(setrlimit(Resource::Fsize, limit.clone())?));
+        command.pre_exec(move || Ok(setrlimit(Resource::Fsize, limit)?));
     }
     let output = command.output().expect("the program can be started");
     let (said, told) = (stdout(&output), stderr(&output));
