@@ -142,6 +142,7 @@ impl<P: CowPolicy> AddressSpace<P> {
             && region.is_full()
             && !self.tracks_dirty.load(Ordering::Relaxed)
             && self.predictor.breaks_whole(&region.state.history)
+            && self.account.has_room(region.len())
     }
 
     /// Makes page `gfn` exclusive without making it writable, as a reading pin needs it.
@@ -280,7 +281,10 @@ impl<P: CowPolicy> AddressSpace<P> {
         huge: Entry,
     ) -> Result<bool, FaultError> {
         let (first, count) = (region.first(), region.len());
-        let Some(fresh) = self.pool.allocate_huge(&self.home, first.0)? else {
+        let Some(fresh) = self
+            .pool
+            .allocate_huge(&self.account, &self.home, first.0)?
+        else {
             return Ok(false);
         };
         self.copy_run(huge.pfn(), fresh.head(), count);
@@ -306,7 +310,7 @@ impl<P: CowPolicy> AddressSpace<P> {
             let resolved = if entry.is_present() {
                 self.take_over(region, gfn, entry)
             } else {
-                let fresh = self.pool.allocate_zeroed(&self.home, gfn.0);
+                let fresh = self.pool.allocate_zeroed(&self.account, &self.home, gfn.0);
                 fresh.map(Some).map_err(FaultError::from)
             };
             match resolved {
@@ -345,7 +349,7 @@ impl<P: CowPolicy> AddressSpace<P> {
         {
             return Ok(None);
         }
-        let fresh = self.pool.allocate_near(&self.home, gfn.0)?;
+        let fresh = self.pool.allocate_near(&self.account, &self.home, gfn.0)?;
         self.copy(pfn, fresh.pfn());
         Ok(Some(fresh))
     }
@@ -438,7 +442,9 @@ impl<P: CowPolicy> AddressSpace<P> {
         if self.uses_huge
             && region.is_full()
             && region.is_untouched()
-            && let Some(fresh) = self.pool.allocate_huge(&self.home, region.first().0)?
+            && let Some(fresh) =
+                self.pool
+                    .allocate_huge(&self.account, &self.home, region.first().0)?
         {
             let (first, count) = (region.first(), region.len());
             fresh.zero();
@@ -449,15 +455,21 @@ impl<P: CowPolicy> AddressSpace<P> {
             self.mapped.map(region, first, count, to, fresh)?;
             return Ok(Resolution::ZeroFilled);
         }
-        let fresh = self.pool.allocate_zeroed(&self.home, gfn.0)?;
+        let fresh = self
+            .pool
+            .allocate_zeroed(&self.account, &self.home, gfn.0)?;
         let to = intent.entry(entry, fresh.pfn());
         self.mapped.map(region, gfn, 1, to, fresh)?;
         Ok(Resolution::ZeroFilled)
     }
 
     /// Points every snapshot that shares a page of the region at a copy, whatever that costs; says whether
-    /// nobody else does.
+    /// nobody else does. Does nothing if the account has no room for as many copies: what it has left is for
+    /// pages that somebody asks for.
     pub(super) fn move_all_sharers(&self, region: &RegionGuard<'_>) -> Result<bool, FaultError> {
+        if !self.account.has_room(region.len()) {
+            return Ok(false);
+        }
         if self.move_sharers_huge(region)? {
             return Ok(true);
         }
@@ -486,7 +498,7 @@ impl<P: CowPolicy> AddressSpace<P> {
         if sharers == 0 || !frames.is_mapped_huge_only(head, sharers + 1) {
             return Ok(false);
         }
-        let Some(copy) = self.pool.allocate_folio()? else {
+        let Some(copy) = self.pool.allocate_folio(&self.account)? else {
             return Ok(false);
         };
         self.copy_run(head, copy.head(), region.len());
@@ -541,7 +553,7 @@ impl<P: CowPolicy> AddressSpace<P> {
             return Ok(false);
         }
         // Held until it is handed out to all: a snapshot that has it already may be dropped at any time.
-        let copy = self.pool.allocate()?.into_held();
+        let copy = self.pool.allocate(&self.account)?.into_held();
         self.copy(pfn, copy.pfn());
         let copied_to = copy.pfn();
         let mut copy = Some(copy);
@@ -588,7 +600,7 @@ impl<P: CowPolicy> AddressSpace<P> {
         intent: Intent,
     ) -> Result<(), FaultError> {
         let pfn = entry.pfn();
-        let fresh = self.pool.allocate_near(&self.home, gfn.0)?;
+        let fresh = self.pool.allocate_near(&self.account, &self.home, gfn.0)?;
         if goes_wrong() {
             return self.move_writer_in_wrong_order(region, gfn, entry, intent, fresh);
         }

@@ -18,6 +18,7 @@
 
 use std::sync::Arc;
 
+use super::account::Account;
 use super::addr::{Gfn, Pfn};
 use super::commit::AllocError;
 use super::entry::Entry;
@@ -114,6 +115,7 @@ impl<P: CowPolicy> AddressSpace<P> {
             pool: Arc::clone(&self.pool),
             table,
             pages: self.mapped.table.pages(),
+            account: self.account.clone(),
         }))
     }
 
@@ -345,7 +347,7 @@ impl<P: CowPolicy> AddressSpace<P> {
     fn copy_for_child(&self, gfn: Gfn, pfn: Pfn, copies: &mut Copies) -> Result<Pfn, ForkError> {
         let fresh = self
             .pool
-            .allocate()
+            .allocate(&self.account)
             .map_err(|source| ForkError::EagerCopy { gfn, source })?;
         copies.push((pfn, fresh.pfn()));
         Counters::add(&self.counters.eager_copied);
@@ -414,13 +416,33 @@ impl<P: CowPolicy> AddressSpace<P> {
     }
 
     /// A running clone of a snapshot: a live address space that shares the snapshot's frames. `mmu` shows
-    /// zeros, read-only, everywhere.
+    /// zeros, read-only, everywhere. It has an account of its own, without a limit.
     ///
     /// # Errors
     /// If the pool has no room for the clone's home, or `mmu` refuses.
     pub fn from_frozen(frozen: &Frozen, policy: P, mmu: Box<dyn Mmu>) -> Result<Self, ForkError> {
+        let account = frozen.pool.open_account(None);
+        Self::from_frozen_with_account(frozen, policy, mmu, account)
+    }
+
+    /// As [`AddressSpace::from_frozen`], with this account: pages that must be copied at once are charged to
+    /// it already.
+    ///
+    /// # Errors
+    /// As [`AddressSpace::from_frozen`].
+    ///
+    /// # Panics
+    /// If the account is of another pool.
+    pub fn from_frozen_with_account(
+        frozen: &Frozen,
+        policy: P,
+        mmu: Box<dyn Mmu>,
+        account: Account,
+    ) -> Result<Self, ForkError> {
         let pool = Arc::clone(&frozen.pool);
-        let clone = Self::new(pool, policy, mmu, frozen.pages()).map_err(ForkError::Home)?;
+        let clone = Self::new(pool, policy, mmu, frozen.pages())
+            .map_err(ForkError::Home)?
+            .with_account(account);
         let mut different = Vec::new();
         for (index, from) in frozen.table.iter() {
             let theirs = from.lock();

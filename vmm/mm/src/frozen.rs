@@ -25,6 +25,7 @@ use std::mem;
 use std::ptr;
 use std::sync::Arc;
 
+use super::account::Account;
 use super::addr::{Gfn, Order, OutOfRange, Pfn};
 use super::entry::Entry;
 use super::frame_state::FrameState;
@@ -40,12 +41,19 @@ pub struct Frozen {
     pub(super) pool: Arc<FramePool>,
     pub(super) table: FrozenTable,
     pub(super) pages: u64,
+    /// That of the space it was taken of: open for as long as the snapshot is there.
+    pub(super) account: Account,
 }
 
 impl Frozen {
     /// Number of pages.
     pub fn pages(&self) -> u64 {
         self.pages
+    }
+
+    /// The account of the space it was taken of, which its copies are charged to.
+    pub fn account(&self) -> &Account {
+        &self.account
     }
 
     /// The entry of a page just now: a hint, since a break may move it to another frame.

@@ -27,8 +27,10 @@
 //! | `frame_state` | the packed word of a frame, and its states |
 //! | `policy` | the rules: may share, may write in place, may pin |
 //! | `predictor` | what the guest will write: how much is copied at once, and what beforehand |
+//! | `ledger` | who pays for which frame |
 //! | `allocator` | who has which frame, and which frames have memory |
 //! | `commit` | asking the host for memory and giving it back, with no lock held |
+//! | `account`, `promise` | what one machine may take; memory that is spoken for |
 //! | `home` | the frames each address space has for its own |
 //! | `frame` | the words of all frames, and their atomic transitions |
 //! | `folio` | frames that are mapped, shared and written as one; holds on their pages |
@@ -56,6 +58,7 @@
 
 #![forbid(unsafe_code)]
 
+mod account;
 mod addr;
 mod ahead;
 mod allocator;
@@ -75,6 +78,7 @@ mod frozen;
 mod get;
 mod hold;
 mod home;
+mod ledger;
 mod lineage;
 mod mapped;
 mod merge;
@@ -87,6 +91,7 @@ mod policy;
 mod pool;
 mod pool_ref;
 mod predictor;
+mod promise;
 mod rearrange;
 mod restore;
 mod safeguard;
@@ -105,6 +110,7 @@ mod tests;
 #[doc = include_str!("../README.md")]
 mod readme {}
 
+pub use account::Account;
 pub use addr::{Access, Gfn, Order, OutOfRange, PAGE_SIZE, Pfn, Protection, REGION_PAGES};
 pub use allocator::PoolUsage;
 pub use commit::AllocError;
@@ -114,6 +120,7 @@ pub use fork::ForkError;
 pub use frame_state::FrameState;
 pub use frozen::Frozen;
 pub use hold::{Get, Pin, PinnedRun};
+pub use ledger::{AccountUsage, Charges};
 pub use mmu::{FrameMemory, Mmu, MmuError};
 pub use page_set::PageSet;
 pub use pin::PinError;
@@ -122,6 +129,7 @@ pub use policy::{
     SeedRecompute,
 };
 pub use pool::FramePool;
+pub use promise::{Promise, PromiseError};
 pub use rearrange::RearrangeError;
 pub use restore::RestoreError;
 pub use safeguard::Safeguard;

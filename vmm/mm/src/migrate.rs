@@ -36,7 +36,7 @@ impl<P: CowPolicy> AddressSpace<P> {
         if state.refs() != 1 {
             return Err(busy(state));
         }
-        let fresh = self.pool.allocate_near(&self.home, gfn.0)?;
+        let fresh = self.pool.allocate_near(&self.account, &self.home, gfn.0)?;
         let stops_writers =
             entry.is_writable() && !is_left_out(Safeguard::WritersStoppedBeforeCopy);
         if stops_writers {

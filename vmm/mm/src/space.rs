@@ -4,6 +4,7 @@ use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
+use super::account::Account;
 use super::addr::{Gfn, OutOfRange};
 use super::commit::AllocError;
 use super::entry::Entry;
@@ -37,6 +38,8 @@ pub struct AddressSpace<P> {
     pub(super) policy: P,
     pub(super) mapped: Mapped,
     pub(super) home: Home,
+    /// Who pays for the frames that it allocates.
+    pub(super) account: Account,
     pub(super) lineage: Mutex<Lineage>,
     pub(super) predictor: Predictor,
     pub(super) counters: Counters,
@@ -47,7 +50,8 @@ pub struct AddressSpace<P> {
 }
 
 impl<P: CowPolicy> AddressSpace<P> {
-    /// An address space of `pages` pages, none of them touched. `mmu` shows zeros, read-only, everywhere.
+    /// An address space of `pages` pages, none of them touched. `mmu` shows zeros, read-only, everywhere. It
+    /// has an account of its own, without a limit.
     ///
     /// # Errors
     /// If the pool has no room for a home of `pages` frames.
@@ -61,6 +65,7 @@ impl<P: CowPolicy> AddressSpace<P> {
         let table = Table::new(pages, order);
         Ok(Self {
             home: pool.reserve(pages)?,
+            account: pool.open_account(None),
             lineage: Mutex::new(Lineage::new(table.regions())),
             predictor: Predictor::learning(),
             pool,
@@ -77,6 +82,26 @@ impl<P: CowPolicy> AddressSpace<P> {
     pub fn with_base_pages(mut self) -> Self {
         self.uses_huge = false;
         self
+    }
+
+    /// The same, with this account: what it allocates from now on is charged to it. What it has allocated
+    /// before stays with the account it had.
+    ///
+    /// # Panics
+    /// If the account is of another pool.
+    #[must_use]
+    pub fn with_account(mut self, account: Account) -> Self {
+        assert!(
+            self.pool.has_account(&account),
+            "an address space pays its own pool"
+        );
+        self.account = account;
+        self
+    }
+
+    /// The account that it and its snapshots are charged to.
+    pub fn account(&self) -> &Account {
+        &self.account
     }
 
     /// The same, with a predictor that need not learn: for tests.

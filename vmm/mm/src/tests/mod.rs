@@ -98,6 +98,13 @@ fn world_in(pool: Arc<FramePool>, memory: Arc<SoftMemory>, policy: AnyPolicy, pa
     }
 }
 
+impl FramePool {
+    /// For frames that are allocated without a machine: an account of their own.
+    pub(super) fn payer(&self) -> Account {
+        self.open_account(None)
+    }
+}
+
 impl World {
     fn state(&self, gfn: Gfn) -> FrameState {
         self.pool.state(self.entry(gfn).pfn())
