@@ -118,6 +118,12 @@ impl Ledger {
         self.accounts[account.index()].limit = limit.unwrap_or(u64::MAX);
     }
 
+    /// Who pays for a frame that is in use.
+    #[cfg(test)]
+    pub(super) fn payer(&self, pfn: Pfn) -> AccountNumber {
+        AccountNumber(self.payers[pfn.0 as usize])
+    }
+
     /// Whether an account may be charged with `count` frames more.
     pub(super) fn may_take(&self, account: AccountNumber, count: u64) -> Result<(), Exhausted> {
         let Record { charged, limit, .. } = self.accounts[account.index()];
