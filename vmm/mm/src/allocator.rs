@@ -197,6 +197,18 @@ impl Allocator {
         pfn != Pfn::ZERO && self.allocated.get(pfn.0)
     }
 
+    /// The frames that somebody has, but for those about which the host is being asked.
+    pub(super) fn in_use(&self) -> BitSet {
+        let mut in_use = self.allocated.without(&self.in_transit);
+        in_use.set(0, false);
+        in_use
+    }
+
+    /// Whether a frame is one of them.
+    pub(super) fn is_in_use(&self, pfn: Pfn) -> bool {
+        self.is_allocated(pfn) && !self.in_transit.get(pfn.0)
+    }
+
     pub(super) fn ledger(&self) -> &Ledger {
         &self.ledger
     }

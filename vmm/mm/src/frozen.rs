@@ -272,6 +272,26 @@ impl FrozenGuard<'_> {
         self.with(gfn, |entry| entry)
     }
 
+    /// Calls `look` with each entry that is present, its page, and what holds the mapping
+    /// ([`FrozenGuard::holder`]): of a huge entry once, with the first page.
+    pub(super) fn each(&self, look: &mut impl FnMut(usize, Gfn, Entry)) {
+        let region = self.region;
+        match &*self.frames {
+            FrozenFrames::Huge(head) => {
+                let holder = ptr::from_ref(region).addr();
+                look(holder, region.first, Entry::huge_read_only(*head));
+            }
+            FrozenFrames::Small(chunks) => {
+                let firsts = (region.first.0..).step_by(region.chunk_order().pages() as usize);
+                for (first, chunk) in firsts.zip(chunks) {
+                    if let Some(chunk) = chunk {
+                        chunk.each(Gfn(first), look);
+                    }
+                }
+            }
+        }
+    }
+
     /// What holds the mapping of a page: the same number for regions that have it in common.
     pub(super) fn holder(&self, gfn: Gfn) -> usize {
         match &*self.frames {
@@ -345,6 +365,17 @@ impl FrozenChunk {
     /// Whether its pages are in `frames`, just now.
     pub(super) fn is_in(&self, frames: impl Iterator<Item = Pfn>) -> bool {
         frames.zip(*lock(&self.frames)).all(|(a, b)| a == b)
+    }
+
+    /// As [`FrozenGuard::each`], of a chunk that begins at page `first`.
+    pub(super) fn each(self: &Arc<Self>, first: Gfn, look: &mut impl FnMut(usize, Gfn, Entry)) {
+        let holder = Arc::as_ptr(self).addr();
+        let frames = *lock(&self.frames);
+        for (gfn, pfn) in (first.0..).map(Gfn).zip(frames) {
+            if pfn != Pfn::ZERO {
+                look(holder, gfn, Entry::read_only(pfn));
+            }
+        }
     }
 
     #[cfg(all(test, not(loom)))]

@@ -51,6 +51,7 @@
 //! | `ahead` | breaks before the guest asks for them |
 //! | `pin`, `get` | pins, without a lock and with one; transient holds, the weaker kind |
 //! | `restore`, `force` | back to a snapshot, in place; a debugger's write |
+//! | `census` | what each machine and snapshot costs alone and what it shares; why a frame is alive |
 //! | [`soft`] | a software MMU, for tests and model checkers |
 //!
 //! There are no system calls in here, no KVM and no threads: the window of a running VM, a software model and
@@ -63,6 +64,7 @@ mod addr;
 mod ahead;
 mod allocator;
 mod bits;
+mod census;
 mod commit;
 mod dirty;
 mod discard;
@@ -113,6 +115,7 @@ mod readme {}
 pub use account::Account;
 pub use addr::{Access, Gfn, Order, OutOfRange, PAGE_SIZE, Pfn, Protection, REGION_PAGES};
 pub use allocator::PoolUsage;
+pub use census::{Census, Counts, Holding, How, MappedBy, OtherPool, Sharing, Why};
 pub use commit::AllocError;
 pub use entry::Entry;
 pub use fault::{FaultError, FaultOutcome, Resolution};

@@ -14,6 +14,7 @@ use std::sync::Arc;
 use super::account::Account;
 use super::addr::{Access, Order, Pfn};
 use super::allocator::{Allocator, COMMIT_FOLIOS, PoolUsage, Unavailable};
+use super::bits::BitSet;
 use super::commit::{AllocError, Supply};
 use super::entry::Entry;
 use super::folio::Dissolved;
@@ -127,6 +128,18 @@ impl FramePool {
             .filter(|&(pfn, state)| allocator.is_allocated(pfn) || state.refs() > 0)
             .take(most)
             .collect()
+    }
+
+    /// The frames that are in use, and how many the accounts say there are: as many, unless somebody waits
+    /// for the host.
+    pub(super) fn frames_in_use(&self) -> (BitSet, u64) {
+        let allocator = self.supply.lock();
+        (allocator.in_use(), allocator.usage().in_use)
+    }
+
+    /// Whether a frame is in use.
+    pub(super) fn is_in_use(&self, pfn: Pfn) -> bool {
+        self.supply.lock().is_in_use(pfn)
     }
 
     pub(super) fn frames(&self) -> &FrameTable {

@@ -13,7 +13,8 @@
 //! At the end everything is dropped, in random order, and every frame is free.
 //!
 //! Each frame is charged to the account of the space that allocated it, and no account beyond its limit; all
-//! accounts together with what is in use (`payers.rs`).
+//! accounts together with what is in use (`payers.rs`). Every few operations a census adds up, and says of each space and snapshot what
+//! a plain list of their frames says (`census.rs`).
 //!
 //! All of this holds as well where there is **not memory for everything** (`shortage.rs`), from just enough
 //! down to none, with a host that refuses some of it, or with a limit for some accounts: an operation that says so has changed no page. A space
@@ -36,6 +37,7 @@
 //! That a policy does *not* keep what `Exclusive` promises is shown as well: the same operations, held to the
 //! promises of `Exclusive`, must fail for every other.
 
+mod census;
 mod ops;
 mod payers;
 mod promises;
@@ -59,6 +61,7 @@ use super::*;
 const FRAMES: u64 = 400;
 /// Random runs of operations in all tests together, unless `PALIMPSEST_CASES` says otherwise.
 const CASES: u32 = 10_000;
+const STEPS_BETWEEN_CENSUSES: u64 = 7;
 /// A value that many pages have.
 const COMMON: u64 = 1;
 
@@ -151,6 +154,7 @@ struct Model {
     pins: Vec<Held<Pin>>,
     gets: Vec<Held<Get>>,
     next: u64,
+    steps: u64,
     payers: Payers,
 }
 
@@ -168,6 +172,7 @@ impl Model {
             pins: vec![],
             gets: vec![],
             next: COMMON,
+            steps: 0,
             payers: Payers::new(),
         };
         model.add_untouched_space();
@@ -290,6 +295,7 @@ impl Model {
     }
 
     fn apply(&mut self, op: &Op) -> Result<(), Broken> {
+        self.steps += 1;
         self.look_at_held_pages();
         let spaces = self.spaces.iter();
         let before: HashMap<_, _> = spaces.map(|space| (space.id, space.writable())).collect();
@@ -743,6 +749,14 @@ impl Model {
             }
         }
         self.payers.add_up(&self.pool, &self.spaces);
+        if self.steps.is_multiple_of(STEPS_BETWEEN_CENSUSES) {
+            census::check(
+                &self.pool,
+                (&self.spaces, &self.snapshots),
+                (&self.pins, &self.gets),
+                self.steps as usize,
+            );
+        }
         self.check_holds()
     }
 
