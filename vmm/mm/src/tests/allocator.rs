@@ -480,7 +480,14 @@ impl Model {
         assert!(usage.committed <= self.limit && usage.peak >= held);
         for (n, frame) in (1..).zip(&self.frames[1..]) {
             assert_eq!(self.allocator.is_allocated(Pfn(n)), frame.is_taken, "{n}");
+            let is_in_use = frame.is_taken && !frame.is_in_transit;
+            assert_eq!(self.allocator.is_in_use(Pfn(n)), is_in_use, "{n}");
+            assert_eq!(self.allocator.in_use().get(n), is_in_use, "{n}");
         }
+        assert!(
+            !self.allocator.in_use().get(0),
+            "the zero frame is nobody's"
+        );
         let mut charges = Charges::default();
         for (n, payer) in self.payers.iter().enumerate() {
             let charged = self.charged(n);

@@ -24,6 +24,7 @@
 mod account;
 mod ahead;
 mod allocator;
+mod census;
 mod commit;
 mod dirty;
 mod discard;
