@@ -30,7 +30,7 @@ use super::sync::{Mutex, lock};
 /// 2. the lock of one region of this space (the kernel's page-table lock).
 /// 3. `lineage`, what the next fork takes over; and the predictor's own. Never both.
 /// 4. the lock of the same region of one snapshot at a time.
-/// 5. the pool's allocator.
+/// 5. the pool's allocator, which has the accounts; or its promises.
 ///
 /// Entries change only under 2; frame states change by compare-and-swap, with or without locks.
 pub struct AddressSpace<P> {

@@ -1,5 +1,7 @@
 //! Accounts: who is charged for what, and what becomes of who may have no more.
 
+use std::sync::atomic::Ordering;
+
 use super::super::soft::{SoftMmu, soft_pool_of};
 use super::refusing::RefusingMemory;
 use super::*;
@@ -329,6 +331,30 @@ fn near_its_limit_a_machine_goes_on_by_the_page() {
     vm.space.account().set_limit(None);
     vm.cpu_write(Q, 2).unwrap();
     assert_eq!(vm.space.stats().whole, 1);
+    drop((vm, frozen));
+    host.settle();
+}
+
+/// Where mappings are short every break is of a whole region, if the account has room for it.
+#[test]
+fn near_its_limit_a_machine_goes_on_by_the_page_though_mappings_are_short() {
+    let host = Host::new();
+    let mmu = Arc::new(Refusals::default());
+    let mut vm = SoftVm::with_mmu(&host.pool, &host.memory, right(), REGION, |inner| {
+        Box::new(RefusingMmu {
+            inner,
+            refusals: Arc::clone(&mmu),
+        })
+    })
+    .unwrap();
+    vm.space = vm
+        .space
+        .with_account(host.pool.open_account(Some(REGION + 1)));
+    vm.cpu_write(Q, 1).unwrap();
+    let frozen = vm.space.fork().unwrap();
+    mmu.crowded.store(1, Ordering::Relaxed);
+    vm.cpu_write(Q, 2).unwrap();
+    assert_eq!((vm.read_frozen(&frozen, Q), charged(&vm)), (1, REGION + 1));
     drop((vm, frozen));
     host.settle();
 }
