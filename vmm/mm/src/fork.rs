@@ -440,9 +440,8 @@ impl<P: CowPolicy> AddressSpace<P> {
         account: Account,
     ) -> Result<Self, ForkError> {
         let pool = Arc::clone(&frozen.pool);
-        let clone = Self::new(pool, policy, mmu, frozen.pages())
-            .map_err(ForkError::Home)?
-            .with_account(account);
+        let clone = Self::new_with_account(pool, policy, mmu, frozen.pages(), account)
+            .map_err(ForkError::Home)?;
         let mut different = Vec::new();
         for (index, from) in frozen.table.iter() {
             let theirs = from.lock();

@@ -61,11 +61,24 @@ impl<P: CowPolicy> AddressSpace<P> {
         mmu: Box<dyn Mmu>,
         pages: u64,
     ) -> Result<Self, AllocError> {
+        let account = pool.open_account(None);
+        Self::new_with_account(pool, policy, mmu, pages, account)
+    }
+
+    /// As [`AddressSpace::new`], with this account, which is one of the pool's.
+    pub(super) fn new_with_account(
+        pool: Arc<FramePool>,
+        policy: P,
+        mmu: Box<dyn Mmu>,
+        pages: u64,
+        account: Account,
+    ) -> Result<Self, AllocError> {
+        Self::check_account(&pool, &account);
         let order = pool.huge();
         let table = Table::new(pages, order);
         Ok(Self {
             home: pool.reserve(pages)?,
-            account: pool.open_account(None),
+            account,
             lineage: Mutex::new(Lineage::new(table.regions())),
             predictor: Predictor::learning(),
             pool,
@@ -91,12 +104,16 @@ impl<P: CowPolicy> AddressSpace<P> {
     /// If the account is of another pool.
     #[must_use]
     pub fn with_account(mut self, account: Account) -> Self {
-        assert!(
-            self.pool.has_account(&account),
-            "an address space pays its own pool"
-        );
+        Self::check_account(&self.pool, &account);
         self.account = account;
         self
+    }
+
+    fn check_account(pool: &FramePool, account: &Account) {
+        assert!(
+            pool.has_account(account),
+            "an address space pays its own pool"
+        );
     }
 
     /// The account that it and its snapshots are charged to.

@@ -428,6 +428,28 @@ fn a_restore_beyond_the_limit_fails_and_leaves_the_snapshot() {
     host.settle();
 }
 
+#[test]
+fn a_folio_for_which_there_is_no_room_is_done_without() {
+    let host = Host::new();
+    let home = host.pool.reserve(PAGES).unwrap();
+    let account = host.pool.open_account(Some(REGION - 1));
+    assert!(host.pool.allocate_folio(&account).unwrap().is_none());
+    assert!(
+        host.pool
+            .allocate_huge(&account, &home, 0)
+            .unwrap()
+            .is_none()
+    );
+    let page = host.pool.allocate_near(&account, &home, 0).unwrap();
+    account.set_limit(Some(REGION + 1));
+    let folio = host.pool.allocate_folio(&account).unwrap();
+    assert!(folio.is_some());
+    assert_eq!(account.usage().charged, REGION + 1);
+    assert!(host.pool.allocate_zeroed(&account, &home, 1).is_err());
+    drop((page, folio, home));
+    host.settle();
+}
+
 /// What the host has refused is charged to nobody, and has never been.
 #[test]
 fn what_the_host_refuses_is_refunded() {
