@@ -151,35 +151,40 @@ fn fault(c: &mut Criterion) {
 /// A machine, a snapshot of it, and clones that have written a page of every eighth region, or every eighth page.
 fn census(c: &mut Criterion) {
     const CLONES: u64 = 16;
-    let (_, pool) = frames((2 + CLONES) * PAGES).expect("memory");
-    let space = AddressSpace::new(Arc::clone(&pool), Exclusive, Box::new(NoMmu), PAGES);
-    let space = space.expect("room");
-    write(&space, 0..PAGES).expect("write");
-    let frozen = space.fork().expect("fork");
     let mut group = c.benchmark_group("census");
     group
         .throughput(Throughput::Elements((2 + CLONES) * PAGES))
         .sample_size(20);
-    for (name, step) in [("clones in huge entries", 512), ("clones in small ones", 1)] {
-        let clones = (0..CLONES).map(|_| {
-            let clone = AddressSpace::from_frozen(&frozen, Exclusive, Box::new(NoMmu));
-            let clone = clone.expect("clone");
-            clone.set_whole_price(u32::MAX);
-            // Page by page: a write splits its region.
-            for page in (0..PAGES).step_by(8 * step as usize) {
-                write(&clone, page..page + 1).expect("write");
+    for (name, step) in [
+        ("clones in huge entries", REGION),
+        ("clones in small ones", 1),
+    ] {
+        group.bench_function(name, |b| {
+            let (_, pool) = frames((2 + CLONES) * PAGES).expect("memory");
+            let space = AddressSpace::new(Arc::clone(&pool), Exclusive, Box::new(NoMmu), PAGES);
+            let space = space.expect("room");
+            write(&space, 0..PAGES).expect("write");
+            let frozen = space.fork().expect("fork");
+            let mut clones = Vec::new();
+            for _ in 0..CLONES {
+                let clone = AddressSpace::from_frozen(&frozen, Exclusive, Box::new(NoMmu));
+                let clone = clone.expect("clone");
+                // Page by page: a write splits its region.
+                clone.set_whole_price(u32::MAX);
+                for page in (0..PAGES).step_by(8 * step as usize) {
+                    write(&clone, page..page + 1).expect("write");
+                }
+                clones.push(clone);
             }
-            clone
+            let mut census = Census::new(&pool);
+            census.add_space(0, &space).expect("its pool");
+            census.add_snapshot(1, &frozen).expect("its pool");
+            for (label, clone) in (2..).zip(&clones) {
+                census.add_space(label, clone).expect("its pool");
+            }
+            assert!(census.count().adds_up());
+            b.iter(|| black_box(census.count()));
         });
-        let clones: Vec<_> = clones.collect();
-        let mut census = Census::new(&pool);
-        census.add_space(0, &space).expect("its pool");
-        census.add_snapshot(1, &frozen).expect("its pool");
-        for (label, clone) in (2..).zip(&clones) {
-            census.add_space(label, clone).expect("its pool");
-        }
-        assert!(census.count().adds_up());
-        group.bench_function(name, |b| b.iter(|| black_box(census.count())));
     }
     group.finish();
 }

@@ -152,19 +152,23 @@ impl Ledger {
 
     /// `count` frames from `first` on are in use no more.
     pub(super) fn refund(&mut self, first: Pfn, count: u64) {
-        let frames = first.0 as usize..(first.0 + count) as usize;
-        for run in self.payers[frames].chunk_by(|a, b| a == b) {
-            let (account, count) = (AccountNumber(run[0]), run.len() as u64);
-            let record = &mut self.accounts[account.index()];
-            debug_assert!(record.charged >= count, "{first:?} was not charged");
-            record.charged -= count;
+        let frames = &self.payers[first.0 as usize..(first.0 + count) as usize];
+        let mut at = 0;
+        // One payer for all of them, nearly always, and one frame most of the time.
+        while at < frames.len() {
+            let payer = frames[at];
+            let run = frames[at..].iter().take_while(|&&p| p == payer).count();
+            at += run;
+            let record = &mut self.accounts[payer as usize];
+            debug_assert!(record.charged >= run as u64, "{first:?} was not charged");
+            record.charged -= run as u64;
             if record.is_open {
-                self.charges.open -= count;
+                self.charges.open -= run as u64;
                 continue;
             }
-            self.charges.closed -= count;
+            self.charges.closed -= run as u64;
             if record.charged == 0 {
-                self.vacant.push(account);
+                self.vacant.push(AccountNumber(payer));
             }
         }
     }

@@ -181,6 +181,11 @@ fn what_nobody_accounts_for_is_unexplained() {
     let shared = vm.space.entry(P).unwrap().pfn();
     assert_eq!(host.census(&[], &[&frozen]).why(shared).others, 1);
     assert_eq!(host.census(&[&vm], &[]).why(shared).others, 0);
+    // What two snapshots and the space have in common is one mapping, and the clone's another.
+    let (again, clone) = (vm.space.fork().unwrap(), host.clone_of(&frozen));
+    let why = host.census(&[&vm], &[&frozen, &again]).why(shared);
+    assert_eq!((why.state.maps(), why.mapped.len(), why.others), (3, 4, 1));
+    drop((again, clone));
     // A frame that was allocated, and that nothing has yet.
     let fresh = host.pool.allocate(&host.pool.payer()).unwrap();
     let counts = host.census(&[&vm, &other], &[&frozen]).count();
@@ -201,6 +206,25 @@ fn what_nobody_accounts_for_is_unexplained() {
     );
     drop((fresh, many));
     host.count(&[&vm, &other], &[&frozen]);
+}
+
+/// What machines that run leave in a count.
+#[test]
+fn a_count_whose_parts_do_not_agree_does_not_add_up() {
+    let host = Host::new();
+    let vm = host.machine();
+    let frozen = vm.space.fork().unwrap();
+    let exact = host.census(&[&vm], &[&frozen]).count();
+    let changed = |change: fn(&mut Counts)| {
+        let mut counts = exact.clone();
+        change(&mut counts);
+        counts.adds_up()
+    };
+    assert!(changed(|_| ()));
+    assert!(!changed(|counts| counts.in_use += 1));
+    assert!(!changed(|counts| counts.unexplained = 1));
+    assert!(!changed(|counts| counts.held = 1));
+    assert!(!changed(|counts| drop(counts.holders.pop())));
 }
 
 #[test]
