@@ -1,15 +1,15 @@
 //! Accounts: what one machine may take of a pool that many share.
 //!
-//! Every frame that an address space allocates, for itself or for its snapshots (copies for sharers that move,
-//! eager copies of a fork), is charged to the space's account, and refunded when the frame is free again,
-//! whoever frees it. Several spaces may have one account; a snapshot has that of the space it was taken of.
-//! What is given memory by the way, for nobody yet, is charged to nobody.
+//! Every frame that an address space allocates, for itself or for its snapshots (copies for sharers that
+//! move, eager copies of a fork), is charged to the space's account, and refunded when the frame is free
+//! again, whoever frees it. Several spaces may have one account; a snapshot has that of the space it was
+//! taken of. What is given memory by the way, for nobody yet, is charged to nobody.
 //!
-//! At its limit an account gets no more: [`AllocError::Quota`](super::AllocError::Quota), where there would be
-//! [`AllocError::Limit`](super::AllocError::Limit) if the pool were full. It is the error of whoever has that
-//! account, and nobody else notices. A huge folio for which there is no room in an account is done without, as
-//! one for which there is no memory; and what nobody asked for (the rest of a region, copies ahead) is left
-//! undone where an account has room for less than a region.
+//! At its limit an account gets no more: [`AllocError::Quota`](super::AllocError::Quota), where there would
+//! be [`AllocError::Limit`](super::AllocError::Limit) if the pool were full. It is the error of whoever has
+//! that account, and nobody else notices. A huge folio for which there is no room in an account is done
+//! without, as one for which there is no memory; and what nobody asked for (the rest of a region, copies
+//! ahead) is left undone where an account has room for less than a region.
 //!
 //! A frame stays charged to who allocated it, whoever shares it later
 //! (`docs/decisions/0013-who-pays-for-a-frame.md`). What is shared by whom is what `census.rs` says.
@@ -43,8 +43,8 @@ impl Account {
         self.0.supply.lock().ledger().usage(self.0.number)
     }
 
-    /// Sets the most it may be charged with, in frames; `None` for no limit. What it has it keeps, even if that
-    /// is more.
+    /// Sets the most it may be charged with, in frames; `None` for no limit. What it has it keeps, even if
+    /// that is more.
     pub fn set_limit(&self, limit: Option<u64>) {
         let mut allocator = self.0.supply.lock();
         allocator.ledger_mut().set_limit(self.0.number, limit);

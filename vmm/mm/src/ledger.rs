@@ -1,7 +1,7 @@
 //! Who pays for which frame.
 //!
-//! **Invariant.** Each frame that is in use is charged to just one account, from when it is claimed to when it
-//! is free again: what all accounts are charged with, closed ones included, is what is in use.
+//! **Invariant.** Each frame that is in use is charged to just one account, from when it is claimed to when
+//! it is free again: what all accounts are charged with, closed ones included, is what is in use.
 //!
 //! Beside each frame there is the number of the account that pays for it, written when it is claimed and read
 //! when it is freed, so it does not matter who frees it. All of it is behind the allocator's lock, which is

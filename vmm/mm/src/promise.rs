@@ -1,10 +1,10 @@
 //! Promises: memory that is spoken for before anybody uses it.
 //!
 //! A pool is shared by machines that grow. Whether there is room for *one more* cannot be seen from what the
-//! others use now. So who starts a machine has what it may need promised first, and is refused if that is more
-//! than is left of the pool's limit: before anybody runs out. A promise is bookkeeping: nothing is allocated,
-//! and no allocation asks for a promise. That a machine does not take more than it was promised is its
-//! account's limit (`account.rs`).
+//! others use now. So who starts a machine has what it may need promised first, and is refused if that is
+//! more than is left of the pool's limit: before anybody runs out. A promise is bookkeeping: nothing is
+//! allocated, and no allocation asks for a promise. That a machine does not take more than it was promised is
+//! its account's limit (`account.rs`).
 
 use std::fmt;
 use std::sync::Arc;

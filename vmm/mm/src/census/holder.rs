@@ -15,8 +15,8 @@ pub(super) struct Leaf {
     pub(super) first: Gfn,
     pub(super) entry: Entry,
     pub(super) how: How,
-    /// What has the mapping, as a number: snapshots, and what is kept, may have it in common. None of a space's
-    /// own entry.
+    /// What has the mapping, as a number: snapshots, and what is kept, may have it in common. None of a
+    /// space's own entry.
     pub(super) mapping: Option<usize>,
 }
 

@@ -1,21 +1,21 @@
 //! The census: what each machine and each snapshot costs alone, and what it shares.
 //!
-//! A *holder* is an address space or a snapshot. A frame that one of them alone maps is what would come back if
-//! that one went; a frame that several map is shared, and each has its fair share of it: one part in as many as
-//! they are. [`Census::count`] says both of each holder, from the tables alone and whoever paid for a frame
-//! (that is `account.rs`); [`Census::why`] says of one frame who keeps it alive.
+//! A *holder* is an address space or a snapshot. A frame that one of them alone maps is what would come back
+//! if that one went; a frame that several map is shared, and each has its fair share of it: one part in as
+//! many as they are. [`Census::count`] says both of each holder, from the tables alone and whoever paid for a
+//! frame (that is `account.rs`); [`Census::why`] says of one frame who keeps it alive.
 //!
 //! **Guarantee.** If nothing changes meanwhile and every holder there is has been named, then
 //! ```text
 //!   alone of all holders + shared, each frame once + held by pins or gets only  =  frames in use
 //! ```
 //! to the frame. Everything else that is in use is reported as unexplained: it is some holder's that was not
-//! named, or it has leaked. Beside running machines the answer is approximate ([`Counts::adds_up`] says when it
-//! cannot be exact), and nothing waits longer than for one region.
+//! named, or it has leaked. Beside running machines the answer is approximate ([`Counts::adds_up`] says when
+//! it cannot be exact), and nothing waits longer than for one region.
 //!
 //! # Cost
-//! Two walks through the tables of all holders and one through the frames in use. A huge entry is one step, as
-//! long as nobody maps pages of its folio one by one. Memory: eight bytes for each frame number below the
+//! Two walks through the tables of all holders and one through the frames in use. A huge entry is one step,
+//! as long as nobody maps pages of its folio one by one. Memory: eight bytes for each frame number below the
 //! highest in use, as it is met; a bit for each frame and nine bytes for each folio of the pool; and of each
 //! holder a number for each different number of holders that its frames have.
 //!
@@ -194,8 +194,8 @@ impl Counts {
         self.frames.total() - self.alone()
     }
 
-    /// Whether every frame in use is explained, and what holders have is what there is: to the frame. It is so
-    /// whenever nothing changes meanwhile and every holder was named.
+    /// Whether every frame in use is explained, and what holders have is what there is: to the frame. It is
+    /// so whenever nothing changes meanwhile and every holder was named.
     pub fn adds_up(&self) -> bool {
         let mut parts = Sharing::default();
         for (&holders, &frames) in self.holders.iter().flat_map(|h| &h.frames.0) {

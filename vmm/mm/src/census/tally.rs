@@ -1,8 +1,8 @@
 //! How many holders each frame has.
 //!
 //! Holders come one after the other, each with a number of its own, and each counts once for a frame however
-//! many of its pages show it. Huge entries are counted once for their folio. A frame's holders are those of its
-//! folio and its own: who has the folio is taken out of the counts of its pages.
+//! many of its pages show it. Huge entries are counted once for their folio. A frame's holders are those of
+//! its folio and its own: who has the folio is taken out of the counts of its pages.
 
 use super::super::addr::{Order, Pfn};
 use super::super::entry::Entry;
@@ -73,8 +73,8 @@ impl Tally {
         }
     }
 
-    /// The second walk, with other numbers: has `count` called with how many holders there are of what `entry`
-    /// maps, and how many frames have as many. Each frame once.
+    /// The second walk, with other numbers: has `count` called with how many holders there are of what
+    /// `entry` maps, and how many frames have as many. Each frame once.
     pub(super) fn share(&mut self, who: u32, entry: Entry, mut count: impl FnMut(u32, u64)) {
         let (pfn, folio) = self.place(entry);
         if entry.is_huge() {

@@ -42,8 +42,8 @@ pub struct Why {
 }
 
 impl Census<'_> {
-    /// Who keeps a frame alive. Looks at every page of every holder. Beside running machines the answer may be
-    /// old, and a break may copy a page that it would not have.
+    /// Who keeps a frame alive. Looks at every page of every holder. Beside running machines the answer may
+    /// be old, and a break may copy a page that it would not have.
     ///
     /// A frame that the pool does not have is nobody's.
     pub fn why(&self, pfn: Pfn) -> Why {

@@ -13,12 +13,12 @@
 //! At the end everything is dropped, in random order, and every frame is free.
 //!
 //! Each frame is charged to the account of the space that allocated it, and no account beyond its limit; all
-//! accounts together with what is in use (`payers.rs`). Every few operations a census adds up, and says of each space and snapshot what
-//! a plain list of their frames says (`census.rs`).
+//! accounts together with what is in use (`payers.rs`). Every few operations a census adds up, and says of
+//! each space and snapshot what a plain list of their frames says (`census.rs`).
 //!
 //! All of this holds as well where there is **not memory for everything** (`shortage.rs`), from just enough
-//! down to none, with a host that refuses some of it, or with a limit for some accounts: an operation that says so has changed no page. A space
-//! whose restore fails is dropped, as it must not run on.
+//! down to none, with a host that refuses some of it, or with a limit for some accounts: an operation that
+//! says so has changed no page. A space whose restore fails is dropped, as it must not run on.
 //!
 //! How many runs there are in all the tests together is what `PALIMPSEST_CASES` says, else [`CASES`].
 //!

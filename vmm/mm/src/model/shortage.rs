@@ -52,8 +52,8 @@ impl Shortage {
         (pool, memory)
     }
 
-    /// What space `nth` of all that are ever made has: whether it has the account of the one before it, and if
-    /// not, its own shortage and limit.
+    /// What space `nth` of all that are ever made has: whether it has the account of the one before it, and
+    /// if not, its own shortage and limit.
     pub(super) fn of_space(self, nth: u64) -> Option<(Self, Option<u64>)> {
         let is_in = |set: u64| set >> (nth % 64) & 1 != 0;
         match self.quota {
@@ -69,8 +69,8 @@ impl Shortage {
         }
     }
 
-    /// What came of an operation of a space: nothing, if there was no memory for it, or its account was at its
-    /// limit. There must have been a shortage then.
+    /// What came of an operation of a space: nothing, if there was no memory for it, or its account was at
+    /// its limit. There must have been a shortage then.
     pub(super) fn result<T, E: Error>(self, result: Result<T, E>) -> Option<T> {
         result
             .inspect_err(|error| {
