@@ -4,10 +4,12 @@ use std::hint::black_box;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use benches::bare::{NoMmu, base_pages_without_window, space_without_window, time_forks, write};
+use benches::bare::{
+    NoMmu, base_pages_without_window, frames, space_without_window, time_forks, write,
+};
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use palimpsest::mm::soft::soft_pool;
-use palimpsest::mm::{Access, AddressSpace, Exclusive, FramePool, Frozen, Gfn};
+use palimpsest::mm::{Access, AddressSpace, Census, Exclusive, FramePool, Frozen, Gfn};
 
 /// 64 MiB.
 const PAGES: u64 = 1 << 14;
@@ -129,6 +131,62 @@ fn fault(c: &mut Criterion) {
             });
         });
     }
+    // Each fault needs a frame of its own.
+    group.bench_function("copy of one page to the snapshot", |b| {
+        let space = base_pages_without_window(PAGES).expect("memory");
+        b.iter_custom(|rounds| {
+            let mut spent = Duration::ZERO;
+            for _ in 0..rounds {
+                let frozen = space.fork().expect("fork");
+                let start = Instant::now();
+                write(&space, 0..PAGES).expect("write");
+                spent += start.elapsed();
+                drop(frozen);
+            }
+            spent
+        });
+    });
+    group.finish();
+}
+
+/// A machine, a snapshot of it, and clones that have written a page of every eighth region, or every eighth page.
+fn census(c: &mut Criterion) {
+    const CLONES: u64 = 16;
+    let mut group = c.benchmark_group("census");
+    group
+        .throughput(Throughput::Elements((2 + CLONES) * PAGES))
+        .sample_size(20);
+    for (name, step) in [
+        ("clones in huge entries", REGION),
+        ("clones in small ones", 1),
+    ] {
+        group.bench_function(name, |b| {
+            let (_, pool) = frames((2 + CLONES) * PAGES).expect("memory");
+            let space = AddressSpace::new(Arc::clone(&pool), Exclusive, Box::new(NoMmu), PAGES);
+            let space = space.expect("room");
+            write(&space, 0..PAGES).expect("write");
+            let frozen = space.fork().expect("fork");
+            let mut clones = Vec::new();
+            for _ in 0..CLONES {
+                let clone = AddressSpace::from_frozen(&frozen, Exclusive, Box::new(NoMmu));
+                let clone = clone.expect("clone");
+                // Page by page: a write splits its region.
+                clone.set_whole_price(u32::MAX);
+                for page in (0..PAGES).step_by(8 * step as usize) {
+                    write(&clone, page..page + 1).expect("write");
+                }
+                clones.push(clone);
+            }
+            let mut census = Census::new(&pool);
+            census.add_space(0, &space).expect("its pool");
+            census.add_snapshot(1, &frozen).expect("its pool");
+            for (label, clone) in (2..).zip(&clones) {
+                census.add_space(label, clone).expect("its pool");
+            }
+            assert!(census.count().adds_up());
+            b.iter(|| black_box(census.count()));
+        });
+    }
     group.finish();
 }
 
@@ -187,5 +245,5 @@ fn clone(c: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, pin, fork, fault, clone);
+criterion_group!(benches, pin, fork, fault, clone, census);
 criterion_main!(benches);

@@ -94,5 +94,6 @@ hold! {
     pins_of_a_folio_against_fork
     reader_of_a_folio_against_its_next_lives
     two_forks_that_need_the_last_memory
+    two_breaks_on_the_last_frame_of_an_account
     two_forks_that_need_what_a_home_does_not_use
 }

@@ -14,7 +14,7 @@ use shuttle::rand::{Rng, thread_rng};
 use shuttle::thread::{self, JoinHandle};
 
 use crate::mm::soft::{SoftMemory, SoftVm, soft_pool_of};
-use crate::mm::{Access, CowPolicy, FramePool, Frozen, Gfn, Order, Pfn};
+use crate::mm::{Access, Charges, CowPolicy, FramePool, Frozen, Gfn, Order, Pfn};
 
 /// Written by a vCPU alone.
 const VCPUS: Gfn = Gfn(0);
@@ -60,6 +60,7 @@ fn settle<C>(w: Arc<World<C>>) {
     drop(vm);
     assert_eq!(pool.leftovers(9), [], "accounting");
     assert_eq!(pool.usage().in_use, 0, "accounting");
+    assert_eq!(pool.charges(), Charges::default(), "accounting");
 }
 
 /// One schedule with two huge folios of two pages, and a page that is in none. Regions are broken whole at

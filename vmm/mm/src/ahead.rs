@@ -37,6 +37,10 @@ impl<P: CowPolicy> AddressSpace<P> {
         let Some(Leaf { first, is_huge }) = self.predictor.next_ahead() else {
             return false;
         };
+        // What is left of a quota is for pages that somebody asks for.
+        if !self.account.has_room(self.pool.huge().pages()) {
+            return false;
+        }
         let mut region = self.mapped.table.lock_of(first);
         let entry = region.get(first);
         if entry.is_writable() || !entry.is_present() || entry.is_huge() != is_huge {

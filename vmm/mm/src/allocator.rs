@@ -29,6 +29,7 @@
 
 use super::addr::{Order, Pfn};
 use super::bits::{BitSet, words_of};
+use super::ledger::{AccountNumber, Exhausted, Ledger};
 
 /// Huge folios' worth of a home that are given memory at a time: most of what making host memory huge costs
 /// is for the call. Of other frames, what is made ready before somebody is in a hurry, and what is kept so.
@@ -73,6 +74,8 @@ pub(super) struct Allocator {
     /// The least that there were since somebody asked for the surplus.
     idle_since: u64,
     usage: PoolUsage,
+    /// Who pays for what is in use.
+    ledger: Ledger,
 }
 
 /// Frames on their way from free to allocated, and the memory that the host has to give for it.
@@ -88,6 +91,8 @@ pub(super) struct Claim {
     missing: u64,
     is_home: bool,
     is_blank: bool,
+    /// Who pays for the caller's.
+    payer: Option<AccountNumber>,
 }
 
 /// Free frames on their way to having no memory.
@@ -107,6 +112,14 @@ pub(super) enum Unavailable {
     InTransit,
     /// There are no more frames, or there is no memory for them.
     Limit,
+    /// The caller's account may have no more.
+    Quota { limit: u64 },
+}
+
+impl From<Exhausted> for Unavailable {
+    fn from(Exhausted { limit }: Exhausted) -> Self {
+        Self::Quota { limit }
+    }
 }
 
 impl Claim {
@@ -160,6 +173,7 @@ impl Allocator {
                 limit,
                 ..PoolUsage::default()
             },
+            ledger: Ledger::new(frames),
         };
         new.allocated.set(0, true);
         new.committed.set(0, true);
@@ -183,52 +197,84 @@ impl Allocator {
         pfn != Pfn::ZERO && self.allocated.get(pfn.0)
     }
 
+    /// The frames that somebody has, but for those about which the host is being asked.
+    pub(super) fn in_use(&self) -> BitSet {
+        let mut in_use = self.allocated.without(&self.in_transit);
+        in_use.set(0, false);
+        in_use
+    }
+
+    /// Whether a frame is one of them.
+    pub(super) fn is_in_use(&self, pfn: Pfn) -> bool {
+        self.is_allocated(pfn) && !self.in_transit.get(pfn.0)
+    }
+
+    pub(super) fn ledger(&self) -> &Ledger {
+        &self.ledger
+    }
+
+    pub(super) fn ledger_mut(&mut self) -> &mut Ledger {
+        &mut self.ledger
+    }
+
     /// A frame outside homes. Where it has none yet, memory for the rest of its run is asked for as well.
-    pub(super) fn claim_single(&mut self) -> Result<Claim, Unavailable> {
+    pub(super) fn claim_single(&mut self, payer: AccountNumber) -> Result<Claim, Unavailable> {
+        // Before anything else: who may have no more neither waits for memory nor has room made.
+        self.ledger.may_take(payer, 1)?;
         let Some(pfn) = self.find_single() else {
             return Err(self.no_more());
         };
-        self.claim(pfn, 1, self.rest_of_run(pfn))
+        self.claim(pfn, 1, self.rest_of_run(pfn), Some(payer))
     }
 
     /// The frames of a folio outside homes.
-    pub(super) fn claim_folio(&mut self) -> Result<Claim, Unavailable> {
+    pub(super) fn claim_folio(&mut self, payer: AccountNumber) -> Result<Claim, Unavailable> {
+        self.ledger.may_take(payer, self.folio.pages())?;
         let Some(head) = self.find_folio() else {
             return Err(self.no_more());
         };
-        self.claim(head, self.folio.pages(), self.folio.pages())
+        self.claim(head, self.folio.pages(), self.folio.pages(), Some(payer))
     }
 
     /// The `count` frames from `first` on, of a home. If they have no memory, it is asked for up to the
     /// `most`th.
     pub(super) fn claim_home(
         &mut self,
+        payer: AccountNumber,
         first: Pfn,
         count: u64,
         most: u64,
     ) -> Result<Claim, Unavailable> {
+        self.ledger.may_take(payer, count)?;
         if self.in_transit.ones(first.0, count) > 0 {
             return Err(Unavailable::InTransit);
         }
-        self.claim(first, count, most)
+        self.claim(first, count, most, Some(payer))
     }
 
     /// No frame for anybody, but memory for the one that is needed next.
     pub(super) fn prepare_single(&mut self) -> Option<Claim> {
         let pfn = self.find_single()?;
-        self.claim(pfn, 0, self.rest_of_run(pfn)).ok()
+        self.claim(pfn, 0, self.rest_of_run(pfn), None).ok()
     }
 
     /// As [`Allocator::prepare_single`], for folios.
     pub(super) fn prepare_folios(&mut self) -> Option<Claim> {
         let head = self.find_folio()?;
         let most = (self.frames - head.0).min(COMMIT_FOLIOS * self.folio.pages());
-        self.claim(head, 0, most).ok()
+        self.claim(head, 0, most, None).ok()
     }
 
     /// Takes `count` free frames from `first` on, and for the host's sake those that follow and have no
-    /// memory either, up to the `most`th.
-    fn claim(&mut self, first: Pfn, count: u64, most: u64) -> Result<Claim, Unavailable> {
+    /// memory either, up to the `most`th. `payer`, who may have as many more, is charged with the `count`.
+    fn claim(
+        &mut self,
+        first: Pfn,
+        count: u64,
+        most: u64,
+        payer: Option<AccountNumber>,
+    ) -> Result<Claim, Unavailable> {
+        debug_assert_eq!(payer.is_some(), count > 0);
         if self.allocated.ones(first.0, count) > 0 {
             return Err(Unavailable::Taken);
         }
@@ -253,7 +299,11 @@ impl Allocator {
             missing,
             is_home,
             is_blank: self.committed.ones(first.0, count) == self.blank.ones(first.0, count),
+            payer,
         };
+        if let Some(payer) = payer {
+            self.ledger.charge(payer, first, count);
+        }
         self.allocated.set_run(first.0, claim.total(), true);
         self.blank.set_run(first.0, count, false);
         self.usage.in_use += count;
@@ -276,6 +326,9 @@ impl Allocator {
             self.allocated.set_run(ahead.0, claim.ahead, false);
             self.look_at_runs_of(ahead, claim.ahead);
         }
+        if let Some(payer) = claim.payer {
+            self.ledger.settle(payer);
+        }
         self.usage.peak = self.usage.peak.max(self.usage.in_use);
         self.usage.committed_peak = self.usage.committed_peak.max(self.usage.committed);
     }
@@ -287,6 +340,7 @@ impl Allocator {
         self.end_transit(first, count);
         self.usage.committed -= claim.missing;
         self.usage.in_use -= count;
+        self.ledger.refund(first, count);
         self.allocated.set_run(first.0, count, false);
         self.look_at_runs_of(first, count);
     }
@@ -310,6 +364,7 @@ impl Allocator {
         );
         self.allocated.set_run(first.0, count, false);
         self.usage.in_use -= count;
+        self.ledger.refund(first, count);
         self.look_at_runs_of(first, count);
     }
 

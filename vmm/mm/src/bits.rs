@@ -37,6 +37,11 @@ impl BitSet {
         count - self.ones(first, count)
     }
 
+    /// The numbers that are not in `other`, which has the same bound.
+    pub(super) fn without(&self, other: &Self) -> Self {
+        Self(self.0.iter().zip(&other.0).map(|(a, b)| a & !b).collect())
+    }
+
     /// The bits of 64 numbers.
     pub(super) fn word(&self, index: usize) -> u64 {
         self.0[index]
@@ -95,6 +100,7 @@ mod tests {
         let mut other = BitSet::new(200);
         other.set_run(128, 72, true);
         assert!(set.iter_common(&other).eq(128..130));
+        assert!(other.without(&set).iter().eq(130..200));
         assert_eq!(words_of(3, 0).count(), 0);
         assert!(words_of(63, 2).eq([(0, 1 << 63), (1, 1)]));
     }

@@ -11,6 +11,7 @@
 use std::mem;
 use std::sync::Arc;
 
+use super::account::Account;
 use super::addr::{Gfn, Pfn};
 use super::entry::Entry;
 use super::fork::{Copies, ForkError};
@@ -29,14 +30,32 @@ const SCATTERED: usize = 64;
 
 impl<P: CowPolicy> AddressSpace<P> {
     /// A running clone of a snapshot: a live address space that shares the snapshot's frames. `mmu` shows
-    /// zeros, read-only, everywhere.
+    /// zeros, read-only, everywhere. It has an account of its own, without a limit.
     ///
     /// # Errors
     /// If `mmu` refuses, or there is no memory for a page that cannot be shared. Nothing is left of the
     /// clone, nor of `mmu`.
     pub fn from_frozen(frozen: &Frozen, policy: P, mmu: Box<dyn Mmu>) -> Result<Self, ForkError> {
+        let account = frozen.pool.open_account(None);
+        Self::from_frozen_with_account(frozen, policy, mmu, account)
+    }
+
+    /// As [`AddressSpace::from_frozen`], with this account: pages that must be copied at once are charged to
+    /// it already.
+    ///
+    /// # Errors
+    /// As [`AddressSpace::from_frozen`].
+    ///
+    /// # Panics
+    /// If the account is of another pool.
+    pub fn from_frozen_with_account(
+        frozen: &Frozen,
+        policy: P,
+        mmu: Box<dyn Mmu>,
+        account: Account,
+    ) -> Result<Self, ForkError> {
         let pool = Arc::clone(&frozen.pool);
-        let clone = Self::without_home(pool, policy, mmu, frozen.pages());
+        let clone = Self::without_home(pool, policy, mmu, frozen.pages(), account);
         let mut adoption = Adoption {
             clone: &clone,
             counted: Vec::new(),

@@ -32,6 +32,12 @@ pub enum AllocError {
         /// Frames the pool may commit.
         limit: u64,
     },
+    /// What the caller's account may have, which is in use. Others are not concerned.
+    #[error("out of quota: all {limit} frames that the account may have are in use")]
+    Quota {
+        /// Frames the account may be charged with.
+        limit: u64,
+    },
     /// The pool has no run of frame numbers that long.
     #[error("the frame pool has no room for a home of {pages} pages")]
     Home {
@@ -86,8 +92,10 @@ impl Supply {
         claim: impl Fn(&mut Allocator) -> Result<Claim, Unavailable>,
     ) -> Result<Taken, AllocError> {
         loop {
-            if let Some(taken) = self.try_take(&claim)? {
-                return Ok(taken);
+            match self.claim(&claim)? {
+                Ok(taken) => return Ok(taken),
+                Err(Unavailable::Quota { limit }) => return Err(AllocError::Quota { limit }),
+                Err(Unavailable::Taken | Unavailable::InTransit | Unavailable::Limit) => {}
             }
             let mut allocator = self.lock();
             let Some(unused) = allocator.take_unused_of_homes() else {
@@ -100,17 +108,25 @@ impl Supply {
     }
 
     /// As [`Supply::take`], but makes no room: `None` if somebody has one of the frames, or there is no
-    /// memory for all of them.
+    /// memory for all of them, or the account may not have as many.
     pub(super) fn try_take(
         &self,
         claim: impl Fn(&mut Allocator) -> Result<Claim, Unavailable>,
     ) -> Result<Option<Taken>, AllocError> {
+        Ok(self.claim(claim)?.ok())
+    }
+
+    /// One try. Waits for what is in transit.
+    fn claim(
+        &self,
+        claim: impl Fn(&mut Allocator) -> Result<Claim, Unavailable>,
+    ) -> Result<Result<Taken, Unavailable>, AllocError> {
         let mut allocator = self.lock();
         let claim = loop {
             match claim(&mut allocator) {
                 Ok(claim) => break claim,
                 Err(Unavailable::InTransit) => allocator = wait(&self.settled, allocator),
-                Err(Unavailable::Taken | Unavailable::Limit) => return Ok(None),
+                Err(unavailable) => return Ok(Err(unavailable)),
             }
         };
         let taken = Taken {
@@ -123,7 +139,7 @@ impl Supply {
         } else {
             allocator.finish(&claim);
         }
-        Ok(Some(taken))
+        Ok(Ok(taken))
     }
 
     /// Makes a home of `pages` frames, if need be when the host has answered about those that are in the way.

@@ -142,6 +142,7 @@ impl<P: CowPolicy> AddressSpace<P> {
             && region.is_full()
             && !self.tracks_dirty.load(Ordering::Relaxed)
             && self.predictor.breaks_whole(&region.state.history)
+            && self.account.has_room(region.len())
     }
 
     /// Makes page `gfn` exclusive without making it writable, as a reading pin needs it.
@@ -283,7 +284,7 @@ impl<P: CowPolicy> AddressSpace<P> {
             return Ok(false);
         }
         // Held until it is handed out to all: a snapshot that has it already may be dropped at any time.
-        let copy = self.pool.allocate()?.into_held();
+        let copy = self.pool.allocate(&self.account)?.into_held();
         self.copy(pfn, copy.pfn());
         let copied_to = copy.pfn();
         let mut copy = Some(copy);

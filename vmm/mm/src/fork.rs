@@ -109,6 +109,7 @@ impl<P: CowPolicy> AddressSpace<P> {
             pool: Arc::clone(&self.pool),
             table,
             pages: self.mapped.table.pages(),
+            account: self.account.clone(),
         }))
     }
 
@@ -345,7 +346,7 @@ impl<P: CowPolicy> AddressSpace<P> {
     fn copy_for_child(&self, gfn: Gfn, pfn: Pfn, copies: &mut Copies) -> Result<Pfn, ForkError> {
         let fresh = self
             .pool
-            .allocate()
+            .allocate(&self.account)
             .map_err(|source| ForkError::EagerCopy { gfn, source })?;
         copies.push((pfn, fresh.pfn()));
         Counters::add(&self.counters.eager_copied);

@@ -25,6 +25,7 @@ use std::mem;
 use std::ptr;
 use std::sync::Arc;
 
+use super::account::Account;
 use super::addr::{Gfn, Order, OutOfRange, Pfn};
 use super::entry::Entry;
 use super::frame_state::FrameState;
@@ -40,12 +41,19 @@ pub struct Frozen {
     pub(super) pool: Arc<FramePool>,
     pub(super) table: FrozenTable,
     pub(super) pages: u64,
+    /// That of the space it was taken of: open for as long as the snapshot is there.
+    pub(super) account: Account,
 }
 
 impl Frozen {
     /// Number of pages.
     pub fn pages(&self) -> u64 {
         self.pages
+    }
+
+    /// The account of the space it was taken of, which its copies are charged to.
+    pub fn account(&self) -> &Account {
+        &self.account
     }
 
     /// The pool its frames are from.
@@ -269,6 +277,26 @@ impl FrozenGuard<'_> {
         self.with(gfn, |entry| entry)
     }
 
+    /// Calls `look` with each entry that is present, its page, and what holds the mapping
+    /// ([`FrozenGuard::holder`]): of a huge entry once, with the first page.
+    pub(super) fn each(&self, look: &mut impl FnMut(usize, Gfn, Entry)) {
+        let region = self.region;
+        match &*self.frames {
+            FrozenFrames::Huge(head) => {
+                let holder = ptr::from_ref(region).addr();
+                look(holder, region.first, Entry::huge_read_only(*head));
+            }
+            FrozenFrames::Small(chunks) => {
+                let firsts = (region.first.0..).step_by(region.chunk_order().pages() as usize);
+                for (first, chunk) in firsts.zip(chunks) {
+                    if let Some(chunk) = chunk {
+                        chunk.each(Gfn(first), look);
+                    }
+                }
+            }
+        }
+    }
+
     /// What holds the mapping of a page: the same number for regions that have it in common.
     pub(super) fn holder(&self, gfn: Gfn) -> usize {
         match &*self.frames {
@@ -347,6 +375,17 @@ impl FrozenChunk {
     /// Calls `look` with the frames of its pages, which stay there and as they are for the length of the call.
     pub(super) fn with_frames<R>(&self, look: impl FnOnce(&[Pfn]) -> R) -> R {
         look(&*lock(&self.frames))
+    }
+
+    /// As [`FrozenGuard::each`], of a chunk that begins at page `first`.
+    pub(super) fn each(self: &Arc<Self>, first: Gfn, look: &mut impl FnMut(usize, Gfn, Entry)) {
+        let holder = Arc::as_ptr(self).addr();
+        let frames = *lock(&self.frames);
+        for (gfn, pfn) in (first.0..).map(Gfn).zip(frames) {
+            if pfn != Pfn::ZERO {
+                look(holder, gfn, Entry::read_only(pfn));
+            }
+        }
     }
 
     #[cfg(all(test, not(loom)))]

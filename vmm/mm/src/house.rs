@@ -49,8 +49,8 @@ impl<P: CowPolicy> AddressSpace<P> {
             self.moves_house(region);
         }
         match &region.state.home {
-            Some(home) => self.pool.allocate_near(home, index),
-            None => self.pool.allocate(),
+            Some(home) => self.pool.allocate_near(&self.account, home, index),
+            None => self.pool.allocate(&self.account),
         }
     }
 
@@ -69,7 +69,7 @@ impl<P: CowPolicy> AddressSpace<P> {
             Ahead::Region => region.len() - index,
         };
         match &region.state.home {
-            Some(home) => self.pool.allocate_at(home, index, most),
+            Some(home) => self.pool.allocate_at(&self.account, home, index, most),
             None => Ok(None),
         }
     }
@@ -96,12 +96,12 @@ impl<P: CowPolicy> AddressSpace<P> {
         let Some(home) = &region.state.home else {
             return Ok(None);
         };
-        let folio = self.pool.allocate_huge(home, 0)?;
+        let folio = self.pool.allocate_huge(&self.account, home, 0)?;
         if folio.is_some() || !home.is_taken() || !self.moves_house(region) {
             return Ok(folio);
         }
         match &region.state.home {
-            Some(home) => self.pool.allocate_huge(home, 0),
+            Some(home) => self.pool.allocate_huge(&self.account, home, 0),
             None => Ok(None),
         }
     }

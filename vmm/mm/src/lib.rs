@@ -27,8 +27,10 @@
 //! | `frame_state` | the packed word of a frame, and its states |
 //! | `policy` | the rules: may share, may write in place, may pin |
 //! | `predictor` | what the guest will write: how much is copied at once, and what beforehand |
+//! | `ledger` | who pays for which frame |
 //! | `allocator` | who has which frame, and which frames have memory |
 //! | `commit` | asking the host for memory and giving it back, with no lock held |
+//! | `account`, `promise` | what one machine may take; memory that is spoken for |
 //! | `home` | the frames each region of an address space has for its own |
 //! | `frame` | the words of all frames, and their atomic transitions |
 //! | `folio` | frames that are mapped, shared and written as one; holds on their pages |
@@ -52,6 +54,7 @@
 //! | `ahead` | breaks before the guest asks for them |
 //! | `pin`, `get` | pins, without a lock and with one; transient holds, the weaker kind |
 //! | `restore`, `force` | back to a snapshot, in place; a debugger's write |
+//! | `census` | what each machine and snapshot costs alone and what it shares; why a frame is alive |
 //! | [`soft`] | a software MMU, for tests and model checkers |
 //!
 //! There are no system calls in here, no KVM and no threads: the window of a running VM, a software model and
@@ -59,10 +62,12 @@
 
 #![forbid(unsafe_code)]
 
+mod account;
 mod addr;
 mod ahead;
 mod allocator;
 mod bits;
+mod census;
 mod clone;
 mod commit;
 mod dirty;
@@ -80,6 +85,7 @@ mod get;
 mod hold;
 mod home;
 mod house;
+mod ledger;
 mod lineage;
 mod mapped;
 mod merge;
@@ -92,6 +98,7 @@ mod policy;
 mod pool;
 mod pool_ref;
 mod predictor;
+mod promise;
 mod rearrange;
 mod restore;
 mod safeguard;
@@ -111,8 +118,10 @@ mod tests;
 #[doc = include_str!("../README.md")]
 mod readme {}
 
+pub use account::Account;
 pub use addr::{Access, Gfn, Order, OutOfRange, PAGE_SIZE, Pfn, Protection, REGION_PAGES};
 pub use allocator::PoolUsage;
+pub use census::{Census, Counts, Holding, How, MappedBy, OtherPool, Sharing, Why};
 pub use commit::AllocError;
 pub use entry::Entry;
 pub use fault::{FaultError, FaultOutcome, Resolution};
@@ -120,6 +129,7 @@ pub use fork::ForkError;
 pub use frame_state::FrameState;
 pub use frozen::Frozen;
 pub use hold::{Get, Pin, PinnedRun};
+pub use ledger::{AccountUsage, Charges};
 pub use mmu::{FrameMemory, Mmu, MmuError};
 pub use page_set::PageSet;
 pub use pin::PinError;
@@ -128,6 +138,7 @@ pub use policy::{
     SeedRecompute,
 };
 pub use pool::FramePool;
+pub use promise::{Promise, PromiseError};
 pub use rearrange::RearrangeError;
 pub use restore::RestoreError;
 pub use safeguard::Safeguard;

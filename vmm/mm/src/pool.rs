@@ -11,8 +11,10 @@
 use std::fmt;
 use std::sync::Arc;
 
+use super::account::Account;
 use super::addr::{Access, Order, Pfn};
 use super::allocator::{Allocator, COMMIT_FOLIOS, PoolUsage, Unavailable};
+use super::bits::BitSet;
 use super::commit::{AllocError, Supply};
 use super::entry::Entry;
 use super::folio::Dissolved;
@@ -21,9 +23,11 @@ use super::frame_state::FrameState;
 use super::fresh::{Fresh, FreshFolio, Isolated};
 use super::hold::{Get, PinnedRun};
 use super::home::{Home, Place};
+use super::ledger::Charges;
 use super::mmu::FrameMemory;
 use super::policy::CowPolicy;
 use super::pool_ref::PoolRef;
+use super::promise::{Promise, PromiseError, Promises};
 use super::safeguard::{Safeguard, is_left_out};
 use super::stripe::Striped;
 
@@ -32,6 +36,7 @@ pub struct FramePool {
     frames: Arc<FrameTable>,
     supply: Arc<Supply>,
     references: Striped<PoolRef>,
+    promises: Arc<Promises>,
 }
 
 impl FramePool {
@@ -69,6 +74,7 @@ impl FramePool {
         let frames = Arc::new(FrameTable::new(frames, huge));
         Ok(Arc::new(Self {
             references: PoolRef::striped(&frames, &supply),
+            promises: Promises::new(limit),
             frames,
             supply,
         }))
@@ -84,6 +90,35 @@ impl FramePool {
         self.supply.lock().usage()
     }
 
+    /// Opens an account, for as many spaces as are to share it, with the most frames that it may be charged
+    /// with, if there is a limit.
+    pub fn open_account(&self, limit: Option<u64>) -> Account {
+        Account::open(&self.supply, limit)
+    }
+
+    /// What all accounts together are charged with: just the frames that are in use.
+    pub fn charges(&self) -> Charges {
+        self.supply.lock().ledger().charges()
+    }
+
+    /// Promises `frames` frames of what may be committed, if as many are not promised yet.
+    ///
+    /// # Errors
+    /// If that would be more than the limit.
+    pub fn try_promise(&self, frames: u64) -> Result<Promise, PromiseError> {
+        self.promises.try_promise(frames)
+    }
+
+    /// Frames that are promised.
+    pub fn promised(&self) -> u64 {
+        self.promises.promised()
+    }
+
+    /// Whether it is one of this pool's accounts.
+    pub(super) fn has_account(&self, account: &Account) -> bool {
+        account.is_of(&self.supply)
+    }
+
     /// Frames that are allocated or held though everybody is gone: what is left when no address space,
     /// snapshot or pin should be. Empty when the accounts are right. At most `most` of them.
     pub fn leftovers(&self, most: usize) -> Vec<(Pfn, FrameState)> {
@@ -93,6 +128,18 @@ impl FramePool {
             .filter(|&(pfn, state)| allocator.is_allocated(pfn) || state.refs() > 0)
             .take(most)
             .collect()
+    }
+
+    /// The frames that are in use, and how many the accounts say there are: as many, unless somebody waits
+    /// for the host.
+    pub(super) fn frames_in_use(&self) -> (BitSet, u64) {
+        let allocator = self.supply.lock();
+        (allocator.in_use(), allocator.usage().in_use)
+    }
+
+    /// Whether a frame is in use.
+    pub(super) fn is_in_use(&self, pfn: Pfn) -> bool {
+        self.supply.lock().is_in_use(pfn)
     }
 
     pub(super) fn frames(&self) -> &FrameTable {
@@ -140,8 +187,9 @@ impl FramePool {
     }
 
     /// A frame for anything, with whatever is in it.
-    pub(super) fn allocate(&self) -> Result<Fresh, AllocError> {
-        let taken = self.supply.take(Allocator::claim_single)?;
+    pub(super) fn allocate(&self, payer: &Account) -> Result<Fresh, AllocError> {
+        let payer = payer.number();
+        let taken = self.supply.take(|a| a.claim_single(payer))?;
         Ok(Fresh::of_allocated(self.reference(), &taken))
     }
 
@@ -149,32 +197,41 @@ impl FramePool {
     /// to the `most`th page from there on. `None` if somebody has the frame, or there is no memory for it.
     pub(super) fn allocate_at(
         &self,
+        payer: &Account,
         home: &Home,
         index: u64,
         most: u64,
     ) -> Result<Option<Fresh>, AllocError> {
-        let pfn = home.frame(index);
-        let taken = self.supply.try_take(|a| a.claim_home(pfn, 1, most))?;
+        let (payer, pfn) = (payer.number(), home.frame(index));
+        let taken = self
+            .supply
+            .try_take(|a| a.claim_home(payer, pfn, 1, most))?;
         Ok(taken.map(|taken| Fresh::of_allocated(self.reference(), &taken)))
     }
 
     /// The frames of a huge folio for the pages from `index` on: their homes. `None` if one of them is in
-    /// use, or there is not memory for all of them. With whatever is in them.
+    /// use, or there is not memory for all of them, or room for them in the account. With
+    /// whatever is in them.
     pub(super) fn allocate_huge(
         &self,
+        payer: &Account,
         home: &Home,
         index: u64,
     ) -> Result<Option<FreshFolio>, AllocError> {
         let (head, pages) = (home.frame(index), self.huge().pages());
         let most = home.rest(index).min(COMMIT_FOLIOS * pages);
-        let taken = self.supply.try_take(|a| a.claim_home(head, pages, most))?;
+        let payer = payer.number();
+        let taken = self
+            .supply
+            .try_take(|a| a.claim_home(payer, head, pages, most))?;
         Ok(taken.map(|taken| FreshFolio::of_allocated(self.reference(), &taken)))
     }
 
     /// The frames of a huge folio for anything. `None` if there is no such run, or not memory for all of it.
     /// With whatever is in them.
-    pub(super) fn allocate_folio(&self) -> Result<Option<FreshFolio>, AllocError> {
-        let taken = self.supply.try_take(Allocator::claim_folio)?;
+    pub(super) fn allocate_folio(&self, payer: &Account) -> Result<Option<FreshFolio>, AllocError> {
+        let payer = payer.number();
+        let taken = self.supply.try_take(|a| a.claim_folio(payer))?;
         Ok(taken.map(|taken| FreshFolio::of_allocated(self.reference(), &taken)))
     }
 
@@ -187,10 +244,15 @@ impl FramePool {
 
     /// A frame for page `index`, with whatever is in it: its home if that is free, so that neighbours stay
     /// neighbours, else any. Room is made for it if there is none.
-    pub(super) fn allocate_near(&self, home: &Home, index: u64) -> Result<Fresh, AllocError> {
-        let pfn = home.frame(index);
-        let taken = self.supply.take(|a| match a.claim_home(pfn, 1, 1) {
-            Err(Unavailable::Taken | Unavailable::Limit) => a.claim_single(),
+    pub(super) fn allocate_near(
+        &self,
+        payer: &Account,
+        home: &Home,
+        index: u64,
+    ) -> Result<Fresh, AllocError> {
+        let (payer, pfn) = (payer.number(), home.frame(index));
+        let taken = self.supply.take(|a| match a.claim_home(payer, pfn, 1, 1) {
+            Err(Unavailable::Taken | Unavailable::Limit) => a.claim_single(payer),
             home => home,
         })?;
         Ok(Fresh::of_allocated(self.reference(), &taken))

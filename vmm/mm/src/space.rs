@@ -4,6 +4,7 @@ use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
+use super::account::Account;
 use super::addr::{Gfn, OutOfRange};
 use super::commit::AllocError;
 use super::entry::Entry;
@@ -29,7 +30,7 @@ use super::sync::{Mutex, lock};
 /// 2. the lock of one region of this space (the kernel's page-table lock).
 /// 3. `lineage`, what the next fork takes over; and the predictor's own. Never both.
 /// 4. the lock of the same region of one snapshot at a time.
-/// 5. the pool's allocator.
+/// 5. the pool's allocator, which has the accounts; or its promises.
 ///
 /// Entries change only under 2; frame states change by compare-and-swap, with or without locks.
 pub struct AddressSpace<P> {
@@ -38,6 +39,8 @@ pub struct AddressSpace<P> {
     pub(super) mapped: Mapped,
     /// Where homes of its regions are to be, if they get others than they began with.
     pub(super) place: Place,
+    /// Who pays for the frames that it allocates.
+    pub(super) account: Account,
     pub(super) lineage: Mutex<Lineage>,
     pub(super) predictor: Predictor,
     pub(super) counters: Counters,
@@ -48,7 +51,8 @@ pub struct AddressSpace<P> {
 }
 
 impl<P: CowPolicy> AddressSpace<P> {
-    /// An address space of `pages` pages, none of them touched. `mmu` shows zeros, read-only, everywhere.
+    /// An address space of `pages` pages, none of them touched. `mmu` shows zeros, read-only, everywhere. It
+    /// has an account of its own, without a limit.
     ///
     /// # Errors
     /// If the pool has no room for a home of `pages` frames.
@@ -59,21 +63,26 @@ impl<P: CowPolicy> AddressSpace<P> {
         pages: u64,
     ) -> Result<Self, AllocError> {
         let home = pool.reserve(pages)?;
-        let space = Self::without_home(pool, policy, mmu, pages);
+        let account = pool.open_account(None);
+        let space = Self::without_home(pool, policy, mmu, pages, account);
         space.mapped.table.settle(home);
         Ok(space)
     }
 
-    /// The same without frames of its own: its regions get homes when they need them.
+    /// The same without frames of its own: its regions get homes when they need them. With this account,
+    /// which is one of the pool's.
     pub(super) fn without_home(
         pool: Arc<FramePool>,
         policy: P,
         mmu: Box<dyn Mmu>,
         pages: u64,
+        account: Account,
     ) -> Self {
+        Self::check_account(&pool, &account);
         let table = Table::new(pages, pool.huge());
         Self {
             place: Place::default(),
+            account,
             lineage: Mutex::new(Lineage::new(table.regions())),
             predictor: Predictor::learning(),
             pool,
@@ -90,6 +99,30 @@ impl<P: CowPolicy> AddressSpace<P> {
     pub fn with_base_pages(mut self) -> Self {
         self.uses_huge = false;
         self
+    }
+
+    /// The same, with this account: what it allocates from now on is charged to it. What it has allocated
+    /// before stays with the account it had.
+    ///
+    /// # Panics
+    /// If the account is of another pool.
+    #[must_use]
+    pub fn with_account(mut self, account: Account) -> Self {
+        Self::check_account(&self.pool, &account);
+        self.account = account;
+        self
+    }
+
+    fn check_account(pool: &FramePool, account: &Account) {
+        assert!(
+            pool.has_account(account),
+            "an address space pays its own pool"
+        );
+    }
+
+    /// The account that it and its snapshots are charged to.
+    pub fn account(&self) -> &Account {
+        &self.account
     }
 
     /// The same, with a predictor that need not learn: for tests.

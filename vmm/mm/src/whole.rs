@@ -280,8 +280,12 @@ impl<P: CowPolicy> AddressSpace<P> {
     }
 
     /// Points every snapshot that shares a page of the region at a copy, whatever that costs; says whether
-    /// nobody else does.
+    /// nobody else does. Does nothing if the account has no room for as many copies: what it has left is for
+    /// pages that somebody asks for.
     pub(super) fn move_all_sharers(&self, region: &RegionGuard<'_>) -> Result<bool, FaultError> {
+        if !self.account.has_room(region.len()) {
+            return Ok(false);
+        }
         if self.move_sharers_huge(region)? {
             return Ok(true);
         }
@@ -310,7 +314,7 @@ impl<P: CowPolicy> AddressSpace<P> {
         if sharers == 0 || !frames.is_mapped_huge_only(head, sharers + 1) {
             return Ok(false);
         }
-        let Some(copy) = self.pool.allocate_folio()? else {
+        let Some(copy) = self.pool.allocate_folio(&self.account)? else {
             return Ok(false);
         };
         self.copy_run(head, copy.head(), region.len());

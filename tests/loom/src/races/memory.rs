@@ -63,3 +63,32 @@ pub(crate) fn two_forks_that_need_what_a_home_does_not_use<C: Policy>() {
     assert_eq!(pool.leftovers(9), []);
     assert_eq!(pool.usage().in_use, 0, "lost");
 }
+
+/// Two machines have one account, with room for one frame more: one machine gets it and the other hears that
+/// there is none. Or, if a frame is refunded meanwhile, so does nobody.
+pub(crate) fn two_breaks_on_the_last_frame_of_an_account<C: Policy>() {
+    let (pool, _, vms) = two_spaces::<C>(8);
+    let account = pool.open_account(Some(1));
+    let [mut one, mut other] = vms;
+    one.space = one.space.with_account(account.clone());
+    other.space = other.space.with_account(account.clone());
+    let snapshots = [one.space.fork().unwrap(), other.space.fork().unwrap()];
+    let write = |vm: SoftVm<C>, snapshot: Arc<Frozen>| {
+        move || {
+            let written = vm.cpu_write(P, NEW).is_ok();
+            assert_eq!(vm.cpu_read(P), if written { NEW } else { OLD }, "isolation");
+            // The copy of it, if it has one: it is refunded.
+            drop(snapshot);
+            (vm, written)
+        }
+    };
+    let [first, second] = snapshots;
+    let second = thread::spawn(write(other, second));
+    let (one, first) = write(one, first)();
+    let (other, second) = second.join().unwrap();
+    assert!(first || second, "the one frame is somebody's");
+    assert_eq!((account.usage().charged, account.usage().peak), (0, 1));
+    drop((one, other, account));
+    assert_eq!(pool.leftovers(9), []);
+    assert_eq!((pool.charges().open, pool.charges().closed), (0, 0), "lost");
+}

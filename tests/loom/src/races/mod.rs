@@ -117,5 +117,7 @@ impl<C: Policy> World<C> {
         drop(vm);
         assert_eq!(pool.leftovers(9), []);
         assert_eq!(pool.usage().in_use, 0);
+        let charges = pool.charges();
+        assert_eq!((charges.open, charges.closed), (0, 0));
     }
 }

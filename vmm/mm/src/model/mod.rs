@@ -12,9 +12,13 @@
 //!
 //! At the end everything is dropped, in random order, and every frame is free.
 //!
+//! Each frame is charged to the account of the space that allocated it, and no account beyond its limit; all
+//! accounts together with what is in use (`payers.rs`). Every few operations a census adds up, and says of
+//! each space and snapshot what a plain list of their frames says (`census.rs`).
+//!
 //! All of this holds as well where there is **not memory for everything** (`shortage.rs`), from just enough
-//! down to none, with a host that refuses some of it: an operation that says so has changed no page. A space
-//! whose restore fails is dropped, as it must not run on.
+//! down to none, with a host that refuses some of it, or with a limit for some accounts: an operation that
+//! says so has changed no page. A space whose restore fails is dropped, as it must not run on.
 //!
 //! How many runs there are in all the tests together is what `PALIMPSEST_CASES` says, else [`CASES`].
 //!
@@ -33,7 +37,9 @@
 //! That a policy does *not* keep what `Exclusive` promises is shown as well: the same operations, held to the
 //! promises of `Exclusive`, must fail for every other.
 
+mod census;
 mod ops;
+mod payers;
 mod promises;
 mod refusing;
 mod shortage;
@@ -46,14 +52,16 @@ use proptest::strategy::{BoxedStrategy, Just, Strategy, ValueTree};
 use proptest::test_runner::{Config, TestCaseError, TestRunner};
 
 use self::ops::{Op, Shape, run};
+use self::payers::Payers;
 use self::promises::{Broken, Rules};
-use self::shortage::{Shortage, shortage};
-use super::soft::{SoftMemory, SoftVm};
+use self::shortage::{Shortage, quotas, shortage};
+use super::soft::{SoftMemory, SoftMmu, SoftVm};
 use super::*;
 
 const FRAMES: u64 = 400;
 /// Random runs of operations in all tests together, unless `PALIMPSEST_CASES` says otherwise.
 const CASES: u32 = 10_000;
+const STEPS_BETWEEN_CENSUSES: u64 = 7;
 /// A value that many pages have.
 const COMMON: u64 = 1;
 
@@ -61,6 +69,7 @@ struct Space {
     id: u64,
     rules: Rules,
     shape: Shape,
+    shortage: Shortage,
     vm: SoftVm<AnyPolicy>,
     pages: Vec<u64>,
     /// What `take_dirty` must answer.
@@ -145,6 +154,8 @@ struct Model {
     pins: Vec<Held<Pin>>,
     gets: Vec<Held<Get>>,
     next: u64,
+    steps: u64,
+    payers: Payers,
 }
 
 impl Model {
@@ -161,6 +172,8 @@ impl Model {
             pins: vec![],
             gets: vec![],
             next: COMMON,
+            steps: 0,
+            payers: Payers::new(),
         };
         model.add_untouched_space();
         model
@@ -168,8 +181,10 @@ impl Model {
 
     fn add_untouched_space(&mut self) {
         let pages = self.shape.pages;
-        let vm = SoftVm::new(&self.pool, &self.memory, (self.rules.policy)(), pages).unwrap();
-        self.add_space(vm, vec![0; pages as usize]);
+        let mut vm = SoftVm::new(&self.pool, &self.memory, (self.rules.policy)(), pages).unwrap();
+        let (account, shortage) = self.payers.next(&self.pool, self.shortage);
+        vm.space = vm.space.with_account(account);
+        self.add_space(vm, vec![0; pages as usize], shortage);
     }
 
     fn fresh_value(&mut self) -> u64 {
@@ -177,7 +192,7 @@ impl Model {
         self.next
     }
 
-    fn add_space(&mut self, vm: SoftVm<AnyPolicy>, pages: Vec<u64>) {
+    fn add_space(&mut self, vm: SoftVm<AnyPolicy>, pages: Vec<u64>, shortage: Shortage) {
         let id = self.fresh_value();
         // So that whole regions are broken, and huge entries formed again.
         vm.space.set_whole_price(2);
@@ -188,6 +203,7 @@ impl Model {
             id,
             rules: self.rules,
             shape: self.shape,
+            shortage,
             vm,
             answered: pages.clone(),
             pages,
@@ -279,10 +295,13 @@ impl Model {
     }
 
     fn apply(&mut self, op: &Op) -> Result<(), Broken> {
+        self.steps += 1;
         self.look_at_held_pages();
         let spaces = self.spaces.iter();
         let before: HashMap<_, _> = spaces.map(|space| (space.id, space.writable())).collect();
+        self.payers.starts(&self.spaces, op);
         self.run(op);
+        self.payers.ends(&self.pool);
         for space in &self.spaces {
             if let Some(before) = before.get(&space.id) {
                 space.check_protected(before, matches!(op, Op::Restore(..)));
@@ -305,7 +324,7 @@ impl Model {
                 let space = &mut self.spaces[s % spaces];
                 let bytes = value.to_le_bytes();
                 let written = space.vm.space.force_write(Gfn(p), 0, &bytes);
-                if self.shortage.result(written).is_none() {
+                if space.shortage.result(written).is_none() {
                     return space.note_marks();
                 }
                 space.dirty.insert(p);
@@ -313,13 +332,13 @@ impl Model {
                 self.set(id, Gfn(p), value);
             }
             Op::Unshare(s, p) => {
-                let unshared = self.spaces[s % spaces].vm.space.unshare(Gfn(p));
-                self.shortage.result(unshared);
+                let space = &self.spaces[s % spaces];
+                space.shortage.result(space.vm.space.unshare(Gfn(p)));
             }
             Op::Pin(s, p, access) => {
                 let space = &mut self.spaces[s % spaces];
                 let pin = space.vm.space.pin(Gfn(p), access);
-                let Some(pin) = self.shortage.result(pin) else {
+                let Some(pin) = space.shortage.result(pin) else {
                     return space.note_marks();
                 };
                 let held = space.held(pin, Gfn(p), access);
@@ -329,7 +348,7 @@ impl Model {
                 let space = &mut self.spaces[s % spaces];
                 let count = most.min(self.shape.pages - p);
                 let runs = space.vm.space.pin_range(Gfn(p), count, access);
-                let Some(runs) = self.shortage.result(runs) else {
+                let Some(runs) = space.shortage.result(runs) else {
                     return space.note_marks();
                 };
                 let pins: Vec<_> = runs.into_iter().flat_map(PinnedRun::into_pins).collect();
@@ -350,7 +369,7 @@ impl Model {
             Op::Get(s, p, access) => {
                 let space = &mut self.spaces[s % spaces];
                 let get = space.vm.space.get(Gfn(p), access);
-                let Some(get) = self.shortage.result(get) else {
+                let Some(get) = space.shortage.result(get) else {
                     return space.note_marks();
                 };
                 let held = space.held(get, Gfn(p), access);
@@ -377,7 +396,7 @@ impl Model {
             Op::Put(n) => drop(pick(n, self.gets.len()).map(|n| self.gets.swap_remove(n))),
             Op::Fork(s) if snapshots < 6 => {
                 let space = &self.spaces[s % spaces];
-                if let Some(frozen) = self.shortage.result(space.vm.space.fork()) {
+                if let Some(frozen) = space.shortage.result(space.vm.space.fork()) {
                     self.snapshots.push(Snapshot {
                         frozen,
                         pages: space.pages.clone(),
@@ -399,10 +418,18 @@ impl Model {
                 let Some(snapshot) = pick(f, snapshots).map(|f| &self.snapshots[f]) else {
                     return;
                 };
-                let clone = SoftVm::clone_of(&snapshot.frozen, &self.memory, (self.rules.policy)());
-                if let Some(vm) = self.shortage.result(clone) {
+                let (account, shortage) = self.payers.next(&self.pool, self.shortage);
+                let (mmu, policy) = (SoftMmu::new(self.shape.pages), (self.rules.policy)());
+                let clone = AddressSpace::from_frozen_with_account(
+                    &snapshot.frozen,
+                    policy,
+                    Box::new(Arc::clone(&mmu)),
+                    account,
+                );
+                if let Some(space) = shortage.result(clone) {
                     let pages = snapshot.pages.clone();
-                    self.add_space(vm, pages);
+                    let vm = SoftVm::over(space, mmu, &self.memory);
+                    self.add_space(vm, pages, shortage);
                 }
             }
             Op::Fork(_) | Op::Clone(_) => {}
@@ -423,7 +450,7 @@ impl Model {
 
     fn write(&mut self, s: usize, gfn: Gfn, value: u64) {
         let space = &mut self.spaces[s];
-        if self
+        if space
             .shortage
             .result(space.vm.cpu_write(gfn, value))
             .is_none()
@@ -446,7 +473,7 @@ impl Model {
             }
         }
         let restored = space.vm.space.restore(&snapshot.frozen);
-        let is_whole = self.shortage.result(restored).is_some();
+        let is_whole = space.shortage.result(restored).is_some();
         let (id, pages) = (space.id, snapshot.pages.clone());
         for (page, value) in pages.into_iter().enumerate() {
             self.set(id, Gfn(page as u64), value);
@@ -572,7 +599,7 @@ impl Model {
             }
             Err(error) => {
                 assert_eq!(after, before);
-                self.shortage.result(Err::<(), _>(error));
+                space.shortage.result(Err::<(), _>(error));
             }
         }
     }
@@ -721,6 +748,15 @@ impl Model {
                 assert_eq!(there.maps, 1, "I7: {pfn:?}");
             }
         }
+        self.payers.add_up(&self.pool, &self.spaces);
+        if self.steps.is_multiple_of(STEPS_BETWEEN_CENSUSES) {
+            census::check(
+                &self.pool,
+                (&self.spaces, &self.snapshots),
+                (&self.pins, &self.gets),
+                self.steps as usize,
+            );
+        }
         self.check_holds()
     }
 
@@ -772,6 +808,7 @@ impl Model {
         drop(self);
         assert_eq!(pool.leftovers(16), []);
         assert_eq!(pool.usage().in_use, 0);
+        assert_eq!(pool.charges(), Charges::default());
     }
 }
 
@@ -922,6 +959,13 @@ fn random_operations_under_other_policies_where_memory_is_short() {
     random_operations_in(Rules::SEED, 200, shortage);
     random_operations_in(Rules::REFCOUNT, 100, shortage);
     random_operations_in(Rules::MAPCOUNT, 100, shortage);
+}
+
+/// A space whose account has no limit never notices that another's has.
+#[test]
+fn random_operations_at_the_limits_of_accounts() {
+    random_operations_in(Rules::EXCLUSIVE, 2000, quotas);
+    random_operations_in(Rules::REFCOUNT, 200, quotas);
 }
 
 /// Which of the promises of `Exclusive` random operations break: isolation, coherence.

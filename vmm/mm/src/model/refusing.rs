@@ -302,6 +302,7 @@ impl World {
         drop(self);
         assert_eq!(pool.leftovers(16), []);
         assert_eq!(pool.usage().in_use, 0);
+        assert_eq!(pool.charges(), Charges::default());
         broken
     }
 }

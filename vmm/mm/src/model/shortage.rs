@@ -1,4 +1,4 @@
-//! Memory that does not suffice: a limit, and a host that refuses.
+//! Memory that does not suffice: a limit of the pool or of some accounts, and a host that refuses.
 
 use std::error::Error;
 use std::io;
@@ -18,6 +18,17 @@ pub(super) struct Shortage {
     limit: u64,
     /// Which of each 64 requests to the host it refuses, by their bits.
     refused: u64,
+    quota: Option<Quota>,
+}
+
+/// What some accounts may have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Quota {
+    frames: u64,
+    /// Which spaces have a limit, of those with an account of their own, in the order they are made in.
+    limited: u64,
+    /// Which have the account of the space that was made before them.
+    sharing: u64,
 }
 
 impl Shortage {
@@ -25,6 +36,7 @@ impl Shortage {
     pub(super) const NONE: Self = Self {
         limit: FRAMES,
         refused: 0,
+        quota: None,
     };
 
     /// A pool with so much memory.
@@ -40,16 +52,38 @@ impl Shortage {
         (pool, memory)
     }
 
-    /// What came of an operation: nothing, if there was no memory for it. There must have been a shortage
-    /// then.
+    /// What space `nth` of all that are ever made has: whether it has the account of the one before it, and
+    /// if not, its own shortage and limit.
+    pub(super) fn of_space(self, nth: u64) -> Option<(Self, Option<u64>)> {
+        let is_in = |set: u64| set >> (nth % 64) & 1 != 0;
+        match self.quota {
+            Some(quota) if nth > 0 && is_in(quota.sharing) => None,
+            Some(quota) if is_in(quota.limited) => Some((self, Some(quota.frames))),
+            _ => Some((
+                Self {
+                    quota: None,
+                    ..self
+                },
+                None,
+            )),
+        }
+    }
+
+    /// What came of an operation of a space: nothing, if there was no memory for it, or its account was at
+    /// its limit. There must have been a shortage then.
     pub(super) fn result<T, E: Error>(self, result: Result<T, E>) -> Option<T> {
         result
             .inspect_err(|error| {
-                let is_memory = error.to_string().contains("out of memory")
-                    || error
-                        .source()
-                        .is_some_and(|cause| cause.to_string().contains("out of memory"));
-                assert!(is_memory && self != Self::NONE, "{error}");
+                let says = |what| {
+                    let cause = error.source().map(|cause| cause.to_string());
+                    error.to_string().contains(what) || cause.is_some_and(|c| c.contains(what))
+                };
+                let is_short = (self.limit, self.refused) != (FRAMES, 0);
+                assert!(
+                    says("out of memory") && is_short
+                        || says("out of quota") && self.quota.is_some(),
+                    "{error}"
+                );
             })
             .ok()
     }
@@ -65,7 +99,26 @@ pub(super) fn shortage(pages: u64) -> BoxedStrategy<Shortage> {
         1 => any::<u64>(),
     ];
     (limit, refused)
-        .prop_map(|(limit, refused)| Shortage { limit, refused })
+        .prop_map(|(limit, refused)| Shortage {
+            limit,
+            refused,
+            quota: None,
+        })
+        .boxed()
+}
+
+/// More memory than anybody needs, and limits for some accounts: from what suffices down to nothing.
+pub(super) fn quotas(pages: u64) -> BoxedStrategy<Shortage> {
+    let frames = prop_oneof![(pages..4 * pages), (0..2 * pages)];
+    (frames, any::<u64>(), any::<u64>(), any::<u64>())
+        .prop_map(|(frames, limited, a, b)| Shortage {
+            quota: Some(Quota {
+                frames,
+                limited,
+                sharing: a & b,
+            }),
+            ..Shortage::NONE
+        })
         .boxed()
 }
 

@@ -178,7 +178,7 @@ fn what_cannot_be_broken_ahead_is_left_to_the_fault() {
     w.round(1, &[5]);
     w.round(2, &[5]);
     // There is no memory for a copy.
-    let held: Vec<_> = std::iter::from_fn(|| w.pool.allocate().ok()).collect();
+    let held: Vec<_> = std::iter::from_fn(|| w.pool.allocate(&w.pool.payer()).ok()).collect();
     let frozen = w.vm.space.fork().unwrap();
     w.break_ahead();
     assert_eq!((w.writable(), w.vm.space.stats().ahead), (vec![], 0));

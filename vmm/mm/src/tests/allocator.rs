@@ -5,22 +5,31 @@
 //! * what was asked for is refused only where there is none, or no room for its memory, and "wait" is said
 //!   only while something is in transit;
 //! * what is said to be blank has never been used since it got its memory;
-//! * the counts are what the list says, and memory never exceeds the limit.
+//! * the counts are what the list says, and memory never exceeds the limit;
+//! * whose account has no room is told so, before anything else; each account is charged with what was claimed
+//!   for it and is not free again, and all of them, with those that are closed, with what is in use.
 
 use proptest::prelude::*;
 
 use super::super::addr::{Order, Pfn};
 use super::super::allocator::{Allocator, Claim, Surplus, Unavailable};
+use super::super::ledger::{AccountNumber, Charges};
 use super::super::model::cases;
 
 const FOLIO: Order = Order::new(2);
+/// Accounts that are open at a time.
+const PAYERS: usize = 2;
 
 #[derive(Clone, Debug)]
 enum Step {
-    Single,
-    Folio,
+    /// For which of the accounts.
+    Single(usize),
+    Folio(usize),
     /// Of which home, from which page on, how many, and how many more for the host's sake.
-    Home(usize, u64, u64, u64),
+    Home(usize, usize, u64, u64, u64),
+    /// Closes an account, and opens one with so many frames.
+    Close(usize, u64),
+    SetLimit(usize, u64),
     PrepareSingle,
     PrepareFolios,
     /// What comes of a claim on its way.
@@ -37,11 +46,14 @@ enum Step {
 }
 
 fn step() -> impl Strategy<Value = Step> {
-    let which = || 0..8usize;
+    let (which, who) = (|| 0..8usize, || 0..PAYERS);
     prop_oneof![
-        6 => Just(Step::Single),
-        3 => Just(Step::Folio),
-        4 => (which(), 0..16u64, 1..5u64, 0..12u64).prop_map(|(h, i, n, m)| Step::Home(h, i, n, m)),
+        6 => who().prop_map(Step::Single),
+        3 => who().prop_map(Step::Folio),
+        4 => (who(), which(), 0..16u64, 1..5u64, 0..12u64)
+            .prop_map(|(who, h, i, n, m)| Step::Home(who, h, i, n, m)),
+        1 => (who(), 0..80u64).prop_map(|(who, limit)| Step::Close(who, limit)),
+        1 => (who(), 0..80u64).prop_map(|(who, limit)| Step::SetLimit(who, limit)),
         1 => Just(Step::PrepareSingle),
         1 => Just(Step::PrepareFolios),
         6 => which().prop_map(Step::Finish),
@@ -66,6 +78,14 @@ struct Frame {
     is_committed: bool,
     was_used: bool,
     is_home: bool,
+    /// Which of all accounts there ever were pays for it.
+    payer: Option<usize>,
+}
+
+struct Payer {
+    number: AccountNumber,
+    limit: u64,
+    is_open: bool,
 }
 
 struct Model {
@@ -77,13 +97,16 @@ struct Model {
     surplus: Vec<Surplus>,
     held: Vec<(u64, u64)>,
     homes: Vec<(u64, u64)>,
+    payers: Vec<Payer>,
+    /// Those that are open.
+    open: Vec<usize>,
 }
 
 impl Model {
     fn new(frames: u64, limit: u64) -> Self {
         let mut all = vec![Frame::default(); frames as usize];
         all[0].is_taken = true;
-        Self {
+        let mut model = Self {
             allocator: Allocator::new(frames, FOLIO, limit),
             limit,
             frames: all,
@@ -91,7 +114,38 @@ impl Model {
             surplus: vec![],
             held: vec![],
             homes: vec![],
+            payers: vec![],
+            open: vec![],
+        };
+        (0..PAYERS).for_each(|_| model.open_account(u64::MAX));
+        model
+    }
+
+    fn open_account(&mut self, limit: u64) {
+        let number = self
+            .allocator
+            .ledger_mut()
+            .open((limit != u64::MAX).then_some(limit));
+        self.open.push(self.payers.len());
+        self.payers.push(Payer {
+            number,
+            limit,
+            is_open: true,
+        });
+    }
+
+    fn charged(&self, payer: usize) -> u64 {
+        let paid = self.frames.iter().filter(|f| f.payer == Some(payer));
+        paid.count() as u64
+    }
+
+    /// Whether an account may have `count` frames more, and what is said if not.
+    fn quota(&self, payer: usize, count: u64) -> Result<(), Unavailable> {
+        let limit = self.payers[payer].limit;
+        if self.charged(payer).saturating_add(count) > limit {
+            return Err(Unavailable::Quota { limit });
         }
+        Ok(())
     }
 
     fn of(&mut self, first: u64, count: u64) -> &mut [Frame] {
@@ -120,7 +174,7 @@ impl Model {
     }
 
     /// Notes a claim of `count` frames for somebody.
-    fn claimed(&mut self, claim: Claim, count: u64, is_home: bool) {
+    fn claimed(&mut self, claim: Claim, count: u64, is_home: bool, payer: Option<usize>) {
         let (first, total) = (claim.first().0, claim.total());
         assert!(total >= count && claim.is_home() == is_home);
         let frames = self.of(first, total);
@@ -145,7 +199,7 @@ impl Model {
             (frame.is_taken, frame.is_committed, frame.is_in_transit) = (true, true, waits);
         }
         for frame in &mut frames[..count as usize] {
-            frame.was_used = true;
+            (frame.was_used, frame.payer) = (true, payer);
         }
         if waits {
             self.claims.push((claim, count, had));
@@ -162,12 +216,44 @@ impl Model {
         }
     }
 
+    /// As [`Model::free`], of frames that somebody paid for.
+    fn refunded(&mut self, first: u64, count: u64) {
+        self.free(first, count);
+        self.of(first, count)
+            .iter_mut()
+            .for_each(|f| f.payer = None);
+    }
+
     fn run(&mut self, step: Step) {
         let pick = |n: usize, len: usize| (len > 0).then(|| n % len);
         match step {
-            Step::Single => match self.allocator.claim_single() {
-                Ok(claim) => self.claimed(claim, 1, false),
+            Step::Close(who, limit) => {
+                let payer = self.open.swap_remove(who);
+                self.payers[payer].is_open = false;
+                let number = self.payers[payer].number;
+                // Who asks for frames has the account.
+                let finished = |f: &Frame| f.payer != Some(payer) || !f.is_in_transit;
+                if self.frames.iter().all(finished) {
+                    self.allocator.ledger_mut().close(number);
+                    self.open_account(limit);
+                } else {
+                    self.payers[payer].is_open = true;
+                    self.open.push(payer);
+                }
+            }
+            Step::SetLimit(who, limit) => {
+                let payer = &mut self.payers[self.open[who]];
+                payer.limit = limit;
+                let ledger = self.allocator.ledger_mut();
+                ledger.set_limit(payer.number, Some(limit));
+            }
+            Step::Single(who) => match self.claim_single(who) {
+                Ok(claim) => self.claimed(claim, 1, false, Some(self.open[who])),
+                Err(why @ Unavailable::Quota { .. }) => {
+                    assert_eq!(self.quota(self.open[who], 1), Err(why));
+                }
                 Err(why) => {
+                    assert_eq!(self.quota(self.open[who], 1), Ok(()));
                     let is_free = |f: &&Frame| !f.is_taken && !f.is_home;
                     let free = || self.frames.iter().filter(is_free);
                     assert!(!free().any(|f| f.is_committed));
@@ -175,12 +261,16 @@ impl Model {
                     assert_eq!(why, self.no_more());
                 }
             },
-            Step::Folio => match self.allocator.claim_folio() {
+            Step::Folio(who) => match self.claim_folio(who) {
                 Ok(claim) => {
                     assert_eq!((claim.first().0 % 4, claim.total()), (0, 4));
-                    self.claimed(claim, 4, false);
+                    self.claimed(claim, 4, false, Some(self.open[who]));
+                }
+                Err(why @ Unavailable::Quota { .. }) => {
+                    assert_eq!(self.quota(self.open[who], 4), Err(why));
                 }
                 Err(why) => {
+                    assert_eq!(self.quota(self.open[who], 4), Ok(()));
                     let room = self.room();
                     let could = |run: &[Frame]| {
                         run.iter().all(|f| !f.is_taken && !f.is_home)
@@ -190,7 +280,7 @@ impl Model {
                     assert_eq!(why, self.no_more());
                 }
             },
-            Step::Home(home, index, count, more) => {
+            Step::Home(who, home, index, count, more) => {
                 let Some(home) = pick(home, self.homes.len()).map(|n| self.homes[n]) else {
                     return;
                 };
@@ -198,12 +288,17 @@ impl Model {
                 let count = count.min(home.1 - index);
                 let most = (count + more).min(home.1 - index);
                 let first = home.0 + index;
-                let result = self.allocator.claim_home(Pfn(first), count, most);
+                let payer = self.open[who];
+                let quota = self.quota(payer, count);
+                let number = self.payers[payer].number;
+                let result = self.allocator.claim_home(number, Pfn(first), count, most);
                 let room = self.room();
                 let no_more = self.no_more();
                 let frames = self.of(first, count);
                 let missing = frames.iter().filter(|f| !f.is_committed).count() as u64;
-                let expected = if frames.iter().any(|f| f.is_in_transit) {
+                let expected = if let Err(quota) = quota {
+                    Err(quota)
+                } else if frames.iter().any(|f| f.is_in_transit) {
                     Err(Unavailable::InTransit)
                 } else if frames.iter().any(|f| f.is_taken) {
                     Err(Unavailable::Taken)
@@ -218,7 +313,7 @@ impl Model {
                 );
                 if let Ok(claim) = result {
                     assert!(claim.total() <= most);
-                    self.claimed(claim, count, true);
+                    self.claimed(claim, count, true, Some(payer));
                 }
             }
             Step::PrepareSingle => {
@@ -250,7 +345,7 @@ impl Model {
                     let (claim, _, had) = self.claims.swap_remove(n);
                     let (first, total) = (claim.first().0, claim.total());
                     self.allocator.refuse(claim);
-                    self.free(first, total);
+                    self.refunded(first, total);
                     for (frame, had) in self.of(first, total).iter_mut().zip(had) {
                         frame.is_committed = had;
                     }
@@ -275,7 +370,7 @@ impl Model {
                     pick(n, self.held.len()).map(|n| self.held.swap_remove(n))
                 {
                     self.allocator.release(Pfn(first), count);
-                    self.free(first, count);
+                    self.refunded(first, count);
                 }
             }
             Step::MakeHome(pages) => {
@@ -346,10 +441,20 @@ impl Model {
         }
     }
 
+    fn claim_single(&mut self, who: usize) -> Result<Claim, Unavailable> {
+        self.allocator
+            .claim_single(self.payers[self.open[who]].number)
+    }
+
+    fn claim_folio(&mut self, who: usize) -> Result<Claim, Unavailable> {
+        self.allocator
+            .claim_folio(self.payers[self.open[who]].number)
+    }
+
     /// Memory for nobody.
     fn prepared(&mut self, claim: Claim) {
         if claim.needs_memory() {
-            self.claimed(claim, 0, false);
+            self.claimed(claim, 0, false, None);
         } else {
             assert_eq!(claim.total(), 0);
             self.allocator.finish(&claim);
@@ -375,7 +480,28 @@ impl Model {
         assert!(usage.committed <= self.limit && usage.peak >= held);
         for (n, frame) in (1..).zip(&self.frames[1..]) {
             assert_eq!(self.allocator.is_allocated(Pfn(n)), frame.is_taken, "{n}");
+            let is_in_use = frame.is_taken && !frame.is_in_transit;
+            assert_eq!(self.allocator.is_in_use(Pfn(n)), is_in_use, "{n}");
+            assert_eq!(self.allocator.in_use().get(n), is_in_use, "{n}");
         }
+        assert!(
+            !self.allocator.in_use().get(0),
+            "the zero frame is nobody's"
+        );
+        let mut charges = Charges::default();
+        for (n, payer) in self.payers.iter().enumerate() {
+            let charged = self.charged(n);
+            if payer.is_open {
+                charges.open += charged;
+                let usage = self.allocator.ledger().usage(payer.number);
+                assert_eq!(usage.charged, charged);
+                assert_eq!(usage.limit.unwrap_or(u64::MAX), payer.limit);
+            } else {
+                charges.closed += charged;
+            }
+        }
+        assert_eq!(self.allocator.ledger().charges(), charges);
+        assert_eq!(charges.open + charges.closed, usage.in_use);
     }
 
     /// When everything has come to its end, all that there may be can be had again.
@@ -393,15 +519,14 @@ impl Model {
             self.run(Step::EndHome(0));
         }
         self.check();
+        let number = self.payers[self.open[0]].number;
+        self.allocator.ledger_mut().set_limit(number, None);
         let most = self.limit.min(self.frames.len() as u64 - 1);
         for _ in 0..most {
-            let claim = self.allocator.claim_single().unwrap();
+            let claim = self.claim_single(0).unwrap();
             self.allocator.finish(&claim);
         }
-        assert_eq!(
-            self.allocator.claim_single().err(),
-            Some(Unavailable::Limit)
-        );
+        assert_eq!(self.claim_single(0).err(), Some(Unavailable::Limit));
         assert_eq!(self.allocator.usage().in_use, most);
     }
 }

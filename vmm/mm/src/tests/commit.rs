@@ -68,16 +68,21 @@ fn slow_pool(limit: u64) -> (Arc<FramePool>, Receiver<(Pfn, u64)>, Sender<bool>)
 fn nobody_waits_for_memory_that_others_get() {
     let (pool, asks, answer) = slow_pool(60);
     answer.send(true).unwrap();
-    let ready = pool.allocate().unwrap();
+    let ready = pool.allocate(&pool.payer()).unwrap();
     assert_eq!(asks.recv(), Ok((Pfn(1), 3)));
     let home = pool.reserve(8).unwrap();
     thread::scope(|scope| {
-        let folio = scope.spawn(|| pool.allocate_huge(&home, 0).unwrap().unwrap().head());
+        let folio = scope.spawn(|| {
+            pool.allocate_huge(&pool.payer(), &home, 0)
+                .unwrap()
+                .unwrap()
+                .head()
+        });
         let (first, count) = asks.recv().unwrap();
         assert_eq!((first, count), (home.frame(0), 8));
         // The host has been asked, and answers when all of this is done.
         beside(Answer(answer), || {
-            let other = pool.allocate().unwrap();
+            let other = pool.allocate(&pool.payer()).unwrap();
             assert_eq!(other.pfn(), Pfn(2));
             drop(ready);
             let usage = pool.usage();
@@ -106,10 +111,18 @@ fn a_page_waits_for_its_home() {
     let (pool, asks, answer) = slow_pool(60);
     let home = pool.reserve(8).unwrap();
     thread::scope(|scope| {
-        let folio = scope.spawn(|| pool.allocate_huge(&home, 0).unwrap().unwrap());
+        let folio = scope.spawn(|| {
+            pool.allocate_huge(&pool.payer(), &home, 0)
+                .unwrap()
+                .unwrap()
+        });
         asks.recv().unwrap();
-        let second = scope.spawn(|| pool.allocate_huge(&home, 4).unwrap().unwrap());
-        let page = scope.spawn(|| pool.allocate_near(&home, 0).unwrap());
+        let second = scope.spawn(|| {
+            pool.allocate_huge(&pool.payer(), &home, 4)
+                .unwrap()
+                .unwrap()
+        });
+        let page = scope.spawn(|| pool.allocate_near(&pool.payer(), &home, 0).unwrap());
         answer.send(true).unwrap();
         let (folio, second) = (folio.join().unwrap(), second.join().unwrap());
         assert_eq!(
@@ -129,9 +142,9 @@ fn a_page_waits_for_its_home() {
 fn who_waits_for_the_last_memory_gets_it_or_an_error() {
     let (pool, asks, answer) = slow_pool(3);
     thread::scope(|scope| {
-        let first = scope.spawn(|| pool.allocate().map(|fresh| fresh.into_held()));
+        let first = scope.spawn(|| pool.allocate(&pool.payer()).map(|fresh| fresh.into_held()));
         assert_eq!(asks.recv(), Ok((Pfn(1), 3)), "all that there may be");
-        let second = scope.spawn(|| pool.allocate().map(|fresh| fresh.into_held()));
+        let second = scope.spawn(|| pool.allocate(&pool.payer()).map(|fresh| fresh.into_held()));
         answer.send(false).unwrap();
         // Without what would have been by the way: one for the first. The second may ask for the rest now.
         let mut asked = vec![asks.recv().unwrap()];
@@ -173,7 +186,7 @@ fn homes_are_recycled() {
 }
 
 fn folios(pool: &Arc<FramePool>, count: u64) -> Vec<FreshFolio> {
-    let folio = |_| pool.allocate_folio().unwrap().unwrap();
+    let folio = |_| pool.allocate_folio(&pool.payer()).unwrap().unwrap();
     (0..count).map(folio).collect()
 }
 
@@ -191,10 +204,10 @@ fn memory_that_is_there_is_not_asked_for_again() {
     let (pool, memory) = refusing_pool();
     // With what would be there by the way.
     memory.refusals.at(0);
-    drop(pool.allocate().unwrap());
+    drop(pool.allocate(&pool.payer()).unwrap());
     let asked = || memory.committed.lock().unwrap().clone();
     assert_eq!(asked(), [(1, 1)]);
-    assert_eq!(pool.allocate().unwrap().pfn(), Pfn(1));
+    assert_eq!(pool.allocate(&pool.payer()).unwrap().pfn(), Pfn(1));
     assert_eq!(asked(), [(1, 1)]);
 }
 
@@ -211,9 +224,12 @@ fn what_nobody_waits_for_yet_is_asked_for_once() {
 fn only_homes_are_asked_for_in_huge_pages() {
     let (pool, memory) = refusing_pool();
     let home = pool.reserve(8).unwrap();
-    let single = pool.allocate().unwrap();
-    let folio = pool.allocate_huge(&home, 0).unwrap().unwrap();
-    let copy = pool.allocate_folio().unwrap().unwrap();
+    let single = pool.allocate(&pool.payer()).unwrap();
+    let folio = pool
+        .allocate_huge(&pool.payer(), &home, 0)
+        .unwrap()
+        .unwrap();
+    let copy = pool.allocate_folio(&pool.payer()).unwrap().unwrap();
     assert_eq!(folio.head(), home.frame(0));
     let in_base_pages = memory.in_base_pages.lock().unwrap().clone();
     assert_eq!(in_base_pages, [single.pfn().0, copy.head().0]);
@@ -224,7 +240,7 @@ fn only_homes_are_asked_for_in_huge_pages() {
 #[test]
 fn a_home_is_where_no_memory_is_if_there_is_such_a_place() {
     let (pool, _memory) = refusing_pool();
-    drop(pool.allocate_folio().unwrap().unwrap());
+    drop(pool.allocate_folio(&pool.payer()).unwrap().unwrap());
     assert_eq!(
         pool.reserve(8).unwrap().frame(0),
         Pfn(8),
@@ -237,12 +253,12 @@ fn a_home_is_where_no_memory_is_if_there_is_such_a_place() {
 fn who_wants_a_home_waits_for_the_hosts_answer() {
     let (pool, asks, answer) = slow_pool(60);
     thread::scope(|scope| {
-        let frame = scope.spawn(|| pool.allocate().map(drop));
+        let frame = scope.spawn(|| pool.allocate(&pool.payer()).map(drop));
         assert_eq!(asks.recv(), Ok((Pfn(1), 3)));
         answer.send(true).unwrap();
         frame.join().unwrap().unwrap();
         // Of a run that is in the way of any home of that size.
-        let folio = scope.spawn(|| pool.allocate_folio().is_err());
+        let folio = scope.spawn(|| pool.allocate_folio(&pool.payer()).is_err());
         let (first, _) = asks.recv().unwrap();
         assert_eq!(first, Pfn(4));
         let home = scope.spawn(|| pool.reserve(60).map(|home| home.frame(0)));

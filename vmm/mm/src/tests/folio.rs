@@ -59,6 +59,7 @@ impl Huge {
         drop(vm);
         assert_eq!(pool.leftovers(9), []);
         assert_eq!(pool.usage().in_use, 0);
+        assert_eq!(pool.charges(), Charges::default());
     }
 }
 

@@ -5,6 +5,8 @@
 //! | `transitions` | PROTOCOL.md 3.2 for base frames: faults, pins, forks, restores |
 //! | `folio` | huge folios: sharing, splitting, breaking whole regions |
 //! | `get`, `dirty`, `discard`, `migrate`, `merge`, `force` | each operation: its contract, each of its errors |
+//! | `account` | who pays for what, and what becomes of who may have no more; promises |
+//! | `census` | what each has alone and shares; why a frame is alive |
 //! | `policies` | the rules as tables; which scenario goes wrong under which policy |
 //! | `allocator` | who has which frame, against a plain list
 //! | `commit` | who waits for the host, and what goes back to it
@@ -19,8 +21,10 @@
 //!
 //! An operation that fails must leave everything as it was (I10): a [`Picture`] is taken before and after.
 
+mod account;
 mod ahead;
 mod allocator;
+mod census;
 mod commit;
 mod dirty;
 mod discard;
@@ -95,6 +99,13 @@ fn world_in(pool: Arc<FramePool>, memory: Arc<SoftMemory>, policy: AnyPolicy, pa
         memory,
         vm,
         mmu,
+    }
+}
+
+impl FramePool {
+    /// For frames that are allocated without a machine: an account of their own.
+    pub(super) fn payer(&self) -> Account {
+        self.open_account(None)
     }
 }
 

@@ -14,19 +14,22 @@ fn at_the_limit_a_free_frame_with_memory_is_used() {
     let (frames, limit) = (4096, 2);
     let memory = RefusingMemory::new(frames);
     let pool = memory.pool(frames, limit);
-    let (a, b) = (pool.allocate().unwrap(), pool.allocate().unwrap());
+    let (a, b) = (
+        pool.allocate(&pool.payer()).unwrap(),
+        pool.allocate(&pool.payer()).unwrap(),
+    );
     assert!(matches!(
-        pool.allocate(),
+        pool.allocate(&pool.payer()),
         Err(AllocError::Limit { limit: 2 })
     ));
     let with_memory = b.pfn();
     drop(b);
     // A home that was never touched leaves frames without memory, freed last.
     drop(pool.reserve(8).unwrap());
-    let again = pool.allocate().unwrap();
+    let again = pool.allocate(&pool.payer()).unwrap();
     assert_eq!(again.pfn(), with_memory);
     assert!(matches!(
-        pool.allocate(),
+        pool.allocate(&pool.payer()),
         Err(AllocError::Limit { limit: 2 })
     ));
     drop((a, again));
@@ -45,15 +48,17 @@ fn at_the_limit_a_free_frame_with_memory_is_used() {
 fn at_the_limit_every_free_frame_is_found() {
     let (frames, limit) = (4096, 70);
     let pool = RefusingMemory::new(frames).pool(frames, limit);
-    let mut held: Vec<_> = (0..limit).map(|_| pool.allocate().unwrap()).collect();
+    let mut held: Vec<_> = (0..limit)
+        .map(|_| pool.allocate(&pool.payer()).unwrap())
+        .collect();
     for n in 0..limit as usize {
         let free = held[n].pfn();
         drop(held.swap_remove(n));
-        let again = pool.allocate().unwrap();
+        let again = pool.allocate(&pool.payer()).unwrap();
         assert_eq!(again.pfn(), free);
         held.push(again);
     }
-    assert!(pool.allocate().is_err());
+    assert!(pool.allocate(&pool.payer()).is_err());
 }
 
 /// A home without memory must not keep a page from the memory that others have given back.
@@ -81,7 +86,7 @@ fn at_the_limit_a_page_is_filled_away_from_home() {
 }
 
 fn zeroed(pool: &FramePool, home: &Home, index: u64) -> Fresh {
-    let fresh = pool.allocate_near(home, index).unwrap();
+    let fresh = pool.allocate_near(&pool.payer(), home, index).unwrap();
     fresh.zero();
     fresh
 }
@@ -90,11 +95,11 @@ fn zeroed(pool: &FramePool, home: &Home, index: u64) -> Fresh {
 fn a_frame_that_was_used_before_is_zeroed() {
     let (pool, memory) = soft_pool(8).unwrap();
     let home = pool.reserve(1).unwrap();
-    let used = pool.allocate_near(&home, 0).unwrap().pfn();
+    let used = pool.allocate_near(&pool.payer(), &home, 0).unwrap().pfn();
     memory.store(used, 7);
     let fresh = zeroed(&pool, &home, 0);
     assert_eq!((fresh.pfn(), memory.load(used)), (used, 0));
-    let elsewhere = pool.allocate().unwrap().pfn();
+    let elsewhere = pool.allocate(&pool.payer()).unwrap().pfn();
     memory.store(elsewhere, 7);
     let other = zeroed(&pool, &home, 0);
     assert_eq!((other.pfn(), memory.load(elsewhere)), (elsewhere, 0));
@@ -120,17 +125,17 @@ fn memory_is_committed_in_batches_outside_homes_and_singly_inside() {
     let pool = memory.pool(1024, 1000);
     let home = pool.reserve(3).unwrap();
     let runs = || memory.committed.lock().unwrap().clone();
-    let mut held = vec![pool.allocate_near(&home, 1).unwrap()];
+    let mut held = vec![pool.allocate_near(&pool.payer(), &home, 1).unwrap()];
     assert_eq!((runs(), pool.usage().committed), (vec![(2, 1)], 1));
     for _ in 4..512 {
-        held.push(pool.allocate().unwrap());
+        held.push(pool.allocate(&pool.payer()).unwrap());
     }
     assert_eq!(
         (runs(), pool.usage().committed),
         (vec![(2, 1), (4, 508)], 509),
         "to the end of a huge folio"
     );
-    held.push(pool.allocate().unwrap());
+    held.push(pool.allocate(&pool.payer()).unwrap());
     assert_eq!(runs()[2..], [(512, 491)], "to the limit");
     assert_eq!((pool.usage().in_use, pool.usage().peak), (510, 510));
     drop(held);
@@ -145,35 +150,37 @@ fn a_batch_ends_where_others_begin() {
     let runs = || memory.committed.lock().unwrap().clone();
     let skipped = pool.reserve(10).unwrap();
     let home = pool.reserve(5).unwrap();
-    let early = pool.allocate_near(&skipped, 3).unwrap();
+    let early = pool.allocate_near(&pool.payer(), &skipped, 3).unwrap();
     drop(skipped);
-    let a = pool.allocate().unwrap();
+    let a = pool.allocate(&pool.payer()).unwrap();
     assert_eq!(
         (a.pfn(), runs()[1..].to_vec()),
         (Pfn(1), vec![(1, 3)]),
         "4 has memory"
     );
-    let mut held: Vec<_> = (2..4).map(|_| pool.allocate().unwrap()).collect();
-    let b = pool.allocate().unwrap();
+    let mut held: Vec<_> = (2..4)
+        .map(|_| pool.allocate(&pool.payer()).unwrap())
+        .collect();
+    let b = pool.allocate(&pool.payer()).unwrap();
     assert_eq!(
         (b.pfn(), runs()[2..].to_vec()),
         (Pfn(5), vec![(5, 6)]),
         "the home"
     );
-    let near = pool.allocate_near(&home, 0).unwrap();
+    let near = pool.allocate_near(&pool.payer(), &home, 0).unwrap();
     assert_eq!((near.pfn(), runs()[3..].to_vec()), (Pfn(11), vec![(11, 1)]));
-    held.extend((6..11).map(|_| pool.allocate().unwrap()));
+    held.extend((6..11).map(|_| pool.allocate(&pool.payer()).unwrap()));
     assert_eq!(pool.usage().committed, 11);
-    held.push(pool.allocate().unwrap());
+    held.push(pool.allocate(&pool.payer()).unwrap());
     assert_eq!(
         (runs().last().copied(), pool.usage().committed),
         (Some((16, 19)), 30),
         "the limit"
     );
     for _ in 0..18 {
-        held.push(pool.allocate().unwrap());
+        held.push(pool.allocate(&pool.payer()).unwrap());
     }
-    assert!(pool.allocate().is_err());
+    assert!(pool.allocate(&pool.payer()).is_err());
     assert_eq!(pool.usage().in_use, 30);
     drop(early);
 }
@@ -183,11 +190,11 @@ fn a_batch_ends_with_the_pool() {
     let memory = RefusingMemory::new(4);
     let pool = memory.pool(4, 100);
     let held: Vec<_> = (0..3)
-        .map(|_| pool.allocate().unwrap().into_held())
+        .map(|_| pool.allocate(&pool.payer()).unwrap().into_held())
         .collect();
     assert_eq!(*memory.committed.lock().unwrap(), [(1, 3)]);
     assert!(matches!(
-        pool.allocate(),
+        pool.allocate(&pool.payer()),
         Err(AllocError::Limit { limit: 100 })
     ));
     let mut pfns: Vec<_> = held.iter().map(Get::pfn).collect();
@@ -201,14 +208,14 @@ fn memory_that_the_host_refuses_is_an_error_and_not_a_leak() {
     let pool = memory.pool(1024, 1000);
     let home = pool.reserve(3).unwrap();
     memory.refusals.from(0);
-    let Err(error) = pool.allocate() else {
+    let Err(error) = pool.allocate(&pool.payer()) else {
         panic!("the host refused");
     };
     assert!(
         matches!(error, AllocError::Host { count: 1, .. }),
         "{error}"
     );
-    let Err(error) = pool.allocate_near(&home, 0) else {
+    let Err(error) = pool.allocate_near(&pool.payer(), &home, 0) else {
         panic!("the host refused");
     };
     assert!(
@@ -218,11 +225,14 @@ fn memory_that_the_host_refuses_is_an_error_and_not_a_leak() {
     assert_eq!((pool.usage().in_use, pool.usage().committed), (0, 0));
     memory.refusals.never();
     assert_eq!(
-        pool.allocate().unwrap().pfn(),
+        pool.allocate(&pool.payer()).unwrap().pfn(),
         Pfn(4),
         "it is the first again"
     );
-    assert_eq!(pool.allocate_near(&home, 0).unwrap().pfn(), Pfn(1));
+    assert_eq!(
+        pool.allocate_near(&pool.payer(), &home, 0).unwrap().pfn(),
+        Pfn(1)
+    );
     memory.refusals.from(0);
     assert!(
         FramePool::new(memory, 1, 1).is_err(),
@@ -241,7 +251,10 @@ fn homes_lie_apart_and_large_ones_are_aligned() {
     let (pool, _) = soft_pool(2048).unwrap();
     let first = |pages| {
         let home = pool.reserve(pages).unwrap();
-        (pool.allocate_near(&home, 0).unwrap().pfn().0, home)
+        (
+            pool.allocate_near(&pool.payer(), &home, 0).unwrap().pfn().0,
+            home,
+        )
     };
     let (small, _small) = first(511);
     let (large, _large) = first(512);
@@ -262,7 +275,10 @@ fn a_home_may_reach_to_the_end_of_the_pool() {
     let (pool, _) = soft_pool(5).unwrap();
     assert!(pool.reserve(5).is_err());
     let home = pool.reserve(4).unwrap();
-    assert_eq!(pool.allocate_near(&home, 3).unwrap().pfn(), Pfn(4));
+    assert_eq!(
+        pool.allocate_near(&pool.payer(), &home, 3).unwrap().pfn(),
+        Pfn(4)
+    );
 }
 
 /// Frames that alignment skips are not lost, and neither is a home that is given up.
@@ -270,20 +286,22 @@ fn a_home_may_reach_to_the_end_of_the_pool() {
 fn every_frame_but_the_zero_frame_can_be_had() {
     let (pool, _) = soft_pool(1024).unwrap();
     let home = pool.reserve(512).unwrap();
-    let orphan = pool.allocate_near(&home, 3).unwrap();
-    let mut held: Vec<_> = (1..512).map(|_| pool.allocate().unwrap()).collect();
+    let orphan = pool.allocate_near(&pool.payer(), &home, 3).unwrap();
+    let mut held: Vec<_> = (1..512)
+        .map(|_| pool.allocate(&pool.payer()).unwrap())
+        .collect();
     assert!(
-        pool.allocate().is_err(),
+        pool.allocate(&pool.payer()).is_err(),
         "what is reserved is for its page alone"
     );
     drop(home);
     for _ in 0..511 {
-        held.push(pool.allocate().unwrap());
+        held.push(pool.allocate(&pool.payer()).unwrap());
     }
-    assert!(pool.allocate().is_err());
+    assert!(pool.allocate(&pool.payer()).is_err());
     drop(orphan);
-    held.push(pool.allocate().unwrap());
-    assert!(pool.allocate().is_err());
+    held.push(pool.allocate(&pool.payer()).unwrap());
+    assert!(pool.allocate(&pool.payer()).is_err());
     let mut pfns: Vec<_> = held.iter().map(|f| f.pfn().0).collect();
     pfns.sort_unstable();
     assert!(pfns.into_iter().eq(1..1024));
@@ -294,18 +312,21 @@ fn every_frame_but_the_zero_frame_can_be_had() {
 fn a_freed_frame_of_a_home_is_for_its_page_alone() {
     let (pool, _) = soft_pool(8).unwrap();
     let home = pool.reserve(6).unwrap();
-    drop(pool.allocate_near(&home, 0).unwrap());
-    let only = pool.allocate().unwrap();
+    drop(pool.allocate_near(&pool.payer(), &home, 0).unwrap());
+    let only = pool.allocate(&pool.payer()).unwrap();
     assert_eq!(only.pfn(), Pfn(7));
-    assert!(pool.allocate().is_err());
-    assert_eq!(pool.allocate_near(&home, 0).unwrap().pfn(), Pfn(1));
+    assert!(pool.allocate(&pool.payer()).is_err());
+    assert_eq!(
+        pool.allocate_near(&pool.payer(), &home, 0).unwrap().pfn(),
+        Pfn(1)
+    );
 }
 
 #[test]
 fn leftovers_are_what_is_allocated_or_held() {
     let (pool, _) = soft_pool(64).unwrap();
-    let a = pool.allocate().unwrap();
-    let b = pool.allocate().unwrap().into_held();
+    let a = pool.allocate(&pool.payer()).unwrap();
+    let b = pool.allocate(&pool.payer()).unwrap().into_held();
     assert_eq!(
         pool.leftovers(9).iter().map(|l| l.0).collect::<Vec<_>>(),
         [a.pfn(), b.pfn()]
@@ -322,7 +343,7 @@ fn leftovers_are_what_is_allocated_or_held() {
 #[test]
 fn a_frame_that_nothing_maps_is_nobodys() {
     let (pool, _) = soft_pool(8).unwrap();
-    let held = pool.allocate().unwrap().into_held();
+    let held = pool.allocate(&pool.payer()).unwrap().into_held();
     assert!(pool.try_get(Entry::read_only(held.pfn())).is_err());
     assert!(
         pool.try_pin(Entry::read_only(held.pfn()), 1, Access::Read, &Mapcount)
@@ -372,7 +393,7 @@ fn a_full_pin_counter_is_an_error() {
 #[test]
 fn the_pool_says_how_full_it_is() {
     let (pool, _) = soft_pool(64).unwrap();
-    let frame = pool.allocate().unwrap();
+    let frame = pool.allocate(&pool.payer()).unwrap();
     let usage = PoolUsage {
         in_use: 1,
         peak: 1,
@@ -392,7 +413,10 @@ fn the_pool_says_how_full_it_is() {
 #[test]
 fn a_free_frame_that_somebody_holds_is_a_leftover() {
     let (pool, _) = soft_pool(64).unwrap();
-    let pfn = pool.allocate().map(|fresh| fresh.pfn()).unwrap();
+    let pfn = pool
+        .allocate(&pool.payer())
+        .map(|fresh| fresh.pfn())
+        .unwrap();
     assert_eq!(pool.leftovers(9), []);
     pool.frames().hold_fresh(pfn);
     assert_eq!(pool.leftovers(9), [(pfn, pool.state(pfn))]);
@@ -405,8 +429,8 @@ fn a_free_frame_that_somebody_holds_is_a_leftover() {
 #[test]
 fn a_run_whose_frames_are_all_back_is_a_folio_again() {
     let (pool, _) = soft_pool_of(Order::new(2), 40).unwrap();
-    let allocate = || pool.allocate().unwrap();
-    let folio = || pool.allocate_folio().unwrap();
+    let allocate = || pool.allocate(&pool.payer()).unwrap();
+    let folio = || pool.allocate_folio(&pool.payer()).unwrap();
     let first = folio().unwrap();
     assert_eq!(first.head(), Pfn(4), "0 to 3 have the zero frame");
     let singles: Vec<_> = (0..5).map(|_| allocate()).collect();
@@ -434,17 +458,19 @@ fn at_the_limit_folios_are_of_memory_that_is_there() {
     let memory = RefusingMemory::new(40);
     let bytes = Arc::clone(&memory) as Arc<dyn FrameMemory>;
     let pool = FramePool::with_folios_of(Order::new(2), bytes, 40, 10).unwrap();
-    let folio = || pool.allocate_folio().unwrap();
+    let folio = || pool.allocate_folio(&pool.payer()).unwrap();
     let (one, two) = (folio().unwrap(), folio().unwrap());
     assert_eq!(pool.usage().committed, 8);
     assert!(folio().is_none(), "memory for two frames");
-    let single = pool.allocate().unwrap();
+    let single = pool.allocate(&pool.payer()).unwrap();
     let head = one.head();
     drop(one);
     assert_eq!(folio().unwrap().head(), head);
-    let held: Vec<_> = (0..5).map(|_| pool.allocate().unwrap()).collect();
+    let held: Vec<_> = (0..5)
+        .map(|_| pool.allocate(&pool.payer()).unwrap())
+        .collect();
     assert_eq!(pool.usage().committed, 10);
-    assert!(pool.allocate().is_err());
+    assert!(pool.allocate(&pool.payer()).is_err());
     let of_the_folio = held.iter().filter(|fresh| {
         fresh
             .pfn()
@@ -464,12 +490,12 @@ fn at_the_limit_a_folio_with_a_frame_in_use_is_not_handed_out() {
     let bytes = Arc::clone(&memory) as Arc<dyn FrameMemory>;
     let limited = FramePool::with_folios_of(Order::new(2), bytes, 40, 8).unwrap();
     for pool in [limited, pool] {
-        let folios = [(); 2].map(|()| pool.allocate_folio().unwrap().unwrap());
+        let folios = [(); 2].map(|()| pool.allocate_folio(&pool.payer()).unwrap().unwrap());
         let heads = folios.each_ref().map(|folio| folio.head());
         assert_eq!(heads, [Pfn(4), Pfn(8)]);
         drop(folios);
-        let single = pool.allocate().unwrap();
-        let folio = pool.allocate_folio().unwrap().unwrap();
+        let single = pool.allocate(&pool.payer()).unwrap();
+        let folio = pool.allocate_folio(&pool.payer()).unwrap().unwrap();
         let frames = folio.head()..Pfn(folio.head().0 + 4);
         assert!(!frames.contains(&single.pfn()), "{frames:?}");
         assert!(heads.contains(&folio.head()));
@@ -483,10 +509,10 @@ fn a_folio_that_the_host_refuses_memory_is_free_still() {
     let pool = FramePool::with_folios_of(Order::new(2), bytes, 12, 12).unwrap();
     memory.refusals.from(0);
     for _ in 0..3 {
-        assert!(pool.allocate_folio().is_err());
+        assert!(pool.allocate_folio(&pool.payer()).is_err());
     }
     memory.refusals.never();
-    assert!(pool.allocate_folio().unwrap().is_some());
+    assert!(pool.allocate_folio(&pool.payer()).unwrap().is_some());
     assert_eq!(pool.usage().in_use, 0);
 }
 
@@ -498,10 +524,16 @@ fn a_folio_of_a_home_is_given_memory_with_those_that_follow_it() {
     let pool = FramePool::with_folios_of(Order::new(2), bytes, 256, 200).unwrap();
     let committed = || memory.committed.lock().unwrap().last().copied().unwrap();
     let (home, _next) = (pool.reserve(12).unwrap(), pool.reserve(12).unwrap());
-    let folio = pool.allocate_huge(&home, 4).unwrap().unwrap();
+    let folio = pool
+        .allocate_huge(&pool.payer(), &home, 4)
+        .unwrap()
+        .unwrap();
     assert_eq!((folio.head(), committed()), (Pfn(8), (8, 8)));
     let long = pool.reserve(64).unwrap();
-    let folio = pool.allocate_huge(&long, 0).unwrap().unwrap();
+    let folio = pool
+        .allocate_huge(&pool.payer(), &long, 0)
+        .unwrap()
+        .unwrap();
     assert_eq!(committed(), (folio.head().0, 4 * COMMIT_FOLIOS));
 }
 
@@ -511,7 +543,7 @@ fn a_region_gets_its_folio_up_to_the_limit() {
     let bytes = Arc::clone(&memory) as Arc<dyn FrameMemory>;
     let pool = FramePool::with_folios_of(Order::new(2), bytes, 64, 9).unwrap();
     let homes = [4, 4, 4].map(|pages| pool.reserve(pages).unwrap());
-    let folio = |n: usize| pool.allocate_huge(&homes[n], 0).unwrap();
+    let folio = |n: usize| pool.allocate_huge(&pool.payer(), &homes[n], 0).unwrap();
     let held = (folio(0).unwrap(), folio(1).unwrap());
     assert_eq!(pool.usage().committed, 8);
     assert!(folio(2).is_none(), "there is memory for one frame");
@@ -523,7 +555,12 @@ fn a_region_gets_its_folio_up_to_the_limit() {
     let bytes = Arc::clone(&memory) as Arc<dyn FrameMemory>;
     let pool = FramePool::with_folios_of(Order::new(2), bytes, 64, 4).unwrap();
     let home = pool.reserve(4).unwrap();
-    assert!(pool.allocate_huge(&home, 0).unwrap().is_some(), "just so");
+    assert!(
+        pool.allocate_huge(&pool.payer(), &home, 0)
+            .unwrap()
+            .is_some(),
+        "just so"
+    );
 }
 
 /// So much as is made ready at a time.
@@ -553,19 +590,23 @@ fn memory_is_ready_once_it_was_provided() {
     assert_eq!(pool.usage().in_use, 0);
     let before = commits();
     let held = (
-        [pool.allocate().unwrap(), pool.allocate().unwrap()],
-        pool.allocate_folio().unwrap().unwrap(),
+        [
+            pool.allocate(&pool.payer()).unwrap(),
+            pool.allocate(&pool.payer()).unwrap(),
+        ],
+        pool.allocate_folio(&pool.payer()).unwrap().unwrap(),
     );
     assert_eq!(commits(), before, "no waiting");
     pool.provide();
     drop(held);
     // Where there is none, nothing is lost.
     memory.refusals.from(0);
-    let held: Vec<_> = std::iter::from_fn(|| pool.allocate_folio().ok().flatten()).collect();
+    let held: Vec<_> =
+        std::iter::from_fn(|| pool.allocate_folio(&pool.payer()).ok().flatten()).collect();
     pool.provide();
     drop(held);
     memory.refusals.never();
-    let all: Vec<_> = std::iter::from_fn(|| pool.allocate().ok()).collect();
+    let all: Vec<_> = std::iter::from_fn(|| pool.allocate(&pool.payer()).ok()).collect();
     assert_eq!(all.len(), 60);
     drop(all);
     assert_eq!(pool.usage().in_use, 0);
@@ -600,11 +641,11 @@ fn what_was_made_ready_is_handed_out_once() {
     let pool = FramePool::with_folios_of(Order::new(2), bytes, 64, 20).unwrap();
     pool.provide();
     assert_eq!(pool.usage().committed, 20);
-    let mut singles: Vec<_> = std::iter::from_fn(|| pool.allocate().ok()).collect();
+    let mut singles: Vec<_> = std::iter::from_fn(|| pool.allocate(&pool.payer()).ok()).collect();
     assert_eq!(singles.len(), 20);
     let folio_of = |fresh: &super::super::fresh::Fresh| fresh.pfn().0 / 4;
     singles.retain(|fresh| folio_of(fresh) != 2);
-    let folio = pool.allocate_folio().unwrap().unwrap();
+    let folio = pool.allocate_folio(&pool.payer()).unwrap().unwrap();
     assert_eq!(folio.head(), Pfn(8));
     assert!(singles.iter().all(|fresh| folio_of(fresh) != 2));
     assert_eq!((pool.usage().in_use, pool.leftovers(99).len()), (20, 20));
@@ -626,14 +667,22 @@ fn at_the_limit_what_a_home_does_not_use_makes_room() {
     let bytes = Arc::clone(&memory) as Arc<dyn FrameMemory>;
     let pool = FramePool::with_folios_of(Order::new(2), bytes, 64, 10).unwrap();
     let home = pool.reserve(32).unwrap();
-    let folio = pool.allocate_huge(&home, 0).unwrap().unwrap();
+    let folio = pool
+        .allocate_huge(&pool.payer(), &home, 0)
+        .unwrap()
+        .unwrap();
     assert_eq!(pool.usage().committed, 10, "as far as there is room");
-    let mut held: Vec<_> = (0..6).map(|_| pool.allocate().unwrap()).collect();
-    assert!(matches!(pool.allocate(), Err(AllocError::Limit { .. })));
+    let mut held: Vec<_> = (0..6)
+        .map(|_| pool.allocate(&pool.payer()).unwrap())
+        .collect();
+    assert!(matches!(
+        pool.allocate(&pool.payer()),
+        Err(AllocError::Limit { .. })
+    ));
     assert_eq!((pool.usage().in_use, pool.usage().committed), (10, 10));
     drop(folio);
-    held.extend((0..4).map(|_| pool.allocate().unwrap()));
-    assert!(pool.allocate().is_err());
+    held.extend((0..4).map(|_| pool.allocate(&pool.payer()).unwrap()));
+    assert!(pool.allocate(&pool.payer()).is_err());
 }
 
 /// And stays where it is if the host will not have it back.
@@ -643,16 +692,25 @@ fn room_that_the_host_does_not_help_to_make_is_an_error_and_not_a_leak() {
     let bytes = Arc::clone(&memory) as Arc<dyn FrameMemory>;
     let pool = FramePool::with_folios_of(Order::new(2), bytes, 64, 10).unwrap();
     let home = pool.reserve(32).unwrap();
-    drop(pool.allocate_huge(&home, 0).unwrap().unwrap());
+    drop(
+        pool.allocate_huge(&pool.payer(), &home, 0)
+            .unwrap()
+            .unwrap(),
+    );
     memory.refusals.from(0);
-    assert!(matches!(pool.allocate(), Err(AllocError::Host { .. })));
+    assert!(matches!(
+        pool.allocate(&pool.payer()),
+        Err(AllocError::Host { .. })
+    ));
     let usage = pool.usage();
     assert_eq!((usage.in_use, usage.committed), (0, 10));
     assert!(
-        pool.allocate_huge(&home, 0).unwrap().is_some(),
+        pool.allocate_huge(&pool.payer(), &home, 0)
+            .unwrap()
+            .is_some(),
         "it is there"
     );
     memory.refusals.never();
-    let held: Vec<_> = std::iter::from_fn(|| pool.allocate().ok()).collect();
+    let held: Vec<_> = std::iter::from_fn(|| pool.allocate(&pool.payer()).ok()).collect();
     assert_eq!(held.len(), 10);
 }
