@@ -60,6 +60,12 @@ fn assert_good(output: &Output, report: &Value, machines: u64) {
         assert_eq!(member["id"], id);
         assert!(member["ops"].as_u64() > Some(0), "machine {id}: {}", said());
     }
+    // To the frame.
+    let shares = &report["shares"];
+    assert_eq!(shares["unexplained_bytes"], 0, "{}", said());
+    let holders = shares["holders"].as_array().expect("holders");
+    let alone = |holder: &Value| holder["alone_bytes"].as_u64().expect("bytes");
+    assert!(holders.iter().map(alone).sum::<u64>() > 0, "{}", said());
     // One of each at the end, at least, of those that were there.
     let (taken, checked) = (&report["snapshots"], &report["checked"]);
     assert_eq!(taken, checked, "{}", said());

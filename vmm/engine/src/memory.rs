@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use crate::host::{Dumps, MappingBudget, PhysMap, Placement, Prices, Ram, Window};
 use crate::mm::{
-    AddressSpace, AllocError, CowPolicy, Exclusive, ForkError, FramePool, Frozen, Gfn, Mmu,
-    OutOfRange, PAGE_SIZE,
+    Account, AddressSpace, AllocError, CowPolicy, Exclusive, ForkError, FramePool, Frozen, Gfn,
+    Mmu, OutOfRange, PAGE_SIZE,
 };
 
 /// Why there is no memory for a VM.
@@ -172,6 +172,9 @@ pub struct MemoryOptions {
     pub placement: Placement,
     /// What faults cost. If there is nothing here, that is learnt while the guest runs.
     pub prices: Option<Prices>,
+    /// Who pays for the frames that it and its snapshots have: an account of the pool's. Without, it has one
+    /// of its own that has no limit.
+    pub account: Option<Account>,
 }
 
 /// The memory of a VM: an address space, the window that vCPUs see it through, and [`Ram`], by which
@@ -219,6 +222,9 @@ impl<P: CowPolicy> Memory<P> {
         let window = Arc::new(frames.window(bytes, options.placement)?);
         let mmu = between(Arc::clone(&window));
         let mut space = AddressSpace::new(Arc::clone(&frames.pool), policy, mmu, pages)?;
+        if let Some(account) = options.account {
+            space = space.with_account(account);
+        }
         if options.base_pages {
             space = space.with_base_pages();
             frames.physmap.use_base_pages();
@@ -228,7 +234,8 @@ impl<P: CowPolicy> Memory<P> {
 
     /// A clone's: what was in memory when `snapshot` was taken of it, which must be in `frames`. It shares
     /// every frame with the snapshot, and whoever else has it, until one of them writes there. `window` shows
-    /// zeros everywhere, as [`Frames::window`] gives it; `between` is as in [`Memory::with`].
+    /// zeros everywhere, as [`Frames::window`] gives it; `between` is as in [`Memory::with`], and so are
+    /// `options`, but for the placement, which is the window's.
     ///
     /// What it takes does not depend on how much memory there is, but on how many stretches of it are
     /// neighbours in the physmap.
@@ -240,7 +247,7 @@ impl<P: CowPolicy> Memory<P> {
         frames: &Frames,
         snapshot: &Frozen,
         policy: P,
-        prices: Option<Prices>,
+        options: MemoryOptions,
         window: Arc<Window>,
         between: impl FnOnce(Arc<Window>) -> Box<dyn Mmu>,
     ) -> Result<Self, MemoryError> {
@@ -255,8 +262,15 @@ impl<P: CowPolicy> Memory<P> {
             });
         }
         let mmu = between(Arc::clone(&window));
-        let space = AddressSpace::from_frozen(snapshot, policy, mmu).map_err(MemoryError::Share)?;
-        Ok(Self::over(frames, space, window).with_prices(prices))
+        let account = options
+            .account
+            .unwrap_or_else(|| frames.pool.open_account(None));
+        let space = AddressSpace::from_frozen_with_account(snapshot, policy, mmu, account);
+        let mut space = space.map_err(MemoryError::Share)?;
+        if options.base_pages {
+            space = space.with_base_pages();
+        }
+        Ok(Self::over(frames, space, window).with_prices(options.prices))
     }
 
     fn with_prices(mut self, prices: Option<Prices>) -> Self {

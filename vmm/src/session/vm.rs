@@ -10,13 +10,14 @@ use palimpsest::aside::Aside;
 use palimpsest::host::{Dumps, Ram};
 use palimpsest::kvm::{BootError, KvmError, Machine};
 use palimpsest::memory::{Frames, Memory, MemoryError, MemoryOptions};
-use palimpsest::mm::{AddressSpace, AnyPolicy, Mmu, REGION_PAGES};
+use palimpsest::mm::{Account, AddressSpace, AnyPolicy, Mmu, REGION_PAGES};
 use palimpsest::snapshot::Parts;
 use palimpsest::vm::{self, Accelerator, CloneError, Shell};
 
 use super::config::{Config, GuestSource, Injection, PageSize, Size};
 use super::faults::Forgetful;
 use super::need::MemoryPlan;
+use super::policy_of;
 use super::ports::{Event, Events, Ports};
 use crate::boot;
 use crate::check::inject::LeakyMmu;
@@ -188,7 +189,7 @@ impl PayloadVm {
         let options = MemoryOptions {
             base_pages: config.page_size == PageSize::Base,
             placement: accelerator.placement(),
-            prices: None,
+            ..MemoryOptions::default()
         };
         let between = |window| -> Box<dyn Mmu> {
             if config.inject != Some(Injection::SkipWriteProtect) {
@@ -225,20 +226,25 @@ impl PayloadVm {
     }
 
     /// A clone of this one, or of a clone of it, in `shell`: with the memory of `snapshot`, and devices of its
-    /// own. It does not run yet. `config` is that of this one.
+    /// own. It does not run yet. `config` is that of this one; `account` pays for what it writes.
     pub(super) fn clone_of(
         &self,
         snapshot: &RunSnapshot,
         shell: Shell,
         config: &Config,
-        policy: AnyPolicy,
+        account: Account,
         events: Events,
     ) -> Result<Self, PayloadVmError> {
         let memory = Memory::clone_of(
             self.frames(),
             snapshot.memory(),
-            policy,
-            Some(self.ram().prices().as_learnt()),
+            policy_of(config),
+            MemoryOptions {
+                base_pages: config.page_size == PageSize::Base,
+                prices: Some(self.ram().prices().as_learnt()),
+                account: Some(account),
+                ..MemoryOptions::default()
+            },
             Arc::clone(shell.window()),
             |window| Box::new(window),
         )?;

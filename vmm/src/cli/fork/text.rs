@@ -266,6 +266,7 @@ mod tests {
                     holder(0, true, 100),
                 ],
                 shared_bytes: 40 << 20,
+                held_bytes: 0,
                 unexplained_bytes: 0,
             }),
             machines: (0..3).map(member).collect(),

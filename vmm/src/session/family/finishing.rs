@@ -1,29 +1,30 @@
 //! The end: every machine is looked at once more, and all is taken apart.
 
+use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
 use super::Family;
 use super::progress::Phase;
-use super::report::{FamilyReport, SharesReport};
-use crate::check::account;
+use super::report::{FamilyReport, Shares, SharesReport};
+use crate::check::{Oracle, Violation, account};
 use crate::session::report::{EndedBy, Quantiles, Verdict};
 use palimpsest::kvm::Platform;
-use palimpsest::mm::PAGE_SIZE;
+use palimpsest::mm::{Census, PAGE_SIZE};
 
 impl Family<'_> {
     pub(super) fn finish(mut self, ended_by: EndedBy, platform: &Platform) -> FamilyReport {
         let duration = self.started.elapsed();
         self.phase = Phase::Ending;
         self.look_at_all_once_more(ended_by);
-        let shares = self.shares();
+        let shares = self.census();
         for of in 0..self.members.len() {
             self.drop_member(of);
         }
         while !self.kept.is_empty() {
             self.retire_oldest();
         }
-        for origin in std::mem::take(&mut self.origins) {
+        for (origin, _promise) in std::mem::take(&mut self.origins) {
             self.worker.last_look(origin, None);
         }
         let (violations, finished) = self.worker.finish();
@@ -107,8 +108,70 @@ impl Family<'_> {
         let _ = self.tick();
     }
 
-    /// What the machines have alone and share, once nothing runs.
-    fn shares(&mut self) -> Option<SharesReport> {
-        None
+    /// What machines and snapshots have alone and share, when nothing runs any more. Frames that nobody of
+    /// them has are a violation.
+    fn census(&mut self) -> Option<SharesReport> {
+        // The checker holds snapshots until it is through with them.
+        while self.worker.backlog() > 0 && !self.worker.is_dead() {
+            thread::sleep(Duration::from_millis(1));
+        }
+        for member in self.members.iter().flatten() {
+            member.vm.machine().stop();
+        }
+        let all_stand_still = self
+            .members
+            .iter()
+            .flatten()
+            .all(|member| member.vm.machine().wait_until_stopped().is_ok());
+        if !all_stand_still {
+            return None;
+        }
+        let pool = Arc::clone(self.shells.frames().pool());
+        let mut census = Census::new(&pool);
+        let mut holders = Vec::new();
+        let members = self.members.iter().enumerate();
+        for (machine, member) in members.filter_map(|(id, member)| Some((id, member.as_ref()?))) {
+            census.add_space(machine as u64, member.vm.space()).ok()?;
+            holders.push((machine, false));
+        }
+        let snapshots = self.origins.iter().map(|(origin, _)| origin);
+        for snapshot in snapshots.chain(&self.kept) {
+            census
+                .add_snapshot(snapshot.number(), snapshot.memory())
+                .ok()?;
+            holders.push((
+                self.owners.get(&snapshot.number()).copied().unwrap_or(0),
+                true,
+            ));
+        }
+        let counts = census.count();
+        let holders = holders.into_iter().zip(&counts.holders);
+        let report = SharesReport {
+            holders: holders
+                .map(|((machine, is_snapshot), holding)| Shares {
+                    machine,
+                    is_snapshot,
+                    alone_bytes: holding.alone() * PAGE_SIZE,
+                    shared_bytes: holding.shared() * PAGE_SIZE,
+                })
+                .collect(),
+            shared_bytes: counts.shared() * PAGE_SIZE,
+            held_bytes: counts.held * PAGE_SIZE,
+            unexplained_bytes: counts.unexplained * PAGE_SIZE,
+        };
+        let (adds_up, unexplained) = (counts.adds_up(), counts.unexplained);
+        let first = counts.unexplained_frames.first().copied();
+        drop((counts, census));
+        if !adds_up {
+            let mut v = Violation::new(
+                Oracle::Accounting,
+                "frames are in use that no machine and no snapshot accounts for",
+            );
+            v.expected = "0".to_owned();
+            v.found = unexplained.to_string();
+            v.frame = first.map_or_else(String::new, |(pfn, state)| format!("{pfn:?} {state:?}"));
+            self.violation(None, &v);
+        }
+        Some(report)
     }
 }

@@ -12,7 +12,6 @@ use crate::check::Boot;
 use crate::run_snapshot::RunSnapshot;
 use crate::session::end::End;
 use crate::session::occasion::PATIENCE;
-use crate::session::policy_of;
 use crate::session::ports::events;
 use palimpsest::causes::chain;
 use palimpsest::kvm::KvmError;
@@ -122,10 +121,18 @@ impl Family<'_> {
     /// Takes a snapshot of machine `parent`, and makes `width` clones of it. Says which they are: fewer, if
     /// one is refused.
     fn fork(&mut self, parent: usize, width: u64) -> Result<Vec<usize>, End> {
+        let pages = self.config.guest.memory / PAGE_SIZE;
+        let promise = match self.shells.frames().pool().try_promise(pages) {
+            Ok(promise) => promise,
+            Err(error) => {
+                self.refuse(&chain(&error));
+                return Ok(Vec::new());
+            }
+        };
         let Some(origin) = self.snapshot(parent)? else {
             return Ok(Vec::new());
         };
-        self.origins.push(Arc::clone(&origin));
+        self.origins.push((Arc::clone(&origin), promise));
         let mut clones = Vec::new();
         for _ in 0..width {
             self.tick()?;
@@ -133,12 +140,7 @@ impl Family<'_> {
                 break;
             }
             if let Err(why) = self.make_clone(parent, &origin) {
-                let number = self.members.len();
-                let why = format!("clone {number} was refused: {why}");
-                self.observer.note(&why);
-                // The others go on, but not all was done that was asked for.
-                self.errors.push(why.clone());
-                self.refused = Some(why);
+                self.refuse(&why);
                 break;
             }
             clones.push(self.members.len() - 1);
@@ -146,19 +148,31 @@ impl Family<'_> {
         Ok(clones)
     }
 
+    /// The next clone cannot be made. The others go on, but not all was done that was asked for.
+    fn refuse(&mut self, why: &str) {
+        let why = format!("clone {} was refused: {why}", self.members.len());
+        self.observer.note(&why);
+        self.errors.push(why.clone());
+        self.refused = Some(why);
+    }
+
     /// Makes a clone of machine `parent` from `origin`.
     fn make_clone(&mut self, parent: usize, origin: &Arc<RunSnapshot>) -> Result<(), String> {
-        self.has_room_for_another()?;
         let Some(of) = &self.members[parent] else {
             return Err("its parent is gone".to_owned());
         };
         let guest = &self.config.guest;
+        let pool = self.shells.frames().pool();
+        let memory = guest.memory / PAGE_SIZE;
+        // What it may write is spoken for before it is there, and it has no more.
+        let promise = pool.try_promise(memory).map_err(|error| chain(&error))?;
+        let account = pool.open_account(Some(memory * (1 + guest.keep as u64)));
         let began = Instant::now();
         let shell = self.shells.take().map_err(|error| chain(&error))?;
         let (sender, inbox) = events();
         let mut vm = of
             .vm
-            .clone_of(origin, shell, guest, policy_of(guest), sender)
+            .clone_of(origin, shell, guest, account, sender)
             .map_err(|error| chain(&error))?;
         let running = vm
             .start_from(origin, guest)
@@ -166,29 +180,10 @@ impl Family<'_> {
         self.incarnations.push(Arc::clone(&vm.incarnation));
         let first = running.saturating_duration_since(began);
         let place = (parent, of.depth);
-        let clone = Member::clone_of(place, vm, inbox, origin, first);
+        let clone = Member::clone_of(place, vm, inbox, origin, promise, first);
         self.first_instruction
             .saturating_record(first.as_nanos() as u64);
         self.members.push(Some(clone));
         Ok(())
-    }
-
-    /// Whether there is memory for another machine: as much as it may write, beside what all others may.
-    fn has_room_for_another(&self) -> Result<(), String> {
-        let limit = self.shells_frames_usage().limit;
-        let pages = self.config.guest.memory / PAGE_SIZE;
-        // Each machine has its memory once, in time, and each snapshot that is kept.
-        let others = self.members.len() as u64 + self.origins.len() as u64;
-        let promised = (others + self.config.guest.keep as u64) * pages;
-        if promised + pages <= limit {
-            return Ok(());
-        }
-        Err(format!(
-            "with it machines ({}) and snapshots ({}) may need {} MiB, and there are {} MiB",
-            self.members.len() + 1,
-            self.origins.len() as u64 + self.config.guest.keep as u64,
-            ((promised + pages) * PAGE_SIZE) >> 20,
-            (limit * PAGE_SIZE) >> 20
-        ))
     }
 }

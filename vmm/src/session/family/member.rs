@@ -1,6 +1,6 @@
 //! One machine of a family.
 
-use std::sync::Weak;
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use super::report::MemberReport;
@@ -13,6 +13,7 @@ use crate::session::life::{self, DeviceWatch, LifeWatch};
 use crate::session::occasion::GuestCounters;
 use crate::session::ports::{Event, Inbox};
 use crate::session::vm::PayloadVm;
+use palimpsest::mm::Promise;
 
 /// How long a machine may take to say why it has ended.
 const LAST_WORDS: Duration = Duration::from_secs(5);
@@ -34,6 +35,8 @@ pub(super) struct Member {
     life: LifeWatch,
     device_life: DeviceWatch,
     recent: (Instant, u64, f64),
+    /// As much memory as it may write.
+    _promise: Promise,
 }
 
 /// What was heard of a machine since it was last listened to.
@@ -46,7 +49,7 @@ pub(super) struct Heard {
 }
 
 impl Member {
-    pub(super) fn root(vm: PayloadVm, inbox: Inbox) -> Self {
+    pub(super) fn root(vm: PayloadVm, inbox: Inbox, promise: Promise) -> Self {
         Self {
             vm,
             inbox,
@@ -58,6 +61,7 @@ impl Member {
             life: LifeWatch::default(),
             device_life: DeviceWatch::default(),
             recent: (Instant::now(), 0, 0.0),
+            _promise: promise,
         }
     }
 
@@ -66,7 +70,8 @@ impl Member {
         (parent, depth): (usize, u64),
         vm: PayloadVm,
         inbox: Inbox,
-        origin: &std::sync::Arc<RunSnapshot>,
+        origin: &Arc<RunSnapshot>,
+        promise: Promise,
         first_instruction: Duration,
     ) -> Self {
         let ops: Vec<u64> = origin.vcpus().iter().map(|v| v.mm7()).collect();
@@ -82,12 +87,13 @@ impl Member {
             inbox,
             parent: Some(parent),
             depth: depth + 1,
-            runs_on_from: std::sync::Arc::downgrade(origin),
+            runs_on_from: Arc::downgrade(origin),
             first_instruction: Some(first_instruction),
             ops_before,
             life,
             device_life,
             recent: (Instant::now(), ops_before, 0.0),
+            _promise: promise,
         }
     }
 

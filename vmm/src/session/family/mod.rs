@@ -50,7 +50,7 @@ use crate::incarnation::Incarnation;
 use crate::run_snapshot::RunSnapshot;
 use palimpsest::host::Limits;
 use palimpsest::kvm::{Kvm, Platform, PlatformError};
-use palimpsest::mm::PAGE_SIZE;
+use palimpsest::mm::{PAGE_SIZE, Promise, PromiseError};
 use palimpsest::vm::{Accelerator, Shells};
 
 /// Between two calls of the observer.
@@ -74,6 +74,9 @@ pub enum FamilyError {
     /// KVM cannot be opened once more, by the thread that makes shells.
     #[error("cannot open kvm for clones")]
     Kvm(#[from] PlatformError),
+    /// No memory for the root.
+    #[error("no memory for the root")]
+    Promise(#[source] PromiseError),
     /// No thread that makes shells.
     #[error("cannot start the thread that makes shells")]
     Shells(#[source] std::io::Error),
@@ -131,8 +134,10 @@ struct Family<'a> {
     phase: Phase,
     /// All there ever were: what one has drawn, nobody is to draw again.
     incarnations: Vec<Arc<Incarnation>>,
-    /// Snapshots that clones were made of.
-    origins: Vec<Arc<RunSnapshot>>,
+    /// Snapshots that clones were made of, and the memory that may be theirs alone.
+    origins: Vec<(Arc<RunSnapshot>, Promise)>,
+    /// What other snapshots may have alone.
+    _promise: Promise,
     /// Others, the oldest first.
     kept: VecDeque<Arc<RunSnapshot>>,
     /// Which machine each snapshot is of, by number.
@@ -171,6 +176,13 @@ impl<'a> Family<'a> {
         )
         .stepping_aside(Arc::clone(vm.aside()));
         let worker = Worker::start(examiner).map_err(RunError::Checker)?;
+        let pool = vm.frames().pool();
+        let memory = config.guest.memory / PAGE_SIZE;
+        // There is as much: a run with less was refused.
+        let promise = pool.try_promise(memory).map_err(FamilyError::Promise)?;
+        let for_kept = config.guest.keep as u64 * memory;
+        let for_kept = pool.try_promise(for_kept.min(pool.usage().limit - memory));
+        let for_kept = for_kept.map_err(FamilyError::Promise)?;
         vm.start().map_err(RunError::Start)?;
         let now = Instant::now();
         Ok(Self {
@@ -178,7 +190,8 @@ impl<'a> Family<'a> {
             stop,
             observer,
             incarnations: vec![Arc::clone(&vm.incarnation)],
-            members: vec![Some(Member::root(vm, inbox))],
+            members: vec![Some(Member::root(vm, inbox, promise))],
+            _promise: for_kept,
             gone: Vec::new(),
             shells,
             worker,

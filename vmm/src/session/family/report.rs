@@ -56,6 +56,8 @@ pub struct SharesReport {
     pub holders: Vec<Shares>,
     /// Bytes in frames that several share, each counted once.
     pub shared_bytes: u64,
+    /// Bytes that only devices hold: of pages that their guest has no more.
+    pub held_bytes: u64,
     /// Bytes in use by nobody of them: none, if all is well.
     pub unexplained_bytes: u64,
 }

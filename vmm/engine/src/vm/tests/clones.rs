@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::host::{Dumps, Placement};
-use crate::memory::MemoryError;
+use crate::memory::{MemoryError, MemoryOptions};
 use crate::mm::{PAGE_SIZE, Pfn};
 
 /// Which of a clone's vCPUs come from where.
@@ -31,7 +31,14 @@ fn clone(
         None => Arc::new(frames.window(bytes, Placement::Anywhere).unwrap()),
     };
     let plain = |window| Box::new(window) as _;
-    let memory = Memory::clone_of(frames, snapshot.memory(), Exclusive, None, window, plain);
+    let memory = Memory::clone_of(
+        frames,
+        snapshot.memory(),
+        Exclusive,
+        MemoryOptions::default(),
+        window,
+        plain,
+    );
     let memory = memory.unwrap();
     let device = device(memory.ram());
     let mut builder = Vm::builder(memory).copy_ahead(false);
@@ -221,7 +228,14 @@ fn memory_of_others_and_windows_of_other_sizes_are_refused() {
     let plain = |window| Box::new(window) as _;
     let clone_in = |frames: &Frames, bytes| {
         let window = Arc::new(frames.window(bytes, Placement::Anywhere).unwrap());
-        Memory::clone_of(frames, snapshot.memory(), Exclusive, None, window, plain)
+        Memory::clone_of(
+            frames,
+            snapshot.memory(),
+            Exclusive,
+            MemoryOptions::default(),
+            window,
+            plain,
+        )
     };
     let other = clone_in(&Frames::new(2 * MEMORY).unwrap(), MEMORY).unwrap_err();
     assert!(matches!(other, MemoryError::OtherFrames), "{other}");
@@ -250,7 +264,14 @@ fn shells_are_there_before_they_are_asked_for() {
         assert_eq!(shells.ready(), left, "the last one was made on the spot");
         let window = Arc::clone(shell.window());
         let plain = |window| Box::new(window) as _;
-        let memory = Memory::clone_of(frames, snapshot.memory(), Exclusive, None, window, plain);
+        let memory = Memory::clone_of(
+            frames,
+            snapshot.memory(),
+            Exclusive,
+            MemoryOptions::default(),
+            window,
+            plain,
+        );
         let clone = Vm::builder(memory.unwrap()).build_in(shell).unwrap();
         clone.start_from(&snapshot, nothing).unwrap();
         counts_on(&clone);
