@@ -24,6 +24,8 @@ use palimpsest::host::Ram;
 const OPS: u64 = 3;
 /// The same where a fault shows in what vCPUs draw: each has drawn at least once.
 const OPS_TO_DRAW: u64 = DRAW_EVERY + OPS;
+/// Operations of one vCPU in which another has done its few, if it does any.
+const MANY_OPS: u64 = 100_000;
 /// Requests of each device, by the number of its slots: each slot has had one that was posted after the first
 /// snapshot, and checked.
 const ROUNDS: u64 = 4;
@@ -210,6 +212,17 @@ impl Occasion {
         self.fault = None;
     }
 
+    /// Gives up if a vCPU has not gone on for as long as `patience`, and another has done many operations:
+    /// one that did some after a restore, and then stood still, is not for the oracle.
+    pub(super) fn look(&mut self, ops: &[u64], patience: Duration) {
+        let (since, is_late) = (&self.last.ops, self.last.at.elapsed() > patience);
+        let done = since.iter().zip(ops);
+        let most = done.map(|(since, now)| now.saturating_sub(*since)).max();
+        if is_late && !self.is_ripe(ops) && most > Some(MANY_OPS) {
+            self.give_up();
+        }
+    }
+
     /// Why the run cannot go on like this, if guest or devices have not done for long what the fault needs.
     pub(super) fn overdue(&self) -> Option<String> {
         let fault = self.fault?;
@@ -257,6 +270,16 @@ mod tests {
         occasion.snapshot(vec![3, 3], vec![0]);
         let (ops, layout) = ([3, 100], layout());
         assert!(!occasion.is_ripe(&ops) && !occasion.is_over(&ops, &[0], &layout));
+        let mut late = Occasion::new(Some(Injection::ReuseShared), 2);
+        late.last.at -= PATIENCE / 2;
+        for (ops, patience, is_given_up) in [
+            ([2, MANY_OPS], Duration::ZERO, false),
+            ([2, MANY_OPS + 1], PATIENCE, false),
+            ([2, MANY_OPS + 1], Duration::ZERO, true),
+        ] {
+            late.look(&ops, patience);
+            assert_eq!(late.fault.is_none(), is_given_up, "{ops:?} {patience:?}");
+        }
         occasion.give_up();
         assert!(occasion.is_ripe(&ops) && occasion.is_over(&ops, &[0], &layout));
         occasion.last.at -= PATIENCE * 2;
