@@ -179,7 +179,7 @@ fn where_memory_ends_the_next_clone_is_refused_and_nobody_else() {
         "{said}\n{told}"
     );
     assert!(
-        first.contains(" was refused: with it machines ("),
+        first.contains(" was refused: cannot promise 32 MiB: "),
         "{first}"
     );
     let row = |name: &str| {

@@ -96,13 +96,13 @@ impl Family<'_> {
             thread::sleep(Duration::from_millis(1));
         }
         for of in 0..self.members.len() {
+            while !self.makes_room_for_snapshot() && !self.worker.is_dead() {
+                thread::sleep(Duration::from_millis(1));
+            }
             match self.snapshot(of) {
                 Ok(Some(snapshot)) => self.kept.push_back(snapshot),
                 Ok(None) => {}
                 Err(end) => self.errors.extend(end.error),
-            }
-            while self.kept.len() > self.config.guest.keep {
-                self.retire_oldest();
             }
         }
         let _ = self.tick();

@@ -8,8 +8,6 @@ use super::{Family, TICK};
 use crate::session::end::End;
 use crate::session::report::EndedBy;
 
-/// Looks the checker may be behind before the next snapshot waits for it.
-const MOST_BACKLOG: u64 = 3;
 /// The part of the time for which only those run that were not dropped.
 const SHRUNK: u32 = 4;
 
@@ -35,7 +33,7 @@ impl Family<'_> {
         while Instant::now() < until {
             self.tick()?;
             let now = Instant::now();
-            if now >= self.next_snapshot && self.worker.backlog() <= MOST_BACKLOG {
+            if now >= self.next_snapshot && self.makes_room_for_snapshot() {
                 self.next_snapshot = now + self.config.guest.snapshot_every;
                 self.snapshot_of_next()?;
             }
@@ -57,10 +55,20 @@ impl Family<'_> {
         if let Some(snapshot) = self.snapshot(of)? {
             self.kept.push_back(snapshot);
         }
-        while self.kept.len() > self.config.guest.keep {
+        Ok(())
+    }
+
+    /// Has the oldest snapshots looked at for the last time that would be too many. Says whether there is room
+    /// for another now; if not, the checker is behind.
+    pub(super) fn makes_room_for_snapshot(&mut self) -> bool {
+        while self.kept.len() >= self.config.guest.keep
+            || (!self.kept.is_empty()
+                && self.worker.backlog() == 0
+                && !self.has_room_for_snapshot())
+        {
             self.retire_oldest();
         }
-        Ok(())
+        self.has_room_for_snapshot()
     }
 
     /// Hands the oldest snapshot that is kept to the checker for the last time.

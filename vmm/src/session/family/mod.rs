@@ -53,6 +53,8 @@ use palimpsest::kvm::{Kvm, Platform, PlatformError};
 use palimpsest::mm::{PAGE_SIZE, Promise, PromiseError};
 use palimpsest::vm::{Accelerator, Shells};
 
+/// Snapshots beyond those that are kept: they are with the checker, for their first look or their last.
+const ON_THE_WAY: u64 = 4;
 /// Between two calls of the observer.
 const TICK: Duration = Duration::from_millis(100);
 
@@ -136,8 +138,8 @@ struct Family<'a> {
     incarnations: Vec<Arc<Incarnation>>,
     /// Snapshots that clones were made of, and the memory that may be theirs alone.
     origins: Vec<(Arc<RunSnapshot>, Promise)>,
-    /// What other snapshots may have alone.
-    _promise: Promise,
+    /// What all others may have alone.
+    for_snapshots: Promise,
     /// Others, the oldest first.
     kept: VecDeque<Arc<RunSnapshot>>,
     /// Which machine each snapshot is of, by number.
@@ -180,9 +182,10 @@ impl<'a> Family<'a> {
         let memory = config.guest.memory / PAGE_SIZE;
         // There is as much: a run with less was refused.
         let promise = pool.try_promise(memory).map_err(FamilyError::Promise)?;
-        let for_kept = config.guest.keep as u64 * memory;
-        let for_kept = pool.try_promise(for_kept.min(pool.usage().limit - memory));
-        let for_kept = for_kept.map_err(FamilyError::Promise)?;
+        let most_snapshots = (config.guest.keep as u64 + ON_THE_WAY) * memory;
+        let left = pool.usage().limit.saturating_sub(memory);
+        let for_snapshots = pool.try_promise(most_snapshots.min(left));
+        let for_snapshots = for_snapshots.map_err(FamilyError::Promise)?;
         vm.start().map_err(RunError::Start)?;
         let now = Instant::now();
         Ok(Self {
@@ -191,7 +194,7 @@ impl<'a> Family<'a> {
             observer,
             incarnations: vec![Arc::clone(&vm.incarnation)],
             members: vec![Some(Member::root(vm, inbox, promise))],
-            _promise: for_kept,
+            for_snapshots,
             gone: Vec::new(),
             shells,
             worker,
@@ -233,6 +236,14 @@ impl<'a> Family<'a> {
         self.finish(ended, platform)
     }
 
+    /// Whether there is memory for another snapshot, that clones are not made of: for all that its machine may
+    /// write while it lives.
+    fn has_room_for_snapshot(&self) -> bool {
+        let memory = self.config.guest.memory / PAGE_SIZE;
+        let most = (self.for_snapshots.frames() / memory).max(1);
+        self.kept.len() as u64 + self.worker.backlog() < most
+    }
+
     /// Takes a snapshot of a machine and hands it to the checker.
     fn snapshot(&mut self, of: usize) -> Result<Option<Arc<RunSnapshot>>, End> {
         let Some(member) = self.members[of].as_ref() else {
@@ -243,6 +254,10 @@ impl<'a> Family<'a> {
             Ok(taken) => taken,
             Err(error) => return self.has_ended(of, &error).map(|()| None),
         };
+        if let Some(error) = member.vm.devices.take_error() {
+            // A request was lost to it, so the snapshot would not pass: this is the better reason.
+            return self.has_ended(of, &error).map(|()| None);
+        }
         self.taken += 1;
         let number = self.taken;
         let snapshot = RunSnapshot::new(number, parent.as_ref().map(|p| p.number()), taken);
