@@ -477,6 +477,18 @@ impl Allocator {
         Some(first)
     }
 
+    /// Makes a home of the folio's worth of frames from `head` on, all of which the caller has. Says whether it
+    /// is not somebody's home already.
+    pub(super) fn make_home_at(&mut self, head: Pfn) -> bool {
+        let pages = self.folio.pages();
+        let is_free = self.homes.ones(head.0, pages) == 0;
+        if is_free {
+            self.homes.set_run(head.0, pages, true);
+            self.look_at_runs_of(head, pages);
+        }
+        is_free
+    }
+
     fn find_home(&self, pages: u64, fits: impl Fn(u64, u64) -> bool) -> Option<Pfn> {
         let folio = self.folio.pages();
         let step = if pages < folio { 1 } else { folio };

@@ -212,6 +212,10 @@ impl<P: CowPolicy> AddressSpace<P> {
             return resolution;
         }
         let resolution = if self.pool.frames().try_reuse(pfn, &self.policy).is_ok() {
+            // Others have left it, and the pages beside it, most likely: all of them could be had at once.
+            if !self.is_at_home(region, gfn) {
+                region.state.history.broke_page();
+            }
             Resolution::Reused
         } else {
             region.state.history.broke_page();

@@ -10,10 +10,12 @@
 //!   region 1 moves  | region 0 |          | region 2 | region 3 |    ...    | region 1 |
 //!   a clone           none, till a region needs a frame of its own:  ...    | region 1 | ...
 //! ```
-//! A space that was never forked has one run. A clone has none at first: it shares frames, and a region of it
+//! A space that was never cloned has one run. A clone has none at first: it shares frames, and a region of it
 //! gets its home when it needs a frame. And a region *moves house* (`house.rs`) when others run on in the frames of
 //! its home. Where a new home is, is chosen so that the regions of a space come to lie side by side again
 //! ([`Place`]).
+//!
+//! Whoever is the last to have a folio takes over the home with it, if that was given up.
 //!
 //! A home ends when its region moves or its address space goes. Its frames are anybody's then, those that others
 //! still have when the last of them lets go; and where all are free there may be another home.
@@ -56,6 +58,12 @@ impl Home {
             .make_home_of_folio(place.of(index), index, regions)?;
         place.note(index, order.index(first.0) as u64);
         Some(Self::of_reserved(supply, first, order.pages()))
+    }
+
+    /// Makes a home of a folio all of whose frames the caller has, unless it is somebody's home already.
+    pub(super) fn of_folio(supply: &Arc<Supply>, order: Order, head: Pfn) -> Option<Self> {
+        let is_free = supply.lock().make_home_at(head);
+        is_free.then(|| Self::of_reserved(supply, head, order.pages()))
     }
 
     fn of_reserved(supply: &Arc<Supply>, first: Pfn, pages: u64) -> Self {

@@ -106,6 +106,16 @@ impl<P: CowPolicy> AddressSpace<P> {
         }
     }
 
+    /// Makes the folio at `head`, which a huge entry of the region's maps and nobody else has, the region's home, if
+    /// it is not somebody's.
+    pub(super) fn stay_in(&self, region: &mut RegionGuard<'_>, head: Pfn) {
+        if !self.is_at_home(region, region.first())
+            && let Some(home) = self.pool.home_of_folio(head)
+        {
+            region.state.home = Some(home);
+        }
+    }
+
     /// Gives a region a home, if it has none and there is room for one.
     fn settle(&self, region: &mut RegionGuard<'_>) {
         if region.state.home.is_none() {

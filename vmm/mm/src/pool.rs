@@ -181,6 +181,11 @@ impl FramePool {
         Home::reserve_folio(&self.supply, self.huge(), place, index, regions)
     }
 
+    /// Makes a home of a folio that the caller has alone: [`Home::of_folio`].
+    pub(super) fn home_of_folio(&self, head: Pfn) -> Option<Home> {
+        Home::of_folio(&self.supply, self.huge(), head)
+    }
+
     /// Whether somebody has a frame.
     pub(super) fn is_allocated(&self, pfn: Pfn) -> bool {
         self.supply.lock().is_allocated(pfn)

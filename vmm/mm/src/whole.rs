@@ -40,6 +40,7 @@ impl<P: CowPolicy> AddressSpace<P> {
             return Ok(None);
         }
         let resolution = if frames.try_reuse_huge(huge.pfn(), &self.policy).is_ok() {
+            self.stay_in(region, huge.pfn());
             Resolution::Reused
         } else if intent == Intent::Write
             && (is_whole || self.mapped.is_crowded() || self.wants_whole(region))
@@ -268,6 +269,7 @@ impl<P: CowPolicy> AddressSpace<P> {
         self.leave(left);
         if self.pool.frames().try_form_huge(head).is_ok() {
             region.set_joined(head);
+            self.stay_in(region, head);
             Counters::add(&self.counters.formed);
         }
         Ok(())

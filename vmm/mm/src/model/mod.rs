@@ -10,7 +10,7 @@
 //!   those that were pinned or held at the last; a page that is not in it has the content it had then;
 //! * discard, migrate and merge are refused exactly where a pin, a hold or a sharer is in the way.
 //!
-//! At the end everything is dropped, in random order, and every frame is free.
+//! At the end everything is dropped, in random order, and every frame is free, and in nobody's home.
 //!
 //! Each frame is charged to the account of the space that allocated it, and no account beyond its limit; all
 //! accounts together with what is in use (`payers.rs`). Every few operations a census adds up, and says of
@@ -59,6 +59,8 @@ use super::soft::{SoftMemory, SoftMmu, SoftVm};
 use super::*;
 
 const FRAMES: u64 = 400;
+/// Live spaces at a time: clones, and clones of clones.
+const MACHINES: usize = 5;
 /// Random runs of operations in all tests together, unless `PALIMPSEST_CASES` says otherwise.
 const CASES: u32 = 10_000;
 const STEPS_BETWEEN_CENSUSES: u64 = 7;
@@ -319,6 +321,12 @@ impl Model {
                 self.write(s % spaces, Gfn(p), value);
             }
             Op::WriteCommon(s, p) => self.write(s % spaces, Gfn(p), COMMON),
+            Op::WriteOn(s, p) => {
+                for page in p..self.shape.pages {
+                    let value = self.fresh_value();
+                    self.write(s % spaces, Gfn(page), value);
+                }
+            }
             Op::ForceWrite(s, p) => {
                 let value = self.fresh_value();
                 let space = &mut self.spaces[s % spaces];
@@ -414,7 +422,7 @@ impl Model {
                 let pages = (0..self.shape.pages).filter(writable).collect::<Vec<_>>();
                 space.dirty.extend(pages);
             }
-            Op::Clone(f) if spaces < 4 => {
+            Op::Clone(f) if spaces < MACHINES => {
                 let Some(snapshot) = pick(f, snapshots).map(|f| &self.snapshots[f]) else {
                     return;
                 };
@@ -804,11 +812,14 @@ impl Model {
                 _ => {}
             }
         }
-        let pool = Arc::clone(&self.pool);
+        let (pool, has_huge) = (Arc::clone(&self.pool), self.shape.has_huge());
         drop(self);
         assert_eq!(pool.leftovers(16), []);
         assert_eq!(pool.usage().in_use, 0);
         assert_eq!(pool.charges(), Charges::default());
+        // The zero frame is nobody's, and long homes begin with a folio.
+        let first = if has_huge { pool.huge().pages() } else { 1 };
+        assert!(pool.reserve(FRAMES - first).is_ok(), "a home is left");
     }
 }
 

@@ -39,6 +39,8 @@ pub(super) enum Op {
     Write(usize, u64),
     /// A value that other pages may have as well.
     WriteCommon(usize, u64),
+    /// New values, from a page on to the end: what rewrites its memory.
+    WriteOn(usize, u64),
     ForceWrite(usize, u64),
     Unshare(usize, u64),
     Pin(usize, u64, Access),
@@ -85,7 +87,8 @@ fn op(pages: u64) -> impl Strategy<Value = Op> {
         4 => which().prop_map(Op::Fork),
         2 => which().prop_map(Op::PrepareFork),
         2 => which().prop_map(Op::BreakAhead),
-        2 => which().prop_map(Op::Clone),
+        4 => which().prop_map(Op::Clone),
+        3 => (which(), page()).prop_map(|(s, p)| Op::WriteOn(s, p)),
         2 => (which(), which()).prop_map(|(s, f)| Op::Restore(s, f)),
         2 => which().prop_map(Op::TakeDirty),
         1 => (at(), 0..=pages).prop_map(|((s, p), n)| Op::Discard(s, p, n)),

@@ -22,7 +22,7 @@ use super::super::tests::refusing::{Manner, Refusals, RefusingMmu};
 use super::super::tests::right;
 use super::super::*;
 use super::ops::{Op, Shape, run};
-use super::{FRAMES, cases};
+use super::{FRAMES, MACHINES, cases};
 
 struct Space {
     id: u64,
@@ -122,6 +122,15 @@ impl World {
                     space.pages[p as usize] = value;
                 }
             }
+            Op::WriteOn(s, p) => {
+                for page in p..self.shape.pages {
+                    let value = self.fresh_value();
+                    let space = &mut self.spaces[s % spaces];
+                    if space.vm.cpu_write(Gfn(page), value).is_ok() {
+                        space.pages[page as usize] = value;
+                    }
+                }
+            }
             Op::ForceWrite(s, p) => {
                 let value = self.fresh_value();
                 let space = &mut self.spaces[s % spaces];
@@ -166,7 +175,7 @@ impl World {
             }
             Op::PrepareFork(s) => self.spaces[s % spaces].vm.space.prepare_fork(),
             Op::BreakAhead(s) => while self.spaces[s % spaces].vm.space.break_ahead() {},
-            Op::Clone(f) if spaces < 4 => {
+            Op::Clone(f) if spaces < MACHINES => {
                 if let Some(f) = pick(f, snapshots) {
                     let (inner, mmu) = self.mmu();
                     let (frozen, pages) = &self.snapshots[f];

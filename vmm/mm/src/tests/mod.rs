@@ -7,6 +7,7 @@
 //! | `get`, `dirty`, `discard`, `migrate`, `merge`, `force` | each operation: its contract, each of its errors |
 //! | `account` | who pays for what, and what becomes of who may have no more; promises |
 //! | `census` | what each has alone and shares; why a frame is alive |
+//! | `clones` | what it takes to make a clone; who moves where when all of them write |
 //! | `policies` | the rules as tables; which scenario goes wrong under which policy |
 //! | `allocator` | who has which frame, against a plain list
 //! | `commit` | who waits for the host, and what goes back to it
@@ -25,6 +26,7 @@ mod account;
 mod ahead;
 mod allocator;
 mod census;
+mod clones;
 mod commit;
 mod dirty;
 mod discard;

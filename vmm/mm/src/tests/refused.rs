@@ -223,7 +223,7 @@ type Setup = fn() -> Scene;
 /// Says whether it was done.
 type Operation = fn(&mut Scene) -> bool;
 
-const OPERATIONS: [(&str, Setup, Operation); 26] = [
+const OPERATIONS: [(&str, Setup, Operation); 30] = [
     ("first touch of a region", Scene::untouched, |s| s.write(5)),
     ("first touch of a page", Scene::untouched, |s| s.write(12)),
     ("first touch by a reader", Scene::untouched, |s| {
@@ -294,6 +294,48 @@ const OPERATIONS: [(&str, Setup, Operation); 26] = [
             scene.with(|s| s.vm.space.set_whole_price(1))
         },
         |s| s.write(0) & s.write(5) & s.write(9),
+    ),
+    (
+        "a move page by page, and with the rest",
+        || {
+            let scene = Scene::written().forked().cloned();
+            scene.with(|s| s.vm.space.set_whole_price(5))
+        },
+        |s| s.write(5) & s.write(7) & s.write(6),
+    ),
+    (
+        "the rest of a region that others have left in part",
+        || {
+            let scene = Scene::written().forked().cloned().with_no_snapshots();
+            for page in [5, 6] {
+                scene.clones[0].cpu_write(Gfn(page), 1000).unwrap();
+            }
+            scene.with(|s| s.vm.space.set_whole_price(3))
+        },
+        |s| s.write(4) & s.write(5) & s.write(7),
+    ),
+    (
+        "a page that was taken over elsewhere comes home",
+        || {
+            let mut scene = Scene::written().forked().cloned();
+            assert!(scene.write(4));
+            let mut scene = scene.with_no_snapshots();
+            scene.clones[0].cpu_write(Gfn(5), 1000).unwrap();
+            assert!(scene.write(5));
+            scene.with(|s| s.vm.space.set_whole_price(0))
+        },
+        |s| s.write(6) & s.write(7),
+    ),
+    (
+        "a clone that takes over what all others have left",
+        || {
+            let scene = Scene::written().forked().cloned().with_no_snapshots();
+            for page in 0..PAGES {
+                scene.clones[0].cpu_write(Gfn(page), 1000).unwrap();
+            }
+            scene.with(|s| s.vm.space.set_whole_price(2))
+        },
+        |s| s.write(5) & s.write(6) & s.write(12),
     ),
     (
         "unshare of a page that a clone shares",

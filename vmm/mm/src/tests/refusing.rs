@@ -88,6 +88,11 @@ impl Refusals {
         self.until.store(until, Ordering::Relaxed);
     }
 
+    /// Counts calls anew.
+    pub(super) fn calls_from_now(&self) {
+        self.calls.store(0, Ordering::Relaxed);
+    }
+
     /// Calls since it was last told what to do.
     pub(in super::super) fn calls(&self) -> u64 {
         self.calls.load(Ordering::Relaxed)
