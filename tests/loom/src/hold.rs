@@ -86,6 +86,14 @@ hold! {
     whole_break_of_a_folio_against_drop_of_the_snapshot
     whole_break_of_a_folio_against_a_reader_of_the_snapshot
     end_of_a_folio_against_its_last_holder
+
+    whole_breaks_of_a_folio_by_parent_and_clone
+    split_of_a_clone_against_whole_break_of_its_parent
+    breaks_of_a_folios_page_by_parent_and_clone
+    split_of_a_clone_against_reuse_by_its_parent
+    clone_against_whole_break_of_a_folio
+    clone_against_break_of_a_folios_page
+    end_of_a_clone_against_whole_break_of_its_sibling
 }
 
 hold! {

@@ -337,11 +337,20 @@ impl FrameTable {
         // Frames are part of the folio until it dissolves: till then nobody takes a small entry for the only
         // one.
         self.mark_by_page(head);
-        for pfn in self.pages_of(head) {
-            let result = self.update(pfn, |s| s.plus(&MAPS));
-            debug_assert!(result.is_ok(), "fewer entries than the counter holds");
+        let count = || {
+            for pfn in self.pages_of(head) {
+                let result = self.update(pfn, |s| s.plus(&MAPS));
+                debug_assert!(result.is_ok(), "fewer entries than the counter holds");
+            }
+        };
+        let too_late = is_left_out(Safeguard::SplitCountsPagesFirst);
+        if !too_late {
+            count();
         }
         let before = self.update_folio(head, |f| Some(f.minus_map()));
+        if too_late {
+            count();
+        }
         if let Ok(before) = before
             && before.maps() == 1
         {

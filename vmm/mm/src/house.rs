@@ -40,17 +40,33 @@ impl<P: CowPolicy> AddressSpace<P> {
         gfn: Gfn,
         ahead: Ahead,
     ) -> Result<Fresh, AllocError> {
-        if let Some(fresh) = self.allocate_at_home(region, gfn, ahead)? {
+        // Where it is it cannot go.
+        if !self.is_at_home(region, gfn)
+            && let Some(fresh) = self.allocate_at_home(region, gfn, ahead)?
+        {
             return Ok(fresh);
         }
         let index = gfn.0 - region.first().0;
-        let home = region.state.home.as_ref();
-        if home.is_some_and(|home| self.pool.is_allocated(home.frame(index))) {
+        let is_taken =
+            |home: &Home| self.is_at_home(region, gfn) || self.pool.is_allocated(home.frame(index));
+        if region.state.home.as_ref().is_some_and(is_taken) {
             self.moves_house(region);
         }
+        self.allocate_near(region, gfn)
+    }
+
+    /// The same, of a region that does not move.
+    pub(super) fn allocate_near(
+        &self,
+        region: &mut RegionGuard<'_>,
+        gfn: Gfn,
+    ) -> Result<Fresh, AllocError> {
+        self.settle(region);
         match &region.state.home {
             Some(home) => self.pool.allocate_near(&self.account, home, index),
             None => self.pool.allocate(&self.account),
+            Some(home) => self.pool.allocate_near(home, gfn.0 - region.first().0),
+            None => self.pool.allocate(),
         }
     }
 

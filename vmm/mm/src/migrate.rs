@@ -8,7 +8,6 @@
 //! ```
 
 use super::addr::{Gfn, Pfn};
-use super::house::Ahead;
 use super::mapped::table::RegionGuard;
 use super::policy::CowPolicy;
 use super::rearrange::RearrangeError;
@@ -47,7 +46,7 @@ impl<P: CowPolicy> AddressSpace<P> {
         if state.refs() != 1 {
             return Err(busy(state));
         }
-        let fresh = self.allocate_page(region, gfn, Ahead::Nothing)?;
+        let fresh = self.allocate_near(region, gfn)?;
         let stops_writers =
             entry.is_writable() && !is_left_out(Safeguard::WritersStoppedBeforeCopy);
         if stops_writers {

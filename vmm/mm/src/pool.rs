@@ -178,6 +178,10 @@ impl FramePool {
         index: usize,
         regions: usize,
     ) -> Option<Home> {
+        // No folio has the zero frame.
+        if self.frames.len() < 2 * self.huge().pages() {
+            return None;
+        }
         Home::reserve_folio(&self.supply, self.huge(), place, index, regions)
     }
 

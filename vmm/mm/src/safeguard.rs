@@ -92,11 +92,17 @@ pub enum Safeguard {
     /// hold that was begun on the folio that was in the same frames before, and is counted now and taken
     /// back.
     DissolvedInTheWord,
+    /// `whole.rs`: a folio's mapping is given back after it was copied and the MMU was switched. Partner: another
+    /// machine that finds itself the last to have the folio, and writes it.
+    FolioLeftLast,
+    /// `folio.rs`: who splits a huge entry counts the small ones before it gives the huge one back. Partner: another
+    /// machine that has the folio by a huge entry, and asks whether it is the last.
+    SplitCountsPagesFirst,
 }
 
 impl Safeguard {
     /// All of them, each at its own number.
-    pub const ALL: [Self; 30] = [
+    pub const ALL: [Self; 32] = [
         Self::PinRereadsEntry,
         Self::PinAcquires,
         Self::PinTestsInTheWord,
@@ -127,6 +133,8 @@ impl Safeguard {
         Self::FolioBarrier,
         Self::FolioLookedAtAgain,
         Self::DissolvedInTheWord,
+        Self::FolioLeftLast,
+        Self::SplitCountsPagesFirst,
     ];
 }
 

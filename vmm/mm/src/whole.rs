@@ -69,8 +69,8 @@ impl<P: CowPolicy> AddressSpace<P> {
         Ok(Some(resolution))
     }
 
-    /// As [`AddressSpace::move_writer`], for a whole region: to its home, if that is free. Says whether it
-    /// is.
+    /// As [`AddressSpace::move_writer`], for a whole region: to its home, or to the one it moves to. Says
+    /// whether there is one.
     fn move_writer_huge(
         &self,
         region: &mut RegionGuard<'_>,
@@ -80,10 +80,16 @@ impl<P: CowPolicy> AddressSpace<P> {
         let Some(fresh) = self.allocate_region(region)? else {
             return Ok(false);
         };
+        let too_early = is_left_out(Safeguard::FolioLeftLast);
+        if too_early {
+            self.pool.unmap_huge(huge.pfn());
+        }
         self.copy_run(huge.pfn(), fresh.head(), count);
         let to = Entry::huge_writable(fresh.head());
         self.mapped.map(region, first, count, to, fresh)?;
-        self.pool.unmap_huge(huge.pfn());
+        if !too_early {
+            self.pool.unmap_huge(huge.pfn());
+        }
         Ok(true)
     }
 

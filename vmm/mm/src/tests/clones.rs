@@ -639,7 +639,7 @@ fn the_last_machine_takes_over_without_a_copy() {
 #[test]
 fn a_chain_of_clones_goes_in_any_order() {
     enum Link {
-        Live(Machine),
+        Live(Box<Machine>),
         Frozen(Arc<Frozen>, Vec<u64>),
     }
     fn each_order(items: &mut Vec<usize>, from: usize, see: &mut impl FnMut(&[usize])) {
@@ -665,7 +665,7 @@ fn a_chain_of_clones_goes_in_any_order() {
             let next = host.clone_of(&frozen, &pages);
             (0..REGION + 2).for_each(|n| machine.write(n, 10 * generation + n));
             links.push(Some(Link::Frozen(frozen, pages)));
-            links.push(Some(Link::Live(machine)));
+            links.push(Some(Link::Live(Box::new(machine))));
             machine = next;
         }
         for &n in order {
