@@ -134,6 +134,17 @@ mod tests {
     }
 
     #[test]
+    fn breaks_that_move_the_writer_count_for_more() {
+        let mut breaks = Breaks::default();
+        breaks.begin(0, 1);
+        for n in 1..=3 {
+            breaks.count_small();
+            breaks.count_move();
+            assert_eq!(breaks.wants_whole(5), n == 3, "{n}");
+        }
+    }
+
+    #[test]
     fn one_interval_with_few_breaks_ends_a_row_of_whole_ones() {
         let mut breaks = Breaks::default();
         breaks.begin(0, 1);
