@@ -246,4 +246,50 @@ fn clone(c: &mut Criterion) {
 }
 
 criterion_group!(benches, pin, fork, fault, clone, census);
+/// Makes every `step`th page writable.
+fn write_each(space: &AddressSpace<Exclusive>, step: u64) {
+    for page in (0..PAGES).step_by(step as usize) {
+        space.write_fault(Gfn(page)).expect("write");
+    }
+}
+
+/// What a clone rewrites is copied for it; what a space under a snapshot does, for the snapshot.
+fn rewrite(c: &mut Criterion) {
+    let mut group = c.benchmark_group("rewrite");
+    group.sample_size(20);
+    for (name, step) in [("dense", 1), ("eight pages of a region", REGION / 8)] {
+        group.throughput(Throughput::Elements(PAGES / step));
+        group.bench_function(BenchmarkId::new(name, "clone"), |b| {
+            let space = space_without_window(PAGES).expect("memory");
+            b.iter_custom(|rounds| {
+                let mut spent = Duration::ZERO;
+                for _ in 0..rounds {
+                    let clone = clone_of(&space.fork().expect("fork"));
+                    let start = Instant::now();
+                    write_each(&clone, step);
+                    spent += start.elapsed();
+                    drop(clone);
+                }
+                spent
+            });
+        });
+        group.bench_function(BenchmarkId::new(name, "under a snapshot"), |b| {
+            let space = space_without_window(PAGES).expect("memory");
+            b.iter_custom(|rounds| {
+                let mut spent = Duration::ZERO;
+                for _ in 0..rounds {
+                    let frozen = space.fork().expect("fork");
+                    let start = Instant::now();
+                    write_each(&space, step);
+                    spent += start.elapsed();
+                    drop(frozen);
+                }
+                spent
+            });
+        });
+    }
+    group.finish();
+}
+
+criterion_group!(benches, pin, fork, fault, clone, rewrite);
 criterion_main!(benches);

@@ -28,8 +28,17 @@ pub(crate) fn holds_bounded(race: impl Fn() + Send + Sync + 'static) {
 
 /// The same of at most three: for races of so many steps that four take minutes.
 pub(crate) fn holds_within_three(race: impl Fn() + Send + Sync + 'static) {
+    holds_within(3, race);
+}
+
+/// The same of at most two: for two machines that both break a folio, with all that takes.
+pub(crate) fn holds_within_two(race: impl Fn() + Send + Sync + 'static) {
+    holds_within(2, race);
+}
+
+fn holds_within(preemptions: usize, race: impl Fn() + Send + Sync + 'static) {
     let mut model = model();
-    model.preemption_bound = model.preemption_bound.or(Some(3));
+    model.preemption_bound = model.preemption_bound.or(Some(preemptions));
     model.check(race);
 }
 

@@ -1,6 +1,6 @@
 //! With the protocol as it is, every race ends well.
 
-use crate::explore::{holds, holds_bounded, holds_within_three};
+use crate::explore::{holds, holds_bounded, holds_within_three, holds_within_two};
 use crate::mm::Exclusive;
 use crate::races;
 
@@ -87,10 +87,6 @@ hold! {
     whole_break_of_a_folio_against_a_reader_of_the_snapshot
     end_of_a_folio_against_its_last_holder
 
-    whole_breaks_of_a_folio_by_parent_and_clone
-    split_of_a_clone_against_whole_break_of_its_parent
-    breaks_of_a_folios_page_by_parent_and_clone
-    split_of_a_clone_against_reuse_by_its_parent
     clone_against_whole_break_of_a_folio
     clone_against_break_of_a_folios_page
     end_of_a_clone_against_whole_break_of_its_sibling
@@ -104,4 +100,11 @@ hold! {
     two_forks_that_need_the_last_memory
     two_breaks_on_the_last_frame_of_an_account
     two_forks_that_need_what_a_home_does_not_use
+}
+
+hold! {
+    holds_within_two:
+
+    whole_breaks_of_a_folio_by_parent_and_clone
+    split_of_a_clone_against_reuse_by_its_parent
 }

@@ -67,7 +67,7 @@ safeguards! {
     clone_of_a_folio_under_lock: CloneUnderLock, clone_against_whole_break_of_a_folio, "isolation";
     folio_pages_looked_at_for_a_clone: FolioPagesLookedAt, split_of_a_clone_against_reuse_by_its_parent, "isolation";
     folio_left_last: FolioLeftLast, whole_breaks_of_a_folio_by_parent_and_clone, "isolation";
-    split_counts_pages_first: SplitCountsPagesFirst, split_of_a_clone_against_reuse_by_its_parent, "isolation";
+    split_counts_pages_first: SplitCountsPagesFirst, split_of_a_clone_against_reuse_by_its_parent, "freed twice";
     folio_looked_at_again_for_a_run: FolioLookedAtAgain, pins_of_a_folio_against_fork, "isolation";
 }
 

@@ -45,12 +45,12 @@
 //! | `open` | what comes before every change of a page |
 //! | `house` | where pages get their frames, and when a region moves to another home |
 //! | `fault` | write fault and unshare: how a page becomes exclusive, and who gets the copy |
-//! | `whole` | the same for all of a region at once |
 //! | `dirty` | which pages were written since? Write-protection without intent to copy |
 //! | `fork` | share everything, copy what is pinned |
 //! | `clone` | a running space made of a snapshot |
 //! | `rearrange` | how a page is taken out of its frame while devices may hold it |
 //! | `discard`, `migrate`, `merge` | a balloon, compaction, deduplication |
+//! | `whole` | a fault that takes all of a region at once |
 //! | `ahead` | breaks before the guest asks for them |
 //! | `pin`, `get` | pins, without a lock and with one; transient holds, the weaker kind |
 //! | `restore`, `force` | back to a snapshot, in place; a debugger's write |

@@ -32,36 +32,19 @@ fn clone_with_price<C: Policy>(w: &World<C>, whole_price: u32) -> SoftVm<C> {
 const WHOLE: u32 = 0;
 const BY_PAGE: u32 = 1000;
 
-/// Both write the folio at once, and one of them may be the last by then: never both in one frame.
-fn both_break<C: Policy>(parents: u32, clones: u32) {
-    let w = folio_of_two::<C>(parents);
-    let clone = clone_with_price(&w, clones);
-    let clone = thread::spawn(move || {
-        clone.cpu_write(P, CLONES).unwrap();
-        clone
-    });
-    w.write(NEW);
-    let clone = clone.join().unwrap();
-    assert_eq!((w.read(), clone.cpu_read(P)), (NEW, CLONES), "isolation");
-    let second = (w.vm.cpu_read(Q), clone.cpu_read(Q));
-    assert_eq!(second, (OLD, OLD), "isolation");
+/// Both write to the folio at once: each moves to a folio of its own, or is the last by then and takes it over.
+pub(crate) fn whole_breaks_of_a_folio_by_parent_and_clone<C: Policy>() {
+    let w = folio_of_two::<C>(WHOLE);
+    let clone = clone_with_price(&w, WHOLE);
+    let guest = w.beside(|vm| vm.cpu_write(P, NEW).unwrap());
+    clone.cpu_write(Q, CLONES).unwrap();
+    guest.join().unwrap();
+    assert_eq!((w.read(), w.vm.cpu_read(Q)), (NEW, OLD), "isolation");
+    let clones = (clone.cpu_read(P), clone.cpu_read(Q));
+    assert_eq!(clones, (OLD, CLONES), "isolation");
+    assert_eq!(w.pool.usage().in_use, 4, "once");
     drop(clone);
     w.settle();
-}
-
-/// Each moves to a folio of its own, or is the last and takes it over.
-pub(crate) fn whole_breaks_of_a_folio_by_parent_and_clone<C: Policy>() {
-    both_break::<C>(WHOLE, WHOLE);
-}
-
-/// The clone splits its entry, and moves a page, while the parent asks whether it is the last.
-pub(crate) fn split_of_a_clone_against_whole_break_of_its_parent<C: Policy>() {
-    both_break::<C>(WHOLE, BY_PAGE);
-}
-
-/// Both split, and move the page; one of them may be its last holder.
-pub(crate) fn breaks_of_a_folios_page_by_parent_and_clone<C: Policy>() {
-    both_break::<C>(BY_PAGE, BY_PAGE);
 }
 
 /// The clone splits its entry for a page that it may not write, and the parent takes the folio over, or does
@@ -69,13 +52,10 @@ pub(crate) fn breaks_of_a_folios_page_by_parent_and_clone<C: Policy>() {
 pub(crate) fn split_of_a_clone_against_reuse_by_its_parent<C: Policy>() {
     let w = folio_of_two::<C>(BY_PAGE);
     let clone = clone_with_price(&w, BY_PAGE);
-    let clone = thread::spawn(move || {
-        clone.cpu_write(Q, CLONES).unwrap();
-        assert_eq!(clone.cpu_read(P), OLD, "isolation");
-        clone
-    });
-    w.write(NEW);
-    let clone = clone.join().unwrap();
+    let guest = w.beside(|vm| vm.cpu_write(P, NEW).unwrap());
+    clone.cpu_write(Q, CLONES).unwrap();
+    assert_eq!(clone.cpu_read(P), OLD, "isolation");
+    guest.join().unwrap();
     assert_eq!((w.read(), clone.cpu_read(P)), (NEW, OLD), "isolation");
     drop(clone);
     w.settle();

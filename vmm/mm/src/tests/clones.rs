@@ -547,6 +547,27 @@ fn stragglers_come_home_with_the_rest() {
     host.settle();
 }
 
+/// What a machine could have where it is, because all others have left, comes home with the pages that are
+/// there already: each is copied once, and all are one folio.
+#[test]
+fn what_others_have_left_comes_home_with_the_rest() {
+    const BIG: u64 = 16;
+    let host = host_with(BIG, 8 * BIG);
+    let mut parent = host.machine(BIG);
+    let mut clone = host.clone(&parent);
+    clone.write(0, 1);
+    parent.vm.space.set_whole_price(0);
+    parent.write(1, 2);
+    clone.vm.space.set_whole_price(0);
+    clone.mmu.never();
+    clone.write(2, 3);
+    assert!(clone.are_all_huge() && parent.are_all_huge());
+    assert_eq!((clone.copied(), clone.mmu.calls()), (BIG - 1, 2));
+    [&parent, &clone].into_iter().for_each(Machine::check);
+    drop((parent, clone));
+    host.settle();
+}
+
 /// What only readers and snapshots share does not make a region move, nor do a few pages that others share.
 #[test]
 fn a_region_stays_for_a_reader_and_for_a_page_that_is_merged() {
