@@ -245,7 +245,6 @@ fn clone(c: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, pin, fork, fault, clone, census);
 /// Makes every `step`th page writable.
 fn write_each(space: &AddressSpace<Exclusive>, step: u64) {
     for page in (0..PAGES).step_by(step as usize) {
@@ -291,5 +290,5 @@ fn rewrite(c: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, pin, fork, fault, clone, rewrite);
+criterion_group!(benches, pin, fork, fault, clone, rewrite, census);
 criterion_main!(benches);

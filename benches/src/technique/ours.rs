@@ -49,6 +49,7 @@ impl Ours {
             // Whatever a page costs, a region is broken whole.
             prices: (granularity == Granularity::Huge).then(|| Prices::fixed(0)),
             placement,
+            account: None,
         };
         let plain = |window| Box::new(window) as _;
         let memory = Memory::with(&frames, memory, Exclusive, options, plain).map_err(no_memory)?;

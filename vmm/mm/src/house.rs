@@ -63,10 +63,11 @@ impl<P: CowPolicy> AddressSpace<P> {
     ) -> Result<Fresh, AllocError> {
         self.settle(region);
         match &region.state.home {
-            Some(home) => self.pool.allocate_near(&self.account, home, index),
+            Some(home) => {
+                let index = gfn.0 - region.first().0;
+                self.pool.allocate_near(&self.account, home, index)
+            }
             None => self.pool.allocate(&self.account),
-            Some(home) => self.pool.allocate_near(home, gfn.0 - region.first().0),
-            None => self.pool.allocate(),
         }
     }
 

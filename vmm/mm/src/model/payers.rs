@@ -44,6 +44,7 @@ impl Payers {
         self.now = match *op {
             Op::Write(s, _)
             | Op::WriteCommon(s, _)
+            | Op::WriteOn(s, _)
             | Op::ForceWrite(s, _)
             | Op::Unshare(s, _)
             | Op::Pin(s, ..)

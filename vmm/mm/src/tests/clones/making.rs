@@ -78,7 +78,8 @@ fn clones_have_no_frames_of_their_own_until_they_write() {
         .map(|_| host.clone_of(&frozen, &parent.pages))
         .collect();
     assert_eq!(host.pool.usage().in_use, PAGES);
-    let free: Vec<_> = std::iter::from_fn(|| host.pool.allocate().ok()).collect();
+    let payer = host.pool.payer();
+    let free: Vec<_> = std::iter::from_fn(|| host.pool.allocate(&payer).ok()).collect();
     assert!(clones[0].vm.cpu_write(P, 1).is_err());
     drop(free);
     clones[0].write(0, 1);
@@ -226,7 +227,8 @@ fn where_mappings_are_short_every_region_takes_one() {
         mmu.never();
         assert_eq!(host.pool.usage().in_use, in_use);
     }
-    let all: Vec<_> = std::iter::from_fn(|| host.pool.allocate().ok()).collect();
+    let payer = host.pool.payer();
+    let all: Vec<_> = std::iter::from_fn(|| host.pool.allocate(&payer).ok()).collect();
     let clone = Machine::clone_of(&frozen, right(), &host.memory, &before, &mmu).unwrap();
     clone.check();
     assert!(!clone.entry(5).is_huge() && clone.copied() == 0);
