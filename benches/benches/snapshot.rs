@@ -1,13 +1,12 @@
 //! Measures snapshots of the same guest under each technique, on this machine, one after the other.
 
-use std::env;
-use std::io::{self, IsTerminal, Write};
+use std::io::{self, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
+use benches::console::{self, ProgressDisplay};
 use benches::heap::{self, Counting};
 use benches::machine::Machine;
 use benches::measure::{Sampling, measure};
@@ -17,12 +16,9 @@ use benches::vm::{GuestConfig, VmError};
 use benches::{targets, text};
 use clap::{Parser, ValueEnum};
 use guest::abi::Pattern;
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use palimpsest::kvm::{Kvm, PlatformError};
 use palimpsest::user::{User, UserError};
 use palimpsest::vm::By;
-use signal_hook::consts::{SIGINT, SIGTERM};
-use signal_hook::flag;
 use vmm::cli::chain;
 use vmm::cli::units::{bytes, parse_size, parse_time};
 
@@ -228,7 +224,7 @@ fn run(args: &Args) -> Result<(), Error> {
     let mut skipped = Vec::new();
     let accelerators = Accelerators::open(&args.accel, &mut skipped)?;
     let platform = accelerators.platform().ok_or(Error::Nothing)?;
-    let stop = stop_flag().map_err(Error::Signals)?;
+    let stop = console::stop_flag().map_err(Error::Signals)?;
     let sampling = Sampling {
         rounds: args.rounds,
         quiet: Duration::from_secs(1),
@@ -274,7 +270,7 @@ fn run(args: &Args) -> Result<(), Error> {
     report.targets = targets::judge(&report);
     // What there is is worth having, however it ended.
     if !report.cells.is_empty() {
-        print(&text::report(&report))?;
+        console::print(&text::report(&report)).map_err(Error::Print)?;
         if let Some(path) = &args.json {
             report.write(path).map_err(|source| Error::Json {
                 path: path.clone(),
@@ -396,76 +392,4 @@ fn configs(args: &Args) -> Vec<GuestConfig> {
         }
     }
     configs
-}
-
-fn print(text: &str) -> Result<(), Error> {
-    match io::stdout().write_all(text.as_bytes()) {
-        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(Error::Print(error)),
-        _ => Ok(()),
-    }
-}
-
-/// A flag that the first SIGINT or SIGTERM sets. The second one ends the process; children that
-/// are snapshots end with it.
-fn stop_flag() -> io::Result<Arc<AtomicBool>> {
-    let stop = Arc::new(AtomicBool::new(false));
-    for signal in [SIGINT, SIGTERM] {
-        flag::register_conditional_default(signal, Arc::clone(&stop))?;
-        flag::register(signal, Arc::clone(&stop))?;
-    }
-    Ok(stop)
-}
-
-/// Says on standard error how far it is: a bar on a terminal, else a line for everything that is begun.
-struct ProgressDisplay {
-    bar: Option<ProgressBar>,
-}
-
-impl ProgressDisplay {
-    fn new(cells: usize) -> Self {
-        let terminal =
-            io::stderr().is_terminal() && env::var_os("TERM").is_some_and(|term| term != "dumb");
-        let bar = terminal.then(|| {
-            let bar = ProgressBar::with_draw_target(
-                Some(cells as u64),
-                ProgressDrawTarget::stderr_with_hz(5),
-            );
-            if let Ok(style) = ProgressStyle::with_template("[{bar:30}] {pos}/{len} {msg}") {
-                bar.set_style(style.progress_chars("=> "));
-            }
-            bar
-        });
-        Self { bar }
-    }
-
-    fn begin(&self, what: &str) {
-        if self.bar.is_none() {
-            self.say(what);
-        }
-    }
-
-    fn step(&self, step: &str) {
-        if let Some(bar) = &self.bar {
-            bar.set_message(step.to_owned());
-        }
-    }
-
-    fn next(&self) {
-        if let Some(bar) = &self.bar {
-            bar.inc(1);
-        }
-    }
-
-    fn say(&self, text: &str) {
-        match &self.bar {
-            Some(bar) => bar.println(text),
-            None => drop(writeln!(io::stderr(), "{text}")),
-        }
-    }
-
-    fn finish(&self) {
-        if let Some(bar) = &self.bar {
-            bar.finish_and_clear();
-        }
-    }
 }

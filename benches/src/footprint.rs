@@ -26,6 +26,20 @@ pub fn available() -> io::Result<u64> {
     parse(&text, "MemAvailable:").ok_or_else(|| io::Error::other("meminfo has no MemAvailable"))
 }
 
+/// Bytes of memory that are this process's alone, and of the kernel's page tables for it. What it shares by
+/// files, as guest memory is here, is not in it, nor what KVM has.
+///
+/// # Errors
+/// If the kernel does not tell.
+pub fn private() -> io::Result<u64> {
+    let text = fs::read_to_string("/proc/self/status")?;
+    let of = |name: &str| {
+        let missing = || io::Error::other(format!("the status has no {name}"));
+        parse(&text, name).ok_or_else(missing)
+    };
+    Ok(of("RssAnon:")? + of("VmPTE:")?)
+}
+
 fn pss(process: &str) -> io::Result<u64> {
     let text = fs::read_to_string(format!("/proc/{process}/smaps_rollup"))?;
     parse(&text, "Pss:").ok_or_else(|| io::Error::other("smaps_rollup has no Pss"))
@@ -64,5 +78,20 @@ mod tests {
         let after = of_this_process_and([]).unwrap();
         assert!(after >= before + (60 << 20), "{before} {after}");
         drop(memory);
+    }
+
+    #[test]
+    fn private_memory_is_seen_and_shared_memory_is_not() {
+        let _alone = alone();
+        let before = private().unwrap();
+        let memory = std::hint::black_box(vec![1u8; 64 << 20]);
+        let after = private().unwrap();
+        assert!(after >= before + (60 << 20), "{before} {after}");
+        drop(memory);
+        let before = private().unwrap();
+        let space = crate::bare::space_without_window(16384).unwrap();
+        let after = private().unwrap();
+        assert!(after < before + (16 << 20), "{before} {after}");
+        drop(space);
     }
 }

@@ -12,12 +12,16 @@
 //! | [`verdict`] | one target, and whether it was met |
 //! | [`text`] | the same for people |
 //! | [`summary`], [`footprint`], [`heap`] | percentiles; memory of processes; memory of tables |
+//! | [`clones`] | what clones of a running VM cost |
+//! | [`console`] | progress, and Ctrl-C |
 //!
-//! `benches/snapshot.rs` puts them together.
+//! `benches/snapshot.rs` and `benches/clone.rs` put them together.
 
 #[cfg(test)]
 mod alone;
 pub mod bare;
+pub mod clones;
+pub mod console;
 pub mod footprint;
 pub mod heap;
 pub mod machine;

@@ -174,22 +174,12 @@ impl Report {
         settings
     }
 
-    /// Writes it to `path` as JSON. Whoever reads there at any moment sees the old file or the whole new one.
+    /// Writes it to `path` as JSON ([`write_json`]).
     ///
     /// # Errors
     /// The host's.
     pub fn write(&self, path: &Path) -> io::Result<()> {
-        let json = serde_json::to_vec_pretty(self)?;
-        if fs::metadata(path).is_ok_and(|meta| !meta.is_file()) {
-            // A terminal, a pipe, /dev/null.
-            return fs::write(path, json);
-        }
-        let mut file = temporary(path)?;
-        file.write_all(&json)?;
-        file.write_all(b"\n")?;
-        file.as_file().sync_all()?;
-        file.persist(path).map_err(|error| error.error)?;
-        Ok(())
+        write_json(self, path)
     }
 
     /// Reads what [`Report::write`] wrote.
@@ -199,6 +189,24 @@ impl Report {
     pub fn read(path: &Path) -> io::Result<Self> {
         Ok(serde_json::from_slice(&fs::read(path)?)?)
     }
+}
+
+/// Writes `report` to `path` as JSON. Whoever reads there at any moment sees the old file or the whole new one.
+///
+/// # Errors
+/// The host's.
+pub fn write_json(report: &impl Serialize, path: &Path) -> io::Result<()> {
+    let json = serde_json::to_vec_pretty(report)?;
+    if fs::metadata(path).is_ok_and(|meta| !meta.is_file()) {
+        // A terminal, a pipe, /dev/null.
+        return fs::write(path, json);
+    }
+    let mut file = temporary(path)?;
+    file.write_all(&json)?;
+    file.write_all(b"\n")?;
+    file.as_file().sync_all()?;
+    file.persist(path).map_err(|error| error.error)?;
+    Ok(())
 }
 
 /// Checks that a report can be written to `path`, before minutes are spent on it.

@@ -22,6 +22,11 @@ pub struct Summary {
 }
 
 impl Times {
+    /// None yet.
+    pub const fn new() -> Self {
+        Self(Vec::new())
+    }
+
     /// One more.
     pub fn record(&mut self, time: Duration) {
         self.0.push(time);

@@ -4,7 +4,7 @@ use std::fmt::Write;
 
 use vmm::cli::units::{bytes, count, micros};
 
-use crate::report::{Cell, Rate, Report, Setting};
+use crate::report::{Cell, Platform, Rate, Report, Setting, Skipped};
 use crate::technique::Kind;
 use crate::verdict::{Bound, Verdict};
 
@@ -41,6 +41,13 @@ fn head(report: &Report) -> String {
         machine.pin_ns,
         machine.pin_two_threads,
     );
+    text.push_str(&caveats(platform, skipped));
+    text
+}
+
+/// What is to be known of the numbers.
+pub(crate) fn caveats(platform: &Platform, skipped: &[Skipped]) -> String {
+    let mut text = String::new();
     if platform.load > BUSY {
         let _ = writeln!(
             text,
@@ -181,7 +188,7 @@ pub fn ratio(number: f64, ours: f64) -> String {
 }
 
 /// The targets, one a line.
-fn targets(verdicts: &[Verdict]) -> String {
+pub(crate) fn targets(verdicts: &[Verdict]) -> String {
     let mut lines: Vec<Vec<String>> = Vec::new();
     for verdict in verdicts {
         let limit = match verdict.bound {
@@ -219,7 +226,7 @@ fn number(value: f64) -> String {
 }
 
 /// `lines` with their fields in columns: the first to the left, the others to the right.
-fn align(lines: &[Vec<String>]) -> String {
+pub(crate) fn align(lines: &[Vec<String>]) -> String {
     align_by(lines, |column| column > 0)
 }
 

@@ -32,7 +32,7 @@ pub enum PageSize {
 
 /// An anonymous private mapping, aligned to 2 MiB.
 #[derive(Debug)]
-pub(super) struct Anonymous {
+pub(crate) struct Anonymous {
     /// The whole mapping, which is longer than what is used of it.
     mapped: Range<usize>,
     base: NonNull<u8>,
@@ -58,7 +58,7 @@ unsafe impl Memslot for Anonymous {
 
 impl Anonymous {
     /// `len` bytes that read as zeros.
-    pub(super) fn new(len: u64, pages: PageSize) -> Result<Arc<Self>, TechniqueError> {
+    pub(crate) fn new(len: u64, pages: PageSize) -> Result<Arc<Self>, TechniqueError> {
         Self::map(len, pages)
             .map(Arc::new)
             .map_err(host("map guest memory"))
@@ -98,17 +98,17 @@ impl Anonymous {
     }
 
     /// The first byte.
-    pub(super) fn base(&self) -> NonNull<u8> {
+    pub(crate) fn base(&self) -> NonNull<u8> {
         self.base
     }
 
     /// Bytes.
-    pub(super) fn bytes(&self) -> u64 {
+    pub(crate) fn bytes(&self) -> u64 {
         self.len
     }
 
     /// Puts memory behind `range`.
-    pub(super) fn populate(&self, range: Range<u64>) -> Result<(), TechniqueError> {
+    pub(crate) fn populate(&self, range: Range<u64>) -> Result<(), TechniqueError> {
         self.advise(range, libc::MADV_POPULATE_WRITE)
             .map_err(host("populate guest memory"))
     }

@@ -19,7 +19,7 @@ mod copy;
 mod fork;
 mod ours;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 mod uffd;
 
 use std::fmt;
@@ -33,6 +33,7 @@ use palimpsest::host::{Placement, Window};
 use palimpsest::kvm::{GuestRam, Memslot};
 use palimpsest::mm::ForkError;
 
+pub(crate) use anonymous::Anonymous;
 pub use anonymous::PageSize;
 pub use ours::Granularity;
 

@@ -23,7 +23,7 @@ const SWEEP: u64 = 8 << 20;
 const SWEPT: usize = (SWEEP / PAGE_SIZE) as usize;
 
 /// KVM, or nothing where the test must be skipped for want of it, which is said then.
-fn kvm() -> Option<Kvm> {
+pub(crate) fn kvm() -> Option<Kvm> {
     match Kvm::open() {
         Ok(kvm) => Some(kvm),
         Err(error @ (PlatformError::Missing | PlatformError::Permission)) => {

@@ -1,0 +1,189 @@
+//! A report of `benches/clone.rs` for people.
+
+use vmm::cli::units::{bytes, micros};
+
+use super::report::CloneReport;
+use crate::text::{align, caveats, ratio, targets};
+
+/// All of `report`.
+pub fn report(report: &CloneReport) -> String {
+    let platform = &report.platform;
+    let mut text = format!(
+        "clones of a running VM: {} KVM, Linux {}, {} CPUs; {} rounds each; medians, and the longest\n",
+        platform.kvm, platform.kernel, platform.cpus, report.rounds
+    );
+    text.push_str(&caveats(platform, &report.skipped));
+    let tables = [
+        (
+            "from the wish to the first instruction; ratios to a bare VM",
+            prices(report),
+        ),
+        ("an idle clone takes", idle(report)),
+        ("many clones of a parent that runs", crowds(report)),
+        ("pause of the parent for a snapshot", pauses(report)),
+        (
+            "all of memory is written, a word a page: time of a page",
+            rewrites(report),
+        ),
+    ];
+    for (title, lines) in tables {
+        // The first line is the header.
+        if lines.len() > 1 {
+            text.push_str(&format!("\n{title}\n{}", align(&lines)));
+        }
+    }
+    text.push('\n');
+    text.push_str(&targets(&report.targets));
+    text
+}
+
+fn line<const N: usize>(fields: [&str; N]) -> Vec<String> {
+    fields.map(str::to_owned).into()
+}
+
+fn prices(report: &CloneReport) -> Vec<Vec<String>> {
+    let header = [
+        "",
+        "small",
+        "bare",
+        "max",
+        "clone",
+        "",
+        "max",
+        "in a shell",
+        "",
+        "max",
+        "snapshot+",
+        "",
+        "max",
+    ];
+    let mut lines = vec![line(header)];
+    for price in &report.prices {
+        let mut fields = vec![
+            format!("{}, {}", bytes(price.memory), price.entries),
+            format!("{}/{}", price.small_regions, price.regions),
+            micros(price.bare_us.p50),
+            micros(price.bare_us.max),
+        ];
+        for time in [price.clone_us, price.pool_us, price.snapshot_and_clone_us] {
+            let ratio = ratio(time.p50, price.bare_us.p50);
+            fields.extend([micros(time.p50), ratio, micros(time.max)]);
+        }
+        lines.push(fields);
+    }
+    lines
+}
+
+fn idle(report: &CloneReport) -> Vec<Vec<String>> {
+    let header = [
+        "",
+        "clones",
+        "in all",
+        "private",
+        "frames",
+        "bare VM, private",
+    ];
+    let mut lines = vec![line(header)];
+    for idle in &report.idle {
+        lines.push(vec![
+            format!("{}, {}", bytes(idle.memory), idle.entries),
+            idle.clones.to_string(),
+            bytes(idle.total() as u64),
+            bytes(idle.private as u64),
+            bytes(idle.frames as u64),
+            bytes(idle.bare_private as u64),
+        ]);
+    }
+    lines
+}
+
+fn crowds(report: &CloneReport) -> Vec<Vec<String>> {
+    let header = [
+        "",
+        "clones",
+        "each",
+        "alone",
+        "p99",
+        "max",
+        "parent's speed",
+    ];
+    let mut lines = vec![line(header)];
+    for crowd in &report.crowds {
+        let speed = crowd.parent_meanwhile / crowd.parent_before;
+        lines.push(vec![
+            bytes(crowd.memory),
+            crowd.clones.to_string(),
+            micros(crowd.each_us),
+            micros(crowd.clone_us.p50),
+            micros(crowd.clone_us.p99),
+            micros(crowd.clone_us.max),
+            format!("{:.0}%", speed * 100.0),
+        ]);
+    }
+    lines
+}
+
+fn pauses(report: &CloneReport) -> Vec<Vec<String>> {
+    let header = [
+        "",
+        "without clones",
+        "max",
+        "with",
+        "",
+        "max",
+        "without again",
+        "",
+        "max",
+    ];
+    let mut lines = vec![line(header)];
+    for pause in &report.pauses {
+        let base = pause.without_us.p50;
+        lines.push(vec![
+            bytes(pause.memory),
+            micros(base),
+            micros(pause.without_us.max),
+            micros(pause.with_us.p50),
+            ratio(pause.with_us.p50, base),
+            micros(pause.with_us.max),
+            micros(pause.after_us.p50),
+            ratio(pause.after_us.p50, base),
+            micros(pause.after_us.max),
+        ]);
+    }
+    lines
+}
+
+fn rewrites(report: &CloneReport) -> Vec<Vec<String>> {
+    let header = [
+        "",
+        "never shared",
+        "under a snapshot",
+        "clone",
+        "",
+        "second time",
+        "",
+        "third",
+        "",
+    ];
+    let mut lines = vec![line(header)];
+    for rewrite in &report.rewrites {
+        let (unshared, snapshot) = (rewrite.unshared_us, rewrite.under_snapshot_us);
+        lines.push(vec![
+            bytes(rewrite.memory),
+            nanos(unshared),
+            nanos(snapshot),
+            nanos(rewrite.clone_us),
+            ratio(rewrite.clone_us, snapshot),
+            nanos(rewrite.second_us),
+            ratio(rewrite.second_us, unshared),
+            nanos(rewrite.diverged_us),
+            ratio(rewrite.diverged_us, unshared),
+        ]);
+    }
+    lines
+}
+
+/// A time of a page: a few nanoseconds, or some microseconds.
+fn nanos(micros: f64) -> String {
+    format!("{:.0} ns", micros * 1e3)
+}
