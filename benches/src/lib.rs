@@ -13,6 +13,7 @@
 //! | [`text`] | the same for people |
 //! | [`summary`], [`footprint`], [`heap`] | percentiles; memory of processes; memory of tables |
 //! | [`clones`] | what clones of a running VM cost |
+//! | [`copies`] | ways to make a copy of a running VM that runs |
 //! | [`console`] | progress, and Ctrl-C |
 //!
 //! `benches/snapshot.rs` and `benches/clone.rs` put them together.
@@ -22,6 +23,7 @@ mod alone;
 pub mod bare;
 pub mod clones;
 pub mod console;
+pub mod copies;
 pub mod footprint;
 pub mod heap;
 pub mod machine;

@@ -187,3 +187,68 @@ fn rewrites(report: &CloneReport) -> Vec<Vec<String>> {
 fn nanos(micros: f64) -> String {
     format!("{:.0} ns", micros * 1e3)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::price::Price;
+    use super::super::rewrite::Rewrite;
+    use super::*;
+    use crate::report::Platform;
+    use crate::summary::Summary;
+
+    #[test]
+    fn tables_are_those_of_what_was_measured() {
+        let platform = Platform {
+            kvm: "pvm".to_owned(),
+            kernel: "6.18".to_owned(),
+            cpus: 2,
+            load: 0.0,
+        };
+        let mut it = CloneReport::new(platform, 20);
+        assert!(it.is_empty());
+        let time = |p50| Summary {
+            count: 20,
+            p50,
+            p99: p50,
+            max: 3.0 * p50,
+        };
+        it.prices.push(Price {
+            memory: 1 << 30,
+            entries: "half-small".to_owned(),
+            small_regions: 256,
+            regions: 512,
+            bare_us: time(1000.0),
+            clone_us: time(1500.0),
+            pool_us: time(400.0),
+            snapshot_and_clone_us: time(800.0),
+        });
+        it.rewrites.push(Rewrite {
+            memory: 1 << 30,
+            pages: 1,
+            unshared_us: 0.01,
+            under_snapshot_us: 2.0,
+            clone_us: 3.0,
+            second_us: 0.3,
+            diverged_us: 0.02,
+        });
+        let text = report(&it);
+        let line = |begin: &str| {
+            let mut lines = text.lines();
+            let line = lines.find(|line| line.starts_with(begin)).unwrap();
+            line.split_whitespace()
+                .map(str::to_owned)
+                .collect::<Vec<_>>()
+                .join(" ")
+        };
+        assert_eq!(
+            line("1.00 GiB, half-small"),
+            "1.00 GiB, half-small 256/512 1.00 ms 3.00 ms 1.50 ms x1.50 4.50 ms 400 µs x0.40 1.20 ms \
+             800 µs x0.80 2.40 ms"
+        );
+        assert_eq!(
+            line("1.00 GiB  "),
+            "1.00 GiB 10 ns 2000 ns 3000 ns x1.50 300 ns x30.0 20 ns x2.00"
+        );
+        assert!(!text.contains("an idle clone takes"), "{text}");
+    }
+}

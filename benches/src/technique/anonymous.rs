@@ -4,15 +4,17 @@
     reason = "maps guest memory and copies out of and into it"
 )]
 
+use std::fs::File;
 use std::io;
 use std::ops::Range;
+use std::os::unix::fs::FileExt;
 use std::ptr::{self, NonNull};
 use std::sync::Arc;
 
 use guest::abi::{PAGE_SIZE, REGION_SIZE};
 use palimpsest::causes::Cause;
 use palimpsest::kvm::{GuestRam, Memslot};
-use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
+use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous, munmap};
 
 use super::{BenchDevice, TechniqueError, host};
 
@@ -97,6 +99,32 @@ impl Anonymous {
         Ok(memory)
     }
 
+    /// The first `len` bytes of `file`, privately: what is written here is not written there.
+    pub(crate) fn of_file(file: &File, len: u64) -> Result<Arc<Self>, TechniqueError> {
+        let memory = Self::map(len, PageSize::Small).map_err(host("map guest memory"))?;
+        // SAFETY: replaces what `memory` has mapped, of which nobody knows yet.
+        let mapped = unsafe {
+            mmap(
+                memory.base.as_ptr().cast(),
+                len as usize,
+                ProtFlags::READ | ProtFlags::WRITE,
+                MapFlags::PRIVATE | MapFlags::FIXED | MapFlags::NORESERVE,
+                file,
+                0,
+            )
+        };
+        mapped.map_err(host("map the file with a guest's memory"))?;
+        Ok(Arc::new(memory))
+    }
+
+    /// Writes all of it to `file`, from its beginning on. Nobody may write here meanwhile.
+    pub(crate) fn write_to(&self, file: &File) -> Result<(), TechniqueError> {
+        // SAFETY: all of it is mapped, and by the caller's word nobody writes there.
+        let bytes = unsafe { std::slice::from_raw_parts(self.base.as_ptr(), self.len as usize) };
+        let written = file.write_all_at(bytes, 0);
+        written.map_err(host("write a guest's memory to a file"))
+    }
+
     /// The first byte.
     pub(crate) fn base(&self) -> NonNull<u8> {
         self.base
@@ -115,7 +143,7 @@ impl Anonymous {
 
     /// Makes every 2 MiB that is in small pages one huge page again. A page that somebody holds just then is
     /// tried again, and left as it is if that does not help: khugepaged would come back to it too.
-    pub(super) fn collapse(&self) -> Result<(), TechniqueError> {
+    pub(crate) fn collapse(&self) -> Result<(), TechniqueError> {
         let regions = (0..self.len).step_by(REGION_SIZE as usize);
         // A last part of a region has no huge page.
         for start in regions.take((self.len / REGION_SIZE) as usize) {

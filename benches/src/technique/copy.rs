@@ -36,22 +36,34 @@ impl StopAndCopy {
             copied: AtomicU64::new(0),
         })
     }
+}
 
-    /// Copies part `index` of as many as there are threads.
-    fn copy_part(&self, index: u64) {
-        let regions = self.memory.bytes().div_ceil(REGION_SIZE);
-        let border = |n: u64| (regions * n / self.threads * REGION_SIZE).min(self.memory.bytes());
-        let (start, end) = (border(index) as usize, border(index + 1) as usize);
-        // SAFETY: the range is in both mappings, which do not overlap. vCPUs and devices are
-        // stopped, so nobody writes to the source, and the destination is this thread's part alone:
-        // there is one snapshot at a time.
-        unsafe {
-            ptr::copy_nonoverlapping(
-                self.memory.base().as_ptr().add(start),
-                self.destination.base().as_ptr().add(start),
-                end - start,
-            );
+/// Copies all of `from`, with as many `threads`. Nobody may write to it meanwhile, nor use `to`, which is as
+/// large.
+pub(crate) fn copy_all(from: &Anonymous, to: &Anonymous, threads: u64) {
+    assert_eq!(from.bytes(), to.bytes());
+    thread::scope(|scope| {
+        for index in 1..threads {
+            scope.spawn(move || copy_part(from, to, index, threads));
         }
+        copy_part(from, to, 0, threads);
+    });
+}
+
+/// Copies part `index` of as many as there are threads.
+fn copy_part(from: &Anonymous, to: &Anonymous, index: u64, threads: u64) {
+    let regions = from.bytes().div_ceil(REGION_SIZE);
+    let border = |n: u64| (regions * n / threads * REGION_SIZE).min(from.bytes());
+    let (start, end) = (border(index) as usize, border(index + 1) as usize);
+    // SAFETY: the range is in both mappings, which do not overlap. vCPUs and devices are stopped, so nobody
+    // writes to the source, and of the destination this thread has this part alone: there is one copy at a
+    // time.
+    unsafe {
+        ptr::copy_nonoverlapping(
+            from.base().as_ptr().add(start),
+            to.base().as_ptr().add(start),
+            end - start,
+        );
     }
 }
 
@@ -72,12 +84,7 @@ impl Technique for StopAndCopy {
         if self.taken.swap(true, Ordering::Acquire) {
             return Err(TechniqueError::Busy);
         }
-        thread::scope(|scope| {
-            for index in 1..self.threads {
-                scope.spawn(move || self.copy_part(index));
-            }
-            self.copy_part(0);
-        });
+        copy_all(&self.memory, &self.destination, self.threads);
         self.copied
             .fetch_add(self.memory.bytes(), Ordering::Relaxed);
         Ok(Box::new(Copied(self)))

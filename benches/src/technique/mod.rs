@@ -35,6 +35,8 @@ use palimpsest::mm::ForkError;
 
 pub(crate) use anonymous::Anonymous;
 pub use anonymous::PageSize;
+pub(crate) use copy::copy_all;
+pub(crate) use fork::{Child, wait_for_the_end};
 pub use ours::Granularity;
 
 /// A technique at work on the memory of one guest.
