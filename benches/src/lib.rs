@@ -14,9 +14,10 @@
 //! | [`summary`], [`footprint`], [`heap`] | percentiles; memory of processes; memory of tables |
 //! | [`clones`] | what clones of a running VM cost |
 //! | [`copies`] | ways to make a copy of a running VM that runs |
+//! | [`stress`] | loops that must leave nothing behind |
 //! | [`console`] | progress, and Ctrl-C |
 //!
-//! `benches/snapshot.rs` and `benches/clone.rs` put them together.
+//! `benches/snapshot.rs`, `benches/clone.rs` and `benches/stress.rs` put them together.
 
 #[cfg(test)]
 mod alone;
@@ -29,6 +30,7 @@ pub mod heap;
 pub mod machine;
 pub mod measure;
 pub mod report;
+pub mod stress;
 pub mod summary;
 pub mod targets;
 pub mod technique;
