@@ -35,14 +35,15 @@ pub struct Storms {
     pub storms: u64,
     /// How long they went on.
     pub seconds: f64,
-    /// From the wish for a clone to its first instruction: the median of the storms' medians.
-    pub first_instruction_p50_us: f64,
+    /// From the wish for a clone to its first instruction: the median of the storms' medians. `None`, as all that
+    /// follows, if there was no storm to its end.
+    pub first_instruction_p50_us: Option<f64>,
     /// The longest of the storms' 99th of 100.
-    pub first_instruction_p99_us: f64,
+    pub first_instruction_p99_us: Option<f64>,
     /// From the first snapshot of a storm to its last clone: the median.
-    pub made_in_s: f64,
+    pub made_in_s: Option<f64>,
     /// What the root did meanwhile of what it did before: the median.
-    pub root_share: f64,
+    pub root_share: Option<f64>,
     /// What the oracles say, and what is not as it should be beside.
     pub wrong: Vec<String>,
     /// Memory after each storm. Every frame was given back, or that is among what is wrong.
@@ -132,10 +133,10 @@ pub fn run(memory: u64, clones: u64, going: &mut Going<'_>) -> Result<Storms, Fa
         clones,
         storms: watch.storm,
         seconds: began.elapsed().as_secs_f64(),
-        first_instruction_p50_us: median(p50).unwrap_or_default(),
-        first_instruction_p99_us: p99.into_iter().fold(0.0, f64::max),
-        made_in_s: median(made_in).unwrap_or_default(),
-        root_share: median(shares).unwrap_or_default(),
+        first_instruction_p50_us: median(p50),
+        first_instruction_p99_us: p99.into_iter().reduce(f64::max),
+        made_in_s: median(made_in),
+        root_share: median(shares),
         wrong: watch.wrong,
         flatness: levels.flatness(),
     })

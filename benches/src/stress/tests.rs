@@ -124,7 +124,7 @@ fn storms_leave_nothing_behind() {
     let storms = storms.unwrap();
     is_fine(&storms.wrong, &storms.flatness);
     assert!(
-        storms.storms > 0 && storms.first_instruction_p99_us > 1.0,
+        storms.storms > 0 && storms.first_instruction_p99_us > Some(1.0),
         "{storms:?}"
     );
 }

@@ -18,10 +18,10 @@ pub fn report(report: &StressReport) -> String {
         platform.kvm, platform.kernel, platform.cpus
     );
     text.push_str(&caveats(platform, &report.skipped));
-    let loops = loops(report);
+    let lines = loop_lines(report);
     // The first line is the header.
-    if loops.len() > 1 {
-        let _ = write!(text, "\n{}", align(&loops));
+    if lines.len() > 1 {
+        let _ = write!(text, "\n{}", align(&lines));
     }
     for line in details(report) {
         let _ = writeln!(text, "{line}");
@@ -30,10 +30,12 @@ pub fn report(report: &StressReport) -> String {
         text.push_str("\na copy of a running VM that runs; ratios to ours in a shell\n");
         text.push_str(&align(&copies(report)));
     }
-    let wrong = report.wrong();
-    if !report.loops().is_empty() {
+    let (wrong, loops) = (report.wrong(), report.loops());
+    if !loops.is_empty() {
+        let is_flat = loops.iter().all(|(_, _, flatness)| flatness.is_flat());
         let verdict = match wrong.len() {
-            0 => "nothing is wrong, and memory is flat".to_owned(),
+            0 if is_flat => "nothing is wrong, and memory is flat".to_owned(),
+            0 => "nothing is wrong; of memory too little was seen to say all".to_owned(),
             1 => "1 thing is wrong".to_owned(),
             n => format!("{n} things are wrong"),
         };
@@ -45,7 +47,7 @@ pub fn report(report: &StressReport) -> String {
     text
 }
 
-fn loops(report: &StressReport) -> Vec<Vec<String>> {
+fn loop_lines(report: &StressReport) -> Vec<Vec<String>> {
     let header = [
         "",
         "times",
@@ -62,7 +64,7 @@ fn loops(report: &StressReport) -> Vec<Vec<String>> {
         "wrong",
     ];
     let mut lines = vec![header.map(str::to_owned).to_vec()];
-    let rate = |times: u64, seconds: f64| format!("{:.1}", times as f64 / seconds.max(1e-9));
+    let rate = |times: u64, seconds: f64| format!("{:.2}", times as f64 / seconds.max(1e-9));
     let none = || ["-"; 3].map(str::to_owned);
     if let Some(it) = &report.rewinds {
         for (name, times) in [("snapshots", it.snapshots), ("restores", it.restores)] {
@@ -99,9 +101,12 @@ fn loops(report: &StressReport) -> Vec<Vec<String>> {
             rate(it.storms, it.seconds),
         ];
         line.extend(none());
-        line.push(micros(it.first_instruction_p50_us));
-        line.push(micros(it.first_instruction_p99_us));
-        line.push("-".to_owned());
+        let firsts = [
+            it.first_instruction_p50_us,
+            it.first_instruction_p99_us,
+            None,
+        ];
+        line.extend(firsts.map(|time| time.map_or("-".to_owned(), micros)));
         line.extend(memory(&it.flatness, &it.wrong));
         lines.push(line);
     }
@@ -123,12 +128,14 @@ fn details(report: &StressReport) -> Vec<String> {
             count(it.checked)
         ));
     }
-    if let Some(it) = &report.storms {
+    if let Some(it) = &report.storms
+        && let (Some(made_in), Some(share)) = (it.made_in_s, it.root_share)
+    {
         lines.push(format!(
             "storms: {} clones in {} (median), the root at {:.0}% meanwhile",
             it.clones,
-            micros(it.made_in_s * 1e6),
-            it.root_share * 100.0
+            micros(made_in * 1e6),
+            share * 100.0
         ));
     }
     lines
@@ -224,6 +231,11 @@ mod tests {
     fn what_is_fine_and_what_is_not_is_said() {
         let mut it = example();
         assert!(it.is_empty());
+        let mut short = churn(Vec::new(), Vec::new());
+        short.flatness.end = None;
+        it.churn = Some(short);
+        assert!(report(&it).contains("too short to say"));
+        assert!(report(&it).contains("nothing is wrong; of memory too little"));
         it.churn = Some(churn(Vec::new(), Vec::new()));
         let fine = report(&it);
         assert!(
@@ -235,7 +247,7 @@ mod tests {
             .find(|line| line.starts_with("fork, run, drop, 64.0 MiB"));
         let line = line.unwrap_or_default();
         assert!(
-            line.contains(" 20.0 ") && line.ends_with("yes      0"),
+            line.contains(" 20.00 ") && line.ends_with("yes      0"),
             "{fine}"
         );
 
