@@ -7,7 +7,9 @@ use std::sync::atomic::AtomicBool;
 
 use benches::clones::parent::Entries;
 use benches::clones::report::CloneReport;
-use benches::clones::{MeasureError, crowd, idle, pause, price, rewrite, targets, text};
+use benches::clones::{
+    MeasureError, crowd, idle, parse_memory, pause, price, rewrite, targets, text,
+};
 use benches::console::{self, ProgressDisplay};
 use benches::footprint;
 use benches::report::{Platform, Skipped, check_writable, write_json};
@@ -18,14 +20,14 @@ use vmm::cli::units::{bytes, parse_size};
 
 /// Measure what clones of a running VM cost.
 ///
-/// The first instruction of a clone is an `out`, and it is held in the handler of ports: it has run when it is
-/// seen there, and takes no CPU time. What is printed are times, and their ratios to a VM that is made with
-/// nothing of ours.
+/// The first instruction of a clone is an `out`, and it is held in the handler of ports: it has run when it
+/// is seen there, and takes no CPU time. What is printed are times, and their ratios to a VM that is made
+/// with nothing of ours.
 #[derive(Debug, Parser)]
 #[command(name = "clone", max_term_width = 100)]
 struct Args {
     /// Memory of parents and clones, all of it resident. What does not fit is left out
-    #[arg(long, value_name = "SIZE", value_delimiter = ',', value_parser = parse_size,
+    #[arg(long, value_name = "SIZE", value_delimiter = ',', value_parser = parse_memory,
           default_value = "256M,1G,4G,8G")]
     memory: Vec<u64>,
 

@@ -1,5 +1,5 @@
-//! Loops over snapshots, restores and clones under DMA, with all oracles on, and other ways to make a copy of a
-//! running VM beside them.
+//! Loops over snapshots, restores and clones under DMA, with all oracles on, and other ways to make a copy of
+//! a running VM beside them.
 
 use std::io::{self, Write};
 use std::path::PathBuf;
@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use benches::clones::MeasureError;
+use benches::clones::{MeasureError, parse_memory};
 use benches::console::{self, ProgressDisplay};
 use benches::copies::{self, Way};
 use benches::footprint;
@@ -17,7 +17,7 @@ use benches::stress::{Going, Length, churn, rewinds, storms, text};
 use clap::{Parser, ValueEnum};
 use palimpsest::kvm::{Kvm, PlatformError};
 use vmm::cli::chain;
-use vmm::cli::units::{bytes, parse_size};
+use vmm::cli::units::bytes;
 use vmm::session::RunError;
 use vmm::session::family::FamilyError;
 
@@ -45,17 +45,18 @@ struct Args {
     #[arg(long, conflicts_with_all = ["seconds", "memory", "copy_memory", "clones", "rounds"])]
     short: bool,
 
-    /// Memory of guests that are snapshot or cloned in loops; those of storms have a quarter of it
-    #[arg(long, value_name = "SIZE", default_value = "256M", value_parser = parse_size)]
+    /// Memory of guests in loops; those of storms have a quarter of it
+    #[arg(long, value_name = "SIZE", default_value = "256M", value_parser = parse_memory)]
     memory: u64,
 
     /// Clones of a storm
-    #[arg(long, value_name = "N", default_value = "64", value_parser = clap::value_parser!(u64).range(1..1023))]
+    #[arg(long, value_name = "N", default_value = "64",
+          value_parser = clap::value_parser!(u64).range(1..1023))]
     clones: u64,
 
     /// Memory of guests that are copied in every way, all of it resident
     #[arg(long, value_name = "SIZE", value_delimiter = ',', default_value = "256M,1G",
-          value_parser = parse_size)]
+          value_parser = parse_memory)]
     copy_memory: Vec<u64>,
 
     /// Copies of each that are measured

@@ -191,7 +191,8 @@ impl Report {
     }
 }
 
-/// Writes `report` to `path` as JSON. Whoever reads there at any moment sees the old file or the whole new one.
+/// Writes `report` to `path` as JSON. Whoever reads there at any moment sees the old file or the whole new
+/// one.
 ///
 /// # Errors
 /// The host's.

@@ -1,6 +1,6 @@
-//! A VM with nothing of ours: KVM's, a memslot on memory that is there, a vCPU with its registers, on a thread.
-//! The crate kvm-ioctls alone makes it. It is what a clone is measured against, and what other ways to copy a
-//! running VM are given to run their copies in.
+//! A VM with nothing of ours: KVM's, a memslot on memory that is there, a vCPU with its registers, on a
+//! thread. The crate kvm-ioctls alone makes it. It is what a clone is measured against, and what other ways
+//! to copy a running VM are given to run their copies in.
 #![expect(
     unsafe_code,
     reason = "the memslot: the kernel is given a range of host memory"
@@ -172,8 +172,8 @@ impl BareMachine {
         registers: Registers,
     ) -> Result<Self, MeasureError> {
         let address = memory.host_address().as_ptr().expose_provenance() as u64;
-        // SAFETY: the result keeps the memory until the thread has ended, which has the VM. It is only reached
-        // by raw pointers.
+        // SAFETY: the result keeps the memory until the thread has ended, which has the VM. It is only
+        // reached by raw pointers.
         let mut vm = unsafe { bare.create(address, Memslot::len(&**memory)) }?;
         let gate = Gate::new();
         let its = Arc::clone(&gate);

@@ -31,12 +31,14 @@ pub mod text;
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use guest::abi::{MAX_MEMORY, REGION_SIZE};
 use palimpsest::causes::Cause;
 use palimpsest::kvm::{BootError, KvmError, PlatformError, StateError};
 use palimpsest::memory::MemoryError;
 use palimpsest::mm::ForkError;
 use palimpsest::snapshot::TakeError;
 use palimpsest::vm::{BuildError, CloneError, ShellError};
+use vmm::cli::units::{bytes, parse_size};
 
 use crate::technique::TechniqueError;
 
@@ -118,6 +120,26 @@ pub enum MeasureError {
     /// Somebody pressed Ctrl-C.
     #[error("interrupted")]
     Interrupted,
+}
+
+/// The least memory of a guest that is measured.
+const LEAST_MEMORY: u64 = 32 << 20;
+
+/// The size of a guest's memory, in words: at least 32 MiB, and whole regions of 2 MiB.
+///
+/// # Errors
+/// If it is no size, or no such.
+pub fn parse_memory(text: &str) -> Result<u64, String> {
+    let memory = parse_size(text).map_err(|error| error.to_string())?;
+    let range = LEAST_MEMORY..=MAX_MEMORY;
+    if !range.contains(&memory) || !memory.is_multiple_of(REGION_SIZE) {
+        return Err(format!(
+            "a guest has {} to {}, in steps of 2 MiB",
+            bytes(LEAST_MEMORY),
+            bytes(MAX_MEMORY)
+        ));
+    }
+    Ok(memory)
 }
 
 /// Fails if somebody has pressed Ctrl-C.

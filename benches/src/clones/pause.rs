@@ -1,5 +1,5 @@
-//! How long a parent stands still for a snapshot: when no clones are made of its snapshots, when they are, and
-//! when they are no longer. The first and the last say how much the number varies by itself.
+//! How long a parent stands still for a snapshot: when no clones are made of its snapshots, when they are,
+//! and when they are no longer. The first and the last say how much the number varies by itself.
 
 use std::sync::atomic::AtomicBool;
 use std::time::Instant;

@@ -1,7 +1,7 @@
 //! The guest: a page of code with a few loops. A snapshot's registers decide in which of them a clone begins.
 //!
-//! Every loop can be interrupted anywhere: what it has done is in its registers, and what its memory must hold
-//! follows from those ([`stamp_at`]).
+//! Every loop can be interrupted anywhere: what it has done is in its registers, and what its memory must
+//! hold follows from those ([`stamp_at`]).
 
 use guest::abi::{IMAGE_GPA, PAGE_SIZE, PORT_CONSOLE, REGION_SIZE};
 use palimpsest::kvm::{EntryState, StateError, VcpuState};
@@ -40,8 +40,8 @@ const SWEEP: &[u8] = &[
     0x48, 0xff, 0xc0, // inc rax
     0xeb, 0xe4, // jmp l
 ];
-/// Writes its number in a page a time, from RDI up to RSI, over and over. When R8 was counted down to 0 it says
-/// so, once.
+/// Writes its number in a page a time, from RDI up to RSI, over and over. When R8 was counted down to 0 it
+/// says so, once.
 const STAMP: &[u8] = &[
     0x48, 0x89, 0xf9, // k: mov rcx, rdi
     0x48, 0xff, 0xc0, // l: inc rax
@@ -144,16 +144,16 @@ pub fn state_beginning(state: VcpuState, begins: Begins) -> VcpuState {
     state.with_registers(regs, sregs)
 }
 
-/// What is in page `page` of those that a guest [stamps](Program::Stamp), of which there are `pages`, when its
-/// vCPU is in `state`.
+/// What is in page `page` of those that a guest [stamps](Program::Stamp), of which there are `pages`, when
+/// its vCPU is in `state`.
 pub fn stamp_at(state: &VcpuState, pages: u64, page: u64) -> u64 {
     let regs = state.regs();
     let written = regs.rax - u64::from(regs.rip == STAMP_UNWRITTEN);
     last_number(written, pages, page)
 }
 
-/// What is in page `page` of `pages` when the numbers from 1 up to `written` were written to them, one after the
-/// other and round and round: the last of those that go to this page, 0 if none did.
+/// What is in page `page` of `pages` when the numbers from 1 up to `written` were written to them, one after
+/// the other and round and round: the last of those that go to this page, 0 if none did.
 pub fn last_number(written: u64, pages: u64, page: u64) -> u64 {
     match (written + pages - page - 1) / pages {
         0 => 0,

@@ -10,7 +10,7 @@ use palimpsest::vcpus::Capture;
 use super::bare::{Bare, BareMachine, Registers, memory_with_code};
 use super::parent::{Entries, Parent, ParentConfig};
 use super::program::{Begins, Program, beginning, stamp_at};
-use super::{MeasureError, crowd, idle, pause, price, rewrite};
+use super::{MeasureError, crowd, idle, parse_memory, pause, price, rewrite};
 use crate::alone::{alone, beside_others};
 use crate::technique::PageSize;
 use crate::technique::tests::kvm;
@@ -161,6 +161,15 @@ fn everything_can_be_measured_and_is_of_this_world() {
         rewrite.clone_us > rewrite.unshared_us && rewrite.unshared_us > 0.0,
         "{rewrite:?}"
     );
+}
+
+#[test]
+fn guests_have_whole_regions_and_room_for_what_they_write() {
+    assert_eq!(parse_memory("32M"), Ok(32 << 20));
+    assert_eq!(parse_memory("8G"), Ok(8 << 30));
+    for no in ["31M", "4K", "33M", "900G", "", "many"] {
+        assert!(parse_memory(no).is_err(), "{no}");
+    }
 }
 
 #[test]

@@ -1,5 +1,5 @@
-//! A VM in a child process, which is a fork of this one. The child has all memory as it was, and makes a VM of
-//! KVM's around it: those of its parent are of the parent's memory.
+//! A VM in a child process, which is a fork of this one. The child has all memory as it was, and makes a VM
+//! of KVM's around it: those of its parent are of the parent's memory.
 #![expect(unsafe_code, reason = "what a child says is in memory that both have")]
 
 use std::ptr::NonNull;

@@ -1,14 +1,14 @@
 //! Ways to make a copy of a running VM that runs: ours, and those it is measured against.
 //!
-//! The guest is the same, and paused in the same way; what differs is what is done meanwhile, and after. A copy
-//! begins with an `out`, and is held when that is seen ([`gate`](crate::clones::gate)).
+//! The guest is the same, and paused in the same way; what differs is what is done meanwhile, and after. A
+//! copy begins with an `out`, and is held when that is seen ([`gate`](crate::clones::gate)).
 //!
 //! | way | in the pause | after it | whose |
 //! |---|---|---|---|
 //! | ours | snapshot | clone, in a shell that is ready or not | this repository |
-//! | fork | `fork()` of the VMM | the child makes a VM of its own: KVM's do not survive a fork | fork-server fuzzers |
+//! | fork | `fork()` of the VMM | the child makes a VM: KVM's do not survive a fork | fork-server fuzzers |
 //! | file | all memory is written to a file | which a new VM maps privately | Firecracker |
-//! | copy | all memory is copied, by all cores | a new VM runs on the copy, which had its memory before | any VMM |
+//! | copy | all memory is copied, by all cores | a new VM runs on the copy | any VMM |
 //!
 //! | file | concept |
 //! |---|---|

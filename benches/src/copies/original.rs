@@ -1,5 +1,5 @@
-//! The VM that is copied by any way but ours: on memory as most VMMs have it, its vCPU run by the engine, so that
-//! it is paused as ours is.
+//! The VM that is copied by any way but ours: on memory as most VMMs have it, its vCPU run by the engine, so
+//! that it is paused as ours is.
 
 use std::sync::Arc;
 use std::thread;

@@ -1,10 +1,10 @@
-//! A parent that runs, and clones of it that do a few operations and go: snapshot, clone, run, drop, again and
-//! again, under DMA.
+//! A parent that runs, and clones of it that do a few operations and go: snapshot, clone, run, drop, again
+//! and again, under DMA.
 //!
-//! The guest [stamps](Program::Stamp) its pages, and a device its own, with numbers that go up: what each page
-//! must hold follows from how far either is. So every snapshot is held against its registers and its device, and
-//! every clone, when it has run, against its own. A byte that one writes and another sees is found, since no two
-//! are equally far.
+//! The guest [stamps](Program::Stamp) its pages, and a device its own, with numbers that go up: what each
+//! page must hold follows from how far either is. So every snapshot is held against its registers and its
+//! device, and every clone, when it has run, against its own. A byte that one writes and another sees is
+//! found, since no two are equally far.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

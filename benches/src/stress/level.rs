@@ -1,8 +1,8 @@
 //! How much memory there was when, and whether that grew.
 //!
-//! What a loop takes goes up and down with every round. So the least of the looks after the first tenth of them is
-//! held against the least of the last third: what leaks shows in the least, and what is only kept for a while does
-//! not.
+//! What a loop takes goes up and down with every round. So the least of the looks after the first tenth of
+//! them is held against the least of the last third: what leaks shows in the least, and what is only kept for
+//! a while does not.
 
 use std::io;
 

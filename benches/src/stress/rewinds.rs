@@ -32,8 +32,8 @@ pub struct Rewinds {
     pub flatness: Flatness,
 }
 
-/// Snapshots after which memory is looked at: with those that are kept, and those on their way to be checked, it
-/// grows by itself till then, and while the guest boots.
+/// Snapshots after which memory is looked at: with those that are kept, and those on their way to be checked,
+/// it grows by itself till then, and while the guest boots.
 const UNTIL_FULL: u64 = 20;
 
 /// Watches a run.

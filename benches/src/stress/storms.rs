@@ -35,8 +35,8 @@ pub struct Storms {
     pub storms: u64,
     /// How long they went on.
     pub seconds: f64,
-    /// From the wish for a clone to its first instruction: the median of the storms' medians. `None`, as all that
-    /// follows, if there was no storm to its end.
+    /// From the wish for a clone to its first instruction: the median of the storms' medians. `None`, as all
+    /// that follows, if there was no storm to its end.
     pub first_instruction_p50_us: Option<f64>,
     /// The longest of the storms' 99th of 100.
     pub first_instruction_p99_us: Option<f64>,

@@ -37,8 +37,8 @@ fn snapshots_and_restores_leave_nothing_behind() {
     let rewinds = for_so_long(Length::Rounds(60), |going| rewinds::run(MEMORY, going));
     let rewinds = rewinds.unwrap();
     assert_eq!(rewinds.wrong, [""; 0]);
-    // On a machine that is busy the checker falls behind, and more snapshots live at once: of frames a few rounds
-    // say nothing, but that all of them were given back, or it would be wrong.
+    // On a machine that is busy the checker falls behind, and more snapshots live at once: of frames a few
+    // rounds say nothing, but that all of them were given back, or it would be wrong.
     let grown = rewinds.flatness.grown.join("\n");
     assert!(!grown.contains("private memory"), "{grown}");
     assert!(rewinds.snapshots > 0 && rewinds.restores > 0, "{rewinds:?}");
