@@ -1,5 +1,6 @@
-//! How long a parent stands still for a snapshot: when no clones are made of its snapshots, when they are,
-//! and when they are no longer. The first and the last say how much the number varies by itself.
+//! How long a parent stands still for a snapshot: before clones are made of its snapshots, twice, while they
+//! are, and after. The first two say how much the number varies by itself; the last, whether the parent's
+//! memory is again what it was before.
 
 use std::sync::atomic::AtomicBool;
 use std::time::Instant;
@@ -21,20 +22,22 @@ const WRITTEN: u64 = 16 << 20;
 pub struct Pause {
     /// Bytes of memory.
     pub memory: u64,
-    /// When no clones are made.
+    /// Before there are clones.
     pub without_us: Summary,
+    /// The same, once more.
+    pub again_us: Summary,
     /// When a clone is made of each snapshot, and lives until there is one of the next.
     pub with_us: Summary,
-    /// When no clones are made any more.
+    /// When no clones are made any more, and none is left.
     pub after_us: Summary,
 }
 
 impl Pause {
-    /// What clones make of it: the ratio of medians, to the shorter and to the longer of those without.
+    /// What clones make of it while they are made, and after: ratios of medians to the longer of the two
+    /// before.
     pub fn ratios(&self) -> (f64, f64) {
-        let (one, other) = (self.without_us.p50, self.after_us.p50);
-        let with = self.with_us.p50;
-        (with / one.min(other), with / one.max(other))
+        let before = self.without_us.p50.max(self.again_us.p50);
+        (self.with_us.p50 / before, self.after_us.p50 / before)
     }
 }
 
@@ -86,6 +89,7 @@ pub fn measure(
     Ok(Pause {
         memory,
         without_us: block(false)?,
+        again_us: block(false)?,
         with_us: block(true)?,
         after_us: block(false)?,
     })

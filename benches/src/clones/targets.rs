@@ -8,8 +8,7 @@ use crate::verdict::{Bound, Verdict};
 
 const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;
-/// How far a pause with clones may be above one without and be called the same, beyond what those without
-/// differ from each other.
+/// How far a pause may be above the longer of two without clones and be called the same.
 const SAME: f64 = 1.15;
 
 /// Judges a run.
@@ -68,13 +67,19 @@ pub fn judge(report: &CloneReport) -> Vec<Verdict> {
         "idle clones of 4 GiB",
     ));
     let size = |memory: u64| format!("{} MiB", memory / MIB);
+    let pauses = report.pauses.iter();
     verdicts.push(worst(
-        "pause with clones / the longer of those without",
+        "pause with clones / the longer of two before",
         (Bound::AtMost, SAME),
-        report
-            .pauses
-            .iter()
-            .map(|pause| (pause.ratios().1, size(pause.memory))),
+        pauses
+            .clone()
+            .map(|pause| (pause.ratios().0, size(pause.memory))),
+        "pauses",
+    ));
+    verdicts.push(worst(
+        "pause after clones / the longer of two before",
+        (Bound::AtMost, SAME),
+        pauses.map(|pause| (pause.ratios().1, size(pause.memory))),
         "pauses",
     ));
     let crowds = report.crowds.iter().filter_map(|crowd| {
@@ -202,7 +207,7 @@ mod tests {
     #[test]
     fn every_target_is_there_and_says_what_it_needs() {
         let verdicts = judge(&report());
-        assert_eq!(verdicts.len(), 11);
+        assert_eq!(verdicts.len(), 12);
         let says = |it: &Verdict| it.met().is_none() && it.where_.starts_with("needs ");
         assert!(verdicts.iter().all(says));
     }
@@ -259,9 +264,10 @@ mod tests {
         }];
         report.pauses = vec![Pause {
             memory: GIB,
-            without_us: p50(100.0),
+            without_us: p50(90.0),
+            again_us: p50(100.0),
             with_us: p50(110.0),
-            after_us: p50(90.0),
+            after_us: p50(120.0),
         }];
         report.rewrites = vec![Rewrite {
             memory: GIB,
@@ -277,6 +283,7 @@ mod tests {
         assert_eq!(is("each of a crowd"), (Some(1.25), Some(false)));
         assert_eq!(is("parent's speed"), (Some(0.6), Some(true)));
         assert_eq!(is("pause with clones"), (Some(1.1), Some(true)));
+        assert_eq!(is("pause after clones"), (Some(1.2), Some(false)));
         assert_eq!(is("dense rewrite"), (Some(2.0), Some(false)));
         assert_eq!(is("once more"), (Some(1.02), Some(true)));
     }

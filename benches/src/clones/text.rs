@@ -126,29 +126,28 @@ fn crowds(report: &CloneReport) -> Vec<Vec<String>> {
 fn pauses(report: &CloneReport) -> Vec<Vec<String>> {
     let header = [
         "",
-        "without clones",
+        "before clones",
         "max",
-        "with",
+        "again",
+        "max",
+        "with clones",
         "",
         "max",
-        "without again",
+        "after",
         "",
         "max",
     ];
     let mut lines = vec![line(header)];
     for pause in &report.pauses {
-        let base = pause.without_us.p50;
-        lines.push(vec![
-            bytes(pause.memory),
-            micros(base),
-            micros(pause.without_us.max),
-            micros(pause.with_us.p50),
-            ratio(pause.with_us.p50, base),
-            micros(pause.with_us.max),
-            micros(pause.after_us.p50),
-            ratio(pause.after_us.p50, base),
-            micros(pause.after_us.max),
-        ]);
+        let mut fields = vec![bytes(pause.memory)];
+        for time in [pause.without_us, pause.again_us] {
+            fields.extend([micros(time.p50), micros(time.max)]);
+        }
+        let before = pause.without_us.p50.max(pause.again_us.p50);
+        for time in [pause.with_us, pause.after_us] {
+            fields.extend([micros(time.p50), ratio(time.p50, before), micros(time.max)]);
+        }
+        lines.push(fields);
     }
     lines
 }
