@@ -174,9 +174,13 @@ impl Parent {
             Some(shell) => Arc::clone(shell.window()),
             None => Arc::new(frames.window(bytes, Placement::Anywhere)?),
         };
-        let prices = Some(self.vm.ram().prices().as_learnt());
+        let options = MemoryOptions {
+            prices: Some(self.vm.ram().prices().as_learnt()),
+            ..MemoryOptions::default()
+        };
         let plain = |window| Box::new(window) as _;
-        let memory = Memory::clone_of(frames, snapshot.memory(), Exclusive, prices, window, plain)?;
+        let memory =
+            Memory::clone_of(frames, snapshot.memory(), Exclusive, options, window, plain)?;
         let gate = Gate::new();
         let told = Arc::clone(&gate);
         let builder = Vm::builder(memory)
