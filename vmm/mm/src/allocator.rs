@@ -446,9 +446,9 @@ impl Allocator {
     }
 
     /// Makes a home of a whole run for region number `index` of a space of `regions`. It is run number `near`
-    /// if that is free; else where there is room for all of the space, so that the homes of its other regions
-    /// can lie beside it; else any. Without memory, so that the host can give it in one piece, if there may be
-    /// memory for it.
+    /// if that is free; else where there is room for all of the space, so that the homes of its other
+    /// regions can lie beside it; else any. Without memory, so that the host can give it in one piece, if
+    /// there may be memory for it.
     pub(super) fn make_home_of_folio(
         &mut self,
         near: Option<u64>,
@@ -477,8 +477,8 @@ impl Allocator {
         Some(first)
     }
 
-    /// Makes a home of the folio's worth of frames from `head` on, all of which the caller has. Says whether it
-    /// is not somebody's home already.
+    /// Makes a home of the folio's worth of frames from `head` on, all of which the caller has. Says whether
+    /// it is not somebody's home already.
     pub(super) fn make_home_at(&mut self, head: Pfn) -> bool {
         let pages = self.folio.pages();
         let is_free = self.homes.ones(head.0, pages) == 0;

@@ -6,7 +6,8 @@
 //! one call of the MMU, be they of one region or of all of them, by huge entries or by small ones.
 //!
 //! A region whose pages are scattered over many runs, or over more than one where mappings are short, is
-//! copied whole into a folio of the clone's own, which takes one mapping. A page that cannot be shared is copied. A clone that cannot be made leaves nothing behind.
+//! copied whole into a folio of the clone's own, which takes one mapping. A page that cannot be shared is
+//! copied. A clone that cannot be made leaves nothing behind.
 
 use std::mem;
 use std::sync::Arc;
@@ -24,8 +25,8 @@ use super::space::AddressSpace;
 use super::sync::lock;
 
 /// A region in more runs of frames than this is copied. To map a run costs the host some 20 us where KVM is a
-/// shadow MMU; to give a folio memory and copy 2 MiB to it about what 64 of them cost. And a process has 65,530
-/// mappings: a thousand regions with more of them than this would be all.
+/// shadow MMU; to give a folio memory and copy 2 MiB to it about what 64 of them cost. And a process has
+/// 65,530 mappings: a thousand regions with more of them than this would be all.
 const SCATTERED: usize = 64;
 
 impl<P: CowPolicy> AddressSpace<P> {
@@ -121,7 +122,8 @@ impl<P: CowPolicy> Adoption<'_, P> {
         self.map_counted(Rest::Waits)
     }
 
-    /// Adopts what is in the chunks of the region that begins at page `first`. Says whether all could be shared.
+    /// Adopts what is in the chunks of the region that begins at page `first`. Says whether all could be
+    /// shared.
     fn adopt_chunks(&mut self, first: Gfn, chunks: &FrozenChunks) -> Result<bool, ForkError> {
         let each = self.clone.pool.huge().chunk().pages();
         let mut is_shared = true;

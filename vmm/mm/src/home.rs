@@ -2,8 +2,8 @@
 //!
 //! The frame for a page is the frame of its region's home that is as far on, for as long as nothing forces
 //! the page elsewhere. Neighbouring guest pages are then neighbours in the physmap, one mapping of the window
-//! covers them, and a first touch finds its frame by arithmetic. Frames of a home that were never touched have
-//! no memory.
+//! covers them, and a first touch finds its frame by arithmetic. Frames of a home that were never touched
+//! have no memory.
 //!
 //! ```text
 //!   a new space     | region 0 | region 1 | region 2 | region 3 |    one run, a part of it for each region
@@ -11,14 +11,14 @@
 //!   a clone           none, till a region needs a frame of its own:  ...    | region 1 | ...
 //! ```
 //! A space that was never cloned has one run. A clone has none at first: it shares frames, and a region of it
-//! gets its home when it needs a frame. And a region *moves house* (`house.rs`) when others run on in the frames of
-//! its home. Where a new home is, is chosen so that the regions of a space come to lie side by side again
-//! ([`Place`]).
+//! gets its home when it needs a frame. And a region *moves house* (`house.rs`) when others run on in the
+//! frames of its home. Where a new home is, is chosen so that the regions of a space come to lie side by side
+//! again ([`Place`]).
 //!
 //! Whoever is the last to have a folio takes over the home with it, if that was given up.
 //!
-//! A home ends when its region moves or its address space goes. Its frames are anybody's then, those that others
-//! still have when the last of them lets go; and where all are free there may be another home.
+//! A home ends when its region moves or its address space goes. Its frames are anybody's then, those that
+//! others still have when the last of them lets go; and where all are free there may be another home.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};

@@ -71,8 +71,8 @@ impl<P: CowPolicy> AddressSpace<P> {
         }
     }
 
-    /// The frame of a page at home, with whatever is in it. `None` if somebody has it, or there is no memory for
-    /// it, or no room for a home.
+    /// The frame of a page at home, with whatever is in it. `None` if somebody has it, or there is no memory
+    /// for it, or no room for a home.
     pub(super) fn allocate_at_home(
         &self,
         region: &mut RegionGuard<'_>,
@@ -123,8 +123,8 @@ impl<P: CowPolicy> AddressSpace<P> {
         }
     }
 
-    /// Makes the folio at `head`, which a huge entry of the region's maps and nobody else has, the region's home, if
-    /// it is not somebody's.
+    /// Makes the folio at `head`, which a huge entry of the region's maps and nobody else has, the region's
+    /// home, if it is not somebody's.
     pub(super) fn stay_in(&self, region: &mut RegionGuard<'_>, head: Pfn) {
         if !self.is_at_home(region, region.first())
             && let Some(home) = self.pool.home_of_folio(head)

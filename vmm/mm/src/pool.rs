@@ -1,9 +1,9 @@
 //! The frame pool: all frames of a process, and the memory they may have.
 //!
-//! A region of an address space has a *home* (`home.rs`): a frame for each of its pages, where the page is for
-//! as long as nothing forces it elsewhere. All other frames (copies for snapshots, mostly) come from the rest of the
-//! pool. Which frame is whose is `allocator.rs`; how frames come to have memory is `commit.rs`; the handles
-//! by which they are held are `fresh.rs` and `hold.rs`.
+//! A region of an address space has a *home* (`home.rs`): a frame for each of its pages, where the page is
+//! for as long as nothing forces it elsewhere. All other frames (copies for snapshots, mostly) come from the
+//! rest of the pool. Which frame is whose is `allocator.rs`; how frames come to have memory is `commit.rs`;
+//! the handles by which they are held are `fresh.rs` and `hold.rs`.
 //!
 //! Memory is asked for in whole runs as long as a huge folio, and more of them at a time in a home, so that
 //! the host can give it in huge pages (PLATFORM.md, "Huge frames without privilege").
@@ -202,8 +202,8 @@ impl FramePool {
         Ok(Fresh::of_allocated(self.reference(), &taken))
     }
 
-    /// The frame for page `index` of a home, with whatever is in it. If it has no memory, that is asked for up
-    /// to the `most`th page from there on. `None` if somebody has the frame, or there is no memory for it.
+    /// The frame for page `index` of a home, with whatever is in it. If it has no memory, that is asked for
+    /// up to the `most`th page from there on. `None` if somebody has the frame, or there is no memory for it.
     pub(super) fn allocate_at(
         &self,
         payer: &Account,

@@ -92,11 +92,11 @@ pub enum Safeguard {
     /// hold that was begun on the folio that was in the same frames before, and is counted now and taken
     /// back.
     DissolvedInTheWord,
-    /// `whole.rs`: a folio's mapping is given back after it was copied and the MMU was switched. Partner: another
-    /// machine that finds itself the last to have the folio, and writes it.
+    /// `whole.rs`: a folio's mapping is given back after it was copied and the MMU was switched. Partner:
+    /// another machine that finds itself the last to have the folio, and writes it.
     FolioLeftLast,
-    /// `folio.rs`: who splits a huge entry counts the small ones before it gives the huge one back. Partner: another
-    /// machine that has the folio by a huge entry, and asks whether it is the last.
+    /// `folio.rs`: who splits a huge entry counts the small ones before it gives the huge one back. Partner:
+    /// another machine that has the folio by a huge entry, and asks whether it is the last.
     SplitCountsPagesFirst,
 }
 

@@ -1,5 +1,5 @@
-//! Breaks of a whole region: all of its pages are made writable at once, so that one mapping does for them and
-//! nothing in it faults again.
+//! Breaks of a whole region: all of its pages are made writable at once, so that one mapping does for them
+//! and nothing in it faults again.
 //!
 //! Of a region that a huge entry maps, the folio is taken over, or the snapshots or the writer get a copy of
 //! it in one piece. Of one in small entries each page is taken over or copied, and if all come to lie in a
@@ -140,8 +140,8 @@ impl<P: CowPolicy> AddressSpace<P> {
         }
     }
 
-    /// Makes the frame of a page exclusive, or says in which one a copy of it is. If the page `comes_home`, it
-    /// does not stay elsewhere, even though that costs a copy more.
+    /// Makes the frame of a page exclusive, or says in which one a copy of it is. If the page `comes_home`,
+    /// it does not stay elsewhere, even though that costs a copy more.
     fn take_over(
         &self,
         region: &mut RegionGuard<'_>,
@@ -150,7 +150,8 @@ impl<P: CowPolicy> AddressSpace<P> {
         comes_home: bool,
     ) -> Result<Option<Fresh>, FaultError> {
         let pfn = entry.pfn();
-        // Nobody pins a frame that is not exclusive, under the right policy; under others it is a matter of luck.
+        // Nobody pins a frame that is not exclusive, under the right policy; under others it is a matter of
+        // luck.
         let state = self.pool.state(pfn);
         let may_move = comes_home && !state.is_exclusive() && state.is_idle();
         let at_home = match may_move {

@@ -1,5 +1,5 @@
-//! Machines that share a folio of two pages, by huge entries or by small ones: who leaves it, who is the last,
-//! and who comes while others leave.
+//! Machines that share a folio of two pages, by huge entries or by small ones: who leaves it, who is the
+//! last, and who comes while others leave.
 
 use super::*;
 use crate::mm::Order;
@@ -32,7 +32,8 @@ fn clone_with_price<C: Policy>(w: &World<C>, whole_price: u32) -> SoftVm<C> {
 const WHOLE: u32 = 0;
 const BY_PAGE: u32 = 1000;
 
-/// Both write to the folio at once: each moves to a folio of its own, or is the last by then and takes it over.
+/// Both write to the folio at once: each moves to a folio of its own, or is the last by then and takes it
+/// over.
 pub(crate) fn whole_breaks_of_a_folio_by_parent_and_clone<C: Policy>() {
     let w = folio_of_two::<C>(WHOLE);
     let clone = clone_with_price(&w, WHOLE);

@@ -21,8 +21,8 @@ const GROUP: usize = 64;
 pub(in super::super) struct Table {
     /// The huge entry of each region, if it is present.
     huge: Box<[AtomicU64]>,
-    /// The rest, made when somebody first looks at a region of the group: a clone has huge entries long before
-    /// it has need of more.
+    /// The rest, made when somebody first looks at a region of the group: a clone has huge entries long
+    /// before it has need of more.
     groups: Box<[OnceLock<Group>]>,
     pages: u64,
     /// How large a region is.

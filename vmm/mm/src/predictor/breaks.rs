@@ -16,9 +16,9 @@
 
 use super::probe::is_probe;
 
-/// Small breaks that one counts as that moves the writer, and not the sharers. It is a `mmap` where that is an
-/// `mprotect`, half as dear again with its fault; and leaves up to two mappings more, which stay, where that
-/// leaves them till the next fork.
+/// Small breaks that one counts as that moves the writer, and not the sharers. It is a `mmap` where that is
+/// an `mprotect`, half as dear again with its fault; and leaves up to two mappings more, which stay, where
+/// that leaves them till the next fork.
 const MOVE: u32 = 2;
 
 /// The breaks of one region since the last fork, and what was learnt from those before.

@@ -72,8 +72,8 @@ fn an_old_home_is_anybodys() {
     host.settle();
 }
 
-/// Whoever rewrites all of its memory ends as a fresh machine would, and copies each page once: the clone, who
-/// was cloned, or both by turns.
+/// Whoever rewrites all of its memory ends as a fresh machine would, and copies each page once: the clone,
+/// who was cloned, or both by turns.
 #[test]
 fn dense_rewrites_end_in_huge_entries_and_few_mappings() {
     const REGION: u64 = 16;
@@ -267,8 +267,8 @@ fn the_last_machine_takes_over_without_a_copy() {
     }
 }
 
-/// A chain of clones, each with a snapshot, all of which have written: dropped in any order, the middle first,
-/// all that is left is as it was, and in the end nothing is left.
+/// A chain of clones, each with a snapshot, all of which have written: dropped in any order, the middle
+/// first, all that is left is as it was, and in the end nothing is left.
 #[test]
 fn a_chain_of_clones_goes_in_any_order() {
     enum Link {
