@@ -44,6 +44,7 @@ mod table_bits;
 pub(crate) mod tables;
 #[cfg(test)]
 pub(crate) mod tests;
+pub(crate) mod urgent;
 mod vcpu;
 mod vcpus;
 mod watch;

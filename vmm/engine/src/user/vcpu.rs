@@ -19,6 +19,7 @@ use crate::host::Window;
 use crate::kvm::control::{Control, Phase, RegisterTask, TaskState, VcpuCommand};
 use crate::kvm::counters::Counters;
 use crate::kvm::memory::GuestRam;
+use crate::kvm::urgent;
 use crate::kvm::{
     CrashReason, CrashReport, Outcome, PortAction, PortHandler, StateError, VcpuRunError,
     WriteFaultError,
@@ -123,6 +124,7 @@ impl Running {
             // made of them. That the guest's code runs in this process is what this accelerator is: who asks
             // for it trusts the guest.
             let raw = unsafe { self.crossing.enter() };
+            urgent::end();
             let Vcpu { ram, addresses, .. } = &self.vcpu;
             let exit = exit::of(raw, self.crossing.frame(), addresses, &**ram);
             if matches!(exit, Exit::Out { .. } | Exit::WriteFault { .. }) {
@@ -228,6 +230,7 @@ impl Running {
         let (control, index) = (Arc::clone(&self.vcpu.control), self.vcpu.index);
         let _span = span!("parked");
         control.enter_phase(index, Phase::Parked);
+        urgent::begin();
         while let Some(task) = control.next_task(index) {
             let done: Result<_, StateError> = match task {
                 RegisterTask::Capture => {

@@ -9,6 +9,7 @@ use crate::kvm::fault;
 use crate::kvm::outcome::CrashReport;
 use crate::kvm::registers::{self, EntryState};
 use crate::kvm::state::{Clock, VcpuState};
+use crate::kvm::urgent;
 use crate::timeline::span;
 
 /// Bytes of code in a crash report.
@@ -32,6 +33,7 @@ impl Vcpu {
     pub(super) fn park(&mut self) {
         let _span = span!("parked");
         self.control.enter_phase(self.index, Phase::Parked);
+        urgent::begin();
         while let Some(task) = self.control.next_task(self.index) {
             let done = match task {
                 RegisterTask::Capture => {

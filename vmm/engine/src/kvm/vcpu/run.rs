@@ -17,6 +17,7 @@ use crate::kvm::error::VcpuRunError;
 use crate::kvm::kick::KickFlag;
 use crate::kvm::outcome::{CrashReason, Outcome};
 use crate::kvm::port::PortAction;
+use crate::kvm::urgent;
 use crate::timeline::span;
 
 impl Vcpu {
@@ -71,6 +72,7 @@ impl Vcpu {
             }
             let entered = Instant::now();
             let exit = self.enter_guest();
+            urgent::end();
             if matches!(exit, Exit::Out { .. } | Exit::WriteFault(_)) {
                 self.ram.was_entered(entered.elapsed());
             }
