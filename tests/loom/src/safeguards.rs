@@ -64,6 +64,12 @@ safeguards! {
     folio_barrier_for_a_run: FolioBarrier, pins_of_a_folio_against_fork, "isolation";
     folio_looked_at_again: FolioLookedAtAgain, pin_of_a_folios_page_against_fork, "isolation";
     dissolved_in_the_word: DissolvedInTheWord, reader_of_a_folio_against_its_next_lives, "count below zero";
+    lent_stays: LentStays, lending_against_break, "isolation";
+    lent_stays_whole: LentStays, lending_against_whole_break, "isolation";
+    lent_stays_by_chunk: LentStays, lending_against_break_for_another_snapshot, "isolation";
+    loan_ends_with_move: LoanEndsWithMove, second_lending_against_break, "isolation";
+    adopted_before_given_back: AdoptedBeforeGivenBack, adoption_against_break, "isolation";
+    borrowed_before_entry: BorrowedBeforeEntry, get_against_adoption, "isolation";
     folio_looked_at_again_for_a_run: FolioLookedAtAgain, pins_of_a_folio_against_fork, "isolation";
 }
 

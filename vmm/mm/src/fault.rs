@@ -11,14 +11,15 @@
 //! ```
 //!
 //! A *break* needs a copy, and somebody gets it:
-//! * **sharers move**: if all others that share the frame are snapshots, which have no vCPUs, *they* are
-//!   pointed at the copy. The writer keeps its frame, and its window keeps its shape; one `mprotect` at most.
+//! * **sharers move**: if all others that share the frame are snapshots, which have no vCPUs and are not lent to
+//!   who has, *they* are pointed at the copy. The writer keeps its frame, and its window keeps its shape; one `mprotect` at most.
 //! * **writer moves** otherwise (what Linux does): the writer's page is pointed at the copy.
 
 use std::sync::Weak;
 use std::sync::atomic::Ordering;
 
 use super::addr::{Gfn, OutOfRange, Pfn};
+use super::adopt::TooManyMappings;
 use super::commit::AllocError;
 use super::entry::Entry;
 use super::fresh::Fresh;
@@ -69,6 +70,9 @@ pub enum FaultError {
     /// The MMU could not be changed.
     #[error(transparent)]
     Mmu(#[from] MmuError),
+    /// The region is borrowed, and cannot be made the space's own.
+    #[error(transparent)]
+    TooManyMappings(#[from] TooManyMappings),
 }
 
 /// What a break is for.
@@ -116,7 +120,7 @@ impl<P: CowPolicy> AddressSpace<P> {
             .transpose()?;
         let stale =
             is_left_out(Safeguard::FaultLooksUnderLock).then(|| self.mapped.table.peek(gfn));
-        let mut region = self.mapped.table.lock_of(gfn);
+        let mut region = self.lock_of(gfn)?;
         let entry = stale.unwrap_or_else(|| region.get(gfn));
         let resolution = self.resolve_entry(&mut region, gfn, entry, Intent::Write)?;
         self.count(Intent::Write, resolution);
@@ -151,7 +155,7 @@ impl<P: CowPolicy> AddressSpace<P> {
     pub fn unshare(&self, gfn: Gfn) -> Result<(), FaultError> {
         self.mapped.table.in_range(gfn)?;
         let _no_fork = self.mapped.enter()?;
-        let mut region = self.mapped.table.lock_of(gfn);
+        let mut region = self.lock_of(gfn)?;
         let resolution = self.resolve(&mut region, gfn, Intent::Unshare)?;
         self.count(Intent::Unshare, resolution);
         Ok(())
@@ -259,7 +263,7 @@ impl<P: CowPolicy> AddressSpace<P> {
     }
 
     /// Points every snapshot that shares `pfn` for page `gfn` at a copy. Says whether the frame is exclusive
-    /// to this space then: not if anything but a snapshot's mapping holds it. Of a page that a huge entry
+    /// to this space then: not if anything but a snapshot's mapping holds it, or the snapshot is lent. Of a page that a huge entry
     /// maps, only whether no snapshot is left.
     ///
     /// The bytes cannot change while they are copied: the frame is not exclusive, so no entry maps it
@@ -279,7 +283,10 @@ impl<P: CowPolicy> AddressSpace<P> {
         let mut holders: Vec<_> = sharing().map(|s| s.lock().holder(gfn)).collect();
         holders.sort_unstable();
         holders.dedup();
-        if state.refs() != state.maps() || holders.len() as u64 + 1 != state.maps() {
+        if state.refs() != state.maps()
+            || holders.len() as u64 + 1 != state.maps()
+            || sharing().any(|s| s.lock().is_lent(gfn))
+        {
             return Ok(false);
         }
         // Held until it is handed out to all: a snapshot that has it already may be dropped at any time.
@@ -287,6 +294,7 @@ impl<P: CowPolicy> AddressSpace<P> {
         self.copy(pfn, copy.pfn());
         let copied_to = copy.pfn();
         let mut copy = Some(copy);
+        let mut all_moved = true;
         for snapshot in sharing() {
             let mut theirs = snapshot.lock();
             // Only we move it, under our own region's lock, and it cannot be dropped while it is upgraded.
@@ -294,15 +302,20 @@ impl<P: CowPolicy> AddressSpace<P> {
             // counted. Those that have it in common with one that was moved before are not here any more.
             debug_assert_eq!(theirs.get(gfn).pfn(), pfn, "{gfn:?} of a snapshot moved");
             if self.pool.frames().try_map_held(copied_to).is_ok() {
-                theirs.move_page(gfn, copied_to);
+                // It may have been lent since.
+                let is_moved = theirs.try_move_page(gfn, copied_to);
+                if !is_moved {
+                    self.pool.unmap(copied_to);
+                }
+                all_moved &= is_moved;
             }
             if is_left_out(Safeguard::CopyIsHeld) {
                 copy = None;
             }
         }
         drop(copy);
-        if region.huge().is_some() {
-            return Ok(true);
+        if region.huge().is_some() || !all_moved {
+            return Ok(all_moved);
         }
         // Whoever took a hold of the frame in the meantime makes this fail; then the writer moves after all.
         let proved = self.pool.frames().try_reuse(pfn, &self.policy).is_ok();

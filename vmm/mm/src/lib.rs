@@ -35,11 +35,13 @@
 //! | `pool_ref` | how what somebody has of a pool outlives it |
 //! | `hold`, `fresh` | the handles: what devices and readers have of frames; frames between two owners |
 //! | `pool` | all frames of a process, and the limit of their memory |
+//! | `lent` | what of a snapshot clones show without counting it as theirs |
 //! | `frozen` | snapshots, and what they share with each other |
 //! | `mapped/table` | the entries of a space, and the locks of its regions |
 //! | `mapped` | the table and the MMU, changed as one; what becomes of a change that is refused |
 //! | `lineage` | what the next fork takes over from the last one |
 //! | `space` | live address spaces; lock order |
+//! | `adopt` | how what a clone has borrowed becomes its own |
 //! | `open` | what comes before every change of a page |
 //! | `house` | where pages get their frames, and when a region moves to another home |
 //! | `fault` | write fault and unshare: how a page becomes exclusive, and who gets the copy |
@@ -60,6 +62,7 @@
 #![forbid(unsafe_code)]
 
 mod addr;
+mod adopt;
 mod ahead;
 mod allocator;
 mod bits;
@@ -80,6 +83,7 @@ mod get;
 mod hold;
 mod home;
 mod house;
+mod lent;
 mod lineage;
 mod mapped;
 mod merge;
@@ -112,6 +116,7 @@ mod tests;
 mod readme {}
 
 pub use addr::{Access, Gfn, Order, OutOfRange, PAGE_SIZE, Pfn, Protection, REGION_PAGES};
+pub use adopt::TooManyMappings;
 pub use allocator::PoolUsage;
 pub use commit::AllocError;
 pub use entry::Entry;

@@ -144,7 +144,7 @@ impl<P: CowPolicy> AddressSpace<P> {
             Access::Write => Intent::Write,
         };
         let _no_fork = self.mapped.enter().map_err(FaultError::from)?;
-        let mut region = self.mapped.table.lock_of(gfn);
+        let mut region = self.lock_of(gfn).map_err(FaultError::from)?;
         let mut entry = region.get(gfn);
         let ready = access == Access::Read || entry.is_writable();
         if !ready || !self.policy.may_pin(self.pool.state(entry.pfn()), access) {

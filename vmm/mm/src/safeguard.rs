@@ -92,11 +92,23 @@ pub enum Safeguard {
     /// hold that was begun on the folio that was in the same frames before, and is counted now and taken
     /// back.
     DissolvedInTheWord,
+    /// `lent.rs`: what is lent is not moved. Partner: a break that would give a snapshot the copy whose frame a
+    /// clone's window shows.
+    LentStays,
+    /// `lent.rs`: a loan whose regions have moved is not lent again. Partner: the next clone, which maps where
+    /// they were.
+    LoanEndsWithMove,
+    /// `adopt.rs`: a region's mappings are counted before it is given back. Partner: a break that moves the
+    /// snapshot as soon as nobody borrows it.
+    AdoptedBeforeGivenBack,
+    /// `get.rs`: who looks without a lock asks whether a page is borrowed before he reads its entry. Partner:
+    /// who adopts it in between: it would be taken for untouched.
+    BorrowedBeforeEntry,
 }
 
 impl Safeguard {
     /// All of them, each at its own number.
-    pub const ALL: [Self; 30] = [
+    pub const ALL: [Self; 34] = [
         Self::PinRereadsEntry,
         Self::PinAcquires,
         Self::PinTestsInTheWord,
@@ -127,6 +139,10 @@ impl Safeguard {
         Self::FolioBarrier,
         Self::FolioLookedAtAgain,
         Self::DissolvedInTheWord,
+        Self::LentStays,
+        Self::LoanEndsWithMove,
+        Self::AdoptedBeforeGivenBack,
+        Self::BorrowedBeforeEntry,
     ];
 }
 
