@@ -5,6 +5,7 @@
 //! | `transitions` | PROTOCOL.md 3.2 for base frames: faults, pins, forks, restores |
 //! | `folio` | huge folios: sharing, splitting, breaking whole regions |
 //! | `get`, `dirty`, `discard`, `migrate`, `merge`, `force` | each operation: its contract, each of its errors |
+//! | `lent` | what clones borrow: who counts it, who moves, when it becomes theirs |
 //! | `policies` | the rules as tables; which scenario goes wrong under which policy |
 //! | `allocator` | who has which frame, against a plain list
 //! | `commit` | who waits for the host, and what goes back to it
@@ -27,6 +28,7 @@ mod discard;
 mod folio;
 mod force;
 mod get;
+mod lent;
 mod merge;
 mod migrate;
 mod policies;
