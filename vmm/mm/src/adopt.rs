@@ -7,13 +7,14 @@
 //!   adopted           read-only      both                                   its own mapping
 //!   opened (`open`)   read-only      the space; who else has the snapshot   its own mapping
 //! ```
-//! It is done under the region's lock, by whoever is first to do anything with it: nobody looks at the entries
-//! of a region before. The order is what makes it safe: mappings are counted while the snapshot is lent still,
-//! so that it cannot move away from frames that the window shows, and entries are published before the region
-//! is said to be adopted, so that nobody who reads them without a lock takes it for untouched.
+//! It is done under the region's lock, by whoever is first to do anything with it: nobody looks at the
+//! entries of a region before. The order is what makes it safe: mappings are counted while the snapshot is
+//! lent still, so that it cannot move away from frames that the window shows, and entries are published
+//! before the region is said to be adopted, so that nobody who reads them without a lock takes it for
+//! untouched.
 //!
-//! The snapshot's region stays in the clone's lineage until the region changes. Whoever is the last to have it
-//! takes it from there, and finds himself the frames' last holder.
+//! The snapshot's region stays in the clone's lineage until the region changes. Whoever is the last to have
+//! it takes it from there, and finds himself the frames' last holder.
 //!
 //! What only looks does without: [`AddressSpace::entry`] and a reader's hold ask the snapshot's region.
 
@@ -31,8 +32,8 @@ use super::safeguard::{Safeguard, is_left_out};
 use super::space::AddressSpace;
 use super::sync::lock;
 
-/// A frame has as many mappings as can be counted, so that a clone's page in it cannot become its own. Nothing
-/// has changed.
+/// A frame has as many mappings as can be counted, so that a clone's page in it cannot become its own.
+/// Nothing has changed.
 #[derive(Debug, thiserror::Error)]
 #[error("{gfn:?} cannot be told from its snapshot: its frame has too many mappings ({state:?})")]
 pub struct TooManyMappings {
@@ -127,8 +128,8 @@ impl<P> AddressSpace<P> {
         self.borrowed.give_back(node, slot);
     }
 
-    /// Calls `look` with the entry of a page as the snapshot's region has it that it is borrowed of. None if it
-    /// is not borrowed (any more).
+    /// Calls `look` with the entry of a page as the snapshot's region has it that it is borrowed of. None if
+    /// it is not borrowed (any more).
     ///
     /// It changes neither meanwhile: nobody takes the snapshot's region from the lineage, and till then the
     /// page is in that frame, by the loan or by a mapping of the space's own.

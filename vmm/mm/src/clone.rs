@@ -2,18 +2,18 @@
 //!
 //! A clone is made while its siblings, and the space that was forked, write. It **borrows** the snapshot, 64
 //! regions at a time: what is lent stays in its frames (`lent.rs`). All that is left to do is to map them, in
-//! *runs*: pages that follow each other, in frames that do, with one call of the MMU, be they of one region or
-//! of all of them. How long it takes depends on how many runs there are, and hardly on how much memory: no
+//! *runs*: pages that follow each other, in frames that do, with one call of the MMU, be they of one region
+//! or of all of them. How long it takes depends on how many runs there are, and hardly on how much memory: no
 //! region is looked at, until the clone does something with it, and *adopts* it (`adopt.rs`).
 //!
 //! A region whose pages are scattered over many runs, or over more than one where mappings are short, is
 //! copied whole into a folio of the clone's own, which takes one mapping.
 //!
 //! What cannot be borrowed is adopted at once: under the lock of the snapshot's region each page's frame is
-//! given one mapping more, so that from then on whoever writes it breaks; and what cannot be shared is copied.
-//! That is the region at the end, if it is shorter than a folio, since what has been shared of that is counted
-//! in entries; and all of it under a policy that would not share everything that is shared already, as it would
-//! have to be asked about each page.
+//! given one mapping more, so that from then on whoever writes it breaks; and what cannot be shared is
+//! copied. That is the region at the end, if it is shorter than a folio, since what has been shared of that
+//! is counted in entries; and all of it under a policy that would not share everything that is shared
+//! already, as it would have to be asked about each page.
 //!
 //! A clone that cannot be made leaves nothing behind.
 
@@ -35,8 +35,8 @@ use super::space::AddressSpace;
 use super::sync::lock;
 
 /// A region in more runs of frames than this is copied. To map a run costs the host some 20 us where KVM is a
-/// shadow MMU; to give a folio memory and copy 2 MiB to it about what 64 of them cost. And a process has 65,530
-/// mappings: a thousand regions with more of them than this would be all.
+/// shadow MMU; to give a folio memory and copy 2 MiB to it about what 64 of them cost. And a process has
+/// 65,530 mappings: a thousand regions with more of them than this would be all.
 const SCATTERED: usize = 64;
 
 impl<P: CowPolicy> AddressSpace<P> {
@@ -214,7 +214,8 @@ impl<P: CowPolicy> Adoption<'_, P> {
         self.map_counted(Rest::Waits)
     }
 
-    /// Adopts what is in the chunks of the region that begins at page `first`. Says whether all could be shared.
+    /// Adopts what is in the chunks of the region that begins at page `first`. Says whether all could be
+    /// shared.
     fn adopt_chunks(&mut self, first: Gfn, chunks: &FrozenChunks) -> Result<bool, ForkError> {
         let each = self.clone.pool.huge().chunk().pages();
         let mut is_shared = true;

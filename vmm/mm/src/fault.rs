@@ -11,8 +11,9 @@
 //! ```
 //!
 //! A *break* needs a copy, and somebody gets it:
-//! * **sharers move**: if all others that share the frame are snapshots, which have no vCPUs and are not lent to
-//!   who has, *they* are pointed at the copy. The writer keeps its frame, and its window keeps its shape; one `mprotect` at most.
+//! * **sharers move**: if all others that share the frame are snapshots, which have no vCPUs, and are not lent
+//!   to who has, *they* are pointed at the copy. The writer keeps its frame, and its window keeps its shape;
+//!   one `mprotect` at most.
 //! * **writer moves** otherwise (what Linux does): the writer's page is pointed at the copy.
 
 use std::sync::Weak;
@@ -263,8 +264,8 @@ impl<P: CowPolicy> AddressSpace<P> {
     }
 
     /// Points every snapshot that shares `pfn` for page `gfn` at a copy. Says whether the frame is exclusive
-    /// to this space then: not if anything but a snapshot's mapping holds it, or the snapshot is lent. Of a page that a huge entry
-    /// maps, only whether no snapshot is left.
+    /// to this space then: not if anything but a snapshot's mapping holds it, or the snapshot is lent. Of a
+    /// page that a huge entry maps, only whether no snapshot is left.
     ///
     /// The bytes cannot change while they are copied: the frame is not exclusive, so no entry maps it
     /// writable and no pin on it exists.

@@ -238,8 +238,8 @@ impl FrameTable {
         );
     }
 
-    /// One more mapping, possibly shared, of a frame that is mapped possibly shared, and stays so while this is
-    /// called. Refused if the counter is full.
+    /// One more mapping, possibly shared, of a frame that is mapped possibly shared, and stays so while this
+    /// is called. Refused if the counter is full.
     pub(super) fn try_map_again(&self, pfn: Pfn) -> Result<(), FrameState> {
         self.update(pfn, |s| {
             debug_assert!(s.maps() > 0, "{pfn:?} is not mapped");

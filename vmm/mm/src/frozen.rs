@@ -205,8 +205,8 @@ impl FrozenTable {
             .fold(0, |slots, (slot, _)| slots | 1 << slot)
     }
 
-    /// Lends `slots` of a node, which are regions that are there, to one more: they do not move until they are
-    /// given back. None if there are none.
+    /// Lends `slots` of a node, which are regions that are there, to one more: they do not move until they
+    /// are given back. None if there are none.
     pub(super) fn lend(&self, node: usize, slots: Slots) -> Option<Arc<Lent>> {
         let node = self.root[node].as_ref()?;
         (slots != 0).then(|| node.lend(slots))
@@ -469,7 +469,8 @@ impl FrozenChunk {
         frames.zip(lock(&self.pages).frames).all(|(a, b)| a == b)
     }
 
-    /// Calls `look` with the frames of its pages, which stay there and as they are for the length of the call.
+    /// Calls `look` with the frames of its pages, which stay there and as they are for the length of the
+    /// call.
     pub(super) fn with_frames<R>(&self, look: impl FnOnce(&[Pfn]) -> R) -> R {
         look(&lock(&self.pages).frames)
     }

@@ -38,7 +38,8 @@ impl<P: CowPolicy> AddressSpace<P> {
         let table = &self.mapped.table;
         table.in_range(gfn)?;
         let stale = is_left_out(Safeguard::BorrowedBeforeEntry).then(|| table.peek(gfn));
-        // A page that has no entry because it is borrowed is not untouched. Once it is not borrowed it has one.
+        // A page that has no entry because it is borrowed is not untouched. Once it is not borrowed it has
+        // one.
         if let Some(hold) = self.with_borrowed(gfn, |entry| get_locked(&self.pool, entry)) {
             return Ok(hold);
         }

@@ -1,10 +1,10 @@
 //! Loans: what of a snapshot its clones show without having it counted as theirs.
 //!
-//! A clone's window shows the snapshot's frames from the start, but the clone *adopts* a region, has a mapping
-//! of its own counted for each of its frames, only when it first does something with it (`adopt.rs`). Till
-//! then it **borrows** the region: the snapshot's own mapping stands for the clone's too. That is right as long
-//! as the snapshot stays in these frames, so what is lent is not moved (`fault.rs`): whoever breaks a page of
-//! it moves himself.
+//! A clone's window shows the snapshot's frames from the start, but the clone *adopts* a region, has a
+//! mapping of its own counted for each of its frames, only when it first does something with it (`adopt.rs`).
+//! Till then it **borrows** the region: the snapshot's own mapping stands for the clone's too. That is right
+//! as long as the snapshot stays in these frames, so what is lent is not moved (`fault.rs`): whoever breaks a
+//! page of it moves himself.
 //!
 //! ```text
 //!   Node (64 regions of one snapshot or more) ──> Lent {runs} ──> Loan {borrowers of each region, is over}

@@ -92,11 +92,11 @@ pub enum Safeguard {
     /// hold that was begun on the folio that was in the same frames before, and is counted now and taken
     /// back.
     DissolvedInTheWord,
-    /// `lent.rs`: what is lent is not moved. Partner: a break that would give a snapshot the copy whose frame a
-    /// clone's window shows.
+    /// `lent.rs`: what is lent is not moved. Partner: a break that would give a snapshot the copy whose frame
+    /// a clone's window shows.
     LentStays,
-    /// `lent.rs`: a loan whose regions have moved is not lent again. Partner: the next clone, which maps where
-    /// they were.
+    /// `lent.rs`: a loan whose regions have moved is not lent again. Partner: the next clone, which maps
+    /// where they were.
     LoanEndsWithMove,
     /// `adopt.rs`: a region's mappings are counted before it is given back. Partner: a break that moves the
     /// snapshot as soon as nobody borrows it.

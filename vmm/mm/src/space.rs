@@ -29,8 +29,8 @@ use super::sync::{Mutex, lock};
 ///    kernel's `mmap_lock`).
 /// 2. the lock of one region of this space (the kernel's page-table lock).
 /// 3. `lineage`, what the next fork takes over; and the predictor's own. Never both.
-/// 4. the lock of the same region of one snapshot at a time, of one of its chunks, and of a loan they are part
-///    of; before them, of a node of the snapshot that is being lent.
+/// 4. the lock of the same region of one snapshot at a time, of one of its chunks, and of a loan they are
+///    part of; before them, of a node of the snapshot that is being lent.
 /// 5. the pool's allocator.
 ///
 /// Entries change only under 2; frame states change by compare-and-swap, with or without locks.
@@ -199,12 +199,12 @@ impl<P> Drop for AddressSpace<P> {
     /// Frames that are still pinned live on as orphans until their pins are dropped. The caller has stopped
     /// the vCPUs: the MMU is not changed.
     fn drop(&mut self) {
+        self.give_back_all();
         let pool = &self.pool;
         self.mapped.dismantle(|entry| match entry.is_huge() {
             true => pool.unmap_huge(entry.pfn()),
             false => pool.unmap(entry.pfn()),
         });
-        self.give_back_all();
         lock(&self.lineage).unchanged = FrozenTable::default();
     }
 }

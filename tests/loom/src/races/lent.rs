@@ -20,8 +20,8 @@ fn whole_clone<C: Policy>(w: &World<C>, frozen: &Frozen) -> SoftVm<C> {
     clone
 }
 
-/// A clone is made of a snapshot, which it borrows, while a page is broken: the snapshot is given the copy, or
-/// lent.
+/// A clone is made of a snapshot, which it borrows, while a page is broken: the snapshot is given the copy,
+/// or lent.
 pub(crate) fn lending_against_break<C: Policy>() {
     let w = huge_world::<C>();
     let frozen = w.fork();
@@ -47,8 +47,8 @@ pub(crate) fn lending_against_whole_break<C: Policy>() {
     w.settle();
 }
 
-/// The same, of a snapshot that has the page in common with another, by a chunk: whoever moves the other moves
-/// both.
+/// The same, of a snapshot that has the page in common with another, by a chunk: whoever moves the other
+/// moves both.
 pub(crate) fn lending_against_break_for_another_snapshot<C: Policy>() {
     let w = huge_world::<C>();
     drop(w.fork());
@@ -66,7 +66,8 @@ pub(crate) fn lending_against_break_for_another_snapshot<C: Policy>() {
     w.settle();
 }
 
-/// The second clone of a snapshot maps what was worked out for the first, if nothing has moved since that went.
+/// The second clone of a snapshot maps what was worked out for the first, if nothing has moved since that
+/// went.
 pub(crate) fn second_lending_against_break<C: Policy>() {
     let w = huge_world::<C>();
     let frozen = w.fork();

@@ -333,8 +333,8 @@ impl RegionGuard<'_> {
         }
     }
 
-    /// Publishes what a snapshot's region says, whose frames were counted once more for this: a huge entry, or
-    /// a small one for each page that has a frame.
+    /// Publishes what a snapshot's region says, whose frames were counted once more for this: a huge entry,
+    /// or a small one for each page that has a frame.
     pub(in super::super) fn adopt_huge(&mut self, head: Pfn) {
         self.set_huge(Entry::huge_read_only(head));
     }

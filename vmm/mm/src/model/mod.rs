@@ -205,8 +205,8 @@ impl Model {
         })
     }
 
-    /// As [`Model::holders`], with the mappings that spaces keep for their next fork, or without. What a space
-    /// has borrowed, and not adopted, is counted once, for the snapshot's region, whoever has that.
+    /// As [`Model::holders`], with the mappings that spaces keep for their next fork, or without. What a
+    /// space has borrowed, and not adopted, is counted once, for the snapshot's region, whoever has that.
     fn holders_and(
         &self,
         kept: bool,

@@ -26,8 +26,8 @@ fn maps(w: &Huge, pfn: Pfn) -> u64 {
     w.pool.state(pfn).maps()
 }
 
-/// All that nobody but a clone's vCPUs sees costs nothing: its window shows the snapshot's frames, and no count
-/// says so.
+/// All that nobody but a clone's vCPUs sees costs nothing: its window shows the snapshot's frames, and no
+/// count says so.
 #[test]
 fn a_clone_is_counted_when_it_first_does_something() {
     let w = huge().written();
@@ -83,6 +83,8 @@ fn a_snapshot_moves_unless_it_is_lent() {
         let clone = w.clone_of(&frozen);
         w.vm.cpu_write(P, 1).unwrap();
         assert_eq!((w.stats().writer_moved, w.stats().sharers_moved), (1, 0));
+        // The clone is somebody who runs on in the region's home: it moves to another.
+        assert_eq!(w.is_huge(P), is_whole);
         assert_eq!(frozen.frame(P), clone.space.entry(P).map(Entry::pfn));
 
         drop(clone);
@@ -136,6 +138,23 @@ fn what_another_snapshot_has_in_common_with_a_lent_one_stays_too() {
     drop((clone, other));
     w.assert_as_written(&frozen);
     drop(frozen);
+    w.settle();
+}
+
+/// A node that nobody shares is changed in place: what was lent of it before is not what is lent of it then.
+#[test]
+fn what_was_lent_of_a_node_is_forgotten_when_it_changes() {
+    let w = huge().written();
+    let frozen = w.vm.space.fork().unwrap();
+    drop(w.clone_of(&frozen));
+    drop(frozen);
+    w.vm.cpu_write(P, 100).unwrap();
+    let frozen = w.vm.space.fork().unwrap();
+    let clone = w.clone_of(&frozen);
+    w.vm.cpu_write(P, 1).unwrap();
+    assert_eq!((w.stats().writer_moved, w.stats().sharers_moved), (1, 0));
+    assert_eq!((clone.cpu_read(P), w.vm.cpu_read(P)), (100, 1));
+    drop((frozen, clone));
     w.settle();
 }
 
@@ -215,8 +234,8 @@ fn clones_of_clones_borrow_of_the_first_snapshot() {
     }
 }
 
-/// What was worked out for a node serves every clone, of each snapshot that has the node, till something of it
-/// moves.
+/// What was worked out for a node serves every clone, of each snapshot that has the node, till something of
+/// it moves.
 #[test]
 fn what_is_lent_is_worked_out_once() {
     // Two nodes.
@@ -333,8 +352,8 @@ fn under_a_policy_that_does_not_share_all_nothing_is_borrowed() {
     w.settle();
 }
 
-/// A frame with as many mappings as can be counted: whatever would make the region the clone's own is refused,
-/// with everything as it was, and looks go on.
+/// A frame with as many mappings as can be counted: whatever would make the region the clone's own is
+/// refused, with everything as it was, and looks go on.
 #[test]
 fn what_cannot_be_counted_stays_borrowed() {
     for is_huge in [true, false] {
