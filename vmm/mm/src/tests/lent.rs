@@ -149,6 +149,8 @@ fn what_was_lent_of_a_node_is_forgotten_when_it_changes() {
     drop(w.clone_of(&frozen));
     drop(frozen);
     w.vm.cpu_write(P, 100).unwrap();
+    // A fork by itself makes another node.
+    w.vm.space.prepare_fork();
     let frozen = w.vm.space.fork().unwrap();
     let clone = w.clone_of(&frozen);
     w.vm.cpu_write(P, 1).unwrap();
