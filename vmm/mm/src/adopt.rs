@@ -58,10 +58,13 @@ impl Borrowed {
 }
 
 impl<P> AddressSpace<P> {
-    /// Locks a region to do something with it: it is this space's own then.
+    /// Locks a region to do something with it: it is this space's own then. (A lock that is handed on in a
+    /// `Result` is copied, which costs a fault more than all the rest of its way to the entry: there it is
+    /// taken by itself, and the region adopted.)
     ///
     /// # Errors
     /// If it is borrowed, and cannot be adopted.
+    #[inline]
     pub(super) fn lock(&self, index: usize) -> Result<RegionGuard<'_>, TooManyMappings> {
         let mut region = self.mapped.table.lock(index);
         self.adopt(&mut region)?;
@@ -69,15 +72,22 @@ impl<P> AddressSpace<P> {
     }
 
     /// Locks the region that `gfn` lies in: [`AddressSpace::lock`].
+    #[inline]
     pub(super) fn lock_of(&self, gfn: Gfn) -> Result<RegionGuard<'_>, TooManyMappings> {
         self.lock(self.mapped.table.region_of(gfn))
     }
 
     /// Makes a region the space's own, if it is borrowed.
+    #[inline]
     pub(super) fn adopt(&self, region: &mut RegionGuard<'_>) -> Result<(), TooManyMappings> {
-        if !region.is_borrowed() {
-            return Ok(());
+        if region.is_borrowed() {
+            self.adopt_borrowed(region)?;
         }
+        Ok(())
+    }
+
+    #[cold]
+    fn adopt_borrowed(&self, region: &mut RegionGuard<'_>) -> Result<(), TooManyMappings> {
         let lender = lock(&self.lineage).unchanged.get(region.index()).cloned();
         if is_left_out(Safeguard::AdoptedBeforeGivenBack) {
             self.give_back(region);
@@ -133,18 +143,23 @@ impl<P> AddressSpace<P> {
     ///
     /// It changes neither meanwhile: nobody takes the snapshot's region from the lineage, and till then the
     /// page is in that frame, by the loan or by a mapping of the space's own.
+    #[inline]
     pub(super) fn with_borrowed<R>(&self, gfn: Gfn, look: impl FnOnce(Entry) -> R) -> Option<R> {
         let index = self.mapped.table.region_of(gfn);
         if !self.mapped.table.is_borrowed(index) {
             return None;
         }
+        self.with_lender(index, |lender| lender.lock().with(gfn, look))
+    }
+
+    /// Calls `look` with the snapshot's region that a region is borrowed of.
+    fn with_lender<R>(&self, index: usize, look: impl FnOnce(&FrozenRegion) -> R) -> Option<R> {
         let lineage = lock(&self.lineage);
         // Adopted is before opened: if it is borrowed now, what it is borrowed of is there.
         if !self.mapped.table.is_borrowed(index) {
             return None;
         }
-        let lender = lineage.unchanged.get(index)?;
-        Some(lender.lock().with(gfn, look))
+        lineage.unchanged.get(index).map(|lender| look(lender))
     }
 
     /// Gives back all that is borrowed still, of a space that is going.

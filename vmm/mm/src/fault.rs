@@ -121,7 +121,8 @@ impl<P: CowPolicy> AddressSpace<P> {
             .transpose()?;
         let stale =
             is_left_out(Safeguard::FaultLooksUnderLock).then(|| self.mapped.table.peek(gfn));
-        let mut region = self.lock_of(gfn)?;
+        let mut region = self.mapped.table.lock_of(gfn);
+        self.adopt(&mut region)?;
         let entry = stale.unwrap_or_else(|| region.get(gfn));
         let resolution = self.resolve_entry(&mut region, gfn, entry, Intent::Write)?;
         self.count(Intent::Write, resolution);
@@ -156,7 +157,8 @@ impl<P: CowPolicy> AddressSpace<P> {
     pub fn unshare(&self, gfn: Gfn) -> Result<(), FaultError> {
         self.mapped.table.in_range(gfn)?;
         let _no_fork = self.mapped.enter()?;
-        let mut region = self.lock_of(gfn)?;
+        let mut region = self.mapped.table.lock_of(gfn);
+        self.adopt(&mut region)?;
         let resolution = self.resolve(&mut region, gfn, Intent::Unshare)?;
         self.count(Intent::Unshare, resolution);
         Ok(())
@@ -275,19 +277,22 @@ impl<P: CowPolicy> AddressSpace<P> {
         gfn: Gfn,
         pfn: Pfn,
     ) -> Result<bool, FaultError> {
-        let sharing = || {
-            let alive = region.state.sharers.iter().filter_map(Weak::upgrade);
-            alive.filter(|s| s.lock().get(gfn).pfn() == pfn)
-        };
+        let alive = || region.state.sharers.iter().filter_map(Weak::upgrade);
+        let sharing = || alive().filter(|s| s.lock().get(gfn).pfn() == pfn);
         let state = self.pool.state(pfn);
         // Snapshots may have it in common.
-        let mut holders: Vec<_> = sharing().map(|s| s.lock().holder(gfn)).collect();
+        let mut holders = Vec::new();
+        let mut is_lent = false;
+        for snapshot in alive() {
+            let theirs = snapshot.lock();
+            if theirs.get(gfn).pfn() == pfn {
+                holders.push(theirs.holder(gfn));
+                is_lent |= theirs.is_lent(gfn);
+            }
+        }
         holders.sort_unstable();
         holders.dedup();
-        if state.refs() != state.maps()
-            || holders.len() as u64 + 1 != state.maps()
-            || sharing().any(|s| s.lock().is_lent(gfn))
-        {
+        if state.refs() != state.maps() || holders.len() as u64 + 1 != state.maps() || is_lent {
             return Ok(false);
         }
         // Held until it is handed out to all: a snapshot that has it already may be dropped at any time.

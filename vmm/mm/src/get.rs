@@ -56,7 +56,8 @@ impl<P: CowPolicy> AddressSpace<P> {
     fn get_to_write(&self, gfn: Gfn) -> Result<Get, FaultError> {
         self.mapped.table.in_range(gfn)?;
         let _no_fork = self.mapped.enter()?;
-        let mut region = self.lock_of(gfn)?;
+        let mut region = self.mapped.table.lock_of(gfn);
+        self.adopt(&mut region)?;
         let resolution = self.resolve(&mut region, gfn, Intent::Write)?;
         self.count(Intent::Write, resolution);
         Ok(get_locked(&self.pool, region.get(gfn)))

@@ -93,11 +93,13 @@ impl Table {
     ///
     /// Acquire pairs with the release in [`RegionGuard::own`]: who sees that it is not borrowed any more sees
     /// the entries it was given.
+    #[inline]
     pub(in super::super) fn is_borrowed(&self, index: usize) -> bool {
         self.borrowed(index / GROUP) >> (index % GROUP) & 1 != 0
     }
 
     /// Which regions of a group are borrowed.
+    #[inline]
     pub(in super::super) fn borrowed(&self, group: usize) -> Slots {
         self.borrowed[group].load(Ordering::Acquire)
     }
@@ -308,10 +310,12 @@ impl RegionGuard<'_> {
 
     /// Whether it has no entries because it is borrowed: then it must be adopted before anything else is done
     /// to it.
+    #[inline]
     pub(in super::super) fn is_borrowed(&self) -> bool {
         self.borrowed.load(Ordering::Acquire) & self.slot_of_group() != 0
     }
 
+    #[inline]
     fn slot_of_group(&self) -> Slots {
         1 << (self.index % GROUP)
     }
