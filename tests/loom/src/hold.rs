@@ -90,11 +90,21 @@ hold! {
     clone_against_whole_break_of_a_folio
     clone_against_break_of_a_folios_page
     end_of_a_clone_against_whole_break_of_its_sibling
+    lending_against_break
+    lending_against_whole_break
+    lending_against_break_for_another_snapshot
+    second_lending_against_break
+    adoption_against_break
+    adoption_against_drop_of_the_snapshot
+    get_against_adoption
+    pin_against_adoption
 }
 
 hold! {
     holds_within_three:
 
+    adoption_against_adoption
+    adoption_against_adoption_by_the_last_but_one
     pins_of_a_folio_against_fork
     reader_of_a_folio_against_its_next_lives
     two_forks_that_need_the_last_memory

@@ -68,6 +68,12 @@ safeguards! {
     folio_pages_looked_at_for_a_clone: FolioPagesLookedAt, split_of_a_clone_against_reuse_by_its_parent, "isolation";
     folio_left_last: FolioLeftLast, whole_breaks_of_a_folio_by_parent_and_clone, "isolation";
     split_counts_pages_first: SplitCountsPagesFirst, split_of_a_clone_against_reuse_by_its_parent, "freed twice";
+    lent_stays: LentStays, lending_against_break, "isolation";
+    lent_stays_whole: LentStays, lending_against_whole_break, "isolation";
+    lent_stays_by_chunk: LentStays, lending_against_break_for_another_snapshot, "isolation";
+    loan_ends_with_move: LoanEndsWithMove, second_lending_against_break, "isolation";
+    adopted_before_given_back: AdoptedBeforeGivenBack, adoption_against_break, "isolation";
+    borrowed_before_entry: BorrowedBeforeEntry, get_against_adoption, "isolation";
     folio_looked_at_again_for_a_run: FolioLookedAtAgain, pins_of_a_folio_against_fork, "isolation";
 }
 

@@ -1,23 +1,34 @@
 //! Clones: live address spaces made of a snapshot, whose frames they share (PROTOCOL.md T10).
 //!
-//! A clone is made while its siblings, and the space that was forked, write. Each page is *adopted*: under
-//! the lock of the snapshot's region its frame is given one mapping more, so that from then on whoever writes
-//! it breaks. What is counted is then mapped in *runs*: pages that follow each other, in frames that do, with
-//! one call of the MMU, be they of one region or of all of them, by huge entries or by small ones.
+//! A clone is made while its siblings, and the space that was forked, write. It **borrows** the snapshot, 64
+//! regions at a time: what is lent stays in its frames (`lent.rs`). All that is left to do is to map them, in
+//! *runs*: pages that follow each other, in frames that do, with one call of the MMU, be they of one region
+//! or of all of them. How long it takes depends on how many runs there are, and hardly on how much memory: no
+//! region is looked at, until the clone does something with it, and *adopts* it (`adopt.rs`).
 //!
 //! A region whose pages are scattered over many runs, or over more than one where mappings are short, is
-//! copied whole into a folio of the clone's own, which takes one mapping. A page that cannot be shared is
-//! copied. A clone that cannot be made leaves nothing behind.
+//! copied whole into a folio of the clone's own, which takes one mapping.
+//!
+//! What cannot be borrowed is adopted at once: under the lock of the snapshot's region each page's frame is
+//! given one mapping more, so that from then on whoever writes it breaks; and what cannot be shared is
+//! copied. That is the region at the end, if it is shorter than a folio, since what has been shared of that
+//! is counted in entries; and all of it under a policy that would not share everything that is shared
+//! already, as it would have to be asked about each page.
+//!
+//! A clone that cannot be made leaves nothing behind.
 
 use std::mem;
 use std::sync::Arc;
 
 use super::account::Account;
 use super::addr::{Gfn, Pfn};
+use super::adopt::Borrowed;
 use super::entry::Entry;
 use super::fork::{Copies, ForkError};
-use super::frozen::{Frozen, FrozenChunks, FrozenRegion};
-use super::mapped::table::Stretch;
+use super::frame_state::{FrameState, GETS, MAPS, PINS};
+use super::frozen::{Frozen, FrozenChunks, FrozenRegion, FrozenTable};
+use super::lent::{FAN_OUT, Lent, Loan, Run, each};
+use super::mapped::table::{Stretch, StretchKind};
 use super::mmu::Mmu;
 use super::policy::CowPolicy;
 use super::safeguard::{Safeguard, is_left_out};
@@ -56,31 +67,64 @@ impl<P: CowPolicy> AddressSpace<P> {
         account: Account,
     ) -> Result<Self, ForkError> {
         let pool = Arc::clone(&frozen.pool);
-        let clone = Self::without_home(pool, policy, mmu, frozen.pages(), account);
+        let mut clone = Self::without_home(pool, policy, mmu, frozen.pages(), account);
+        // Until it changes something, its own forks are what the snapshot is: where all of it is shared.
+        lock(&clone.lineage).unchanged = frozen.table.clone();
+        let lent = clone.borrow(&frozen.table);
         let mut adoption = Adoption {
             clone: &clone,
             counted: Vec::new(),
             different: Vec::new(),
         };
-        for (index, from) in frozen.table.iter() {
-            adoption.adopt(index, from)?;
+        for (node, lent) in lent.iter().enumerate() {
+            adoption.adopt_node(&frozen.table, node, lent.as_deref())?;
         }
         adoption.map_counted(Rest::Mapped)?;
         let different = mem::take(&mut adoption.different);
         drop(adoption);
-        // Until it changes something, its own forks are what the snapshot is: where all of it is shared.
-        lock(&clone.lineage).unchanged = frozen.table.clone();
         for index in different {
             clone.open_all(&mut clone.mapped.table.lock(index));
         }
         Ok(clone)
     }
+
+    /// Borrows what can be borrowed of a snapshot, by node.
+    fn borrow(&mut self, snapshot: &FrozenTable) -> Vec<Option<Arc<Lent>>> {
+        if !shares_what_is_shared(&self.policy) {
+            return vec![None; snapshot.nodes()];
+        }
+        let table = &self.mapped.table;
+        // A region that is too short is the last.
+        let last = table.regions().saturating_sub(1);
+        let (end, slot) = Loan::place(last);
+        let is_short = table.pages_of_region(last).1 < self.pool.huge().pages();
+        let lend = |node| {
+            let mut slots = snapshot.slots(node);
+            if node == end && is_short {
+                slots &= !slot;
+            }
+            let lent = snapshot.lend(node, slots)?;
+            table.borrow(node, slots);
+            Some(lent)
+        };
+        let lent: Vec<_> = (0..snapshot.nodes()).map(lend).collect();
+        let loan = |lent: &Option<Arc<Lent>>| lent.as_ref().map(|lent| Arc::clone(&lent.loan));
+        self.borrowed = Borrowed(lent.iter().map(loan).collect());
+        lent
+    }
+}
+
+/// Whether a policy has everything shared that is shared already, whoever holds it.
+fn shares_what_is_shared(policy: &impl CowPolicy) -> bool {
+    let shared = FrameState::FREE.plus(&MAPS);
+    let held = shared.and_then(|s| s.plus(&GETS)?.plus(&PINS));
+    held.is_some_and(|held| policy.may_share(held))
 }
 
 /// A clone that is being made.
 struct Adoption<'a, P: CowPolicy> {
     clone: &'a AddressSpace<P>,
-    /// What has a mapping more on the clone's behalf, and is not mapped yet: in order.
+    /// What has a mapping more on the clone's behalf, or is borrowed, and is not mapped yet: in order.
     counted: Vec<Stretch>,
     /// The regions that the snapshot does not have in common with the clone.
     different: Vec<usize>,
@@ -94,6 +138,73 @@ enum Rest {
 }
 
 impl<P: CowPolicy> Adoption<'_, P> {
+    /// Takes what a node of the snapshot has: as it is `lent`, or region by region.
+    fn adopt_node(
+        &mut self,
+        snapshot: &FrozenTable,
+        node: usize,
+        lent: Option<&Lent>,
+    ) -> Result<(), ForkError> {
+        if let Some(lent) = lent {
+            for &(slot, pieces) in &lent.uneven {
+                if self.is_scattered(pieces) {
+                    let index = node * FAN_OUT + slot;
+                    let mut region = self.clone.mapped.table.lock(index);
+                    self.clone.give_back(&mut region);
+                }
+            }
+            self.count_runs(node, lent);
+            self.map_counted(Rest::Waits)?;
+        }
+        let borrowed = self.clone.mapped.table.borrowed(node);
+        for slot in each(snapshot.slots(node) & !borrowed) {
+            let index = node * FAN_OUT + slot;
+            if let Some(from) = snapshot.get(index) {
+                self.adopt(index, from)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Notes the runs that are lent of a node, where it is borrowed.
+    fn count_runs(&mut self, node: usize, lent: &Lent) {
+        let table = &self.clone.mapped.table;
+        let is_all = lent
+            .uneven
+            .iter()
+            .all(|&(slot, _)| table.is_borrowed(node * FAN_OUT + slot));
+        for &Run {
+            first,
+            frame,
+            count,
+        } in &lent.runs
+        {
+            if is_all {
+                self.count(first, frame, count, StretchKind::Borrowed);
+                continue;
+            }
+            let mut done = 0;
+            while done < count {
+                let at = Gfn(first.0 + done);
+                let part = table.rest_of_region(at).min(count - done);
+                if table.is_borrowed(table.region_of(at)) {
+                    self.count(at, Pfn(frame.0 + done), part, StretchKind::Borrowed);
+                }
+                done += part;
+            }
+        }
+    }
+
+    /// Whether a region in so many runs of frames is to be copied.
+    fn is_scattered(&self, runs: usize) -> bool {
+        let most = if self.clone.mapped.is_crowded() {
+            1
+        } else {
+            SCATTERED
+        };
+        runs > most
+    }
+
     /// Adopts a region of the snapshot.
     fn adopt(&mut self, index: usize, from: &FrozenRegion) -> Result<(), ForkError> {
         let clone = self.clone;
@@ -104,7 +215,7 @@ impl<P: CowPolicy> Adoption<'_, P> {
             let _locked = (!is_left_out(Safeguard::CloneUnderLock)).then_some(theirs);
             let frames = clone.pool.frames();
             if frames.try_share_huge(head, &clone.policy).is_ok() {
-                self.count(first, head, count, true);
+                self.count(first, head, count, StretchKind::Huge);
                 true
             } else {
                 frames.mark_by_page(head);
@@ -144,12 +255,7 @@ impl<P: CowPolicy> Adoption<'_, P> {
     /// whether it has.
     fn copy_scattered(&self, index: usize, chunks: &FrozenChunks) -> Result<bool, ForkError> {
         let clone = self.clone;
-        let most = if clone.mapped.is_crowded() {
-            1
-        } else {
-            SCATTERED
-        };
-        if self.runs_of(chunks) <= most {
+        if !self.is_scattered(self.runs_of(chunks)) {
             return Ok(false);
         }
         let mut region = clone.mapped.table.lock(index);
@@ -215,27 +321,29 @@ impl<P: CowPolicy> Adoption<'_, P> {
         for (gfn, &pfn) in (first.0..).map(Gfn).zip(frames) {
             if pfn != Pfn::ZERO {
                 let ours = self.clone.share_or_copy(gfn, pfn, &mut copies)?;
-                self.count(gfn, ours, 1, false);
+                self.count(gfn, ours, 1, StretchKind::Small);
             }
         }
         self.clone.pool.memory().copy_all(&copies);
         Ok(copies.is_empty())
     }
 
-    /// Notes that `count` pages from `first` on, in the frames from `frame` on, have a mapping more.
-    fn count(&mut self, first: Gfn, frame: Pfn, count: u64, is_huge: bool) {
+    /// Notes that `count` pages from `first` on, in the frames from `frame` on, have a mapping more, or are
+    /// borrowed.
+    fn count(&mut self, first: Gfn, frame: Pfn, count: u64, kind: StretchKind) {
         let next = Stretch {
             first,
             frame,
             count,
-            is_huge,
+            kind,
         };
         let table = &self.clone.mapped.table;
         match self.counted.last_mut() {
             Some(last)
                 if last.is_followed_by(&next)
-                    && last.is_huge == is_huge
-                    && (is_huge || table.region_of(last.first) == table.region_of(first)) =>
+                    && last.kind == kind
+                    && (kind != StretchKind::Small
+                        || table.region_of(last.first) == table.region_of(first)) =>
             {
                 last.count += count;
             }
@@ -269,17 +377,19 @@ impl<P: CowPolicy> Adoption<'_, P> {
 }
 
 impl<P: CowPolicy> Drop for Adoption<'_, P> {
-    /// Gives back what was counted for nothing. What is mapped goes with the clone.
+    /// Gives back what was counted for nothing. What is mapped or borrowed goes with the clone.
     fn drop(&mut self) {
         let pool = &self.clone.pool;
         for stretch in &self.counted {
             let frames = stretch.frame.run(stretch.count);
-            if stretch.is_huge {
-                let pages = pool.huge().pages();
-                let heads = frames.step_by(pages as usize);
-                heads.for_each(|head| pool.unmap_huge(head));
-            } else {
-                frames.for_each(|pfn| pool.unmap(pfn));
+            match stretch.kind {
+                StretchKind::Borrowed => {}
+                StretchKind::Small => frames.for_each(|pfn| pool.unmap(pfn)),
+                StretchKind::Huge => {
+                    let pages = pool.huge().pages();
+                    let heads = frames.step_by(pages as usize);
+                    heads.for_each(|head| pool.unmap_huge(head));
+                }
             }
         }
     }

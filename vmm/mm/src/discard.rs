@@ -28,8 +28,8 @@ impl<P: CowPolicy> AddressSpace<P> {
         // In order, as `merge` takes its two. Everybody else has one at a time.
         let mut regions: Vec<_> = (self.mapped.table.region_of(first)
             ..=self.mapped.table.region_of(last))
-            .map(|index| self.mapped.table.lock(index))
-            .collect();
+            .map(|index| self.lock(index))
+            .collect::<Result<_, _>>()?;
 
         for region in &mut regions {
             self.open_all(region);

@@ -11,14 +11,16 @@
 //! ```
 //!
 //! A *break* needs a copy, and somebody gets it:
-//! * **sharers move**: if all others that share the frame are snapshots, which have no vCPUs, *they* are
-//!   pointed at the copy. The writer keeps its frame, and its window keeps its shape; one `mprotect` at most.
+//! * **sharers move**: if all others that share the frame are snapshots, which have no vCPUs, and are not lent
+//!   to who has, *they* are pointed at the copy. The writer keeps its frame, and its window keeps its shape;
+//!   one `mprotect` at most.
 //! * **writer moves** otherwise (what Linux does): the writer's page is pointed at the copy.
 
 use std::sync::Weak;
 use std::sync::atomic::Ordering;
 
 use super::addr::{Gfn, OutOfRange, Pfn};
+use super::adopt::TooManyMappings;
 use super::commit::AllocError;
 use super::entry::Entry;
 use super::fresh::Fresh;
@@ -69,6 +71,9 @@ pub enum FaultError {
     /// The MMU could not be changed.
     #[error(transparent)]
     Mmu(#[from] MmuError),
+    /// The region is borrowed, and cannot be made the space's own.
+    #[error(transparent)]
+    TooManyMappings(#[from] TooManyMappings),
 }
 
 /// What a break is for.
@@ -117,6 +122,7 @@ impl<P: CowPolicy> AddressSpace<P> {
         let stale =
             is_left_out(Safeguard::FaultLooksUnderLock).then(|| self.mapped.table.peek(gfn));
         let mut region = self.mapped.table.lock_of(gfn);
+        self.adopt(&mut region)?;
         let entry = stale.unwrap_or_else(|| region.get(gfn));
         let resolution = self.resolve_entry(&mut region, gfn, entry, Intent::Write)?;
         self.count(Intent::Write, resolution);
@@ -153,6 +159,7 @@ impl<P: CowPolicy> AddressSpace<P> {
         self.mapped.table.in_range(gfn)?;
         let _no_fork = self.mapped.enter()?;
         let mut region = self.mapped.table.lock_of(gfn);
+        self.adopt(&mut region)?;
         let resolution = self.resolve(&mut region, gfn, Intent::Unshare)?;
         self.count(Intent::Unshare, resolution);
         Ok(())
@@ -264,8 +271,8 @@ impl<P: CowPolicy> AddressSpace<P> {
     }
 
     /// Points every snapshot that shares `pfn` for page `gfn` at a copy. Says whether the frame is exclusive
-    /// to this space then: not if anything but a snapshot's mapping holds it. Of a page that a huge entry
-    /// maps, only whether no snapshot is left.
+    /// to this space then: not if anything but a snapshot's mapping holds it, or the snapshot is lent. Of a
+    /// page that a huge entry maps, only whether no snapshot is left.
     ///
     /// The bytes cannot change while they are copied: the frame is not exclusive, so no entry maps it
     /// writable and no pin on it exists.
@@ -275,16 +282,22 @@ impl<P: CowPolicy> AddressSpace<P> {
         gfn: Gfn,
         pfn: Pfn,
     ) -> Result<bool, FaultError> {
-        let sharing = || {
-            let alive = region.state.sharers.iter().filter_map(Weak::upgrade);
-            alive.filter(|s| s.lock().get(gfn).pfn() == pfn)
-        };
+        let alive = || region.state.sharers.iter().filter_map(Weak::upgrade);
+        let sharing = || alive().filter(|s| s.lock().get(gfn).pfn() == pfn);
         let state = self.pool.state(pfn);
         // Snapshots may have it in common.
-        let mut holders: Vec<_> = sharing().map(|s| s.lock().holder(gfn)).collect();
+        let mut holders = Vec::new();
+        let mut is_lent = false;
+        for snapshot in alive() {
+            let theirs = snapshot.lock();
+            if theirs.get(gfn).pfn() == pfn {
+                holders.push(theirs.holder(gfn));
+                is_lent |= theirs.is_lent(gfn);
+            }
+        }
         holders.sort_unstable();
         holders.dedup();
-        if state.refs() != state.maps() || holders.len() as u64 + 1 != state.maps() {
+        if state.refs() != state.maps() || holders.len() as u64 + 1 != state.maps() || is_lent {
             return Ok(false);
         }
         // Held until it is handed out to all: a snapshot that has it already may be dropped at any time.
@@ -292,6 +305,7 @@ impl<P: CowPolicy> AddressSpace<P> {
         self.copy(pfn, copy.pfn());
         let copied_to = copy.pfn();
         let mut copy = Some(copy);
+        let mut all_moved = true;
         for snapshot in sharing() {
             let mut theirs = snapshot.lock();
             // Only we move it, under our own region's lock, and it cannot be dropped while it is upgraded.
@@ -299,15 +313,20 @@ impl<P: CowPolicy> AddressSpace<P> {
             // counted. Those that have it in common with one that was moved before are not here any more.
             debug_assert_eq!(theirs.get(gfn).pfn(), pfn, "{gfn:?} of a snapshot moved");
             if self.pool.frames().try_map_held(copied_to).is_ok() {
-                theirs.move_page(gfn, copied_to);
+                // It may have been lent since.
+                let is_moved = theirs.try_move_page(gfn, copied_to);
+                if !is_moved {
+                    self.pool.unmap(copied_to);
+                }
+                all_moved &= is_moved;
             }
             if is_left_out(Safeguard::CopyIsHeld) {
                 copy = None;
             }
         }
         drop(copy);
-        if region.huge().is_some() {
-            return Ok(true);
+        if region.huge().is_some() || !all_moved {
+            return Ok(all_moved);
         }
         // Whoever took a hold of the frame in the meantime makes this fail; then the writer moves after all.
         let proved = self.pool.frames().try_reuse(pfn, &self.policy).is_ok();

@@ -122,6 +122,13 @@ impl FrameTable {
         FolioState(self.folios[self.huge.index(pfn.0)].load(Ordering::Acquire))
     }
 
+    /// As if so many huge entries mapped the folio that `pfn` is in.
+    #[cfg(test)]
+    pub(super) fn set_folio_maps(&self, pfn: Pfn, maps: u64) {
+        let rest = self.folio_state(pfn).0 & !HUGE_MAPS.max();
+        self.folios[self.huge.index(pfn.0)].store(rest | maps, Ordering::Release);
+    }
+
     /// The first frame of the folio that `pfn` is in.
     #[inline]
     pub(super) fn head(&self, pfn: Pfn) -> Pfn {

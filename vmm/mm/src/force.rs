@@ -25,7 +25,7 @@ impl<P: CowPolicy> AddressSpace<P> {
         );
         self.mapped.table.in_range(gfn)?;
         let _no_fork = self.mapped.enter()?;
-        let mut region = self.mapped.table.lock_of(gfn);
+        let mut region = self.lock_of(gfn)?;
         let resolution = self.resolve(&mut region, gfn, Intent::Unshare)?;
         self.count(Intent::Unshare, resolution);
         let pfn = region.get(gfn).pfn();

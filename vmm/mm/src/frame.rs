@@ -238,6 +238,16 @@ impl FrameTable {
         );
     }
 
+    /// One more mapping, possibly shared, of a frame that is mapped possibly shared, and stays so while this
+    /// is called. Refused if the counter is full.
+    pub(super) fn try_map_again(&self, pfn: Pfn) -> Result<(), FrameState> {
+        self.update(pfn, |s| {
+            debug_assert!(s.maps() > 0, "{pfn:?} is not mapped");
+            s.possibly_shared().plus(&MAPS)
+        })
+        .map(drop)
+    }
+
     /// One more mapping, possibly shared, of a frame the caller holds. Refused if the counter is full.
     pub(super) fn try_map_held(&self, pfn: Pfn) -> Result<(), FrameState> {
         self.update(pfn, |s| {

@@ -129,6 +129,10 @@ impl FrameState {
         Self(self.0 & !(PINS.max() << PINS.shift) | pins << PINS.shift)
     }
 
+    /// Possibly shared, with as many mappings as can be counted.
+    #[cfg(test)]
+    pub(super) const FULL: Self = Self(MAPS.max() << MAPS.shift);
+
     #[inline]
     pub(super) const fn exclusive(self) -> Self {
         Self(self.0 | EXCLUSIVE.one())

@@ -18,7 +18,8 @@
 //! that moves the sharers moves a page once for all of them.
 //!
 //! A snapshot is never written, but not bound to frames either: when a running space writes to a page that
-//! only snapshots share with it, *they* are given the copy (`fault.rs`).
+//! only snapshots share with it, *they* are given the copy (`fault.rs`). Unless it is lent to clones, whose
+//! windows show its frames (`lent.rs`): then it stays where it is.
 
 use std::fmt;
 use std::mem;
@@ -29,11 +30,9 @@ use super::account::Account;
 use super::addr::{Gfn, Order, OutOfRange, Pfn};
 use super::entry::Entry;
 use super::frame_state::FrameState;
+use super::lent::{FAN_OUT, Leases, Lending, Lent, Slots, each};
 use super::pool::FramePool;
 use super::sync::{Mutex, MutexGuard, lock};
-
-/// Regions that a node of the tree has.
-const FAN_OUT: usize = 64;
 
 /// A snapshot of an address space: its pages as they were at one instant. It has no vCPUs and is never
 /// written.
@@ -126,8 +125,51 @@ pub(super) struct FrozenTable {
     root: Arc<Vec<Option<Arc<Node>>>>,
 }
 
-#[derive(Clone)]
-struct Node([Option<Arc<FrozenRegion>>; FAN_OUT]);
+/// Some regions that follow each other.
+struct Node {
+    regions: [Option<Arc<FrozenRegion>>; FAN_OUT],
+    /// The last loan of them, if there was one, so that what was worked out for it need not be again.
+    lent: Mutex<Option<Arc<Lent>>>,
+}
+
+impl Node {
+    fn empty() -> Self {
+        Self {
+            regions: [const { None }; FAN_OUT],
+            lent: Mutex::new(None),
+        }
+    }
+
+    /// Lends `slots`, which are regions that are there, to one more.
+    fn lend(&self, slots: Slots) -> Arc<Lent> {
+        let mut last = lock(&self.lent);
+        if let Some(lent) = &*last
+            && lent.try_borrow(slots)
+        {
+            return Arc::clone(lent);
+        }
+        let mut lending = Lending::new(slots);
+        for slot in each(slots) {
+            if let Some(region) = &self.regions[slot] {
+                lending.begin(slot);
+                region.lock().lend(&mut lending);
+            }
+        }
+        let lent = lending.finish();
+        *last = Some(Arc::clone(&lent));
+        lent
+    }
+}
+
+/// A node that is about to become another: what was lent of this one is not what is lent of that.
+impl Clone for Node {
+    fn clone(&self) -> Self {
+        Self {
+            regions: self.regions.clone(),
+            lent: Mutex::new(None),
+        }
+    }
+}
 
 impl FrozenTable {
     pub(super) fn new(regions: usize) -> Self {
@@ -137,7 +179,7 @@ impl FrozenTable {
     }
 
     pub(super) fn get(&self, index: usize) -> Option<&Arc<FrozenRegion>> {
-        self.root.get(index / FAN_OUT)?.as_ref()?.0[index % FAN_OUT].as_ref()
+        self.root.get(index / FAN_OUT)?.as_ref()?.regions[index % FAN_OUT].as_ref()
     }
 
     /// Puts `region` in the place of another, which is returned.
@@ -151,8 +193,10 @@ impl FrozenTable {
         }
         let node = Arc::make_mut(&mut self.root)
             .get_mut(index / FAN_OUT)?
-            .get_or_insert_with(|| Arc::new(Node([const { None }; FAN_OUT])));
-        mem::replace(&mut Arc::make_mut(node).0[index % FAN_OUT], region)
+            .get_or_insert_with(|| Arc::new(Node::empty()));
+        let node = Arc::make_mut(node);
+        node.lent = Mutex::new(None);
+        mem::replace(&mut node.regions[index % FAN_OUT], region)
     }
 
     /// The regions that are there, with their numbers.
@@ -161,8 +205,29 @@ impl FrozenTable {
             .iter()
             .zip((0..).step_by(FAN_OUT))
             .filter_map(|(node, first)| Some((node.as_ref()?, first)))
-            .flat_map(|(node, first)| (first..).zip(&node.0))
+            .flat_map(|(node, first)| (first..).zip(&node.regions))
             .filter_map(|(index, region)| Some((index, region.as_ref()?)))
+    }
+
+    /// How many nodes it has: node `n` has the regions from `n * FAN_OUT` on.
+    pub(super) fn nodes(&self) -> usize {
+        self.root.len()
+    }
+
+    /// The regions of a node that are there.
+    pub(super) fn slots(&self, node: usize) -> Slots {
+        let regions = self.root[node].iter().flat_map(|node| &node.regions);
+        (0..)
+            .zip(regions)
+            .filter(|(_, region)| region.is_some())
+            .fold(0, |slots, (slot, _)| slots | 1 << slot)
+    }
+
+    /// Lends `slots` of a node, which are regions that are there, to one more: they do not move until they
+    /// are given back. None if there are none.
+    pub(super) fn lend(&self, node: usize, slots: Slots) -> Option<Arc<Lent>> {
+        let node = self.root[node].as_ref()?;
+        (slots != 0).then(|| node.lend(slots))
     }
 }
 
@@ -170,7 +235,14 @@ impl FrozenTable {
 pub(super) struct FrozenRegion {
     pool: Arc<FramePool>,
     first: Gfn,
-    frames: Mutex<FrozenFrames>,
+    entries: Mutex<Entries>,
+}
+
+/// What a frozen region holds.
+struct Entries {
+    frames: FrozenFrames,
+    /// Of its huge entry. Each chunk has its own.
+    leases: Leases,
 }
 
 /// Where the pages of a frozen region are.
@@ -190,7 +262,10 @@ impl FrozenRegion {
         Self {
             pool: Arc::clone(pool),
             first,
-            frames: Mutex::new(frames),
+            entries: Mutex::new(Entries {
+                frames,
+                leases: Leases::default(),
+            }),
         }
     }
 
@@ -198,7 +273,7 @@ impl FrozenRegion {
     pub(super) fn lock(&self) -> FrozenGuard<'_> {
         FrozenGuard {
             region: self,
-            frames: lock(&self.frames),
+            entries: lock(&self.entries),
         }
     }
 
@@ -231,12 +306,12 @@ impl Drop for FrozenRegion {
 /// The right to look at a frozen region, and to move its pages.
 pub(super) struct FrozenGuard<'a> {
     region: &'a FrozenRegion,
-    frames: MutexGuard<'a, FrozenFrames>,
+    entries: MutexGuard<'a, Entries>,
 }
 
 impl FrozenGuard<'_> {
     pub(super) fn huge(&self) -> Option<Pfn> {
-        match *self.frames {
+        match self.entries.frames {
             FrozenFrames::Huge(head) => Some(head),
             FrozenFrames::Small(_) => None,
         }
@@ -244,7 +319,7 @@ impl FrozenGuard<'_> {
 
     /// Its chunks, if it is in chunks.
     pub(super) fn chunks(&self) -> Option<&FrozenChunks> {
-        match &*self.frames {
+        match &self.entries.frames {
             FrozenFrames::Huge(_) => None,
             FrozenFrames::Small(chunks) => Some(chunks),
         }
@@ -252,7 +327,7 @@ impl FrozenGuard<'_> {
 
     /// Calls `look` with the entry of a page, which does not change meanwhile.
     pub(super) fn with<R>(&self, gfn: Gfn, look: impl FnOnce(Entry) -> R) -> R {
-        let chunk = match &*self.frames {
+        let chunk = match &self.entries.frames {
             FrozenFrames::Huge(head) => {
                 let index = gfn.0 - self.region.first.0;
                 return look(Entry::huge_read_only(Pfn(head.0 + index)));
@@ -261,8 +336,8 @@ impl FrozenGuard<'_> {
         };
         match chunk {
             Some(chunk) => {
-                let frames = lock(&chunk.frames);
-                look(match frames[chunk.index(gfn)] {
+                let pages = lock(&chunk.pages);
+                look(match pages.frames[chunk.index(gfn)] {
                     Pfn::ZERO => Entry::UNTOUCHED,
                     pfn => Entry::read_only(pfn),
                 })
@@ -281,7 +356,7 @@ impl FrozenGuard<'_> {
     /// ([`FrozenGuard::holder`]): of a huge entry once, with the first page.
     pub(super) fn each(&self, look: &mut impl FnMut(usize, Gfn, Entry)) {
         let region = self.region;
-        match &*self.frames {
+        match &self.entries.frames {
             FrozenFrames::Huge(head) => {
                 let holder = ptr::from_ref(region).addr();
                 look(holder, region.first, Entry::huge_read_only(*head));
@@ -299,7 +374,7 @@ impl FrozenGuard<'_> {
 
     /// What holds the mapping of a page: the same number for regions that have it in common.
     pub(super) fn holder(&self, gfn: Gfn) -> usize {
-        match &*self.frames {
+        match &self.entries.frames {
             FrozenFrames::Huge(_) => ptr::from_ref(self.region).addr(),
             FrozenFrames::Small(chunks) => chunks[self.region.chunk_of(gfn)]
                 .as_ref()
@@ -307,33 +382,85 @@ impl FrozenGuard<'_> {
         }
     }
 
-    /// Shows page `gfn` in another frame, whose mapping is counted, and gives the mapping of the old one
-    /// back.
-    pub(super) fn move_page(&mut self, gfn: Gfn, to: Pfn) {
+    /// Whether the page is lent to clones, whose windows show its frame.
+    pub(super) fn is_lent(&self, gfn: Gfn) -> bool {
+        match &self.entries.frames {
+            FrozenFrames::Huge(_) => self.entries.leases.is_lent(),
+            FrozenFrames::Small(chunks) => chunks[self.region.chunk_of(gfn)]
+                .as_ref()
+                .is_some_and(|chunk| lock(&chunk.pages).leases.is_lent()),
+        }
+    }
+
+    /// Makes all of it part of a loan.
+    fn lend(&mut self, lending: &mut Lending) {
         let region = self.region;
-        if let FrozenFrames::Huge(head) = *self.frames {
+        let Entries { frames, leases } = &mut *self.entries;
+        match frames {
+            FrozenFrames::Huge(head) => {
+                let count = region.pool.huge().pages();
+                lending.lend(leases, |lending| lending.push(region.first, *head, count));
+            }
+            FrozenFrames::Small(chunks) => {
+                let pages = (region.first.0..).step_by(region.chunk_order().pages() as usize);
+                for (first, chunk) in pages.zip(&*chunks) {
+                    let Some(chunk) = chunk else { continue };
+                    let ChunkPages { frames, leases } = &mut *lock(&chunk.pages);
+                    lending.lend(leases, |lending| {
+                        let present = (first..)
+                            .zip(&*frames)
+                            .filter(|&(_, &pfn)| pfn != Pfn::ZERO);
+                        present.for_each(|(gfn, &pfn)| lending.push(Gfn(gfn), pfn, 1));
+                    });
+                }
+            }
+        }
+    }
+
+    /// Shows page `gfn` in another frame, whose mapping is counted, and gives the mapping of the old one
+    /// back. `false`, and nothing has changed, if the page is lent.
+    pub(super) fn try_move_page(&mut self, gfn: Gfn, to: Pfn) -> bool {
+        let region = self.region;
+        let Entries { frames, leases } = &mut *self.entries;
+        if let FrozenFrames::Huge(head) = *frames {
+            if !leases.try_end() {
+                return false;
+            }
             // Shared with whoever breaks it: there is no bit to spread.
             region
                 .pool
                 .frames()
                 .split_mapping(head, FrameState::is_exclusive);
-            *self.frames = FrozenFrames::Small(region.chunks_of(head));
+            *frames = FrozenFrames::Small(region.chunks_of(head));
         }
-        if let FrozenFrames::Small(chunks) = &*self.frames
+        if let FrozenFrames::Small(chunks) = &*frames
             && let Some(chunk) = &chunks[region.chunk_of(gfn)]
         {
-            let from = mem::replace(&mut lock(&chunk.frames)[chunk.index(gfn)], to);
+            let mut pages = lock(&chunk.pages);
+            // Another region that has it in common may be lent.
+            if !pages.leases.try_end() {
+                return false;
+            }
+            let from = mem::replace(&mut pages.frames[chunk.index(gfn)], to);
+            drop(pages);
             region.pool.unmap(from);
         }
+        true
     }
 
     /// Shows the whole region, which a huge entry maps, in another folio, whose mapping is counted, and gives
-    /// the mapping of the old one back.
-    pub(super) fn move_folio(&mut self, to: Pfn) {
-        if let FrozenFrames::Huge(head) = &mut *self.frames {
-            let from = mem::replace(head, to);
-            self.region.pool.unmap_huge(from);
+    /// the mapping of the old one back. `false`, and nothing has changed, if it is lent.
+    pub(super) fn try_move_folio(&mut self, to: Pfn) -> bool {
+        let Entries { frames, leases } = &mut *self.entries;
+        let FrozenFrames::Huge(head) = frames else {
+            return false;
+        };
+        if !leases.try_end() {
+            return false;
         }
+        let from = mem::replace(head, to);
+        self.region.pool.unmap_huge(from);
+        true
     }
 }
 
@@ -344,8 +471,13 @@ const CHUNK_PAGES: usize = Order::HUGE.chunk().pages() as usize;
 /// goes.
 pub(super) struct FrozenChunk {
     pool: Arc<FramePool>,
+    pages: Mutex<ChunkPages>,
+}
+
+struct ChunkPages {
     /// [`Pfn::ZERO`] for a page that was never touched, and beyond the end.
-    frames: Mutex<[Pfn; CHUNK_PAGES]>,
+    frames: [Pfn; CHUNK_PAGES],
+    leases: Leases,
 }
 
 impl FrozenChunk {
@@ -362,25 +494,29 @@ impl FrozenChunk {
         all.iter().any(|&pfn| pfn != Pfn::ZERO).then(|| {
             Arc::new(Self {
                 pool: Arc::clone(pool),
-                frames: Mutex::new(all),
+                pages: Mutex::new(ChunkPages {
+                    frames: all,
+                    leases: Leases::default(),
+                }),
             })
         })
     }
 
     /// Whether its pages are in `frames`, just now.
     pub(super) fn is_in(&self, frames: impl Iterator<Item = Pfn>) -> bool {
-        frames.zip(*lock(&self.frames)).all(|(a, b)| a == b)
+        frames.zip(lock(&self.pages).frames).all(|(a, b)| a == b)
     }
 
-    /// Calls `look` with the frames of its pages, which stay there and as they are for the length of the call.
+    /// Calls `look` with the frames of its pages, which stay there and as they are for the length of the
+    /// call.
     pub(super) fn with_frames<R>(&self, look: impl FnOnce(&[Pfn]) -> R) -> R {
-        look(&*lock(&self.frames))
+        look(&lock(&self.pages).frames)
     }
 
     /// As [`FrozenGuard::each`], of a chunk that begins at page `first`.
     pub(super) fn each(self: &Arc<Self>, first: Gfn, look: &mut impl FnMut(usize, Gfn, Entry)) {
         let holder = Arc::as_ptr(self).addr();
-        let frames = *lock(&self.frames);
+        let frames = lock(&self.pages).frames;
         for (gfn, pfn) in (first.0..).map(Gfn).zip(frames) {
             if pfn != Pfn::ZERO {
                 look(holder, gfn, Entry::read_only(pfn));
@@ -390,7 +526,7 @@ impl FrozenChunk {
 
     #[cfg(all(test, not(loom)))]
     pub(super) fn frame(&self, gfn: Gfn) -> Pfn {
-        lock(&self.frames)[self.index(gfn)]
+        lock(&self.pages).frames[self.index(gfn)]
     }
 
     fn index(&self, gfn: Gfn) -> usize {
@@ -401,7 +537,7 @@ impl FrozenChunk {
 
 impl Drop for FrozenChunk {
     fn drop(&mut self) {
-        let frames = *lock(&self.frames);
+        let frames = lock(&self.pages).frames;
         frames
             .into_iter()
             .filter(|&pfn| pfn != Pfn::ZERO)

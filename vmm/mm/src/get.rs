@@ -14,7 +14,6 @@ use super::entry::Entry;
 use super::fault::{FaultError, Intent};
 use super::frozen::Frozen;
 use super::hold::Get;
-use super::mapped::table::Table;
 use super::policy::CowPolicy;
 use super::pool::FramePool;
 use super::safeguard::{Safeguard, is_left_out};
@@ -29,15 +28,36 @@ impl<P: CowPolicy> AddressSpace<P> {
     /// For reading, only if there is no such page; for writing as [`AddressSpace::write_fault`].
     pub fn get(&self, gfn: Gfn, access: Access) -> Result<Get, FaultError> {
         match self.policy.lookup(access) {
-            Access::Read => Ok(get(&self.pool, &self.mapped.table, gfn)?),
+            Access::Read => Ok(self.get_to_read(gfn)?),
             Access::Write => self.get_to_write(gfn),
         }
+    }
+
+    /// A reader's hold is the same under all policies.
+    fn get_to_read(&self, gfn: Gfn) -> Result<Get, OutOfRange> {
+        let table = &self.mapped.table;
+        table.in_range(gfn)?;
+        let stale = is_left_out(Safeguard::BorrowedBeforeEntry).then(|| table.peek(gfn));
+        // A page that has no entry because it is borrowed is not untouched. Once it is not borrowed it has
+        // one.
+        if let Some(hold) = self.with_borrowed(gfn, |entry| get_locked(&self.pool, entry)) {
+            return Ok(hold);
+        }
+        let entry = stale.unwrap_or_else(|| table.peek(gfn));
+        if let Ok(hold) = self.pool.try_get(entry)
+            // The frame may have left this page, and become another's, before it was held.
+            && (stale.is_some() || table.peek(gfn) == entry || is_left_out(Safeguard::GetRereadsEntry))
+        {
+            return Ok(hold);
+        }
+        Ok(get_locked(&self.pool, table.lock_of(gfn).get(gfn)))
     }
 
     fn get_to_write(&self, gfn: Gfn) -> Result<Get, FaultError> {
         self.mapped.table.in_range(gfn)?;
         let _no_fork = self.mapped.enter()?;
         let mut region = self.mapped.table.lock_of(gfn);
+        self.adopt(&mut region)?;
         let resolution = self.resolve(&mut region, gfn, Intent::Write)?;
         self.count(Intent::Write, resolution);
         Ok(get_locked(&self.pool, region.get(gfn)))
@@ -53,19 +73,6 @@ impl Frozen {
     pub fn get(&self, gfn: Gfn) -> Result<Get, OutOfRange> {
         self.with_entry(gfn, |entry| get_locked(&self.pool, entry))
     }
-}
-
-/// A reader's hold is the same under all policies.
-fn get(pool: &Arc<FramePool>, table: &Table, gfn: Gfn) -> Result<Get, OutOfRange> {
-    table.in_range(gfn)?;
-    let entry = table.peek(gfn);
-    if let Ok(hold) = pool.try_get(entry)
-        // The frame may have left this page, and become another's, before it was held.
-        && (table.peek(gfn) == entry || is_left_out(Safeguard::GetRereadsEntry))
-    {
-        return Ok(hold);
-    }
-    Ok(get_locked(pool, table.lock_of(gfn).get(gfn)))
 }
 
 /// A hold on the page of `entry`, which cannot change meanwhile.

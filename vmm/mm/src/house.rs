@@ -12,11 +12,12 @@
 //! Snapshots and readers have nobody move house: those are moved (`fault.rs`), these go away.
 
 use std::collections::HashSet;
-use std::sync::Weak;
+use std::sync::{Arc, Weak};
 
 use super::addr::{Gfn, Pfn};
 use super::commit::AllocError;
 use super::fresh::{Fresh, FreshFolio};
+use super::frozen::FrozenRegion;
 use super::home::Home;
 use super::mapped::table::RegionGuard;
 use super::policy::CowPolicy;
@@ -165,12 +166,16 @@ impl<P: CowPolicy> AddressSpace<P> {
     fn is_run_on_by_others(&self, region: &RegionGuard<'_>) -> bool {
         let alive = || region.state.sharers.iter().filter_map(Weak::upgrade);
         if let Some(head) = region.huge().map(|huge| huge.pfn()) {
-            let frozen = alive().filter(|s| s.lock().huge() == Some(head)).count() as u64;
+            let is_ours = |s: &Arc<FrozenRegion>| {
+                let theirs = s.lock();
+                theirs.huge() == Some(head) && !theirs.is_lent(region.first())
+            };
+            let frozen = alive().filter(is_ours).count() as u64;
             if self.pool.frames().folio_state(head).maps() > frozen + 1 {
                 return true;
             }
         }
-        // Of each page the mappings that are ours, or of a snapshot of ours: those would move.
+        // Of each page the mappings that are ours, or of a snapshot of ours that is not lent: those would move.
         let frames: Vec<Pfn> = region.pages().map(|gfn| region.get(gfn).pfn()).collect();
         let mut known = vec![1; frames.len()];
         // Snapshots may have a mapping in common.
@@ -178,7 +183,10 @@ impl<P: CowPolicy> AddressSpace<P> {
         for snapshot in alive() {
             let theirs = snapshot.lock();
             for ((gfn, &pfn), known) in region.pages().zip(&frames).zip(&mut known) {
-                if theirs.get(gfn).pfn() == pfn && counted.insert((theirs.holder(gfn), gfn)) {
+                if theirs.get(gfn).pfn() == pfn
+                    && counted.insert((theirs.holder(gfn), gfn))
+                    && !theirs.is_lent(gfn)
+                {
                     *known += 1;
                 }
             }

@@ -37,11 +37,13 @@
 //! | `pool_ref` | how what somebody has of a pool outlives it |
 //! | `hold`, `fresh` | the handles: what devices and readers have of frames; frames between two owners |
 //! | `pool` | all frames of a process, and the limit of their memory |
+//! | `lent` | what of a snapshot clones show without counting it as theirs |
 //! | `frozen` | snapshots, and what they share with each other |
 //! | `mapped/table` | the entries of a space, and the locks of its regions |
 //! | `mapped` | the table and the MMU, changed as one; what becomes of a change that is refused |
 //! | `lineage` | what the next fork takes over from the last one |
 //! | `space` | live address spaces; lock order |
+//! | `adopt` | how what a clone has borrowed becomes its own |
 //! | `open` | what comes before every change of a page |
 //! | `house` | where pages get their frames, and when a region moves to another home |
 //! | `fault` | write fault and unshare: how a page becomes exclusive, and who gets the copy |
@@ -64,6 +66,7 @@
 
 mod account;
 mod addr;
+mod adopt;
 mod ahead;
 mod allocator;
 mod bits;
@@ -86,6 +89,7 @@ mod hold;
 mod home;
 mod house;
 mod ledger;
+mod lent;
 mod lineage;
 mod mapped;
 mod merge;
@@ -120,6 +124,7 @@ mod readme {}
 
 pub use account::Account;
 pub use addr::{Access, Gfn, Order, OutOfRange, PAGE_SIZE, Pfn, Protection, REGION_PAGES};
+pub use adopt::TooManyMappings;
 pub use allocator::PoolUsage;
 pub use census::{Census, Counts, Holding, How, MappedBy, OtherPool, Sharing, Why};
 pub use commit::AllocError;

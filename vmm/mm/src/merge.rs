@@ -51,11 +51,11 @@ impl<P: CowPolicy> AddressSpace<P> {
             };
         let _no_fork = low.mapped.enter()?;
         let _no_other_fork = (!one_space).then(|| high.mapped.enter()).transpose()?;
-        let mut first = low.mapped.table.lock_of(low_gfn);
+        let mut first = low.lock_of(low_gfn)?;
         if one_space && first.index() == high.mapped.table.region_of(high_gfn) {
             return self.merge_locked(gfn, other, other_gfn, Guards::One(&mut first));
         }
-        let mut second = high.mapped.table.lock_of(high_gfn);
+        let mut second = high.lock_of(high_gfn)?;
         let guards = if ptr::eq(low, self) && low_gfn == gfn {
             Guards::Two(&mut first, &mut second)
         } else {

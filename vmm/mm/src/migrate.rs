@@ -24,7 +24,7 @@ impl<P: CowPolicy> AddressSpace<P> {
     pub fn migrate(&self, gfn: Gfn) -> Result<Pfn, RearrangeError> {
         self.mapped.table.in_range(gfn)?;
         let _no_fork = self.mapped.enter()?;
-        let mut region = self.mapped.table.lock_of(gfn);
+        let mut region = self.lock_of(gfn)?;
         if !region.get(gfn).is_present() {
             return Ok(Pfn::ZERO);
         }

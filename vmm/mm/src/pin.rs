@@ -52,11 +52,10 @@ impl<P: CowPolicy> AddressSpace<P> {
     pub fn pin(&self, gfn: Gfn, access: Access) -> Result<Pin, PinError> {
         self.mapped.table.in_range(gfn).map_err(FaultError::from)?;
         let access = self.policy.lookup(access);
-        let run = match self.pin_fast(gfn, 1, access) {
-            Some(run) => run,
-            None => self.pin_slow(gfn, access)?,
-        };
-        Ok(Pin::new(run))
+        if let Some(run) = self.pin_fast(gfn, 1, access) {
+            return Ok(Pin::new(run));
+        }
+        self.pin_slow(gfn, access).map(Pin::new)
     }
 
     /// Pins `count` pages from `first` on, or none of them. The runs are in the order of the pages.
@@ -138,6 +137,8 @@ impl<P: CowPolicy> AddressSpace<P> {
         }
     }
 
+    /// Not inlined: what the fast path hands on would be copied on its way.
+    #[inline(never)]
     fn pin_slow(&self, gfn: Gfn, access: Access) -> Result<PinnedRun, PinError> {
         let intent = match access {
             Access::Read => Intent::Unshare,
@@ -145,6 +146,7 @@ impl<P: CowPolicy> AddressSpace<P> {
         };
         let _no_fork = self.mapped.enter().map_err(FaultError::from)?;
         let mut region = self.mapped.table.lock_of(gfn);
+        self.adopt(&mut region).map_err(FaultError::from)?;
         let mut entry = region.get(gfn);
         let ready = access == Access::Read || entry.is_writable();
         if !ready || !self.policy.may_pin(self.pool.state(entry.pfn()), access) {

@@ -7,6 +7,7 @@
 //! does with a cleared entry and a frozen reference count (PROTOCOL.md 5.2, 4.11).
 
 use super::addr::{Gfn, OutOfRange};
+use super::adopt::TooManyMappings;
 use super::commit::AllocError;
 use super::frame_state::FrameState;
 use super::mmu::MmuError;
@@ -25,6 +26,9 @@ pub enum RearrangeError {
         /// Who is in the way.
         state: FrameState,
     },
+    /// The region is borrowed, and cannot be made the space's own.
+    #[error(transparent)]
+    TooManyMappings(#[from] TooManyMappings),
     /// Merge only: the page was never touched, so there is no frame to save.
     #[error("{gfn:?} was never touched")]
     Untouched {

@@ -64,6 +64,7 @@ impl<P: CowPolicy> AddressSpace<P> {
             let mut region = self.mapped.table.lock(index);
             let theirs = snapshot.table.get(index);
             if !self.shows(&region, theirs) {
+                self.adopt(&mut region).map_err(FaultError::from)?;
                 self.restore_region(&mut region, theirs)?;
             }
         }

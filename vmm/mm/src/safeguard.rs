@@ -98,11 +98,23 @@ pub enum Safeguard {
     /// `folio.rs`: who splits a huge entry counts the small ones before it gives the huge one back. Partner:
     /// another machine that has the folio by a huge entry, and asks whether it is the last.
     SplitCountsPagesFirst,
+    /// `lent.rs`: what is lent is not moved. Partner: a break that would give a snapshot the copy whose frame
+    /// a clone's window shows.
+    LentStays,
+    /// `lent.rs`: a loan whose regions have moved is not lent again. Partner: the next clone, which maps
+    /// where they were.
+    LoanEndsWithMove,
+    /// `adopt.rs`: a region's mappings are counted before it is given back. Partner: a break that moves the
+    /// snapshot as soon as nobody borrows it.
+    AdoptedBeforeGivenBack,
+    /// `get.rs`: who looks without a lock asks whether a page is borrowed before he reads its entry. Partner:
+    /// who adopts it in between: it would be taken for untouched.
+    BorrowedBeforeEntry,
 }
 
 impl Safeguard {
     /// All of them, each at its own number.
-    pub const ALL: [Self; 32] = [
+    pub const ALL: [Self; 36] = [
         Self::PinRereadsEntry,
         Self::PinAcquires,
         Self::PinTestsInTheWord,
@@ -135,6 +147,10 @@ impl Safeguard {
         Self::DissolvedInTheWord,
         Self::FolioLeftLast,
         Self::SplitCountsPagesFirst,
+        Self::LentStays,
+        Self::LoanEndsWithMove,
+        Self::AdoptedBeforeGivenBack,
+        Self::BorrowedBeforeEntry,
     ];
 }
 

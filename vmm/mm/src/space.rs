@@ -6,6 +6,7 @@ use std::sync::atomic::AtomicBool;
 
 use super::account::Account;
 use super::addr::{Gfn, OutOfRange};
+use super::adopt::Borrowed;
 use super::commit::AllocError;
 use super::entry::Entry;
 use super::frozen::FrozenTable;
@@ -29,7 +30,8 @@ use super::sync::{Mutex, lock};
 ///    kernel's `mmap_lock`).
 /// 2. the lock of one region of this space (the kernel's page-table lock).
 /// 3. `lineage`, what the next fork takes over; and the predictor's own. Never both.
-/// 4. the lock of the same region of one snapshot at a time.
+/// 4. the lock of the same region of one snapshot at a time, of one of its chunks, and of a loan they are
+///    part of; before them, of a node of the snapshot that is being lent.
 /// 5. the pool's allocator, which has the accounts; or its promises.
 ///
 /// Entries change only under 2; frame states change by compare-and-swap, with or without locks.
@@ -42,6 +44,8 @@ pub struct AddressSpace<P> {
     /// Who pays for the frames that it allocates.
     pub(super) account: Account,
     pub(super) lineage: Mutex<Lineage>,
+    /// What a clone shows and has not adopted.
+    pub(super) borrowed: Borrowed,
     pub(super) predictor: Predictor,
     pub(super) counters: Counters,
     /// Whether memory that is touched first gets a huge folio.
@@ -84,6 +88,7 @@ impl<P: CowPolicy> AddressSpace<P> {
             place: Place::default(),
             account,
             lineage: Mutex::new(Lineage::new(table.regions())),
+            borrowed: Borrowed::default(),
             predictor: Predictor::learning(),
             pool,
             policy,
@@ -166,10 +171,18 @@ impl<P: CowPolicy> AddressSpace<P> {
         &self.pool
     }
 
-    /// The entry of a page just now.
+    /// The entry of a page just now. Of a page that a clone has borrowed, that of its snapshot.
     pub fn entry(&self, gfn: Gfn) -> Result<Entry, OutOfRange> {
         self.mapped.table.in_range(gfn)?;
-        Ok(self.mapped.table.peek(gfn))
+        let borrowed = self.with_borrowed(gfn, |entry| entry);
+        Ok(borrowed.unwrap_or_else(|| self.mapped.table.peek(gfn)))
+    }
+
+    /// Whether a page is borrowed still.
+    #[cfg(all(test, not(loom)))]
+    pub(super) fn is_borrowed(&self, gfn: Gfn) -> bool {
+        let table = &self.mapped.table;
+        table.is_borrowed(table.region_of(gfn))
     }
 
     /// What the next fork would take over from the last of a page (the holder of its mapping), and the frame
@@ -219,6 +232,7 @@ impl<P> Drop for AddressSpace<P> {
     /// Frames that are still pinned live on as orphans until their pins are dropped. The caller has stopped
     /// the vCPUs: the MMU is not changed.
     fn drop(&mut self) {
+        self.give_back_all();
         let pool = &self.pool;
         self.mapped.dismantle(|entry| match entry.is_huge() {
             true => pool.unmap_huge(entry.pfn()),

@@ -320,7 +320,10 @@ impl<P: CowPolicy> AddressSpace<P> {
             alive.filter(|s| s.lock().huge() == Some(head))
         };
         let (frames, sharers) = (self.pool.frames(), sharing().count() as u64);
-        if sharers == 0 || !frames.is_mapped_huge_only(head, sharers + 1) {
+        if sharers == 0
+            || !frames.is_mapped_huge_only(head, sharers + 1)
+            || sharing().any(|s| s.lock().is_lent(region.first()))
+        {
             return Ok(false);
         }
         let Some(copy) = self.pool.allocate_folio(&self.account)? else {
@@ -337,8 +340,9 @@ impl<P: CowPolicy> AddressSpace<P> {
                 "{:?} of a snapshot moved",
                 region.first()
             );
-            if frames.try_map_again_huge(copied_to).is_ok() {
-                theirs.move_folio(copied_to);
+            // It may have been lent since: then the writer finds that he is not the last, and moves after all.
+            if frames.try_map_again_huge(copied_to).is_ok() && !theirs.try_move_folio(copied_to) {
+                self.pool.unmap_huge(copied_to);
             }
             if is_left_out(Safeguard::CopyIsHeld) {
                 self.pool.unmap_huge(copied_to);

@@ -5,10 +5,10 @@ use super::*;
 use crate::mm::soft::soft_pool_of;
 use crate::mm::{Access, Order, PinnedRun};
 
-const Q: Gfn = Gfn(1);
+pub(super) const Q: Gfn = Gfn(1);
 
 /// A VM whose two pages hold [`OLD`], in one folio.
-fn huge_world<C: Policy>() -> World<C> {
+pub(super) fn huge_world<C: Policy>() -> World<C> {
     let (pool, memory) = soft_pool_of(Order::new(1), 12).unwrap();
     let vm = SoftVm::new(&pool, &memory, C::default(), 2).unwrap();
     for page in [P, Q] {

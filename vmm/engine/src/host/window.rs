@@ -30,9 +30,9 @@ use super::budget::MappingBudget;
 use super::maps;
 use super::physmap::PhysMap;
 use super::private::keep_private;
-use super::shown::{Shown, ShownRegion, by_region, mappings};
+use super::shown::{Shown, ShownPages, mappings};
 use super::syscalls::{mmap_anonymous, mprotect};
-use crate::mm::{Gfn, Mmu, MmuError, PAGE_SIZE, Pfn, Protection, REGION_PAGES};
+use crate::mm::{Gfn, Mmu, MmuError, PAGE_SIZE, Pfn, Protection};
 
 /// The lowest address of a window at guest addresses: the least that Linux lets a process map, as it is
 /// configured everywhere (`vm.mmap_min_addr`).
@@ -64,7 +64,7 @@ pub struct Window {
     physmap: Arc<PhysMap>,
     budget: Arc<MappingBudget>,
     /// What each page shows, so that mappings can be counted before they are made.
-    shown: Mutex<Vec<ShownRegion>>,
+    shown: Mutex<ShownPages>,
 }
 
 impl Window {
@@ -110,10 +110,7 @@ impl Window {
             placement,
             physmap,
             budget,
-            shown: Mutex::new(vec![
-                ShownRegion::Alike(Shown::ZEROS);
-                pages.div_ceil(REGION_PAGES) as usize
-            ]),
+            shown: Mutex::new(ShownPages::zeros(pages)),
         };
         window.keep_private(Gfn(0), pages);
         Ok(window)
@@ -158,11 +155,7 @@ impl Window {
     /// Bytes of memory that it takes to know what each page shows.
     pub fn notes(&self) -> u64 {
         let shown = self.shown.lock().unwrap_or_else(PoisonError::into_inner);
-        let runs = |region: &ShownRegion| match region {
-            ShownRegion::Alike(_) => 0,
-            ShownRegion::Mixed(runs) => size_of_val::<[(u16, Shown)]>(runs),
-        };
-        (size_of_val::<[ShownRegion]>(&shown) + shown.iter().map(runs).sum::<usize>()) as u64
+        shown.size() as u64
     }
 
     fn address(&self, gfn: Gfn) -> *mut c_void {
@@ -204,11 +197,10 @@ impl Window {
         let mut shown = self.shown.lock().unwrap_or_else(PoisonError::into_inner);
         let range = first.0..first.0 + count;
         // The page before and the page after: a mapping may end or begin at either end.
-        let at = |page: u64| shown[(page / REGION_PAGES) as usize].get(page % REGION_PAGES);
+        let at = |page: u64| shown.get(page);
         let before_it = range.start.checked_sub(1).map(at);
         let after_it = (range.end < self.pages).then(|| at(range.end));
-        let inside =
-            || by_region(range.clone()).flat_map(|(region, pages)| shown[region].within(pages));
+        let inside = || shown.runs_within(range.clone()).map(|(_, shown)| shown);
         let edged = |inside: &mut dyn Iterator<Item = Shown>| {
             mappings(before_it.into_iter().chain(inside).chain(after_it))
         };
@@ -222,11 +214,7 @@ impl Window {
             && let Err(error) = apply(mapped.clone())
         {
             let _ = self.budget.change(after, before);
-            let noted = by_region(mapped.clone()).flat_map(|(region, pages)| {
-                let first = region as u64 * REGION_PAGES;
-                let runs = shown[region].runs_within(pages);
-                runs.map(move |(run, shown)| (first + run.start..first + run.end, shown))
-            });
+            let noted = shown.runs_within(mapped.clone());
             let is_torn = !self.is_mapped_as(mapped, noted);
             // The host may refuse before the budget does: the process has mappings that are no windows', and
             // the host has other reasons to say that there is no memory.
@@ -255,9 +243,7 @@ impl Window {
                 },
             });
         }
-        for (region, pages) in by_region(range) {
-            shown[region].change(pages, &shows);
-        }
+        shown.change(range, shows);
         Ok(())
     }
 }
@@ -393,8 +379,7 @@ impl Mmu for Window {
 impl Drop for Window {
     fn drop(&mut self) {
         let shown = self.shown.get_mut().unwrap_or_else(PoisonError::into_inner);
-        let pages =
-            by_region(0..self.pages).flat_map(|(region, pages)| shown[region].within(pages));
+        let pages = shown.runs_within(0..self.pages).map(|(_, shown)| shown);
         let _ = self.budget.change(mappings(pages), 0);
         let pages = self.mapped(Gfn(0), self.pages);
         let len = ((pages.end - pages.start) * PAGE_SIZE) as usize;

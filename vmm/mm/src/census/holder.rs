@@ -15,8 +15,8 @@ pub(super) struct Leaf {
     pub(super) first: Gfn,
     pub(super) entry: Entry,
     pub(super) how: How,
-    /// What has the mapping, as a number: snapshots, and what is kept, may have it in common. None of a
-    /// space's own entry.
+    /// What has the mapping, as a number: snapshots, what is kept, and what is borrowed, may have it in common.
+    /// None of a space's own entry.
     pub(super) mapping: Option<usize>,
 }
 
@@ -41,6 +41,19 @@ impl<P: CowPolicy> Holder for AddressSpace<P> {
         for index in 0..self.mapped.table.regions() {
             let region = self.mapped.table.lock(index);
             if region.is_untouched() {
+                continue;
+            }
+            if region.is_borrowed() {
+                // The snapshot's mapping stands for the space's: it is shown, and not counted again.
+                let mut borrowed = |mapping, first, entry| {
+                    look(Leaf {
+                        first,
+                        entry,
+                        how: How::Entry,
+                        mapping: Some(mapping),
+                    });
+                };
+                self.with_lender(index, |lender| lender.lock().each(&mut borrowed));
                 continue;
             }
             if let Some(huge) = region.huge() {

@@ -1,8 +1,9 @@
 //! A shadow page table and the MMU that mirrors it: two sides of one thing, changed as one.
 //!
 //! **Guarantee.** Whoever gets past [`Mapped::enter`] or [`Mapped::enter_alone`] and has a region's lock
-//! finds that the MMU shows just what the region's entries say. Nobody else can change either side: the
-//! entries' setters and the MMU are this module's own.
+//! finds that the MMU shows just what the region's entries say; or, as long as the region is borrowed, what
+//! the snapshot's region says that it is borrowed of. Nobody else can change either side: the entries' setters
+//! and the MMU are this module's own.
 //!
 //! A change asks the MMU first and then publishes the entries, all under the locks of the regions it is in.
 //! What if the MMU refuses?
@@ -380,7 +381,8 @@ impl Mapped {
     }
 
     /// Maps what was never touched, of a space that nobody else has yet: `run`, each stretch of which follows
-    /// the one before it, in pages and in frames, read-only and with one call. Its mappings are counted.
+    /// the one before it, in pages and in frames, read-only and with one call. Its mappings are counted, or
+    /// what it is borrowed of is lent.
     ///
     /// # Errors
     /// The MMU's. What it shows then nobody knows: the space goes, and the MMU with it.

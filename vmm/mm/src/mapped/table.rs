@@ -3,6 +3,10 @@
 //! It has two levels. A **region** is as many pages as a huge folio has (2 MiB), and is mapped by one *huge*
 //! entry or by a small entry for each of its pages. An entry is one atomic word. It is **changed only under
 //! the lock of its region** and may be read without one (the fast path of a pin does).
+//!
+//! A region of a clone may be **borrowed** (`lent.rs`): it has no entries yet, and shows what the snapshot's
+//! region says. To who reads without a lock it looks untouched, so who believes that asks first whether it is
+//! borrowed ([`Table::is_borrowed`]).
 
 use std::ops::{Range, RangeInclusive};
 use std::sync::{OnceLock, Weak};
@@ -11,18 +15,21 @@ use super::super::addr::{Gfn, Order, OutOfRange, Pfn};
 use super::super::entry::Entry;
 use super::super::frozen::{FrozenChunks, FrozenRegion};
 use super::super::home::Home;
+use super::super::lent::{FAN_OUT, Slots};
 use super::super::predictor::History;
 use super::super::sync::{AtomicU64, Mutex, MutexGuard, Ordering, lock, zeroed};
 
-/// Regions of a group.
-const GROUP: usize = 64;
+/// Regions of a group: those that a node of a snapshot has.
+const GROUP: usize = FAN_OUT;
 
 /// The entries of one address space.
 pub(in super::super) struct Table {
     /// The huge entry of each region, if it is present.
     huge: Box<[AtomicU64]>,
-    /// The rest, made when somebody first looks at a region of the group: a clone has huge entries long
-    /// before it has need of more.
+    /// Of each group, which of its regions are borrowed ([`Slots`]).
+    borrowed: Box<[AtomicU64]>,
+    /// The rest, made when somebody first looks at a region of the group: a clone has huge entries long before
+    /// it has need of more.
     groups: Box<[OnceLock<Group>]>,
     pages: u64,
     /// How large a region is.
@@ -60,6 +67,7 @@ impl Table {
         let regions = pages.div_ceil(order.pages()) as usize;
         Self {
             huge: zeroed(regions),
+            borrowed: zeroed(regions.div_ceil(GROUP)),
             groups: (0..regions.div_ceil(GROUP))
                 .map(|_| OnceLock::new())
                 .collect(),
@@ -79,6 +87,26 @@ impl Table {
     /// The group of a region, and which of it that is.
     fn group_of(&self, index: usize) -> (&OnceLock<Group>, usize) {
         (&self.groups[index / GROUP], index % GROUP)
+    }
+
+    /// Whether a region has no entries because it is borrowed.
+    ///
+    /// Acquire pairs with the release in [`RegionGuard::own`]: who sees that it is not borrowed any more sees
+    /// the entries it was given.
+    #[inline]
+    pub(in super::super) fn is_borrowed(&self, index: usize) -> bool {
+        self.borrowed(index / GROUP) >> (index % GROUP) & 1 != 0
+    }
+
+    /// Which regions of a group are borrowed.
+    #[inline]
+    pub(in super::super) fn borrowed(&self, group: usize) -> Slots {
+        self.borrowed[group].load(Ordering::Acquire)
+    }
+
+    /// Notes that regions of a group of a space that nobody else has yet are borrowed.
+    pub(in super::super) fn borrow(&self, group: usize, slots: Slots) {
+        self.borrowed[group].store(slots, Ordering::Release);
     }
 
     fn is_made(&self, index: usize) -> bool {
@@ -169,6 +197,7 @@ impl Table {
         let first_entry = at * self.order.pages() as usize;
         RegionGuard {
             state: lock(&group.states[at]),
+            borrowed: &self.borrowed[index / GROUP],
             huge: &self.huge[index],
             entries: &group.entries[first_entry..first_entry + count as usize],
             first,
@@ -180,19 +209,23 @@ impl Table {
     /// Publishes entries, read-only, for pages that were never touched, of a space that nobody else has yet.
     pub(super) fn publish(&self, stretch: &Stretch) {
         let Stretch { first, frame, .. } = *stretch;
-        if stretch.is_huge {
-            let pages = self.order.pages();
-            let huge = &self.huge[self.region_of(first)..];
-            let heads = (frame.0..frame.0 + stretch.count).step_by(pages as usize);
-            for (slot, head) in huge.iter().zip(heads) {
-                let entry = Entry::huge_read_only(Pfn(head));
-                slot.store(entry.word(), Ordering::Release);
+        match stretch.kind {
+            StretchKind::Borrowed => {}
+            StretchKind::Huge => {
+                let pages = self.order.pages();
+                let huge = &self.huge[self.region_of(first)..];
+                let heads = (frame.0..frame.0 + stretch.count).step_by(pages as usize);
+                for (slot, head) in huge.iter().zip(heads) {
+                    let entry = Entry::huge_read_only(Pfn(head));
+                    slot.store(entry.word(), Ordering::Release);
+                }
             }
-        } else {
-            let mut region = self.lock_of(first);
-            (0..stretch.count).for_each(|n| {
-                region.set(Gfn(first.0 + n), Entry::read_only(Pfn(frame.0 + n)));
-            });
+            StretchKind::Small => {
+                let mut region = self.lock_of(first);
+                (0..stretch.count).for_each(|n| {
+                    region.set(Gfn(first.0 + n), Entry::read_only(Pfn(frame.0 + n)));
+                });
+            }
         }
     }
 
@@ -225,15 +258,25 @@ impl Table {
     }
 }
 
-/// Pages that follow each other, in frames that do: those of one region, by small entries, or of whole
-/// regions, each by a huge one.
+/// By what pages are mapped.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(in super::super) enum StretchKind {
+    /// Small entries of one region.
+    Small,
+    /// Huge entries of whole regions.
+    Huge,
+    /// None yet: their regions are borrowed.
+    Borrowed,
+}
+
+/// Pages that follow each other, in frames that do.
 #[derive(Clone, Copy, Debug)]
 pub(in super::super) struct Stretch {
     pub(in super::super) first: Gfn,
     /// That of the first page.
     pub(in super::super) frame: Pfn,
     pub(in super::super) count: u64,
-    pub(in super::super) is_huge: bool,
+    pub(in super::super) kind: StretchKind,
 }
 
 impl Stretch {
@@ -247,6 +290,7 @@ impl Stretch {
 /// The right to change the entries of one region.
 pub(in super::super) struct RegionGuard<'a> {
     pub(in super::super) state: MutexGuard<'a, RegionState>,
+    borrowed: &'a AtomicU64,
     huge: &'a AtomicU64,
     entries: &'a [AtomicU64],
     first: Gfn,
@@ -261,7 +305,47 @@ impl RegionGuard<'_> {
 
     /// Whether no page of the region was ever touched.
     pub(in super::super) fn is_untouched(&self) -> bool {
-        self.state.touched == 0 && self.huge().is_none()
+        self.state.touched == 0 && self.huge().is_none() && !self.is_borrowed()
+    }
+
+    /// Whether it has no entries because it is borrowed: then it must be adopted before anything else is done
+    /// to it.
+    #[inline]
+    pub(in super::super) fn is_borrowed(&self) -> bool {
+        self.borrowed.load(Ordering::Acquire) & self.slot_of_group() != 0
+    }
+
+    #[inline]
+    fn slot_of_group(&self) -> Slots {
+        1 << (self.index % GROUP)
+    }
+
+    /// Notes that it is not borrowed, after its entries were published.
+    ///
+    /// Release pairs with the acquire in [`Table::is_borrowed`].
+    pub(in super::super) fn own(&mut self) {
+        let slot = self.slot_of_group();
+        let mut seen = self.borrowed.load(Ordering::Relaxed);
+        // Its neighbours may cease to be borrowed, too.
+        while let Err(now) = self.borrowed.compare_exchange_weak(
+            seen,
+            seen & !slot,
+            Ordering::AcqRel,
+            Ordering::Relaxed,
+        ) {
+            seen = now;
+        }
+    }
+
+    /// Publishes what a snapshot's region says, whose frames were counted once more for this: a huge entry,
+    /// or a small one for each page that has a frame.
+    pub(in super::super) fn adopt_huge(&mut self, head: Pfn) {
+        self.set_huge(Entry::huge_read_only(head));
+    }
+
+    /// As [`RegionGuard::adopt_huge`], of one page.
+    pub(in super::super) fn adopt_page(&mut self, gfn: Gfn, pfn: Pfn) {
+        self.set(gfn, Entry::read_only(pfn));
     }
 
     pub(in super::super) fn first(&self) -> Gfn {
@@ -346,8 +430,13 @@ impl RegionGuard<'_> {
         self.open_chunks().flat_map(|chunk| self.pages_of(chunk))
     }
 
-    /// The entry of a page; of a huge entry, what it says of the page.
+    /// The entry of a page; of a huge entry, what it says of the page. The region is not borrowed.
     pub(in super::super) fn get(&self, gfn: Gfn) -> Entry {
+        debug_assert!(!self.is_borrowed(), "{gfn:?} has no entry yet");
+        self.entry(gfn)
+    }
+
+    fn entry(&self, gfn: Gfn) -> Entry {
         match self.huge() {
             Some(huge) => huge.page(gfn.0 - self.first.0),
             // Not read: that would put memory behind it, which most regions never need.
@@ -372,7 +461,7 @@ impl RegionGuard<'_> {
     /// for: it comes before the old frame's mapping is given back (`FrameTable::update`, second partner).
     pub(super) fn set(&mut self, gfn: Gfn, entry: Entry) {
         debug_assert!(self.huge().is_none() && !entry.is_huge());
-        let before = self.get(gfn);
+        let before = self.entry(gfn);
         self.slot(gfn).store(entry.word(), Ordering::Release);
         self.state.touched = self.state.touched + usize::from(entry != Entry::UNTOUCHED)
             - usize::from(before != Entry::UNTOUCHED);

@@ -46,6 +46,7 @@ mod shortage;
 
 use std::collections::{BTreeSet, HashMap};
 use std::env;
+use std::ops::Range;
 use std::sync::Arc;
 
 use proptest::strategy::{BoxedStrategy, Just, Strategy, ValueTree};
@@ -213,19 +214,35 @@ impl Model {
         });
     }
 
-    /// Who is in the way of an operation.
-    fn holders(&self) -> HashMap<Pfn, Holders> {
-        self.holders_and(false)
+    /// Who is in the way of an operation of space `s` on `pages`, whose regions it adopts.
+    fn holders(&self, s: usize, pages: Range<u64>) -> HashMap<Pfn, Holders> {
+        let regions =
+            self.shape.region(pages.start)..=self.shape.region(pages.end.saturating_sub(1));
+        self.holders_and(false, |space, page| {
+            space == s && regions.contains(&self.shape.region(page))
+        })
     }
 
-    /// As [`Model::holders`], with the mappings that spaces keep for their next fork, or without.
-    fn holders_and(&self, kept: bool) -> HashMap<Pfn, Holders> {
+    /// As [`Model::holders`], with the mappings that spaces keep for their next fork, or without. What a
+    /// space has borrowed, and not adopted, is counted once, for the snapshot's region, whoever has that.
+    fn holders_and(
+        &self,
+        kept: bool,
+        adopts: impl Fn(usize, u64) -> bool,
+    ) -> HashMap<Pfn, Holders> {
         let mut holders = HashMap::<Pfn, Holders>::new();
         // What several snapshots have in common maps once.
         let mut regions = BTreeSet::new();
         for page in (0..self.shape.pages).map(Gfn) {
-            for space in &self.spaces {
-                holders.entry(space.entry(page).pfn()).or_default().maps += 1;
+            for (s, space) in self.spaces.iter().enumerate() {
+                let lender = if adopts(s, page.0) || !space.vm.space.is_borrowed(page) {
+                    None
+                } else {
+                    space.vm.space.kept(page)
+                };
+                if lender.is_none_or(|(region, _)| regions.insert((region, page))) {
+                    holders.entry(space.entry(page).pfn()).or_default().maps += 1;
+                }
             }
             for snapshot in &self.snapshots {
                 let pfn = snapshot.frozen.frame(page).unwrap();
@@ -496,7 +513,7 @@ impl Model {
     }
 
     fn take_dirty(&mut self, s: usize) {
-        let holders = self.holders();
+        let holders = self.holders(s, 0..self.shape.pages);
         let space = &mut self.spaces[s];
         let before: Vec<_> = (0..self.shape.pages)
             .map(|p| space.entry(Gfn(p)).pfn())
@@ -547,7 +564,7 @@ impl Model {
     }
 
     fn discard(&mut self, s: usize, first: u64, count: u64) {
-        let holders = self.holders();
+        let holders = self.holders(s, first..first + count);
         let space = &self.spaces[s];
         let range = first..(first + count).min(self.shape.pages);
         let touched: Vec<_> = range
@@ -581,7 +598,7 @@ impl Model {
     }
 
     fn migrate(&mut self, s: usize, gfn: Gfn) {
-        let (holders, space) = (self.holders(), &self.spaces[s]);
+        let (holders, space) = (self.holders(s, gfn.0..gfn.0 + 1), &self.spaces[s]);
         let before = space.entry(gfn);
         let result = space.vm.space.migrate(gfn);
         let after = space.entry(gfn);
@@ -613,7 +630,11 @@ impl Model {
     }
 
     fn merge(&mut self, (s, gfn): (usize, Gfn), (t, other_gfn): (usize, Gfn)) {
-        let (holders, one, other) = (self.holders(), &self.spaces[s], &self.spaces[t]);
+        let (holders, one, other) = (
+            self.holders(s, 0..self.shape.pages),
+            &self.spaces[s],
+            &self.spaces[t],
+        );
         let entries = || (one.entry(gfn), other.entry(other_gfn));
         let before = entries();
         let (kept, freed) = (before.0.pfn(), before.1.pfn());
@@ -709,7 +730,7 @@ impl Model {
     }
 
     fn check(&self) -> Result<(), Broken> {
-        let holders = self.holders_and(true);
+        let holders = self.holders_and(true, |_, _| false);
         let mut writable = HashMap::<Pfn, u64>::new();
         for space in &self.spaces {
             for gfn in (0..self.shape.pages).map(Gfn) {

@@ -25,6 +25,11 @@ impl Shape {
         huge: Order::new(2),
     };
 
+    /// Which region a page is in.
+    pub(super) fn region(self, page: u64) -> u64 {
+        page / self.huge.pages()
+    }
+
     /// Whether there can be huge entries.
     pub(super) fn has_huge(self) -> bool {
         self.pages >= self.huge.pages()

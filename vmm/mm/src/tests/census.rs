@@ -181,9 +181,20 @@ fn what_nobody_accounts_for_is_unexplained() {
     let shared = vm.space.entry(P).unwrap().pfn();
     assert_eq!(host.census(&[], &[&frozen]).why(shared).others, 1);
     assert_eq!(host.census(&[&vm], &[]).why(shared).others, 0);
-    // What two snapshots and the space have in common is one mapping, and the clone's another.
+    // What two snapshots and the space have in common is one mapping, which stands for a clone's, too, until
+    // that does something with the region; then it has one of its own.
     let (again, clone) = (vm.space.fork().unwrap(), host.clone_of(&frozen));
-    let why = host.census(&[&vm], &[&frozen, &again]).why(shared);
+    let borrowed = host.census(&[&vm, &clone], &[&frozen, &again]).why(shared);
+    let seen = (
+        borrowed.state.maps(),
+        borrowed.mapped.len(),
+        borrowed.others,
+    );
+    assert_eq!(seen, (2, 6, 0));
+    let why = || host.census(&[&vm], &[&frozen, &again]).why(shared);
+    assert_eq!((why().state.maps(), why().others), (2, 0));
+    clone.space.unshare(Gfn(P.0 + 1)).unwrap();
+    let why = why();
     assert_eq!((why.state.maps(), why.mapped.len(), why.others), (3, 4, 1));
     drop((again, clone));
     // A frame that was allocated, and that nothing has yet.

@@ -8,6 +8,7 @@
 //! | `account` | who pays for what, and what becomes of who may have no more; promises |
 //! | `census` | what each has alone and shares; why a frame is alive |
 //! | `clones` | what it takes to make a clone; who moves where when all of them write |
+//! | `lent` | what clones borrow: who counts it, who moves, when it becomes theirs |
 //! | `policies` | the rules as tables; which scenario goes wrong under which policy |
 //! | `allocator` | who has which frame, against a plain list
 //! | `commit` | who waits for the host, and what goes back to it
@@ -33,6 +34,7 @@ mod discard;
 mod folio;
 mod force;
 mod get;
+mod lent;
 mod merge;
 mod migrate;
 mod policies;

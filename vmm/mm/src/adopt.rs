@@ -1,0 +1,211 @@
+//! Adoption: a region that a clone has only borrowed so far becomes its own (`lent.rs`).
+//!
+//! ```text
+//!   the region is     its entries    who counts a mapping of each frame     who keeps it where it is
+//!   --------------    ------------   -----------------------------------    ------------------------
+//!   borrowed          none           the snapshot's region                  the loan
+//!   adopted           read-only      both                                   its own mapping
+//!   opened (`open`)   read-only      the space; who else has the snapshot   its own mapping
+//! ```
+//! It is done under the region's lock, by whoever is first to do anything with it: nobody looks at the
+//! entries of a region before. The order is what makes it safe: mappings are counted while the snapshot is
+//! lent still, so that it cannot move away from frames that the window shows, and entries are published
+//! before the region is said to be adopted, so that nobody who reads them without a lock takes it for
+//! untouched.
+//!
+//! The snapshot's region stays in the clone's lineage until the region changes. Whoever is the last to have
+//! it takes it from there, and finds himself the frames' last holder.
+//!
+//! What only looks does without: [`AddressSpace::entry`] and a reader's hold ask the snapshot's region.
+
+use std::mem;
+use std::sync::Arc;
+
+use super::addr::{Gfn, Pfn};
+use super::entry::Entry;
+use super::frame_state::FrameState;
+use super::frozen::FrozenRegion;
+use super::lent::{Loan, Slots};
+use super::mapped::table::RegionGuard;
+use super::pool::FramePool;
+use super::safeguard::{Safeguard, is_left_out};
+use super::space::AddressSpace;
+use super::sync::lock;
+
+/// A frame has as many mappings as can be counted, so that a clone's page in it cannot become its own.
+/// Nothing has changed.
+#[derive(Debug, thiserror::Error)]
+#[error("{gfn:?} cannot be told from its snapshot: its frame has too many mappings ({state:?})")]
+pub struct TooManyMappings {
+    /// The page.
+    pub gfn: Gfn,
+    /// What is known of its frame.
+    pub state: FrameState,
+}
+
+/// What a space has borrowed, by the node of its snapshot. What of it is borrowed still the table knows.
+#[derive(Default)]
+pub(super) struct Borrowed(pub(super) Box<[Option<Arc<Loan>>]>);
+
+impl Borrowed {
+    pub(super) fn give_back(&self, node: usize, slots: Slots) {
+        if let Some(Some(loan)) = self.0.get(node)
+            && slots != 0
+        {
+            loan.give_back(slots);
+        }
+    }
+}
+
+impl<P> AddressSpace<P> {
+    /// Locks a region to do something with it: it is this space's own then. (A lock that is handed on in a
+    /// `Result` is copied, which costs a fault more than all the rest of its way to the entry: there it is
+    /// taken by itself, and the region adopted.)
+    ///
+    /// # Errors
+    /// If it is borrowed, and cannot be adopted.
+    #[inline]
+    pub(super) fn lock(&self, index: usize) -> Result<RegionGuard<'_>, TooManyMappings> {
+        let mut region = self.mapped.table.lock(index);
+        self.adopt(&mut region)?;
+        Ok(region)
+    }
+
+    /// Locks the region that `gfn` lies in: [`AddressSpace::lock`].
+    #[inline]
+    pub(super) fn lock_of(&self, gfn: Gfn) -> Result<RegionGuard<'_>, TooManyMappings> {
+        self.lock(self.mapped.table.region_of(gfn))
+    }
+
+    /// Makes a region the space's own, if it is borrowed.
+    #[inline]
+    pub(super) fn adopt(&self, region: &mut RegionGuard<'_>) -> Result<(), TooManyMappings> {
+        if region.is_borrowed() {
+            self.adopt_borrowed(region)?;
+        }
+        Ok(())
+    }
+
+    #[cold]
+    fn adopt_borrowed(&self, region: &mut RegionGuard<'_>) -> Result<(), TooManyMappings> {
+        let lender = lock(&self.lineage).unchanged.get(region.index()).cloned();
+        if is_left_out(Safeguard::AdoptedBeforeGivenBack) {
+            self.give_back(region);
+        }
+        if let Some(lender) = &lender {
+            self.count_and_publish(region, lender)?;
+        }
+        if !is_left_out(Safeguard::AdoptedBeforeGivenBack) {
+            self.give_back(region);
+        }
+        Ok(())
+    }
+
+    fn count_and_publish(
+        &self,
+        region: &mut RegionGuard<'_>,
+        lender: &FrozenRegion,
+    ) -> Result<(), TooManyMappings> {
+        let theirs = lender.lock();
+        if let Some(head) = theirs.huge() {
+            let mapped = self.pool.frames().try_map_again_huge(head);
+            mapped.map_err(|state| TooManyMappings {
+                gfn: region.first(),
+                state,
+            })?;
+            region.adopt_huge(head);
+            return Ok(());
+        }
+        let mut pages = MoreMappings::new(&self.pool);
+        for (index, chunk) in theirs.chunks().into_iter().flatten().enumerate() {
+            let Some(chunk) = chunk else { continue };
+            chunk.with_frames(|frames| {
+                let pages_of_chunk = region.pages_of(index).zip(frames);
+                let mut present = pages_of_chunk.filter(|&(_, &pfn)| pfn != Pfn::ZERO);
+                present.try_for_each(|(gfn, &pfn)| pages.count(gfn, pfn))
+            })?;
+        }
+        for (gfn, pfn) in pages.keep() {
+            region.adopt_page(gfn, pfn);
+        }
+        Ok(())
+    }
+
+    /// Has a region not borrowed any more.
+    pub(super) fn give_back(&self, region: &mut RegionGuard<'_>) {
+        region.own();
+        let (node, slot) = Loan::place(region.index());
+        self.borrowed.give_back(node, slot);
+    }
+
+    /// Calls `look` with the entry of a page as the snapshot's region has it that it is borrowed of. None if
+    /// it is not borrowed (any more).
+    ///
+    /// It changes neither meanwhile: nobody takes the snapshot's region from the lineage, and till then the
+    /// page is in that frame, by the loan or by a mapping of the space's own.
+    #[inline]
+    pub(super) fn with_borrowed<R>(&self, gfn: Gfn, look: impl FnOnce(Entry) -> R) -> Option<R> {
+        let index = self.mapped.table.region_of(gfn);
+        if !self.mapped.table.is_borrowed(index) {
+            return None;
+        }
+        self.with_lender(index, |lender| lender.lock().with(gfn, look))
+    }
+
+    /// Calls `look` with the snapshot's region that a region is borrowed of. None if it is not.
+    pub(super) fn with_lender<R>(
+        &self,
+        index: usize,
+        look: impl FnOnce(&FrozenRegion) -> R,
+    ) -> Option<R> {
+        let lineage = lock(&self.lineage);
+        // Adopted is before opened: if it is borrowed now, what it is borrowed of is there.
+        if !self.mapped.table.is_borrowed(index) {
+            return None;
+        }
+        lineage.unchanged.get(index).map(|lender| look(lender))
+    }
+
+    /// Gives back all that is borrowed still, of a space that is going.
+    pub(super) fn give_back_all(&mut self) {
+        for node in 0..self.borrowed.0.len() {
+            let slots = self.mapped.table.borrowed(node);
+            self.mapped.table.borrow(node, 0);
+            self.borrowed.give_back(node, slots);
+        }
+    }
+}
+
+/// Mappings that are counted, of pages without an entry yet: they are taken back if they get none.
+struct MoreMappings<'a> {
+    pool: &'a FramePool,
+    counted: Vec<(Gfn, Pfn)>,
+}
+
+impl<'a> MoreMappings<'a> {
+    fn new(pool: &'a FramePool) -> Self {
+        Self {
+            pool,
+            counted: Vec::new(),
+        }
+    }
+
+    fn count(&mut self, gfn: Gfn, pfn: Pfn) -> Result<(), TooManyMappings> {
+        let mapped = self.pool.frames().try_map_again(pfn);
+        mapped.map_err(|state| TooManyMappings { gfn, state })?;
+        self.counted.push((gfn, pfn));
+        Ok(())
+    }
+
+    fn keep(mut self) -> Vec<(Gfn, Pfn)> {
+        mem::take(&mut self.counted)
+    }
+}
+
+impl Drop for MoreMappings<'_> {
+    fn drop(&mut self) {
+        for &(_, pfn) in &self.counted {
+            self.pool.unmap(pfn);
+        }
+    }
+}
