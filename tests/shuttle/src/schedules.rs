@@ -88,7 +88,7 @@ safeguards! {
     fault_looks_under_lock: FaultLooksUnderLock, "accounting";
     mmu_before_unmap: MmuBeforeUnmap, "coherence";
     copy_is_held: CopyIsHeld, "is not held";
-    reuse_proved_again: ReuseProvedAgain, "TooMany";
+    reuse_proved_again: ReuseProvedAgain, "isolation";
     clone_under_lock: CloneUnderLock, "isolation";
     isolated_before_copy: IsolatedBeforeCopy, "coherence";
     writers_stopped_before_copy: WritersStoppedBeforeCopy, "lost";
