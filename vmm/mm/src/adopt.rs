@@ -48,6 +48,12 @@ pub struct TooManyMappings {
 pub(super) struct Borrowed(pub(super) Box<[Option<Arc<Loan>>]>);
 
 impl Borrowed {
+    /// Whether there is nothing, and never was: so it is with every space that is no clone.
+    #[inline]
+    pub(super) fn is_nothing(&self) -> bool {
+        self.0.is_empty()
+    }
+
     pub(super) fn give_back(&self, node: usize, slots: Slots) {
         if let Some(Some(loan)) = self.0.get(node)
             && slots != 0
@@ -80,10 +86,16 @@ impl<P> AddressSpace<P> {
     /// Makes a region the space's own, if it is borrowed.
     #[inline]
     pub(super) fn adopt(&self, region: &mut RegionGuard<'_>) -> Result<(), TooManyMappings> {
-        if region.is_borrowed() {
+        if self.has_borrowed(region) {
             self.adopt_borrowed(region)?;
         }
         Ok(())
+    }
+
+    /// Whether a region is borrowed.
+    #[inline]
+    pub(super) fn has_borrowed(&self, region: &RegionGuard<'_>) -> bool {
+        !self.borrowed.is_nothing() && region.is_borrowed()
     }
 
     #[cold]
@@ -146,7 +158,7 @@ impl<P> AddressSpace<P> {
     #[inline]
     pub(super) fn with_borrowed<R>(&self, gfn: Gfn, look: impl FnOnce(Entry) -> R) -> Option<R> {
         let index = self.mapped.table.region_of(gfn);
-        if !self.mapped.table.is_borrowed(index) {
+        if self.borrowed.is_nothing() || !self.mapped.table.is_borrowed(index) {
             return None;
         }
         self.with_lender(index, |lender| lender.lock().with(gfn, look))

@@ -109,7 +109,9 @@ impl<P: CowPolicy> AddressSpace<P> {
         };
         let lent: Vec<_> = (0..snapshot.nodes()).map(lend).collect();
         let loan = |lent: &Option<Arc<Lent>>| lent.as_ref().map(|lent| Arc::clone(&lent.loan));
-        self.borrowed = Borrowed(lent.iter().map(loan).collect());
+        if lent.iter().any(Option::is_some) {
+            self.borrowed = Borrowed(lent.iter().map(loan).collect());
+        }
         lent
     }
 }

@@ -77,7 +77,7 @@ impl<P: CowPolicy> AddressSpace<P> {
         let ours = lineage.unchanged.get(region.index());
         match (ours, theirs) {
             (Some(ours), Some(theirs)) => Arc::ptr_eq(ours, theirs),
-            _ => theirs.is_none() && region.is_untouched(),
+            _ => theirs.is_none() && !self.has_borrowed(region) && region.is_untouched(),
         }
     }
 
