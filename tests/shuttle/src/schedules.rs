@@ -85,10 +85,10 @@ safeguards! {
     pin_tests_in_the_word: PinTestsInTheWord, "coherence";
     share_tests_in_the_word: ShareTestsInTheWord, "coherence";
     get_only_of_mapped: GetOnlyOfMapped, "freed twice";
-    fault_looks_under_lock: FaultLooksUnderLock, "accounting";
+    fault_looks_under_lock: FaultLooksUnderLock, "coherence";
     mmu_before_unmap: MmuBeforeUnmap, "coherence";
     copy_is_held: CopyIsHeld, "is not held";
-    reuse_proved_again: ReuseProvedAgain, "TooMany";
+    reuse_proved_again: ReuseProvedAgain, "isolation";
     clone_under_lock: CloneUnderLock, "isolation";
     isolated_before_copy: IsolatedBeforeCopy, "coherence";
     writers_stopped_before_copy: WritersStoppedBeforeCopy, "lost";
