@@ -1,10 +1,10 @@
 //! Threads that are to run as soon as they are woken.
 //!
-//! A pause ends when the last vCPU runs, and a clone begins with its first instruction; both wait for a CPU. Who
-//! is woken on a busy one waits until whoever runs there has had his slice: milliseconds, and as many times that
-//! as there are others. Unless its own slice is shorter: then it takes the CPU at once (Linux 6.12,
-//! `PREEMPT_SHORT` in `kernel/sched/features.h`), and soon gives it back. It gets no more of the CPU than
-//! before; it gets it in smaller pieces.
+//! A pause ends when the last vCPU runs, and a clone begins with its first instruction; both wait for a CPU.
+//! Who is woken on a busy one waits until whoever runs there has had his slice: milliseconds, and as many
+//! times that as there are others. Unless its own slice is shorter: then it takes the CPU at once (Linux
+//! 6.12, `PREEMPT_SHORT` in `kernel/sched/features.h`), and soon gives it back. It gets no more of the CPU
+//! than before; it gets it in smaller pieces.
 //!
 //! So a vCPU that stands still has a short slice, and goes on with it until it first comes out of the guest: to
 //! have it always would be to change threads all the time. No privilege is needed. Where the kernel does not know
