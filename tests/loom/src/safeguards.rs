@@ -64,7 +64,6 @@ safeguards! {
     folio_barrier_for_a_run: FolioBarrier, pins_of_a_folio_against_fork, "isolation";
     folio_looked_at_again: FolioLookedAtAgain, pin_of_a_folios_page_against_fork, "isolation";
     dissolved_in_the_word: DissolvedInTheWord, reader_of_a_folio_against_its_next_lives, "count below zero";
-    clone_of_a_folio_under_lock: CloneUnderLock, clone_against_whole_break_of_a_folio, "isolation";
     folio_pages_looked_at_for_a_clone: FolioPagesLookedAt, split_of_a_clone_against_reuse_by_its_parent, "isolation";
     folio_left_last: FolioLeftLast, whole_breaks_of_a_folio_by_parent_and_clone, "isolation";
     split_counts_pages_first: SplitCountsPagesFirst, split_of_a_clone_against_reuse_by_its_parent, "freed twice";
