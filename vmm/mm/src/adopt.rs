@@ -83,6 +83,13 @@ impl<P> AddressSpace<P> {
         self.lock(self.mapped.table.region_of(gfn))
     }
 
+    /// Has the region of `gfn` be this space's own, and does nothing else to it: for races that begin there.
+    #[cfg(loom)]
+    pub fn adopt_region_of(&self, gfn: Gfn) {
+        self.lock_of(gfn)
+            .expect("a frame has few mappings in a race");
+    }
+
     /// Makes a region the space's own, if it is borrowed.
     #[inline]
     pub(super) fn adopt(&self, region: &mut RegionGuard<'_>) -> Result<(), TooManyMappings> {

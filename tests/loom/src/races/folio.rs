@@ -190,6 +190,10 @@ pub(crate) fn reader_of_a_folio_against_its_next_lives<C: Policy>() {
     let frozen = parent.space.fork().unwrap();
     parent.cpu_write(P, NEW).unwrap();
     let clones = [(); 2].map(|()| new(SoftVm::clone_of(&frozen, &memory, C::default()).unwrap()));
+    // By entries of their own: a reader of what is borrowed holds the snapshot's page.
+    clones
+        .iter()
+        .for_each(|clone| clone.space.adopt_region_of(P));
     drop(frozen);
     let next = parent.space.fork().unwrap();
     let [clone, other] = clones;
