@@ -71,7 +71,7 @@ pub(super) const SCENARIOS: &[Scenario] = &[
             Write(P, 0),
             Write(P, 1),
             Write(P, 2),
-            RefuseMmu(2),
+            RefuseMmu(1),
             Refused(&Fork(P, C)),
             Read(P, 1),
             Write(P, 0),
