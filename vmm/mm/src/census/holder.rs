@@ -40,10 +40,7 @@ impl<P: CowPolicy> Holder for AddressSpace<P> {
         };
         for index in 0..self.mapped.table.regions() {
             let region = self.mapped.table.lock(index);
-            if region.is_untouched() {
-                continue;
-            }
-            if region.is_borrowed() {
+            if self.has_borrowed(&region) {
                 // The snapshot's mapping stands for the space's: it is shown, and not counted again.
                 let mut borrowed = |mapping, first, entry| {
                     look(Leaf {
@@ -54,6 +51,9 @@ impl<P: CowPolicy> Holder for AddressSpace<P> {
                     });
                 };
                 self.with_lender(index, |lender| lender.lock().each(&mut borrowed));
+                continue;
+            }
+            if region.is_untouched() {
                 continue;
             }
             if let Some(huge) = region.huge() {
