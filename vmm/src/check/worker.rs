@@ -1,5 +1,6 @@
 //! The thread that examines snapshots beside the running guest.
 
+use std::collections::VecDeque;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -141,6 +142,15 @@ impl Worker {
     /// Hands over what a guest that stands still has drawn, after all snapshots of it.
     pub fn look_at_draws(&mut self, incarnation: Arc<Incarnation>, now: Observation) {
         self.hand_over(Task::Draws(incarnation, now));
+    }
+
+    /// Hands over the oldest of snapshots that are kept, if there is one, for its last look.
+    pub fn retire_oldest(&mut self, kept: &mut VecDeque<Arc<RunSnapshot>>) {
+        let Some(oldest) = kept.pop_front() else {
+            return;
+        };
+        let heir = kept.iter().find(|s| s.parent() == Some(oldest.number()));
+        self.last_look(oldest, heir);
     }
 
     fn hand_over(&mut self, task: Task) {

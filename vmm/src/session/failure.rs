@@ -59,6 +59,12 @@ pub(super) fn violation<'a>(
     v
 }
 
+/// A failure that the guest reports, and that cannot be read for the reason `why`.
+pub(super) fn unreadable(why: &str) -> Violation {
+    let what = format!("the guest reports a failure that cannot be read, {why}");
+    Violation::new(Oracle::Life, what)
+}
+
 /// What the device saw of the request that `failure` is about.
 fn seen_by_device<'a>(
     failure: &Failure,

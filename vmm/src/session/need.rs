@@ -35,7 +35,7 @@ const MAPPING: u64 = 256;
 const CHECKED_PAGE: u64 = 16;
 /// Snapshots beyond those kept that may have copies of their own: taken, but not checked yet, or no longer
 /// kept, but not dropped yet.
-const ON_THE_WAY: u64 = 4;
+pub(super) const ON_THE_WAY: u64 = 4;
 /// What the frame pool has beyond that.
 const EXTRA: u64 = 64 << 20;
 

@@ -12,6 +12,7 @@ use palimpsest::kvm::{BootError, KvmError, Machine};
 use palimpsest::memory::{Frames, Memory, MemoryError, MemoryOptions};
 use palimpsest::mm::{Account, AddressSpace, AnyPolicy, Mmu, REGION_PAGES};
 use palimpsest::snapshot::Parts;
+use palimpsest::vcpus::Capture;
 use palimpsest::vm::{self, Accelerator, CloneError, Shell};
 
 use super::config::{Config, GuestSource, Injection, PageSize, Size};
@@ -297,6 +298,29 @@ impl PayloadVm {
             }
             _ => self.incarnations.copy(ram, &self.layout, original),
         }
+    }
+
+    /// What the running guest says of itself, if it follows the formula by now.
+    ///
+    /// # Errors
+    /// If its vCPUs cannot be stopped for that.
+    pub(super) fn latch(&self) -> Result<Option<Boot>, KvmError> {
+        let registers = || {
+            let paused = self.machine().pause(Capture::Registers)?;
+            let states = paused.states()?;
+            paused.resume();
+            Ok(states)
+        };
+        Boot::latch(self.ram(), &self.layout, &self.reference, registers)
+    }
+
+    /// Requests that each device has done.
+    pub(super) fn requests_by_device(&self) -> Vec<u64> {
+        let devices = self.devices.devices().iter();
+        devices
+            .map(|device| device.stats())
+            .map(|stats| stats.to_guest + stats.from_guest)
+            .collect()
     }
 
     /// What the guest has drawn, which stands still and follows the formula.

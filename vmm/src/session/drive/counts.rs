@@ -12,15 +12,6 @@ impl Drive<'_> {
         GuestCounters::of(&self.vm)
     }
 
-    /// Requests that each device has done.
-    pub(super) fn requests_by_device(&self) -> Vec<u64> {
-        let devices = self.vm.devices.devices().iter();
-        devices
-            .map(|device| device.stats())
-            .map(|stats| stats.to_guest + stats.from_guest)
-            .collect()
-    }
-
     pub(super) fn dirty_counts(&self) -> DirtyCounts {
         self.tracker
             .as_ref()

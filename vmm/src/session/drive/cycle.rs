@@ -5,13 +5,10 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use super::{Drive, TICK};
-use crate::check::Boot;
 use crate::session::config::{GuestSource, RunLength};
 use crate::session::end::End;
 use crate::session::occasion::PATIENCE;
 use crate::session::report::EndedBy;
-use palimpsest::kvm::KvmError;
-use palimpsest::vcpus::Capture;
 
 /// Looks the checker may be behind before the next snapshot waits for it.
 const MOST_BACKLOG: u64 = 3;
@@ -42,7 +39,7 @@ impl Drive<'_> {
         if let Some(by) = is_over
             && self
                 .occasion
-                .is_over(&ops, &self.requests_by_device(), &self.vm.layout)
+                .is_over(&ops, &self.vm.requests_by_device(), &self.vm.layout)
         {
             return Err(End::fine(by));
         }
@@ -130,14 +127,7 @@ impl Drive<'_> {
         if self.boot.is_some() {
             return Ok(());
         }
-        let (ram, machine) = (self.vm.ram(), self.vm.machine());
-        let registers = || {
-            let paused = machine.pause(Capture::Registers)?;
-            let states = paused.states()?;
-            paused.resume();
-            Ok::<_, KvmError>(states)
-        };
-        match Boot::latch(ram, &self.vm.layout, &self.vm.reference, registers) {
+        match self.vm.latch() {
             Ok(boot) => {
                 self.boot = boot.map(Arc::new);
                 self.first_of_boot = self.taken + 1;

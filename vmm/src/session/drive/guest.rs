@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use guest::abi::Failure;
 
 use super::Drive;
-use crate::check::{Oracle, Violation};
+use crate::check::Violation;
 use crate::session::end::End;
 use crate::session::failure;
 use crate::session::ports::Event;
@@ -26,8 +26,7 @@ impl Drive<'_> {
                 self.violation(&violation);
             }
             Event::UnreadableFailure(why) => {
-                let what = format!("the guest reports a failure that cannot be read, {why}");
-                self.violation(&Violation::new(Oracle::Life, what));
+                self.violation(&failure::unreadable(&why));
             }
             Event::Ended(vcpu, outcome) => return Some(End::of_vcpu(vcpu, &outcome)),
         }

@@ -76,7 +76,7 @@ impl Drive<'_> {
         self.occasion.restore(now.clone());
         if self.boot.is_some() {
             self.life.rewound(snapshot.number(), now);
-            let requests = self.requests_by_device();
+            let requests = self.vm.requests_by_device();
             self.device_life
                 .rewound(snapshot.number(), &ops_before, ops, requests);
         } else {

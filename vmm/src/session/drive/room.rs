@@ -44,14 +44,7 @@ impl Drive<'_> {
     }
 
     pub(super) fn retire_oldest(&mut self) {
-        let Some(oldest) = self.kept.pop_front() else {
-            return;
-        };
-        let heir = self
-            .kept
-            .iter()
-            .find(|s| s.parent() == Some(oldest.number()));
-        self.worker.last_look(oldest, heir);
+        self.worker.retire_oldest(&mut self.kept);
     }
 }
 

@@ -53,7 +53,7 @@ impl Drive<'_> {
             self.vm.devices.leak_one_pin().map_err(|e| End::error(&e))?;
         }
         self.occasion
-            .snapshot(self.counters().ops(), self.requests_by_device());
+            .snapshot(self.counters().ops(), self.vm.requests_by_device());
         let every = self.config.restore_every;
         self.restore_is_due = every > 0 && number.is_multiple_of(every);
         // With a fault in the run, the guest does something first.

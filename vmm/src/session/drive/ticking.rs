@@ -23,7 +23,7 @@ impl Drive<'_> {
             self.occasion.give_up();
         }
         self.occasion.look(&ops, patience);
-        let requests = self.requests_by_device();
+        let requests = self.vm.requests_by_device();
         if let Some(violation) = self.device_life.look(&ops, &requests, patience) {
             self.violation(&violation);
         }

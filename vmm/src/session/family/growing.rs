@@ -8,15 +8,12 @@ use super::Family;
 use super::member::Member;
 use super::progress::Phase;
 use super::report::Forking;
-use crate::check::Boot;
 use crate::run_snapshot::RunSnapshot;
 use crate::session::end::End;
 use crate::session::occasion::PATIENCE;
 use crate::session::ports::events;
 use palimpsest::causes::chain;
-use palimpsest::kvm::KvmError;
 use palimpsest::mm::PAGE_SIZE;
-use palimpsest::vcpus::Capture;
 
 /// Shells that are made before clones are.
 const MOST_SHELLS: u64 = 256;
@@ -102,14 +99,7 @@ impl Family<'_> {
         let Some(root) = &self.members[0] else {
             return Ok(());
         };
-        let (ram, machine) = (root.vm.ram(), root.vm.machine());
-        let registers = || {
-            let paused = machine.pause(Capture::Registers)?;
-            let states = paused.states()?;
-            paused.resume();
-            Ok::<_, KvmError>(states)
-        };
-        match Boot::latch(ram, &root.vm.layout, &root.vm.reference, registers) {
+        match root.vm.latch() {
             Ok(boot) => {
                 self.boot = boot.map(Arc::new);
                 Ok(())

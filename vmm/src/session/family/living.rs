@@ -47,8 +47,8 @@ impl Family<'_> {
     /// Takes a snapshot of the machine whose turn it is.
     fn snapshot_of_next(&mut self) -> Result<(), End> {
         let all = self.members.len();
-        let next = (0..all).map(|n| (self.turn + n) % all);
-        let Some(of) = next.clone().find(|&of| self.members[of].is_some()) else {
+        let mut next = (0..all).map(|n| (self.turn + n) % all);
+        let Some(of) = next.find(|&of| self.members[of].is_some()) else {
             return Ok(());
         };
         self.turn = of + 1;
@@ -73,13 +73,6 @@ impl Family<'_> {
 
     /// Hands the oldest snapshot that is kept to the checker for the last time.
     pub(super) fn retire_oldest(&mut self) {
-        let Some(oldest) = self.kept.pop_front() else {
-            return;
-        };
-        let heir = self
-            .kept
-            .iter()
-            .find(|s| s.parent() == Some(oldest.number()));
-        self.worker.last_look(oldest, heir);
+        self.worker.retire_oldest(&mut self.kept);
     }
 }

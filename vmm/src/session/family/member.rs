@@ -4,7 +4,7 @@ use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use super::report::MemberReport;
-use crate::check::{Oracle, Violation};
+use crate::check::Violation;
 use crate::dma::Mismatch;
 use crate::run_snapshot::RunSnapshot;
 use crate::session::end::End;
@@ -79,7 +79,7 @@ impl Member {
         let mut life = LifeWatch::default();
         // Memory may be an operation behind the registers.
         let mut device_life = DeviceWatch::default();
-        let requests = requests_by_device(&vm);
+        let requests = vm.requests_by_device();
         life.rewound(origin.number(), GuestCounters::of(&vm).ops());
         device_life.rewound(origin.number(), &ops, ops.clone(), requests);
         Self {
@@ -135,7 +135,7 @@ impl Member {
         let patience = life::patience(TURN * machines);
         let ops = GuestCounters::of(&self.vm).ops();
         heard.violations.extend(self.life.look(&ops, patience));
-        let requests = requests_by_device(&self.vm);
+        let requests = self.vm.requests_by_device();
         heard
             .violations
             .extend(self.device_life.look(&ops, &requests, patience));
@@ -167,8 +167,7 @@ impl Member {
                 heard.violations.push(violation);
             }
             Event::UnreadableFailure(why) => {
-                let what = format!("the guest reports a failure that cannot be read, {why}");
-                heard.violations.push(Violation::new(Oracle::Life, what));
+                heard.violations.push(failure::unreadable(&why));
             }
             Event::Ended(vcpu, outcome) => {
                 let end = End::of_vcpu(vcpu, &outcome);
@@ -194,12 +193,4 @@ impl Member {
             pages_copied: stats.copied,
         }
     }
-}
-
-fn requests_by_device(vm: &PayloadVm) -> Vec<u64> {
-    let devices = vm.devices.devices().iter();
-    devices
-        .map(|device| device.stats())
-        .map(|stats| stats.to_guest + stats.from_guest)
-        .collect()
 }

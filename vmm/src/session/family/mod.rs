@@ -40,6 +40,7 @@ use self::member::Member;
 use self::progress::{FamilyObserver, FamilyProgress, MemberProgress, Phase};
 use self::report::FamilyReport;
 use super::end::End;
+use super::need::ON_THE_WAY;
 use super::ports::events;
 use super::report::nanoseconds;
 use super::vm::PayloadVm;
@@ -50,11 +51,9 @@ use crate::incarnation::Incarnation;
 use crate::run_snapshot::RunSnapshot;
 use palimpsest::host::Limits;
 use palimpsest::kvm::{Kvm, Platform, PlatformError};
-use palimpsest::mm::{PAGE_SIZE, Promise, PromiseError};
+use palimpsest::mm::{PAGE_SIZE, PoolUsage, Promise, PromiseError};
 use palimpsest::vm::{Accelerator, Shells};
 
-/// Snapshots beyond those that are kept: they are with the checker, for their first look or their last.
-const ON_THE_WAY: u64 = 4;
 /// Between two calls of the observer.
 const TICK: Duration = Duration::from_millis(100);
 
@@ -335,7 +334,7 @@ impl<'a> Family<'a> {
     }
 
     fn progress(&mut self) -> FamilyProgress {
-        let pool = self.shells_frames_usage();
+        let pool = self.pool_usage();
         let members = self
             .members
             .iter_mut()
@@ -370,7 +369,7 @@ impl<'a> Family<'a> {
         self.observer.violation(of, violation);
     }
 
-    fn shells_frames_usage(&self) -> palimpsest::mm::PoolUsage {
+    fn pool_usage(&self) -> PoolUsage {
         self.shells.frames().pool().usage()
     }
 
