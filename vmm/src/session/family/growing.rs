@@ -104,7 +104,7 @@ impl Family<'_> {
                 self.boot = boot.map(Arc::new);
                 Ok(())
             }
-            Err(error) => self.has_ended(0, &error),
+            Err(error) => self.cannot_be_paused(0, &error.into()),
         }
     }
 

@@ -13,6 +13,7 @@ use crate::session::life::{self, DeviceWatch, LifeWatch};
 use crate::session::occasion::GuestCounters;
 use crate::session::ports::{Event, Inbox};
 use crate::session::vm::PayloadVm;
+use palimpsest::causes::chain;
 use palimpsest::mm::Promise;
 
 /// How long a machine may take to say why it has ended.
@@ -117,20 +118,12 @@ impl Member {
     /// Takes what the machine has said, and looks whether it and its devices go on. There are `machines` that
     /// share the CPUs.
     pub(super) fn listen(&mut self, machines: u32) -> Heard {
-        let mut heard = Heard::default();
-        let mismatches: Vec<Mismatch> = self.vm.devices.take_mismatches();
-        while let Some(event) = self.inbox.wait(Duration::ZERO) {
-            self.hear(event, &mismatches, &mut heard);
-        }
+        let mut heard = self.take_words();
         if let Some(error) = self.vm.devices.take_error() {
-            heard
-                .ended
-                .get_or_insert_with(|| palimpsest::causes::chain(&error));
+            heard.ended.get_or_insert_with(|| chain(&error));
         }
         if let Err(error) = self.vm.space().check() {
-            heard
-                .ended
-                .get_or_insert_with(|| palimpsest::causes::chain(&error));
+            heard.ended.get_or_insert_with(|| chain(&error));
         }
         let patience = life::patience(TURN * machines);
         let ops = GuestCounters::of(&self.vm).ops();
@@ -142,21 +135,34 @@ impl Member {
         heard
     }
 
+    /// Takes what the machine has said so far.
+    pub(super) fn take_words(&self) -> Heard {
+        let mut heard = Heard::default();
+        let mismatches = self.vm.devices.take_mismatches();
+        while let Some(event) = self.inbox.wait(Duration::ZERO) {
+            self.hear(event, &mismatches, &mut heard);
+        }
+        heard
+    }
+
     /// Whether a vCPU has done nothing since the machine was made.
     pub(super) fn has_yet_to_live(&self) -> bool {
         self.life.is_waiting()
     }
 
-    /// Why the machine has ended, in its own words.
-    pub(super) fn last_words(&mut self) -> Option<String> {
+    /// Takes what a machine says, one of whose vCPUs has ended, until it has said why.
+    pub(super) fn last_words(&self) -> Heard {
         let deadline = Instant::now() + LAST_WORDS;
+        let mismatches = self.vm.devices.take_mismatches();
         let mut heard = Heard::default();
         while heard.ended.is_none() {
             let left = deadline.saturating_duration_since(Instant::now());
-            let event = self.inbox.wait(left)?;
-            self.hear(event, &[], &mut heard);
+            let Some(event) = self.inbox.wait(left) else {
+                break;
+            };
+            self.hear(event, &mismatches, &mut heard);
         }
-        heard.ended
+        heard
     }
 
     fn hear(&self, event: Event, mismatches: &[Mismatch], heard: &mut Heard) {

@@ -36,7 +36,7 @@ use std::time::{Duration, Instant};
 use hdrhistogram::Histogram;
 
 use self::config::FamilyConfig;
-use self::member::Member;
+use self::member::{Heard, Member};
 use self::progress::{FamilyObserver, FamilyProgress, MemberProgress, Phase};
 use self::report::FamilyReport;
 use super::end::End;
@@ -49,9 +49,12 @@ use crate::accel::{self, Opened};
 use crate::check::{Boot, Examiner, Look, Violation, ViolationCounts, Worker};
 use crate::incarnation::Incarnation;
 use crate::run_snapshot::RunSnapshot;
+use palimpsest::causes::chain;
 use palimpsest::host::Limits;
 use palimpsest::kvm::{Kvm, Platform, PlatformError};
 use palimpsest::mm::{PAGE_SIZE, PoolUsage, Promise, PromiseError};
+use palimpsest::snapshot::TakeError;
+use palimpsest::vcpus::VcpusError;
 use palimpsest::vm::{Accelerator, Shells};
 
 /// Between two calls of the observer.
@@ -251,11 +254,14 @@ impl<'a> Family<'a> {
         let parent = member.runs_on_from.upgrade();
         let (taken, timing) = match member.vm.parts().take() {
             Ok(taken) => taken,
-            Err(error) => return self.has_ended(of, &error).map(|()| None),
+            Err(TakeError::Vcpus(error)) => {
+                return self.cannot_be_paused(of, &error).map(|()| None);
+            }
+            Err(error) => return self.has_ended(of, &chain(&error)).map(|()| None),
         };
         if let Some(error) = member.vm.devices.take_error() {
             // A request was lost to it, so the snapshot would not pass: this is the better reason.
-            return self.has_ended(of, &error).map(|()| None);
+            return self.has_ended(of, &chain(&error)).map(|()| None);
         }
         self.taken += 1;
         let number = self.taken;
@@ -280,16 +286,41 @@ impl<'a> Family<'a> {
         Ok(Some(snapshot))
     }
 
-    /// A machine cannot be paused: its own words are better than the pauser's.
-    fn has_ended(&mut self, of: usize, error: &dyn std::error::Error) -> Result<(), End> {
-        let words = self.members[of].as_mut().and_then(Member::last_words);
-        let why = words.unwrap_or_else(|| palimpsest::causes::chain(error));
+    /// The vCPUs of a machine cannot be paused. If one has ended, its own words are better than the pauser's.
+    fn cannot_be_paused(&mut self, of: usize, error: &VcpusError) -> Result<(), End> {
+        let mut heard = match &self.members[of] {
+            Some(member) if matches!(error, VcpusError::Stopped { .. }) => member.last_words(),
+            _ => Heard::default(),
+        };
+        heard.ended.get_or_insert_with(|| chain(error));
+        self.take_in(of, heard)
+    }
+
+    /// A machine has ended.
+    fn has_ended(&mut self, of: usize, why: &str) -> Result<(), End> {
         self.errors.push(format!("machine {of}: {why}"));
         self.drop_member(of);
         match self.members.iter().flatten().next() {
             Some(_) => Ok(()),
             None => Err(End::failed("no machine is left".to_owned())),
         }
+    }
+
+    /// Passes on what was heard of a machine, which has ended if that says so.
+    fn take_in(&mut self, of: usize, heard: Heard) -> Result<(), End> {
+        let ended = self.pass_on(of, heard);
+        ended.map_or(Ok(()), |why| self.has_ended(of, &why))
+    }
+
+    /// Passes on what a machine has said; returns why it has ended, if it has.
+    fn pass_on(&mut self, of: usize, heard: Heard) -> Option<String> {
+        for text in heard.console {
+            self.observer.console(of, &text);
+        }
+        for violation in heard.violations {
+            self.violation(Some(of), &violation);
+        }
+        heard.ended
     }
 
     /// What is due every tenth of a second. Says whether the run is to go on.
@@ -314,19 +345,7 @@ impl<'a> Family<'a> {
                 continue;
             };
             let heard = member.listen(machines);
-            for text in heard.console {
-                self.observer.console(of, &text);
-            }
-            for violation in heard.violations {
-                self.violation(Some(of), &violation);
-            }
-            if let Some(why) = heard.ended {
-                self.errors.push(format!("machine {of}: {why}"));
-                self.drop_member(of);
-            }
-        }
-        if self.members.iter().all(Option::is_none) {
-            return Err(End::failed("no machine is left".to_owned()));
+            self.take_in(of, heard)?;
         }
         let progress = self.progress();
         self.observer.progress(&progress);
@@ -373,14 +392,18 @@ impl<'a> Family<'a> {
         self.shells.frames().pool().usage()
     }
 
-    /// Drops a machine; what is to be said of it is kept, and what it has drawn is looked at.
+    /// Drops a machine; what is to be said of it is kept, what it has said last is heard, and what it has drawn
+    /// is looked at.
     fn drop_member(&mut self, of: usize) {
         let Some(member) = self.members[of].take() else {
             return;
         };
         self.gone.push(member.report(of));
         member.vm.machine().stop();
-        if member.vm.machine().wait_until_stopped().is_ok()
+        let stopped = member.vm.machine().wait_until_stopped();
+        // Why it has ended, if it has by itself, is known or does not matter any more.
+        self.pass_on(of, member.take_words());
+        if stopped.is_ok()
             && let Some(boot) = &self.boot
         {
             let drawn = member.vm.draws_at_rest(boot);
