@@ -10,20 +10,14 @@ use std::process::{Command, Output, Stdio};
 
 use rustix::process::{Pid, Signal, geteuid, kill_process};
 
+use crate::support::{stderr, stdout};
+
 fn vmm(args: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_vmm"))
         .arg("compare")
         .args(args)
         .output()
         .expect("the program can be started")
-}
-
-fn stdout(output: &Output) -> String {
-    String::from_utf8_lossy(&output.stdout).into_owned()
-}
-
-fn stderr(output: &Output) -> String {
-    String::from_utf8_lossy(&output.stderr).into_owned()
 }
 
 /// Whether all that is not as expected is a race that was not caught.

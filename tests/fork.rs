@@ -11,7 +11,7 @@ use std::process::{Command, Output, Stdio};
 use rustix::process::{Pid, Resource, Rlimit, Signal, kill_process, setrlimit};
 use serde_json::Value;
 
-use crate::support::times;
+use crate::support::{stderr, stdout, times};
 
 fn command(args: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_vmm"));
@@ -28,14 +28,6 @@ fn vmm(args: &[&str]) -> Output {
         .args(args)
         .output()
         .expect("the program can be started")
-}
-
-fn stdout(output: &Output) -> String {
-    String::from_utf8_lossy(&output.stdout).into_owned()
-}
-
-fn stderr(output: &Output) -> String {
-    String::from_utf8_lossy(&output.stderr).into_owned()
 }
 
 /// Runs `command`, and reads the report that it writes.

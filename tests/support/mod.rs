@@ -8,6 +8,7 @@
 pub(crate) mod program;
 
 use std::io::Write;
+use std::process::Output;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::sync::{Mutex, PoisonError};
@@ -61,6 +62,16 @@ pub(crate) fn say(text: &str) {
     let name = thread::current().name().unwrap_or("?").to_owned();
     // Whoever does not listen misses it.
     let _ = writeln!(std::io::stderr(), "{name}: {text}");
+}
+
+/// What a program has printed.
+pub(crate) fn stdout(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+/// What it has said beside that.
+pub(crate) fn stderr(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
 }
 
 /// A short run with something of everything in it: two vCPUs, two devices, registered buffers, restores.

@@ -17,6 +17,7 @@ mod report_text;
 mod scenario_text;
 mod screen;
 mod status;
+mod teller;
 mod terminal;
 mod timeline;
 pub mod units;
@@ -201,21 +202,28 @@ fn run(args: &Args, screen: Screen, timeline: Option<Timeline>) -> Result<Verdic
         }
         file.write_json(json)
     });
-    let mut verdict = report.verdict;
-    for outcome in [
+    let outcomes = [
         printed,
         written.map_err(Failure::from),
         traced.map_err(Failure::from),
-    ] {
-        if let Err(failure) = outcome {
-            complain(&screen, &failure);
-            // A violation is the worse news of the two: it still decides the exit code.
-            if verdict == Verdict::Ok {
-                verdict = Verdict::Error;
-            }
+    ];
+    Ok(told(report.verdict, outcomes, &screen))
+}
+
+/// The verdict of a run whose reports came to `outcomes`: one that got lost is complained of.
+fn told(
+    mut verdict: Verdict,
+    outcomes: impl IntoIterator<Item = Result<(), Failure>>,
+    screen: &Screen,
+) -> Verdict {
+    for failure in outcomes.into_iter().filter_map(Result::err) {
+        complain(screen, &failure);
+        // A violation is the worse news of the two: it still decides the exit code.
+        if verdict == Verdict::Ok {
+            verdict = Verdict::Error;
         }
     }
-    Ok(verdict)
+    verdict
 }
 
 fn guest_image(source: &GuestSource) -> Result<Vec<u8>, Failure> {

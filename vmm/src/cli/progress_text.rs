@@ -1,7 +1,11 @@
 //! How far a run is, in words.
 
 use super::units::{bytes, count, exact_time, time};
-use crate::session::{config::RunLength, progress::Progress, report::Oracle};
+use crate::session::{
+    config::RunLength,
+    progress::Progress,
+    report::{Oracle, ViolationCounts},
+};
 
 /// Progress in words, with the end if it is known.
 fn so_far(length: RunLength, progress: &Progress) -> (String, String) {
@@ -110,16 +114,16 @@ pub(super) fn line(length: RunLength, p: &Progress) -> String {
         count(p.faults.total()),
         count(p.pins.total()),
         count(p.dma_requests),
-        violations(p)
+        violations(&p.violations)
     )
 }
 
 /// Violations by oracle, those that have none left out.
-pub(super) fn violations(progress: &Progress) -> String {
+pub(super) fn violations(counts: &ViolationCounts) -> String {
     let seen: Vec<String> = Oracle::ALL
         .into_iter()
-        .filter(|oracle| progress.violations.of(*oracle) > 0)
-        .map(|oracle| format!("{oracle} {}", count(progress.violations.of(oracle))))
+        .filter(|oracle| counts.of(*oracle) > 0)
+        .map(|oracle| format!("{oracle} {}", count(counts.of(oracle))))
         .collect();
     if seen.is_empty() {
         "none".to_owned()
@@ -133,7 +137,7 @@ pub(super) mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::session::report::{DirtyCounts, FaultCounts, PinCounts, ViolationCounts};
+    use crate::session::report::{DirtyCounts, FaultCounts, PinCounts};
 
     pub(in super::super) const TEN_SECONDS: RunLength =
         RunLength::Duration(Duration::from_secs(10));
@@ -212,9 +216,9 @@ pub(super) mod tests {
     #[test]
     fn only_oracles_that_saw_something_are_listed() {
         let mut progress = example();
-        assert_eq!(violations(&progress), "none");
+        assert_eq!(violations(&progress.violations), "none");
         progress.violations.isolation = 1_200;
         progress.violations.life = 1;
-        assert_eq!(violations(&progress), "isolation 1,200, life 1");
+        assert_eq!(violations(&progress.violations), "isolation 1,200, life 1");
     }
 }

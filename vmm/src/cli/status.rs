@@ -3,13 +3,7 @@
 //! Everything goes to standard error. On a terminal that is one block, redrawn in place, with the guest's
 //! console and violations above it; elsewhere it is a line now and then, with no control characters.
 
-use std::{
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
-    time::Duration,
-};
+use std::sync::{Arc, atomic::AtomicBool};
 
 use indicatif::{ProgressBar, ProgressStyle};
 
@@ -17,34 +11,24 @@ use super::{
     printable::printable,
     progress_text::{block, line, violations},
     screen::{STEPS, Screen},
+    teller::Teller,
 };
 use crate::session::{
     config::RunLength,
     progress::{Observer, Progress},
-    report::{Oracle, Violation},
+    report::Violation,
 };
 
-/// Time from one line to the next, off a terminal.
-const LINE_EVERY: Duration = Duration::from_secs(2);
-/// When the first of them is written.
-const FIRST_LINE: Duration = Duration::from_secs(1);
-/// Violations of each oracle that are shown; the others are only counted.
-const SHOWN: u64 = 5;
 /// A line of the guest's that is longer is cut in two.
 const LONGEST_LINE: usize = 4096;
 
 /// Shows a run.
 #[derive(Debug)]
 pub(crate) struct Status {
-    screen: Screen,
+    teller: Teller,
     length: RunLength,
-    stop: Arc<AtomicBool>,
-    stop_noted: bool,
-    next_line: Duration,
     /// A violation was seen, and the block is styled for it.
     violated: bool,
-    /// Violations seen, by position in [`Oracle::ALL`].
-    seen: [u64; Oracle::ALL.len()],
     /// What the guest printed since its last newline.
     console: String,
 }
@@ -56,13 +40,9 @@ impl Status {
             bar.set_style(block_style("green"));
         }
         Self {
-            screen,
+            teller: Teller::new(screen, stop),
             length,
-            stop,
-            stop_noted: false,
-            next_line: FIRST_LINE,
             violated: false,
-            seen: [0; Oracle::ALL.len()],
             console: String::new(),
         }
     }
@@ -73,13 +53,15 @@ impl Status {
             let rest = std::mem::take(&mut self.console);
             self.console_line(&rest);
         }
-        self.screen.clear_block();
+        self.teller.screen.clear_block();
         // What is printed next may go to the same terminal.
-        self.screen.finish();
+        self.teller.screen.finish();
     }
 
     fn console_line(&self, line: &str) {
-        self.screen.line(&format!("guest: {}", printable(line)));
+        self.teller
+            .screen
+            .line(&format!("guest: {}", printable(line)));
     }
 
     fn draw(&mut self, bar: &ProgressBar, progress: &Progress) {
@@ -87,27 +69,20 @@ impl Status {
             self.violated = true;
             bar.set_style(block_style("red.bold"));
         }
-        self.screen.raise_block();
+        self.teller.screen.raise_block();
         bar.set_position(done(self.length, progress));
-        bar.set_prefix(violations(progress));
+        bar.set_prefix(violations(&progress.violations));
         bar.set_message(block(self.length, progress));
     }
 }
 
 impl Observer for Status {
     fn progress(&mut self, progress: &Progress) {
-        if !self.stop_noted && self.stop.load(Ordering::Relaxed) {
-            self.stop_noted = true;
-            self.note("stopping: checking what was taken (Ctrl-C again kills)");
-        }
-        if let Some(bar) = self.screen.bar().cloned() {
+        self.teller.note_stop();
+        if let Some(bar) = self.teller.screen.bar().cloned() {
             self.draw(&bar, progress);
-        } else if progress.elapsed >= self.next_line {
-            // After a long wait there is one line, not one for each that was missed.
-            while self.next_line <= progress.elapsed {
-                self.next_line += LINE_EVERY;
-            }
-            self.screen.line(&line(self.length, progress));
+        } else if self.teller.line_is_due(progress.elapsed) {
+            self.teller.screen.line(&line(self.length, progress));
         }
     }
 
@@ -124,20 +99,11 @@ impl Observer for Status {
     }
 
     fn violation(&mut self, violation: &Violation) {
-        let oracle = violation.oracle;
-        let seen = &mut self.seen[oracle as usize];
-        *seen += 1;
-        if *seen <= SHOWN {
-            self.screen.line(&violation.to_string());
-        } else if *seen == SHOWN + 1 {
-            self.screen.line(&format!(
-                "more violations of {oracle}: from here on they are only counted"
-            ));
-        }
+        self.teller.violation("", violation);
     }
 
     fn note(&mut self, text: &str) {
-        self.screen.line(text);
+        self.teller.screen.line(text);
     }
 }
 
@@ -164,6 +130,8 @@ fn done(length: RunLength, progress: &Progress) -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::super::progress_text::tests::{TEN_SECONDS, example};
     use super::*;
 
@@ -190,12 +158,5 @@ mod tests {
     fn both_styles_are_templates() {
         block_style("green");
         block_style("red.bold");
-    }
-
-    #[test]
-    fn an_oracle_is_its_position() {
-        for (position, oracle) in Oracle::ALL.into_iter().enumerate() {
-            assert_eq!(oracle as usize, position);
-        }
     }
 }

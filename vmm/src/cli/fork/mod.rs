@@ -16,7 +16,7 @@ pub(super) use self::args::ForkArgs;
 use self::status::ForkStatus;
 use super::output_file::OutputFile;
 use super::screen::Screen;
-use super::{Failure, complain, guest_image, interrupt, print};
+use super::{Failure, guest_image, interrupt, print, told};
 use crate::session::family;
 use crate::session::report::Verdict;
 use palimpsest::host::Limits;
@@ -43,15 +43,6 @@ pub(super) fn run(args: &ForkArgs, screen: &Screen) -> Result<Verdict, Failure> 
 
     let printed = print(&text::render(&report)).map_err(Failure::Print);
     let written = report_file.map_or(Ok(()), |file| file.write(&report));
-    let mut verdict = report.verdict;
-    for outcome in [printed, written.map_err(Failure::from)] {
-        if let Err(failure) = outcome {
-            complain(screen, &failure);
-            // A violation is the worse news of the two: it still decides the exit code.
-            if verdict == Verdict::Ok {
-                verdict = Verdict::Error;
-            }
-        }
-    }
-    Ok(verdict)
+    let outcomes = [printed, written.map_err(Failure::from)];
+    Ok(told(report.verdict, outcomes, screen))
 }

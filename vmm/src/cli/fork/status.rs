@@ -1,37 +1,28 @@
 //! What is shown while a family lives: a block with its tree on a terminal, a line now and then elsewhere.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use indicatif::ProgressStyle;
 
 use super::tree;
 use crate::cli::printable::printable;
+use crate::cli::progress_text::violations;
 use crate::cli::screen::{STEPS, Screen};
+use crate::cli::teller::Teller;
 use crate::cli::units::{bytes, count};
 use crate::session::family::config::FamilyConfig;
 use crate::session::family::progress::{FamilyObserver, FamilyProgress, Phase};
-use crate::session::report::{Oracle, Violation, ViolationCounts};
+use crate::session::report::Violation;
 
-/// Time from one line to the next, off a terminal.
-const LINE_EVERY: Duration = Duration::from_secs(2);
-/// When the first of them is written.
-const FIRST_LINE: Duration = Duration::from_secs(1);
-/// Violations of each oracle that are shown; the others are only counted.
-const SHOWN: u64 = 5;
 /// Lines of the tree.
 const TREE: usize = 12;
 
 /// Shows a family.
 pub(super) struct ForkStatus {
-    screen: Screen,
+    teller: Teller,
     total: Duration,
-    stop: Arc<AtomicBool>,
-    stop_noted: bool,
-    next_line: Duration,
-    /// Violations seen, by position in [`Oracle::ALL`].
-    seen: [u64; Oracle::ALL.len()],
 }
 
 impl ForkStatus {
@@ -46,63 +37,46 @@ impl ForkStatus {
             );
         }
         Self {
-            screen,
+            teller: Teller::new(screen, stop),
             total: config.warm_up + config.duration,
-            stop,
-            stop_noted: false,
-            next_line: FIRST_LINE,
-            seen: [0; Oracle::ALL.len()],
         }
     }
 
     /// Takes the block off the screen.
     pub(super) fn finish(self) {
-        self.screen.clear_block();
-        self.screen.finish();
+        self.teller.screen.clear_block();
+        self.teller.screen.finish();
     }
 }
 
 impl FamilyObserver for ForkStatus {
     fn progress(&mut self, progress: &FamilyProgress) {
-        if !self.stop_noted && self.stop.load(Ordering::Relaxed) {
-            self.stop_noted = true;
-            self.note("stopping: checking what was taken (Ctrl-C again kills)");
-        }
-        if let Some(bar) = self.screen.bar().cloned() {
-            self.screen.raise_block();
+        self.teller.note_stop();
+        if let Some(bar) = self.teller.screen.bar().cloned() {
+            self.teller.screen.raise_block();
             let part = progress.elapsed.as_secs_f64() / self.total.as_secs_f64();
             bar.set_position((part * STEPS as f64).clamp(0.0, STEPS as f64) as u64);
             bar.set_message(block(progress));
-        } else if progress.elapsed >= self.next_line {
-            while self.next_line <= progress.elapsed {
-                self.next_line += LINE_EVERY;
-            }
-            self.screen.line(&line(progress));
+        } else if self.teller.line_is_due(progress.elapsed) {
+            self.teller.screen.line(&line(progress));
         }
     }
 
     fn console(&mut self, machine: usize, text: &str) {
         let text = printable(text.trim_end());
-        self.screen.line(&format!("machine {machine}: {text}"));
+        self.teller
+            .screen
+            .line(&format!("machine {machine}: {text}"));
     }
 
     fn violation(&mut self, machine: Option<usize>, violation: &Violation) {
-        let oracle = violation.oracle;
-        let seen = &mut self.seen[oracle as usize];
-        *seen += 1;
-        if *seen <= SHOWN {
-            let of = machine.map(|machine| format!("machine {machine}: "));
-            let of = of.unwrap_or_default();
-            self.screen.line(&format!("{of}{violation}"));
-        } else if *seen == SHOWN + 1 {
-            self.screen.line(&format!(
-                "more violations of {oracle}: from here on they are only counted"
-            ));
-        }
+        let of = machine.map(|machine| format!("machine {machine}: "));
+        self.teller
+            .violation(of.as_deref().unwrap_or_default(), violation);
     }
 
     fn note(&mut self, text: &str) {
-        self.screen.line(text);
+        self.teller.screen.line(text);
     }
 }
 
@@ -113,18 +87,6 @@ fn phase(phase: Phase) -> String {
         Phase::Running => "all run".to_owned(),
         Phase::Shrinking => "the root is gone, and every third".to_owned(),
         Phase::Ending => "looking at all once more".to_owned(),
-    }
-}
-
-/// Violations by oracle, those that have none left out.
-fn violations(counts: &ViolationCounts) -> String {
-    let seen = Oracle::ALL.into_iter().filter(|o| counts.of(*o) > 0);
-    let seen: Vec<_> = seen
-        .map(|o| format!("{o} {}", count(counts.of(o))))
-        .collect();
-    match seen.as_slice() {
-        [] => "none".to_owned(),
-        seen => seen.join(", "),
     }
 }
 
@@ -181,6 +143,7 @@ fn line(p: &FamilyProgress) -> String {
 mod tests {
     use super::*;
     use crate::session::family::progress::MemberProgress;
+    use crate::session::report::{Oracle, ViolationCounts};
 
     #[test]
     fn a_line_says_what_goes_on() {
