@@ -1,6 +1,6 @@
 //! Measures what clones of a running VM cost, beside a VM that is merely made, on this machine.
 
-use std::io::{self, Write};
+use std::io;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::atomic::AtomicBool;
@@ -12,7 +12,8 @@ use benches::clones::{
 };
 use benches::console::{self, ProgressDisplay};
 use benches::footprint;
-use benches::report::{Platform, Skipped, check_writable, write_json};
+use benches::json_file::{JsonFile, JsonFileError};
+use benches::report::{Platform, Skipped};
 use clap::{Parser, ValueEnum};
 use palimpsest::kvm::{Kvm, PlatformError};
 use vmm::cli::chain;
@@ -112,8 +113,8 @@ enum Part {
 enum Error {
     #[error(transparent)]
     Kvm(#[from] PlatformError),
-    #[error("--json {}: cannot write", path.display())]
-    Json { path: PathBuf, source: io::Error },
+    #[error(transparent)]
+    Json(#[from] JsonFileError),
     #[error("cannot tell how much memory is available")]
     Memory(#[source] io::Error),
     #[error("cannot print")]
@@ -155,23 +156,11 @@ impl Step {
 }
 
 fn main() -> ExitCode {
-    match run(&Args::parse()) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            let _ = writeln!(io::stderr(), "error: {}", chain(&error));
-            ExitCode::FAILURE
-        }
-    }
+    console::exit_code(run(&Args::parse()))
 }
 
 fn run(args: &Args) -> Result<(), Error> {
-    let json = |source| Error::Json {
-        path: args.json.clone().unwrap_or_default(),
-        source,
-    };
-    if let Some(path) = &args.json {
-        check_writable(path).map_err(json)?;
-    }
+    let json = JsonFile::prepare(args.json.clone())?;
     let kvm = Kvm::open()?;
     let stop = console::stop_flag().map_err(Error::Signals)?;
     let steps = steps(args);
@@ -204,9 +193,7 @@ fn run(args: &Args) -> Result<(), Error> {
     // What there is is worth having, however it ended.
     if !report.is_empty() {
         console::print(&text::report(&report)).map_err(Error::Print)?;
-        if let Some(path) = &args.json {
-            write_json(&report, path).map_err(json)?;
-        }
+        json.write(&report)?;
     }
     match failed {
         _ if interrupted => Err(Error::Interrupted),

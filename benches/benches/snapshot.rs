@@ -1,6 +1,6 @@
 //! Measures snapshots of the same guest under each technique, on this machine, one after the other.
 
-use std::io::{self, Write};
+use std::io;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::atomic::AtomicBool;
@@ -8,9 +8,10 @@ use std::time::Duration;
 
 use benches::console::{self, ProgressDisplay};
 use benches::heap::{self, Counting};
+use benches::json_file::{JsonFile, JsonFileError};
 use benches::machine::Machine;
 use benches::measure::{Sampling, measure};
-use benches::report::{self, Platform, Report, Skipped, check_writable, pattern_name};
+use benches::report::{self, Platform, Report, Skipped, pattern_name};
 use benches::technique::{Kind, TechniqueError};
 use benches::vm::{GuestConfig, VmError};
 use benches::{targets, text};
@@ -191,8 +192,8 @@ enum Error {
     User(#[from] UserError),
     #[error("cannot measure the machine")]
     Machine(#[source] io::Error),
-    #[error("--json {}: cannot write", path.display())]
-    Json { path: PathBuf, source: io::Error },
+    #[error(transparent)]
+    Json(#[from] JsonFileError),
     #[error("cannot print")]
     Print(#[source] io::Error),
     #[error("cannot catch signals")]
@@ -207,20 +208,11 @@ enum Error {
 
 fn main() -> ExitCode {
     heap::keep_large_apart();
-    match run(&Args::parse()) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            let _ = writeln!(io::stderr(), "error: {}", chain(&error));
-            ExitCode::FAILURE
-        }
-    }
+    console::exit_code(run(&Args::parse()))
 }
 
 fn run(args: &Args) -> Result<(), Error> {
-    if let Some(path) = &args.json {
-        let path = path.clone();
-        check_writable(&path).map_err(|source| Error::Json { path, source })?;
-    }
+    let json = JsonFile::prepare(args.json.clone())?;
     let mut skipped = Vec::new();
     let accelerators = Accelerators::open(&args.accel, &mut skipped)?;
     let platform = accelerators.platform().ok_or(Error::Nothing)?;
@@ -271,12 +263,7 @@ fn run(args: &Args) -> Result<(), Error> {
     // What there is is worth having, however it ended.
     if !report.cells.is_empty() {
         console::print(&text::report(&report)).map_err(Error::Print)?;
-        if let Some(path) = &args.json {
-            report.write(path).map_err(|source| Error::Json {
-                path: path.clone(),
-                source,
-            })?;
-        }
+        json.write(&report)?;
     }
     match ended {
         Ended::Interrupted => Err(Error::Interrupted),

@@ -1,7 +1,7 @@
 //! Loops over snapshots, restores and clones under DMA, with all oracles on, and other ways to make a copy of
 //! a running VM beside them.
 
-use std::io::{self, Write};
+use std::io;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::atomic::Ordering;
@@ -11,7 +11,8 @@ use benches::clones::{MeasureError, parse_memory};
 use benches::console::{self, ProgressDisplay};
 use benches::copies::{self, Way};
 use benches::footprint;
-use benches::report::{Platform, Skipped, check_writable, write_json};
+use benches::json_file::{JsonFile, JsonFileError};
+use benches::report::{Platform, Skipped};
 use benches::stress::report::StressReport;
 use benches::stress::{Going, Length, churn, rewinds, storms, text};
 use clap::{Parser, ValueEnum};
@@ -90,8 +91,8 @@ enum Part {
 enum Error {
     #[error(transparent)]
     Kvm(#[from] PlatformError),
-    #[error("--json {}: cannot write", path.display())]
-    Json { path: PathBuf, source: io::Error },
+    #[error(transparent)]
+    Json(#[from] JsonFileError),
     #[error("cannot print")]
     Print(#[source] io::Error),
     #[error("cannot catch signals")]
@@ -145,23 +146,11 @@ fn main() -> ExitCode {
         args.copy_memory = vec![64 << 20];
         (args.clones, args.rounds) = (8, 3);
     }
-    match run(&args) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            let _ = writeln!(io::stderr(), "error: {}", chain(&error));
-            ExitCode::FAILURE
-        }
-    }
+    console::exit_code(run(&args))
 }
 
 fn run(args: &Args) -> Result<(), Error> {
-    let json = |source| Error::Json {
-        path: args.json.clone().unwrap_or_default(),
-        source,
-    };
-    if let Some(path) = &args.json {
-        check_writable(path).map_err(json)?;
-    }
+    let json = JsonFile::prepare(args.json.clone())?;
     let kvm = Kvm::open()?;
     let stop = console::stop_flag().map_err(Error::Signals)?;
     let steps = steps(args);
@@ -197,9 +186,7 @@ fn run(args: &Args) -> Result<(), Error> {
     // What there is is worth having, however it ended.
     if !report.is_empty() {
         console::print(&text::report(&report)).map_err(Error::Print)?;
-        if let Some(path) = &args.json {
-            write_json(&report, path).map_err(json)?;
-        }
+        json.write(&report)?;
     }
     match (report.wrong().len(), failed) {
         (0, _) if stop.load(Ordering::Relaxed) => Err(Error::Interrupted),

@@ -1,13 +1,27 @@
-//! What benches say while they run, and how they are told to stop.
+//! What benches say while they run, how they are told to stop, and how they end.
 
 use std::env;
+use std::error::Error;
 use std::io::{self, IsTerminal, Write};
+use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::flag;
+use vmm::cli::chain;
+
+/// The exit code of a program that came to `outcome`. An error is said, with its causes.
+pub fn exit_code(outcome: Result<(), impl Error>) -> ExitCode {
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            let _ = writeln!(io::stderr(), "error: {}", chain(&error));
+            ExitCode::FAILURE
+        }
+    }
+}
 
 /// Prints `text`. Whoever does not read it to its end has read enough.
 ///

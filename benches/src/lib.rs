@@ -7,7 +7,7 @@
 //! | [`vm`] | the measuring guest, running on the memory of any technique |
 //! | [`measure`] | one technique, one size, one pattern: pause, stall, throughput, memory |
 //! | [`machine`] | what this machine does without a guest: plain copies, pins |
-//! | [`report`] | the numbers of a run, and the file they are kept in |
+//! | [`report`], [`json_file`] | the numbers of a run; the file they are kept in |
 //! | [`targets`] | what the numbers should be |
 //! | [`verdict`] | one target, and whether it was met |
 //! | [`text`] | the same for people |
@@ -15,7 +15,7 @@
 //! | [`clones`] | what clones of a running VM cost |
 //! | [`copies`] | ways to make a copy of a running VM that runs |
 //! | [`stress`] | loops that must leave nothing behind |
-//! | [`console`] | progress, and Ctrl-C |
+//! | [`console`] | progress, Ctrl-C, and how a program ends |
 //!
 //! `benches/snapshot.rs`, `benches/clone.rs` and `benches/stress.rs` put them together.
 
@@ -27,6 +27,7 @@ pub mod console;
 pub mod copies;
 pub mod footprint;
 pub mod heap;
+pub mod json_file;
 pub mod machine;
 pub mod measure;
 pub mod report;

@@ -1,7 +1,6 @@
-//! The numbers of a run, and the file they are kept in.
+//! The numbers of a run.
 
-use std::io::{self, Write};
-use std::os::unix::fs::PermissionsExt;
+use std::io;
 use std::path::Path;
 use std::{fs, iter};
 
@@ -174,74 +173,12 @@ impl Report {
         settings
     }
 
-    /// Writes it to `path` as JSON ([`write_json`]).
-    ///
-    /// # Errors
-    /// The host's.
-    pub fn write(&self, path: &Path) -> io::Result<()> {
-        write_json(self, path)
-    }
-
-    /// Reads what [`Report::write`] wrote.
+    /// Reads what a [`JsonFile`](crate::json_file::JsonFile) has of it.
     ///
     /// # Errors
     /// The host's, or that the file is no report.
     pub fn read(path: &Path) -> io::Result<Self> {
         Ok(serde_json::from_slice(&fs::read(path)?)?)
-    }
-}
-
-/// Writes `report` to `path` as JSON. Whoever reads there at any moment sees the old file or the whole new
-/// one.
-///
-/// # Errors
-/// The host's.
-pub fn write_json(report: &impl Serialize, path: &Path) -> io::Result<()> {
-    let json = serde_json::to_vec_pretty(report)?;
-    if fs::metadata(path).is_ok_and(|meta| !meta.is_file()) {
-        // A terminal, a pipe, /dev/null.
-        return fs::write(path, json);
-    }
-    let mut file = temporary(path)?;
-    file.write_all(&json)?;
-    file.write_all(b"\n")?;
-    file.as_file().sync_all()?;
-    file.persist(path).map_err(|error| error.error)?;
-    Ok(())
-}
-
-/// Checks that a report can be written to `path`, before minutes are spent on it.
-///
-/// # Errors
-/// The host's.
-pub fn check_writable(path: &Path) -> io::Result<()> {
-    match fs::metadata(path) {
-        Ok(meta) if meta.is_dir() => Err(io::ErrorKind::IsADirectory.into()),
-        Ok(meta) if !meta.is_file() => fs::OpenOptions::new().write(true).open(path).map(drop),
-        _ if !directory(path).is_dir() => {
-            let missing = directory(path).display().to_string();
-            Err(io::Error::other(format!("there is no directory {missing}")))
-        }
-        _ => temporary(path).map(drop),
-    }
-}
-
-/// A new file beside `path`: on the same file system, so that it can be renamed over it.
-fn temporary(path: &Path) -> io::Result<tempfile::NamedTempFile> {
-    tempfile::Builder::new()
-        .prefix(".bench-")
-        .suffix(".tmp")
-        // What any new file gets; the umask takes its part. Temporary files are private otherwise.
-        .permissions(fs::Permissions::from_mode(0o666))
-        .tempfile_in(directory(path))
-        // The error would name the temporary file, which the user did not ask for.
-        .map_err(|error| error.kind().into())
-}
-
-fn directory(path: &Path) -> &Path {
-    match path.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
     }
 }
 
@@ -264,7 +201,10 @@ pub fn pattern_of(name: &str) -> Option<Pattern> {
 
 #[cfg(test)]
 pub(crate) mod tests {
+    use std::path::PathBuf;
+
     use super::*;
+    use crate::json_file::JsonFile;
     use crate::verdict::Bound;
 
     /// A cell with every number different, scaled by `scale`.
@@ -354,15 +294,16 @@ pub(crate) mod tests {
             .to_vec();
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("report.json");
-        check_writable(&path).unwrap();
+        let file = JsonFile::prepare(Some(path.clone())).unwrap();
         assert!(!path.exists(), "checking leaves nothing behind");
-        written.write(&path).unwrap();
-        written.write(&path).unwrap();
+        file.write(&written).unwrap();
+        file.write(&written).unwrap();
         assert_eq!(Report::read(&path).unwrap(), written);
         let files = fs::read_dir(directory.path()).unwrap().count();
         assert_eq!(files, 1, "no temporary file is left");
-        assert!(check_writable(directory.path()).is_err());
-        assert!(check_writable(&directory.path().join("no/report.json")).is_err());
+        let prepare = |path: PathBuf| JsonFile::prepare(Some(path));
+        assert!(prepare(directory.path().to_owned()).is_err());
+        assert!(prepare(directory.path().join("no/report.json")).is_err());
     }
 
     #[test]
