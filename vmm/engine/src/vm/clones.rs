@@ -17,7 +17,7 @@ use super::Vm;
 use crate::causes::Cause;
 use crate::device::Stopped;
 use crate::kvm::{Clock, KvmError, StateError, VcpuState};
-use crate::mm::{CowPolicy, Gfn, OutOfRange};
+use crate::mm::{CowPolicy, Gfn};
 use crate::snapshot::Snapshot;
 use crate::timeline::span;
 
@@ -106,11 +106,10 @@ impl<P: CowPolicy> Vm<P> {
             return Ok(());
         }
         let space = self.memory.space();
-        let is_shown = |gfn: &u64| -> Result<bool, OutOfRange> {
-            let entry = space.entry(Gfn(*gfn))?;
-            Ok(entry.is_present() && !entry.is_writable())
-        };
-        let shown = (0..space.pages()).filter(|gfn| is_shown(gfn).unwrap_or(false));
+        let shown = (0..space.pages()).filter(|gfn| {
+            let entry = space.entry(Gfn(*gfn));
+            entry.is_ok_and(|entry| entry.is_present() && !entry.is_writable())
+        });
         self.machine.keep_tables_writable(shown)
     }
 }

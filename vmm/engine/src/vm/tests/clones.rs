@@ -1,7 +1,7 @@
 //! Clones: VMs that run on from a snapshot of another.
 
 use super::*;
-use crate::host::{Dumps, Placement};
+use crate::host::{Dumps, Placement, Window};
 use crate::memory::{MemoryError, MemoryOptions};
 use crate::mm::{PAGE_SIZE, Pfn};
 
@@ -10,6 +10,17 @@ use crate::mm::{PAGE_SIZE, Pfn};
 enum From {
     Builder,
     Shell,
+}
+
+/// The memory of a clone of `snapshot`, behind `window`.
+fn memory_of(
+    frames: &Frames,
+    snapshot: &Snapshot,
+    window: Arc<Window>,
+) -> Result<Memory<Exclusive>, MemoryError> {
+    let options = MemoryOptions::default();
+    let plain = |window| Box::new(window) as _;
+    Memory::clone_of(frames, snapshot.memory(), Exclusive, options, window, plain)
 }
 
 /// A clone of `snapshot`, which was taken of `vm`, with a device if `device` gives one. It does not run yet.
@@ -30,16 +41,7 @@ fn clone(
         Some(shell) => Arc::clone(shell.window()),
         None => Arc::new(frames.window(bytes, Placement::Anywhere).unwrap()),
     };
-    let plain = |window| Box::new(window) as _;
-    let memory = Memory::clone_of(
-        frames,
-        snapshot.memory(),
-        Exclusive,
-        MemoryOptions::default(),
-        window,
-        plain,
-    );
-    let memory = memory.unwrap();
+    let memory = memory_of(frames, snapshot, window).unwrap();
     let device = device(memory.ram());
     let mut builder = Vm::builder(memory).copy_ahead(false);
     if let Some(device) = device {
@@ -225,17 +227,9 @@ fn memory_of_others_and_windows_of_other_sizes_are_refused() {
     let vm = counting(kvm, |_| None);
     let (snapshot, _) = vm.snapshot().unwrap();
     let frames = vm.memory().frames();
-    let plain = |window| Box::new(window) as _;
     let clone_in = |frames: &Frames, bytes| {
         let window = Arc::new(frames.window(bytes, Placement::Anywhere).unwrap());
-        Memory::clone_of(
-            frames,
-            snapshot.memory(),
-            Exclusive,
-            MemoryOptions::default(),
-            window,
-            plain,
-        )
+        memory_of(frames, &snapshot, window)
     };
     let other = clone_in(&Frames::new(2 * MEMORY).unwrap(), MEMORY).unwrap_err();
     assert!(matches!(other, MemoryError::OtherFrames), "{other}");
@@ -263,16 +257,8 @@ fn shells_are_there_before_they_are_asked_for() {
         let shell = shells.take().unwrap();
         assert_eq!(shells.ready(), left, "the last one was made on the spot");
         let window = Arc::clone(shell.window());
-        let plain = |window| Box::new(window) as _;
-        let memory = Memory::clone_of(
-            frames,
-            snapshot.memory(),
-            Exclusive,
-            MemoryOptions::default(),
-            window,
-            plain,
-        );
-        let clone = Vm::builder(memory.unwrap()).build_in(shell).unwrap();
+        let memory = memory_of(frames, &snapshot, window).unwrap();
+        let clone = Vm::builder(memory).build_in(shell).unwrap();
         clone.start_from(&snapshot, nothing).unwrap();
         counts_on(&clone);
     }
