@@ -156,6 +156,9 @@ impl Machine {
         on_stop: OnStop,
     ) -> Result<Self, KvmError> {
         let vm = create_vm(kvm)?;
+        // Before the memslot: the kernel waits for readers of the filter, and for 13 ms rather than none if
+        // it has just waited for readers of memslots (`srcu_should_expedite` in `kernel/rcu/srcutree.c`).
+        paravirt::guard(&vm).map_err(|source| KvmError::Msrs { source })?;
         let region = kvm_userspace_memory_region {
             slot: 0,
             flags: 0,
@@ -169,7 +172,6 @@ impl Machine {
             len: slot.len(),
             source,
         })?;
-        paravirt::guard(&vm).map_err(|source| KvmError::Msrs { source })?;
         let translation = Translation::of(kvm.platform());
         if translation == Translation::ShadowOnSvm {
             exit_on_emulation_failure(&vm).map_err(|source| KvmError::Emulation { source })?;
