@@ -58,6 +58,9 @@ pub(super) struct Allocator {
     committed: BitSet,
     /// With memory that nobody has used yet: zeros.
     blank: BitSet,
+    /// The runs that were given memory otherwise than all of it at a time: the host may have it in small
+    /// pages.
+    pieces: BitSet,
     /// Of somebody's home.
     homes: BitSet,
     /// Of those that are allocated: the host is being asked about them.
@@ -69,6 +72,8 @@ pub(super) struct Allocator {
     partial: BitSet,
     /// The runs of whose frames outside homes some are free and committed.
     ready: BitSet,
+    /// The runs that are whole and have memory, which they were given all at a time.
+    intact: BitSet,
     /// How many runs are whole and ready.
     idle: u64,
     /// The least that there were since somebody asked for the surplus.
@@ -91,6 +96,8 @@ pub(super) struct Claim {
     missing: u64,
     is_home: bool,
     is_blank: bool,
+    /// Whether the caller's have memory in pieces, and are as many as the host can have in one.
+    joins: bool,
     /// Who pays for the caller's.
     payer: Option<AccountNumber>,
 }
@@ -134,7 +141,12 @@ impl Claim {
 
     /// Whether the host has to be asked.
     pub(super) fn needs_memory(&self) -> bool {
-        self.missing + self.ahead > 0
+        self.missing + self.ahead > 0 || self.joins
+    }
+
+    /// Whether it is the caller's though the host refuses: there is memory for all of it.
+    pub(super) fn is_optional(&self) -> bool {
+        self.missing + self.ahead == 0
     }
 
     pub(super) fn has_ahead(&self) -> bool {
@@ -161,12 +173,14 @@ impl Allocator {
             allocated: BitSet::new(frames),
             committed: BitSet::new(frames),
             blank: BitSet::new(frames),
+            pieces: BitSet::new(runs),
             homes: BitSet::new(frames),
             in_transit: BitSet::new(frames),
             transits: 0,
             whole: BitSet::new(runs),
             partial: BitSet::new(runs),
             ready: BitSet::new(runs),
+            intact: BitSet::new(runs),
             idle: 0,
             idle_since: 0,
             usage: PoolUsage {
@@ -292,12 +306,14 @@ impl Allocator {
         } else {
             0
         };
+        let is_run = count == self.folio.pages() && self.folio.floor(first.0) == first.0;
         let claim = Claim {
             first,
             count,
             ahead,
             missing,
             is_home,
+            joins: is_home && is_run && self.is_in_pieces(first),
             is_blank: self.committed.ones(first.0, count) == self.blank.ones(first.0, count),
             payer,
         };
@@ -322,6 +338,7 @@ impl Allocator {
         if claim.needs_memory() {
             self.end_transit(first, claim.total());
             self.committed.set_run(first.0, claim.total(), true);
+            self.note_pieces(claim);
             self.blank.set_run(ahead.0, claim.ahead, true);
             self.allocated.set_run(ahead.0, claim.ahead, false);
             self.look_at_runs_of(ahead, claim.ahead);
@@ -331,6 +348,22 @@ impl Allocator {
         }
         self.usage.peak = self.usage.peak.max(self.usage.in_use);
         self.usage.committed_peak = self.usage.committed_peak.max(self.usage.committed);
+    }
+
+    /// Whether the run of a frame was given memory otherwise than all of it at a time.
+    pub(super) fn is_in_pieces(&self, pfn: Pfn) -> bool {
+        self.pieces.get(self.folio.index(pfn.0) as u64)
+    }
+
+    /// The host was asked for the memory of a claim: for that of a home in as large pages as fit, for any
+    /// other in small ones.
+    fn note_pieces(&mut self, claim: &Claim) {
+        let (first, end) = (claim.first.0, claim.first.0 + claim.total());
+        let pages = self.folio.pages();
+        for run in self.folio.index(first) as u64..=self.folio.index(end - 1) as u64 {
+            let is_all = first <= run * pages && (run + 1) * pages <= end;
+            self.pieces.set(run, !(claim.is_home && is_all));
+        }
     }
 
     /// The host has refused it.
@@ -445,10 +478,10 @@ impl Allocator {
         Some(first)
     }
 
-    /// Makes a home of a whole run for region number `index` of a space of `regions`. It is run number `near`
-    /// if that is free; else where there is room for all of the space, so that the homes of its other
-    /// regions can lie beside it; else any. Without memory, so that the host can give it in one piece, if
-    /// there may be memory for it.
+    /// Makes a home of a whole run for region number `index` of a space of `regions`: one with memory in one
+    /// piece, or with none, so that the host can give it in one piece, if there may be memory for it. It is
+    /// run number `near` if that is such a run; else one that has its memory; else where there is room for
+    /// all of the space, so that the homes of its other regions can lie beside it; else any.
     pub(super) fn make_home_of_folio(
         &mut self,
         near: Option<u64>,
@@ -457,19 +490,22 @@ impl Allocator {
     ) -> Option<Pfn> {
         let has_room = self.room() >= self.folio.pages();
         let runs = self.frames / self.folio.pages();
-        let is_fit =
-            |&run: &u64| run < runs && self.whole.get(run) && (!has_room || !self.ready.get(run));
-        let is_bare = |&first: &u64| {
+        let is_bare = |&run: &u64| has_room && self.whole.get(run) && !self.ready.get(run);
+        let is_fit = |run: &u64| *run < runs && (self.intact.get(*run) || is_bare(run));
+        let are_bare = |&first: &u64| {
             self.whole.ones(first, regions) == regions && self.ready.ones(first, regions) == 0
         };
         let room_for_all = || {
             let firsts = (0..runs.saturating_sub(regions - 1)).step_by(regions as usize);
-            firsts.filter(|_| has_room).find(is_bare)
+            firsts.filter(|_| has_room).find(are_bare)
         };
+        let can_be_filled = |&run: &u64| self.missing_of(run) <= self.room();
         let run = near
             .filter(is_fit)
+            .or_else(|| self.intact.iter().next())
             .or_else(|| Some(room_for_all()? + index))
-            .or_else(|| self.whole.iter().find(is_fit))
+            .or_else(|| self.whole.iter().find(is_bare))
+            .or_else(|| self.whole.iter_common(&self.ready).find(can_be_filled))
             .or_else(|| self.whole.iter().next())?;
         let first = Pfn(run * self.folio.pages());
         self.homes.set_run(first.0, self.folio.pages(), true);
@@ -556,10 +592,7 @@ impl Allocator {
 
     /// The first frame of a whole run: of one that has memory, or else for which there is room.
     fn find_folio(&self) -> Option<Pfn> {
-        let missing = |run: u64| {
-            self.committed
-                .zeros(run * self.folio.pages(), self.folio.pages())
-        };
+        let missing = |run| self.missing_of(run);
         let room = self.room();
         let idle = || self.whole.iter_common(&self.ready);
         let run = idle()
@@ -567,6 +600,12 @@ impl Allocator {
             .or_else(|| idle().find(|&run| missing(run) <= room))
             .or_else(|| self.whole.iter().find(|&run| missing(run) <= room))?;
         Some(Pfn(run * self.folio.pages()))
+    }
+
+    /// Frames of a whole run that have no memory.
+    fn missing_of(&self, run: u64) -> u64 {
+        let pages = self.folio.pages();
+        self.committed.zeros(run * pages, pages)
     }
 
     /// Frames from `pfn` to the end of its run.
@@ -602,6 +641,8 @@ impl Allocator {
         self.idle += u64::from(is_whole && ready != 0);
         self.idle_since = self.idle_since.min(self.idle);
         self.whole.set(run, is_whole);
+        let is_intact = is_whole && !self.pieces.get(run) && self.missing_of(run) == 0;
+        self.intact.set(run, is_intact);
         self.partial.set(run, free > 0 && !is_whole);
         self.ready.set(run, ready != 0);
     }

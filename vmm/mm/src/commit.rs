@@ -187,6 +187,11 @@ impl Supply {
                     claim = allocator.without_ahead(claim);
                     continue;
                 }
+                // It has memory, if not in one piece.
+                Err(_) if claim.is_optional() => {
+                    allocator.finish(&claim);
+                    Ok(())
+                }
                 Err(source) => {
                     allocator.refuse(claim);
                     Err(AllocError::Host { count, source })

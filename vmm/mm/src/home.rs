@@ -101,6 +101,12 @@ impl Home {
         self.end.0 - self.first.0 - index
     }
 
+    /// Whether the host may have its memory in small pages: it was not asked for all of it at a time. Of a
+    /// home as long as a folio.
+    pub(super) fn is_in_pieces(&self) -> bool {
+        self.supply.lock().is_in_pieces(self.first)
+    }
+
     /// Whether somebody has one of its frames.
     pub(super) fn is_taken(&self) -> bool {
         let allocator = self.supply.lock();
@@ -131,6 +137,15 @@ impl Default for Place {
             first: AtomicI64::new(Self::NOWHERE),
         }
     }
+}
+
+/// The places of a space: where it has its regions lie that were given a home in one piece, and where those
+/// that were given one for a page. The latter are in pieces, and most are given up for one of the former
+/// (`gather.rs`): between those they would leave gaps.
+#[derive(Default)]
+pub(super) struct Places {
+    pub(super) whole: Place,
+    pub(super) pages: Place,
 }
 
 impl Place {

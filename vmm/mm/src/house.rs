@@ -18,7 +18,7 @@ use super::addr::{Gfn, Pfn};
 use super::commit::AllocError;
 use super::fresh::{Fresh, FreshFolio};
 use super::frozen::FrozenRegion;
-use super::home::Home;
+use super::home::{Home, Place};
 use super::mapped::table::RegionGuard;
 use super::policy::CowPolicy;
 use super::space::AddressSpace;
@@ -51,7 +51,7 @@ impl<P: CowPolicy> AddressSpace<P> {
         let is_taken =
             |home: &Home| self.is_at_home(region, gfn) || self.pool.is_allocated(home.frame(index));
         if region.state.home.as_ref().is_some_and(is_taken) {
-            self.moves_house(region);
+            self.moves_house(region, &self.places.pages);
         }
         self.allocate_near(region, gfn)
     }
@@ -62,7 +62,7 @@ impl<P: CowPolicy> AddressSpace<P> {
         region: &mut RegionGuard<'_>,
         gfn: Gfn,
     ) -> Result<Fresh, AllocError> {
-        self.settle(region);
+        self.settle(region, &self.places.pages);
         match &region.state.home {
             Some(home) => {
                 let index = gfn.0 - region.first().0;
@@ -80,7 +80,7 @@ impl<P: CowPolicy> AddressSpace<P> {
         gfn: Gfn,
         ahead: Ahead,
     ) -> Result<Option<Fresh>, AllocError> {
-        self.settle(region);
+        self.settle(region, &self.places.pages);
         let index = gfn.0 - region.first().0;
         let most = match ahead {
             Ahead::Nothing => 1,
@@ -110,12 +110,12 @@ impl<P: CowPolicy> AddressSpace<P> {
         &self,
         region: &mut RegionGuard<'_>,
     ) -> Result<Option<FreshFolio>, AllocError> {
-        self.settle(region);
+        self.settle(region, &self.places.whole);
         let Some(home) = &region.state.home else {
             return Ok(None);
         };
         let folio = self.pool.allocate_huge(&self.account, home, 0)?;
-        if folio.is_some() || !home.is_taken() || !self.moves_house(region) {
+        if folio.is_some() || !home.is_taken() || !self.moves_house(region, &self.places.whole) {
             return Ok(folio);
         }
         match &region.state.home {
@@ -135,25 +135,25 @@ impl<P: CowPolicy> AddressSpace<P> {
     }
 
     /// Gives a region a home, if it has none and there is room for one.
-    fn settle(&self, region: &mut RegionGuard<'_>) {
+    fn settle(&self, region: &mut RegionGuard<'_>, place: &Place) {
         if region.state.home.is_none() {
-            region.state.home = self.another_home(region);
+            region.state.home = self.another_home(region, place);
         }
     }
 
-    fn another_home(&self, region: &RegionGuard<'_>) -> Option<Home> {
+    /// A home that a region could move to, if there is room for one.
+    pub(super) fn another_home(&self, region: &RegionGuard<'_>, place: &Place) -> Option<Home> {
         let regions = self.mapped.table.regions();
-        self.pool
-            .reserve_folio(&self.place, region.index(), regions)
+        self.pool.reserve_folio(place, region.index(), regions)
     }
 
     /// Gives a region another home, if others run on in at least half of its pages and there is room for one.
     /// Says whether it has.
-    fn moves_house(&self, region: &mut RegionGuard<'_>) -> bool {
+    fn moves_house(&self, region: &mut RegionGuard<'_>, place: &Place) -> bool {
         if !self.is_run_on_by_others(region) {
             return false;
         }
-        match self.another_home(region) {
+        match self.another_home(region, place) {
             Some(home) => {
                 region.state.home = Some(home);
                 true
@@ -163,7 +163,7 @@ impl<P: CowPolicy> AddressSpace<P> {
     }
 
     /// Whether other live spaces map at least half of a region's pages that have a frame.
-    fn is_run_on_by_others(&self, region: &RegionGuard<'_>) -> bool {
+    pub(super) fn is_run_on_by_others(&self, region: &RegionGuard<'_>) -> bool {
         let alive = || region.state.sharers.iter().filter_map(Weak::upgrade);
         if let Some(head) = region.huge().map(|huge| huge.pfn()) {
             let is_ours = |s: &Arc<FrozenRegion>| {

@@ -84,6 +84,7 @@ mod frame;
 mod frame_state;
 mod fresh;
 mod frozen;
+mod gather;
 mod get;
 mod hold;
 mod home;

@@ -8,6 +8,8 @@
 //! ```
 
 use super::addr::{Gfn, Pfn};
+use super::entry::Entry;
+use super::fresh::Isolated;
 use super::mapped::table::RegionGuard;
 use super::policy::CowPolicy;
 use super::rearrange::RearrangeError;
@@ -41,48 +43,79 @@ impl<P: CowPolicy> AddressSpace<P> {
     ) -> Result<Pfn, RearrangeError> {
         let entry = region.get(gfn);
         let pfn = entry.pfn();
-        let busy = |state| RearrangeError::Busy { gfn, state };
         let state = self.pool.state(pfn);
         if state.refs() != 1 {
-            return Err(busy(state));
+            return Err(RearrangeError::Busy { gfn, state });
         }
         let fresh = self.allocate_near(region, gfn)?;
-        let stops_writers =
-            entry.is_writable() && !is_left_out(Safeguard::WritersStoppedBeforeCopy);
-        if stops_writers {
-            self.mapped.suspend_writes(region, gfn)?;
-        }
-        let go_on = |region: &mut RegionGuard<'_>| {
-            if entry.is_writable() {
-                self.mapped.resume_writes(region, gfn);
-            }
-        };
-        let isolated = if is_left_out(Safeguard::IsolatedBeforeCopy) {
-            None
-        } else {
-            match self.pool.isolate(pfn, |s| s.refs() == 1) {
-                Ok(isolated) => Some(isolated),
-                Err(state) => {
-                    go_on(region);
-                    return Err(busy(state));
-                }
-            }
-        };
+        let page = self.take_out(region, gfn)?;
         let moved = fresh.pfn();
         self.pool.memory().copy(pfn, moved);
         // The only holder: exclusive from here on, if it was not before (T4).
         let to = entry.in_frame(moved);
         if let Err(error) = self.mapped.map(region, gfn, 1, to, fresh) {
-            if let Some(isolated) = isolated {
-                isolated.put_back();
-            }
-            go_on(region);
+            self.put_back(region, page);
             return Err(error.into());
         }
-        match isolated {
-            Some(isolated) => drop(isolated),
-            None => self.pool.unmap(pfn),
-        }
+        self.has_moved(page);
         Ok(moved)
     }
+
+    /// Makes a page ready to be copied: vCPUs may read it, and its frame is nobody's. Its region is open and
+    /// in small entries.
+    ///
+    /// # Errors
+    /// If anybody but the page's entry holds the frame, or the MMU refuses. Nothing has changed then.
+    pub(super) fn take_out(
+        &self,
+        region: &mut RegionGuard<'_>,
+        gfn: Gfn,
+    ) -> Result<Moving, RearrangeError> {
+        let entry = region.get(gfn);
+        let mut page = Moving {
+            gfn,
+            entry,
+            isolated: None,
+        };
+        if entry.is_writable() && !is_left_out(Safeguard::WritersStoppedBeforeCopy) {
+            self.mapped.suspend_writes(region, gfn)?;
+        }
+        if !is_left_out(Safeguard::IsolatedBeforeCopy) {
+            match self.pool.isolate(entry.pfn(), |s| s.refs() == 1) {
+                Ok(isolated) => page.isolated = Some(isolated),
+                Err(state) => {
+                    self.put_back(region, page);
+                    return Err(RearrangeError::Busy { gfn, state });
+                }
+            }
+        }
+        Ok(page)
+    }
+
+    /// The page stays where it is.
+    pub(super) fn put_back(&self, region: &mut RegionGuard<'_>, page: Moving) {
+        if let Some(isolated) = page.isolated {
+            isolated.put_back();
+        }
+        if page.entry.is_writable() {
+            self.mapped.resume_writes(region, page.gfn);
+        }
+    }
+
+    /// The page is mapped to another frame: the one that it was in goes.
+    pub(super) fn has_moved(&self, page: Moving) {
+        match page.isolated {
+            Some(isolated) => drop(isolated),
+            None => self.pool.unmap(page.entry.pfn()),
+        }
+    }
+}
+
+/// A page on its way to another frame.
+#[must_use = "a page is put back, or has moved"]
+pub(super) struct Moving {
+    gfn: Gfn,
+    entry: Entry,
+    /// Not if a model checker wants it so.
+    isolated: Option<Isolated>,
 }

@@ -10,7 +10,7 @@ use super::adopt::Borrowed;
 use super::commit::AllocError;
 use super::entry::Entry;
 use super::frozen::FrozenTable;
-use super::home::Place;
+use super::home::Places;
 use super::lineage::Lineage;
 use super::mapped::Mapped;
 use super::mapped::table::{RegionGuard, Table};
@@ -40,7 +40,7 @@ pub struct AddressSpace<P> {
     pub(super) policy: P,
     pub(super) mapped: Mapped,
     /// Where homes of its regions are to be, if they get others than they began with.
-    pub(super) place: Place,
+    pub(super) places: Places,
     /// Who pays for the frames that it allocates.
     pub(super) account: Account,
     pub(super) lineage: Mutex<Lineage>,
@@ -85,7 +85,7 @@ impl<P: CowPolicy> AddressSpace<P> {
         Self::check_account(&pool, &account);
         let table = Table::new(pages, pool.huge());
         Self {
-            place: Place::default(),
+            places: Places::default(),
             account,
             lineage: Mutex::new(Lineage::new(table.regions())),
             borrowed: Borrowed::default(),

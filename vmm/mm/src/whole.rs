@@ -100,6 +100,10 @@ impl<P: CowPolicy> AddressSpace<P> {
     /// Nobody asked for any of it, so a page for which there is no memory is left as it is.
     pub(super) fn resolve_rest(&self, region: &mut RegionGuard<'_>, also_untouched: bool) {
         self.open_all(region);
+        match self.gather(region) {
+            Ok(false) => {}
+            Ok(true) | Err(_) => return,
+        }
         let comes_home = self.lives_at_home(region);
         let (mut in_place, mut moved) = (Vec::new(), Vec::new());
         for gfn in region.pages() {

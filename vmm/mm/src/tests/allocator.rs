@@ -9,6 +9,8 @@
 //! * whose account has no room is told so, before anything else; each account is charged with what was claimed
 //!   for it and is not free again, and all of them, with those that are closed, with what is in use.
 
+use std::collections::BTreeSet;
+
 use proptest::prelude::*;
 
 use super::super::addr::{Order, Pfn};
@@ -97,6 +99,8 @@ struct Model {
     surplus: Vec<Surplus>,
     held: Vec<(u64, u64)>,
     homes: Vec<(u64, u64)>,
+    /// The runs whose memory the host was asked for by less than all of it.
+    pieces: BTreeSet<u64>,
     payers: Vec<Payer>,
     /// Those that are open.
     open: Vec<usize>,
@@ -114,6 +118,7 @@ impl Model {
             surplus: vec![],
             held: vec![],
             homes: vec![],
+            pieces: BTreeSet::new(),
             payers: vec![],
             open: vec![],
         };
@@ -176,6 +181,7 @@ impl Model {
     /// Notes a claim of `count` frames for somebody.
     fn claimed(&mut self, claim: Claim, count: u64, is_home: bool, payer: Option<usize>) {
         let (first, total) = (claim.first().0, claim.total());
+        let joins = is_home && self.joins(first, count);
         assert!(total >= count && claim.is_home() == is_home);
         let frames = self.of(first, total);
         let had = frames.iter().map(|f| f.is_committed).collect::<Vec<_>>();
@@ -192,7 +198,8 @@ impl Model {
             !had[count as usize..].contains(&true),
             "ahead of what has memory"
         );
-        assert_eq!(claim.needs_memory(), had.contains(&false));
+        assert_eq!(claim.needs_memory(), had.contains(&false) || joins);
+        assert_eq!(claim.is_optional(), !had.contains(&false));
         let waits = claim.needs_memory();
         for frame in frames.iter_mut() {
             frame.was_used &= frame.is_committed;
@@ -207,6 +214,11 @@ impl Model {
             self.allocator.finish(&claim);
             self.held.push((first, count));
         }
+    }
+
+    /// Whether the host is to make one piece of the memory of these frames.
+    fn joins(&self, first: u64, count: u64) -> bool {
+        first.is_multiple_of(4) && count == 4 && self.pieces.contains(&(first / 4))
     }
 
     /// The frames of a claim or a surplus that are free again.
@@ -331,6 +343,13 @@ impl Model {
                     let (claim, count, _) = self.claims.swap_remove(n);
                     self.allocator.finish(&claim);
                     let (first, total) = (claim.first().0, claim.total());
+                    for run in first / 4..(first + total).div_ceil(4) {
+                        let is_all = first <= 4 * run && 4 * run + 4 <= first + total;
+                        match claim.is_home() && is_all {
+                            true => self.pieces.remove(&run),
+                            false => self.pieces.insert(run),
+                        };
+                    }
                     self.free(first, total);
                     self.of(first, count)
                         .iter_mut()
@@ -483,6 +502,10 @@ impl Model {
             let is_in_use = frame.is_taken && !frame.is_in_transit;
             assert_eq!(self.allocator.is_in_use(Pfn(n)), is_in_use, "{n}");
             assert_eq!(self.allocator.in_use().get(n), is_in_use, "{n}");
+        }
+        for run in 0..self.frames.len() as u64 / 4 {
+            let is_in_pieces = self.pieces.contains(&run);
+            assert_eq!(self.allocator.is_in_pieces(Pfn(4 * run)), is_in_pieces);
         }
         assert!(
             !self.allocator.in_use().get(0),

@@ -4,7 +4,7 @@ use std::sync::Mutex;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread;
 
-use super::super::allocator::COMMIT_FOLIOS;
+use super::super::allocator::{Allocator, COMMIT_FOLIOS};
 use super::super::fresh::FreshFolio;
 use super::refusing::RefusingMemory;
 use super::*;
@@ -102,6 +102,70 @@ impl Drop for Answer {
     fn drop(&mut self) {
         self.0.send(true).unwrap();
     }
+}
+
+/// Memory that came in pieces is asked for as one when all of it is needed: the host may join it. It is there
+/// all the same if the host refuses; and who has it for a home next has it as it is.
+#[test]
+fn memory_in_pieces_is_joined_when_all_of_it_is_needed() {
+    let (pool, asks, answer) = slow_pool(60);
+    let home = pool.reserve(4).unwrap();
+    let page = |index: u64| {
+        answer.send(true).unwrap();
+        let page = pool.allocate_at(&pool.payer(), &home, index, 1);
+        assert_eq!(asks.recv(), Ok((home.frame(index), 1)));
+        drop(page.unwrap().unwrap());
+    };
+    (0..4).for_each(page);
+    for gives in [false, true] {
+        assert!(home.is_in_pieces());
+        answer.send(gives).unwrap();
+        let folio = pool.allocate_huge(&pool.payer(), &home, 0).unwrap();
+        assert_eq!(asks.recv(), Ok((home.frame(0), 4)));
+        assert_eq!(folio.unwrap().head(), home.frame(0));
+        assert!(!home.is_in_pieces());
+        // At once: the host is not asked any more.
+        let again = pool.allocate_huge(&pool.payer(), &home, 0).unwrap();
+        drop(again.unwrap());
+        let surplus = pool.supply().lock().take_unused_of_homes().unwrap();
+        pool.supply().lock().give_back(surplus);
+        (0..4).for_each(page);
+    }
+    let usage = pool.usage();
+    assert_eq!((usage.in_use, usage.committed), (0, 4));
+}
+
+/// A home is where there is memory in one piece, before any that has none: and near, if near is such a place.
+#[test]
+fn a_home_is_made_where_memory_is_in_one_piece() {
+    let mut allocator = Allocator::new(40, Order::new(2), 32);
+    let payer = allocator.ledger_mut().open(None);
+    let run = |first: Pfn| first.0 / 4;
+    let mut home = |near| allocator.make_home_of_folio(near, 0, 1).map(run);
+    // Run 0 has the zero frame.
+    assert_eq!(home(None), Some(1));
+    assert_eq!(home(Some(7)), Some(7));
+    let mut fill = |run: u64, count| {
+        let claim = allocator.claim_home(payer, Pfn(4 * run), count, 4).unwrap();
+        allocator.finish(&claim);
+        allocator.release(Pfn(4 * run), count);
+        allocator.end_home(Pfn(4 * run), 4);
+    };
+    fill(7, 4);
+    fill(1, 1);
+    // All of run 1 was given, if only a page of it was needed: by the way is at a time, too.
+    let mut home = |near| allocator.make_home_of_folio(near, 0, 1).map(run);
+    assert_eq!(
+        [home(None), home(None), home(None)],
+        [Some(1), Some(7), Some(2)]
+    );
+    let claim = allocator.claim_home(payer, Pfn(8), 1, 1).unwrap();
+    allocator.finish(&claim);
+    allocator.release(Pfn(8), 1);
+    allocator.end_home(Pfn(8), 4);
+    // Run 2 is in pieces: others are better, as long as there is memory for them.
+    let mut home = |near| allocator.make_home_of_folio(near, 0, 1).map(run);
+    assert_eq!([home(Some(2)), home(Some(2))], [Some(3), Some(4)]);
 }
 
 /// Who needs the very frames that the host is asked about gets them where they belong, and does not go

@@ -223,7 +223,7 @@ type Setup = fn() -> Scene;
 /// Says whether it was done.
 type Operation = fn(&mut Scene) -> bool;
 
-const OPERATIONS: [(&str, Setup, Operation); 30] = [
+const OPERATIONS: [(&str, Setup, Operation); 31] = [
     ("first touch of a region", Scene::untouched, |s| s.write(5)),
     ("first touch of a page", Scene::untouched, |s| s.write(12)),
     ("first touch by a reader", Scene::untouched, |s| {
@@ -313,6 +313,15 @@ const OPERATIONS: [(&str, Setup, Operation); 30] = [
             scene.with(|s| s.vm.space.set_whole_price(3))
         },
         |s| s.write(4) & s.write(5) & s.write(7),
+    ),
+    (
+        "a move for a page, which goes on with all of the region in one piece",
+        || {
+            let scene = Scene::written().forked().cloned();
+            // The first page counts as two.
+            scene.with(|s| s.vm.space.set_whole_price(2))
+        },
+        |s| s.write(5) & s.write(9) & s.write(6) & (s.is_broken() || s.vm.space.stats().formed > 0),
     ),
     (
         "a page that was taken over elsewhere comes home",

@@ -72,8 +72,8 @@ fn an_old_home_is_anybodys() {
     host.settle();
 }
 
-/// Whoever rewrites all of its memory ends as a fresh machine would, and copies each page once: the clone,
-/// who was cloned, or both by turns.
+/// Whoever rewrites all of its memory ends as a fresh machine would, and copies hardly a page twice: the
+/// clone, who was cloned, or both by turns.
 #[test]
 fn dense_rewrites_end_in_huge_entries_and_few_mappings() {
     const REGION: u64 = 16;
@@ -109,7 +109,8 @@ fn dense_rewrites_end_in_huge_entries_and_few_mappings() {
                 let why = format!("{who}, {m}, price {price}: {:?}", machine.vm.space.stats());
                 if writes.iter().any(|&(who, _)| who == m) {
                     assert!(machine.are_all_huge(), "{why}");
-                    assert!(machine.copied() <= PAGES, "{why}");
+                    // Once; and once more the page for which a region has moved house.
+                    assert!(machine.copied() <= PAGES + PAGES / REGION, "{why}");
                 }
             }
             let alone = writes.len() as u64 == PAGES;

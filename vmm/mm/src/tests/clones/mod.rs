@@ -4,8 +4,10 @@
 //! |---|---|
 //! | `making` | what it takes to make one, and what is left of one that cannot be made |
 //! | `diverging` | what becomes of frames, homes and mappings when all machines write, and go |
+//! | `gathering` | a region that moves house for a page, and then as a whole |
 
 mod diverging;
+mod gathering;
 mod making;
 
 use super::super::soft::soft_pool_of;
