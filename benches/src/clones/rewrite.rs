@@ -2,7 +2,8 @@
 //! more when every page is its own, beside a VM that never shared any.
 //!
 //! KVM makes its tables for a page that it may write when that is first touched: each VM has a pass for that
-//! before the one in which no page is shared is measured.
+//! before those in which no page is shared are measured. The caches and the CPU's tables warm up with the
+//! first of these, in a VM that never shared as in a clone: as many are measured of both, after as many.
 
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
@@ -12,10 +13,15 @@ use palimpsest::kvm::Kvm;
 use palimpsest::vcpus::Capture;
 use serde::{Deserialize, Serialize};
 
+use super::gate::Gate;
 use super::parent::{Entries, Parent, ParentConfig};
 use super::program::{Begins, DATA_GPA, Program, beginning};
 use super::{MeasureError, check};
 use crate::summary::median;
+
+/// Passes of a VM that shares no page: those that are measured, and those before them.
+const PASSES: usize = 8;
+const WARM_UP: usize = 4;
 
 /// Times a page, in microseconds: medians.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -32,7 +38,7 @@ pub struct Rewrite {
     pub clone_us: f64,
     /// By the same clone, the second time: no page is shared, and KVM may have no tables for them.
     pub second_us: f64,
-    /// And the third time.
+    /// And when it has done so some times more.
     pub diverged_us: f64,
 }
 
@@ -58,7 +64,13 @@ pub fn measure(
         };
         Parent::boot(kvm, &config)
     };
-    let [mut unshared, mut snapshot, mut clone, mut second, mut third] = [const { Vec::new() }; 5];
+    let [
+        mut unshared,
+        mut snapshot,
+        mut clone,
+        mut second,
+        mut diverged,
+    ] = [const { Vec::new() }; 5];
     let per_page = |time: Duration| time.as_secs_f64() * 1e6 / pages as f64;
     {
         let parent = boot(Program::Sweep(bytes))?;
@@ -66,7 +78,7 @@ pub fn measure(
         parent.gate().pass()?;
         for _ in 0..rounds {
             check(stop)?;
-            unshared.push(per_page(parent.gate().pass()?));
+            unshared.extend(passes(parent.gate())?.map(per_page));
         }
         for _ in 0..rounds {
             check(stop)?;
@@ -87,7 +99,7 @@ pub fn measure(
         let paused = parent.vm().machine().pause(Capture::Nothing)?;
         clone.push(per_page(made.gate().pass()?));
         second.push(per_page(made.gate().pass()?));
-        third.push(per_page(made.gate().pass()?));
+        diverged.extend(passes(made.gate())?.map(per_page));
         paused.resume();
     }
     Ok(Rewrite {
@@ -97,6 +109,13 @@ pub fn measure(
         under_snapshot_us: median(snapshot).unwrap_or_default(),
         clone_us: median(clone).unwrap_or_default(),
         second_us: median(second).unwrap_or_default(),
-        diverged_us: median(third).unwrap_or_default(),
+        diverged_us: median(diverged).unwrap_or_default(),
     })
+}
+
+/// How long passes take, after some that are not measured.
+fn passes(gate: &Gate) -> Result<impl Iterator<Item = Duration>, MeasureError> {
+    let all = (0..WARM_UP + PASSES).map(|_| gate.pass());
+    let all: Vec<Duration> = all.collect::<Result<_, _>>()?;
+    Ok(all.into_iter().skip(WARM_UP))
 }

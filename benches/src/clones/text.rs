@@ -161,7 +161,7 @@ fn rewrites(report: &CloneReport) -> Vec<Vec<String>> {
         "",
         "second time",
         "",
-        "third",
+        "later",
         "",
     ];
     let mut lines = vec![line(header)];
