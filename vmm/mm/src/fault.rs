@@ -147,7 +147,9 @@ impl<P: CowPolicy> AddressSpace<P> {
         self.uses_huge
             && region.is_full()
             && !self.tracks_dirty.load(Ordering::Relaxed)
-            && self.predictor.breaks_whole(&region.state.history)
+            && self
+                .predictor
+                .breaks_whole(region.index(), &region.state.history)
             && self.account.has_room(region.len())
     }
 

@@ -61,8 +61,7 @@ impl<P: CowPolicy> AddressSpace<P> {
         left.for_each(|(_, entry)| self.pool.unmap(entry.pfn()));
         moving.into_iter().for_each(|page| self.has_moved(page));
         region.state.home = Some(home);
-        region.state.history.broke_whole();
-        Counters::add(&self.counters.whole);
+        self.broke_whole(region);
         Counters::add(&self.counters.formed);
         let others = count - own.len() as u64;
         self.counters

@@ -58,8 +58,7 @@ impl<P: CowPolicy> AddressSpace<P> {
             return Ok(None);
         };
         if resolution != Resolution::Reused {
-            region.state.history.broke_whole();
-            Counters::add(&self.counters.whole);
+            self.broke_whole(region);
         }
         if intent == Intent::Write && resolution != Resolution::WriterMoved {
             let last = Gfn(region.first().0 + region.len() - 1);
@@ -67,6 +66,13 @@ impl<P: CowPolicy> AddressSpace<P> {
             self.mapped.allow_writes(region, pages)?;
         }
         Ok(Some(resolution))
+    }
+
+    /// Notes that a region was broken whole, or all of it that was to be.
+    pub(super) fn broke_whole(&self, region: &mut RegionGuard<'_>) {
+        let index = region.index();
+        self.predictor.broke_whole(index, &mut region.state.history);
+        Counters::add(&self.counters.whole);
     }
 
     /// As [`AddressSpace::move_writer`], for a whole region: to its home, or to the one it moves to. Says
@@ -139,8 +145,7 @@ impl<P: CowPolicy> AddressSpace<P> {
                 }),
         };
         if done.is_ok() {
-            region.state.history.broke_whole();
-            Counters::add(&self.counters.whole);
+            self.broke_whole(region);
         }
     }
 

@@ -8,7 +8,7 @@
 //!
 //! | question | asked by | answered by |
 //! |---|---|---|
-//! | [`Predictor::breaks_whole`] | a fault | `breaks`: the small breaks of the region, by ski rental |
+//! | [`Predictor::breaks_whole`] | a fault | `breaks`: the small breaks of the region, by ski rental; `sweeps`: the regions beside it |
 //! | [`Predictor::prepares`] | `prepare_fork` | `changes`: before which forks the region changed |
 //! | [`Predictor::next_ahead`] | `break_ahead` | `working_set`: what was written before the last two forks |
 //!
@@ -18,6 +18,7 @@
 mod breaks;
 mod changes;
 mod probe;
+mod sweeps;
 mod working_set;
 
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
@@ -25,6 +26,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use super::sync::{Mutex, lock};
 use breaks::Breaks;
 use changes::Changes;
+use sweeps::Sweeps;
 pub(super) use working_set::Leaf;
 use working_set::WorkingSet;
 
@@ -42,6 +44,7 @@ pub(super) struct Predictor {
     /// Whether somebody breaks ahead of the writes.
     notes_writes: AtomicBool,
     working_set: Mutex<WorkingSet>,
+    sweeps: Mutex<Sweeps>,
     #[cfg(test)]
     fixed: Option<Fixed>,
 }
@@ -81,6 +84,7 @@ impl Predictor {
             left_to_fork: AtomicU32::new(LEFT_TO_FORK),
             notes_writes: AtomicBool::new(false),
             working_set: Mutex::default(),
+            sweeps: Mutex::default(),
             #[cfg(test)]
             fixed: None,
         }
@@ -112,14 +116,24 @@ impl Predictor {
         self.notes_writes.load(Ordering::Relaxed)
     }
 
-    /// Whether the next break of a region should take all of it.
-    pub(super) fn breaks_whole(&self, region: &History) -> bool {
+    /// Whether the next break of region number `index` should take all of it.
+    pub(super) fn breaks_whole(&self, index: usize, region: &History) -> bool {
         #[cfg(test)]
         if let Some(fixed) = &self.fixed {
             return fixed.breaks_whole;
         }
+        self.is_proved(region) || lock(&self.sweeps).trust(index)
+    }
+
+    fn is_proved(&self, region: &History) -> bool {
         let price = self.whole_price.load(Ordering::Relaxed);
         region.breaks.wants_whole(price)
+    }
+
+    /// Region number `index` was broken whole, or all that was to be.
+    pub(super) fn broke_whole(&self, index: usize, region: &mut History) {
+        lock(&self.sweeps).note(index, self.is_proved(region));
+        region.breaks.count_whole();
     }
 
     /// Whether a region changes before every fork, page by page, and so is not worth forking early. It is
@@ -197,10 +211,5 @@ impl History {
     /// The page was copied for the writer, which moved.
     pub(super) fn moved_writer(&mut self) {
         self.breaks.count_move();
-    }
-
-    /// The region was broken whole, or all that was to be.
-    pub(super) fn broke_whole(&mut self) {
-        self.breaks.count_whole();
     }
 }

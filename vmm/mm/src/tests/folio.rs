@@ -183,6 +183,33 @@ fn a_region_that_cost_enough_small_breaks_is_broken_whole_and_huge_again() {
     w.settle();
 }
 
+/// After the first fork nothing is known of any region: a sweep pays for page by page in a few regions, and
+/// the more of them there are, the fewer. A stride, with a region between each two, is not taken for one.
+#[test]
+fn the_first_sweep_after_a_fork_breaks_most_regions_whole_at_once() {
+    const REGIONS: u64 = 32;
+    let sweep = |stride: u64, price: u32| {
+        let w = huge_with(REGIONS * REGION, 4 * REGIONS * REGION).written();
+        w.vm.space.set_whole_price(price);
+        let frozen = w.vm.space.fork().unwrap();
+        for region in (0..REGIONS).step_by(stride as usize) {
+            for page in 0..REGION {
+                w.vm.cpu_write(Gfn(region * REGION + page), page).unwrap();
+            }
+        }
+        w.assert_as_written(&frozen);
+        let stats = w.stats();
+        drop(frozen);
+        w.settle();
+        (stats.sharers_moved, stats.whole)
+    };
+    // Two faults where a region proves itself, and one where it is trusted.
+    let proofs = [0, 2, 6, 14, 30].len() as u64;
+    assert_eq!(sweep(1, 2), (REGIONS + proofs, REGIONS));
+    assert_eq!(sweep(2, 2), (REGIONS, REGIONS / 2));
+    assert_eq!(sweep(1, 1000), (REGIONS * REGION, 0), "nothing is proved");
+}
+
 /// The copy is a folio, too: the snapshot keeps its shape, and costs one mapping to share and to drop.
 #[test]
 fn a_snapshot_whose_region_is_broken_whole_has_a_folio_of_its_own() {

@@ -76,7 +76,7 @@ fn an_old_home_is_anybodys() {
 /// clone, who was cloned, or both by turns.
 #[test]
 fn dense_rewrites_end_in_huge_entries_and_few_mappings() {
-    const REGION: u64 = 16;
+    const REGION: u64 = 64;
     const PAGES: u64 = 4 * REGION;
     let both = |n: u64| [(0, n), (1, n)];
     let turns: [(&str, Vec<(usize, u64)>); 5] = [
@@ -109,13 +109,16 @@ fn dense_rewrites_end_in_huge_entries_and_few_mappings() {
                 let why = format!("{who}, {m}, price {price}: {:?}", machine.vm.space.stats());
                 if writes.iter().any(|&(who, _)| who == m) {
                     assert!(machine.are_all_huge(), "{why}");
-                    // Once; and once more the page for which a region has moved house.
-                    assert!(machine.copied() <= PAGES + PAGES / REGION, "{why}");
+                    // Once; and once more the few for which a region has moved house.
+                    assert!(machine.copied() <= PAGES + 2 * PAGES / REGION, "{why}");
                 }
             }
             let alone = writes.len() as u64 == PAGES;
-            let fewest = |m: &Machine| m.mappings() == 1 || !alone;
-            assert!(machines.iter().all(fewest), "{who}, price {price}");
+            // Two moves, which count as two each, are few enough to be gathered; of more, the regions that
+            // proved themselves lie elsewhere than those that were trusted.
+            let most = if price <= 4 { 1 } else { PAGES / REGION };
+            let are_few = |m: &Machine| m.mappings() as u64 <= most || !alone;
+            assert!(machines.iter().all(are_few), "{who}, price {price}");
             let copied: u64 = machines.iter().map(Machine::copied).sum();
             assert!(alone || copied >= PAGES);
             drop(machines);
