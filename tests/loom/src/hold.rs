@@ -103,6 +103,9 @@ hold! {
 hold! {
     holds_within_three:
 
+    write_against_gathering
+    pin_against_gathering
+    unpin_against_gathering
     adoption_against_adoption
     adoption_against_adoption_by_the_last_but_one
     pins_of_a_folio_against_fork

@@ -54,6 +54,9 @@ safeguards! {
     isolate_tests_in_the_word: IsolateTestsInTheWord, pin_against_discard, "coherence";
     isolate_acquires: IsolateAcquires, unpin_against_migrate, "lost";
     writers_stopped_before_copy: WritersStoppedBeforeCopy, write_against_migrate, "lost";
+    isolated_before_gathering: IsolatedBeforeCopy, pin_against_gathering, "coherence";
+    isolate_acquires_for_gathering: IsolateAcquires, unpin_against_gathering, "lost";
+    writers_stopped_before_gathering: WritersStoppedBeforeCopy, write_against_gathering, "lost";
     compared_when_still: ComparedWhenStill, write_against_merge, "lost";
     compared_when_still_for_pins: ComparedWhenStill, unpin_against_merge, "lost";
     merge_locks_in_order: MergeLocksInOrder, merge_against_merge, "deadlock";

@@ -24,7 +24,7 @@ use super::policy::CowPolicy;
 use super::space::AddressSpace;
 use super::stats::Counters;
 
-/// Pages that have come are few if they are one in so many, or just one: for each the MMU is asked twice.
+/// Pages that have come are few if they are one in so many, or just two: for each the MMU is asked once more.
 const FEW: u64 = 32;
 
 impl<P: CowPolicy> AddressSpace<P> {
@@ -82,7 +82,7 @@ impl<P: CowPolicy> AddressSpace<P> {
         {
             return None;
         }
-        let most = (region.len() / FEW).max(1);
+        let most = (region.len() / FEW).max(2);
         let mut own = Vec::new();
         for gfn in region.pages() {
             let entry = region.get(gfn);

@@ -1,4 +1,4 @@
-//! Machines that share a folio of two pages, by huge entries or by small ones: who leaves it, who is the
+//! Machines that share a folio of a few pages, by huge entries or by small ones: who leaves it, who is the
 //! last, and who comes while others leave.
 
 use super::*;
@@ -9,10 +9,16 @@ const Q: Gfn = Gfn(1);
 
 /// A VM whose two pages hold [`OLD`], in one folio, and which breaks whole or by the page.
 fn folio_of_two<C: Policy>(whole_price: u32) -> World<C> {
-    let (pool, memory) = soft_pool_of(Order::new(1), 14).unwrap();
-    let vm = SoftVm::new(&pool, &memory, C::default(), 2).unwrap();
-    for page in [P, Q] {
-        vm.cpu_write(page, OLD).unwrap();
+    folio_of(Order::new(1), whole_price)
+}
+
+/// The same of as many pages.
+fn folio_of<C: Policy>(order: Order, whole_price: u32) -> World<C> {
+    let pages = order.pages();
+    let (pool, memory) = soft_pool_of(order, 7 * pages).unwrap();
+    let vm = SoftVm::new(&pool, &memory, C::default(), pages).unwrap();
+    for page in 0..pages {
+        vm.cpu_write(Gfn(page), OLD).unwrap();
     }
     vm.space.set_whole_price(whole_price);
     World {
@@ -116,4 +122,51 @@ pub(crate) fn end_of_a_clone_against_whole_break_of_its_sibling<C: Policy>() {
     assert_eq!(w.pool.usage().in_use, 4, "once");
     drop(sibling);
     w.settle();
+}
+
+/// A VM of four pages that a clone shares, but for one that has moved house by itself. The next break of it
+/// brings all of them together.
+fn about_to_be_gathered<C: Policy>() -> (World<C>, SoftVm<C>) {
+    let w = folio_of::<C>(Order::new(2), BY_PAGE);
+    let clone = clone_with_price(&w, BY_PAGE);
+    w.write(OLD);
+    w.vm.space.set_whole_price(WHOLE);
+    (w, clone)
+}
+
+/// Brings them together, and says what is to be so when all is done.
+fn gather_against<C: Policy, T: 'static>(
+    part: impl FnOnce(&SoftVm<C>) -> T + 'static,
+    end: impl FnOnce(&World<C>, T),
+) {
+    let (w, clone) = about_to_be_gathered::<C>();
+    let other = w.beside(part);
+    w.vm.cpu_write(Q, NEW).unwrap();
+    end(&w, other.join().unwrap());
+    let rest = [1, 2, 3].map(|page| w.vm.cpu_read(Gfn(page)));
+    assert_eq!(rest, [NEW, OLD, OLD], "lost");
+    let clones = [0, 1, 2, 3].map(|page| clone.cpu_read(Gfn(page)));
+    assert_eq!(clones, [OLD; 4], "isolation");
+    drop(clone);
+    w.settle();
+}
+
+/// A vCPU writes a page that is brought together with the others.
+pub(crate) fn write_against_gathering<C: Policy>() {
+    let write = |vm: &SoftVm<C>| vm.cpu_write(P, NEW).unwrap();
+    gather_against(write, |w, ()| assert_eq!(w.read(), NEW, "lost"));
+}
+
+/// G3's counterpart: a page is not brought anywhere from under a pin.
+pub(crate) fn pin_against_gathering<C: Policy>() {
+    gather_against(pin_and_write::<C>, |w, pin| {
+        assert_eq!(pin.pfn(), w.frame(), "coherence");
+        assert_eq!(w.read(), DMA, "coherence");
+    });
+}
+
+/// A device writes and lets go while the page is to be brought together with the others.
+pub(crate) fn unpin_against_gathering<C: Policy>() {
+    let write = |vm: &SoftVm<C>| drop(pin_and_write(vm));
+    gather_against(write, |w, ()| assert_eq!(w.read(), DMA, "lost"));
 }

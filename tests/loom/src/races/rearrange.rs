@@ -185,7 +185,7 @@ pub(crate) fn merge_against_merge<C: Policy>() {
     assert_eq!(pool.leftovers(9), []);
 }
 
-fn pin_and_write<C: Policy>(vm: &SoftVm<C>) -> crate::mm::Pin {
+pub(super) fn pin_and_write<C: Policy>(vm: &SoftVm<C>) -> crate::mm::Pin {
     let pin = vm.space.pin(P, Access::Write).unwrap();
     vm.dma_write(&pin, DMA);
     pin
