@@ -77,7 +77,6 @@ impl<P: CowPolicy> AddressSpace<P> {
         if !self.uses_huge
             || !region.is_full()
             || region.huge().is_some()
-            || self.tracks_dirty.load(Ordering::Relaxed)
             || !home.is_some_and(Home::is_in_pieces)
         {
             return None;
