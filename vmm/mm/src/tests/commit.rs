@@ -168,6 +168,26 @@ fn a_home_is_made_where_memory_is_in_one_piece() {
     assert_eq!([home(Some(2)), home(Some(2))], [Some(3), Some(4)]);
 }
 
+/// Where there is no memory for a home any more, it is made where most is.
+#[test]
+fn a_home_for_which_there_is_no_memory_is_made_where_it_needs_none() {
+    let mut allocator = Allocator::new(40, Order::new(2), 5);
+    let payer = allocator.ledger_mut().open(None);
+    for (run, pages) in [(1, 1), (2, 4)] {
+        assert_eq!(allocator.make_home_of_folio(None, 0, 1), Some(Pfn(4 * run)));
+        for pfn in (4 * run..4 * run + pages).map(Pfn) {
+            let claim = allocator.claim_home(payer, pfn, 1, 1).unwrap();
+            allocator.finish(&claim);
+        }
+    }
+    for (run, pages) in [(1, 1), (2, 4)] {
+        allocator.release(Pfn(4 * run), pages);
+        allocator.end_home(Pfn(4 * run), 4);
+    }
+    let mut home = || allocator.make_home_of_folio(None, 0, 1);
+    assert_eq!([home(), home()], [Some(Pfn(8)), Some(Pfn(4))]);
+}
+
 /// Who needs the very frames that the host is asked about gets them where they belong, and does not go
 /// elsewhere.
 #[test]
