@@ -4,7 +4,7 @@ use std::fmt;
 use std::io;
 use std::sync::Arc;
 
-use crate::host::{Dumps, MappingBudget, PhysMap, Placement, Prices, Ram, Window};
+use crate::host::{Dumps, MappingBudget, PhysMap, Placement, Precedence, Prices, Ram, Window};
 use crate::mm::{
     Account, AddressSpace, AllocError, CowPolicy, Exclusive, ForkError, FramePool, Frozen, Gfn,
     Mmu, OutOfRange, PAGE_SIZE,
@@ -261,6 +261,8 @@ impl<P: CowPolicy> Memory<P> {
                 snapshot: bytes,
             });
         }
+        let precedence = Precedence::default();
+        let _first = precedence.take();
         let mmu = between(Arc::clone(&window));
         let account = options
             .account

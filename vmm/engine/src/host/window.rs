@@ -29,6 +29,7 @@ use super::aligned::{reserve, reserve_at};
 use super::budget::MappingBudget;
 use super::maps;
 use super::physmap::PhysMap;
+use super::precedence::Precedence;
 use super::private::keep_private;
 use super::shown::{Shown, ShownPages, mappings};
 use super::syscalls::{mmap_anonymous, mprotect};
@@ -378,6 +379,8 @@ impl Mmu for Window {
 
 impl Drop for Window {
     fn drop(&mut self) {
+        let precedence = Precedence::default();
+        let _first = precedence.take();
         let shown = self.shown.get_mut().unwrap_or_else(PoisonError::into_inner);
         let pages = shown.runs_within(0..self.pages).map(|(_, shown)| shown);
         let _ = self.budget.change(mappings(pages), 0);

@@ -45,7 +45,7 @@ pub use self::restore::RewindError;
 pub use self::take::{Preparation, TakeError};
 use crate::aside::Aside;
 use crate::device::Quiesce;
-use crate::host::Ahead;
+use crate::host::{Ahead, Precedence};
 use crate::mm::{AddressSpace, CowPolicy, Frozen};
 use crate::saved::Saved;
 use crate::vcpus::Vcpus;
@@ -97,6 +97,9 @@ pub struct Parts<'a, P: CowPolicy> {
     pub ahead: Option<&'a Ahead>,
     /// Who else computes beside it, and steps aside while its vCPUs are stopped and started.
     pub aside: Option<&'a Aside>,
+    /// Whether it comes before other machines of the process, which it does while its memory changes as a
+    /// whole.
+    pub precedence: Option<&'a Precedence>,
 }
 
 impl<P: CowPolicy> fmt::Debug for Parts<'_, P> {

@@ -7,6 +7,7 @@ use super::{Parts, Snapshot, Timing};
 use crate::aside::Aside;
 use crate::causes::Cause;
 use crate::device::Stopped;
+use crate::host::Precedence;
 use crate::mm::{self, CowPolicy, FaultError};
 use crate::timeline::span;
 use crate::vcpus::{Capture, Paused, VcpusError};
@@ -66,6 +67,7 @@ impl<P: CowPolicy> Parts<'_, P> {
         let began = Instant::now();
         let _ahead = Resting::of(self.ahead);
         self.note_protected();
+        let _first = self.precedence.map(Precedence::take);
         let aside = self.aside.map(Aside::hold);
         let step = span!("park");
         let mut paused = self.vcpus.pause(Capture::Nothing)?;

@@ -6,6 +6,7 @@ use super::resting::Resting;
 use super::{Parts, Snapshot, Timing};
 use crate::aside::Aside;
 use crate::device::Stopped;
+use crate::host::Precedence;
 use crate::mm::{CowPolicy, ForkError};
 use crate::timeline::span;
 use crate::vcpus::{Capture, VcpusError};
@@ -65,6 +66,7 @@ impl<P: CowPolicy> Parts<'_, P> {
     ) -> Result<(Snapshot, Timing), TakeError> {
         let _span = span!("snapshot");
         let began = Instant::now();
+        let _first = self.precedence.map(Precedence::take);
         let step = span!("prepare");
         self.note_protected();
         let _ahead = Resting::of(self.ahead);

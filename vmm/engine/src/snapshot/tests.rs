@@ -220,6 +220,7 @@ impl FakeVm {
             space: self.memory.space(),
             ahead: None,
             aside: None,
+            precedence: Some(self.memory.ram().precedence()),
         }
     }
 
@@ -329,6 +330,36 @@ fn a_restore_releases_devices_before_memory_and_restores_them_after() {
         "vcpus resumed",
     ];
     assert_eq!(vm.log.take(), [&STOPPED[..], &then].concat());
+}
+
+/// From before anything is done until all runs, or it is called off.
+#[test]
+fn a_snapshot_and_a_restore_come_before_other_machines() {
+    let vm = FakeVm::new(Fails::Nothing);
+    let precedence = vm.memory.ram().precedence();
+    let is_taken = || precedence.is_taken();
+    let called_off = vm.parts().take_with(
+        Preparation::Early,
+        &|| {
+            assert!(is_taken());
+            false
+        },
+        || (),
+    );
+    assert!(matches!(called_off, Err(TakeError::CalledOff)));
+    assert!(!is_taken());
+    let after_memory = || assert!(is_taken());
+    let taken = vm
+        .parts()
+        .take_with(Preparation::Early, &is_taken, after_memory);
+    let (snapshot, _) = taken.unwrap();
+    assert!(!is_taken());
+    let last_changes = || {
+        assert!(is_taken());
+        Ok(())
+    };
+    vm.parts().restore(&snapshot, last_changes).unwrap();
+    assert!(!is_taken());
 }
 
 /// A snapshot records it as it is; a restore cannot give up what it is in the middle of.

@@ -71,6 +71,7 @@ impl<P: CowPolicy> Vm<P> {
         identity: impl FnOnce() -> Result<(), Cause>,
     ) -> Result<Instant, CloneError> {
         let _span = span!("start clone");
+        let _first = self.ram().precedence().take();
         let (theirs, ours) = (snapshot.devices().len(), self.devices.len());
         if theirs != ours {
             return Err(CloneError::DeviceCount {

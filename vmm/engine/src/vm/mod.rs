@@ -302,6 +302,7 @@ impl<P: CowPolicy> Vm<P> {
             space: self.memory.space(),
             ahead: self.ahead.as_ref(),
             aside: self.aside.as_deref(),
+            precedence: Some(self.ram().precedence()),
         }
     }
 

@@ -18,6 +18,7 @@ use self::pages::pages;
 pub use self::pinned::PinnedBuffer;
 pub use self::slices::SlicePin;
 use super::physmap::PhysMap;
+use super::precedence::Precedence;
 use super::prices::Prices;
 use super::space::Space;
 use crate::mm::{Access, FaultError, Gfn, PAGE_SIZE, PinError, Resolution};
@@ -28,6 +29,7 @@ pub struct Ram {
     space: Arc<dyn Space>,
     physmap: Arc<PhysMap>,
     prices: Arc<Prices>,
+    precedence: Arc<Precedence>,
 }
 
 impl fmt::Debug for Ram {
@@ -64,6 +66,7 @@ impl Ram {
             space,
             physmap,
             prices: Arc::default(),
+            precedence: Arc::default(),
         }
     }
 
@@ -82,6 +85,17 @@ impl Ram {
         self
     }
 
+    #[cfg(test)]
+    pub(in crate::host) fn with_precedence(mut self, precedence: Precedence) -> Self {
+        self.precedence = Arc::new(precedence);
+        self
+    }
+
+    /// Whether changes of its mappings come before those of other machines.
+    pub fn precedence(&self) -> &Precedence {
+        &self.precedence
+    }
+
     /// What faults have cost.
     pub fn prices(&self) -> &Prices {
         &self.prices
@@ -94,6 +108,7 @@ impl Ram {
     /// # Errors
     /// As [`AddressSpace::write_fault`](crate::mm::AddressSpace::write_fault).
     pub fn write_fault(&self, gfn: Gfn) -> Result<Resolution, FaultError> {
+        self.precedence.give_way();
         let start = Instant::now();
         let fault = self.space.resolve_write(gfn)?;
         if let Some(price) = self.prices.paid(fault, start.elapsed()) {
@@ -114,6 +129,7 @@ impl Ram {
     pub fn pin(&self, gpa: u64, len: u64, access: Access) -> Result<PinnedBuffer, RamError> {
         self.check(gpa, len)?;
         let count = pages(gpa, len).count() as u64;
+        self.precedence.give_way();
         Ok(PinnedBuffer {
             physmap: Arc::clone(&self.physmap),
             runs: self.space.pin_range(Gfn::of_gpa(gpa), count, access)?,

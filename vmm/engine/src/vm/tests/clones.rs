@@ -139,6 +139,7 @@ fn the_devices_of_a_clone_become_what_they_were_before_it_runs() {
     let clone = clone(kvm, &vm, &snapshot, From::Builder, device);
     let identity = || {
         log.note("identity");
+        assert!(clone.ram().precedence().is_taken());
         Ok(())
     };
     clone.start_from(&snapshot, identity).unwrap();
