@@ -145,6 +145,33 @@ fn what_makes_no_sense_is_refused_with_a_reason() {
     }
 }
 
+/// Clones that write all of their memory and may have a part of it: each ends alone, with a reason.
+#[test]
+fn a_clone_that_needs_more_than_its_quota_ends_alone() {
+    if support::no_kvm() {
+        return;
+    }
+    let few = ["-n", "3", "--quota", "4M", "--pattern", "dense"];
+    let (output, report) = report(&few);
+    let said = || format!("{}\n{}", stdout(&output), stderr(&output));
+    assert_eq!(output.status.code(), Some(1), "{}", said());
+    let error = report["error"].as_str().expect("an error");
+    for machine in 1..=3 {
+        let ended = |line: &str| {
+            line.starts_with(&format!("machine {machine}: "))
+                && line
+                    .ends_with("out of quota: all 1024 frames that the account may have are in use")
+        };
+        assert_eq!(error.lines().filter(|l| ended(l)).count(), 1, "{}", said());
+    }
+    let ended = error.lines().filter(|line| line.starts_with("machine "));
+    assert_eq!(ended.count(), 3, "the root goes on: {}", said());
+    assert_eq!(report["ended_by"], "duration");
+    let violations = report["violations"].as_object().expect("violations");
+    assert!(violations.values().all(|count| count == 0), "{}", said());
+    assert_eq!(report["shares"]["unexplained_bytes"], 0);
+}
+
 #[test]
 fn where_memory_ends_the_next_clone_is_refused_and_nobody_else() {
     if support::no_kvm() {

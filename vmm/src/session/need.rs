@@ -171,10 +171,11 @@ impl MemoryPlan {
     /// # Errors
     /// If that is less than the run cannot do without.
     pub fn new(config: &Config, limits: &Limits) -> Result<Self, NeedError> {
-        Self::with_clones(config, 0, 0, limits)
+        Self::with_clones(config, 0, 0, 0, limits)
     }
 
-    /// The same with so many clones of it, of so many snapshots. Of memory there is enough for it alone: how
+    /// The same with so many clones of it, which may have `each` bytes by themselves, of so many snapshots. Of
+    /// memory there is enough for it alone: how
     /// many clones are made is a matter of how much there is.
     ///
     /// # Errors
@@ -182,6 +183,7 @@ impl MemoryPlan {
     pub fn with_clones(
         config: &Config,
         clones: u64,
+        each: u64,
         snapshots: u64,
         limits: &Limits,
     ) -> Result<Self, NeedError> {
@@ -201,7 +203,7 @@ impl MemoryPlan {
         let beyond = usable - need.total();
         let most = need.frames() + (beyond - tables_of_frames(beyond));
 
-        let others = of_clones.saturating_add(of_snapshots);
+        let others = clones.saturating_mul(each).saturating_add(of_snapshots);
         let mut most = most.min(wanted(config).saturating_add(others));
         // A clone has no checker, but a thread that watches it.
         let threads = config.vcpus + config.dma_devices + OTHER_THREADS;

@@ -43,6 +43,11 @@ pub(crate) struct ForkArgs {
     #[arg(long, value_name = "SIZE", default_value = "64M", value_parser = parse_size)]
     memory: u64,
 
+    /// Memory that a clone may have by itself, beside what it shares: it ends when it needs more, and as much
+    /// is kept for each [default: all of --memory]
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    quota: Option<u64>,
+
     /// vCPUs of the guest
     #[arg(long, value_name = "N", default_value_t = 1)]
     vcpus: u64,
@@ -137,6 +142,7 @@ impl ForkArgs {
                 },
                 (None, _) => Shape::Clones(self.clones),
             },
+            quota: self.quota,
             warm_up: self.warm_up,
             duration: self.duration,
         }

@@ -71,8 +71,11 @@ fn rows(report: &FamilyReport) -> Vec<(&'static str, String)> {
         (
             "asked for",
             format!(
-                "{shape}; {}, {}, {}, {}, {} before the first",
+                "{shape}; {}{}, {}, {}, {}, {} before the first",
                 Size(guest.memory),
+                config
+                    .quota
+                    .map_or(String::new(), |quota| format!(" ({} each)", Size(quota))),
                 plural(guest.vcpus, "vCPU"),
                 plural(guest.dma_devices, "device"),
                 pattern_name(guest.pattern),
@@ -234,6 +237,7 @@ mod tests {
                 cpus: 2,
             },
             config: FamilyConfig {
+                quota: None,
                 guest: guest(),
                 shape: Shape::Clones(2),
                 warm_up: Duration::from_secs(1),

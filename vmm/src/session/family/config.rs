@@ -2,9 +2,10 @@
 
 use std::time::Duration;
 
+use guest::abi::REGION_SIZE;
 use serde::{Deserialize, Serialize};
 
-use crate::session::config::{Config, ConfigError};
+use crate::session::config::{Config, ConfigError, Size};
 use crate::session::need::{MemoryPlan, NeedError};
 use palimpsest::host::Limits;
 
@@ -76,6 +77,10 @@ pub struct FamilyConfig {
     pub guest: Config,
     /// Which machines there are to be.
     pub shape: Shape,
+    /// Bytes of frames that a clone may have by itself, copies for its snapshots among them; nothing: as many as
+    /// it has memory, and as many for each snapshot that is kept.
+    #[serde(default)]
+    pub quota: Option<u64>,
     /// How long the root runs by itself.
     #[serde(rename = "warm_up_s", with = "crate::session::config::seconds")]
     pub warm_up: Duration,
@@ -95,6 +100,14 @@ pub enum FamilyConfigError {
     NoClones {
         /// The flag.
         flag: &'static str,
+    },
+    /// A clone could not do anything with it, or all that it could is less.
+    #[error("--quota {quota}: a clone may have from 2 MiB to {memory}, its memory")]
+    Quota {
+        /// What was asked for.
+        quota: Size,
+        /// What it has of memory.
+        memory: Size,
     },
     /// There would be too many.
     #[error("{what}: a family has at most {MAX_MACHINES} machines, the root among them")]
@@ -127,6 +140,13 @@ impl FamilyConfig {
             Some(1..=MAX_MACHINES) => {}
             _ => return Err(FamilyConfigError::TooMany { what }),
         }
+        let memory = self.guest.memory;
+        if let Some(quota) = self.quota
+            && !(REGION_SIZE..=memory).contains(&quota)
+        {
+            let (quota, memory) = (Size(quota), Size(memory));
+            return Err(FamilyConfigError::Quota { quota, memory });
+        }
         // What a restore is to a run, a clone is to a family.
         let guest = Config {
             restore_every: 1,
@@ -140,7 +160,19 @@ impl FamilyConfig {
     /// What it may take of `host`.
     pub(super) fn plan(&self, host: &Limits) -> Result<MemoryPlan, NeedError> {
         let clones = self.machines() - 1;
-        MemoryPlan::with_clones(&self.guest, clones, self.shape.parents(), host)
+        let each = self.promised();
+        MemoryPlan::with_clones(&self.guest, clones, each, self.shape.parents(), host)
+    }
+
+    /// Bytes of memory that are kept for each clone.
+    pub(super) fn promised(&self) -> u64 {
+        self.quota.unwrap_or(self.guest.memory)
+    }
+
+    /// The most bytes that a clone may have by itself.
+    pub(super) fn limit(&self) -> u64 {
+        let copies = 1 + self.guest.keep as u64;
+        self.quota.unwrap_or(self.guest.memory * copies)
     }
 }
 
@@ -148,11 +180,13 @@ impl FamilyConfig {
 mod tests {
     use super::*;
     use crate::session::config::tests::example;
+    use palimpsest::mm::PAGE_SIZE;
 
     fn family(shape: Shape) -> FamilyConfig {
         FamilyConfig {
             guest: example(),
             shape,
+            quota: None,
             warm_up: Duration::from_secs(1),
             duration: Duration::from_secs(5),
         }
@@ -210,13 +244,56 @@ mod tests {
     }
 
     #[test]
+    fn quotas_of_nothing_and_of_too_much_are_refused() {
+        let refusal = |quota| {
+            let family = FamilyConfig {
+                quota: Some(quota),
+                ..family(Shape::Clones(3))
+            };
+            let refused = family.validate(&Limits::of_host(8 << 30));
+            refused.err().map(|error| error.to_string())
+        };
+        let memory = example().memory;
+        let why = |quota| {
+            let memory = Size(memory);
+            Some(format!(
+                "--quota {quota}: a clone may have from 2 MiB to {memory}, its memory"
+            ))
+        };
+        assert_eq!(refusal(0), why("0 B"));
+        assert_eq!(refusal((2 << 20) - 1), why("2097151 B"));
+        assert_eq!(refusal(2 * memory), why(&Size(2 * memory).to_string()));
+        assert_eq!((refusal(2 << 20), refusal(memory)), (None, None));
+    }
+
+    /// What is kept for clones decides how many there is memory for.
+    #[test]
+    fn a_quota_makes_room_for_more_clones() {
+        let with = |quota| FamilyConfig {
+            quota,
+            ..family(Shape::Clones(200))
+        };
+        let plan = |quota| with(quota).plan(&Limits::of_host(64 << 30)).unwrap();
+        let memory = example().memory;
+        let (all, some) = (plan(None), plan(Some(memory / 4)));
+        let less = 200 * (memory - memory / 4) / PAGE_SIZE;
+        assert_eq!(all.frames - some.frames, less);
+        assert_eq!(with(None).limit(), memory * (1 + example().keep as u64));
+        assert_eq!(with(Some(memory / 4)).limit(), memory / 4);
+    }
+
+    #[test]
     fn a_family_survives_json() {
         for shape in [Shape::Clones(3), Shape::Tree { depth: 3, width: 2 }] {
-            let json = serde_json::to_string(&family(shape)).unwrap();
-            assert_eq!(
-                serde_json::from_str::<FamilyConfig>(&json).unwrap(),
-                family(shape)
-            );
+            for quota in [None, Some(4 << 20)] {
+                let family = FamilyConfig {
+                    quota,
+                    ..family(shape)
+                };
+                let json = serde_json::to_string(&family).unwrap();
+                let back: FamilyConfig = serde_json::from_str(&json).unwrap();
+                assert_eq!(back, family);
+            }
         }
     }
 }

@@ -153,10 +153,11 @@ impl Family<'_> {
         };
         let guest = &self.config.guest;
         let pool = self.shells.frames().pool();
-        let memory = guest.memory / PAGE_SIZE;
         // What it may write is spoken for before it is there, and it has no more.
-        let promise = pool.try_promise(memory).map_err(|error| chain(&error))?;
-        let account = pool.open_account(Some(memory * (1 + guest.keep as u64)));
+        let promise = pool.try_promise(self.config.promised() / PAGE_SIZE);
+        let promise = promise
+            .map_err(|error| format!("{} (--quota makes room for more clones)", chain(&error)))?;
+        let account = pool.open_account(Some(self.config.limit() / PAGE_SIZE));
         let began = Instant::now();
         let shell = self.shells.take().map_err(|error| chain(&error))?;
         let (sender, inbox) = events();
