@@ -37,7 +37,7 @@ use palimpsest::kvm::{BootError, KvmError, PlatformError, StateError};
 use palimpsest::memory::MemoryError;
 use palimpsest::mm::ForkError;
 use palimpsest::snapshot::TakeError;
-use palimpsest::vm::{BuildError, CloneError, ShellError};
+use palimpsest::vm::{self, BuildError, ShellError};
 use vmm::cli::units::{bytes, parse_size};
 
 use crate::technique::TechniqueError;
@@ -76,7 +76,7 @@ pub enum MeasureError {
     Shell(#[from] ShellError),
     /// The clone could not be started.
     #[error(transparent)]
-    Clone(#[from] CloneError),
+    Clone(#[from] vm::ForkError),
     /// No snapshot.
     #[error("cannot take a snapshot")]
     Take(#[from] TakeError),

@@ -4,12 +4,12 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use guest::abi::{IMAGE_GPA, PAGE_SIZE, REGION_SIZE};
-use palimpsest::host::{Dumps, Placement, Prices};
+use palimpsest::host::{Dumps, Prices};
 use palimpsest::kvm::Kvm;
 use palimpsest::memory::{Frames, Memory, MemoryOptions};
 use palimpsest::mm::{Exclusive, Frozen, Gfn};
 use palimpsest::snapshot::Snapshot;
-use palimpsest::vm::{Shell, Vm};
+use palimpsest::vm::{Place, Shell, Vm};
 use vmm::boot;
 
 use super::MeasureError;
@@ -168,32 +168,22 @@ impl Parent {
         snapshot: &Snapshot,
         shell: Option<Shell>,
     ) -> Result<RunningClone, MeasureError> {
-        let frames = self.frames();
-        let bytes = self.vm.ram().size();
-        let window = match &shell {
-            Some(shell) => Arc::clone(shell.window()),
-            None => Arc::new(frames.window(bytes, Placement::Anywhere)?),
-        };
-        let options = MemoryOptions {
-            prices: Some(self.vm.ram().prices().as_learnt()),
-            ..MemoryOptions::default()
-        };
-        let plain = |window| Box::new(window) as _;
-        let memory =
-            Memory::clone_of(frames, snapshot.memory(), Exclusive, options, window, plain)?;
         let gate = Gate::new();
         let told = Arc::clone(&gate);
-        let builder = Vm::builder(memory)
-            .ports(Arc::clone(&gate) as _)
-            .on_stop(move |_, outcome| told.has_ended(outcome.to_string()))
-            .copy_ahead(false);
-        let vm = match shell {
-            Some(shell) => builder.build_in(shell)?,
-            None => builder.build(kvm, 1)?,
-        };
-        let clone = RunningClone { vm, gate };
-        clone.vm.start_from(snapshot, || Ok(()))?;
-        Ok(clone)
+        let place = shell.map_or(Place::New(kvm), Place::In);
+        let made = self.vm.start_clone(
+            snapshot,
+            place,
+            |builder| {
+                builder
+                    .ports(Arc::clone(&gate) as _)
+                    .on_stop(move |_, outcome| told.has_ended(outcome.to_string()))
+                    .copy_ahead(false)
+            },
+            |_| Ok(()),
+        );
+        let (vm, _) = made?;
+        Ok(RunningClone { vm, gate })
     }
 
     /// A shell for a clone of it.

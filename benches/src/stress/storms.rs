@@ -94,6 +94,7 @@ pub fn run(memory: u64, clones: u64, going: &mut Going<'_>) -> Result<Storms, Fa
             ..payload(memory, 1, 1, Length::Time(TOGETHER))
         },
         shape: Shape::Clones(clones),
+        quota: None,
         warm_up: WARM_UP,
         duration: TOGETHER,
     };

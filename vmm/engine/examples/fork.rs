@@ -1,4 +1,5 @@
-//! Boots a guest, forks it while it runs and while a device holds its memory, and rewinds it.
+//! Boots a guest, takes a snapshot while it runs and while a device holds its memory, and rewinds it; then forks
+//! it: a clone runs on beside it.
 //!
 //! The guest counts in memory, for ever:
 //! ```text
@@ -87,6 +88,27 @@ pub(crate) fn main() -> Result<(), Box<dyn Error>> {
     wait_for(then + 1)?;
     println!(
         "rewound from {before} to {then}, and it is at {} now",
+        count()?
+    );
+
+    // A clone, from where the guest is now. Neither sees what the other writes.
+    let forked = vm.fork(&kvm, |clone| clone, |_| Ok(()))?;
+    let begun = {
+        let mut word = [0; 8];
+        frames.read(forked.snapshot.memory(), COUNTER, &mut word)?;
+        u64::from_le_bytes(word)
+    };
+    let count_of_clone = || -> Result<u64, Box<dyn Error>> {
+        let mut word = [0; 8];
+        forked.vm.ram().read(COUNTER, &mut word)?;
+        Ok(u64::from_le_bytes(word))
+    };
+    while count_of_clone()? < begun + 1000 {
+        thread::yield_now();
+    }
+    println!(
+        "forked at {begun}: the clone is at {} now, its parent at {}",
+        count_of_clone()?,
         count()?
     );
     Ok(())

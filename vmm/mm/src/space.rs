@@ -161,6 +161,11 @@ impl<P: CowPolicy> AddressSpace<P> {
         self.predictor.leave_to_fork(chunks);
     }
 
+    /// Its copy-on-write policy.
+    pub fn policy(&self) -> &P {
+        &self.policy
+    }
+
     /// Number of pages.
     pub fn pages(&self) -> u64 {
         self.mapped.table.pages()

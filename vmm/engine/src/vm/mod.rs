@@ -3,9 +3,11 @@
 //! | file | concept |
 //! |---|---|
 //! | `clones` | starting one as a snapshot says |
+//! | `fork` | that and all before it in one call |
 //! | `shell` | what of a clone can be made before it is known whose |
 
 mod clones;
+mod fork;
 mod shell;
 
 use std::sync::Arc;
@@ -26,6 +28,7 @@ use crate::snapshot::{Parts, RewindError, Snapshot, TakeError, Timing};
 use crate::user::User;
 
 pub use self::clones::CloneError;
+pub use self::fork::{Fork, ForkError, Place};
 pub use self::shell::{Shell, ShellError, Shells};
 
 /// What runs the vCPUs of VMs.
@@ -123,6 +126,11 @@ impl PortHandler for NoPorts {
 }
 
 impl<'a, P: CowPolicy> Builder<'a, P> {
+    /// The memory that the VM is built around: what its devices reach.
+    pub fn ram(&self) -> &Ram {
+        self.memory.ram()
+    }
+
     /// Adds a device. Devices are stopped after the vCPUs, and captured and restored in the order in which
     /// they were added.
     #[must_use]

@@ -96,6 +96,84 @@ fn a_clone_runs_on_from_its_snapshot_and_neither_shows_in_the_other() {
     }
 }
 
+/// In one call, with vCPUs that are there and with new ones, and once more of the same snapshot.
+#[test]
+fn a_running_vm_is_forked_in_one_call() {
+    let kvm = need_kvm!();
+    let (log, parents) = (Log::default(), Log::default());
+    let device = |log: &Log, ram: &Ram| FakeDevice::new("device", log, ram, Fails::Nothing);
+    let vm = counting(kvm, |ram| Some(device(&parents, ram)));
+    let frames = vm.memory().frames().clone();
+    let shell = || Shell::new(kvm, &frames, vm.ram().size(), 1).unwrap();
+    let complete = |builder: Builder<'static>| {
+        let device = device(&log, builder.ram());
+        builder.device(Arc::new(device)).copy_ahead(false)
+    };
+    let name = |vm: &Vm| {
+        let mut name = [0; 4];
+        vm.ram().read(DATA + 64, &mut name).unwrap();
+        name
+    };
+    let identity = |clone: &Vm| Ok(clone.ram().write(DATA + 64, b"mine")?);
+    for place in [Place::New(kvm), Place::In(shell())] {
+        let forked = vm.fork(place, complete, identity).unwrap();
+        assert_eq!((&name(&forked.vm), name(&vm)), (b"mine", [0; 4]));
+        let then = agree(&vm, &forked.snapshot);
+        counts_on(&forked.vm);
+        counts_on(&vm);
+        assert!(forked.running > forked.timing.running);
+        assert!(forked.vm.ram().prices().whole_price() == vm.ram().prices().whole_price());
+        let of = &forked.snapshot;
+        let nobody = |_: &Vm| Ok(());
+        let (sibling, _) = vm.start_clone(of, shell(), complete, nobody).unwrap();
+        assert_eq!(name(&sibling), [0; 4]);
+        counts_on(&sibling);
+        assert_eq!(agree(&vm, of), then);
+    }
+    drop(vm);
+    assert_eq!(frames.pool().leftovers(1), []);
+    assert_eq!(frames.budget().used(), 0);
+}
+
+/// Whatever is refused says which step, and leaves nothing.
+#[test]
+fn a_fork_that_is_refused_leaves_the_vm_as_it_was() {
+    let kvm = need_kvm!();
+    let vm = counting(kvm, |_| None);
+    let frames = vm.memory().frames().clone();
+    let plain = |builder: Builder<'static>| builder.copy_ahead(false);
+    let nobody = |_: &Vm| Ok(());
+    // A shell of another size; one with another number of vCPUs; a device too many; no name.
+    let small = Shell::new(kvm, &frames, vm.ram().size() / 2, 1).unwrap();
+    let refused = vm.fork(small, plain, nobody).unwrap_err();
+    assert!(matches!(refused, ForkError::Memory(_)), "{refused:?}");
+    let two = Shell::new(kvm, &frames, vm.ram().size(), 2).unwrap();
+    let refused = vm.fork(two, plain, nobody).unwrap_err();
+    assert!(matches!(refused, ForkError::Start(_)), "{refused:?}");
+    let log = Log::default();
+    let more = |builder: Builder<'static>| {
+        let device = FakeDevice::new("one too many", &log, builder.ram(), Fails::Nothing);
+        builder.device(Arc::new(device))
+    };
+    let refused = vm.fork(kvm, more, nobody).unwrap_err();
+    assert!(matches!(refused, ForkError::Start(_)), "{refused:?}");
+    let nameless = |_: &Vm| Err("no name".into());
+    let refused = vm.fork(kvm, plain, nameless).unwrap_err();
+    let said = crate::causes::chain(&refused);
+    assert_eq!(
+        said,
+        "cannot start the clone: cannot tell the clone who it is: no name"
+    );
+    counts_on(&vm);
+    vm.machine().stop();
+    vm.machine().wait_until_stopped().unwrap();
+    let refused = vm.fork(kvm, plain, nobody).unwrap_err();
+    assert!(matches!(refused, ForkError::Take(_)), "{refused:?}");
+    drop(vm);
+    assert_eq!(frames.pool().leftovers(1), []);
+    assert_eq!(frames.budget().used(), 0);
+}
+
 #[test]
 fn clones_of_clones_outlive_whom_they_are_of() {
     let kvm = need_kvm!();
