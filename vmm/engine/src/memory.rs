@@ -156,6 +156,17 @@ impl Frames {
         })
     }
 
+    /// A window of `bytes` bytes on to these frames that has nothing to show before it is a clone's.
+    pub(crate) fn vacant_window(&self, bytes: u64) -> Result<Window, MemoryError> {
+        let (physmap, budget) = (Arc::clone(&self.physmap), Arc::clone(&self.budget));
+        let window = Window::vacant(physmap, budget, bytes / PAGE_SIZE);
+        window.map_err(|source| MemoryError::Reserve {
+            what: "the guest's window",
+            bytes,
+            source,
+        })
+    }
+
     /// How many mappings the windows of this process may use.
     pub fn budget(&self) -> &Arc<MappingBudget> {
         &self.budget
@@ -234,7 +245,7 @@ impl<P: CowPolicy> Memory<P> {
 
     /// A clone's: what was in memory when `snapshot` was taken of it, which must be in `frames`. It shares
     /// every frame with the snapshot, and whoever else has it, until one of them writes there. `window` shows
-    /// zeros everywhere, as [`Frames::window`] gives it; `between` is as in [`Memory::with`], and so are
+    /// zeros everywhere, as [`Frames::window`] gives it, or is a shell's; `between` is as in [`Memory::with`], and so are
     /// `options`, but for the placement, which is the window's.
     ///
     /// What it takes does not depend on how much memory there is, but on how many stretches of it are
@@ -269,6 +280,9 @@ impl<P: CowPolicy> Memory<P> {
             .unwrap_or_else(|| frames.pool.open_account(None));
         let space = AddressSpace::from_frozen_with_account(snapshot, policy, mmu, account);
         let mut space = space.map_err(MemoryError::Share)?;
+        window
+            .settle()
+            .map_err(|error| MemoryError::Share(ForkError::Map(error)))?;
         if options.base_pages {
             space = space.with_base_pages();
         }

@@ -38,6 +38,7 @@ mod shown;
 mod space;
 mod stream;
 mod syscalls;
+mod vacant;
 mod window;
 
 #[cfg(test)]

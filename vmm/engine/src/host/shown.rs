@@ -15,6 +15,8 @@ pub(super) struct Shown(pub(super) i64);
 
 impl Shown {
     pub(super) const ZEROS: Self = Self(0);
+    /// Nothing is mapped: what is written without being a frame.
+    pub(super) const NOTHING: Self = Self(Self::WRITABLE);
     pub(super) const FRAME: i64 = 1;
     pub(super) const WRITABLE: i64 = 2;
 
@@ -26,7 +28,7 @@ impl Shown {
     #[inline]
     pub(super) fn protected(self, protection: Protection) -> Self {
         match protection {
-            _ if self == Self::ZEROS => self,
+            _ if self == Self::ZEROS || self == Self::NOTHING => self,
             Protection::ReadOnly => Self(self.0 & !Self::WRITABLE),
             Protection::ReadWrite => Self(self.0 | Self::WRITABLE),
         }
@@ -54,11 +56,11 @@ enum ShownGroup {
 }
 
 impl ShownPages {
-    /// So many pages that show zeros.
-    pub(super) fn zeros(pages: u64) -> Self {
+    /// So many pages that show this.
+    pub(super) fn all(pages: u64, shown: Shown) -> Self {
         let groups = pages.div_ceil(GROUP_PAGES) as usize;
         Self {
-            groups: vec![ShownGroup::Alike(Shown::ZEROS); groups].into(),
+            groups: vec![ShownGroup::Alike(shown); groups].into(),
         }
     }
 
@@ -236,7 +238,7 @@ fn parts(pages: Range<u64>, each: u64) -> impl Iterator<Item = (usize, Range<u64
 pub(super) fn mappings(pages: impl Iterator<Item = Shown>) -> u64 {
     let mut last = None;
     pages.fold(0, |count, page| {
-        let begins = last.replace(page) != Some(page);
+        let begins = last.replace(page) != Some(page) && page != Shown::NOTHING;
         count + u64::from(begins)
     })
 }
@@ -254,7 +256,7 @@ mod tests {
 
     #[test]
     fn what_is_noted_in_groups_is_what_each_page_shows() {
-        let mut pages = ShownPages::zeros(PAGES);
+        let mut pages = ShownPages::all(PAGES, Shown::ZEROS);
         let mut model = vec![Shown::ZEROS; PAGES as usize];
         let frames = |distance| move |_| Shown::frames(distance, Protection::ReadOnly);
         let writable = |shown: Shown| shown.protected(Protection::ReadWrite);
@@ -290,7 +292,7 @@ mod tests {
     #[test]
     fn pages_that_are_alike_take_little() {
         let frames = |_| Shown::frames(5, Protection::ReadOnly);
-        let mut pages = ShownPages::zeros(2 * GROUP_PAGES);
+        let mut pages = ShownPages::all(2 * GROUP_PAGES, Shown::ZEROS);
         let least = pages.size();
         pages.change(0..2 * GROUP_PAGES, frames);
         assert_eq!(pages.size(), least);

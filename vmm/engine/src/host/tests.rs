@@ -1,6 +1,7 @@
 //! The window against what the kernel says of it, and guest memory as host code sees it.
 
 mod refused;
+mod vacant;
 
 use std::fs;
 use std::os::unix::fs::FileExt;

@@ -10,6 +10,9 @@
 //! [`LOWEST`]: a host maps nothing below, so pages there are noted and never shown. There is one such place
 //! in a process; windows of code that may be anywhere can be anywhere ([`Placement::Executable`]).
 //!
+//! A window may have nothing to show at first ([`Window::vacant`]): nothing is mapped there, and what is mapped
+//! first replaces nothing.
+//!
 //! What the host refuses it may have done in part: `mprotect` changes one mapping after the other, and says
 //! that there is no room for more when it comes to the one that must be split (seen on Linux 6.18 with
 //! `vm.max_map_count` reached). So after a refusal the window asks the kernel what is there: it has changed
@@ -33,6 +36,7 @@ use super::precedence::Precedence;
 use super::private::keep_private;
 use super::shown::{Shown, ShownPages, mappings};
 use super::syscalls::{mmap_anonymous, mprotect};
+use super::vacant::Vacant;
 use crate::mm::{Gfn, Mmu, MmuError, PAGE_SIZE, Pfn, Protection};
 
 /// The lowest address of a window at guest addresses: the least that Linux lets a process map, as it is
@@ -66,6 +70,8 @@ pub struct Window {
     budget: Arc<MappingBudget>,
     /// What each page shows, so that mappings can be counted before they are made.
     shown: Mutex<ShownPages>,
+    /// The addresses, if they were free at first.
+    _kept: Option<Vacant>,
 }
 
 impl Window {
@@ -111,10 +117,57 @@ impl Window {
             placement,
             physmap,
             budget,
-            shown: Mutex::new(ShownPages::zeros(pages)),
+            shown: Mutex::new(ShownPages::all(pages, Shown::ZEROS)),
+            _kept: None,
         };
         window.keep_private(Gfn(0), pages);
         Ok(window)
+    }
+
+    /// A window of `pages` pages on to `physmap` at which nothing is mapped. Each page is mapped once, and then
+    /// [`Window::settle`] is called, before anything else is done with it: until then it must not be looked at.
+    ///
+    /// # Errors
+    /// The host's, if it has no address space.
+    pub(crate) fn vacant(
+        physmap: Arc<PhysMap>,
+        budget: Arc<MappingBudget>,
+        pages: u64,
+    ) -> io::Result<Self> {
+        let kept = Vacant::find(pages.saturating_mul(PAGE_SIZE))?;
+        Ok(Self {
+            base: kept.start(),
+            lowest: 0,
+            pages,
+            placement: Placement::Anywhere,
+            physmap,
+            budget,
+            shown: Mutex::new(ShownPages::all(pages, Shown::NOTHING)),
+            _kept: Some(kept),
+        })
+    }
+
+    /// Has every page show zeros that shows nothing. A window that has none is as it was.
+    ///
+    /// # Errors
+    /// As [`Mmu::map`].
+    pub(crate) fn settle(&self) -> Result<(), MmuError> {
+        let vacant: Vec<Range<u64>> = {
+            let shown = self.shown.lock().unwrap_or_else(PoisonError::into_inner);
+            let runs = shown.runs_within(0..self.pages);
+            runs.filter(|&(_, shown)| shown == Shown::NOTHING)
+                .map(|(pages, _)| pages)
+                .collect()
+        };
+        let of_one = |a: &Range<u64>, b: &Range<u64>| a.end == b.start;
+        for run in vacant.chunk_by(of_one) {
+            let (first, end) = (run[0].start, run[run.len() - 1].end);
+            self.map(Gfn(first), Pfn::ZERO, end - first, Protection::ReadOnly)?;
+        }
+        if self._kept.is_some() {
+            self.keep_private(Gfn(0), self.pages);
+        }
+        Ok(())
     }
 
     /// Host address of gpa 0: what a memslot for it points at.
@@ -185,7 +238,7 @@ impl Window {
         count: u64,
         what: &'static str,
         shows: impl Fn(Shown) -> Shown,
-        apply: impl FnOnce(Range<u64>) -> rustix::io::Result<()>,
+        apply: impl FnOnce(Range<u64>, Replaces) -> rustix::io::Result<()>,
     ) -> Result<(), MmuError> {
         assert!(
             count > 0
@@ -205,6 +258,14 @@ impl Window {
         let edged = |inside: &mut dyn Iterator<Item = Shown>| {
             mappings(before_it.into_iter().chain(inside).chain(after_it))
         };
+        let replaces = match inside().filter(|&shown| shown == Shown::NOTHING).count() {
+            0 => Replaces::Mappings,
+            _ => Replaces::Nothing,
+        };
+        debug_assert!(
+            replaces == Replaces::Mappings || inside().all(|shown| shown == Shown::NOTHING),
+            "{what}: {count} pages from {first:?} on, not all of which are vacant"
+        );
         let before = edged(&mut inside());
         let after = edged(&mut inside().map(&shows));
         self.budget
@@ -212,10 +273,11 @@ impl Window {
             .map_err(|limit| MmuError::MappingLimit { limit })?;
         let mapped = self.mapped(first, count);
         if !mapped.is_empty()
-            && let Err(error) = apply(mapped.clone())
+            && let Err(error) = apply(mapped.clone(), replaces)
         {
             let _ = self.budget.change(after, before);
             let noted = shown.runs_within(mapped.clone());
+            let noted = noted.filter(|&(_, shown)| shown != Shown::NOTHING);
             let is_torn = !self.is_mapped_as(mapped, noted);
             // The host may refuse before the budget does: the process has mappings that are no windows', and
             // the host has other reasons to say that there is no memory.
@@ -334,7 +396,7 @@ impl Mmu for Window {
         let bytes = |pages: &Range<u64>| ((pages.end - pages.start) * PAGE_SIZE) as usize;
         if frame == Pfn::ZERO {
             let shows = |_| Shown::ZEROS;
-            return self.change(first, count, "clear", shows, |pages| {
+            return self.change(first, count, "clear", shows, |pages, replaces| {
                 // SAFETY: `change` has checked that the range is the window's own. Only vCPUs look through
                 // it.
                 unsafe {
@@ -342,19 +404,27 @@ impl Mmu for Window {
                         self.address(Gfn(pages.start)),
                         bytes(&pages),
                         self.readable(),
-                        MapFlags::PRIVATE | MapFlags::FIXED | MapFlags::NORESERVE,
+                        MapFlags::PRIVATE | MapFlags::NORESERVE | replaces.flags(),
                     )
+                }?;
+                // Of a window that is not settled that is done when it is.
+                if replaces == Replaces::Mappings {
+                    self.keep_private(first, count);
                 }
-                .map(|_| self.keep_private(first, count))
+                Ok(())
             });
         }
         let distance = frame.0 as i64 - first.0 as i64;
         let shows = |_| Shown::frames(distance, protection);
-        self.change(first, count, "map", shows, |pages| {
+        self.change(first, count, "map", shows, |pages, replaces| {
             let frame = Pfn(frame.0 + (pages.start - first.0));
-            let at = self.address(Gfn(pages.start));
-            // SAFETY: as above.
-            unsafe { self.physmap.show(frame, protection, at, bytes(&pages)) }
+            let (at, len) = (self.address(Gfn(pages.start)), bytes(&pages));
+            match replaces {
+                // SAFETY: as above.
+                Replaces::Mappings => unsafe { self.physmap.show(frame, protection, at, len) },
+                // SAFETY: it replaces nothing.
+                Replaces::Nothing => unsafe { self.physmap.show_first(frame, protection, at, len) },
+            }
         })
     }
 
@@ -365,7 +435,7 @@ impl Mmu for Window {
         };
         let flags = MprotectFlags::from_bits_retain(flags.bits());
         let shows = |page: Shown| page.protected(protection);
-        self.change(first, count, "protect", shows, |pages| {
+        self.change(first, count, "protect", shows, |pages, _| {
             let len = ((pages.end - pages.start) * PAGE_SIZE) as usize;
             // SAFETY: as above.
             unsafe { mprotect(self.address(Gfn(pages.start)), len, flags) }
@@ -381,16 +451,46 @@ impl Drop for Window {
     fn drop(&mut self) {
         let precedence = Precedence::default();
         let _first = precedence.take();
+        let all = self.mapped(Gfn(0), self.pages);
         let shown = self.shown.get_mut().unwrap_or_else(PoisonError::into_inner);
         let pages = shown.runs_within(0..self.pages).map(|(_, shown)| shown);
         let _ = self.budget.change(mappings(pages), 0);
-        let pages = self.mapped(Gfn(0), self.pages);
-        let len = ((pages.end - pages.start) * PAGE_SIZE) as usize;
-        // SAFETY: the range is the window's own; the VM whose memslot pointed here is gone, or sees nothing
-        // from now on.
-        let unmapped = unsafe { munmap(self.address(Gfn(pages.start)), len) };
-        if let Err(error) = unmapped {
-            tracing::warn!(%error, "cannot unmap a window");
+        // Where nothing of ours is, somebody else may be.
+        let shown = shown.runs_within(all);
+        let ours = shown.filter(|&(_, shown)| shown != Shown::NOTHING);
+        let mut whole: Vec<Range<u64>> = Vec::new();
+        for (pages, _) in ours {
+            match whole.last_mut() {
+                Some(last) if last.end == pages.start => last.end = pages.end,
+                _ => whole.push(pages),
+            }
+        }
+        for pages in whole {
+            let len = ((pages.end - pages.start) * PAGE_SIZE) as usize;
+            // SAFETY: the range is the window's own; the VM whose memslot pointed here is gone, or sees nothing
+            // from now on.
+            let unmapped = unsafe { munmap(self.address(Gfn(pages.start)), len) };
+            if let Err(error) = unmapped {
+                tracing::warn!(%error, "cannot unmap a window");
+            }
+        }
+    }
+}
+
+/// What a new mapping is made in place of.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Replaces {
+    /// Mappings of the window's own.
+    Mappings,
+    /// Nothing is there; or somebody else, who stays.
+    Nothing,
+}
+
+impl Replaces {
+    fn flags(self) -> MapFlags {
+        match self {
+            Self::Mappings => MapFlags::FIXED,
+            Self::Nothing => MapFlags::FIXED_NOREPLACE,
         }
     }
 }

@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use super::BuildError;
 use crate::causes::Cause;
-use crate::host::{Placement, Window};
+use crate::host::Window;
 use crate::kvm::{
     GuestRam, Kvm, KvmError, Machine, OnStop, Outcome, PortAction, PortHandler, StopReason,
 };
@@ -44,7 +44,7 @@ impl Shell {
     /// # Errors
     /// If there are no vCPUs or too many, the host has no address space or no more threads, or KVM refuses.
     pub fn new(kvm: &Kvm, frames: &Frames, bytes: u64, vcpus: usize) -> Result<Self, ShellError> {
-        let window = Arc::new(frames.window(bytes, Placement::Anywhere)?);
+        let window = Arc::new(frames.vacant_window(bytes)?);
         let inside = Arc::new(Inside {
             bytes,
             filling: OnceLock::new(),
@@ -65,8 +65,8 @@ impl Shell {
         })
     }
 
-    /// What its memslot points at. It shows zeros: [`Memory::clone_of`](crate::memory::Memory::clone_of) takes
-    /// it from there.
+    /// What its memslot points at. It shows nothing yet: [`Memory::clone_of`](crate::memory::Memory::clone_of)
+    /// takes it from there, and nobody else may.
     pub fn window(&self) -> &Arc<Window> {
         &self.window
     }

@@ -23,7 +23,7 @@ use std::{io, thread};
 
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use rustix::io::Errno;
-use rustix::mm::{MprotectFlags, ProtFlags};
+use rustix::mm::{MapFlags, MprotectFlags, ProtFlags, munmap};
 use rustix::process::{Resource, getrlimit};
 use vm_memory::VolatileSlice;
 use vm_memory::bitmap::BitmapSlice;
@@ -31,7 +31,7 @@ use vm_memory::bitmap::BitmapSlice;
 use self::backed::Backed;
 use super::mapping::Mapping;
 use super::private::Dumps;
-use super::syscalls::map_again;
+use super::syscalls::{map_again, mmap};
 use crate::mm::{PAGE_SIZE, Pfn, Protection};
 
 /// The bytes of all frames: an unnamed file in memory, mapped for as long as this lives. Frames get memory by
@@ -135,16 +135,51 @@ impl PhysMap {
             Protection::ReadOnly => &self.read_only,
             Protection::ReadWrite => &self.writable,
         };
-        let end = first.offset().checked_add(len as u64);
-        assert!(
-            end.is_some_and(|end| end <= self.backed.frames * PAGE_SIZE),
-            "{len} bytes from {first:?} on are not all frames"
-        );
+        self.check(first, len);
         // SAFETY: just checked: the file is mapped as a whole.
         let from = unsafe { all.base().add(first.offset() as usize) };
         // SAFETY: the caller's.
         unsafe { map_again(from.cast(), at, len) }?;
         Ok(())
+    }
+
+    /// As [`PhysMap::show`], where nothing is mapped: `EEXIST` if something is. It is kept from nobody yet.
+    ///
+    /// # Panics
+    /// As there.
+    ///
+    /// # Safety
+    /// What is mapped there is the caller's own.
+    pub(in crate::host) unsafe fn show_first(
+        &self,
+        first: Pfn,
+        protection: Protection,
+        at: *mut c_void,
+        len: usize,
+    ) -> rustix::io::Result<()> {
+        self.check(first, len);
+        let protection = match protection {
+            Protection::ReadOnly => ProtFlags::READ,
+            Protection::ReadWrite => ProtFlags::READ | ProtFlags::WRITE,
+        };
+        let flags = MapFlags::SHARED | MapFlags::NORESERVE | MapFlags::FIXED_NOREPLACE;
+        // SAFETY: it replaces nothing.
+        let made = unsafe { mmap(at, len, protection, flags, self.file(), first.offset()) }?;
+        if made == at {
+            return Ok(());
+        }
+        // Before Linux 4.17 the flag is not known, and the address a wish.
+        // SAFETY: the mapping just made, which nobody else knows of.
+        unsafe { munmap(made, len) }?;
+        Err(Errno::EXIST)
+    }
+
+    fn check(&self, first: Pfn, len: usize) {
+        let end = first.offset().checked_add(len as u64);
+        assert!(
+            end.is_some_and(|end| end <= self.backed.frames * PAGE_SIZE),
+            "{len} bytes from {first:?} on are not all frames"
+        );
     }
 
     /// `len` bytes of frame `pfn`, from byte `offset` on.
