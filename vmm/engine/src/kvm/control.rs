@@ -85,6 +85,8 @@ pub(crate) struct Slot {
     /// When `phase` began.
     pub(crate) since: Instant,
     pub(crate) task: TaskState,
+    /// Whether the vCPU is to run when its task is done, unless that fails.
+    runs_after: bool,
     /// What somebody waits for.
     awaited: Option<Awaited>,
     /// Where the thread was.
@@ -100,7 +102,7 @@ pub(crate) struct Slot {
 pub(crate) enum Awaited {
     /// Parked. Nobody is waited for any longer once a vCPU has ended.
     Parked,
-    /// No longer parked.
+    /// No longer parked; or parked for good, because the task after which it was to run has failed.
     Running,
     /// Without a task that is not done; or ended.
     WithoutTask,
@@ -112,7 +114,9 @@ impl Awaited {
     fn is(self, slot: &Slot) -> bool {
         match self {
             Self::Parked => slot.phase != Phase::Running,
-            Self::Running => slot.phase != Phase::Parked,
+            Self::Running => {
+                slot.phase != Phase::Parked || matches!(slot.task, TaskState::Failed(_))
+            }
             Self::WithoutTask => !slot.task.is_pending() || slot.phase == Phase::Ended,
             Self::Ended => slot.phase == Phase::Ended,
         }
@@ -163,6 +167,7 @@ impl Control {
                     phase: Phase::Parked,
                     since: Instant::now(),
                     task: TaskState::Idle,
+                    runs_after: false,
                     awaited: None,
                     cpus: Cpus::default(),
                     thread: None,
@@ -212,6 +217,25 @@ impl Control {
     /// Gives all vCPUs the command to run, and wakes those that are parked: as far as there are CPUs, not
     /// two on one (see [`placement`](super::placement)).
     pub(crate) fn give_run(&self) {
+        self.place(|control| control.give(VcpuCommand::Run));
+    }
+
+    /// Gives the vCPU of a machine that has just one, and is parked, a task, and has it run when that is done:
+    /// it need not be woken for either by itself. It stays parked if the task fails.
+    pub(crate) fn give_start(&self, task: RegisterTask) {
+        let mut task = Some(task);
+        self.place(|control| {
+            let mut slot = lock(&control.slot);
+            if let Some(task) = task.take() {
+                slot.task = TaskState::Queued(task);
+                slot.runs_after = true;
+            }
+            true
+        });
+    }
+
+    /// Does `give` to each vCPU, and wakes those of which it says so: as far as there are CPUs, not two on one.
+    fn place(&self, mut give: impl FnMut(&VcpuControl) -> bool) {
         let here = sched_getcpu();
         let parked = self.each(|slot| match slot.phase {
             Phase::Parked => Some(slot.cpus),
@@ -228,7 +252,7 @@ impl Control {
                 slot.pin = thread.pin(cpu);
             }
             drop(slot);
-            if control.give(VcpuCommand::Run) {
+            if give(control) {
                 control.wake.notify_one();
             }
         }
@@ -346,7 +370,13 @@ impl Control {
 
     /// The task that [`Control::next_task`] gave is finished.
     pub(crate) fn finish(&self, vcpu: usize, task: TaskState) {
-        self.change(vcpu, |slot| slot.task = task);
+        let control = &self.vcpus[vcpu];
+        self.change(vcpu, |slot| {
+            if std::mem::take(&mut slot.runs_after) && !matches!(task, TaskState::Failed(_)) {
+                control.set(VcpuCommand::Run);
+            }
+            slot.task = task;
+        });
     }
 
     fn change(&self, vcpu: usize, change: impl FnOnce(&mut Slot)) {
@@ -482,6 +512,52 @@ mod tests {
                 assert_eq!(looks.load(Ordering::SeqCst), before, "one ran");
             }
         });
+    }
+
+    /// Woken once, it does its task and then runs; or does not, if the task fails.
+    #[test]
+    fn a_vcpu_runs_when_its_task_is_done_and_not_when_it_fails() {
+        for fails in [false, true] {
+            let control = Control::new(1);
+            let tasks = AtomicU64::new(0);
+            thread::scope(|scope| {
+                let _ended = Ended(&control);
+                scope.spawn(|| {
+                    while control.command(0) != VcpuCommand::Stop {
+                        control.enter_phase(0, Phase::Parked);
+                        while control.next_task(0).is_some() {
+                            tasks.fetch_add(1, Ordering::SeqCst);
+                            let failed = StateError::Msr { index: 9 };
+                            let state = match fails {
+                                true => TaskState::Failed(failed),
+                                false => TaskState::Done,
+                            };
+                            control.finish(0, state);
+                        }
+                        while control.command(0) == VcpuCommand::Run {
+                            thread::yield_now();
+                        }
+                    }
+                    control.enter_phase(0, Phase::Ended);
+                });
+                control.give_start(RegisterTask::Capture);
+                control.wait(1, Awaited::Running, SOON).unwrap();
+                assert_eq!(tasks.load(Ordering::SeqCst), 1);
+                let slot = control.slot(0);
+                let (phase, failed) = (slot.phase, matches!(slot.task, TaskState::Failed(_)));
+                drop(slot);
+                let expected = match fails {
+                    true => (Phase::Parked, true),
+                    false => (Phase::Running, false),
+                };
+                assert_eq!((phase, failed), expected);
+                let command = match fails {
+                    true => VcpuCommand::Pause,
+                    false => VcpuCommand::Run,
+                };
+                assert_eq!(control.command(0), command);
+            });
+        }
     }
 
     #[test]

@@ -48,16 +48,45 @@ impl Machine {
 
     fn start_with(
         &self,
-        task: impl FnMut(usize) -> RegisterTask,
+        mut task: impl FnMut(usize) -> RegisterTask,
         then: impl FnOnce(),
     ) -> Result<Instant, KvmError> {
         let mut started = self.started.lock().unwrap_or_else(|e| e.into_inner());
         if *started {
             return Err(KvmError::AlreadyStarted);
         }
+        if self.vcpus() == 1 {
+            self.start_alone(task(0))?;
+            *started = true;
+            then();
+            return Ok(self.last_change().unwrap_or_else(Instant::now));
+        }
+        // None runs before the registers of all are set.
         self.do_all(task)?;
         *started = true;
         Ok(self.run_all(then))
+    }
+
+    /// Has the only vCPU do `task` and run. Returns when it is about to enter the guest.
+    fn start_alone(&self, task: RegisterTask) -> Result<(), KvmError> {
+        self.finish_pending()?;
+        self.control.give_start(task);
+        if self.control.wait(1, Awaited::Running, MOMENT).is_err() {
+            self.control.let_loose();
+            let begun = self.wait(Awaited::Running);
+            begun.map_err(|TimedOut { vcpu }| KvmError::Stuck { vcpu })?;
+        }
+        let mut slot = self.control.slot(0);
+        match std::mem::replace(&mut slot.task, TaskState::Idle) {
+            TaskState::Failed(source) => {
+                drop(slot);
+                self.control.give(VcpuCommand::Stop);
+                Err(KvmError::State { vcpu: 0, source })
+            }
+            // It has ended before it came to that.
+            TaskState::Queued(_) | TaskState::Running => Err(KvmError::Stopped { vcpu: 0 }),
+            TaskState::Idle | TaskState::Captured(_) | TaskState::Done => Ok(()),
+        }
     }
 
     pub(super) fn check_count(&self, states: &[VcpuState]) -> Result<(), KvmError> {
