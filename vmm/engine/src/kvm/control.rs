@@ -217,14 +217,21 @@ impl Control {
     /// Gives all vCPUs the command to run, and wakes those that are parked: as far as there are CPUs, not
     /// two on one (see [`placement`](super::placement)).
     pub(crate) fn give_run(&self) {
-        self.place(|control| control.give(VcpuCommand::Run));
+        let here = sched_getcpu();
+        let parked = self.each(|slot| match slot.phase {
+            Phase::Parked => Some(slot.cpus),
+            Phase::Running | Phase::Ended => None,
+        });
+        let places = placement::places(&parked, here);
+        self.wake(&places, here, |control| control.give(VcpuCommand::Run));
     }
 
     /// Gives the vCPU of a machine that has just one, and is parked, a task, and has it run when that is done:
-    /// it need not be woken for either by itself. It stays parked if the task fails.
+    /// it need not be woken for either by itself. It stays parked if the task fails. It begins on this thread's
+    /// CPU, which is free when this thread waits: where it was made another machine may run.
     pub(crate) fn give_start(&self, task: RegisterTask) {
-        let mut task = Some(task);
-        self.place(|control| {
+        let (mut task, here) = (Some(task), sched_getcpu());
+        self.wake(&[Some(here)], here, |control| {
             let mut slot = lock(&control.slot);
             if let Some(task) = task.take() {
                 slot.task = TaskState::Queued(task);
@@ -234,14 +241,14 @@ impl Control {
         });
     }
 
-    /// Does `give` to each vCPU, and wakes those of which it says so: as far as there are CPUs, not two on one.
-    fn place(&self, mut give: impl FnMut(&VcpuControl) -> bool) {
-        let here = sched_getcpu();
-        let parked = self.each(|slot| match slot.phase {
-            Phase::Parked => Some(slot.cpus),
-            Phase::Running | Phase::Ended => None,
-        });
-        let places = placement::places(&parked, here);
+    /// Does `give` to each vCPU, and wakes those of which it says so, each where its place is; those on this
+    /// thread's CPU, which is `here`, last.
+    fn wake(
+        &self,
+        places: &[Option<usize>],
+        here: usize,
+        mut give: impl FnMut(&VcpuControl) -> bool,
+    ) {
         // This thread's CPU is free when it waits.
         let is_here = |vcpu: &usize| places[*vcpu] == Some(here);
         let (last, first): (Vec<_>, Vec<_>) = (0..self.vcpus.len()).partition(is_here);
