@@ -205,9 +205,8 @@ impl MemoryPlan {
 
         let others = clones.saturating_mul(each).saturating_add(of_snapshots);
         let mut most = most.min(wanted(config).saturating_add(others));
-        // A clone has no checker, but a thread that watches it.
-        let threads = config.vcpus + config.dma_devices + OTHER_THREADS;
-        let threads = threads + clones * (config.vcpus + config.dma_devices + 1);
+        // A clone has no checker, nor anything else by itself.
+        let threads = (1 + clones) * (config.vcpus + config.dma_devices) + OTHER_THREADS;
         let private =
             need.checker + need.tables + tables_of_frames(most) + PROGRAM / 2 + threads * STACK;
         let refused = |what, least, room: &Room| NeedError::Resource {
