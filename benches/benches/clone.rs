@@ -147,7 +147,7 @@ impl Step {
     /// Bytes that it takes of the host at most.
     fn needs(self) -> u64 {
         let copies = match self.part {
-            Part::Price | Part::Idle | Part::Crowd => self.memory / 4,
+            Part::Price | Part::Idle | Part::Crowd => self.entries.copies(self.memory),
             Part::Pause | Part::Rewrite => self.memory,
         };
         // Tables, and what else the program has.

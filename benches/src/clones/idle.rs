@@ -58,7 +58,7 @@ pub fn measure(
             entries,
             program: Program::Count,
             clones: clones + 1,
-            copies: memory / 4,
+            copies: entries.copies(memory),
         },
     )?;
     let (taken, _) = parent.vm().snapshot()?;

@@ -40,6 +40,15 @@ impl Entries {
             Self::HalfSmall => "half-small",
         }
     }
+
+    /// Bytes of copies that a parent of `memory` bytes needs room for, of which a few clones are made. Where
+    /// mappings run short while regions are split by the page, they are copied whole.
+    pub const fn copies(self, memory: u64) -> u64 {
+        match self {
+            Self::Huge => memory / 4,
+            Self::HalfSmall => memory,
+        }
+    }
 }
 
 /// What a parent is.

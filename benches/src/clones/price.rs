@@ -57,7 +57,7 @@ pub fn measure(
             entries,
             program: Program::Count,
             clones: 1,
-            copies: memory / 4,
+            copies: entries.copies(memory),
         },
     )?;
     let bare = Bare::open()?;

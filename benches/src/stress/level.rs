@@ -18,7 +18,7 @@ const END: f64 = 0.66;
 const SHARE: f64 = 0.1;
 const SLACK: u64 = 8 << 20;
 /// Looks that the beginning and the end have at least, or nothing is said.
-const LEAST: usize = 5;
+const LEAST: usize = 3;
 
 /// Memory at one moment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
