@@ -183,6 +183,7 @@ impl Parent {
         let made = self.vm.start_clone(
             snapshot,
             place,
+            MemoryOptions::default(),
             |builder| {
                 builder
                     .ports(Arc::clone(&gate) as _)

@@ -58,7 +58,7 @@ pub(crate) fn fails(
     race: impl Fn() + Send + Sync + 'static,
     how: &str,
 ) {
-    child::fails(test, how, || {
+    child::fails(test, &[how], || {
         if let Some(safeguard) = safeguard {
             safeguard.leave_out();
         }

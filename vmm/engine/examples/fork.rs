@@ -11,7 +11,7 @@ use std::error::Error;
 use std::thread;
 
 use palimpsest::kvm::{EntryState, Kvm, write_page_tables};
-use palimpsest::memory::{Frames, Memory};
+use palimpsest::memory::{Frames, Memory, MemoryOptions};
 use palimpsest::mm::{Access, PAGE_SIZE};
 use palimpsest::vm::Vm;
 
@@ -92,7 +92,7 @@ pub(crate) fn main() -> Result<(), Box<dyn Error>> {
     );
 
     // A clone, from where the guest is now. Neither sees what the other writes.
-    let forked = vm.fork(&kvm, |clone| clone, |_| Ok(()))?;
+    let forked = vm.fork(&kvm, MemoryOptions::default(), |clone| clone, |_| Ok(()))?;
     let begun = {
         let mut word = [0; 8];
         frames.read(forked.snapshot.memory(), COUNTER, &mut word)?;

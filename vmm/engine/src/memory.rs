@@ -252,8 +252,8 @@ impl<P: CowPolicy> Memory<P> {
     /// neighbours in the physmap.
     ///
     /// # Errors
-    /// If the snapshot is in other frames or of another size than the window, or there are not enough
-    /// mappings.
+    /// If the snapshot or the window is of other frames, or they are of different sizes, or there are not enough
+    /// mappings. A shell's window is no good any more then.
     pub fn clone_of(
         frames: &Frames,
         snapshot: &Frozen,
@@ -262,7 +262,7 @@ impl<P: CowPolicy> Memory<P> {
         window: Arc<Window>,
         between: impl FnOnce(Arc<Window>) -> Box<dyn Mmu>,
     ) -> Result<Self, MemoryError> {
-        if !Arc::ptr_eq(snapshot.pool(), &frames.pool) {
+        if !Arc::ptr_eq(snapshot.pool(), &frames.pool) || !window.shows(&frames.physmap) {
             return Err(MemoryError::OtherFrames);
         }
         let bytes = snapshot.pages() * PAGE_SIZE;

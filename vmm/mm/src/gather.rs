@@ -94,6 +94,9 @@ impl<P: CowPolicy> AddressSpace<P> {
                 if state.refs() != 1 || own.len() as u64 > most {
                     return None;
                 }
+            } else if state.pins() > 0 {
+                // Under the right policy there is none.
+                return None;
             }
         }
         self.is_run_on_by_others(region).then_some(own)

@@ -8,8 +8,11 @@
 //!
 //! It is no lock. Nothing rests on it: who has passed already goes on beside, and who waits does so for one of
 //! those alone that had precedence when he came, however often somebody forks, and for [`MOST`] at most. Breaks
-//! of the machine that is forked do not wait: the fork may wait for them.
+//! of a machine that has it do not wait, whoever else has it, too: its fork may wait for them. Nor does a thread
+//! that has taken it, whatever it does to other machines meanwhile.
 
+use std::cell::Cell;
+use std::marker::PhantomData;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -19,6 +22,11 @@ use crate::timeline::span;
 /// The longest that anybody waits: many times what a fork takes, and what is lost if whoever has precedence
 /// waits for somebody who gives way to him.
 const MOST: Duration = Duration::from_millis(100);
+
+thread_local! {
+    /// How often this thread has taken it.
+    static TAKEN: Cell<u32> = const { Cell::new(0) };
+}
 
 /// Who has precedence in this process.
 static PROCESS: Board = Board::new(MOST);
@@ -81,14 +89,18 @@ impl Precedence {
         }
     }
 
-    /// Has breaks of other machines wait that have not begun, until what this gives is dropped.
+    /// Has breaks of other machines wait that have not begun, until what this gives is dropped. Those of this
+    /// machine that wait go on.
     #[must_use = "it is over when this is dropped"]
     pub fn take(&self) -> Taken<'_> {
         let mut state = self.board.lock();
         state.takers += 1;
         self.own.fetch_add(1, Ordering::Relaxed);
         self.board.takers.store(state.takers, Ordering::Relaxed);
-        Taken(self)
+        drop(state);
+        self.board.ended.notify_all();
+        TAKEN.set(TAKEN.get() + 1);
+        Taken(self, PhantomData)
     }
 
     /// Whether this machine has it.
@@ -97,14 +109,18 @@ impl Precedence {
         self.own.load(Ordering::Relaxed) > 0
     }
 
-    /// Waits for one of the other machines that have it now to be through. To be called with no lock held, by
-    /// who does not have it.
+    /// Waits for one of the other machines that have it now to be through, if this one has not, nor this thread.
+    /// To be called with no lock held.
     #[inline]
     pub fn give_way(&self) {
         // Relaxed: nothing is ordered by it.
-        if self.board.takers.load(Ordering::Relaxed) > self.own.load(Ordering::Relaxed) {
+        if self.board.takers.load(Ordering::Relaxed) > 0 && !self.is_ours() {
             self.wait();
         }
+    }
+
+    fn is_ours(&self) -> bool {
+        self.own.load(Ordering::Relaxed) > 0 || TAKEN.get() > 0
     }
 
     #[cold]
@@ -112,22 +128,22 @@ impl Precedence {
         let _span = span!("gives way");
         let state = self.board.lock();
         let ended_before = state.ended;
-        let is_in_the_way = |state: &mut State| {
-            state.takers > self.own.load(Ordering::Relaxed) && state.ended == ended_before
-        };
+        let is_in_the_way =
+            |state: &mut State| state.takers > 0 && !self.is_ours() && state.ended == ended_before;
         // Whether it is over or has taken too long, he goes on.
         let Board { ended, most, .. } = self.board;
         drop(ended.wait_timeout_while(state, *most, is_in_the_way));
     }
 }
 
-/// While it lives, its machine comes first.
+/// While it lives, its machine comes first. It stays on its thread.
 #[derive(Debug)]
-pub struct Taken<'a>(&'a Precedence);
+pub struct Taken<'a>(&'a Precedence, PhantomData<*const ()>);
 
 impl Drop for Taken<'_> {
     fn drop(&mut self) {
-        let Self(Precedence { board, own }) = self;
+        let Self(Precedence { board, own }, _) = self;
+        TAKEN.set(TAKEN.get() - 1);
         let mut state = board.lock();
         state.takers -= 1;
         state.ended += 1;
@@ -187,6 +203,31 @@ mod tests {
         assert_eq!(BOARD.takers.load(Ordering::Relaxed), 0);
     }
 
+    /// Two that fork at once: neither waits for a vCPU of his own that gives way to the other.
+    #[test]
+    fn who_waits_goes_on_when_his_own_machine_has_it_too() {
+        static BOARD: Board = Board::new(LONG);
+        let (first, second) = (Precedence::on(&BOARD), Precedence::on(&BOARD));
+        let one = first.take();
+        let mut other = None;
+        passes(&second, |has_passed| {
+            assert!(!has_passed());
+            other = Some(second.take());
+        });
+        passes(&second, |_| {});
+        passes(&first, |_| {});
+        drop((one, other));
+    }
+
+    /// What it writes to other machines meanwhile does not wait for itself.
+    #[test]
+    fn a_thread_that_has_it_never_waits() {
+        static BOARD: Board = Board::new(LONG);
+        let (forked, other) = (Precedence::on(&BOARD), Precedence::on(&BOARD));
+        let _first = forked.take();
+        other.give_way();
+    }
+
     /// Somebody always has it: who waits does so once.
     #[test]
     fn nobody_waits_for_who_came_later() {
@@ -232,7 +273,7 @@ mod tests {
         static BOARD: Board = Board::new(Duration::from_millis(1));
         let (forked, other) = (Precedence::on(&BOARD), Precedence::on(&BOARD));
         let _first = forked.take();
-        other.give_way();
+        passes(&other, |_| {});
     }
 
     #[test]

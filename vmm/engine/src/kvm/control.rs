@@ -87,6 +87,8 @@ pub(crate) struct Slot {
     pub(crate) task: TaskState,
     /// Whether the vCPU is to run when its task is done, unless that fails.
     runs_after: bool,
+    /// Whether it does not run because that has failed.
+    has_failed_to_run: bool,
     /// What somebody waits for.
     awaited: Option<Awaited>,
     /// Where the thread was.
@@ -114,9 +116,7 @@ impl Awaited {
     fn is(self, slot: &Slot) -> bool {
         match self {
             Self::Parked => slot.phase != Phase::Running,
-            Self::Running => {
-                slot.phase != Phase::Parked || matches!(slot.task, TaskState::Failed(_))
-            }
+            Self::Running => slot.phase != Phase::Parked || slot.has_failed_to_run,
             Self::WithoutTask => !slot.task.is_pending() || slot.phase == Phase::Ended,
             Self::Ended => slot.phase == Phase::Ended,
         }
@@ -168,6 +168,7 @@ impl Control {
                     since: Instant::now(),
                     task: TaskState::Idle,
                     runs_after: false,
+                    has_failed_to_run: false,
                     awaited: None,
                     cpus: Cpus::default(),
                     thread: None,
@@ -379,8 +380,11 @@ impl Control {
     pub(crate) fn finish(&self, vcpu: usize, task: TaskState) {
         let control = &self.vcpus[vcpu];
         self.change(vcpu, |slot| {
-            if std::mem::take(&mut slot.runs_after) && !matches!(task, TaskState::Failed(_)) {
-                control.set(VcpuCommand::Run);
+            if std::mem::take(&mut slot.runs_after) {
+                slot.has_failed_to_run = matches!(task, TaskState::Failed(_));
+                if !slot.has_failed_to_run {
+                    control.set(VcpuCommand::Run);
+                }
             }
             slot.task = task;
         });

@@ -83,13 +83,14 @@ impl<P: CowPolicy + Clone> Vm<P> {
     pub fn fork<'a>(
         &self,
         place: impl Into<Place<'a>>,
+        options: MemoryOptions,
         complete: impl FnOnce(Builder<'a, P>) -> Builder<'a, P>,
         identity: impl FnOnce(&Vm<P>) -> Result<(), Cause>,
     ) -> Result<Fork<P>, ForkError> {
         let _span = span!("fork vm");
         let place = place.into();
         let (snapshot, timing) = self.snapshot()?;
-        let (vm, running) = self.start_clone(&snapshot, place, complete, identity)?;
+        let (vm, running) = self.start_clone(&snapshot, place, options, complete, identity)?;
         Ok(Fork {
             vm,
             snapshot,
@@ -99,8 +100,11 @@ impl<P: CowPolicy + Clone> Vm<P> {
     }
 
     /// A clone of this VM that runs on from `snapshot`, which is one of this VM or of another in the same
-    /// frames: it shares all memory that nobody has written since, has as many vCPUs, and begins with what this
-    /// VM has learnt of the host. Says when the last of them was about to run.
+    /// frames: it shares all memory that nobody has written since, and has as many vCPUs. Says when the last of
+    /// them was about to run.
+    ///
+    /// `options` are those of its memory: an account, if what it may have for itself is limited, and base pages, if
+    /// this VM has them. Prices that it does not say are what this VM has learnt.
     ///
     /// `complete` adds what the snapshot's VM had beside memory: as many devices, made for the clone's own memory
     /// ([`Builder::ram`]), and the handler of ports. `identity` is [`Vm::start_from`]'s.
@@ -111,6 +115,7 @@ impl<P: CowPolicy + Clone> Vm<P> {
         &self,
         snapshot: &Snapshot,
         place: impl Into<Place<'a>>,
+        mut options: MemoryOptions,
         complete: impl FnOnce(Builder<'a, P>) -> Builder<'a, P>,
         identity: impl FnOnce(&Vm<P>) -> Result<(), Cause>,
     ) -> Result<(Vm<P>, Instant), ForkError> {
@@ -120,10 +125,8 @@ impl<P: CowPolicy + Clone> Vm<P> {
             Place::In(shell) => Arc::clone(shell.window()),
             Place::New(_) => Arc::new(frames.window(bytes, Placement::Anywhere)?),
         };
-        let options = MemoryOptions {
-            prices: Some(self.ram().prices().as_learnt()),
-            ..MemoryOptions::default()
-        };
+        let learnt = || self.ram().prices().as_learnt();
+        options.prices.get_or_insert_with(learnt);
         let policy = self.memory.space().policy().clone();
         let plain = |window| Box::new(window) as _;
         let memory = Memory::clone_of(frames, snapshot.memory(), policy, options, window, plain)?;

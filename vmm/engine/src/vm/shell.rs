@@ -66,7 +66,7 @@ impl Shell {
     }
 
     /// What its memslot points at. It shows nothing yet: [`Memory::clone_of`](crate::memory::Memory::clone_of)
-    /// takes it from there, and nobody else may.
+    /// takes it from there, once, and nobody else may.
     pub fn window(&self) -> &Arc<Window> {
         &self.window
     }

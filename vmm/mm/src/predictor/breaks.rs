@@ -63,7 +63,17 @@ impl Breaks {
     /// Whether the next break should take the whole region, when one of all costs as much as `price` small
     /// ones.
     pub(super) fn wants_whole(&self, price: u32) -> bool {
-        self.was_whole && !self.is_probe || self.carried + self.small >= price
+        self.was_whole && !self.is_probe || self.has_paid(price)
+    }
+
+    /// Whether the small breaks have cost as much as the whole region would.
+    pub(super) fn has_paid(&self, price: u32) -> bool {
+        self.carried + self.small >= price
+    }
+
+    /// Whether it was broken whole the last times, and is to show whether it still should be.
+    pub(super) fn is_put_to_the_proof(&self) -> bool {
+        self.was_whole && self.is_probe
     }
 
     pub(super) fn count_small(&mut self) {

@@ -122,17 +122,24 @@ impl Predictor {
         if let Some(fixed) = &self.fixed {
             return fixed.breaks_whole;
         }
-        self.is_proved(region) || lock(&self.sweeps).trust(index)
+        let breaks = &region.breaks;
+        breaks.wants_whole(self.whole_price())
+            || !breaks.is_put_to_the_proof() && lock(&self.sweeps).trust(index)
     }
 
-    fn is_proved(&self, region: &History) -> bool {
-        let price = self.whole_price.load(Ordering::Relaxed);
-        region.breaks.wants_whole(price)
+    fn whole_price(&self) -> u32 {
+        self.whole_price.load(Ordering::Relaxed)
     }
 
     /// Region number `index` was broken whole, or all that was to be.
     pub(super) fn broke_whole(&self, index: usize, region: &mut History) {
-        lock(&self.sweeps).note(index, self.is_proved(region));
+        let price = self.whole_price();
+        if region.breaks.has_paid(price) {
+            lock(&self.sweeps).note_proof(index);
+        } else if !region.breaks.wants_whole(price) && lock(&self.sweeps).note_trust(index) {
+            // Nothing was learnt of it: the next time it is trusted again, or proves itself.
+            return;
+        }
         region.breaks.count_whole();
     }
 

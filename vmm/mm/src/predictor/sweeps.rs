@@ -6,7 +6,7 @@
 //! region is *trusted* to be like the one beside it: it is broken whole at its first fault.
 //!
 //! A region that is broken whole says nothing any more: whether trust was right is not known before the next
-//! one has proved itself. So a sweep is trusted with as many regions as it has had until then, no more. What is
+//! one has proved itself, by what it has cost; that it was whole the last times is no proof. So a sweep is trusted with as many regions as it has had until then, no more. What is
 //! copied in vain when it ends is at most as much as was copied in it before, and of a row of n regions log n
 //! prove themselves.
 
@@ -40,33 +40,43 @@ impl Sweeps {
         sweeps.any(|sweep| sweep.is_beside(region) && sweep.trusted < sweep.proved)
     }
 
-    /// Region number `region` was broken whole: because of what it had cost, or else because of those beside
-    /// it.
-    pub(super) fn note(&mut self, region: usize, has_proved: bool) {
-        let goes_on = |sweep: &Option<Sweep>| sweep.is_some_and(|sweep| sweep.is_beside(region));
-        let at = self.0.iter().position(goes_on);
+    /// Region number `region` was broken whole because of what it had cost.
+    pub(super) fn note_proof(&mut self, region: usize) {
+        let at = self.beside(region);
         let before = at.and_then(|at| self.0[at]);
-        let now = match (before, has_proved) {
-            (Some(sweep), true) => Sweep {
-                last: region,
-                proved: sweep.proved + sweep.trusted + 1,
-                trusted: 0,
-            },
-            (Some(sweep), false) => Sweep {
-                last: region,
-                trusted: sweep.trusted + 1,
-                ..sweep
-            },
-            (None, true) => Sweep {
-                last: region,
-                proved: 1,
-                trusted: 0,
-            },
-            // Mappings ran short: it says nothing of the guest.
-            (None, false) => return,
+        let proved = before.map_or(0, |sweep| sweep.proved + sweep.trusted);
+        let now = Sweep {
+            last: region,
+            proved: proved + 1,
+            trusted: 0,
         };
-        let end = at.unwrap_or(SWEEPS - 1);
-        self.0[..=end].rotate_right(1);
+        self.go_on(at.unwrap_or(SWEEPS - 1), now);
+    }
+
+    /// Region number `region` was broken whole, and not because of anything that is known of it. Says whether it
+    /// was because of those beside it.
+    pub(super) fn note_trust(&mut self, region: usize) -> bool {
+        let Some((at, sweep)) = self.beside(region).and_then(|at| Some((at, self.0[at]?))) else {
+            return false;
+        };
+        let now = Sweep {
+            last: region,
+            trusted: sweep.trusted + 1,
+            ..sweep
+        };
+        self.go_on(at, now);
+        true
+    }
+
+    /// Which sweep ended beside a region, last.
+    fn beside(&self, region: usize) -> Option<usize> {
+        let is_beside = |sweep: &Option<Sweep>| sweep.is_some_and(|sweep| sweep.is_beside(region));
+        self.0.iter().position(is_beside)
+    }
+
+    /// Sweep number `at` is `now`, and the one that went on last.
+    fn go_on(&mut self, at: usize, now: Sweep) {
+        self.0[..=at].rotate_right(1);
         self.0[0] = Some(now);
     }
 }
@@ -79,11 +89,12 @@ mod tests {
     fn proofs(sweeps: &mut Sweeps, regions: impl IntoIterator<Item = usize>) -> Vec<usize> {
         let mut proofs = Vec::new();
         for region in regions {
-            let has_proved = !sweeps.trust(region);
-            if has_proved {
+            if sweeps.trust(region) {
+                assert!(sweeps.note_trust(region));
+            } else {
                 proofs.push(region);
+                sweeps.note_proof(region);
             }
-            sweeps.note(region, has_proved);
         }
         proofs
     }
@@ -100,10 +111,10 @@ mod tests {
     fn as_many_are_trusted_as_have_proved_themselves_and_no_more() {
         let mut sweeps = Sweeps::default();
         for first in [0, 100, 200] {
-            (first..first + 5).for_each(|region| sweeps.note(region, true));
+            (first..first + 5).for_each(|region| sweeps.note_proof(region));
             for region in first + 5..first + 10 {
                 assert!(sweeps.trust(region));
-                sweeps.note(region, false);
+                assert!(sweeps.note_trust(region));
             }
             assert!(!sweeps.trust(first + 10), "it has to prove itself");
         }
@@ -131,7 +142,7 @@ mod tests {
     #[test]
     fn whole_breaks_for_want_of_mappings_begin_no_sweep() {
         let mut sweeps = Sweeps::default();
-        sweeps.note(1, false);
+        assert!(!sweeps.note_trust(1));
         assert!(!sweeps.trust(2));
     }
 }

@@ -183,6 +183,33 @@ fn a_region_that_cost_enough_small_breaks_is_broken_whole_and_huge_again() {
     w.settle();
 }
 
+/// A guest that swept all of its memory, and then writes a page of each region in the same order: what was
+/// trusted was not learnt, and what was learnt is put to the proof, one region at a time.
+#[test]
+fn a_sweep_that_has_become_a_stride_is_broken_by_the_page_soon() {
+    const REGIONS: u64 = 32;
+    let w = huge_with(REGIONS * REGION, 4 * REGIONS * REGION).written();
+    w.vm.space.set_whole_price(2);
+    let write = |pages: u64| {
+        let before = w.stats().whole;
+        let frozen = w.vm.space.fork().unwrap();
+        for region in 0..REGIONS {
+            for page in 0..pages {
+                w.vm.cpu_write(Gfn(region * REGION + page), page).unwrap();
+            }
+        }
+        drop(frozen);
+        w.stats().whole - before
+    };
+    for _ in 0..9 {
+        assert_eq!(write(REGION), REGIONS);
+    }
+    let whole: Vec<u64> = (0..12).map(|_| write(1)).collect();
+    assert!(whole.is_sorted_by(|a, b| a >= b), "{whole:?}");
+    assert_eq!(whole[9..], [0; 3], "{whole:?}");
+    w.settle();
+}
+
 /// After the first fork nothing is known of any region: a sweep pays for page by page in a few regions, and
 /// the more of them there are, the fewer. A stride, with a region between each two, is not taken for one.
 #[test]

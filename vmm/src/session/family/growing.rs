@@ -13,7 +13,7 @@ use crate::session::end::End;
 use crate::session::occasion::PATIENCE;
 use crate::session::ports::events;
 use palimpsest::causes::chain;
-use palimpsest::mm::PAGE_SIZE;
+use palimpsest::mm::{PAGE_SIZE, PromiseError};
 
 /// Shells that are made before clones are.
 const MOST_SHELLS: u64 = 256;
@@ -115,7 +115,7 @@ impl Family<'_> {
         let promise = match self.shells.frames().pool().try_promise(pages) {
             Ok(promise) => promise,
             Err(error) => {
-                self.refuse(&chain(&error));
+                self.refuse(&self.no_promise(&error));
                 return Ok(Vec::new());
             }
         };
@@ -138,6 +138,15 @@ impl Family<'_> {
         Ok(clones)
     }
 
+    /// Why there is no memory for the next clone, and what to do.
+    fn no_promise(&self, error: &PromiseError) -> String {
+        let what = match self.config.quota {
+            None => "--quota",
+            Some(_) => "a smaller --quota",
+        };
+        format!("{} ({what} makes room for more clones)", chain(error))
+    }
+
     /// The next clone cannot be made. The others go on, but not all was done that was asked for.
     fn refuse(&mut self, why: &str) {
         let why = format!("clone {} was refused: {why}", self.members.len());
@@ -155,8 +164,7 @@ impl Family<'_> {
         let pool = self.shells.frames().pool();
         // What it may write is spoken for before it is there, and it has no more.
         let promise = pool.try_promise(self.config.promised() / PAGE_SIZE);
-        let promise = promise
-            .map_err(|error| format!("{} (--quota makes room for more clones)", chain(&error)))?;
+        let promise = promise.map_err(|error| self.no_promise(&error))?;
         let account = pool.open_account(Some(self.config.limit() / PAGE_SIZE));
         let began = Instant::now();
         let shell = self.shells.take().map_err(|error| chain(&error))?;

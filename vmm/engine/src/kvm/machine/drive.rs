@@ -30,8 +30,8 @@ impl Machine {
         self.start_from_then(states, clock, || ()).map(|_| ())
     }
 
-    /// The same, and calls `then` when all of them run, or some have waited for a CPU for a millisecond.
-    /// Returns when the last of them was about to enter the guest.
+    /// The same, and calls `then` when all of them run, or, if they are several, some have waited for a CPU for a
+    /// millisecond. Returns when the last of them was about to enter the guest.
     ///
     /// # Errors
     /// As [`Machine::start_from`]. `then` is not called, but dropped.
@@ -73,8 +73,11 @@ impl Machine {
         self.control.give_start(task);
         if self.control.wait(1, Awaited::Running, MOMENT).is_err() {
             self.control.let_loose();
-            let begun = self.wait(Awaited::Running);
-            begun.map_err(|TimedOut { vcpu }| KvmError::Stuck { vcpu })?;
+            if let Err(TimedOut { vcpu }) = self.wait(Awaited::Running) {
+                // It must not run when it comes to it after all.
+                self.control.give(VcpuCommand::Stop);
+                return Err(KvmError::Stuck { vcpu });
+            }
         }
         let mut slot = self.control.slot(0);
         match std::mem::replace(&mut slot.task, TaskState::Idle) {

@@ -12,6 +12,10 @@ enum From {
     Shell,
 }
 
+fn plain_memory() -> MemoryOptions {
+    MemoryOptions::default()
+}
+
 /// The memory of a clone of `snapshot`, behind `window`.
 fn memory_of(
     frames: &Frames,
@@ -116,7 +120,7 @@ fn a_running_vm_is_forked_in_one_call() {
     };
     let identity = |clone: &Vm| Ok(clone.ram().write(DATA + 64, b"mine")?);
     for place in [Place::New(kvm), Place::In(shell())] {
-        let forked = vm.fork(place, complete, identity).unwrap();
+        let forked = vm.fork(place, plain_memory(), complete, identity).unwrap();
         assert_eq!((&name(&forked.vm), name(&vm)), (b"mine", [0; 4]));
         let then = agree(&vm, &forked.snapshot);
         counts_on(&forked.vm);
@@ -125,7 +129,9 @@ fn a_running_vm_is_forked_in_one_call() {
         assert!(forked.vm.ram().prices().whole_price() == vm.ram().prices().whole_price());
         let of = &forked.snapshot;
         let nobody = |_: &Vm| Ok(());
-        let (sibling, _) = vm.start_clone(of, shell(), complete, nobody).unwrap();
+        let (sibling, _) = vm
+            .start_clone(of, shell(), plain_memory(), complete, nobody)
+            .unwrap();
         assert_eq!(name(&sibling), [0; 4]);
         counts_on(&sibling);
         assert_eq!(agree(&vm, of), then);
@@ -143,22 +149,41 @@ fn a_fork_that_is_refused_leaves_the_vm_as_it_was() {
     let frames = vm.memory().frames().clone();
     let plain = |builder: Builder<'static>| builder.copy_ahead(false);
     let nobody = |_: &Vm| Ok(());
-    // A shell of another size; one with another number of vCPUs; a device too many; no name.
+    // A shell of other frames; of another size; with another number of vCPUs; a device too many; no name.
+    let others = Frames::new(8 << 20).unwrap();
+    let other = Shell::new(kvm, &others, vm.ram().size(), 1).unwrap();
+    let refused = vm.fork(other, plain_memory(), plain, nobody).unwrap_err();
+    let ForkError::Memory(MemoryError::OtherFrames) = refused else {
+        panic!("{refused:?}");
+    };
+    // A quota that is used up at once.
+    let account = frames.pool().open_account(Some(0));
+    let options = MemoryOptions {
+        account: Some(account),
+        ..plain_memory()
+    };
+    let write = |clone: &Vm| Ok(clone.ram().write(DATA + 64, b"mine")?);
+    let refused = vm.fork(kvm, options, plain, write).unwrap_err();
+    let said = crate::causes::chain(&refused);
+    assert!(
+        said.ends_with("all 0 frames that the account may have are in use"),
+        "{said}"
+    );
     let small = Shell::new(kvm, &frames, vm.ram().size() / 2, 1).unwrap();
-    let refused = vm.fork(small, plain, nobody).unwrap_err();
+    let refused = vm.fork(small, plain_memory(), plain, nobody).unwrap_err();
     assert!(matches!(refused, ForkError::Memory(_)), "{refused:?}");
     let two = Shell::new(kvm, &frames, vm.ram().size(), 2).unwrap();
-    let refused = vm.fork(two, plain, nobody).unwrap_err();
+    let refused = vm.fork(two, plain_memory(), plain, nobody).unwrap_err();
     assert!(matches!(refused, ForkError::Start(_)), "{refused:?}");
     let log = Log::default();
     let more = |builder: Builder<'static>| {
         let device = FakeDevice::new("one too many", &log, builder.ram(), Fails::Nothing);
         builder.device(Arc::new(device))
     };
-    let refused = vm.fork(kvm, more, nobody).unwrap_err();
+    let refused = vm.fork(kvm, plain_memory(), more, nobody).unwrap_err();
     assert!(matches!(refused, ForkError::Start(_)), "{refused:?}");
     let nameless = |_: &Vm| Err("no name".into());
-    let refused = vm.fork(kvm, plain, nameless).unwrap_err();
+    let refused = vm.fork(kvm, plain_memory(), plain, nameless).unwrap_err();
     let said = crate::causes::chain(&refused);
     assert_eq!(
         said,
@@ -167,7 +192,7 @@ fn a_fork_that_is_refused_leaves_the_vm_as_it_was() {
     counts_on(&vm);
     vm.machine().stop();
     vm.machine().wait_until_stopped().unwrap();
-    let refused = vm.fork(kvm, plain, nobody).unwrap_err();
+    let refused = vm.fork(kvm, plain_memory(), plain, nobody).unwrap_err();
     assert!(matches!(refused, ForkError::Take(_)), "{refused:?}");
     drop(vm);
     assert_eq!(frames.pool().leftovers(1), []);
