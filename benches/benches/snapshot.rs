@@ -65,6 +65,10 @@ struct Args {
     #[arg(long, value_name = "N", default_value = "5", value_parser = clap::value_parser!(u64).range(1..))]
     rounds: u64,
 
+    /// Fresh guests whose first snapshot is measured as well; 0 for none
+    #[arg(long, value_name = "N", default_value = "0")]
+    first: u64,
+
     /// Snapshots a second while the guest's speed is measured; 0 for none
     #[arg(long, value_name = "N", value_delimiter = ',', default_value = "1,10")]
     rates: Vec<f64>,
@@ -219,6 +223,7 @@ fn run(args: &Args) -> Result<(), Error> {
     let stop = console::stop_flag().map_err(Error::Signals)?;
     let sampling = Sampling {
         rounds: args.rounds,
+        first: args.first,
         quiet: Duration::from_secs(1),
         rates: args
             .rates

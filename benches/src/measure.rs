@@ -17,6 +17,9 @@
 //! was pays for that. Between two snapshots the guest does a few laps, whatever time they take it. Memory is
 //! brought back to its best between two snapshots
 //! ([`Technique::settle`](crate::technique::Technique::settle)), except while writes a second are counted.
+//!
+//! All of that is of one guest, which has been snapshotted a few times. People fork a guest once: if it is asked
+//! for, the first snapshot of each of some fresh guests is measured, too.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -26,7 +29,7 @@ use guest::sweep::Lap;
 use palimpsest::vm::By;
 
 use crate::footprint;
-use crate::report::{Cell, Rate};
+use crate::report::{Cell, First, Rate};
 use crate::summary::{Times, median};
 use crate::technique::{Kind, TechniqueError};
 use crate::vm::{BenchVm, GuestConfig, MeasuredSnapshot, VcpuProgress, VmError};
@@ -51,6 +54,8 @@ const SLICE: Duration = Duration::from_millis(20);
 pub struct Sampling {
     /// Snapshots whose pause and stall are measured.
     pub rounds: u64,
+    /// Fresh guests whose first snapshot is measured.
+    pub first: u64,
     /// How long the guest is watched without a snapshot, at least.
     pub quiet: Duration,
     /// Snapshots a second, one measurement of the guest's writes each.
@@ -81,6 +86,7 @@ pub fn measure(
     if available < needed {
         return Err(VmError::NoMemory { needed, available });
     }
+    let first = first_of_fresh_guests(by, kind, config, sampling, stop, step)?;
     step("boot");
     let vm = BenchVm::boot(by, kind.start(config.memory)?, config)?;
     let run = Run { vm: &vm, stop };
@@ -181,7 +187,50 @@ pub fn measure(
         peak_memory: after.saturating_sub(base),
         tables,
         rates,
+        first,
     })
+}
+
+/// The first snapshot of each of some guests, which are booted for it and have done a few laps.
+fn first_of_fresh_guests(
+    by: By<'_>,
+    kind: Kind,
+    config: &GuestConfig,
+    sampling: &Sampling,
+    stop: &AtomicBool,
+    step: &mut dyn FnMut(&str),
+) -> Result<Option<First>, VmError> {
+    let (mut pauses, mut stalls) = (Times::default(), Times::default());
+    let mut missed = 0;
+    while pauses.len() < sampling.first {
+        step(&format!(
+            "first snapshot {} of {}",
+            pauses.len() + 1,
+            sampling.first
+        ));
+        let vm = BenchVm::boot(by, kind.start(config.memory)?, config)?;
+        let run = Run { vm: &vm, stop };
+        vm.wait("touching its memory", stop, |_, vcpu| Ok(vcpu.resident))?;
+        run.rest(REST)?;
+        let usual = run.usual()?;
+        let snapshot = vm.snapshot()?;
+        match run.felt(&snapshot, &usual)? {
+            Some(felt) => {
+                pauses.record(snapshot.pause);
+                stalls.record(felt.lost_most);
+            }
+            None if missed == MISSED => return Err(VmError::Missed),
+            None => missed += 1,
+        }
+        drop(snapshot);
+        vm.check()?;
+    }
+    let (pauses, stalls) = (pauses.summary(), stalls.summary());
+    Ok(pauses.zip(stalls).map(|(pause_us, stall_us)| First {
+        guests: sampling.first,
+        pause_us,
+        stall_us,
+    }))
 }
 
 /// A vCPU without snapshots.

@@ -86,6 +86,20 @@ pub struct Cell {
     pub tables: Option<u64>,
     /// Writes with snapshots all the time.
     pub rates: Vec<Rate>,
+    /// The first snapshot of fresh guests, if that was measured.
+    #[serde(default)]
+    pub first: Option<First>,
+}
+
+/// The first snapshot there ever is of a guest: memory for copies is new, and nothing is known yet of how it writes.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct First {
+    /// Guests that were booted for it.
+    pub guests: u64,
+    /// From the kick to the last vCPU running again.
+    pub pause_us: Summary,
+    /// What the guest lost over its first sweep after that.
+    pub stall_us: Summary,
 }
 
 /// Snapshots all the time.
@@ -234,6 +248,7 @@ pub(crate) mod tests {
             copied: 128 << 20,
             peak_memory: memory + (128 << 20),
             tables: None,
+            first: None,
             rates: vec![
                 Rate {
                     asked: 1.0,

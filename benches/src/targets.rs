@@ -84,6 +84,32 @@ pub fn judge(report: &Report) -> Vec<Verdict> {
         |cell| cell.rate(1.0).map(|rate| rate.share),
     ));
     verdicts.push(judge.throughput(shared_out));
+    verdicts.push(judge.value(
+        "first snapshot, pause: first / later",
+        (Bound::AtMost, 2.0),
+        |_| true,
+        |cell| Some(cell.first?.pause_us.p50 / cell.pause_us.p50),
+    ));
+    verdicts.push(judge.value(
+        "first snapshot, stall of a dense sweep: first / later",
+        (Bound::AtMost, 1.5),
+        dense,
+        |cell| Some(cell.first?.stall_us.p50 / cell.stall_us.p50),
+    ));
+    verdicts.push(judge.ratio(
+        "first snapshot, pause: ours / fork-thp",
+        (Bound::AtMost, 1.0 / 5.0),
+        |_| true,
+        Kind::ForkThp,
+        |cell| Some(cell.first?.pause_us.p50),
+    ));
+    verdicts.push(judge.ratio(
+        "first snapshot, stall of a dense sweep: ours / fork-thp",
+        (Bound::AtMost, 1.0 / 15.0),
+        dense,
+        Kind::ForkThp,
+        |cell| Some(cell.first?.stall_us.p50),
+    ));
     let machine = |what: &str, bound, limit, found| Verdict {
         what: what.to_owned(),
         bound,
@@ -241,6 +267,7 @@ impl<'a> Judge<'a> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::report::First;
     use crate::report::tests::{cell, report};
 
     fn found<'a>(verdicts: &'a [Verdict], what: &str) -> &'a Verdict {
@@ -255,7 +282,7 @@ mod tests {
     #[test]
     fn every_target_is_there_and_says_what_it_needs() {
         let verdicts = judge(&report(vec![]));
-        assert_eq!(verdicts.len(), 17);
+        assert_eq!(verdicts.len(), 21);
         let measured = verdicts.iter().filter(|verdict| verdict.met().is_some());
         assert_eq!(measured.count(), 2, "the pins need no guest");
         assert!(
@@ -366,6 +393,39 @@ mod tests {
         assert_eq!(share.met(), Some(true));
         let alone = found(&verdicts, "writes with 1 snapshot a second");
         assert_eq!((alone.found, alone.met()), (Some(0.95), Some(true)));
+    }
+
+    #[test]
+    fn first_snapshots_are_compared_with_later_ones_and_with_others() {
+        let first = |cell: &mut Cell, factor: f64| {
+            let (mut pause_us, mut stall_us) = (cell.pause_us, cell.stall_us);
+            pause_us.p50 *= factor;
+            stall_us.p50 *= factor;
+            cell.first = Some(First {
+                guests: 1,
+                pause_us,
+                stall_us,
+            });
+        };
+        let mut cells = vec![
+            cell("ours", GIB, "dense", 1.0),
+            cell("fork-thp", GIB, "dense", 20.0),
+        ];
+        let of = |cells: &[Cell], what: &str| found(&judge(&report(cells.to_vec())), what).found;
+        let names = [
+            "first snapshot, pause: first / later",
+            "first snapshot, stall of a dense sweep: first / later",
+            "first snapshot, pause: ours / fork-thp",
+            "first snapshot, stall of a dense sweep: ours / fork-thp",
+        ];
+        assert_eq!(names.map(|what| of(&cells, what)), [None; 4]);
+        first(&mut cells[0], 3.0);
+        first(&mut cells[1], 1.0);
+        let found = names.map(|what| of(&cells, what).unwrap());
+        let expected = [3.0, 3.0, 0.15, 0.15];
+        for (found, expected) in found.into_iter().zip(expected) {
+            assert!((found - expected).abs() < 1e-9, "{found} for {expected}");
+        }
     }
 
     #[test]

@@ -4,7 +4,7 @@ use std::fmt::Write;
 
 use vmm::cli::units::{bytes, count, micros};
 
-use crate::report::{Cell, Platform, Rate, Report, Setting, Skipped};
+use crate::report::{Cell, First, Platform, Rate, Report, Setting, Skipped};
 use crate::technique::Kind;
 use crate::verdict::{Bound, Verdict};
 
@@ -103,7 +103,51 @@ fn table(report: &Report, setting: Setting<'_>) -> String {
         lines.push(line(cell, ours.copied(), &rates));
     }
     text.push_str(&align(&lines));
+    text.push_str(&firsts(&cells, ours.copied()));
     text
+}
+
+/// The first snapshots of fresh guests beside the later ones of one, if any were measured.
+fn firsts(cells: &[&Cell], ours: Option<&Cell>) -> String {
+    let measured = || cells.iter().filter_map(|cell| Some((*cell, cell.first?)));
+    let Some((_, first)) = measured().next() else {
+        return String::new();
+    };
+    let ours = ours.and_then(|ours| Some((&ours.technique, ours.first?)));
+    let header = [
+        "",
+        "pause p50",
+        "",
+        "max",
+        "later",
+        "stall p50",
+        "",
+        "max",
+        "later",
+    ];
+    let mut lines = vec![header.map(str::to_owned).to_vec()];
+    for (cell, first) in measured() {
+        let to_ours = |number: fn(&First) -> f64| match &ours {
+            Some((name, ours)) if **name != cell.technique => ratio(number(&first), number(ours)),
+            _ => String::new(),
+        };
+        lines.push(vec![
+            cell.technique.clone(),
+            micros(first.pause_us.p50),
+            to_ours(|first| first.pause_us.p50),
+            micros(first.pause_us.max),
+            ratio(first.pause_us.p50, cell.pause_us.p50),
+            micros(first.stall_us.p50),
+            to_ours(|first| first.stall_us.p50),
+            micros(first.stall_us.max),
+            ratio(first.stall_us.p50, cell.stall_us.p50),
+        ]);
+    }
+    format!(
+        "the first snapshot there is, of {} guests each; *later* is its ratio to those above\n{}",
+        first.guests,
+        align(&lines)
+    )
 }
 
 fn header(rates: &[f64]) -> Vec<String> {
@@ -304,6 +348,41 @@ mod tests {
         assert_eq!(fields[..4], ["fork", "10.0", "ms", "x40.0"]);
         let end = |line: &str| line.chars().count();
         assert_eq!(end(lines[2]), end(lines[3]), "columns end alike:\n{table}");
+    }
+
+    #[test]
+    fn first_snapshots_are_beside_ours_and_the_later_ones() {
+        let mut cells = vec![
+            cell("ours", 1 << 30, "dense", 1.0),
+            cell("fork", 1 << 30, "dense", 40.0),
+        ];
+        let report = example(cells.clone());
+        let without = table(&report, report.settings()[0]);
+        for cell in &mut cells {
+            let mut twice = cell.pause_us;
+            twice.p50 *= 2.0;
+            cell.first = Some(First {
+                guests: 3,
+                pause_us: twice,
+                stall_us: cell.stall_us,
+            });
+        }
+        let report = example(cells);
+        let table = table(&report, report.settings()[0]);
+        let first = table
+            .strip_prefix(&without)
+            .expect("it comes behind the others");
+        let lines: Vec<&str> = first.lines().collect();
+        assert!(lines[0].contains("of 3 guests each"), "{first}");
+        let fields = |line: &str| {
+            line.split_whitespace()
+                .map(str::to_owned)
+                .collect::<Vec<_>>()
+        };
+        let (ours, fork) = (fields(lines[2]), fields(lines[3]));
+        assert_eq!((&*ours[0], &*fork[0], &*fork[3]), ("ours", "fork", "x40.0"));
+        assert_eq!(fork.iter().filter(|field| *field == "x2.00").count(), 1);
+        assert_eq!(ours.iter().filter(|field| *field == "x2.00").count(), 1);
     }
 
     #[test]
