@@ -158,9 +158,10 @@ fn a_clone_that_needs_more_than_its_quota_ends_alone() {
     let error = report["error"].as_str().expect("an error");
     for machine in 1..=3 {
         let ended = |line: &str| {
-            line.starts_with(&format!("machine {machine}: "))
-                && line
-                    .ends_with("out of quota: all 1024 frames that the account may have are in use")
+            line.starts_with(&format!(
+                "machine {machine} (--quota is what a clone may have): "
+            )) && line
+                .ends_with("out of quota: all 1024 frames that the account may have are in use")
         };
         assert_eq!(error.lines().filter(|l| ended(l)).count(), 1, "{}", said());
     }

@@ -32,7 +32,7 @@ pub struct Promise {
 #[error(
     "cannot promise {} MiB: {} of {} MiB are promised already",
     asked.div_ceil(MIB),
-    promised.div_ceil(MIB),
+    promised / MIB,
     limit / MIB
 )]
 pub struct PromiseError {

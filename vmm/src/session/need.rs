@@ -22,6 +22,8 @@ const ARENA: u64 = 64 << 20;
 /// Threads besides those of vCPUs and devices: the main one, the checker, the one that copies ahead,
 /// and those that write output.
 const OTHER_THREADS: u64 = 6;
+/// Private memory that a clone takes beside its threads: notes, tables, what they allocate.
+const CLONE: u64 = 3 << 20;
 /// Frames of the pool beyond those of guest and snapshots: the zero frame, and folios that are used in part.
 const SPARE: u64 = 4 << 20;
 /// Bytes of a frame's words, in tables of all frames.
@@ -204,11 +206,17 @@ impl MemoryPlan {
         let most = need.frames() + (beyond - tables_of_frames(beyond));
 
         let others = clones.saturating_mul(each).saturating_add(of_snapshots);
-        let mut most = most.min(wanted(config).saturating_add(others));
+        // The root has its own beside what its snapshots may need.
+        let root = if clones > 0 { config.memory } else { 0 };
+        let mut most = most.min(wanted(config).saturating_add(root).saturating_add(others));
         // A clone has no checker, nor anything else by itself.
         let threads = (1 + clones) * (config.vcpus + config.dma_devices) + OTHER_THREADS;
-        let private =
-            need.checker + need.tables + tables_of_frames(most) + PROGRAM / 2 + threads * STACK;
+        let private = need.checker
+            + need.tables
+            + tables_of_frames(most)
+            + PROGRAM / 2
+            + threads * STACK
+            + clones * CLONE;
         let refused = |what, least, room: &Room| NeedError::Resource {
             memory: config.memory,
             what,
@@ -229,7 +237,9 @@ impl MemoryPlan {
             let Some(room) = limits.resource(&by) else {
                 continue;
             };
-            let besides = besides + times * physmap_bytes(config.memory + of_clones, 0);
+            // It is made of whole regions.
+            let besides =
+                besides + times * (physmap_bytes(config.memory + of_clones, 0) + REGION_SIZE);
             let least = besides.saturating_add(times * need.frames());
             if room.left < least {
                 return Err(refused(what, least, room));
@@ -381,7 +391,7 @@ mod tests {
         for (by, what) in [
             (
                 Limiter::FileSize,
-                "needs a file of 776 MiB at least, and RLIMIT_FSIZE (ulimit -f)",
+                "needs a file of 778 MiB at least, and RLIMIT_FSIZE (ulimit -f)",
             ),
             (
                 Limiter::AddressSpace,
@@ -408,6 +418,16 @@ mod tests {
             let all = MemoryPlan::new(&guest_of(256), &Limits::of_host(64 << 30)).unwrap();
             assert_eq!(plan.frames < all.frames, by != Limiter::Data);
             assert!(by == Limiter::Data || plan.physmap * PAGE_SIZE <= 2 << 30);
+        }
+    }
+
+    /// To the byte: the host refuses a file that is longer.
+    #[test]
+    fn what_is_planned_is_never_longer_than_a_file_may_be() {
+        for left in ((800 << 20)..(1300 << 20)).step_by((7 << 20) + 12_345) {
+            let limits = bound(Limiter::FileSize, left);
+            let plan = MemoryPlan::new(&guest_of(256), &limits).unwrap();
+            assert!(plan.physmap * PAGE_SIZE <= left, "{left}: {plan:?}");
         }
     }
 

@@ -43,8 +43,8 @@ pub(crate) struct ForkArgs {
     #[arg(long, value_name = "SIZE", default_value = "64M", value_parser = parse_size)]
     memory: u64,
 
-    /// Memory that a clone may have by itself, beside what it shares: it ends when it needs more, and as much
-    /// is kept for each [default: all of --memory]
+    /// Memory that a clone may have by itself, beside what it shares, copies for its snapshots among it: it
+    /// ends when it needs more, and as much is kept for each, at most --memory [default: no limit]
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     quota: Option<u64>,
 

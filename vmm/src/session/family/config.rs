@@ -6,7 +6,7 @@ use guest::abi::REGION_SIZE;
 use serde::{Deserialize, Serialize};
 
 use crate::session::config::{Config, ConfigError, Size};
-use crate::session::need::{MemoryPlan, NeedError};
+use crate::session::need::{MemoryPlan, NeedError, ON_THE_WAY};
 use palimpsest::host::Limits;
 
 /// The most machines of a family.
@@ -78,7 +78,7 @@ pub struct FamilyConfig {
     /// Which machines there are to be.
     pub shape: Shape,
     /// Bytes of frames that a clone may have by itself, copies for its snapshots among them; nothing: as many as
-    /// it has memory, and as many for each snapshot that is kept.
+    /// it has memory, and as many for each snapshot that there may be.
     #[serde(default)]
     pub quota: Option<u64>,
     /// How long the root runs by itself.
@@ -102,12 +102,14 @@ pub enum FamilyConfigError {
         flag: &'static str,
     },
     /// A clone could not do anything with it, or all that it could is less.
-    #[error("--quota {quota}: a clone may have from 2 MiB to {memory}, its memory")]
+    #[error(
+        "--quota {quota}: a clone may have from 2 MiB to {most}, its memory and that of snapshots"
+    )]
     Quota {
         /// What was asked for.
         quota: Size,
-        /// What it has of memory.
-        memory: Size,
+        /// What it can use.
+        most: Size,
     },
     /// There would be too many.
     #[error("{what}: a family has at most {MAX_MACHINES} machines, the root among them")]
@@ -140,12 +142,12 @@ impl FamilyConfig {
             Some(1..=MAX_MACHINES) => {}
             _ => return Err(FamilyConfigError::TooMany { what }),
         }
-        let memory = self.guest.memory;
+        let most = self.most_of_a_clone();
         if let Some(quota) = self.quota
-            && !(REGION_SIZE..=memory).contains(&quota)
+            && !(REGION_SIZE..=most).contains(&quota)
         {
-            let (quota, memory) = (Size(quota), Size(memory));
-            return Err(FamilyConfigError::Quota { quota, memory });
+            let (quota, most) = (Size(quota), Size(most));
+            return Err(FamilyConfigError::Quota { quota, most });
         }
         // What a restore is to a run, a clone is to a family.
         let guest = Config {
@@ -164,15 +166,28 @@ impl FamilyConfig {
         MemoryPlan::with_clones(&self.guest, clones, each, self.shape.parents(), host)
     }
 
+    /// Bytes of memory that are kept for all clones, and for the snapshots that they are made of.
+    pub(super) fn of_clones_and_origins(&self) -> u64 {
+        let clones = (self.machines() - 1).saturating_mul(self.promised());
+        clones.saturating_add(self.shape.parents().saturating_mul(self.guest.memory))
+    }
+
     /// Bytes of memory that are kept for each clone.
     pub(super) fn promised(&self) -> u64 {
-        self.quota.unwrap_or(self.guest.memory)
+        self.quota
+            .map_or(self.guest.memory, |quota| quota.min(self.guest.memory))
+    }
+
+    /// All that a clone can have by itself: its memory, and a copy of it for each snapshot: those that are kept or
+    /// on their way to the checker, and one that clones of its own are made of.
+    fn most_of_a_clone(&self) -> u64 {
+        let snapshots = self.guest.keep as u64 + ON_THE_WAY + 1;
+        self.guest.memory.saturating_mul(1 + snapshots)
     }
 
     /// The most bytes that a clone may have by itself.
     pub(super) fn limit(&self) -> u64 {
-        let copies = 1 + self.guest.keep as u64;
-        self.quota.unwrap_or(self.guest.memory * copies)
+        self.quota.unwrap_or_else(|| self.most_of_a_clone())
     }
 }
 
@@ -254,16 +269,18 @@ mod tests {
             refused.err().map(|error| error.to_string())
         };
         let memory = example().memory;
+        let most = memory * (2 + ON_THE_WAY + example().keep as u64);
         let why = |quota| {
-            let memory = Size(memory);
+            let most = Size(most);
             Some(format!(
-                "--quota {quota}: a clone may have from 2 MiB to {memory}, its memory"
+                "--quota {quota}: a clone may have from 2 MiB to {most}, its memory and that of snapshots"
             ))
         };
         assert_eq!(refusal(0), why("0 B"));
         assert_eq!(refusal((2 << 20) - 1), why("2097151 B"));
-        assert_eq!(refusal(2 * memory), why(&Size(2 * memory).to_string()));
+        assert_eq!(refusal(2 * most), why(&Size(2 * most).to_string()));
         assert_eq!((refusal(2 << 20), refusal(memory)), (None, None));
+        assert_eq!(refusal(most), None);
     }
 
     /// What is kept for clones decides how many there is memory for.
@@ -278,8 +295,11 @@ mod tests {
         let (all, some) = (plan(None), plan(Some(memory / 4)));
         let less = 200 * (memory - memory / 4) / PAGE_SIZE;
         assert_eq!(all.frames - some.frames, less);
-        assert_eq!(with(None).limit(), memory * (1 + example().keep as u64));
         assert_eq!(with(Some(memory / 4)).limit(), memory / 4);
+        // What is said to be the default is it.
+        let most = with(None).limit();
+        assert_eq!(with(Some(most)).limit(), most);
+        assert_eq!(with(Some(most)).promised(), with(None).promised());
     }
 
     #[test]

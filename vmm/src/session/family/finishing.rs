@@ -12,6 +12,9 @@ use crate::session::report::{EndedBy, Quantiles, Verdict};
 use palimpsest::kvm::Platform;
 use palimpsest::mm::{Census, PAGE_SIZE};
 
+/// From so many machines on it is said that there is a last snapshot of each: it takes a while.
+const MANY: usize = 16;
+
 impl Family<'_> {
     pub(super) fn finish(mut self, ended_by: EndedBy, platform: &Platform) -> FamilyReport {
         let duration = self.started.elapsed();
@@ -89,6 +92,12 @@ impl Family<'_> {
     fn look_at_all_once_more(&mut self, ended_by: EndedBy) {
         if !ended_by.leaves_the_guest_running() {
             return;
+        }
+        let living = self.members.iter().flatten().count();
+        if living > MANY {
+            self.observer.note(&format!(
+                "ending: a last snapshot of each of {living} machines"
+            ));
         }
         let waits = |family: &Self| family.members.iter().flatten().any(|m| m.has_yet_to_live());
         // It ends: a machine that does nothing for too long is reported, and waited for no more.

@@ -22,6 +22,7 @@ impl Family<'_> {
         for of in (0..self.members.len()).step_by(3) {
             if self.members.iter().flatten().count() > 1 {
                 self.drop_member(of);
+                self.tick()?;
             }
         }
         self.live_for(shrunk)?;

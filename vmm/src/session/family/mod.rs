@@ -186,7 +186,10 @@ impl<'a> Family<'a> {
         let promise = pool.try_promise(memory).map_err(FamilyError::Promise)?;
         let most_snapshots = (config.guest.keep as u64 + ON_THE_WAY) * memory;
         let left = pool.usage().limit.saturating_sub(memory);
-        let for_snapshots = pool.try_promise(most_snapshots.min(left));
+        // Where there is little, clones and what they are made of come before a second snapshot.
+        let of_family = config.of_clones_and_origins() / PAGE_SIZE;
+        let for_snapshots = left.saturating_sub(of_family).max(memory.min(left));
+        let for_snapshots = pool.try_promise(most_snapshots.min(for_snapshots));
         let for_snapshots = for_snapshots.map_err(FamilyError::Promise)?;
         vm.start().map_err(RunError::Start)?;
         let now = Instant::now();
@@ -298,7 +301,11 @@ impl<'a> Family<'a> {
 
     /// A machine has ended.
     fn has_ended(&mut self, of: usize, why: &str) -> Result<(), End> {
-        self.errors.push(format!("machine {of}: {why}"));
+        let quota = match why.contains("out of quota") {
+            true => " (--quota is what a clone may have)",
+            false => "",
+        };
+        self.errors.push(format!("machine {of}{quota}: {why}"));
         self.drop_member(of);
         match self.members.iter().flatten().next() {
             Some(_) => Ok(()),
@@ -399,6 +406,8 @@ impl<'a> Family<'a> {
             return;
         };
         self.gone.push(member.report(of));
+        // Else its vCPUs wait for their turn behind all others before they can end.
+        let _first = member.vm.ram().precedence().take();
         member.vm.machine().stop();
         let stopped = member.vm.machine().wait_until_stopped();
         // Why it has ended, if it has by itself, is known or does not matter any more.
