@@ -302,6 +302,33 @@ mod tests {
         assert_eq!(with(Some(most)).promised(), with(None).promised());
     }
 
+    /// Where there is memory for all that was planned, nothing of it is refused: the root, all clones, what they are
+    /// made of, and as many other snapshots as there may be.
+    #[test]
+    fn what_a_family_promises_is_planned() {
+        let shapes = [
+            Shape::Clones(1),
+            Shape::Clones(10),
+            Shape::Tree { depth: 2, width: 2 },
+        ];
+        for mib in [32, 64, 66, 256, 1024] {
+            for (shape, quota) in shapes
+                .into_iter()
+                .flat_map(|s| [(s, None), (s, Some(4 << 20))])
+            {
+                let mut family = FamilyConfig {
+                    quota,
+                    ..family(shape)
+                };
+                family.guest.memory = mib << 20;
+                let plan = family.plan(&Limits::of_host(256 << 30)).unwrap();
+                let snapshots = (family.guest.keep as u64 + ON_THE_WAY) * family.guest.memory;
+                let all = family.guest.memory + snapshots + family.of_clones_and_origins();
+                assert!(plan.frames * PAGE_SIZE >= all, "{family:?}: {plan:?}");
+            }
+        }
+    }
+
     #[test]
     fn a_family_survives_json() {
         for shape in [Shape::Clones(3), Shape::Tree { depth: 3, width: 2 }] {
