@@ -592,13 +592,12 @@ impl Allocator {
 
     /// The first frame of a whole run: of one that has memory, or else for which there is room.
     fn find_folio(&self) -> Option<Pfn> {
-        let missing = |run| self.missing_of(run);
         let room = self.room();
         let idle = || self.whole.iter_common(&self.ready);
         let run = idle()
-            .find(|&run| missing(run) == 0)
-            .or_else(|| idle().find(|&run| missing(run) <= room))
-            .or_else(|| self.whole.iter().find(|&run| missing(run) <= room))?;
+            .find(|&run| self.missing_of(run) == 0)
+            .or_else(|| idle().find(|&run| self.missing_of(run) <= room))
+            .or_else(|| self.whole.iter().find(|&run| self.missing_of(run) <= room))?;
         Some(Pfn(run * self.folio.pages()))
     }
 

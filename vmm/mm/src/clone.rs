@@ -42,8 +42,8 @@ const SCATTERED: usize = 64;
 
 impl<P: CowPolicy> AddressSpace<P> {
     /// A running clone of a snapshot: a live address space that shares the snapshot's frames. `mmu` shows
-    /// zeros, read-only, everywhere; or nothing, if whoever made it has the rest show zeros afterwards: each page is
-    /// mapped once at most. It has an account of its own, without a limit.
+    /// zeros, read-only, everywhere; or nothing, if whoever made it has the rest show zeros afterwards: each
+    /// page is mapped once at most. It has an account of its own, without a limit.
     ///
     /// # Errors
     /// If `mmu` refuses, or there is no memory for a page that cannot be shared. Nothing is left of the

@@ -73,13 +73,7 @@ pub(super) fn reserve_at(range: Range<u64>) -> io::Result<()> {
         )
     };
     match made {
-        Ok(made) if made == at => Ok(()),
-        // Before Linux 4.17 the flag is not known, and the address a wish.
-        Ok(made) => {
-            // SAFETY: the mapping just made, which nobody else knows of.
-            unsafe { munmap(made, len) }?;
-            Err(taken(&range))
-        }
+        Ok(_) => Ok(()),
         Err(Errno::EXIST) => Err(taken(&range)),
         Err(Errno::PERM) => Err(io::Error::new(
             io::ErrorKind::PermissionDenied,

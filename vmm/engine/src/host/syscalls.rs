@@ -7,7 +7,7 @@ use std::io;
 use std::os::fd::BorrowedFd;
 
 use rustix::fs::FallocateFlags;
-use rustix::io::Result;
+use rustix::io::{Errno, Result};
 use rustix::mm::{MapFlags, MprotectFlags, MremapFlags, ProtFlags};
 
 use super::call::Call;
@@ -21,7 +21,7 @@ fn refusable<T>(_: Call, len: usize, call: impl Fn(usize) -> Result<T>) -> Resul
     call(len)
 }
 
-/// [`rustix::mm::mmap`].
+/// [`rustix::mm::mmap`]. What is to replace nothing is at `at`, or `EEXIST`.
 ///
 /// # Safety
 /// As there.
@@ -35,11 +35,27 @@ pub(super) unsafe fn mmap(
 ) -> Result<*mut c_void> {
     refusable(Call::Map, len, |len| {
         // SAFETY: the caller's; less than was asked for is a part of it.
-        unsafe { rustix::mm::mmap(at, len, prot, flags, file, offset) }
+        let made = unsafe { rustix::mm::mmap(at, len, prot, flags, file, offset) }?;
+        at_or_nowhere(made, at, len, flags)
     })
 }
 
-/// [`rustix::mm::mmap_anonymous`].
+/// Before Linux 4.17 it is not known that a mapping is to replace nothing, and the address is a wish.
+fn at_or_nowhere(
+    made: *mut c_void,
+    at: *mut c_void,
+    len: usize,
+    flags: MapFlags,
+) -> Result<*mut c_void> {
+    if made == at || !flags.contains(MapFlags::FIXED_NOREPLACE) {
+        return Ok(made);
+    }
+    // SAFETY: the mapping just made, which nobody else knows of.
+    unsafe { rustix::mm::munmap(made, len) }?;
+    Err(Errno::EXIST)
+}
+
+/// [`rustix::mm::mmap_anonymous`], as [`mmap`] is.
 ///
 /// # Safety
 /// As there.
@@ -51,7 +67,8 @@ pub(super) unsafe fn mmap_anonymous(
 ) -> Result<*mut c_void> {
     refusable(Call::Map, len, |len| {
         // SAFETY: as above.
-        unsafe { rustix::mm::mmap_anonymous(at, len, prot, flags) }
+        let made = unsafe { rustix::mm::mmap_anonymous(at, len, prot, flags) }?;
+        at_or_nowhere(made, at, len, flags)
     })
 }
 
@@ -109,10 +126,7 @@ pub(super) unsafe fn collapse(at: *mut u8, len: usize) -> io::Result<()> {
         // SAFETY: the caller's. What is in the range stays what it is.
         match unsafe { libc::madvise(at.cast(), len, libc::MADV_COLLAPSE) } {
             0 => Ok(()),
-            _ => Err(
-                rustix::io::Errno::from_io_error(&io::Error::last_os_error())
-                    .unwrap_or(rustix::io::Errno::INVAL),
-            ),
+            _ => Err(Errno::from_io_error(&io::Error::last_os_error()).unwrap_or(Errno::INVAL)),
         }
     };
     Ok(refusable(Call::Collapse, len, collapse)?)

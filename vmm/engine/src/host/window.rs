@@ -71,7 +71,7 @@ pub struct Window {
     /// What each page shows, so that mappings can be counted before they are made.
     shown: Mutex<ShownPages>,
     /// The addresses, if they were free at first.
-    _kept: Option<Vacant>,
+    kept: Option<Vacant>,
 }
 
 impl Window {
@@ -118,7 +118,7 @@ impl Window {
             physmap,
             budget,
             shown: Mutex::new(ShownPages::all(pages, Shown::ZEROS)),
-            _kept: None,
+            kept: None,
         };
         window.keep_private(Gfn(0), pages);
         Ok(window)
@@ -143,7 +143,7 @@ impl Window {
             physmap,
             budget,
             shown: Mutex::new(ShownPages::all(pages, Shown::NOTHING)),
-            _kept: Some(kept),
+            kept: Some(kept),
         })
     }
 
@@ -164,7 +164,7 @@ impl Window {
             let (first, end) = (run[0].start, run[run.len() - 1].end);
             self.map(Gfn(first), Pfn::ZERO, end - first, Protection::ReadOnly)?;
         }
-        if self._kept.is_some() {
+        if self.kept.is_some() {
             self.keep_private(Gfn(0), self.pages);
         }
         Ok(())
@@ -264,9 +264,10 @@ impl Window {
             mappings(before_it.into_iter().chain(inside).chain(after_it))
         };
         // Of pages some of which are mapped the host will refuse it.
-        let replaces = match inside().filter(|&shown| shown == Shown::NOTHING).count() {
-            0 => Replaces::Mappings,
-            _ => Replaces::Nothing,
+        let is_vacant = self.kept.is_some() && inside().any(|shown| shown == Shown::NOTHING);
+        let replaces = match is_vacant {
+            true => Replaces::Nothing,
+            false => Replaces::Mappings,
         };
         let before = edged(&mut inside());
         let after = edged(&mut inside().map(&shows));

@@ -6,9 +6,9 @@
 //! region is *trusted* to be like the one beside it: it is broken whole at its first fault.
 //!
 //! A region that is broken whole says nothing any more: whether trust was right is not known before the next
-//! one has proved itself, by what it has cost; that it was whole the last times is no proof. So a sweep is trusted with as many regions as it has had until then, no more. What is
-//! copied in vain when it ends is at most as much as was copied in it before, and of a row of n regions log n
-//! prove themselves.
+//! one has proved itself, by what it has cost; that it was whole the last times is no proof. So a sweep is
+//! trusted with as many regions as it has had until then, no more. What is copied in vain when it ends is at
+//! most as much as was copied in it before, and of a row of n regions log n prove themselves.
 
 /// Sweeps that go on at a time: one for each vCPU, of not too many.
 const SWEEPS: usize = 8;

@@ -23,7 +23,7 @@ use std::{io, thread};
 
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use rustix::io::Errno;
-use rustix::mm::{MapFlags, MprotectFlags, ProtFlags, munmap};
+use rustix::mm::{MapFlags, MprotectFlags, ProtFlags};
 use rustix::process::{Resource, getrlimit};
 use vm_memory::VolatileSlice;
 use vm_memory::bitmap::BitmapSlice;
@@ -164,14 +164,8 @@ impl PhysMap {
         };
         let flags = MapFlags::SHARED | MapFlags::NORESERVE | MapFlags::FIXED_NOREPLACE;
         // SAFETY: it replaces nothing.
-        let made = unsafe { mmap(at, len, protection, flags, self.file(), first.offset()) }?;
-        if made == at {
-            return Ok(());
-        }
-        // Before Linux 4.17 the flag is not known, and the address a wish.
-        // SAFETY: the mapping just made, which nobody else knows of.
-        unsafe { munmap(made, len) }?;
-        Err(Errno::EXIST)
+        unsafe { mmap(at, len, protection, flags, self.file(), first.offset()) }?;
+        Ok(())
     }
 
     fn check(&self, first: Pfn, len: usize) {
