@@ -121,6 +121,25 @@ fn keeps_memory(kind: Kind, dma: bool) {
     vm.check().unwrap();
 }
 
+/// Whoever asks for a page that the host's own fault handler gives must not hear that it is an error.
+#[test]
+fn memory_that_is_always_writable_says_so() {
+    let _beside = beside_others();
+    for kind in [Kind::Uffd, Kind::Copy, Kind::Fork] {
+        let technique = match kind.start(MEMORY) {
+            Err(TechniqueError::Unavailable { why }) => return say(&format!("skipped: {why}")),
+            started => started.unwrap(),
+        };
+        let ram = technique.ram();
+        let pages = MEMORY / PAGE_SIZE;
+        assert!(!ram.write_fault(0).unwrap());
+        assert!(!ram.write_fault(pages - 1).unwrap());
+        for beyond in [pages, u64::MAX] {
+            assert!(ram.write_fault(beyond).is_err(), "{kind}: {beyond:#x}");
+        }
+    }
+}
+
 #[test]
 fn ours_keeps_memory() {
     keeps_memory(Kind::Ours, false);
