@@ -4,6 +4,8 @@
 
 use std::fmt::Write;
 
+use crate::svg::{line, open, text};
+
 const WIDTH: f64 = 820.0;
 const HEIGHT: f64 = 480.0;
 /// The part lines are drawn in.
@@ -143,25 +145,7 @@ impl Axis {
 impl Chart {
     /// The chart as an SVG document.
     pub(crate) fn svg(&self) -> String {
-        let mut svg = format!(
-            "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{WIDTH}\" height=\"{HEIGHT}\" \
-             viewBox=\"0 0 {WIDTH} {HEIGHT}\" font-family=\"sans-serif\" font-size=\"13\" fill=\"#222222\">\n\
-             <rect width=\"{WIDTH}\" height=\"{HEIGHT}\" fill=\"#ffffff\"/>\n"
-        );
-        svg.push_str(&text(
-            LEFT,
-            30.0,
-            "start",
-            "font-size=\"18\" font-weight=\"bold\"",
-            &self.title,
-        ));
-        svg.push_str(&text(
-            LEFT,
-            52.0,
-            "start",
-            "fill=\"#555555\"",
-            &self.subtitle,
-        ));
+        let mut svg = open(WIDTH, HEIGHT, LEFT, &self.title, &self.subtitle);
         self.draw_axes(&mut svg);
         for series in &self.series {
             self.draw(series, &mut svg);
@@ -246,14 +230,6 @@ impl Chart {
     }
 }
 
-fn line(svg: &mut String, from: (f64, f64), to: (f64, f64), colour: &str) {
-    let _ = writeln!(
-        svg,
-        "<line x1=\"{:.1}\" y1=\"{:.1}\" x2=\"{:.1}\" y2=\"{:.1}\" stroke=\"{colour}\"/>",
-        from.0, from.1, to.0, to.1
-    );
-}
-
 fn mark(svg: &mut String, shape: Shape, colour: &str, x: f64, y: f64) {
     let polygon = |corners: &[(f64, f64)]| {
         let corners: Vec<String> = corners
@@ -274,57 +250,10 @@ fn mark(svg: &mut String, shape: Shape, colour: &str, x: f64, y: f64) {
     );
 }
 
-fn text(x: f64, y: f64, anchor: &str, more: &str, text: &str) -> String {
-    format!(
-        "<text x=\"{x:.1}\" y=\"{y:.1}\" text-anchor=\"{anchor}\" {more}>{}</text>\n",
-        escape(text)
-    )
-}
-
-fn escape(text: &str) -> String {
-    text.replace('&', "&amp;")
-        .replace('<', "&lt;")
-        .replace('>', "&gt;")
-}
-
 #[cfg(test)]
-pub(crate) mod tests {
+mod tests {
     use super::*;
-
-    /// Fails unless `svg` is one element with whatever in it, tags in pairs, attributes in quotes.
-    pub(crate) fn assert_well_formed(svg: &str) {
-        let mut open: Vec<&str> = Vec::new();
-        let mut rest = svg.trim();
-        while let Some(start) = rest.find('<') {
-            let words = &rest[..start];
-            assert!(!words.contains('>'), "a bare > in {words:?}");
-            for (at, _) in words.match_indices('&') {
-                let entity = ["&amp;", "&lt;", "&gt;"];
-                assert!(entity.iter().any(|e| words[at..].starts_with(e)), "{words}");
-            }
-            let end = start + rest[start..].find('>').expect("the tag ends");
-            let tag = &rest[start + 1..end];
-            assert!(!tag.contains('<'), "<{tag}>");
-            assert_eq!(tag.matches('"').count() % 2, 0, "<{tag}>");
-            let name = tag
-                .trim_matches('/')
-                .split_whitespace()
-                .next()
-                .expect("a name");
-            if tag.starts_with('/') {
-                assert_eq!(open.pop(), Some(name));
-            } else if !tag.ends_with('/') {
-                open.push(name);
-            }
-            rest = &rest[end + 1..];
-            assert!(!open.is_empty() || rest.is_empty(), "more than one element");
-        }
-        assert_eq!((rest, open.len()), ("", 0));
-        assert!(
-            !svg.contains("NaN") && !svg.contains("inf"),
-            "a place that is none"
-        );
-    }
+    use crate::svg::tests::assert_well_formed;
 
     fn chart(series: Vec<Series>) -> Chart {
         Chart {

@@ -1,7 +1,11 @@
 //! Plots what `cargo bench -p benches --bench snapshot -- --json` has measured: pause against memory size,
-//! and the guest's speed against snapshots a second, one line a technique.
+//! and the guest's speed against snapshots a second, one line a technique. Or draws a snapshot of a run's trace
+//! (`vmm --trace`): what each thread did around it.
 
 mod chart;
+mod rows;
+mod svg;
+mod trace;
 
 use std::fs;
 use std::io::{self, Write};
@@ -15,13 +19,21 @@ use vmm::cli::chain;
 use vmm::cli::units::{bytes, micros};
 
 use chart::{Axis, Chart, Scale, Series};
+use rows::Timeline;
 
-/// Plot what `cargo bench -p benches --bench snapshot -- --json` has measured, as SVG files.
+/// What is seen of a trace before and after the pause, in microseconds.
+const BEFORE: f64 = 1500.0;
+const AFTER: f64 = 3500.0;
+/// The same where the pause itself is drawn, in parts of it.
+const MARGIN: f64 = 0.15;
+
+/// Plot what `cargo bench -p benches --bench snapshot -- --json` has measured, as SVG files; or draw a
+/// snapshot of a trace that `vmm --trace` has written, the one with the median pause.
 #[derive(Debug, Parser)]
 #[command(version, max_term_width = 100)]
 struct Args {
-    /// The numbers
-    #[arg(value_name = "RESULT.json")]
+    /// The numbers, or the trace
+    #[arg(value_name = "FILE.json")]
     result: PathBuf,
 
     /// Where the plots go; made if it is not there
@@ -32,7 +44,10 @@ struct Args {
 /// Why there are no plots.
 #[derive(Debug, thiserror::Error)]
 enum Error {
-    #[error("{}: cannot read as a result of the snapshot bench", path.display())]
+    #[error(
+        "{}: cannot read as a result of the snapshot bench, nor as a trace",
+        path.display()
+    )]
     Read { path: PathBuf, source: io::Error },
     #[error("{}: has nothing to plot", path.display())]
     Empty { path: PathBuf },
@@ -53,9 +68,8 @@ fn main() -> ExitCode {
 
 fn run(args: &Args) -> Result<(), Error> {
     let path = args.result.clone();
-    let report = Report::read(&path).map_err(|source| Error::Read { path, source })?;
-    let plots = plots(&report);
-    if plots.is_empty() {
+    let drawings = read(&path).map_err(|source| Error::Read { path, source })?;
+    if drawings.is_empty() {
         let path = args.result.clone();
         return Err(Error::Empty { path });
     }
@@ -64,13 +78,50 @@ fn run(args: &Args) -> Result<(), Error> {
         done.map_err(|source| Error::Write { path, source })
     };
     written(&args.out, fs::create_dir_all(&args.out))?;
-    for (name, chart) in plots {
+    for (name, svg) in drawings {
         let path = args.out.join(name);
-        written(&path, fs::write(&path, chart.svg()))?;
+        written(&path, fs::write(&path, svg))?;
         // Whoever does not listen finds the file anyway.
         let _ = writeln!(io::stdout(), "{}", path.display());
     }
     Ok(())
+}
+
+/// The drawings of a file, by the names of theirs.
+fn read(path: &Path) -> io::Result<Vec<(String, String)>> {
+    let file = fs::read(path)?;
+    let is_trace = serde_json::from_slice(&file).ok();
+    if let Some(threads) = is_trace.as_ref().and_then(trace::threads) {
+        return Ok(timelines(&threads));
+    }
+    let report = Report::read(path)?;
+    let plots = plots(&report).into_iter();
+    Ok(plots.map(|(name, chart)| (name, chart.svg())).collect())
+}
+
+/// A snapshot of a trace, and its pause alone.
+fn timelines(threads: &[trace::Thread]) -> Vec<(String, String)> {
+    let Some(pause) = trace::typical_pause(threads) else {
+        return Vec::new();
+    };
+    let took = pause.1 - pause.0;
+    let draw = |name: &str, title: &str, (from, to)| {
+        let timeline = Timeline {
+            title: title.to_owned(),
+            subtitle: format!("the pause was {}, the median of the run", micros(took)),
+            threads,
+            from,
+            to,
+            pause,
+        };
+        (name.to_owned(), timeline.svg())
+    };
+    let around = (pause.0 - BEFORE, pause.1 + AFTER);
+    let of_it = (pause.0 - MARGIN * took, pause.1 + MARGIN * took);
+    vec![
+        draw("snapshot.svg", "A snapshot of a running guest", around),
+        draw("pause.svg", "The pause of a snapshot", of_it),
+    ]
 }
 
 /// All plots that `report` has the numbers for, by file name.
@@ -239,7 +290,7 @@ mod tests {
             ]
         );
         for (_, chart) in &plots {
-            chart::tests::assert_well_formed(&chart.svg());
+            svg::tests::assert_well_formed(&chart.svg());
         }
     }
 
@@ -267,6 +318,30 @@ mod tests {
         assert_eq!(short_time(10.0), "10 µs");
         assert_eq!(short_time(10_000.0), "10 ms");
         assert_eq!(short_time(1e6), "1 s");
+    }
+
+    #[test]
+    fn a_trace_is_drawn_and_one_without_snapshots_is_not() {
+        let directory = tempfile::tempdir().unwrap();
+        let (result, out) = (
+            directory.path().join("t.json"),
+            directory.path().join("out"),
+        );
+        let draw = |trace: &serde_json::Value| {
+            fs::write(&result, trace.to_string()).unwrap();
+            run(&Args {
+                result: result.clone(),
+                out: out.clone(),
+            })
+        };
+        let none = serde_json::json!({"traceEvents": []});
+        assert!(matches!(draw(&none), Err(Error::Empty { .. })));
+        draw(&trace::tests::example()).unwrap();
+        for name in ["snapshot.svg", "pause.svg"] {
+            let svg = fs::read_to_string(out.join(name)).unwrap();
+            svg::tests::assert_well_formed(&svg);
+            assert!(svg.contains("200 µs"), "the median pause");
+        }
     }
 
     #[test]
