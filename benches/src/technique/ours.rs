@@ -53,6 +53,9 @@ impl Ours {
         };
         let plain = |window| Box::new(window) as _;
         let memory = Memory::with(&frames, memory, Exclusive, options, plain).map_err(no_memory)?;
+        if copies_ahead {
+            frames.keep_stock().map_err(host("start a thread"))?;
+        }
         let ahead = copies_ahead
             .then(|| Ahead::start(Arc::clone(memory.space())))
             .transpose()

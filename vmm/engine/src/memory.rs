@@ -2,9 +2,11 @@
 
 use std::fmt;
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
-use crate::host::{Dumps, MappingBudget, PhysMap, Placement, Precedence, Prices, Ram, Window};
+use crate::host::{
+    Dumps, MappingBudget, PhysMap, Placement, Precedence, Prices, Ram, StockKeeper, Window,
+};
 use crate::mm::{
     Account, AddressSpace, AllocError, CowPolicy, Exclusive, ForkError, FramePool, Frozen, Gfn,
     Mmu, OutOfRange, PAGE_SIZE,
@@ -55,6 +57,7 @@ pub struct Frames {
     pool: Arc<FramePool>,
     physmap: Arc<PhysMap>,
     budget: Arc<MappingBudget>,
+    stock: Arc<Mutex<Option<StockKeeper>>>,
 }
 
 impl Frames {
@@ -105,7 +108,21 @@ impl Frames {
             pool,
             physmap,
             budget: Arc::new(MappingBudget::of_this_process()),
+            stock: Arc::default(),
         })
+    }
+
+    /// Has a thread keep memory ready for copies, from now on and until all that share this are dropped; as
+    /// [`crate::vm::Builder::copy_ahead`] says.
+    ///
+    /// # Errors
+    /// The host's, if it can't have another thread.
+    pub fn keep_stock(&self) -> io::Result<()> {
+        let mut stock = self.stock.lock().unwrap_or_else(PoisonError::into_inner);
+        if stock.is_none() {
+            *stock = Some(StockKeeper::start(&self.pool)?);
+        }
+        Ok(())
     }
 
     /// Who has which frame.

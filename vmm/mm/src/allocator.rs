@@ -30,10 +30,7 @@
 use super::addr::{Order, Pfn};
 use super::bits::{BitSet, words_of};
 use super::ledger::{AccountNumber, Exhausted, Ledger};
-
-/// Huge folios' worth of a home that are given memory at a time: most of what making host memory huge costs
-/// is for the call. Of other frames, what is made ready before somebody is in a hurry, and what is kept so.
-pub(super) const COMMIT_FOLIOS: u64 = 8;
+use super::stock::{COMMIT_FOLIOS, Stock};
 
 /// How many frames are in which condition.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -75,9 +72,7 @@ pub(super) struct Allocator {
     /// The runs that are whole and have memory, which they were given all at a time.
     intact: BitSet,
     /// How many runs are whole and ready.
-    idle: u64,
-    /// The least that there were since somebody asked for the surplus.
-    idle_since: u64,
+    stock: Stock,
     usage: PoolUsage,
     /// Who pays for what is in use.
     ledger: Ledger,
@@ -153,8 +148,12 @@ impl Claim {
         self.count > 0 && self.ahead > 0
     }
 
-    pub(super) fn is_home(&self) -> bool {
-        self.is_home
+    /// Whether the host is to be asked for as large pages as fit: for what windows will show, and for what
+    /// nobody waits for. To make huge pages of new memory is cheaper than all of their small ones, but takes
+    /// the host milliseconds while all CPUs are busy (it waits for a turn of each, `lru_add_drain_all` in
+    /// `mm/swap.c`).
+    pub(super) fn is_huge(&self) -> bool {
+        self.is_home || self.count == 0
     }
 
     /// Whether all of the caller's frames are zeros.
@@ -181,8 +180,7 @@ impl Allocator {
             partial: BitSet::new(runs),
             ready: BitSet::new(runs),
             intact: BitSet::new(runs),
-            idle: 0,
-            idle_since: 0,
+            stock: Stock::default(),
             usage: PoolUsage {
                 limit,
                 ..PoolUsage::default()
@@ -229,6 +227,10 @@ impl Allocator {
 
     pub(super) fn ledger_mut(&mut self) -> &mut Ledger {
         &mut self.ledger
+    }
+
+    pub(super) fn stock_mut(&mut self) -> &mut Stock {
+        &mut self.stock
     }
 
     /// A frame outside homes. Where it has none yet, memory for the rest of its run is asked for as well.
@@ -279,6 +281,28 @@ impl Allocator {
         self.claim(head, 0, most, None).ok()
     }
 
+    /// No frame for anybody, but memory for what should be in stock: a part of it. Not where memory runs short:
+    /// homes that have none yet need it more.
+    pub(super) fn prepare_stock(&mut self) -> Option<Claim> {
+        let pages = self.folio.pages();
+        let wanted = self.wanted().min(COMMIT_FOLIOS);
+        let is_bare = |&run: &u64| self.whole.get(run) && !self.ready.get(run);
+        let run = self.whole.iter().find(is_bare).filter(|_| wanted > 0)?;
+        let runs = self.frames / pages;
+        let count = (run..runs.min(run + wanted)).take_while(is_bare).count();
+        self.claim(Pfn(run * pages), 0, count as u64 * pages, None)
+            .ok()
+    }
+
+    /// How many runs should be put in stock, as far as there is memory to spare for it.
+    pub(super) fn wanted(&self) -> u64 {
+        let pages = self.folio.pages();
+        let spare = (self.usage.limit / 4 * 3).saturating_sub(self.usage.committed);
+        self.stock
+            .wanted(self.usage.in_use / pages)
+            .min(spare / pages)
+    }
+
     /// Takes `count` free frames from `first` on, and for the host's sake those that follow and have no
     /// memory either, up to the `most`th. `payer`, who may have as many more, is charged with the `count`.
     fn claim(
@@ -306,6 +330,10 @@ impl Allocator {
         } else {
             0
         };
+        let run = self.folio.index(first.0) as u64;
+        if missing > 0 && !is_home && !(self.whole.get(run) && self.ready.get(run)) {
+            self.stock.is_late(count.div_ceil(self.folio.pages()));
+        }
         let is_run = count == self.folio.pages() && self.folio.floor(first.0) == first.0;
         let claim = Claim {
             first,
@@ -341,7 +369,7 @@ impl Allocator {
             self.note_pieces(claim);
             self.blank.set_run(ahead.0, claim.ahead, true);
             self.allocated.set_run(ahead.0, claim.ahead, false);
-            self.look_at_runs_of(ahead, claim.ahead);
+            self.look_at_new_runs_of(ahead, claim.ahead);
         }
         if let Some(payer) = claim.payer {
             self.ledger.settle(payer);
@@ -355,20 +383,22 @@ impl Allocator {
         self.pieces.get(self.folio.index(pfn.0) as u64)
     }
 
-    /// The host was asked for the memory of a claim: for that of a home in as large pages as fit, for any
-    /// other in small ones.
+    /// The host was asked for the memory of a claim.
     fn note_pieces(&mut self, claim: &Claim) {
         let (first, end) = (claim.first.0, claim.first.0 + claim.total());
         let pages = self.folio.pages();
         for run in self.folio.index(first) as u64..=self.folio.index(end - 1) as u64 {
             let is_all = first <= run * pages && (run + 1) * pages <= end;
-            self.pieces.set(run, !(claim.is_home && is_all));
+            self.pieces.set(run, !(claim.is_huge() && is_all));
         }
     }
 
     /// The host has refused it.
     pub(super) fn refuse(&mut self, claim: Claim) {
         let claim = self.without_ahead(claim);
+        if claim.count == 0 {
+            self.stock.is_refused();
+        }
         let Claim { first, count, .. } = claim;
         self.end_transit(first, count);
         self.usage.committed -= claim.missing;
@@ -408,22 +438,19 @@ impl Allocator {
         self.blank.set_run(first.0, count, false);
     }
 
-    /// What may go back to the host: of the runs that were whole and had memory ever since somebody asked
-    /// this last, all but a few.
+    /// A snapshot is about to be taken: what may go back to the host of what is in stock.
     pub(super) fn take_surplus(&mut self) -> Vec<Surplus> {
-        let surplus = self.idle_since.saturating_sub(COMMIT_FOLIOS);
+        let surplus = self.stock.look();
+        self.stock.goes_back(surplus);
         // What is used next is at the other end.
         let idle: Vec<_> = self.whole.iter_common(&self.ready).collect();
         let runs = &idle[idle.len() - surplus as usize..];
-        let taken = runs
-            .chunk_by(|a, b| a + 1 == *b)
+        runs.chunk_by(|a, b| a + 1 == *b)
             .map(|runs| {
                 let pages = self.folio.pages();
                 self.take_back(Pfn(runs[0] * pages), runs.len() as u64 * pages)
             })
-            .collect();
-        self.idle_since = self.idle;
-        taken
+            .collect()
     }
 
     /// Frames of homes, of one run, that have memory and nobody has a use for just now.
@@ -438,6 +465,13 @@ impl Allocator {
         let end = first + self.rest_of_run(Pfn(first));
         let count = (first..end).take_while(is_unused).count() as u64;
         Some(self.take_back(Pfn(first), count))
+    }
+
+    /// As [`Allocator::look_at_runs_of`], where what is in stock then is not what somebody had.
+    fn look_at_new_runs_of(&mut self, first: Pfn, count: u64) {
+        let before = self.stock.runs();
+        self.look_at_runs_of(first, count);
+        self.stock.was_filled(self.stock.runs() - before);
     }
 
     fn take_back(&mut self, first: Pfn, count: u64) -> Surplus {
@@ -459,7 +493,7 @@ impl Allocator {
     pub(super) fn keep(&mut self, Surplus { first, count }: Surplus) {
         self.end_transit(first, count);
         self.allocated.set_run(first.0, count, false);
-        self.look_at_runs_of(first, count);
+        self.look_at_new_runs_of(first, count);
     }
 
     /// Makes a home of `pages` frames, of which none is in use: of frames without memory, if it can be, so
@@ -636,9 +670,8 @@ impl Allocator {
             ready |= bits & self.committed.word(word);
         }
         let is_whole = free == self.folio.pages();
-        self.idle -= u64::from(self.whole.get(run) && self.ready.get(run));
-        self.idle += u64::from(is_whole && ready != 0);
-        self.idle_since = self.idle_since.min(self.idle);
+        let was_in_stock = self.whole.get(run) && self.ready.get(run);
+        self.stock.changed(was_in_stock, is_whole && ready != 0);
         self.whole.set(run, is_whole);
         let is_intact = is_whole && !self.pieces.get(run) && self.missing_of(run) == 0;
         self.intact.set(run, is_intact);

@@ -10,10 +10,11 @@
 //! back to the host, to make room: an allocation fails only if every frame for which there may be memory is
 //! in use, or the host refuses.
 //!
-//! # What nobody uses goes back
-//! [`Supply::give_back_surplus`], which is called before each snapshot, gives back the runs that were free
-//! all the time since the last call, but for as many as are made ready at a time. So memory that each
-//! snapshot uses for a while stays, and what one of them has needed once goes.
+//! # What is in stock
+//! Memory for copies is there before they are made, as far as somebody has the time to see to it
+//! ([`Supply::stock_up`]); how much, `stock.rs` says. [`Supply::give_back_surplus`], which is called before
+//! each snapshot, gives back the runs that were free all the time since the last call, but for as many as were
+//! taken meanwhile. So memory that each snapshot uses for a while stays, and what one of them has needed once goes.
 
 use std::io;
 use std::sync::Arc;
@@ -138,6 +139,11 @@ impl Supply {
             self.commit(claim)?;
         } else {
             allocator.finish(&claim);
+            let is_short = allocator.stock_mut().is_awaited && allocator.wanted() > 0;
+            drop(allocator);
+            if is_short {
+                self.settled.notify_all();
+            }
         }
         Ok(Ok(taken))
     }
@@ -167,12 +173,45 @@ impl Supply {
         }
     }
 
+    /// Waits until something should be put in stock. `false` if nothing should be any more
+    /// ([`Supply::close_stock`]).
+    pub(super) fn wait_for_want(&self) -> bool {
+        let mut allocator = self.lock();
+        loop {
+            if allocator.stock_mut().is_closed {
+                return false;
+            }
+            if allocator.wanted() > 0 {
+                return true;
+            }
+            allocator.stock_mut().is_awaited = true;
+            allocator = wait(&self.settled, allocator);
+            allocator.stock_mut().is_awaited = false;
+        }
+    }
+
+    /// Puts some memory in stock, if that is wanted and the host has it. Says whether more is wanted.
+    pub(super) fn stock_up(&self) -> bool {
+        let mut allocator = self.lock();
+        let Some(claim) = allocator.prepare_stock() else {
+            allocator.stock_mut().is_refused();
+            return false;
+        };
+        drop(allocator);
+        self.commit(claim).is_ok() && self.lock().wanted() > 0
+    }
+
+    /// Nobody will put anything in stock any more.
+    pub(super) fn close_stock(&self) {
+        self.lock().stock_mut().is_closed = true;
+        self.settled.notify_all();
+    }
+
     /// Asks the host for what a claim needs: if it refuses, for what the caller needs of it.
     fn commit(&self, mut claim: Claim) -> Result<(), AllocError> {
         loop {
             let (first, count) = (claim.first(), claim.total());
-            // Copies for snapshots: their sizes are a matter of the shadow page table alone.
-            let committed = if claim.is_home() {
+            let committed = if claim.is_huge() {
                 self.memory.commit(first, count)
             } else {
                 self.memory.commit_base_pages(first, count)

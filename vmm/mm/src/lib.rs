@@ -28,6 +28,7 @@
 //! | `policy` | the rules: may share, may write in place, may pin |
 //! | `predictor` | what the guest will write: how much is copied at once, and what beforehand |
 //! | `ledger` | who pays for which frame |
+//! | `stock` | how much memory is ready before anybody needs it |
 //! | `allocator` | who has which frame, and which frames have memory |
 //! | `commit` | asking the host for memory and giving it back, with no lock held |
 //! | `account`, `promise` | what one machine may take; memory that is spoken for |
@@ -110,6 +111,7 @@ mod safeguard;
 pub mod soft;
 mod space;
 mod stats;
+mod stock;
 mod stripe;
 mod sync;
 mod whole;

@@ -13,7 +13,7 @@ use std::sync::Arc;
 
 use super::account::Account;
 use super::addr::{Access, Order, Pfn};
-use super::allocator::{Allocator, COMMIT_FOLIOS, PoolUsage, Unavailable};
+use super::allocator::{Allocator, PoolUsage, Unavailable};
 use super::bits::BitSet;
 use super::commit::{AllocError, Supply};
 use super::entry::Entry;
@@ -29,6 +29,7 @@ use super::policy::CowPolicy;
 use super::pool_ref::PoolRef;
 use super::promise::{Promise, PromiseError, Promises};
 use super::safeguard::{Safeguard, is_left_out};
+use super::stock::COMMIT_FOLIOS;
 use super::stripe::Striped;
 
 /// All frames of a process.
@@ -83,6 +84,25 @@ impl FramePool {
     /// What is known of a frame just now.
     pub fn state(&self, pfn: Pfn) -> FrameState {
         self.frames.state(pfn)
+    }
+
+    /// Waits until there should be more memory in stock: committed, and ready for copies that nobody has to
+    /// make yet. `false` once it is nobody's duty any more ([`FramePool::close_stock`]). How much is a matter
+    /// of what is in use, before the first fork, and of what was copied between the last two; a pool that has
+    /// committed three quarters of its limit has none.
+    pub fn wait_for_want(&self) -> bool {
+        self.supply.wait_for_want()
+    }
+
+    /// Commits some of what should be in stock, if the host has it: for a thread that has the time. Says
+    /// whether there should be more.
+    pub fn stock_up(&self) -> bool {
+        self.supply.stock_up()
+    }
+
+    /// Ends the wait for more to do: for good.
+    pub fn close_stock(&self) {
+        self.supply.close_stock();
     }
 
     /// How full the pool is.

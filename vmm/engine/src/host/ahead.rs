@@ -1,33 +1,16 @@
 //! The thread that breaks ahead of the guest's writes (`mm/ahead.rs`), with whatever CPU time the guest
-//! leaves.
-//!
-//! A break holds the lock of its region while 2 MiB are copied, and a fault in that region waits for it. Were
-//! the thread at a low priority, it could be taken off the CPU just then, and the guest would wait until
-//! nobody else wants that CPU: priorities are not inherited by who holds a lock, and without privilege they
-//! can be lowered and never raised again. So it takes two threads:
-//!
-//! * `ahead` does the work, at the priority of everybody else, a *turn* at a time: some pieces, or one that
-//!   is large.
-//! * `spare` has the lowest priority, holds nothing, and does nothing but to give `ahead` its next turn. When
-//!   it gets to run there was CPU time that nobody wanted.
-//!
-//! On a machine that is busy there are few turns. What a guest can wait for is the end of one piece that runs
-//! like itself.
+//! leaves (`idle`).
 
 use std::fmt;
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
-use std::thread::{self, JoinHandle, Thread};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use rustix::process::setpriority_process;
-
+use super::idle::{IdleTurn, Spare};
 use crate::mm::{AddressSpace, CowPolicy};
 use crate::timeline::span;
-
-/// The lowest there is: everybody else goes first.
-const NICE: i32 = 19;
 
 /// How long a turn is, or one piece longer: many times what it costs to give it.
 const TURN: Duration = Duration::from_micros(200);
@@ -37,7 +20,8 @@ const TURN: Duration = Duration::from_micros(200);
 pub struct Ahead {
     shared: Arc<WorkerState>,
     worker: Option<JoinHandle<()>>,
-    spare: Option<JoinHandle<()>>,
+    /// After the worker, which waits for it.
+    _spare: Spare,
 }
 
 /// What the worker shares with who gives it its duty.
@@ -48,15 +32,7 @@ struct WorkerState {
     /// Whether to go on after a piece. Only a hint beside `duty`: it saves the thread from locking that
     /// every time.
     go_on: AtomicBool,
-    turn: IdleTurn,
-}
-
-/// What the two threads say to each other: no lock is held by the one at low priority.
-#[derive(Default)]
-struct IdleTurn {
-    worker: OnceLock<Thread>,
-    is_given: AtomicBool,
-    is_over: AtomicBool,
+    turn: Arc<IdleTurn>,
 }
 
 /// What the worker is to do, and whether it is doing a piece.
@@ -86,34 +62,25 @@ impl Ahead {
 
     /// `piece` does one, and says whether there may be more.
     fn of(piece: impl FnMut() -> bool + Send + 'static) -> io::Result<Self> {
-        let shared = Arc::<WorkerState>::default();
-        let (its, theirs) = (Arc::clone(&shared), Arc::clone(&shared));
-        let spare = thread::Builder::new()
-            .name("spare".to_owned())
-            .spawn(move || {
-                if let Err(error) = setpriority_process(None, NICE) {
-                    tracing::debug!(
-                        %error,
-                        "copies ahead are made whether there is CPU time to spare or not"
-                    );
-                }
-                theirs.turn.give();
-            })?;
-        let giver = spare.thread().clone();
-        // If there is no second thread, dropping this ends the first.
-        let mut ahead = Self {
-            shared,
-            worker: None,
-            spare: Some(spare),
-        };
+        let spare = Spare::start()?;
+        let shared = Arc::new(WorkerState {
+            turn: Arc::clone(spare.turn()),
+            ..WorkerState::default()
+        });
+        let its = Arc::clone(&shared);
         let worker = thread::Builder::new()
             .name("ahead".to_owned())
             .spawn(move || {
-                its.turn.worker.get_or_init(thread::current);
-                its.run(|| its.turn.wait(&giver, &its.go_on), piece);
+                its.run(
+                    || its.turn.wait(|| its.go_on.load(Ordering::Acquire)),
+                    piece,
+                )
             })?;
-        ahead.worker = Some(worker);
-        Ok(ahead)
+        Ok(Self {
+            shared,
+            worker: Some(worker),
+            _spare: spare,
+        })
     }
 
     /// Has it rest: before a fork, which would wait for it. Returns when it does.
@@ -142,40 +109,12 @@ impl Drop for Ahead {
         if let Some(worker) = self.worker.take() {
             let _ = worker.join();
         }
-        if let Some(spare) = self.spare.take() {
-            self.shared.turn.is_over.store(true, Ordering::Release);
-            spare.thread().unpark();
-            let _ = spare.join();
-        }
     }
 }
 
 impl fmt::Debug for Ahead {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Ahead").finish_non_exhaustive()
-    }
-}
-
-impl IdleTurn {
-    /// The life of the thread that gives turns: one each time it is asked, as soon as it gets to run.
-    fn give(&self) {
-        loop {
-            thread::park();
-            if self.is_over.load(Ordering::Acquire) {
-                return;
-            }
-            self.is_given.store(true, Ordering::Release);
-            self.worker.get().inspect(|worker| worker.unpark());
-        }
-    }
-
-    /// Asks for a turn. Returns when it is given, or the worker is not to go on.
-    fn wait(&self, giver: &Thread, go_on: &AtomicBool) {
-        self.is_given.store(false, Ordering::Relaxed);
-        giver.unpark();
-        while !self.is_given.load(Ordering::Acquire) && go_on.load(Ordering::Acquire) {
-            thread::park();
-        }
     }
 }
 
@@ -188,7 +127,7 @@ impl WorkerState {
         self.lock().todo = todo;
         self.go_on.store(todo == Todo::Work, Ordering::Release);
         self.changed.notify_all();
-        self.turn.worker.get().inspect(|worker| worker.unpark());
+        self.turn.look_again();
     }
 
     /// The worker's life. `turn` returns when there is CPU time to spare, or the duty has changed.
@@ -299,7 +238,7 @@ mod tests {
         let ahead = Ahead {
             shared,
             worker: Some(worker),
-            spare: None,
+            _spare: Spare::start().unwrap(),
         };
         ahead.work();
         asks.recv().unwrap();

@@ -12,7 +12,9 @@
 //! | `private` | keeps both from child processes and core dumps |
 //! | `prices` | what faults cost on this machine, by running averages |
 //! | `limits` | how much this process may take of the host, and who says so |
+//! | `idle` | work for CPU time that nobody else wants, by threads that hold locks |
 //! | `ahead` | a thread that breaks ahead of the guest's writes |
+//! | `stock` | a thread that has memory ready for copies |
 //! | `stream` | copies of whole folios, past the caches |
 //! | `space` | an address space without its policy |
 //! | `ram` | guest memory by guest-physical address, for host code: every access holds what it touches |
@@ -24,6 +26,7 @@ mod ahead;
 mod aligned;
 mod budget;
 mod call;
+mod idle;
 mod limits;
 mod mapping;
 mod maps;
@@ -36,6 +39,7 @@ mod ram;
 mod refusals;
 mod shown;
 mod space;
+mod stock;
 mod stream;
 mod syscalls;
 mod vacant;
@@ -53,4 +57,5 @@ pub use prices::Prices;
 pub use private::Dumps;
 pub use ram::{PinnedBuffer, Ram, RamError, SlicePin};
 pub use space::Space;
+pub(crate) use stock::StockKeeper;
 pub use window::{LOWEST, Placement, Window};

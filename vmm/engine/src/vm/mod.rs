@@ -95,7 +95,7 @@ pub enum BuildError {
     #[error("cannot make the virtual machine")]
     Kvm(#[from] KvmError),
     /// The host has no more threads.
-    #[error("cannot start the thread that copies ahead")]
+    #[error("cannot start the threads that copy ahead, and keep memory for it")]
     Ahead(#[source] io::Error),
     /// The memory is behind another window than the shell's.
     #[error("the memory is not behind the shell's window")]
@@ -173,7 +173,9 @@ impl<'a, P: CowPolicy> Builder<'a, P> {
     }
 
     /// Whether a thread of its own copies, after each snapshot, what the guest has written before all of the
-    /// last ones. It does unless this says otherwise.
+    /// last ones; and whether memory is kept ready for copies: before the first snapshot a quarter of what is
+    /// in use, 256 MiB at most in the process, then as much as was copied between the last two. It is so unless
+    /// this says otherwise.
     #[must_use]
     pub fn copy_ahead(mut self, copies_ahead: bool) -> Self {
         self.copies_ahead = copies_ahead;
@@ -225,6 +227,12 @@ impl<'a, P: CowPolicy> Builder<'a, P> {
     fn around(self, machine: Machine) -> Result<Vm<P>, BuildError> {
         for (port, event) in self.doorbells {
             machine.register_doorbell(port, event)?;
+        }
+        if self.copies_ahead {
+            self.memory
+                .frames()
+                .keep_stock()
+                .map_err(BuildError::Ahead)?;
         }
         let ahead = self
             .copies_ahead

@@ -34,6 +34,7 @@ enum Step {
     SetLimit(usize, u64),
     PrepareSingle,
     PrepareFolios,
+    PrepareStock,
     /// What comes of a claim on its way.
     Finish(usize),
     Refuse(usize),
@@ -58,6 +59,7 @@ fn step() -> impl Strategy<Value = Step> {
         1 => (who(), 0..80u64).prop_map(|(who, limit)| Step::SetLimit(who, limit)),
         1 => Just(Step::PrepareSingle),
         1 => Just(Step::PrepareFolios),
+        2 => Just(Step::PrepareStock),
         6 => which().prop_map(Step::Finish),
         2 => which().prop_map(Step::Refuse),
         1 => which().prop_map(Step::WithoutAhead),
@@ -182,7 +184,7 @@ impl Model {
     fn claimed(&mut self, claim: Claim, count: u64, is_home: bool, payer: Option<usize>) {
         let (first, total) = (claim.first().0, claim.total());
         let joins = is_home && self.joins(first, count);
-        assert!(total >= count && claim.is_home() == is_home);
+        assert!(total >= count && claim.is_huge() == (is_home || count == 0));
         let frames = self.of(first, total);
         let had = frames.iter().map(|f| f.is_committed).collect::<Vec<_>>();
         assert!(
@@ -338,6 +340,14 @@ impl Model {
                     self.prepared(claim);
                 }
             }
+            Step::PrepareStock => {
+                let spare = (self.limit / 4 * 3).saturating_sub(self.committed());
+                if let Some(claim) = self.allocator.prepare_stock() {
+                    assert!(claim.needs_memory() && claim.total() <= spare);
+                    assert_eq!((claim.first().0 % 4, claim.total() % 4), (0, 0));
+                    self.prepared(claim);
+                }
+            }
             Step::Finish(n) => {
                 if let Some(n) = pick(n, self.claims.len()) {
                     let (claim, count, _) = self.claims.swap_remove(n);
@@ -345,7 +355,7 @@ impl Model {
                     let (first, total) = (claim.first().0, claim.total());
                     for run in first / 4..(first + total).div_ceil(4) {
                         let is_all = first <= 4 * run && 4 * run + 4 <= first + total;
-                        match claim.is_home() && is_all {
+                        match claim.is_huge() && is_all {
                             true => self.pieces.remove(&run),
                             false => self.pieces.insert(run),
                         };

@@ -4,8 +4,9 @@ use std::sync::Mutex;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread;
 
-use super::super::allocator::{Allocator, COMMIT_FOLIOS};
+use super::super::allocator::Allocator;
 use super::super::fresh::FreshFolio;
+use super::super::stock::COMMIT_FOLIOS;
 use super::refusing::RefusingMemory;
 use super::*;
 
@@ -304,8 +305,9 @@ fn what_nobody_waits_for_yet_is_asked_for_once() {
     assert_eq!(pool.usage().committed, 0);
 }
 
+/// To make them huge can take long: that is for who has the time, or for what is shown to guests.
 #[test]
-fn only_homes_are_asked_for_in_huge_pages() {
+fn what_somebody_waits_for_outside_homes_is_asked_for_in_base_pages() {
     let (pool, memory) = refusing_pool();
     let home = pool.reserve(8).unwrap();
     let single = pool.allocate(&pool.payer()).unwrap();
@@ -315,10 +317,122 @@ fn only_homes_are_asked_for_in_huge_pages() {
         .unwrap();
     let copy = pool.allocate_folio(&pool.payer()).unwrap().unwrap();
     assert_eq!(folio.head(), home.frame(0));
-    let in_base_pages = memory.in_base_pages.lock().unwrap().clone();
-    assert_eq!(in_base_pages, [single.pfn().0, copy.head().0]);
+    let in_base_pages = || memory.in_base_pages.lock().unwrap().clone();
+    assert_eq!(in_base_pages(), [single.pfn().0, copy.head().0]);
     let asked = memory.committed.lock().unwrap().clone();
     assert!(asked.contains(&(home.frame(0).0, 8)), "{asked:?}");
+    assert!(!pool.supply().lock().is_in_pieces(folio.head()));
+    assert!(pool.supply().lock().is_in_pieces(copy.head()));
+    pool.supply().provide();
+    let next = pool.allocate_folio(&pool.payer()).unwrap().unwrap();
+    assert_eq!(in_base_pages().len(), 2, "what was provided is not");
+    assert!(!pool.supply().lock().is_in_pieces(next.head()));
+}
+
+/// A pool of folios of four with `used` of them in use.
+fn stocked_pool(used: u64, limit: u64) -> (Arc<FramePool>, Arc<RefusingMemory>, Vec<FreshFolio>) {
+    let memory = RefusingMemory::new(4096);
+    let bytes = Arc::clone(&memory) as Arc<dyn FrameMemory>;
+    let pool = FramePool::with_folios_of(Order::new(2), bytes, 4096, limit).unwrap();
+    let used = folios(&pool, used);
+    memory.committed.lock().unwrap().clear();
+    (pool, memory, used)
+}
+
+/// Runs that are in stock.
+fn in_stock(pool: &FramePool) -> u64 {
+    let usage = pool.usage();
+    (usage.committed - usage.in_use) / 4
+}
+
+#[test]
+fn a_part_of_what_is_in_use_is_in_stock_before_the_first_fork() {
+    let (pool, memory, used) = stocked_pool(80, 4000);
+    while pool.stock_up() {}
+    assert_eq!(in_stock(&pool), 20);
+    let pieces = memory.committed.lock().unwrap().clone();
+    assert_eq!(pieces, [(4 * 81, 4 * 8), (4 * 89, 4 * 8), (4 * 97, 4 * 4)]);
+    assert_eq!(
+        memory.in_base_pages.lock().unwrap().len(),
+        80,
+        "in no piece"
+    );
+    let copies = folios(&pool, 20);
+    assert_eq!(
+        memory.committed.lock().unwrap().len(),
+        3,
+        "nobody has to wait"
+    );
+    drop((used, copies));
+}
+
+/// While the first fork's copies are made nothing is, but for a few; after the second, as many as were needed.
+#[test]
+fn what_is_taken_between_two_forks_is_put_in_stock_again() {
+    let (pool, _memory, used) = stocked_pool(80, 4000);
+    let fill = || while pool.stock_up() {};
+    fill();
+    pool.provide();
+    let first = folios(&pool, 12);
+    fill();
+    assert_eq!(in_stock(&pool), 8);
+    pool.provide();
+    fill();
+    assert_eq!(in_stock(&pool), 12);
+    let second = folios(&pool, 15);
+    fill();
+    assert_eq!(in_stock(&pool), 12);
+    pool.provide();
+    fill();
+    assert_eq!(in_stock(&pool), 15);
+    drop((used, first, second));
+}
+
+#[test]
+fn a_pool_that_is_nearly_full_has_no_stock() {
+    let (pool, memory, used) = stocked_pool(80, 4 * 80 * 4 / 3);
+    assert!(!pool.stock_up());
+    assert_eq!((in_stock(&pool), memory.refusals.calls()), (0, 81));
+    drop(used);
+}
+
+#[test]
+fn a_host_that_refuses_to_fill_the_stock_is_not_asked_for_ever() {
+    let (pool, memory, used) = stocked_pool(80, 4000);
+    memory.refusals.from(0);
+    assert!(!pool.stock_up() && !pool.stock_up());
+    assert_eq!(memory.refusals.calls(), 1);
+    memory.refusals.never();
+    assert!(!pool.stock_up());
+    pool.provide();
+    let before = in_stock(&pool);
+    let copies = folios(&pool, before);
+    pool.stock_up();
+    assert!(in_stock(&pool) > 0);
+    drop((used, copies));
+}
+
+/// Whoever fills it sleeps while there is enough, and is woken when there is not, and when it is over.
+#[test]
+fn who_fills_the_stock_waits_for_something_to_do() {
+    let (pool, _memory, used) = stocked_pool(80, 4000);
+    thread::scope(|scope| {
+        let (done, pieces) = channel();
+        let keeper = Arc::clone(&pool);
+        let keeper = scope.spawn(move || {
+            while keeper.wait_for_want() {
+                keeper.stock_up();
+                done.send(in_stock(&keeper)).unwrap();
+            }
+        });
+        let hear = |want| while pieces.recv().unwrap() != want {};
+        hear(20);
+        let taken = folios(&pool, 1);
+        hear(20);
+        pool.close_stock();
+        keeper.join().unwrap();
+        drop((used, taken));
+    });
 }
 
 #[test]

@@ -1,10 +1,10 @@
 //! Where frames come from, and what happens at the limit.
 
-use super::super::allocator::COMMIT_FOLIOS;
 use super::super::frame::Released;
 use super::super::fresh::{Fresh, FreshFolio};
 use super::super::home::Home;
 use super::super::soft::soft_pool_of;
+use super::super::stock::COMMIT_FOLIOS;
 use super::refusing::RefusingMemory;
 use super::*;
 

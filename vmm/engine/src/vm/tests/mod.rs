@@ -17,7 +17,7 @@ use crate::kvm::tests::guest::wait_until;
 use crate::kvm::tests::{DATA, PORT_EVENT, PORT_EXIT, SOON, need_kvm};
 use crate::kvm::{PortAction, StopReason, VcpuState, write_page_tables};
 use crate::memory::Frames;
-use crate::mm::AddressSpace;
+use crate::mm::{AddressSpace, PAGE_SIZE, REGION_PAGES};
 use crate::saved::Saved;
 use crate::snapshot::tests::{Fails, FakeDevice, Log};
 use crate::vcpus::{Capture, Vcpus, VcpusError};
@@ -348,4 +348,31 @@ fn a_vm_runs_on_when_a_snapshot_has_another_number_of_devices() {
     assert!(counts, "{error}");
     let now = counted(vm.ram());
     wait_until("counting on", || counted(vm.ram()) > now + 1000);
+}
+
+/// In the time that nobody wants: before the first snapshot, so that its copies need not wait for the host.
+#[test]
+fn memory_for_copies_is_there_before_the_first_snapshot() {
+    const REGIONS: u64 = 12;
+    const REGION_SIZE: u64 = REGION_PAGES * PAGE_SIZE;
+    let kvm = need_kvm!();
+    let committed = |copies_ahead| {
+        let frames = Frames::new(8 * REGIONS * REGION_SIZE).unwrap();
+        let memory = Memory::new(&frames, REGIONS * REGION_SIZE).unwrap();
+        for region in 0..REGIONS {
+            memory.ram().write(region * REGION_SIZE, &[1]).unwrap();
+        }
+        let before = frames.pool().usage().committed;
+        let vm = Vm::builder(memory).copy_ahead(copies_ahead);
+        let vm = vm.build(kvm, 1).unwrap();
+        let wanted = before + if copies_ahead { 3 * REGION_PAGES } else { 0 };
+        wait_until("memory in stock", || {
+            frames.pool().usage().committed >= wanted
+        });
+        drop(vm);
+        let after = frames.pool().usage().committed;
+        assert_eq!(after, wanted);
+    };
+    committed(false);
+    committed(true);
 }

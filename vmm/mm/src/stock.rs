@@ -1,0 +1,211 @@
+//! The stock: free runs outside homes that have memory already, and how many there should be.
+//!
+//! To get memory for a copy from the host costs many times what the copying does, so memory for copies should be
+//! there before the guest asks. How much of it is learnt from one snapshot to the next: as much as was taken
+//! between the last two. Before anything is known it is a part of what is in use, up to a bound, since the
+//! first snapshot is the one that most guests see; a guest that is never forked pays with that.
+//!
+//! Who fills the stock has time: it is asked for by [`Stock::wanted`], by a thread that works when nobody
+//! else does. What is in the stock beyond that and was there all the time goes back to the host.
+
+/// Huge folios' worth of memory that is asked for at a time, where somebody needs less: most of what it costs to
+/// make host memory huge is for the call. And what is kept in stock though nobody takes it.
+pub(super) const COMMIT_FOLIOS: u64 = 8;
+
+/// Of what is in use, the part that a first snapshot is expected to copy soon: one of so many runs.
+const PART: u64 = 4;
+/// The most that is kept in stock, in runs: 256 MiB.
+const MOST: u64 = 128;
+
+/// How many runs are in stock, and were.
+#[derive(Debug, Default)]
+pub(super) struct Stock {
+    /// Runs that are whole, and of which some frame at least has memory.
+    runs: u64,
+    /// The least that there were since the last look.
+    least: u64,
+    /// How many more were taken than came back since the last look, from here or past it.
+    out: i64,
+    /// The most that was.
+    most_out: i64,
+    /// How many were wanted at once between the last two looks, if there were two.
+    taken: Option<u64>,
+    looks: u64,
+    /// It cannot be filled: the host has refused, or there is no run for it. Not tried again before the next
+    /// look.
+    is_refused: bool,
+    /// Somebody waits until more is wanted.
+    pub(super) is_awaited: bool,
+    /// Nobody fills it any more.
+    pub(super) is_closed: bool,
+}
+
+impl Stock {
+    pub(super) fn runs(&self) -> u64 {
+        self.runs
+    }
+
+    /// A run that was in stock no longer is, since somebody has taken it; or the other way round.
+    #[inline]
+    pub(super) fn changed(&mut self, was_in: bool, is_in: bool) {
+        match (was_in, is_in) {
+            (true, false) => {
+                self.runs -= 1;
+                self.least = self.least.min(self.runs);
+                self.is_out(1);
+            }
+            (false, true) => {
+                self.runs += 1;
+                self.out -= 1;
+            }
+            _ => {}
+        }
+    }
+
+    /// Of what came last, so many runs are new: nobody had taken them.
+    pub(super) fn was_filled(&mut self, runs: u64) {
+        self.out += runs as i64;
+    }
+
+    /// So many runs go to the host next.
+    pub(super) fn goes_back(&mut self, runs: u64) {
+        self.out -= runs as i64;
+    }
+
+    /// Somebody has to wait for the memory of so many runs.
+    pub(super) fn is_late(&mut self, runs: u64) {
+        self.is_out(runs as i64);
+    }
+
+    fn is_out(&mut self, runs: i64) {
+        self.out += runs;
+        self.most_out = self.most_out.max(self.out);
+    }
+
+    /// There is no memory for more, or no run.
+    pub(super) fn is_refused(&mut self) {
+        self.is_refused = true;
+    }
+
+    /// How many runs should be asked for now, where `in_use` are in use.
+    pub(super) fn wanted(&self, in_use: u64) -> u64 {
+        if self.is_refused {
+            return 0;
+        }
+        self.aim(in_use).saturating_sub(self.runs)
+    }
+
+    fn aim(&self, in_use: u64) -> u64 {
+        let aim = match (self.taken, self.looks) {
+            (Some(taken), _) => taken,
+            (None, 0) => in_use / PART,
+            // Its copies are being made, and should not have to share memory's bandwidth with more for others.
+            (None, _) => COMMIT_FOLIOS,
+        };
+        aim.min(MOST)
+    }
+
+    /// A snapshot is about to be taken: how many runs may go back to the host. They were in stock ever since
+    /// the last look, and are more than what was taken meanwhile.
+    pub(super) fn look(&mut self) -> u64 {
+        let taken = self.most_out as u64;
+        // Until the first look the guest had no snapshot that would have needed copies.
+        if self.looks > 0 {
+            self.taken = Some(taken);
+        }
+        let beyond = self.runs.saturating_sub(taken.max(COMMIT_FOLIOS));
+        let surplus = self.least.saturating_sub(COMMIT_FOLIOS).min(beyond);
+        self.least = self.runs - surplus;
+        (self.out, self.most_out) = (0, 0);
+        self.looks += 1;
+        self.is_refused = false;
+        surplus
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A stock of `runs` runs.
+    fn stock(runs: u64) -> Stock {
+        let mut stock = Stock::default();
+        fill(&mut stock, runs);
+        stock
+    }
+
+    fn fill(stock: &mut Stock, runs: u64) {
+        come_back(stock, runs);
+        stock.was_filled(runs);
+    }
+
+    fn come_back(stock: &mut Stock, runs: u64) {
+        (0..runs).for_each(|_| stock.changed(false, true));
+    }
+
+    fn take(stock: &mut Stock, runs: u64) {
+        (0..runs).for_each(|_| stock.changed(true, false));
+    }
+
+    /// A look, and what goes back to the host then.
+    fn look(stock: &mut Stock) -> u64 {
+        let surplus = stock.look();
+        stock.goes_back(surplus);
+        take(stock, surplus);
+        surplus
+    }
+
+    #[test]
+    fn before_the_first_snapshot_it_is_a_part_of_what_is_in_use() {
+        let mut stock = stock(0);
+        assert_eq!((stock.wanted(3), stock.wanted(100)), (0, 25));
+        assert_eq!(stock.wanted(1 << 40), MOST, "up to a bound");
+        fill(&mut stock, 1);
+        assert_eq!(stock.wanted(100), 24);
+        fill(&mut stock, 19);
+        assert_eq!(look(&mut stock), 0);
+        // The first snapshot's copies come now: they are what it was for.
+        assert_eq!(stock.wanted(100), 0);
+        take(&mut stock, 15);
+        assert_eq!(stock.wanted(100), COMMIT_FOLIOS - 5);
+    }
+
+    #[test]
+    fn what_was_taken_is_wanted_again() {
+        let mut stock = stock(30);
+        look(&mut stock);
+        take(&mut stock, 20);
+        stock.is_late(3);
+        assert_eq!(look(&mut stock), 0);
+        assert_eq!(stock.wanted(1000), 23 - 10);
+        // What is put there meanwhile does not count, nor what was taken after as much had come back.
+        take(&mut stock, 10);
+        fill(&mut stock, 4);
+        stock.is_late(15);
+        come_back(&mut stock, 9);
+        take(&mut stock, 9);
+        look(&mut stock);
+        assert_eq!(stock.wanted(0), 25 - 4);
+    }
+
+    #[test]
+    fn what_nobody_took_goes_but_for_what_is_taken_at_a_time() {
+        let mut stock = stock(50);
+        assert_eq!(look(&mut stock), 0, "it came since the last look");
+        take(&mut stock, 20);
+        // They are the snapshot's, which keeps them: the next will need as many.
+        assert_eq!(look(&mut stock), 10);
+        // What has gone back to the host was not taken.
+        assert_eq!(look(&mut stock), 20 - COMMIT_FOLIOS);
+        assert_eq!(stock.wanted(100), 0);
+    }
+
+    #[test]
+    fn a_host_that_refuses_is_asked_again_after_the_next_look() {
+        let mut stock = stock(0);
+        stock.is_refused();
+        assert_eq!(stock.wanted(100), 0);
+        look(&mut stock);
+        assert_eq!(stock.wanted(100), COMMIT_FOLIOS);
+    }
+}
