@@ -32,8 +32,8 @@ use working_set::WorkingSet;
 
 /// Small breaks that cost as much as that of a whole region, until somebody has measured it.
 const WHOLE_PRICE: u32 = 8;
-/// Chunks that a fork may have to do: less than a millisecond's work.
-const LEFT_TO_FORK: u32 = 256;
+/// Chunks that a fork may have to do: some 4 us each on PVM, a fifth of a millisecond together.
+const LEFT_TO_FORK: u32 = 40;
 
 /// What one address space has learnt of its guest's writes, and what it makes of that.
 pub(super) struct Predictor {
