@@ -140,12 +140,13 @@ impl FramePool {
     }
 
     /// Frames that are allocated or held though everybody is gone: what is left when no address space,
-    /// snapshot or pin should be. Empty when the accounts are right. At most `most` of them.
+    /// snapshot or pin should be. Empty when the accounts are right. At most `most` of them; those about which
+    /// the host is being asked are nobody's yet, or somebody's who is not gone.
     pub fn leftovers(&self, most: usize) -> Vec<(Pfn, FrameState)> {
         let allocator = self.supply.lock();
         (1..self.frames.len())
             .map(|n| (Pfn(n), self.frames.state(Pfn(n))))
-            .filter(|&(pfn, state)| allocator.is_allocated(pfn) || state.refs() > 0)
+            .filter(|&(pfn, state)| allocator.is_in_use(pfn) || state.refs() > 0)
             .take(most)
             .collect()
     }

@@ -30,6 +30,8 @@ pub(super) struct Stock {
     most_out: i64,
     /// How many were wanted at once between the last two looks, if there were two.
     taken: Option<u64>,
+    /// How many of them had not come back by the second of these.
+    kept: u64,
     looks: u64,
     /// It cannot be filled: the host has refused, or there is no run for it. Not tried again before the next
     /// look.
@@ -92,7 +94,14 @@ impl Stock {
         if self.is_refused {
             return 0;
         }
-        self.aim(in_use).saturating_sub(self.runs)
+        self.aim(in_use).saturating_sub(self.expected())
+    }
+
+    /// How many there will be at the next look, if as many come back as did before the last.
+    fn expected(&self) -> u64 {
+        // What is out before the first snapshot is whose it is.
+        let out = u64::try_from(self.out).ok().filter(|_| self.looks > 0);
+        self.runs + out.unwrap_or(0).saturating_sub(self.kept)
     }
 
     fn aim(&self, in_use: u64) -> u64 {
@@ -112,6 +121,7 @@ impl Stock {
         // Until the first look the guest had no snapshot that would have needed copies.
         if self.looks > 0 {
             self.taken = Some(taken);
+            self.kept = u64::try_from(self.out).unwrap_or(0);
         }
         let beyond = self.runs.saturating_sub(taken.max(COMMIT_FOLIOS));
         let surplus = self.least.saturating_sub(COMMIT_FOLIOS).min(beyond);
@@ -166,8 +176,8 @@ mod tests {
         assert_eq!(look(&mut stock), 0);
         // The first snapshot's copies come now: they are what it was for.
         assert_eq!(stock.wanted(100), 0);
-        take(&mut stock, 15);
-        assert_eq!(stock.wanted(100), COMMIT_FOLIOS - 5);
+        take(&mut stock, 20);
+        assert_eq!(stock.wanted(100), 0, "they may come back");
     }
 
     #[test]
@@ -186,6 +196,31 @@ mod tests {
         take(&mut stock, 9);
         look(&mut stock);
         assert_eq!(stock.wanted(0), 25 - 4);
+    }
+
+    /// The snapshots before it are dropped each time, or none is.
+    #[test]
+    fn what_will_come_back_is_not_replaced() {
+        let mut dropped = stock(30);
+        look(&mut dropped);
+        for _ in 0..3 {
+            take(&mut dropped, 30);
+            assert_eq!(dropped.wanted(1000), 0);
+            come_back(&mut dropped, 30);
+            assert_eq!(look(&mut dropped), 0);
+        }
+        let mut kept = stock(60);
+        look(&mut kept);
+        take(&mut kept, 30);
+        for _ in 0..3 {
+            assert_eq!(look(&mut kept), 0);
+            assert_eq!(kept.wanted(1000), 0);
+            take(&mut kept, 20);
+            assert_eq!(kept.wanted(1000), 20, "it will be missing at the next look");
+            take(&mut kept, 10);
+            fill(&mut kept, 30);
+            assert_eq!(kept.wanted(1000), 0);
+        }
     }
 
     #[test]
