@@ -182,8 +182,15 @@ fn help_says_what_there_is() {
 #[test]
 fn nonsense_is_refused_with_the_limit_named() {
     let refusals: &[(&[&str], &str)] = &[
-        (&["--vcpus", "0"], "--vcpus 0: a guest has 1 to 16 vCPUs"),
-        (&["--vcpus", "17"], "--vcpus 17: a guest has 1 to 16 vCPUs"),
+        (&["--vcpus", "0"], "--vcpus 0: a guest has 1 to 256 vCPUs"),
+        (
+            &["--vcpus", "257"],
+            "--vcpus 257: a guest has 1 to 256 vCPUs",
+        ),
+        (
+            &["--vcpus", "256", "--memory", "64M"],
+            "--memory 64 MiB: a guest of this shape needs at least 542 MiB (--vcpus 256",
+        ),
         (&["--vcpus=-1"], "invalid value '-1' for '--vcpus <N>'"),
         (&["--vcpus", "two"], "invalid digit"),
         (
@@ -196,8 +203,13 @@ fn nonsense_is_refused_with_the_limit_named() {
             "--memory 33554433 B: must be a multiple of 4 KiB",
         ),
         (
-            &["--memory", "129G"],
-            "--memory 129 GiB: a guest has at most 128 GiB",
+            &["--memory", "65T"],
+            "--memory 65 TiB: a guest has at most 64 TiB",
+        ),
+        (
+            // Less than the most that a guest may have, and more than any host gives twice.
+            &["--memory", "64T"],
+            "--memory 64 TiB: this run needs ",
         ),
         (&["--memory", "99999999999T"], "is too large"),
         (&["--memory", "lots"], "must be a number and a unit"),

@@ -79,7 +79,8 @@ impl Guest {
         let vm = builder
             .build(&Kvm::open().unwrap(), VCPUS as usize)
             .unwrap();
-        vm.start(|vcpu| boot::entry(image.entry(), vcpu)).unwrap();
+        vm.start(|vcpu| boot::entry(&layout, image.entry(), vcpu))
+            .unwrap();
         Self {
             vm,
             devices,

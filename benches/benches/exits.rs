@@ -120,7 +120,7 @@ impl Rig {
             .copy_ahead(false)
             .build(accelerator, 1)
             .expect("a virtual machine");
-        vm.start(|vcpu| boot::entry(IMAGE_GPA, vcpu))
+        vm.start(|vcpu| boot::low_entry(IMAGE_GPA, vcpu))
             .expect("a guest");
         Self { vm, gate }
     }

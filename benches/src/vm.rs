@@ -186,7 +186,7 @@ impl BenchVm {
             .dma
             .then(|| DeviceThread::start(&*technique, layout.device_area(0)))
             .transpose()?;
-        machine.start(|vcpu| boot::entry(image.entry(), vcpu))?;
+        machine.start(|vcpu| boot::entry(&layout, image.entry(), vcpu))?;
         Ok(Self {
             machine,
             device,

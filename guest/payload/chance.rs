@@ -3,7 +3,7 @@
 use core::mem::offset_of;
 
 use crate::abi::{
-    DRAWS_BY_FORMULA, DrawLog, GENERATION_GPA, GenerationPage, Layout, PAGE_SIZE, Turn, VcpuPage,
+    DRAWS_BY_FORMULA, DrawLog, GENERATION_GPA, GenerationPage, Layout, Turn, VcpuPage,
 };
 use crate::area::Area;
 use crate::draws::{Drawer, Places, count};
@@ -48,7 +48,7 @@ impl Chance {
 
 /// The memory of a vCPU that draws.
 struct Memory {
-    page: Area<PAGE_SIZE>,
+    page: Area<{ size_of::<GenerationPage>() as u64 }>,
     log: Area<{ size_of::<DrawLog>() as u64 }>,
     /// Gpa of its [`Turn`].
     turn: u64,

@@ -5,8 +5,8 @@ use core::arch::x86_64::_rdtsc;
 use core::mem::offset_of;
 
 use crate::abi::{
-    BootInfo, FOLLOWS_FORMULA, Failure, FailureKind, GAP_BUCKETS, GAP_SHIFT, Gap, Layout, Mark,
-    PORT_FAILURE, VCPU_STRIDE, VcpuPage,
+    BootInfo, FOLLOWS_FORMULA, Failure, FailureKind, GAP_BUCKETS, GAP_SHIFT, Gap, Layout,
+    PORT_FAILURE, VCPU_STRIDE, VcpuPage, mark_offset,
 };
 use crate::area::Area;
 use crate::formula::mark_target;
@@ -112,8 +112,7 @@ impl Vcpu {
         if let Some(other) = mark_target(self.layout.vcpus, self.index, self.op) {
             // SAFETY: the page of another vCPU, in which this mark is ours alone.
             let page: Area<VCPU_STRIDE> = unsafe { Area::new(self.layout.vcpu_page(other)) };
-            let marks = offset_of!(VcpuPage, marks) as u64;
-            page.write(marks + self.index * size_of::<Mark>() as u64, self.op);
+            page.write(mark_offset(self.index), self.op);
         }
         // SAFETY: rdtsc is there, and allowed in ring 3.
         let now = unsafe { _rdtsc() };

@@ -11,7 +11,7 @@
 //! |---|---|
 //! | `rdi` | gpa of [`BootInfo`] ([`BOOT_INFO_GPA`]) |
 //! | `rsi` | index of this vCPU, from 0 |
-//! | `rsp` | top of this vCPU's stack ([`stack_top`]), 16-byte aligned, with nothing on it |
+//! | `rsp` | top of this vCPU's stack ([`Layout::stack_top`]), 16-byte aligned, with nothing on it |
 //! | `rflags` | IOPL 3, interrupts on |
 //! | others | 0 |
 //!
@@ -24,13 +24,14 @@
 //! 0x0000_0000  not the guest's: it touches nothing here. On KVM it would read zeros; see below
 //! 0x0000_2000  the I/O bitmap that allows `out` where IOPL is not kept: a page that must stay zero
 //! 0x0001_0000  page tables, built by the VMM with accessed and dirty bits set; read-only to the guest by
-//!              agreement
+//!              agreement. Those of more memory than LOW_MEMORY are above the image
 //! 0x000f_0000  BootInfo
-//! 0x000f_1000  GenerationPage, which the VMM writes anew before a copy of the guest runs
-//! 0x0010_0000  stacks, 64 KiB a vCPU, MAX_VCPUS of them
+//! 0x000f_1000  GenerationPage, which the VMM writes anew before a copy of the guest runs: a page, and more
+//!              with more than 63 vCPUs
+//! 0x0010_0000  stacks, 64 KiB a vCPU, of the first LOW_STACKS vCPUs. Those of others are above the image
 //! 0x0020_0000  the ELF image
-//! Layout       vCPU pages, device areas, hammered memory: see Layout, which is computed by the VMM and
-//!              handed over in BootInfo
+//! Layout       vCPU pages, device areas, stacks and page tables that have no room below, hammered memory:
+//!              see Layout, which is computed by the VMM and handed over in BootInfo
 //! ```
 //!
 //! Guest memory begins at 0, but a guest uses nothing below [`LOWEST_GPA`]: where guest addresses are
@@ -62,8 +63,8 @@
 //! the same seeds in its memory, and would draw the same random numbers from them. So the VMM gives each copy
 //! a new [`Generation`] before its first instruction, as ACPI's VM Generation ID does, with fresh seed
 //! material in it. It lies in a page of its own ([`GENERATION_GPA`]): [`BootInfo`] stays what it was at boot,
-//! which snapshots are checked for, the VMM needs to know nothing of the guest to write it, and one page is
-//! written wholly or not at all.
+//! which snapshots are checked for, and the VMM needs to know no more of the guest to write it than how many
+//! vCPUs it has.
 //!
 //! There are no interrupts, and so there is no notice: a guest *polls*. To read the generation, to draw, and
 //! to read it again is not enough: a copy that is made after the second reading has both. The drawing must
@@ -86,6 +87,8 @@
 //! XSAVE area has it: when MM7 is `n`, operations `0..n` are complete, `n` may be done in part, and
 //! none beyond it has begun.
 
+use core::ops::Range;
+
 /// Bytes in a page, and in a frame.
 pub const PAGE_SIZE: u64 = 4096;
 /// Bytes in a region: what one huge page would map.
@@ -97,20 +100,25 @@ pub const LOWEST_GPA: u64 = 0x1_0000;
 pub const BOOT_INFO_GPA: u64 = 0xf_0000;
 /// Where the [`GenerationPage`] is.
 pub const GENERATION_GPA: u64 = BOOT_INFO_GPA + PAGE_SIZE;
-/// Where the page tables begin: PML4, PDPT, then one page directory a GiB.
+/// Where the page tables of a guest of up to [`LOW_MEMORY`] begin: PML4, PDPT, then one page directory a GiB.
 pub const PAGE_TABLES_GPA: u64 = 0x1_0000;
-/// Where the stacks begin.
+/// The most memory, in bytes, that there is room for page tables of below the image.
+pub const LOW_MEMORY: u64 = 128 << 30;
+/// Where the stacks of the first [`LOW_STACKS`] vCPUs begin.
 pub const STACKS_GPA: u64 = 0x10_0000;
+/// How many stacks there is room for below the image.
+pub const LOW_STACKS: u64 = 16;
 /// Bytes of stack a vCPU has.
 pub const STACK_SIZE: u64 = 0x1_0000;
 /// Where the ELF is linked and loaded. Every segment must lie at or above it.
 pub const IMAGE_GPA: u64 = 0x20_0000;
-/// The most vCPUs a guest may have.
-pub const MAX_VCPUS: u64 = 16;
+/// The most vCPUs a guest may have: what a page key has bits for, and an APIC id.
+pub const MAX_VCPUS: u64 = 256;
 /// The most DMA devices a guest may have.
 pub const MAX_DEVICES: u64 = 8;
-/// The most memory a guest may have: what the page tables below the stacks can map.
-pub const MAX_MEMORY: u64 = 128 << 30;
+/// The most memory a guest may have, in bytes: half of what a process has addresses for, since without KVM
+/// guest addresses are addresses of one.
+pub const MAX_MEMORY: u64 = 64 << 40;
 
 /// Console port.
 pub const PORT_CONSOLE: u16 = 0x500;
@@ -128,7 +136,7 @@ pub const PORT_DOORBELL_EVENT: u16 = 0x520;
 /// First word of a [`BootInfo`].
 pub const BOOT_MAGIC: u64 = u64::from_le_bytes(*b"PALIMPS1");
 
-/// Gpa just above the stack of vCPU `vcpu`.
+/// Gpa just above the stack of vCPU `vcpu`, one of the first [`LOW_STACKS`]: it is there in each layout.
 pub const fn stack_top(vcpu: u64) -> u64 {
     STACKS_GPA + (vcpu + 1) * STACK_SIZE
 }
@@ -174,7 +182,8 @@ pub struct Turn {
 }
 
 /// What lies at [`GENERATION_GPA`]. The VMM writes it while no vCPU runs: before the guest's first
-/// instruction, and before the first instruction of each copy of it.
+/// instruction, and before the first instruction of each copy of it. What lies behind the turns of a guest's
+/// vCPUs it leaves alone: a guest of up to 63 vCPUs has one page of it.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct GenerationPage {
@@ -184,6 +193,13 @@ pub struct GenerationPage {
     pub generation: Generation,
     /// By vCPU; a cache line each, so that nobody waits.
     pub turns: [Turn; MAX_VCPUS as usize],
+}
+
+impl GenerationPage {
+    /// Bytes of it that a guest of so many vCPUs has: they end behind the last turn.
+    pub const fn len_for(vcpus: u64) -> u64 {
+        (core::mem::offset_of!(Self, turns) + vcpus as usize * core::mem::size_of::<Turn>()) as u64
+    }
 }
 
 /// How a vCPU chooses the page of its next operation.
@@ -230,6 +246,11 @@ pub struct Layout {
     pub vcpu_base: u64,
     /// Gpa of the first device area; they lie [`DEVICE_STRIDE`] apart.
     pub device_base: u64,
+    /// Gpa at which the stack of vCPU [`LOW_STACKS`] begins, if there is one. Those of the vCPUs after it
+    /// follow. In the first 4 GiB, as all that a guest points a port at.
+    pub stacks_base: u64,
+    /// Gpa of the page tables: [`PAGE_TABLES_GPA`], or above the image if there is no room there.
+    pub page_tables: u64,
     /// Gpa of the hammered memory, aligned to [`REGION_SIZE`]; it reaches to the end of memory.
     pub hammer_base: u64,
 }
@@ -257,7 +278,15 @@ impl Layout {
         }
         let vcpu_base = image_end.next_multiple_of(REGION_SIZE);
         let device_base = (vcpu_base + vcpus * VCPU_STRIDE).next_multiple_of(REGION_SIZE);
-        let hammer_base = (device_base + devices * DEVICE_STRIDE).next_multiple_of(REGION_SIZE);
+        let stacks_base = device_base + devices * DEVICE_STRIDE;
+        let stacks_end = stacks_base + vcpus.saturating_sub(LOW_STACKS) * STACK_SIZE;
+        let (page_tables, end) = if memory <= LOW_MEMORY {
+            (PAGE_TABLES_GPA, stacks_end)
+        } else {
+            let first = stacks_end.next_multiple_of(REGION_SIZE);
+            (first, first + page_tables_size(memory))
+        };
+        let hammer_base = end.next_multiple_of(REGION_SIZE);
         if hammer_base + vcpus * REGION_SIZE > memory {
             return None;
         }
@@ -268,8 +297,33 @@ impl Layout {
             registered,
             vcpu_base,
             device_base,
+            stacks_base,
+            page_tables,
             hammer_base,
         })
+    }
+
+    /// Gpa just above the stack of vCPU `vcpu`.
+    pub const fn stack_top(&self, vcpu: u64) -> u64 {
+        if vcpu < LOW_STACKS {
+            stack_top(vcpu)
+        } else {
+            self.stacks_base + (vcpu - LOW_STACKS + 1) * STACK_SIZE
+        }
+    }
+
+    /// Where the stacks are: those below the image, and the others.
+    pub const fn stacks(&self) -> [Range<u64>; 2] {
+        let low = if self.vcpus < LOW_STACKS {
+            self.vcpus
+        } else {
+            LOW_STACKS
+        };
+        let high = (self.vcpus - low) * STACK_SIZE;
+        [
+            STACKS_GPA..STACKS_GPA + low * STACK_SIZE,
+            self.stacks_base..self.stacks_base + high,
+        ]
     }
 
     /// Gpa of the [`VcpuPage`] of vCPU `vcpu`.
@@ -307,6 +361,12 @@ impl Layout {
     }
 }
 
+/// Bytes of the page tables of a guest of `memory` bytes, which map it in pages of 2 MiB: one table of the
+/// fourth level, one of the third for each 512 GiB, one of the second for each GiB.
+pub const fn page_tables_size(memory: u64) -> u64 {
+    (1 + memory.div_ceil(512 << 30) + memory.div_ceil(1 << 30)) * PAGE_SIZE
+}
+
 /// Bytes from one [`VcpuPage`] to the next.
 pub const VCPU_STRIDE: u64 = 8 * PAGE_SIZE;
 /// Buckets in [`VcpuPage::gaps`].
@@ -335,8 +395,8 @@ pub struct VcpuPage {
     /// Gpas of the code that holds them over a page: where the check of the page begins, where writing it
     /// begins, and where that ends.
     pub holds: [u64; 3],
-    /// What the others have left here, by vCPU.
-    pub marks: [Mark; MAX_VCPUS as usize],
+    /// What the others have left here: see [`mark_offset`].
+    pub marks: [MarkLine; MARK_LINES as usize],
     /// What the vCPU has drawn.
     pub draws: DrawLog,
     /// Unused by the payload.
@@ -346,14 +406,23 @@ pub struct VcpuPage {
     pub gaps: [Gap; GAP_BUCKETS],
 }
 
-/// A mark that one vCPU leaves in another's page, so that it can be told whether both were captured at one
-/// instant: at no instant is there a mark of an operation that its vCPU has not done yet (Lamport, 1978). A
-/// cache line each, so that nobody waits.
+/// Cache lines of marks: as many vCPUs leave them without waiting for each other.
+pub const MARK_LINES: u64 = 32;
+
+/// Marks that vCPUs leave in another's page, so that it can be told whether both were captured at one
+/// instant: at no instant is there a mark of an operation that its vCPU has not done yet (Lamport, 1978). With
+/// up to [`MARK_LINES`] vCPUs each has a cache line for its own, so that nobody waits.
 #[repr(C, align(64))]
 #[derive(Clone, Copy, Debug)]
-pub struct Mark {
-    /// Operations that the vCPU had done: `formula::last_mark` of what it has done now, or of one less.
-    pub ops: u64,
+pub struct MarkLine {
+    /// Operations that a vCPU had done: `formula::last_mark` of what it has done now, or of one less.
+    pub ops: [u64; (MAX_VCPUS / MARK_LINES) as usize],
+}
+
+/// Offset in a [`VcpuPage`] of the mark that vCPU `from` leaves there.
+pub const fn mark_offset(from: u64) -> u64 {
+    let line = from % MARK_LINES * core::mem::size_of::<MarkLine>() as u64;
+    core::mem::offset_of!(VcpuPage, marks) as u64 + line + from / MARK_LINES * 8
 }
 
 /// What [`DrawLog::draws`] holds when it holds.
@@ -508,15 +577,17 @@ pub const BUFFER_LEN: u64 = 3 * PAGE_SIZE;
 
 const _: () = assert!(AREA_BUFFERS + SLOTS * BUFFER_STRIDE <= DEVICE_STRIDE);
 const _: () = assert!(core::mem::size_of::<VcpuPage>() as u64 <= VCPU_STRIDE);
-const _: () = assert!(MAX_VCPUS * VCPU_STRIDE <= REGION_SIZE);
 const _: () = assert!(core::mem::size_of::<DriverPage>() as u64 <= PAGE_SIZE);
 const _: () = assert!(LOWEST_GPA <= PAGE_TABLES_GPA);
-const _: () = assert!(PAGE_TABLES_GPA + (2 + (MAX_MEMORY >> 30)) * PAGE_SIZE <= BOOT_INFO_GPA);
-const _: () = assert!(GENERATION_GPA + PAGE_SIZE <= STACKS_GPA);
-const _: () = assert!(core::mem::size_of::<GenerationPage>() as u64 <= PAGE_SIZE);
+const _: () = assert!(PAGE_TABLES_GPA + page_tables_size(LOW_MEMORY) <= BOOT_INFO_GPA);
+const _: () = assert!(GENERATION_GPA + GenerationPage::len_for(MAX_VCPUS) <= STACKS_GPA);
+// So that one page is all that is written for a guest of so many.
+const _: () = assert!(GenerationPage::len_for(63) <= PAGE_SIZE);
+const _: () =
+    assert!(core::mem::size_of::<MarkLine>() == 64 && MAX_VCPUS.is_multiple_of(MARK_LINES));
 // So that what each operation writes is on one page.
 const _: () = assert!(core::mem::offset_of!(VcpuPage, reserved) as u64 <= PAGE_SIZE);
-const _: () = assert!(STACKS_GPA + MAX_VCPUS * STACK_SIZE <= IMAGE_GPA);
+const _: () = assert!(STACKS_GPA + LOW_STACKS * STACK_SIZE <= IMAGE_GPA);
 const _: () = assert!(DATA_OFFSET + DATA_LEN <= BUFFER_LEN && DATA_SPLIT.is_multiple_of(8));
 
 /// Offset in a device area of the buffer of slot `slot`.
@@ -735,9 +806,9 @@ mod tests {
 
     #[test]
     fn vcpus_share_out_the_hammered_memory() {
-        for vcpus in 1..=MAX_VCPUS {
+        for vcpus in (1..=17).chain([64, 255, MAX_VCPUS]) {
             // An end in the middle of a region.
-            let memory = 64 * REGION_SIZE + 37 * PAGE_SIZE;
+            let memory = (64 + 2 * vcpus) * REGION_SIZE + 37 * PAGE_SIZE;
             let layout = Layout::new(memory, IMAGE_GPA + 12_345, vcpus, 2, 3).unwrap();
             for pattern in [Pattern::Dense, Pattern::Sparse] {
                 let mut pages = HashSet::new();
@@ -775,11 +846,49 @@ mod tests {
     }
 
     #[test]
+    fn a_layout_of_few_vcpus_and_little_memory_has_nothing_of_the_others() {
+        for vcpus in [1, LOW_STACKS] {
+            for memory in [64 << 20, LOW_MEMORY] {
+                let layout = Layout::new(memory, IMAGE_GPA + 12_345, vcpus, 2, 0).unwrap();
+                let [low, high] = layout.stacks();
+                assert_eq!(low.end, stack_top(vcpus - 1));
+                assert!(high.is_empty());
+                assert_eq!(layout.page_tables, PAGE_TABLES_GPA);
+                let devices_end = layout.device_base + 2 * DEVICE_STRIDE;
+                assert_eq!(
+                    layout.hammer_base,
+                    devices_end.next_multiple_of(REGION_SIZE)
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn marks_of_vcpus_do_not_overlap_and_few_share_no_line() {
+        let marks: Vec<_> = (0..MAX_VCPUS).map(mark_offset).collect();
+        let first = core::mem::offset_of!(VcpuPage, marks) as u64;
+        let end = first + MARK_LINES * 64;
+        assert!(
+            marks
+                .iter()
+                .all(|at| (first..end).contains(at) && at % 8 == 0)
+        );
+        assert_eq!(marks.iter().collect::<HashSet<_>>().len(), 256);
+        let lines: HashSet<_> = marks[..MARK_LINES as usize]
+            .iter()
+            .map(|at| at / 64)
+            .collect();
+        assert_eq!(lines.len() as u64, MARK_LINES);
+    }
+
+    #[test]
     fn impossible_layouts_are_refused() {
         let fits = |memory, image_end, vcpus, devices, registered| {
             Layout::new(memory, image_end, vcpus, devices, registered).is_some()
         };
         assert!(fits(64 << 20, IMAGE_GPA, 1, 0, 0));
+        assert!(fits(MAX_MEMORY, IMAGE_GPA, MAX_VCPUS, MAX_DEVICES, 0));
+        assert!(!fits(64 << 20, IMAGE_GPA, MAX_VCPUS, 0, 0));
         assert!(!fits(64 << 20, IMAGE_GPA, 0, 0, 0));
         assert!(!fits(64 << 20, IMAGE_GPA, MAX_VCPUS + 1, 0, 0));
         assert!(!fits(64 << 20, IMAGE_GPA, 1, MAX_DEVICES + 1, 0));

@@ -1,8 +1,8 @@
 //! What the guest ABI has a VMM do before a guest runs: its program, page tables, and what it is told.
 
 use guest::abi::{
-    BOOT_INFO_GPA, BOOT_MAGIC, BootInfo, IMAGE_GPA, LOWEST_GPA, Layout, MAX_MEMORY, PAGE_SIZE,
-    PAGE_TABLES_GPA, Pattern, stack_top,
+    BOOT_INFO_GPA, BOOT_MAGIC, BootInfo, IMAGE_GPA, LOW_MEMORY, LOWEST_GPA, Layout, MAX_MEMORY,
+    PAGE_SIZE, PAGE_TABLES_GPA, Pattern, stack_top,
 };
 use palimpsest::kvm::{self, BootError, EntryState, GuestRam, Image};
 
@@ -18,8 +18,21 @@ pub fn parse(file: impl Into<Vec<u8>>) -> Result<Image, BootError> {
     Image::parse(file, IMAGE_GPA..MAX_MEMORY)
 }
 
-/// Where vCPU `vcpu` begins a program whose first instruction is at `rip`.
-pub fn entry(rip: u64, vcpu: usize) -> EntryState {
+/// Where vCPU `vcpu` of a guest that is laid out so begins a program whose first instruction is at `rip`.
+pub fn entry(layout: &Layout, rip: u64, vcpu: usize) -> EntryState {
+    let vcpu = vcpu as u64;
+    EntryState {
+        rip,
+        rsp: layout.stack_top(vcpu),
+        arguments: [BOOT_INFO_GPA, vcpu],
+        page_tables: layout.page_tables,
+        task: TASK_GPA,
+    }
+}
+
+/// As [`entry`], of one of the first [`LOW_STACKS`](guest::abi::LOW_STACKS) vCPUs of a guest without a layout,
+/// whose page tables are those of [`write_page_tables`].
+pub fn low_entry(rip: u64, vcpu: usize) -> EntryState {
     let vcpu = vcpu as u64;
     EntryState {
         rip,
@@ -30,12 +43,13 @@ pub fn entry(rip: u64, vcpu: usize) -> EntryState {
     }
 }
 
-/// Writes a guest's page tables for `memory` bytes of memory, and returns the gpa behind them.
+/// Writes page tables for `memory` bytes of memory, of which [`LOW_MEMORY`] bytes are mapped at most, below
+/// the image, and returns the gpa behind them.
 ///
 /// # Errors
 /// If guest memory can't be written.
 pub fn write_page_tables(ram: &dyn GuestRam, memory: u64) -> Result<u64, BootError> {
-    kvm::write_page_tables(ram, PAGE_TABLES_GPA, memory.min(MAX_MEMORY))
+    kvm::write_page_tables(ram, PAGE_TABLES_GPA, memory.min(LOW_MEMORY))
 }
 
 /// Writes what a guest looks for in its memory at first: page tables, and what it is to do. Its generation is
@@ -49,7 +63,7 @@ pub fn write_first_memory(
     seed: u64,
     pattern: Pattern,
 ) -> Result<(), BootError> {
-    write_page_tables(ram, layout.memory)?;
+    kvm::write_page_tables(ram, layout.page_tables, layout.memory)?;
     let info = BootInfo {
         magic: BOOT_MAGIC,
         seed,
@@ -60,7 +74,7 @@ pub fn write_first_memory(
 }
 
 /// Words of a [`BootInfo`].
-const BOOT_INFO_WORDS: usize = 10;
+const BOOT_INFO_WORDS: usize = 12;
 const _: () = assert!(size_of::<BootInfo>() == BOOT_INFO_WORDS * 8);
 
 /// Writes `info` where the guest looks for it.
@@ -77,6 +91,8 @@ fn write_boot_info(ram: &dyn GuestRam, info: &BootInfo) -> Result<(), BootError>
                 registered,
                 vcpu_base,
                 device_base,
+                stacks_base,
+                page_tables,
                 hammer_base,
             },
         pattern,
@@ -90,6 +106,8 @@ fn write_boot_info(ram: &dyn GuestRam, info: &BootInfo) -> Result<(), BootError>
         registered,
         vcpu_base,
         device_base,
+        stacks_base,
+        page_tables,
         hammer_base,
         pattern,
     ];
@@ -105,7 +123,7 @@ fn write_boot_info(ram: &dyn GuestRam, info: &BootInfo) -> Result<(), BootError>
 mod tests {
     use std::sync::Mutex;
 
-    use guest::abi::{MAX_VCPUS, STACK_SIZE, STACKS_GPA};
+    use guest::abi::{LOW_STACKS, MAX_VCPUS, STACK_SIZE, STACKS_GPA, page_tables_size};
     use palimpsest::causes::Cause;
 
     use super::*;
@@ -133,7 +151,7 @@ mod tests {
     #[test]
     fn page_tables_end_below_the_boot_info_however_much_memory_there_is() {
         let ram = Bytes(Mutex::new(vec![0; 2 << 20]));
-        for memory in [64 << 20, MAX_MEMORY, 2 * MAX_MEMORY] {
+        for memory in [64 << 20, LOW_MEMORY, MAX_MEMORY] {
             let end = write_page_tables(&ram, memory).unwrap();
             assert!(
                 (PAGE_TABLES_GPA + 1..=BOOT_INFO_GPA).contains(&end),
@@ -143,13 +161,37 @@ mod tests {
     }
 
     #[test]
-    fn each_vcpu_has_a_number_and_a_stack_of_its_own_below_the_image() {
+    fn each_vcpu_has_a_number_and_a_stack_of_its_own() {
+        let layout = Layout::new(1 << 30, IMAGE_GPA + 12_345, MAX_VCPUS, 8, 3).unwrap();
+        let [low, high] = layout.stacks();
+        let mut next = STACKS_GPA;
         for vcpu in 0..MAX_VCPUS {
-            let entry = entry(IMAGE_GPA, vcpu as usize);
-            let stack = entry.rsp - STACK_SIZE..entry.rsp;
-            assert_eq!(stack.start, STACKS_GPA + vcpu * STACK_SIZE);
-            assert!(stack.end <= IMAGE_GPA);
+            let entry = entry(&layout, IMAGE_GPA, vcpu as usize);
+            if vcpu == LOW_STACKS {
+                assert_eq!(next, low.end);
+                next = high.start;
+            }
+            assert_eq!(entry.rsp, next + STACK_SIZE);
             assert_eq!(entry.arguments, [BOOT_INFO_GPA, vcpu]);
+            if vcpu < LOW_STACKS {
+                assert_eq!(entry, low_entry(IMAGE_GPA, vcpu as usize));
+            }
+            next = entry.rsp;
+        }
+        assert_eq!(next, high.end);
+        assert!(low.end <= IMAGE_GPA);
+        assert!((layout.device_area(8)..=layout.hammer_base).contains(&high.start));
+        // A pointer that is written to a port has 32 bits.
+        assert!(high.end <= layout.hammer_base && high.end < 1 << 32);
+    }
+
+    #[test]
+    fn page_tables_of_much_memory_are_above_the_image() {
+        for memory in [LOW_MEMORY + PAGE_SIZE, 1 << 40, MAX_MEMORY] {
+            let layout = Layout::new(memory, IMAGE_GPA + 12_345, 256, 8, 3).unwrap();
+            let end = layout.page_tables + page_tables_size(memory);
+            assert!(layout.page_tables >= layout.stacks()[1].end);
+            assert!(end <= layout.hammer_base && end < 1 << 32);
         }
     }
 
@@ -164,7 +206,7 @@ mod tests {
             pattern: Pattern::Hot as u64,
         };
         write_boot_info(&ram, &info).unwrap();
-        let mut bytes = [0; 80];
+        let mut bytes = [0; 8 * BOOT_INFO_WORDS];
         ram.read(BOOT_INFO_GPA, &mut bytes).unwrap();
         let word =
             |offset: usize| u64::from_le_bytes(bytes[offset..offset + 8].try_into().unwrap());
@@ -181,6 +223,14 @@ mod tests {
         assert_eq!(
             word(at + offset_of!(Layout, device_base)),
             layout.device_base
+        );
+        assert_eq!(
+            word(at + offset_of!(Layout, stacks_base)),
+            layout.stacks_base
+        );
+        assert_eq!(
+            word(at + offset_of!(Layout, page_tables)),
+            layout.page_tables
         );
         assert_eq!(
             word(at + offset_of!(Layout, hammer_base)),

@@ -5,15 +5,16 @@
 //! memory, and remembers what the guest had drawn by then. That is all that is needed to know what it draws
 //! from there.
 //!
-//! The generation is written by one write to one page. Either all of it is there or it is an error, and then
-//! the guest must not run.
+//! The generation is written by one write, to one page unless a guest has very many vCPUs. Memory that is
+//! `host::Ram` pins all pages of a write before the first is written: either all of the generation is there or
+//! it is an error, and then the guest must not run.
 
 use std::mem::offset_of;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use guest::abi::{
     DRAW_LOG, Draw, DrawLog, GENERATION_GPA, GENERATION_MAGIC, Generation, GenerationPage, Layout,
-    MAX_VCPUS, Turn, VcpuPage,
+    Turn, VcpuPage,
 };
 use guest::formula::generation_word;
 use palimpsest::causes::Cause;
@@ -95,9 +96,13 @@ impl Incarnations {
     /// Begins that of a guest which has not run yet.
     ///
     /// # Errors
-    /// If there are no random numbers, or guest memory can't be accessed. The guest has no generation then.
-    pub fn boot(&self, ram: &dyn GuestRam) -> Result<Incarnation, IncarnationError> {
-        self.begin(ram, None)
+    /// If there are no random numbers, or guest memory can't be accessed. The guest must not run then.
+    pub fn boot(
+        &self,
+        ram: &dyn GuestRam,
+        layout: &Layout,
+    ) -> Result<Incarnation, IncarnationError> {
+        self.begin(ram, layout, None)
     }
 
     /// Begins that of a guest whose memory in `ram` is a copy of what `original` had when it was captured. It
@@ -117,18 +122,19 @@ impl Incarnations {
             generation: original.generation,
             drawn: drawn.collect::<Result<_, _>>()?,
         };
-        self.begin(ram, Some(origin))
+        self.begin(ram, layout, Some(origin))
     }
 
     fn begin(
         &self,
         ram: &dyn GuestRam,
+        layout: &Layout,
         origin: Option<Origin>,
     ) -> Result<Incarnation, IncarnationError> {
         // What is counted is all: nothing is ordered by it.
         let number = self.begun.fetch_add(1, Ordering::Relaxed) + 1;
         let [id_low, id_high, seed @ ..] = self.entropy.words(number)?;
-        let mut page: PageWords = read(ram, GENERATION_GPA)?;
+        let mut page = read_words(ram, GENERATION_GPA, words_for(layout))?;
         let generation = Generation {
             // A guest may have written whatever it likes.
             counter: counter_in(&page).wrapping_add(1),
@@ -177,14 +183,16 @@ impl Entropy {
     }
 }
 
-/// Words of a [`GenerationPage`].
-const PAGE_WORDS: usize = size_of::<GenerationPage>() / 8;
-type PageWords = [u64; PAGE_WORDS];
+/// Words of a [`GenerationPage`] that a guest has.
+fn words_for(layout: &Layout) -> usize {
+    GenerationPage::len_for(layout.vcpus) as usize / 8
+}
+
 /// Word of a [`GenerationPage`] with which its [`Generation`] begins.
 const GENERATION_WORD: usize = offset_of!(GenerationPage, generation) / 8;
 
 /// The counter in `page`; 0 if nobody has written it.
-fn counter_in(page: &PageWords) -> u64 {
+fn counter_in(page: &[u64]) -> u64 {
     if page[offset_of!(GenerationPage, magic) / 8] != GENERATION_MAGIC {
         return 0;
     }
@@ -192,7 +200,7 @@ fn counter_in(page: &PageWords) -> u64 {
 }
 
 /// Puts `generation` into `page`, and leaves what is the guest's.
-fn put(page: &mut PageWords, generation: &Generation) {
+fn put(page: &mut [u64], generation: &Generation) {
     // Taken apart by name: a field that is added does not compile here.
     let &Generation { counter, id, seed } = generation;
     let at = |offset: usize| GENERATION_WORD + offset / 8;
@@ -200,9 +208,9 @@ fn put(page: &mut PageWords, generation: &Generation) {
     page[at(offset_of!(Generation, counter))] = counter;
     page[at(offset_of!(Generation, id))..][..2].copy_from_slice(&id);
     page[at(offset_of!(Generation, seed))..][..4].copy_from_slice(&seed);
-    for vcpu in 0..MAX_VCPUS as usize {
-        let turn = offset_of!(GenerationPage, turns) + vcpu * size_of::<Turn>();
-        page[(turn + offset_of!(Turn, generation)) / 8] = counter;
+    let turns = &mut page[offset_of!(GenerationPage, turns) / 8..];
+    for turn in turns.chunks_exact_mut(size_of::<Turn>() / 8) {
+        turn[offset_of!(Turn, generation) / 8] = counter;
     }
 }
 
@@ -224,10 +232,18 @@ fn read<const WORDS: usize>(
     ram: &dyn GuestRam,
     gpa: u64,
 ) -> Result<[u64; WORDS], IncarnationError> {
-    let mut bytes = vec![0; 8 * WORDS];
+    let words = read_words(ram, gpa, WORDS)?;
+    Ok(std::array::from_fn(|word| {
+        words.get(word).copied().unwrap_or(0)
+    }))
+}
+
+fn read_words(ram: &dyn GuestRam, gpa: u64, count: usize) -> Result<Vec<u64>, IncarnationError> {
+    let mut bytes = vec![0; 8 * count];
     ram.read(gpa, &mut bytes)
         .map_err(|source| IncarnationError::Memory { gpa, source })?;
-    Ok(words(&bytes))
+    let words = bytes.as_chunks().0.iter().copied();
+    Ok(words.map(u64::from_le_bytes).collect())
 }
 
 /// The words of as many bytes.
@@ -245,7 +261,7 @@ mod tests {
     use std::collections::HashSet;
     use std::sync::Mutex;
 
-    use guest::abi::IMAGE_GPA;
+    use guest::abi::{IMAGE_GPA, MAX_VCPUS};
 
     use super::*;
 
@@ -325,7 +341,9 @@ mod tests {
     #[test]
     fn a_generation_is_laid_out_as_the_guest_reads_it() {
         let ram = Bytes::new();
-        let booted = Incarnations::new(Entropy::Seed(7)).boot(&ram).unwrap();
+        let booted = Incarnations::new(Entropy::Seed(7))
+            .boot(&ram, &layout())
+            .unwrap();
         let given = booted.generation;
         assert_eq!((booted.number, given.counter, booted.origin), (1, 1, None));
         let word = |offset: usize| ram.word(GENERATION_GPA + offset as u64);
@@ -339,16 +357,31 @@ mod tests {
             [0, 8, 16, 24].map(|word_at| word(seed + word_at)),
             given.seed
         );
-        for vcpu in 0..MAX_VCPUS {
+        for vcpu in 0..2 {
             assert_eq!(ram.word(Bytes::turn(vcpu)), 1);
         }
+        // No vCPU has it, and so nobody writes it.
+        assert_eq!(ram.word(Bytes::turn(2)), 0);
+    }
+
+    #[test]
+    fn each_of_very_many_vcpus_is_told() {
+        let ram = Bytes::new();
+        let memory = 1 << 30;
+        let layout = Layout::new(memory, IMAGE_GPA, MAX_VCPUS, 0, 0).unwrap();
+        let incarnations = Incarnations::new(Entropy::Seed(7));
+        incarnations.boot(&ram, &layout).unwrap();
+        for vcpu in 0..MAX_VCPUS {
+            assert_eq!(ram.word(Bytes::turn(vcpu)), 1, "vcpu {vcpu}");
+        }
+        assert_eq!(ram.word(Bytes::turn(MAX_VCPUS)), 0);
     }
 
     #[test]
     fn a_copy_has_another_generation_and_knows_what_was_drawn() {
         let ram = Bytes::new();
         let incarnations = Incarnations::new(Entropy::Seed(7));
-        let booted = incarnations.boot(&ram).unwrap();
+        let booted = incarnations.boot(&ram, &layout()).unwrap();
         ram.draw(37, 99);
         let mut known = HashSet::from([booted.generation.id, [0; 2]]);
         for number in 2..5 {
@@ -395,7 +428,7 @@ mod tests {
     fn an_access_that_is_refused_begins_nothing() {
         let incarnations = Incarnations::new(Entropy::Seed(7));
         let mut ram = Bytes::new();
-        let booted = incarnations.boot(&ram).unwrap();
+        let booted = incarnations.boot(&ram, &layout()).unwrap();
         ram.draw(3, 4);
         let before = ram.bytes.lock().unwrap().clone();
         let mut refusals = 0;

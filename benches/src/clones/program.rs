@@ -98,7 +98,7 @@ impl Program {
         };
         EntryState {
             arguments: [DATA_GPA, DATA_GPA + bytes],
-            ..boot::entry(IMAGE_GPA + at as u64, 0)
+            ..boot::low_entry(IMAGE_GPA + at as u64, 0)
         }
     }
 }

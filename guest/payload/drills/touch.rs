@@ -10,7 +10,7 @@ use core::sync::atomic::AtomicU64;
 use super::tables::{ACCESSED, DIRTY};
 use super::{Vcpu, read, write};
 use crate::abi::{
-    MAX_VCPUS, PAGE_SIZE, PAGE_TABLES_GPA, REGION_SIZE, STACK_SIZE, STACKS_GPA, VcpuPage,
+    MAX_VCPUS, PAGE_SIZE, PAGE_TABLES_GPA, REGION_SIZE, STACK_SIZE, VcpuPage,
 };
 
 /// A word for each vCPU in the program's own region.
@@ -27,7 +27,7 @@ pub fn run(mut vcpu: Vcpu<'_>) -> ! {
     // One word in each region that is this vCPU's alone: the far end of its stack, its own here, one of its
     // page, and then one in each region of hammered memory.
     let below = [
-        STACKS_GPA + index * STACK_SIZE,
+        layout.stack_top(index) - STACK_SIZE,
         IN_IMAGE[index as usize].as_ptr().addr() as u64,
         layout.vcpu_page(index) + offset_of!(VcpuPage, reserved) as u64,
     ];

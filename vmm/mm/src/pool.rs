@@ -9,6 +9,8 @@
 //! the host can give it in huge pages (PLATFORM.md, "Huge frames without privilege").
 
 use std::fmt;
+use std::hint;
+use std::io;
 use std::sync::Arc;
 
 use super::account::Account;
@@ -68,6 +70,14 @@ impl FramePool {
         limit: u64,
     ) -> Result<Arc<Self>, AllocError> {
         assert!(frames > 0, "a pool has at least the zero frame");
+        if !has_room_for_records(frames) {
+            let what = format!("no addresses for the records of {frames} frames");
+            let source = io::Error::new(io::ErrorKind::OutOfMemory, what);
+            return Err(AllocError::Host {
+                count: frames,
+                source,
+            });
+        }
         memory
             .commit(Pfn::ZERO, 1)
             .map_err(|source| AllocError::Host { count: 1, source })?;
@@ -368,6 +378,27 @@ impl FramePool {
             }
         }
     }
+}
+
+/// Whether the tables of so many frames can be allocated. They cost no memory before they are used, and still
+/// a host refuses one that it could never fill: to find out is better than to be ended by it.
+fn has_room_for_records(frames: u64) -> bool {
+    // Words, payers, and some sets of bits: all of them at a time.
+    let tables = [
+        frames.checked_mul(8),
+        frames.checked_mul(4),
+        Some(frames / 8 * 5),
+    ];
+    let mut reserved = Vec::new();
+    tables.into_iter().all(|bytes| {
+        let mut table = Vec::<u8>::new();
+        let bytes = bytes.and_then(|bytes| usize::try_from(bytes).ok());
+        let is_there = bytes.is_some_and(|bytes| table.try_reserve_exact(bytes).is_ok());
+        reserved.push(table);
+        // Or the compiler may leave out what nobody uses.
+        hint::black_box(&mut reserved);
+        is_there
+    })
 }
 
 impl fmt::Debug for FramePool {

@@ -5,8 +5,8 @@ use std::mem::offset_of;
 use std::ops::{Range, RangeInclusive};
 
 use guest::abi::{
-    DRAWS_BY_FORMULA, DrawLog, FOLLOWS_FORMULA, GENERATION_GPA, Layout, PAGE_SIZE, STACK_SIZE,
-    STACKS_GPA, VcpuPage,
+    DRAWS_BY_FORMULA, DrawLog, FOLLOWS_FORMULA, GENERATION_GPA, GenerationPage, Layout, PAGE_SIZE,
+    PAGE_TABLES_GPA, VcpuPage, page_tables_size,
 };
 
 use super::hashes::{self, Hashes};
@@ -110,8 +110,8 @@ pub struct Reference {
 impl Reference {
     /// What is in `ram` before the guest runs, whose program may write the addresses `writable`.
     pub fn new(ram: &Ram, layout: &Layout, writable: &[Range<u64>]) -> Self {
-        let stacks = STACKS_GPA..STACKS_GPA + layout.vcpus * STACK_SIZE;
-        let generation = GENERATION_GPA..GENERATION_GPA + PAGE_SIZE;
+        let [stacks, _] = layout.stacks();
+        let generation = GENERATION_GPA..GENERATION_GPA + GenerationPage::len_for(layout.vcpus);
         let changing: Vec<_> = [stacks, generation]
             .into_iter()
             .chain(writable.iter().cloned())
@@ -120,7 +120,12 @@ impl Reference {
         let mut hashes = HashMap::new();
         let mut bytes = vec![0; PAGE_SIZE as usize];
         // The guest's own areas come next. Of these only what follows a formula is known, and checked by it.
-        for gfn in 0..layout.vcpu_base / PAGE_SIZE {
+        let tables = match layout.page_tables {
+            PAGE_TABLES_GPA => 0..0,
+            above => above..above + page_tables_size(layout.memory),
+        };
+        let below = 0..layout.vcpu_base / PAGE_SIZE;
+        for gfn in below.chain(tables.start / PAGE_SIZE..tables.end / PAGE_SIZE) {
             if changing.iter().any(|pages| pages.contains(&gfn))
                 || ram.read(gfn * PAGE_SIZE, &mut bytes).is_err()
             {

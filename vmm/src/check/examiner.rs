@@ -9,7 +9,7 @@ use std::collections::HashMap;
 use std::mem::offset_of;
 use std::sync::Arc;
 
-use guest::abi::{FOLLOWS_FORMULA, Layout, Mark, PAGE_SIZE, Pattern, VcpuPage};
+use guest::abi::{FOLLOWS_FORMULA, Layout, PAGE_SIZE, Pattern, VcpuPage, mark_offset};
 use guest::formula::last_mark;
 
 use super::boot::Boot;
@@ -277,8 +277,7 @@ impl Examiner {
         let vcpus = self.layout.vcpus;
         for (from, &done) in (0..).zip(ops) {
             for to in (0..vcpus).filter(|&to| to != from) {
-                let at = offset_of!(VcpuPage, marks) as u64 + from * size_of::<Mark>() as u64;
-                let gpa = self.layout.vcpu_page(to) + at;
+                let gpa = self.layout.vcpu_page(to) + mark_offset(from);
                 let found = view.u64(gpa);
                 let mark = |ops| last_mark(vcpus, from, to, ops);
                 // It is left after the operation is counted in the registers.

@@ -207,7 +207,7 @@ impl PayloadVm {
             // Whatever it does with it is its own business, and nobody else is to know it.
             GuestSource::File(_) => Entropy::Host,
         }));
-        let incarnation = Arc::new(incarnations.boot(&ram)?);
+        let incarnation = Arc::new(incarnations.boot(&ram, &layout)?);
 
         let reference = Reference::new(&ram, &layout, image.writable());
         let aside = Arc::<Aside>::default();
@@ -342,7 +342,8 @@ impl PayloadVm {
                 "this KVM cannot save and restore MSRs {left_out:#x?}: snapshots are without them"
             );
         }
-        self.vm.start(|vcpu| boot::entry(self.entry, vcpu))
+        let entry = |vcpu| boot::entry(&self.layout, self.entry, vcpu);
+        self.vm.start(entry)
     }
 
     /// Who steps aside for it.

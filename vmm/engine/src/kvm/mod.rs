@@ -28,6 +28,7 @@ mod error;
 mod extended;
 pub mod fault;
 mod kick;
+mod limits;
 pub mod machine;
 pub mod memory;
 mod msr;

@@ -129,7 +129,7 @@ fn entry_fsgsbase(cpuid: &CpuId) -> u64 {
 }
 
 /// A leaf of CPUID.
-fn leaf(cpuid: &CpuId, function: u32, index: u32) -> Option<&kvm_cpuid_entry2> {
+pub(super) fn leaf(cpuid: &CpuId, function: u32, index: u32) -> Option<&kvm_cpuid_entry2> {
     let found = |entry: &&kvm_cpuid_entry2| (entry.function, entry.index) == (function, index);
     cpuid.as_slice().iter().find(found)
 }

@@ -29,8 +29,10 @@ pub(in super::super) struct Table {
     /// Of each group, which of its regions are borrowed ([`Slots`]).
     borrowed: Box<[AtomicU64]>,
     /// The rest, made when somebody first looks at a region of the group: a clone has huge entries long before
-    /// it has need of more.
+    /// it has need of more, and most of a very large guest is never touched.
     groups: Box<[OnceLock<Group>]>,
+    /// By group, the frames that its regions are given for their own when it is made, if any were reserved.
+    homes: Box<[Mutex<Option<Home>>]>,
     pages: u64,
     /// How large a region is.
     order: Order,
@@ -71,17 +73,27 @@ impl Table {
             groups: (0..regions.div_ceil(GROUP))
                 .map(|_| OnceLock::new())
                 .collect(),
+            homes: (0..regions.div_ceil(GROUP))
+                .map(|_| Mutex::default())
+                .collect(),
             pages,
             order,
         }
     }
 
-    /// Gives each region its part of `home`, which has a frame for each page.
+    /// Gives each region its part of `home`, which has a frame for each page: when it is first looked at, and
+    /// none was before.
     pub(in super::super) fn settle(&self, mut home: Home) {
-        for index in 0..self.regions() {
-            let mut region = self.lock(index);
-            region.state.home = Some(home.split_front(region.len()));
+        for (group, slot) in self.homes.iter().enumerate() {
+            debug_assert!(!self.is_made(group * GROUP));
+            *lock(slot) = Some(home.split_front(self.pages_of_group(group)));
         }
+    }
+
+    /// How many pages the regions of a group have.
+    fn pages_of_group(&self, group: usize) -> u64 {
+        let each = GROUP as u64 * self.order.pages();
+        each.min(self.pages - group as u64 * each)
     }
 
     /// The group of a region, and which of it that is.
@@ -114,13 +126,20 @@ impl Table {
     }
 
     fn make_group(&self, index: usize) -> Group {
-        let first = index / GROUP * GROUP;
-        let regions = GROUP.min(self.regions() - first);
-        let (first_page, _) = self.pages_of_region(first);
-        let pages = (regions as u64 * self.order.pages()).min(self.pages - first_page.0);
+        let group = index / GROUP;
+        let first = group * GROUP;
+        let regions = first..self.regions().min(first + GROUP);
+        let mut home = lock(&self.homes[group]).take();
+        let state = |index| {
+            let (_, pages) = self.pages_of_region(index);
+            Mutex::new(RegionState {
+                home: home.as_mut().map(|home| home.split_front(pages)),
+                ..RegionState::default()
+            })
+        };
         Group {
-            entries: zeroed(pages as usize),
-            states: (0..regions).map(|_| Mutex::default()).collect(),
+            entries: zeroed(self.pages_of_group(group) as usize),
+            states: regions.map(state).collect(),
         }
     }
 

@@ -714,3 +714,13 @@ fn room_that_the_host_does_not_help_to_make_is_an_error_and_not_a_leak() {
     let held: Vec<_> = std::iter::from_fn(|| pool.allocate(&pool.payer()).ok()).collect();
     assert_eq!(held.len(), 10);
 }
+
+/// Their records are more than any host has addresses for.
+#[test]
+fn frames_whose_records_have_no_room_are_refused() {
+    for frames in [1 << 50, u64::MAX] {
+        let memory = RefusingMemory::new(1);
+        let error = FramePool::new(memory, frames, 1).unwrap_err();
+        assert!(matches!(error, AllocError::Host { count, .. } if count == frames));
+    }
+}

@@ -132,7 +132,7 @@ impl World {
     fn boot(&self) -> Guest {
         let memory = Words::default();
         Guest {
-            incarnation: Arc::new(self.incarnations.boot(&memory).unwrap()),
+            incarnation: Arc::new(self.incarnations.boot(&memory, &layout()).unwrap()),
             memory,
             drawers: (0..VCPUS).map(Drawer::new).collect(),
         }

@@ -285,7 +285,7 @@ impl<R: RunBy> RealStage<R> {
             layout: self.layout,
             base,
         };
-        let entry = boot::entry(self.program.entry(), 0);
+        let entry = boot::low_entry(self.program.entry(), 0);
         let entry = EntryState {
             rip: base + entry.rip,
             rsp: base + entry.rsp,

@@ -8,7 +8,7 @@ pub struct Size(pub u64);
 
 impl fmt::Display for Size {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        const UNITS: [(&str, u32); 3] = [("GiB", 30), ("MiB", 20), ("KiB", 10)];
+        const UNITS: [(&str, u32); 4] = [("TiB", 40), ("GiB", 30), ("MiB", 20), ("KiB", 10)];
         for (unit, shift) in UNITS {
             if self.0 != 0 && self.0.trailing_zeros() >= shift {
                 return write!(f, "{} {unit}", self.0 >> shift);
@@ -29,7 +29,7 @@ mod tests {
             (1023, "1023 B"),
             (3 << 10, "3 KiB"),
             (256 << 20, "256 MiB"),
-            (1 << 40, "1024 GiB"),
+            (1 << 40, "1 TiB"),
             ((1 << 30) + 512, "1073742336 B"),
         ] {
             assert_eq!(Size(bytes).to_string(), text);

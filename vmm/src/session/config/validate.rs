@@ -243,9 +243,9 @@ impl Config {
 
     /// The least memory that a guest of this shape has room in. Counts are in range.
     pub(in crate::session) fn smallest_guest(&self) -> u64 {
-        // Where the hammered memory begins does not depend on how much there is, so the largest guest
-        // tells what the smallest one needs.
-        self.layout_in(abi::MAX_MEMORY)
+        // Where the hammered memory begins does not depend on how much there is up to here, so the largest
+        // of these guests tells what the smallest one needs.
+        self.layout_in(abi::LOW_MEMORY)
             .map_or(abi::MAX_MEMORY, |layout| {
                 layout.hammer_base + self.vcpus * abi::REGION_SIZE
             })
@@ -311,11 +311,11 @@ mod tests {
     fn vcpus_are_bounded() {
         assert_eq!(
             refusal(|c| c.vcpus = 0),
-            "--vcpus 0: a guest has 1 to 16 vCPUs"
+            "--vcpus 0: a guest has 1 to 256 vCPUs"
         );
         assert_eq!(
-            refusal(|c| c.vcpus = 17),
-            "--vcpus 17: a guest has 1 to 16 vCPUs"
+            refusal(|c| c.vcpus = 257),
+            "--vcpus 257: a guest has 1 to 256 vCPUs"
         );
     }
 
@@ -338,8 +338,8 @@ mod tests {
             "--memory 3 KiB: a guest of this shape needs at least 12 MiB (--vcpus 2, --dma-devices 2)"
         );
         assert_eq!(
-            refusal(|c| c.memory = 129 << 30),
-            "--memory 129 GiB: a guest has at most 128 GiB"
+            refusal(|c| c.memory = 65 << 40),
+            "--memory 65 TiB: a guest has at most 64 TiB"
         );
         assert_eq!(
             refusal(|c| c.memory = (256 << 20) + 1),

@@ -13,8 +13,9 @@ use crate::kvm::extended::XSAVE_BYTES;
 /// microseconds, or in a handler that should not block; the rest is the host being busy.
 pub(in crate::kvm) const PATIENCE: Duration = Duration::from_secs(5);
 
-/// The most vCPUs of a machine: their numbers are APIC ids of 8 bits.
-pub const MAX_VCPUS: usize = 255;
+/// The most vCPUs of a machine: their numbers are APIC ids of 8 bits. There is no interrupt controller to
+/// which the last of them means all.
+pub const MAX_VCPUS: usize = 256;
 
 /// Why a machine could not be made or driven.
 #[derive(Debug, thiserror::Error)]
@@ -46,6 +47,43 @@ pub enum KvmError {
     VcpuCount {
         /// How many were asked for.
         vcpus: usize,
+    },
+    /// More vCPUs than KVM runs here.
+    #[error(
+        "{vcpus} vcpus: kvm on this host runs at most {most} in a machine (KVM_CAP_MAX_VCPUS); ask for fewer"
+    )]
+    HostVcpus {
+        /// How many were asked for.
+        vcpus: usize,
+        /// How many it runs.
+        most: usize,
+    },
+    /// More memory than the host's CPU has physical addresses for.
+    #[error(
+        "{bytes:#x} bytes of guest memory: physical addresses of this host have {bits} bits (cpuid \
+         0x80000008), which is {:#x} bytes at most; give the guest less memory",
+        1u64 << bits
+    )]
+    PhysicalAddresses {
+        /// Bytes of guest memory.
+        bytes: u64,
+        /// Bits of an address.
+        bits: u32,
+    },
+    /// KVM would take much of the host's memory for tables of the guest's, however little of it is used.
+    #[error(
+        "{bytes:#x} bytes of guest memory: kvm on this host (a shadow mmu) would take {} MiB for tables of all \
+         pages at once, and {} MiB are left; give the guest less memory, or run it without kvm",
+        tables >> 20,
+        left >> 20
+    )]
+    SlotTables {
+        /// Bytes of guest memory.
+        bytes: u64,
+        /// Bytes of the tables.
+        tables: u64,
+        /// Bytes that the host, or a control group, leaves.
+        left: u64,
     },
     /// No vCPU.
     #[error("cannot create vcpu {vcpu}")]

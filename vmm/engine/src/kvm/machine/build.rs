@@ -24,6 +24,7 @@ use crate::kvm::create::{create_vcpu, create_vm, msr_set};
 use crate::kvm::error::{KvmError, MAX_VCPUS};
 use crate::kvm::fault::Ladder;
 use crate::kvm::kick;
+use crate::kvm::limits;
 use crate::kvm::memory::{GuestRam, Memslot};
 use crate::kvm::open::Kvm;
 use crate::kvm::outcome::Outcome;
@@ -40,7 +41,7 @@ struct KvmVm {
     fd: VmFd,
     /// Where the memslot points.
     _slot: Arc<dyn Memslot>,
-    region: kvm_userspace_memory_region,
+    regions: Vec<kvm_userspace_memory_region>,
 }
 
 impl Backend for KvmVm {
@@ -55,17 +56,19 @@ impl Backend for KvmVm {
 
     /// They go when the memory that they are in does.
     fn forget_tables(&self) -> Result<(), KvmError> {
-        let gone = kvm_userspace_memory_region {
-            memory_size: 0,
-            ..self.region
-        };
-        for region in [gone, self.region] {
-            // SAFETY: as in `Machine::new`.
-            let set = unsafe { self.fd.set_user_memory_region(region) };
-            set.map_err(|source| KvmError::Memory {
-                len: self.region.memory_size,
-                source,
-            })?;
+        for &region in &self.regions {
+            let gone = kvm_userspace_memory_region {
+                memory_size: 0,
+                ..region
+            };
+            for region in [gone, region] {
+                // SAFETY: as in `Machine::new`.
+                let set = unsafe { self.fd.set_user_memory_region(region) };
+                set.map_err(|source| KvmError::Memory {
+                    len: region.memory_size,
+                    source,
+                })?;
+            }
         }
         Ok(())
     }
@@ -146,7 +149,8 @@ impl Machine {
     /// started.
     ///
     /// # Errors
-    /// If there are no vCPUs or more than [`MAX_VCPUS`], KVM refuses, or the host has no more threads.
+    /// If there are no vCPUs or more than [`MAX_VCPUS`], or more of them or of memory than KVM can have here,
+    /// KVM refuses, or the host has no more threads.
     pub fn new(
         kvm: &Kvm,
         slot: Arc<dyn Memslot>,
@@ -155,24 +159,34 @@ impl Machine {
         handler: Arc<dyn PortHandler>,
         on_stop: OnStop,
     ) -> Result<Self, KvmError> {
+        if vcpus > MAX_VCPUS {
+            return Err(KvmError::VcpuCount { vcpus });
+        }
+        let translation = Translation::of(kvm.platform());
+        limits::check_vcpus(&kvm.fd, vcpus)?;
+        limits::check_memory(&kvm.cpuid, translation, slot.len())?;
         let vm = create_vm(kvm)?;
         // Before the memslot: the kernel waits for readers of the filter, and for 13 ms rather than none if
         // it has just waited for readers of memslots (`srcu_should_expedite` in `kernel/rcu/srcutree.c`).
         paravirt::guard(&vm).map_err(|source| KvmError::Msrs { source })?;
-        let region = kvm_userspace_memory_region {
-            slot: 0,
-            flags: 0,
-            guest_phys_addr: 0,
-            memory_size: slot.len(),
-            userspace_addr: slot.host_address().as_ptr().expose_provenance() as u64,
-        };
-        // SAFETY: the range is the guest's, as a `Memslot` promises, which is kept as long as somebody may go
-        // there.
-        unsafe { vm.set_user_memory_region(region) }.map_err(|source| KvmError::Memory {
-            len: slot.len(),
-            source,
-        })?;
-        let translation = Translation::of(kvm.platform());
+        let base = slot.host_address().as_ptr().expose_provenance() as u64;
+        let mut regions = Vec::new();
+        for (number, range) in (0..).zip(limits::slots(slot.len())) {
+            let region = kvm_userspace_memory_region {
+                slot: number,
+                flags: 0,
+                guest_phys_addr: range.start,
+                memory_size: range.end - range.start,
+                userspace_addr: base + range.start,
+            };
+            // SAFETY: the range is the guest's, as a `Memslot` promises, which is kept as long as somebody
+            // may go there.
+            unsafe { vm.set_user_memory_region(region) }.map_err(|source| KvmError::Memory {
+                len: region.memory_size,
+                source,
+            })?;
+            regions.push(region);
+        }
         if translation == Translation::ShadowOnSvm {
             exit_on_emulation_failure(&vm).map_err(|source| KvmError::Emulation { source })?;
         }
@@ -197,7 +211,7 @@ impl Machine {
         let backend = Box::new(KvmVm {
             fd: vm,
             _slot: Arc::clone(&slot),
-            region,
+            regions,
         });
         let mut machine = Self::without_threads(backend, translation, Arc::clone(&ram), vcpus)?;
         for (index, (cpuid, fd, msrs)) in made.into_iter().enumerate() {

@@ -123,6 +123,22 @@ fn built_tables_map_one_to_one_and_need_no_bits_set() {
 }
 
 #[test]
+fn tables_of_more_than_one_third_level_table_maps_are_all_there() {
+    const GIB: u64 = 1 << 30;
+    let ram = Bytes::new(8 << 20);
+    let memory = 1025 * GIB + (3 << 20);
+    let end = write_page_tables(&ram, PAGE_TABLES_GPA, memory).unwrap();
+    // One of the fourth level, three of the third, and one for each GiB that is begun.
+    assert_eq!(end, PAGE_TABLES_GPA + (1 + 3 + 1026) * PAGE_SIZE);
+    for gva in [0, 512 * GIB - 1, 512 * GIB, 1024 * GIB + 5, memory - 1] {
+        assert_eq!(walk(&ram, gva, Touch::Write), (Some(gva), vec![]));
+    }
+    assert_eq!(walk(&ram, memory + (1 << 20), Touch::Read).0, None);
+    assert_eq!(walk(&ram, 1026 * GIB, Touch::Read).0, None);
+    assert_eq!(walk(&ram, 1536 * GIB, Touch::Read).0, None);
+}
+
+#[test]
 fn which_entries_have_bits_to_set() {
     let memory = 4 << 20;
     let all = PRESENT | WRITABLE | USER | ACCESSED | DIRTY;

@@ -1,6 +1,7 @@
 //! Whole VMs on real KVM.
 
 mod clones;
+mod large;
 
 use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Mutex, Weak};
