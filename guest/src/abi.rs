@@ -348,6 +348,23 @@ impl Layout {
         ((self.memory - self.hammer_base) / unit + self.vcpus - 1 - vcpu) / self.vcpus
     }
 
+    /// The vCPU and its slot whose page is at `gpa`, if one is.
+    pub const fn slot_at(&self, pattern: Pattern, gpa: u64) -> Option<(u64, u64)> {
+        if gpa < self.hammer_base {
+            return None;
+        }
+        let unit = match pattern {
+            Pattern::Sparse => (gpa - self.hammer_base) / REGION_SIZE,
+            _ => (gpa - self.hammer_base) / PAGE_SIZE,
+        };
+        let (vcpu, slot) = (unit % self.vcpus, unit / self.vcpus);
+        if slot < self.slots(pattern, vcpu) && self.slot_gpa(pattern, vcpu, slot) == gpa {
+            Some((vcpu, slot))
+        } else {
+            None
+        }
+    }
+
     /// Gpa of slot `slot` of vCPU `vcpu`.
     pub const fn slot_gpa(&self, pattern: Pattern, vcpu: u64, slot: u64) -> u64 {
         let unit = slot * self.vcpus + vcpu;
@@ -820,6 +837,7 @@ mod tests {
                         assert!(gpa.is_multiple_of(PAGE_SIZE));
                         assert!(gpa >= layout.hammer_base && gpa + PAGE_SIZE <= memory);
                         assert!(pages.insert(gpa));
+                        assert_eq!(layout.slot_at(pattern, gpa), Some((vcpu, slot)));
                     }
                 }
                 let unit = match pattern {
@@ -827,6 +845,13 @@ mod tests {
                     _ => PAGE_SIZE,
                 };
                 assert_eq!(pages.len() as u64, (memory - layout.hammer_base) / unit);
+                // No other page is anybody's.
+                let others = (0..memory + REGION_SIZE).step_by(PAGE_SIZE as usize);
+                assert!(
+                    others
+                        .filter(|gpa| !pages.contains(gpa))
+                        .all(|gpa| layout.slot_at(pattern, gpa).is_none())
+                );
             }
         }
     }

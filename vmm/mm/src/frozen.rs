@@ -23,6 +23,7 @@
 
 use std::fmt;
 use std::mem;
+use std::ops::Range;
 use std::ptr;
 use std::sync::Arc;
 
@@ -209,6 +210,33 @@ impl FrozenTable {
             .filter_map(|(index, region)| Some((index, region.as_ref()?)))
     }
 
+    /// The regions with these numbers that the two do not have in common: what each has there.
+    pub(super) fn apart<'a>(
+        &'a self,
+        other: &'a Self,
+        indices: Range<usize>,
+    ) -> impl Iterator<
+        Item = (
+            usize,
+            Option<&'a Arc<FrozenRegion>>,
+            Option<&'a Arc<FrozenRegion>>,
+        ),
+    > {
+        fn address<T>(of: Option<&Arc<T>>) -> usize {
+            of.map_or(0, |of| Arc::as_ptr(of).addr())
+        }
+        fn node(table: &FrozenTable, node: usize) -> Option<&Arc<Node>> {
+            table.root.get(node)?.as_ref()
+        }
+        let nodes = indices.start / FAN_OUT..indices.end.div_ceil(FAN_OUT);
+        nodes
+            .filter(|&n| address(node(self, n)) != address(node(other, n)))
+            .flat_map(|n| n * FAN_OUT..(n + 1) * FAN_OUT)
+            .filter(move |index| indices.contains(index))
+            .map(|index| (index, self.get(index), other.get(index)))
+            .filter(|(_, own, other)| address(*own) != address(*other))
+    }
+
     /// How many nodes it has: node `n` has the regions from `n * FAN_OUT` on.
     pub(super) fn nodes(&self) -> usize {
         self.root.len()
@@ -343,6 +371,27 @@ impl FrozenGuard<'_> {
                 })
             }
             None => look(Entry::UNTOUCHED),
+        }
+    }
+
+    /// The frames of all its pages just now, [`Pfn::ZERO`] for those that were never touched, to as many
+    /// places.
+    pub(super) fn frames(&self, into: &mut [Pfn]) {
+        match &self.entries.frames {
+            FrozenFrames::Huge(head) => {
+                for (place, pfn) in into.iter_mut().zip(head.0..) {
+                    *place = Pfn(pfn);
+                }
+            }
+            FrozenFrames::Small(chunks) => {
+                let each = self.region.chunk_order().pages() as usize;
+                into.fill(Pfn::ZERO);
+                for (places, chunk) in into.chunks_mut(each).zip(chunks) {
+                    if let Some(chunk) = chunk {
+                        places.copy_from_slice(&lock(&chunk.pages).frames[..places.len()]);
+                    }
+                }
+            }
         }
     }
 

@@ -74,6 +74,7 @@ mod bits;
 mod census;
 mod clone;
 mod commit;
+mod differ;
 mod dirty;
 mod discard;
 mod entry;

@@ -148,7 +148,10 @@ impl Examiner {
             Some(_) => self.layout.hammer_base,
             None => self.layout.memory,
         };
-        let parent_hashes = parent.map(|(view, known)| (view, &known.hashes));
+        // Of a parent that was compared by the formula the hashes are of fewer pages.
+        let parent_hashes = parent
+            .filter(|(_, known)| known.ops.is_none() || ops.is_some())
+            .map(|(view, known)| (view, &known.hashes));
         let (hashes, pages) = hashes::first_look(view, 0..end / PAGE_SIZE, parent_hashes);
         findings.pages += pages;
         if let Some(boot) = boot {

@@ -1,7 +1,5 @@
 //! Hammered pages: what they must hold after `n` operations of each vCPU, and whether they do.
 
-use std::collections::HashSet;
-
 use guest::abi::{Layout, PAGE_SIZE, Pattern};
 use guest::formula::{Schedule, identify, matching_words, page_key, page_word_from_key};
 
@@ -92,22 +90,22 @@ impl Hammered {
         report: &mut dyn FnMut(Violation),
     ) -> u64 {
         let what = "a page is not what the registers say it is";
-        let mut pages = 0;
-        for (vcpu, slot, shared) in self.slots_against(parent, now, |parent, now| (parent, now)) {
+        let slots = self.slots_against(parent, now, |parent, now| (parent, now));
+        let pages = slots.len() as u64;
+        let mut page = [0; WORDS];
+        for Slot { vcpu, slot, shared } in slots {
             match (shared, parent) {
-                (PageSharing::Unwritten, _) => continue,
                 (PageSharing::Written, Some(parent)) => {
                     self.overwritten(parent, now, vcpu, slot, report);
                 }
                 _ => {
-                    if let Err(wrong) = self.look(now, vcpu, slot) {
+                    if let Err(wrong) = self.look(now, vcpu, slot, &mut page) {
                         report(self.violation(Oracle::Cut, what, now, vcpu, slot, &wrong));
                     }
                 }
             }
-            pages += 1;
         }
-        pages + self.untouched(now, Oracle::Cut, report)
+        pages + self.untouched(now, parent, Oracle::Cut, report)
     }
 
     /// The last look, before a snapshot is dropped: checks that it has not changed. Pages that it shares with
@@ -120,22 +118,22 @@ impl Hammered {
         report: &mut dyn FnMut(Violation),
     ) -> u64 {
         let what = "a page has changed since the snapshot was taken";
-        let mut pages = 0;
-        for (vcpu, slot, shared) in self.slots_against(heir, now, |heir, now| (now, heir)) {
+        let slots = self.slots_against(heir, now, |heir, now| (now, heir));
+        let pages = slots.len() as u64;
+        let mut page = [0; WORDS];
+        for Slot { vcpu, slot, shared } in slots {
             match (shared, heir) {
-                (PageSharing::Unwritten, _) => continue,
                 (PageSharing::Written, Some(heir)) => {
                     self.overwritten(now, heir, vcpu, slot, report);
                 }
                 _ => {
-                    if let Err(wrong) = self.look(now, vcpu, slot) {
+                    if let Err(wrong) = self.look(now, vcpu, slot, &mut page) {
                         report(self.violation(Oracle::Isolation, what, now, vcpu, slot, &wrong));
                     }
                 }
             }
-            pages += 1;
         }
-        pages + self.untouched(now, Oracle::Isolation, report)
+        pages + self.untouched(now, heir, Oracle::Isolation, report)
     }
 
     /// Pages that differ between two instants, at which the vCPUs had done `some` and `others` operations,
@@ -157,36 +155,69 @@ impl Hammered {
         )
     }
 
-    /// Every slot of every vCPU, and whether `other`'s page is the frame of `now`'s. `in_order` says which of
-    /// the two is older.
+    /// The slots to look at in `now`, and what the page of each has in common with that of `other`: all of
+    /// them if there is no other, else those that are in another frame and those that were written in between.
+    /// Whatever is in neither is one frame in both, and was written by nobody: what holds for one snapshot
+    /// holds for the other. `in_order` says which of the two is older.
+    ///
+    /// What it costs follows what was written between the two.
     fn slots_against<'a>(
         &'a self,
         other: Option<At<'a>>,
         now: At<'a>,
         in_order: impl Fn(At<'a>, At<'a>) -> (At<'a>, At<'a>),
-    ) -> impl Iterator<Item = (u64, u64, PageSharing)> + 'a {
-        let pairs = other.map(|other| in_order(other, now));
-        (0..self.layout.vcpus).flat_map(move |vcpu| {
-            let written = pairs.and_then(|(old, new)| {
-                let (from, to) = (old.ops[vcpu as usize], new.ops[vcpu as usize]);
-                WrittenSlots::between(&self.schedules[vcpu as usize], self.slots(vcpu), from, to)
-            });
-            (0..self.slots(vcpu)).map(move |slot| {
-                let gfn = self.gfn(vcpu, slot);
-                let frame = now.view.frame(gfn);
-                let shared = match &written {
-                    Some(written) if other.is_some_and(|o| o.view.frame(gfn) == frame) => {
-                        match written.slot(slot) {
-                            When::Never => PageSharing::Unwritten,
-                            When::Between if frame != Pfn::ZERO => PageSharing::Written,
-                            When::Between | When::Edge => PageSharing::No,
-                        }
-                    }
-                    _ => PageSharing::No,
-                };
-                (vcpu, slot, shared)
+    ) -> Vec<Slot> {
+        let written: Option<Vec<_>> = other.and_then(|other| {
+            let (old, new) = in_order(other, now);
+            (0..)
+                .zip(&self.schedules)
+                .map(|(vcpu, schedule)| {
+                    let (from, to) = (old.ops[vcpu], new.ops[vcpu]);
+                    WrittenSlots::between(schedule, self.slots(vcpu as u64), from, to)
+                })
+                .collect()
+        });
+        let (Some(other), Some(written)) = (other, written) else {
+            let all = (0..self.layout.vcpus)
+                .flat_map(|vcpu| (0..self.slots(vcpu)).map(move |slot| (vcpu, slot)));
+            return all
+                .map(|(vcpu, slot)| Slot {
+                    vcpu,
+                    slot,
+                    shared: PageSharing::No,
+                })
+                .collect();
+        };
+        let first = self.layout.hammer_base / PAGE_SIZE;
+        let differing = now
+            .view
+            .differing(&other.view, first..self.layout.memory / PAGE_SIZE);
+        let mut slots: Vec<Slot> = differing
+            .iter()
+            .filter_map(|&gfn| {
+                let (vcpu, slot) = self.layout.slot_at(self.pattern, gfn * PAGE_SIZE)?;
+                Some(Slot {
+                    vcpu,
+                    slot,
+                    shared: PageSharing::No,
+                })
             })
-        })
+            .collect();
+        for (vcpu, written) in (0..).zip(&written) {
+            for slot in written.slots() {
+                let gfn = self.gfn(vcpu, slot);
+                if differing.binary_search(&gfn).is_ok() {
+                    continue;
+                }
+                let shared = match written.when(slot) {
+                    When::Never => continue,
+                    When::Between if now.view.frame(gfn) != Pfn::ZERO => PageSharing::Written,
+                    When::Between | When::Edge => PageSharing::No,
+                };
+                slots.push(Slot { vcpu, slot, shared });
+            }
+        }
+        slots
     }
 
     /// Two snapshots share a page that was written between them. One of the two is wrong, since every
@@ -199,7 +230,9 @@ impl Hammered {
         slot: u64,
         report: &mut dyn FnMut(Violation),
     ) {
-        match (self.look(old, vcpu, slot), self.look(new, vcpu, slot)) {
+        let mut page = [0; WORDS];
+        let mut look = |at| self.look(at, vcpu, slot, &mut page);
+        match (look(old), look(new)) {
             (Ok(()), Err(wrong)) => {
                 let what = "a page misses what was written since the snapshot before";
                 report(self.violation(Oracle::Cut, what, new, vcpu, slot, &wrong));
@@ -216,29 +249,39 @@ impl Hammered {
         }
     }
 
-    /// Pages between the slots of a sparse pattern: nobody writes them. Returns the pages it has read.
-    fn untouched(&self, now: At<'_>, oracle: Oracle, report: &mut dyn FnMut(Violation)) -> u64 {
+    /// Pages between the slots of a sparse pattern: nobody writes them. Those that are in one frame with
+    /// `other`'s are left to the look at that. Returns the pages it has read.
+    fn untouched(
+        &self,
+        now: At<'_>,
+        other: Option<At<'_>>,
+        oracle: Oracle,
+        report: &mut dyn FnMut(Violation),
+    ) -> u64 {
         if self.pattern != Pattern::Sparse {
             return 0;
         }
+        let all = self.layout.hammer_base / PAGE_SIZE..self.layout.memory / PAGE_SIZE;
+        let gfns = match other {
+            Some(other) => now.view.differing(&other.view, all),
+            None => all.collect(),
+        };
+        let is_slot = |gfn| self.layout.slot_at(self.pattern, gfn * PAGE_SIZE).is_some();
         let mut page = [0; WORDS];
         let mut pages = 0;
-        let slots: HashSet<u64> = (0..self.layout.vcpus)
-            .flat_map(|v| (0..self.slots(v)).map(move |s| self.gfn(v, s)))
-            .collect();
-        let first = self.layout.hammer_base / PAGE_SIZE;
-        for gfn in first..self.layout.memory / PAGE_SIZE {
-            if now.view.frame(gfn) == Pfn::ZERO || slots.contains(&gfn) {
+        for gfn in gfns {
+            if now.view.frame(gfn) == Pfn::ZERO || is_slot(gfn) {
                 continue;
             }
             pages += 1;
             now.view.page(gfn, &mut page);
-            if let Some(word) = page.iter().position(|&w| w != 0) {
+            let word = matching_words(None, 0, &page);
+            if let Some(found) = page.get(word) {
                 let mut v = Violation::new(oracle, "a page that nobody writes is not zero");
                 v.snapshot = Some(now.view.number);
                 v.gpa = Some(gfn * PAGE_SIZE + word as u64 * 8);
                 v.expected = "0".to_owned();
-                v.found = format!("{:#018x}", page[word]);
+                v.found = format!("{found:#018x}");
                 v.frame = now.view.describe_frame(gfn);
                 report(v);
             }
@@ -250,10 +293,10 @@ impl Hammered {
         self.layout.slots(self.pattern, vcpu)
     }
 
-    fn look(&self, at: At<'_>, vcpu: u64, slot: u64) -> Result<(), Wrong> {
-        let mut page = [0; WORDS];
-        at.view.page(self.gfn(vcpu, slot), &mut page);
-        self.content(vcpu, slot, at.ops[vcpu as usize]).check(&page)
+    /// Compares a page, of which `page` is left with a copy.
+    fn look(&self, at: At<'_>, vcpu: u64, slot: u64, page: &mut Page) -> Result<(), Wrong> {
+        at.view.page(self.gfn(vcpu, slot), page);
+        self.content(vcpu, slot, at.ops[vcpu as usize]).check(page)
     }
 
     fn content(&self, vcpu: u64, slot: u64, ops: u64) -> Content {
@@ -312,13 +355,18 @@ impl Hammered {
     }
 }
 
-/// What two snapshots have in common of a page.
+/// A slot to look at.
+struct Slot {
+    vcpu: u64,
+    slot: u64,
+    shared: PageSharing,
+}
+
+/// What two snapshots have in common of a page that is to be looked at.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum PageSharing {
     /// Different frames, or it can't be told: the page must be read.
     No,
-    /// One frame, not written between the two: what holds for one holds for the other.
-    Unwritten,
     /// One frame, although the page was written between the two.
     Written,
 }
@@ -328,8 +376,10 @@ struct WrittenSlots<'a> {
     schedule: &'a Schedule,
     from: u64,
     to: u64,
-    /// Marked slots, where there are fewer operations than slots: cheaper than asking the formula.
-    marked: Option<Vec<bool>>,
+    /// How many slots the vCPU has.
+    count: u64,
+    /// Those that were written, in order, where there are fewer operations than slots.
+    marked: Option<Vec<u64>>,
     /// Slots whose operation was being done at one of the two snapshots: their page may be either way.
     edges: [u64; 2],
 }
@@ -346,24 +396,36 @@ impl<'a> WrittenSlots<'a> {
     fn between(schedule: &'a Schedule, slots: u64, from: u64, to: u64) -> Option<Self> {
         let count = to.checked_sub(from)?;
         let marked = (count < slots).then(|| {
-            let mut marked = vec![false; slots as usize];
-            for op in from..to {
-                marked[schedule.slot_of(op) as usize] = true;
-            }
+            let mut marked: Vec<_> = (from..to).map(|op| schedule.slot_of(op)).collect();
+            marked.sort_unstable();
+            marked.dedup();
             marked
         });
         Some(Self {
             schedule,
             from,
             to,
+            count: slots,
             marked,
             edges: [schedule.slot_of(from), schedule.slot_of(to)],
         })
     }
 
-    fn slot(&self, slot: u64) -> When {
+    /// The slots that were written, or may have been, in order of nothing; no other was.
+    fn slots(&self) -> Vec<u64> {
+        let Some(marked) = &self.marked else {
+            return (0..self.count).collect();
+        };
+        let edges = self.edges.into_iter();
+        let mut slots: Vec<_> = marked.iter().copied().chain(edges).collect();
+        slots.sort_unstable();
+        slots.dedup();
+        slots
+    }
+
+    fn when(&self, slot: u64) -> When {
         let written = match &self.marked {
-            Some(marked) => marked[slot as usize],
+            Some(marked) => marked.binary_search(&slot).is_ok(),
             None => self
                 .schedule
                 .last_writer(slot, self.to)

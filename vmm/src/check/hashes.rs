@@ -21,22 +21,28 @@ pub(super) fn first_look(
     parent: Option<(View<'_>, &Hashes)>,
 ) -> (Hashes, u64) {
     let mut pages = 0;
-    let hashes = gfns
-        .filter_map(|gfn| {
-            let frame = view.frame(gfn);
-            if frame == Pfn::ZERO {
-                return None;
-            }
-            let inherited = parent
-                .filter(|(parent, _)| parent.frame(gfn) == frame)
-                .and_then(|(_, hashes)| hashes.get(&gfn).copied());
-            let hash = inherited.unwrap_or_else(|| {
-                pages += 1;
-                hash(view, gfn)
-            });
-            Some((gfn, hash))
-        })
+    let mut hash_of = |gfn| {
+        pages += 1;
+        hash(view, gfn)
+    };
+    let Some((parent, known)) = parent else {
+        let touched = gfns.filter(|&gfn| view.frame(gfn) != Pfn::ZERO);
+        let hashes = touched.map(|gfn| (gfn, hash_of(gfn))).collect();
+        return (hashes, pages);
+    };
+    let differing = view.differing(&parent, gfns.clone());
+    // What the parent knows may be of more pages: of all, before the guest followed a formula.
+    let mut hashes: Hashes = known
+        .iter()
+        .filter(|(gfn, _)| gfns.contains(gfn))
+        .map(|(&gfn, &hash)| (gfn, hash))
         .collect();
+    for gfn in differing {
+        match view.frame(gfn) {
+            Pfn::ZERO => hashes.remove(&gfn),
+            _ => hashes.insert(gfn, hash_of(gfn)),
+        };
+    }
     (hashes, pages)
 }
 
@@ -49,10 +55,16 @@ pub(super) fn last_look(
     report: &mut dyn FnMut(Violation),
 ) -> u64 {
     let mut pages = 0;
-    for (&gfn, &expected) in hashes {
-        if heir.is_some_and(|h| h.frame(gfn) == view.frame(gfn)) {
-            continue;
+    let known = |gfn: u64| Some((gfn, *hashes.get(&gfn)?));
+    let to_look_at: Vec<(u64, u64)> = match heir {
+        Some(heir) => {
+            let end = hashes.keys().max().map_or(0, |last| last + 1);
+            let differing = view.differing(&heir, 0..end);
+            differing.into_iter().filter_map(known).collect()
         }
+        None => hashes.iter().map(|(&gfn, &hash)| (gfn, hash)).collect(),
+    };
+    for (gfn, expected) in to_look_at {
         pages += 1;
         let found = hash(view, gfn);
         if found != expected {

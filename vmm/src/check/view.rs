@@ -1,5 +1,7 @@
 //! Reading a snapshot's memory.
 
+use std::ops::Range;
+
 use zerocopy::IntoBytes;
 
 use palimpsest::aside::Aside;
@@ -50,6 +52,19 @@ impl<'a> View<'a> {
     pub(super) fn frame(&self, gfn: u64) -> Pfn {
         self.aside.inspect(|aside| aside.pass());
         self.memory.frame(Gfn(gfn)).unwrap_or(Pfn::ZERO)
+    }
+
+    /// The pages in `gfns` that are not in the frames just now that `other` has them in, in order: all that was
+    /// written between the two, and what was copied with it. What it costs follows that, and not how much
+    /// memory there is.
+    pub(super) fn differing(&self, other: &Self, gfns: Range<u64>) -> Vec<u64> {
+        let gfns = Gfn(gfns.start)..Gfn(gfns.end);
+        let regions = self.memory.differing(other.memory, gfns);
+        let of_region = regions.flat_map(|pages| {
+            self.aside.inspect(|aside| aside.pass());
+            pages
+        });
+        of_region.map(|gfn| gfn.0).collect()
     }
 
     /// What is known of the frame a page is in, in words.

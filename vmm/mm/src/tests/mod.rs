@@ -5,6 +5,7 @@
 //! | `transitions` | PROTOCOL.md 3.2 for base frames: faults, pins, forks, restores |
 //! | `folio` | huge folios: sharing, splitting, breaking whole regions |
 //! | `get`, `dirty`, `discard`, `migrate`, `merge`, `force` | each operation: its contract, each of its errors |
+//! | `differ` | where two snapshots differ |
 //! | `account` | who pays for what, and what becomes of who may have no more; promises |
 //! | `census` | what each has alone and shares; why a frame is alive |
 //! | `clones` | what it takes to make a clone; who moves where when all of them write |
@@ -29,6 +30,7 @@ mod allocator;
 mod census;
 mod clones;
 mod commit;
+mod differ;
 mod dirty;
 mod discard;
 mod folio;
