@@ -149,6 +149,48 @@ fn fault(c: &mut Criterion) {
     group.finish();
 }
 
+/// Faults of threads whose pages are in different regions, in frames of one word, so that what is measured is
+/// what they share. Time of a fault over all threads: with two that do not disturb each other it is half of
+/// that with one.
+fn faults_apart(c: &mut Criterion) {
+    /// Pages of a thread.
+    const EACH: u64 = 8 * REGION;
+    let mut group = c.benchmark_group("write faults of different regions");
+    group.throughput(Throughput::Elements(EACH)).sample_size(30);
+    for (name, forks, keeps) in [
+        ("writable already", false, false),
+        ("reuse", true, false),
+        ("copy to the snapshot", true, true),
+    ] {
+        for threads in [1, 2] {
+            group.bench_function(BenchmarkId::new(name, threads), |b| {
+                let pool = words(2 * EACH, 4);
+                let space = AddressSpace::new(pool, Exclusive, Box::new(NoMmu), 2 * EACH);
+                let space = space.expect("memory").with_base_pages();
+                // Page by page, whatever is seen.
+                space.set_whole_price(u32::MAX);
+                let write_own = |thread: u64| {
+                    for page in EACH * thread..EACH * (thread + 1) {
+                        black_box(space.write_fault(Gfn(page))).expect("write");
+                    }
+                };
+                (0..2).for_each(write_own);
+                b.iter_custom(|rounds| {
+                    let mut spent = Duration::ZERO;
+                    for _ in 0..rounds {
+                        let frozen = forks.then(|| space.fork().expect("fork"));
+                        let frozen = frozen.filter(|_| keeps);
+                        spent += on_threads(threads, write_own);
+                        drop(frozen);
+                    }
+                    spent
+                });
+            });
+        }
+    }
+    group.finish();
+}
+
 /// A machine, a snapshot of it, and clones that have written a page of every eighth region, or every eighth page.
 fn census(c: &mut Criterion) {
     const CLONES: u64 = 16;
@@ -316,5 +358,14 @@ fn rewrite(c: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, pin, fork, fault, clone, rewrite, census);
+criterion_group!(
+    benches,
+    pin,
+    fork,
+    fault,
+    faults_apart,
+    clone,
+    rewrite,
+    census
+);
 criterion_main!(benches);

@@ -53,7 +53,7 @@ impl<P: CowPolicy> AddressSpace<P> {
             self.resolve(&mut region, first, Intent::Write).map(Some)
         };
         if let Ok(Some(_)) = broken {
-            Counters::add(&self.counters.ahead);
+            Counters::add(&self.counters.mine().ahead);
         }
         true
     }

@@ -171,11 +171,11 @@ impl<P: CowPolicy> AddressSpace<P> {
     pub(super) fn count(&self, intent: Intent, resolution: Resolution) {
         Counters::add(match (intent, resolution) {
             (_, Resolution::AlreadyWritable | Resolution::AlreadyExclusive) => return,
-            (Intent::Unshare, _) => &self.counters.unshared,
-            (Intent::Write, Resolution::ZeroFilled) => &self.counters.zero_filled,
-            (Intent::Write, Resolution::Reused) => &self.counters.reused,
-            (Intent::Write, Resolution::SharersMoved) => &self.counters.sharers_moved,
-            (Intent::Write, Resolution::WriterMoved) => &self.counters.writer_moved,
+            (Intent::Unshare, _) => &self.counters.mine().unshared,
+            (Intent::Write, Resolution::ZeroFilled) => &self.counters.mine().zero_filled,
+            (Intent::Write, Resolution::Reused) => &self.counters.mine().reused,
+            (Intent::Write, Resolution::SharersMoved) => &self.counters.mine().sharers_moved,
+            (Intent::Write, Resolution::WriterMoved) => &self.counters.mine().writer_moved,
         });
     }
 
@@ -341,7 +341,7 @@ impl<P: CowPolicy> AddressSpace<P> {
 
     pub(super) fn copy_run(&self, from: Pfn, to: Pfn, count: u64) {
         self.pool.memory().copy_run(from, to, count);
-        self.counters.copied.fetch_add(count, Ordering::Relaxed);
+        Counters::add_more(&self.counters.mine().copied, count);
     }
 
     /// Points this space's page at a copy of its frame.

@@ -349,7 +349,7 @@ impl<P: CowPolicy> AddressSpace<P> {
             .allocate(&self.account)
             .map_err(|source| ForkError::EagerCopy { gfn, source })?;
         copies.push((pfn, fresh.pfn()));
-        Counters::add(&self.counters.eager_copied);
+        Counters::add(&self.counters.mine().eager_copied);
         Ok(fresh.into_mapped())
     }
 

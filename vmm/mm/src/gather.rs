@@ -12,8 +12,6 @@
 //! ```
 //! The few move as in a migration (`migrate.rs`), the others as in a break that moves the writer (`fault.rs`).
 
-use std::sync::atomic::Ordering;
-
 use super::addr::{Gfn, Pfn};
 use super::entry::Entry;
 use super::home::Home;
@@ -62,11 +60,9 @@ impl<P: CowPolicy> AddressSpace<P> {
         moving.into_iter().for_each(|page| self.has_moved(page));
         region.state.home = Some(home);
         self.broke_whole(region);
-        Counters::add(&self.counters.formed);
+        Counters::add(&self.counters.mine().formed);
         let others = count - own.len() as u64;
-        self.counters
-            .neighbours
-            .fetch_add(others, Ordering::Relaxed);
+        Counters::add_more(&self.counters.mine().neighbours, others);
         Ok(true)
     }
 

@@ -119,7 +119,7 @@ impl<P: CowPolicy> AddressSpace<P> {
         if run.count() == 0 {
             return None;
         }
-        self.counters.pins_fast.add(run.count());
+        Counters::add_more(&self.counters.mine().pins_fast, run.count());
         Some(run)
     }
 
@@ -159,7 +159,7 @@ impl<P: CowPolicy> AddressSpace<P> {
             .pool
             .try_pin(entry, 1, access, &self.policy)
             .map_err(|_| PinError::TooMany { gfn })?;
-        Counters::add(&self.counters.pins_slow);
+        Counters::add(&self.counters.mine().pins_slow);
         Ok(run)
     }
 }

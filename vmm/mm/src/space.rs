@@ -228,7 +228,7 @@ impl<P: CowPolicy> AddressSpace<P> {
                 self.policy.is_exclusive_after_split(page)
             });
             region.set_small();
-            Counters::add(&self.counters.split);
+            Counters::add(&self.counters.mine().split);
         }
     }
 }

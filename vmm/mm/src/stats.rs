@@ -2,11 +2,18 @@
 
 use std::sync::atomic::{AtomicU64 as Counter, Ordering};
 
-use super::stripe::StripedCounter;
+use crossbeam_utils::CachePadded;
 
-/// Statistics only: nothing is ordered by them.
+use super::stripe::Striped;
+
+/// Statistics only: nothing is ordered by them. Each stripe of threads has its own, so that two that resolve
+/// faults at once do not fight for a cache line.
 #[derive(Default)]
-pub(super) struct Counters {
+pub(super) struct Counters(Striped<CachePadded<Counts>>);
+
+/// What some threads have counted.
+#[derive(Default)]
+pub(super) struct Counts {
     pub(super) reused: Counter,
     pub(super) writer_moved: Counter,
     pub(super) sharers_moved: Counter,
@@ -19,33 +26,46 @@ pub(super) struct Counters {
     pub(super) split: Counter,
     pub(super) formed: Counter,
     pub(super) ahead: Counter,
-    /// The one that counts what has no lock.
-    pub(super) pins_fast: StripedCounter,
+    pub(super) pins_fast: Counter,
     pub(super) pins_slow: Counter,
 }
 
 impl Counters {
+    /// Those of the calling thread.
+    #[inline]
+    pub(super) fn mine(&self) -> &Counts {
+        self.0.mine()
+    }
+
     pub(super) fn add(counter: &Counter) {
-        counter.fetch_add(1, Ordering::Relaxed);
+        Self::add_more(counter, 1);
+    }
+
+    #[inline]
+    pub(super) fn add_more(counter: &Counter, more: u64) {
+        counter.fetch_add(more, Ordering::Relaxed);
     }
 
     pub(super) fn read(&self) -> MmStats {
-        let get = |c: &Counter| c.load(Ordering::Relaxed);
+        let get = |of: fn(&Counts) -> &Counter| {
+            let counts = self.0.each().map(|counts| of(counts));
+            counts.map(|count| count.load(Ordering::Relaxed)).sum()
+        };
         MmStats {
-            reused: get(&self.reused),
-            writer_moved: get(&self.writer_moved),
-            sharers_moved: get(&self.sharers_moved),
-            zero_filled: get(&self.zero_filled),
-            unshared: get(&self.unshared),
-            neighbours: get(&self.neighbours),
-            eager_copied: get(&self.eager_copied),
-            copied: get(&self.copied),
-            whole: get(&self.whole),
-            split: get(&self.split),
-            formed: get(&self.formed),
-            ahead: get(&self.ahead),
-            pins_fast: self.pins_fast.sum(),
-            pins_slow: get(&self.pins_slow),
+            reused: get(|c| &c.reused),
+            writer_moved: get(|c| &c.writer_moved),
+            sharers_moved: get(|c| &c.sharers_moved),
+            zero_filled: get(|c| &c.zero_filled),
+            unshared: get(|c| &c.unshared),
+            neighbours: get(|c| &c.neighbours),
+            eager_copied: get(|c| &c.eager_copied),
+            copied: get(|c| &c.copied),
+            whole: get(|c| &c.whole),
+            split: get(|c| &c.split),
+            formed: get(|c| &c.formed),
+            ahead: get(|c| &c.ahead),
+            pins_fast: get(|c| &c.pins_fast),
+            pins_slow: get(|c| &c.pins_slow),
         }
     }
 }

@@ -5,9 +5,7 @@
 //! and share a copy when there are more of them than copies.
 
 use std::cell::Cell;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-
-use crossbeam_utils::CachePadded;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// How many copies there are: as many threads pin pages without meeting.
 const STRIPES: usize = 16;
@@ -26,25 +24,16 @@ impl<T> Striped<T> {
     pub(super) fn mine(&self) -> &T {
         &self.0[stripe() % STRIPES]
     }
+
+    /// All of them.
+    pub(super) fn each(&self) -> impl Iterator<Item = &T> {
+        self.0.iter()
+    }
 }
 
 impl<T: Default> Default for Striped<T> {
     fn default() -> Self {
         Self::new(T::default)
-    }
-}
-
-/// A number that is counted up by many threads and read seldom. Statistics only: nothing is ordered by it.
-pub(super) type StripedCounter = Striped<CachePadded<AtomicU64>>;
-
-impl StripedCounter {
-    #[inline]
-    pub(super) fn add(&self, more: u64) {
-        self.mine().fetch_add(more, Ordering::Relaxed);
-    }
-
-    pub(super) fn sum(&self) -> u64 {
-        self.0.iter().map(|own| own.load(Ordering::Relaxed)).sum()
     }
 }
 
@@ -66,17 +55,28 @@ fn stripe() -> usize {
 
 #[cfg(all(test, not(any(loom, shuttle))))]
 mod tests {
+    use std::sync::atomic::AtomicU64;
+
+    use crossbeam_utils::CachePadded;
+
     use super::*;
+
+    type StripedCounter = Striped<CachePadded<AtomicU64>>;
 
     #[test]
     fn what_threads_count_is_all_there() {
         let counter = StripedCounter::default();
         std::thread::scope(|scope| {
             for _ in 0..2 * STRIPES {
-                scope.spawn(|| (0..1000).for_each(|_| counter.add(3)));
+                scope.spawn(|| {
+                    for _ in 0..1000 {
+                        counter.mine().fetch_add(3, Ordering::Relaxed);
+                    }
+                });
             }
         });
-        assert_eq!(counter.sum(), 2 * STRIPES as u64 * 3000);
+        let all: u64 = counter.each().map(|own| own.load(Ordering::Relaxed)).sum();
+        assert_eq!(all, 2 * STRIPES as u64 * 3000);
     }
 
     #[test]

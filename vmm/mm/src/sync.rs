@@ -12,6 +12,17 @@ pub(super) use std::sync::{
     atomic::{AtomicU64, Ordering, fence},
 };
 
+#[cfg(any(loom, shuttle))]
+pub(super) use crate::sync::{
+    RwLock as ShardedLock, RwLockReadGuard as ShardedLockReadGuard,
+    RwLockWriteGuard as ShardedLockWriteGuard,
+};
+/// A lock that is taken shared all the time and alone now and then: whoever takes it shared changes a cache
+/// line that only a few threads have in common, and whoever takes it alone changes all of them. Model checkers
+/// have one that does the same by one line.
+#[cfg(not(any(loom, shuttle)))]
+pub(super) use crossbeam_utils::sync::{ShardedLock, ShardedLockReadGuard, ShardedLockWriteGuard};
+
 use std::sync::PoisonError;
 
 /// Locks `mutex`. A panic elsewhere does not make the data wrong: every critical section of `mm` leaves
@@ -34,6 +45,16 @@ pub(super) fn read<T>(lock: &RwLock<T>) -> RwLockReadGuard<'_, T> {
 
 /// Locks `lock` alone; poisoning as in [`lock`].
 pub(super) fn write<T>(lock: &RwLock<T>) -> RwLockWriteGuard<'_, T> {
+    lock.write().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// As [`read`].
+pub(super) fn read_sharded<T>(lock: &ShardedLock<T>) -> ShardedLockReadGuard<'_, T> {
+    lock.read().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// As [`write`].
+pub(super) fn write_sharded<T>(lock: &ShardedLock<T>) -> ShardedLockWriteGuard<'_, T> {
     lock.write().unwrap_or_else(PoisonError::into_inner)
 }
 

@@ -72,7 +72,7 @@ impl<P: CowPolicy> AddressSpace<P> {
     pub(super) fn broke_whole(&self, region: &mut RegionGuard<'_>) {
         let index = region.index();
         self.predictor.broke_whole(index, &mut region.state.history);
-        Counters::add(&self.counters.whole);
+        Counters::add(&self.counters.mine().whole);
     }
 
     /// As [`AddressSpace::move_writer`], for a whole region: to its home, or to the one it moves to. Says
@@ -131,7 +131,7 @@ impl<P: CowPolicy> AddressSpace<P> {
                 Ok(Some(fresh)) => moved.push((gfn, fresh)),
                 Err(_) => break,
             }
-            Counters::add(&self.counters.neighbours);
+            Counters::add(&self.counters.mine().neighbours);
         }
         let done = match self.folio_of(region, &in_place, &moved) {
             Some(head) => self.form_huge(region, head, moved),
@@ -286,7 +286,7 @@ impl<P: CowPolicy> AddressSpace<P> {
         if self.pool.frames().try_form_huge(head).is_ok() {
             region.set_joined(head);
             self.stay_in(region, head);
-            Counters::add(&self.counters.formed);
+            Counters::add(&self.counters.mine().formed);
         }
         Ok(())
     }
@@ -312,7 +312,7 @@ impl<P: CowPolicy> AddressSpace<P> {
             if !self.move_sharers(region, gfn, entry.pfn())? {
                 return Ok(false);
             }
-            Counters::add(&self.counters.neighbours);
+            Counters::add(&self.counters.mine().neighbours);
         }
         Ok(true)
     }
@@ -360,9 +360,7 @@ impl<P: CowPolicy> AddressSpace<P> {
         if !is_left_out(Safeguard::CopyIsHeld) {
             self.pool.unmap_huge(copied_to);
         }
-        self.counters
-            .neighbours
-            .fetch_add(region.len(), Ordering::Relaxed);
+        Counters::add_more(&self.counters.mine().neighbours, region.len());
         Ok(true)
     }
 }

@@ -95,6 +95,9 @@ impl MappingBudget {
 
     /// Books a change from `before` to `after` mappings. Refused if that is beyond the limit.
     pub(super) fn change(&self, before: u64, after: u64) -> Result<(), u64> {
+        if before == after {
+            return Ok(());
+        }
         let limit = self.limit();
         // Relaxed: these are counts, and order nothing.
         let booked = self
@@ -107,8 +110,11 @@ impl MappingBudget {
         booked.map_err(|_| limit)?;
         let change = after.wrapping_sub(before);
         let used = self.used.fetch_add(change, Ordering::Relaxed);
-        self.peak
-            .fetch_max(used.wrapping_add(change), Ordering::Relaxed);
+        let used = used.wrapping_add(change);
+        // Most changes make no peak, and then it is not written.
+        if used > self.peak.load(Ordering::Relaxed) {
+            self.peak.fetch_max(used, Ordering::Relaxed);
+        }
         Ok(())
     }
 }

@@ -7,6 +7,8 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use crossbeam_utils::CachePadded;
+
 use crate::mm::{FaultOutcome, Resolution};
 
 /// An observation below the average moves it by one part in this many; one above it by one part in
@@ -24,10 +26,11 @@ const FIRST_WHOLE: u64 = 16;
 /// ordered by them, and an observation may be lost to another.
 #[derive(Debug, Default)]
 pub struct Prices {
-    small: AtomicU64,
+    /// What every break changes lies apart from what every entry looks at.
+    small: CachePadded<AtomicU64>,
     whole: AtomicU64,
     /// The shortest time a vCPU was in the guest: that of going there and back.
-    entry: AtomicU64,
+    entry: CachePadded<AtomicU64>,
     /// The shortest time a fault took from exit to entry: decoding and registers, and what little it
     /// resolved.
     handling: AtomicU64,
@@ -49,10 +52,11 @@ impl Prices {
     #[must_use]
     pub fn as_learnt(&self) -> Self {
         let copy = |price: &AtomicU64| AtomicU64::new(price.load(Ordering::Relaxed));
+        let apart = |price| CachePadded::new(copy(price));
         Self {
-            small: copy(&self.small),
+            small: apart(&self.small),
             whole: copy(&self.whole),
-            entry: copy(&self.entry),
+            entry: apart(&self.entry),
             handling: copy(&self.handling),
             fixed: self.fixed,
         }
@@ -77,7 +81,7 @@ impl Prices {
         ) {
             return None;
         }
-        let average = if fault.is_whole {
+        let average: &AtomicU64 = if fault.is_whole {
             &self.whole
         } else {
             &self.small

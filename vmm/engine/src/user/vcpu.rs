@@ -17,7 +17,7 @@ use super::registers::{self, XstateShape};
 use super::{filter, signals};
 use crate::host::Window;
 use crate::kvm::control::{Control, Phase, RegisterTask, TaskState, VcpuCommand};
-use crate::kvm::counters::Counters;
+use crate::kvm::counters::{Counters, VcpuCounters};
 use crate::kvm::memory::GuestRam;
 use crate::kvm::urgent;
 use crate::kvm::{
@@ -54,6 +54,11 @@ pub(super) struct Vcpu {
 }
 
 impl Vcpu {
+    /// What it counts.
+    fn counters(&self) -> &VcpuCounters {
+        self.counters.of(self.index)
+    }
+
     /// The thread's whole life. `None` if the machine told it to stop.
     pub(super) fn run(self) -> Option<Outcome> {
         let (control, index) = (Arc::clone(&self.control), self.index);
@@ -130,7 +135,7 @@ impl Running {
             if matches!(exit, Exit::Out { .. } | Exit::WriteFault { .. }) {
                 ram.was_entered(entered.elapsed());
             }
-            self.vcpu.counters.note_exit(self.vcpu.index);
+            self.vcpu.counters().note_exit();
             if exit != Exit::Protection {
                 self.patched = 0;
             }
@@ -170,7 +175,7 @@ impl Running {
     fn out(&mut self, port: u16, value: u32, len: u64) -> Option<Outcome> {
         if !self.vcpu.doorbells.ring(port) {
             self.vcpu
-                .counters
+                .counters()
                 .port_exits
                 .fetch_add(1, Ordering::Relaxed);
             match self.vcpu.handler.out(self.vcpu.index, port, value) {
@@ -188,7 +193,7 @@ impl Running {
 
     /// Makes the page at `gfn` writable, because the guest wrote `address` in it.
     fn write_fault(&mut self, gfn: u64, address: u64) -> Result<(), VcpuRunError> {
-        let counters = &self.vcpu.counters;
+        let counters = self.vcpu.counters();
         counters.write_faults.fetch_add(1, Ordering::Relaxed);
         let resolve = |gfn| {
             let resolved = self.vcpu.ram.write_fault(gfn);

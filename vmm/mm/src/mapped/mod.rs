@@ -40,7 +40,9 @@ use super::entry::Entry;
 use super::fresh::{Fresh, FreshFolio};
 use super::mmu::{Mmu, MmuError};
 use super::page_set::PageSet;
-use super::sync::{RwLock, RwLockReadGuard, RwLockWriteGuard, read, write};
+use super::sync::{
+    ShardedLock, ShardedLockReadGuard, ShardedLockWriteGuard, read_sharded, write_sharded,
+};
 use table::{RegionGuard, Stretch, Table};
 
 /// The two sides.
@@ -49,7 +51,7 @@ pub(super) struct Mapped {
     pub(super) table: Table,
     mmu: Box<dyn Mmu>,
     /// Shared by whatever changes one region at a time, alone by fork and restore.
-    fork_lock: RwLock<()>,
+    fork_lock: ShardedLock<()>,
     /// Why the two no longer agree.
     broken: OnceLock<Arc<MmuError>>,
     /// Frames without an entry that a broken MMU may show. Dropped after it.
@@ -128,7 +130,7 @@ impl Mapped {
         Self {
             table,
             mmu,
-            fork_lock: RwLock::new(()),
+            fork_lock: ShardedLock::new(()),
             broken: OnceLock::new(),
             stranded: Mutex::default(),
             protected: OnceLock::new(),
@@ -165,8 +167,8 @@ impl Mapped {
     ///
     /// # Errors
     /// If the two sides no longer agree.
-    pub(super) fn enter(&self) -> Result<RwLockReadGuard<'_, ()>, MmuError> {
-        let guard = read(&self.fork_lock);
+    pub(super) fn enter(&self) -> Result<ShardedLockReadGuard<'_, ()>, MmuError> {
+        let guard = read_sharded(&self.fork_lock);
         self.check().map(|()| guard)
     }
 
@@ -174,8 +176,8 @@ impl Mapped {
     ///
     /// # Errors
     /// As [`Mapped::enter`].
-    pub(super) fn enter_alone(&self) -> Result<RwLockWriteGuard<'_, ()>, MmuError> {
-        let guard = write(&self.fork_lock);
+    pub(super) fn enter_alone(&self) -> Result<ShardedLockWriteGuard<'_, ()>, MmuError> {
+        let guard = write_sharded(&self.fork_lock);
         self.check().map(|()| guard)
     }
 

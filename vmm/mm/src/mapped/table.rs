@@ -11,6 +11,8 @@
 use std::ops::{Range, RangeInclusive};
 use std::sync::{OnceLock, Weak};
 
+use crossbeam_utils::CachePadded;
+
 use super::super::addr::{Gfn, Order, OutOfRange, Pfn};
 use super::super::entry::Entry;
 use super::super::frozen::{FrozenChunks, FrozenRegion};
@@ -43,7 +45,8 @@ struct Group {
     /// Small entries. Those of a region with a huge entry mean nothing, and those of a region that always had
     /// one were never touched: they are as long as a page of the host, and cost no memory (`sync::zeroed`).
     entries: Box<[AtomicU64]>,
-    states: Box<[Mutex<RegionState>]>,
+    /// A lock a region: who is in one region waits for nobody who is in another.
+    states: Box<[CachePadded<Mutex<RegionState>>]>,
 }
 
 /// What is kept of a region under its lock, beside its entries.
@@ -132,10 +135,10 @@ impl Table {
         let mut home = lock(&self.homes[group]).take();
         let state = |index| {
             let (_, pages) = self.pages_of_region(index);
-            Mutex::new(RegionState {
+            CachePadded::new(Mutex::new(RegionState {
                 home: home.as_mut().map(|home| home.split_front(pages)),
                 ..RegionState::default()
-            })
+            }))
         };
         Group {
             entries: zeroed(self.pages_of_group(group) as usize),

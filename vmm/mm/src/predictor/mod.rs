@@ -100,7 +100,10 @@ impl Predictor {
     }
 
     pub(super) fn set_whole_price(&self, small: u32) {
-        self.whole_price.store(small, Ordering::Relaxed);
+        // All faults look at it, and few change it.
+        if self.whole_price() != small {
+            self.whole_price.store(small, Ordering::Relaxed);
+        }
     }
 
     pub(super) fn leave_to_fork(&self, chunks: u32) {

@@ -60,6 +60,10 @@ impl RungCounts {
     pub fn of(&self, rung: Rung) -> u64 {
         self.0[rung as usize]
     }
+
+    pub(in crate::kvm) fn plus(self, others: Self) -> Self {
+        Self(std::array::from_fn(|rung| self.0[rung] + others.0[rung]))
+    }
 }
 
 /// The same, while vCPUs count.

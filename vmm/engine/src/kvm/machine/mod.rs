@@ -122,22 +122,14 @@ impl Machine {
 
     /// What the vCPUs have done so far.
     pub fn stats(&self) -> MachineStats {
-        let Counters {
-            write_faults,
-            rungs,
-            emulated_stores,
-            signals,
-            port_exits,
-            kicks,
-            ..
-        } = &*self.counters;
+        let counters = &self.counters;
         MachineStats {
-            rungs: rungs.now(),
-            emulated_stores: emulated_stores.load(Ordering::Relaxed),
-            signals: signals.load(Ordering::Relaxed),
-            write_faults: write_faults.load(Ordering::Relaxed),
-            port_exits: port_exits.load(Ordering::Relaxed),
-            kicks: kicks.load(Ordering::Relaxed),
+            rungs: counters.rungs(),
+            emulated_stores: counters.sum(|vcpu| &vcpu.emulated_stores),
+            signals: counters.sum(|vcpu| &vcpu.signals),
+            write_faults: counters.sum(|vcpu| &vcpu.write_faults),
+            port_exits: counters.sum(|vcpu| &vcpu.port_exits),
+            kicks: counters.kicks.load(Ordering::Relaxed),
         }
     }
 }

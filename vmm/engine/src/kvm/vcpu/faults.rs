@@ -25,7 +25,7 @@ impl Vcpu {
             xsave: &xsave,
         };
         if let Some(rung) = self.ladder.climb(&fault, &*self.ram)? {
-            self.counters.rungs.count(rung);
+            self.counters().rungs.count(rung);
         }
         Ok(())
     }
@@ -35,7 +35,7 @@ impl Vcpu {
     /// The page is made writable for the guest, so that the next store does not come here, and written where
     /// it then is.
     pub(super) fn store(&self, gpa: u64, data: &[u8]) -> Result<(), VcpuRunError> {
-        self.counters
+        self.counters()
             .emulated_stores
             .fetch_add(1, Ordering::Relaxed);
         let gfns = Vec::from_iter(gpa / PAGE_SIZE..(gpa + data.len() as u64).div_ceil(PAGE_SIZE));
@@ -55,7 +55,7 @@ impl Vcpu {
         let same = self.kicked_at.replace(regs) == Some(regs);
         let (gfns, stored_by) = self.stalled_on(&regs, &sregs)?;
         if (same || stored_by == StoredBy::Kvm) && fault::resolve(&gfns, &*self.ram)? {
-            self.counters.rungs.count(fault::Rung::Operand);
+            self.counters().rungs.count(fault::Rung::Operand);
         }
         Ok(())
     }
@@ -118,8 +118,8 @@ impl Vcpu {
         let (gfns, _) = self.stalled_on(&regs, &sregs)?;
         if fault::resolve(&gfns, &*self.ram)? {
             self.lost_races = None;
-            self.counters.write_faults.fetch_add(1, Ordering::Relaxed);
-            self.counters.rungs.count(fault::Rung::Operand);
+            self.counters().write_faults.fetch_add(1, Ordering::Relaxed);
+            self.counters().rungs.count(fault::Rung::Operand);
             return Ok(true);
         }
         Ok(self.may_have_lost_a_race(&regs))
@@ -156,8 +156,8 @@ impl Vcpu {
                 return Ok(false);
             }
         }
-        self.counters.write_faults.fetch_add(1, Ordering::Relaxed);
-        self.counters.rungs.count(fault::Rung::Walk);
+        self.counters().write_faults.fetch_add(1, Ordering::Relaxed);
+        self.counters().rungs.count(fault::Rung::Walk);
         let error = |what| move |source| VcpuRunError::Registers { what, source };
         let mut events = self.fd.get_vcpu_events().map_err(error("events"))?;
         events.exception = Default::default();

@@ -18,7 +18,7 @@ use kvm_bindings::{CpuId, kvm_regs};
 use kvm_ioctls::VcpuFd;
 
 use super::control::Control;
-use super::counters::Counters;
+use super::counters::{Counters, VcpuCounters};
 use super::fault::Ladder;
 use super::memory::{GuestRam, Memslot};
 use super::paravirt::Targets;
@@ -51,6 +51,13 @@ pub(super) struct Vcpu {
     pub(super) kicked: bool,
     /// Registers when it was last looked at after a kick.
     pub(super) kicked_at: Option<kvm_regs>,
+}
+
+impl Vcpu {
+    /// What it counts.
+    fn counters(&self) -> &VcpuCounters {
+        self.counters.of(self.index)
+    }
 }
 
 /// Whether registers come with every exit at no cost (`KVM_CAP_SYNC_REGS`).

@@ -79,7 +79,7 @@ impl Vcpu {
             if self.sync_regs == SyncRegs::Stale {
                 self.sync_regs = SyncRegs::Fresh;
             }
-            self.counters.note_exit(self.index);
+            self.counters().note_exit();
             half_done = matches!(
                 exit,
                 Exit::Out { .. } | Exit::Store { .. } | Exit::Loaded | Exit::SetMsr { .. }
@@ -100,7 +100,7 @@ impl Vcpu {
                 }
                 Exit::SetMsr { index, value } => self.set_msr(index, value),
                 Exit::Out { port, value } => {
-                    self.counters.port_exits.fetch_add(1, Ordering::Relaxed);
+                    self.counters().port_exits.fetch_add(1, Ordering::Relaxed);
                     match self.handler.out(self.index, port, value) {
                         PortAction::Continue => {}
                         PortAction::Stop(reason) => return Some(Outcome::Stopped(reason)),
@@ -110,7 +110,7 @@ impl Vcpu {
                     }
                 }
                 Exit::WriteFault(gpas) => {
-                    self.counters.write_faults.fetch_add(1, Ordering::Relaxed);
+                    self.counters().write_faults.fetch_add(1, Ordering::Relaxed);
                     let _span = span!("fault");
                     let exited = Instant::now();
                     if let Err(error) = self.write_fault(gpas) {
