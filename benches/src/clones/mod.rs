@@ -31,7 +31,7 @@ pub mod text;
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use guest::abi::{MAX_MEMORY, REGION_SIZE};
+use guest::abi::{LOW_MEMORY, REGION_SIZE};
 use palimpsest::causes::Cause;
 use palimpsest::kvm::{BootError, KvmError, PlatformError, StateError};
 use palimpsest::memory::MemoryError;
@@ -131,12 +131,12 @@ const LEAST_MEMORY: u64 = 32 << 20;
 /// If it is no size, or no such.
 pub fn parse_memory(text: &str) -> Result<u64, String> {
     let memory = parse_size(text).map_err(|error| error.to_string())?;
-    let range = LEAST_MEMORY..=MAX_MEMORY;
+    let range = LEAST_MEMORY..=LOW_MEMORY;
     if !range.contains(&memory) || !memory.is_multiple_of(REGION_SIZE) {
         return Err(format!(
             "a guest has {} to {}, in steps of 2 MiB",
             bytes(LEAST_MEMORY),
-            bytes(MAX_MEMORY)
+            bytes(LOW_MEMORY)
         ));
     }
     Ok(memory)

@@ -5,6 +5,7 @@ use guest::formula::{Schedule, identify, matching_words, page_key, page_word_fro
 
 use super::view::{Page, View, WORDS};
 use super::violation::{Oracle, Violation};
+use super::written::{When, WrittenSlots};
 use palimpsest::mm::Pfn;
 
 /// Knows the content of every hammered page at any number of operations.
@@ -90,10 +91,9 @@ impl Hammered {
         report: &mut dyn FnMut(Violation),
     ) -> u64 {
         let what = "a page is not what the registers say it is";
-        let slots = self.slots_against(parent, now, |parent, now| (parent, now));
-        let pages = slots.len() as u64;
         let mut page = [0; WORDS];
-        for Slot { vcpu, slot, shared } in slots {
+        let order = |parent, now| (parent, now);
+        let pages = self.each_against(parent, now, order, |vcpu, slot, shared| {
             match (shared, parent) {
                 (PageSharing::Written, Some(parent)) => {
                     self.overwritten(parent, now, vcpu, slot, report);
@@ -104,7 +104,7 @@ impl Hammered {
                     }
                 }
             }
-        }
+        });
         pages + self.untouched(now, parent, Oracle::Cut, report)
     }
 
@@ -118,10 +118,9 @@ impl Hammered {
         report: &mut dyn FnMut(Violation),
     ) -> u64 {
         let what = "a page has changed since the snapshot was taken";
-        let slots = self.slots_against(heir, now, |heir, now| (now, heir));
-        let pages = slots.len() as u64;
         let mut page = [0; WORDS];
-        for Slot { vcpu, slot, shared } in slots {
+        let order = |heir, now| (now, heir);
+        let pages = self.each_against(heir, now, order, |vcpu, slot, shared| {
             match (shared, heir) {
                 (PageSharing::Written, Some(heir)) => {
                     self.overwritten(now, heir, vcpu, slot, report);
@@ -132,7 +131,7 @@ impl Hammered {
                     }
                 }
             }
-        }
+        });
         pages + self.untouched(now, heir, Oracle::Isolation, report)
     }
 
@@ -155,67 +154,59 @@ impl Hammered {
         )
     }
 
-    /// The slots to look at in `now`, and what the page of each has in common with that of `other`: all of
-    /// them if there is no other, else those that are in another frame and those that were written in between.
-    /// Whatever is in neither is one frame in both, and was written by nobody: what holds for one snapshot
-    /// holds for the other. `in_order` says which of the two is older.
+    /// Calls `look` with each slot to look at in `now`, and what its page has in common with that of `other`:
+    /// all of them if there is no other, else those that are in another frame and those that were written in
+    /// between. Whatever is neither is one frame in both, and was written by nobody: what holds for one
+    /// snapshot holds for the other. `in_order` says which of the two is older. Returns how many slots it was.
     ///
     /// What it costs follows what was written between the two.
-    fn slots_against<'a>(
-        &'a self,
+    fn each_against<'a>(
+        &self,
         other: Option<At<'a>>,
         now: At<'a>,
         in_order: impl Fn(At<'a>, At<'a>) -> (At<'a>, At<'a>),
-    ) -> Vec<Slot> {
+        mut look: impl FnMut(u64, u64, PageSharing),
+    ) -> u64 {
+        let mut slots = 0;
+        let mut look = |vcpu, slot, shared| {
+            slots += 1;
+            look(vcpu, slot, shared);
+        };
         let written: Option<Vec<_>> = other.and_then(|other| {
             let (old, new) = in_order(other, now);
-            (0..)
-                .zip(&self.schedules)
-                .map(|(vcpu, schedule)| {
-                    let (from, to) = (old.ops[vcpu], new.ops[vcpu]);
-                    WrittenSlots::between(schedule, self.slots(vcpu as u64), from, to)
-                })
-                .collect()
+            let of = |(vcpu, schedule)| {
+                let (from, to) = (old.ops[vcpu], new.ops[vcpu]);
+                WrittenSlots::between(schedule, self.slots(vcpu as u64), from, to)
+            };
+            (0..).zip(&self.schedules).map(of).collect()
         });
         let (Some(other), Some(written)) = (other, written) else {
-            let all = (0..self.layout.vcpus)
-                .flat_map(|vcpu| (0..self.slots(vcpu)).map(move |slot| (vcpu, slot)));
-            return all
-                .map(|(vcpu, slot)| Slot {
-                    vcpu,
-                    slot,
-                    shared: PageSharing::No,
-                })
-                .collect();
+            for vcpu in 0..self.layout.vcpus {
+                (0..self.slots(vcpu)).for_each(|slot| look(vcpu, slot, PageSharing::No));
+            }
+            return slots;
         };
-        let first = self.layout.hammer_base / PAGE_SIZE;
-        let differing = now
-            .view
-            .differing(&other.view, first..self.layout.memory / PAGE_SIZE);
-        let mut slots: Vec<Slot> = differing
-            .iter()
-            .filter_map(|&gfn| {
-                let (vcpu, slot) = self.layout.slot_at(self.pattern, gfn * PAGE_SIZE)?;
-                Some(Slot {
-                    vcpu,
-                    slot,
-                    shared: PageSharing::No,
-                })
-            })
-            .collect();
+        let all = self.layout.hammer_base / PAGE_SIZE..self.layout.memory / PAGE_SIZE;
+        let differing = now.view.differing(&other.view, all);
+        for &gfn in &differing {
+            if let Some((vcpu, slot)) = self.layout.slot_at(self.pattern, gfn * PAGE_SIZE) {
+                look(vcpu, slot, PageSharing::No);
+            }
+        }
         for (vcpu, written) in (0..).zip(&written) {
-            for slot in written.slots() {
+            written.each(|slot| {
                 let gfn = self.gfn(vcpu, slot);
                 if differing.binary_search(&gfn).is_ok() {
-                    continue;
+                    return;
                 }
-                let shared = match written.when(slot) {
-                    When::Never => continue,
-                    When::Between if now.view.frame(gfn) != Pfn::ZERO => PageSharing::Written,
-                    When::Between | When::Edge => PageSharing::No,
-                };
-                slots.push(Slot { vcpu, slot, shared });
-            }
+                match written.when(slot) {
+                    When::Never => {}
+                    When::Between if now.view.frame(gfn) != Pfn::ZERO => {
+                        look(vcpu, slot, PageSharing::Written);
+                    }
+                    When::Between | When::Edge => look(vcpu, slot, PageSharing::No),
+                }
+            });
         }
         slots
     }
@@ -355,13 +346,6 @@ impl Hammered {
     }
 }
 
-/// A slot to look at.
-struct Slot {
-    vcpu: u64,
-    slot: u64,
-    shared: PageSharing,
-}
-
 /// What two snapshots have in common of a page that is to be looked at.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum PageSharing {
@@ -369,81 +353,4 @@ enum PageSharing {
     No,
     /// One frame, although the page was written between the two.
     Written,
-}
-
-/// Which slots a vCPU wrote between two snapshots, the older of which had done `from` operations.
-struct WrittenSlots<'a> {
-    schedule: &'a Schedule,
-    from: u64,
-    to: u64,
-    /// How many slots the vCPU has.
-    count: u64,
-    /// Those that were written, in order, where there are fewer operations than slots.
-    marked: Option<Vec<u64>>,
-    /// Slots whose operation was being done at one of the two snapshots: their page may be either way.
-    edges: [u64; 2],
-}
-
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum When {
-    Never,
-    Edge,
-    Between,
-}
-
-impl<'a> WrittenSlots<'a> {
-    /// `None` if the two are not of one course of events.
-    fn between(schedule: &'a Schedule, slots: u64, from: u64, to: u64) -> Option<Self> {
-        let count = to.checked_sub(from)?;
-        let marked = (count < slots).then(|| {
-            let mut marked: Vec<_> = (from..to).map(|op| schedule.slot_of(op)).collect();
-            marked.sort_unstable();
-            marked.dedup();
-            marked
-        });
-        Some(Self {
-            schedule,
-            from,
-            to,
-            count: slots,
-            marked,
-            edges: [schedule.slot_of(from), schedule.slot_of(to)],
-        })
-    }
-
-    /// The slots that were written, or may have been, in order of nothing; no other was.
-    fn slots(&self) -> Vec<u64> {
-        let Some(marked) = &self.marked else {
-            return (0..self.count).collect();
-        };
-        let edges = self.edges.into_iter();
-        let mut slots: Vec<_> = marked.iter().copied().chain(edges).collect();
-        slots.sort_unstable();
-        slots.dedup();
-        slots
-    }
-
-    fn when(&self, slot: u64) -> When {
-        let written = match &self.marked {
-            Some(marked) => marked.binary_search(&slot).is_ok(),
-            None => self
-                .schedule
-                .last_writer(slot, self.to)
-                .is_some_and(|op| op >= self.from),
-        };
-        // An edge that was written once more in between is none.
-        let last_is_first =
-            slot == self.edges[0] && self.schedule.last_writer(slot, self.to) == Some(self.from);
-        if !written {
-            if self.edges.contains(&slot) {
-                When::Edge
-            } else {
-                When::Never
-            }
-        } else if last_is_first || slot == self.edges[1] {
-            When::Edge
-        } else {
-            When::Between
-        }
-    }
 }

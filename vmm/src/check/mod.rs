@@ -34,6 +34,7 @@ mod tracking;
 mod view;
 pub mod violation;
 mod worker;
+mod written;
 
 pub use account::account;
 pub use boot::{Boot, Reference};
