@@ -9,7 +9,7 @@
 //! borrowed ([`Table::is_borrowed`]).
 
 use std::ops::{Range, RangeInclusive};
-use std::sync::{OnceLock, Weak};
+use std::sync::{Mutex as StdMutex, MutexGuard as StdMutexGuard, OnceLock, PoisonError, Weak};
 
 use crossbeam_utils::CachePadded;
 
@@ -33,8 +33,9 @@ pub(in super::super) struct Table {
     /// The rest, made when somebody first looks at a region of the group: a clone has huge entries long before
     /// it has need of more, and most of a very large guest is never touched.
     groups: Box<[OnceLock<Group>]>,
-    /// By group, the frames that its regions are given for their own when it is made, if any were reserved.
-    homes: Box<[Mutex<Option<Home>>]>,
+    /// By group, the frames that its regions are given for their own when it is made, if any were reserved. Of
+    /// `std`, as what makes a group: nobody waits for it.
+    homes: Box<[StdMutex<Option<Home>>]>,
     pages: u64,
     /// How large a region is.
     order: Order,
@@ -77,7 +78,7 @@ impl Table {
                 .map(|_| OnceLock::new())
                 .collect(),
             homes: (0..regions.div_ceil(GROUP))
-                .map(|_| Mutex::default())
+                .map(|_| StdMutex::default())
                 .collect(),
             pages,
             order,
@@ -89,7 +90,7 @@ impl Table {
     pub(in super::super) fn settle(&self, mut home: Home) {
         for (group, slot) in self.homes.iter().enumerate() {
             debug_assert!(!self.is_made(group * GROUP));
-            *lock(slot) = Some(home.split_front(self.pages_of_group(group)));
+            *lock_home(slot) = Some(home.split_front(self.pages_of_group(group)));
         }
     }
 
@@ -132,7 +133,7 @@ impl Table {
         let group = index / GROUP;
         let first = group * GROUP;
         let regions = first..self.regions().min(first + GROUP);
-        let mut home = lock(&self.homes[group]).take();
+        let mut home = lock_home(&self.homes[group]).take();
         let state = |index| {
             let (_, pages) = self.pages_of_region(index);
             CachePadded::new(Mutex::new(RegionState {
@@ -278,6 +279,10 @@ impl Table {
     pub(in super::super) fn lock_of(&self, gfn: Gfn) -> RegionGuard<'_> {
         self.lock(self.region_of(gfn))
     }
+}
+
+fn lock_home(home: &StdMutex<Option<Home>>) -> StdMutexGuard<'_, Option<Home>> {
+    home.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// By what pages are mapped.
