@@ -44,6 +44,9 @@ impl<P: CowPolicy> AddressSpace<P> {
         self.tracks_dirty.store(true, Ordering::Relaxed);
         let mut dirty = PageSet::new(self.mapped.table.pages());
         for index in 0..self.mapped.table.regions() {
+            if self.mapped.table.is_vacant(index) {
+                continue;
+            }
             if !self.borrowed.is_nothing() && self.mapped.table.is_borrowed(index) {
                 // Whoever writes it first adopts it.
                 continue;

@@ -61,8 +61,11 @@ impl<P: CowPolicy> AddressSpace<P> {
         }
         let _alone = self.mapped.enter_alone().map_err(FaultError::from)?;
         for index in 0..self.mapped.table.regions() {
-            let mut region = self.mapped.table.lock(index);
             let theirs = snapshot.table.get(index);
+            if theirs.is_none() && self.mapped.table.is_vacant(index) {
+                continue;
+            }
+            let mut region = self.mapped.table.lock(index);
             if !self.shows(&region, theirs) {
                 self.adopt(&mut region).map_err(FaultError::from)?;
                 self.restore_region(&mut region, theirs)?;

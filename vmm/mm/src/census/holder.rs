@@ -39,6 +39,9 @@ impl<P: CowPolicy> Holder for AddressSpace<P> {
             mapping: None,
         };
         for index in 0..self.mapped.table.regions() {
+            if self.mapped.table.is_vacant(index) {
+                continue;
+            }
             let region = self.mapped.table.lock(index);
             if self.has_borrowed(&region) {
                 // The snapshot's mapping stands for the space's: it is shown, and not counted again.
@@ -83,6 +86,9 @@ impl<P: CowPolicy> Holder for AddressSpace<P> {
             let whole = lock(&self.lineage).unchanged.get(index).cloned();
             if let Some(whole) = whole {
                 whole.lock().each(&mut kept);
+            }
+            if self.mapped.table.is_vacant(index) {
+                continue;
             }
             let region = self.mapped.table.lock(index);
             for (n, chunk) in region.state.kept.iter().enumerate() {

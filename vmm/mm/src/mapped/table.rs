@@ -129,6 +129,16 @@ impl Table {
         self.group_of(index).0.get().is_some()
     }
 
+    /// Whether nobody has ever touched or locked anything of the region's group, and it is not borrowed: a look
+    /// at it would only put memory behind it. Of a very large guest most regions are so.
+    pub(in super::super) fn is_vacant(&self, index: usize) -> bool {
+        let is_present = || {
+            let huge = Entry::of_word(self.huge[index].load(Ordering::Acquire));
+            huge.is_present()
+        };
+        !self.is_made(index) && !self.is_borrowed(index) && !is_present()
+    }
+
     fn make_group(&self, index: usize) -> Group {
         let group = index / GROUP;
         let first = group * GROUP;
