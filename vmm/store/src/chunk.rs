@@ -1,0 +1,219 @@
+//! A chunk's file: a region of memory, named by the hash of its content.
+//!
+//! As it is, it can be mapped: it has no header, begins at a page of the file, and pages of zeros are holes in
+//! it that take no space. Compressed, it has `.zst` behind its name. The name is that of the content in either
+//! case, so the two are one chunk, and whoever looks for it takes what is there.
+
+use std::io;
+use std::path::PathBuf;
+
+use crate::disk::{self, File};
+use crate::error::StoreError;
+use crate::hash::Hash;
+use crate::save::Compression;
+use crate::store::Store;
+
+/// Bytes of a region of memory, and so of its chunk; the last region of memory may have fewer.
+pub const CHUNK_BYTES: u64 = 2 << 20;
+
+/// Bytes that are zeros, or are not, as a whole in a chunk's file.
+const PAGE: usize = 4096;
+/// The folder of chunks.
+pub(crate) const CHUNKS: &str = "chunks";
+/// What a compressed chunk's name ends in.
+pub(crate) const COMPRESSED: &str = ".zst";
+const ZEROS: [u8; PAGE] = [0; PAGE];
+
+/// Whether `bytes` are all zero.
+pub(crate) fn is_zero(bytes: &[u8]) -> bool {
+    bytes.chunks(PAGE).all(|page| page == &ZEROS[..page.len()])
+}
+
+/// The file of a chunk.
+pub(crate) fn path_of(store: &Store, hash: Hash, compression: Compression) -> PathBuf {
+    let end = match compression {
+        Compression::None => "",
+        Compression::Zstd { .. } => COMPRESSED,
+    };
+    folder_of(store, hash.folder()).join(format!("{hash}{end}"))
+}
+
+/// The folder of those whose hashes begin with `folder`.
+pub(crate) fn folder_of(store: &Store, folder: u8) -> PathBuf {
+    store.path().join(CHUNKS).join(format!("{folder:02x}"))
+}
+
+/// Writes `content` into a new file at `path`, which is not durable before it is synced. Says how many bytes
+/// were written.
+pub(crate) fn write(
+    store: &Store,
+    path: &std::path::Path,
+    content: &[u8],
+    compression: Compression,
+) -> Result<(Box<dyn File>, u64), StoreError> {
+    let file = store
+        .disk()
+        .create(path)
+        .map_err(store.file("make", path))?;
+    let at = |(offset, source)| store.bytes("write", path)(offset, source);
+    let written = match compression {
+        Compression::None => {
+            let len = file.set_len(content.len() as u64);
+            len.map_err(store.file("set the length of", path))?;
+            let mut written = 0;
+            for (offset, run) in runs(content) {
+                disk::write_all(&*file, offset as u64, run).map_err(at)?;
+                written += run.len();
+            }
+            written
+        }
+        Compression::Zstd { level } => {
+            let bytes =
+                zstd::bulk::compress(content, level).map_err(store.file("compress", path))?;
+            disk::write_all(&*file, 0, &bytes).map_err(at)?;
+            bytes.len()
+        }
+    };
+    Ok((file, written as u64))
+}
+
+/// The longest runs of pages that are not zeros, and where they are.
+fn runs(content: &[u8]) -> impl Iterator<Item = (usize, &[u8])> {
+    let mut at = 0;
+    std::iter::from_fn(move || {
+        let is_zero = |at: usize| is_zero(&content[at..content.len().min(at + PAGE)]);
+        while at < content.len() && is_zero(at) {
+            at += PAGE;
+        }
+        let first = at;
+        while at < content.len() && !is_zero(at) {
+            at += PAGE;
+        }
+        (first < at).then(|| (first, &content[first..at.min(content.len())]))
+    })
+}
+
+/// Reads the chunk `hash` into `to`, which is as long as its content. `false` if it is not there; nothing of
+/// `to` is to be used unless this is `true`.
+///
+/// # Errors
+/// If it cannot be read, or is not what its name says.
+pub(crate) fn read(store: &Store, hash: Hash, to: &mut [u8]) -> Result<bool, StoreError> {
+    let path = path_of(store, hash, Compression::None);
+    let found = match open(store, &path)? {
+        Some(file) => read_plain(store, &path, &*file, to),
+        None => {
+            let path = path_of(store, hash, Compression::ANY);
+            match open(store, &path)? {
+                Some(file) => read_compressed(store, &path, &*file, to),
+                None => return Ok(false),
+            }
+        }
+    };
+    let path = found?;
+    let found = Hash::of(to);
+    if found != hash {
+        return Err(StoreError::Damaged {
+            path,
+            offset: 0,
+            what: format!("its content has the hash {found}, which is not its name"),
+        });
+    }
+    Ok(true)
+}
+
+fn open(store: &Store, path: &std::path::Path) -> Result<Option<Box<dyn File>>, StoreError> {
+    match store.disk().open(path) {
+        Ok(file) => Ok(Some(file)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(store.file("open", path)(error)),
+    }
+}
+
+fn read_plain(
+    store: &Store,
+    path: &std::path::Path,
+    file: &dyn File,
+    to: &mut [u8],
+) -> Result<PathBuf, StoreError> {
+    let len = file.len().map_err(store.file("look at", path))?;
+    if len != to.len() as u64 {
+        return Err(StoreError::Damaged {
+            path: path.to_owned(),
+            offset: len.min(to.len() as u64),
+            what: format!("it has {len} bytes, and should have {}", to.len()),
+        });
+    }
+    let read = disk::read_all(file, to);
+    let read = read.map_err(|(offset, source)| store.bytes("read", path)(offset, source))?;
+    cut_off(path, read, to.len())
+}
+
+fn read_compressed(
+    store: &Store,
+    path: &std::path::Path,
+    file: &dyn File,
+    to: &mut [u8],
+) -> Result<PathBuf, StoreError> {
+    let damaged = |what| StoreError::Damaged {
+        path: path.to_owned(),
+        offset: 0,
+        what,
+    };
+    let len = file.len().map_err(store.file("look at", path))?;
+    // What zstd needs at most for that much, and a bit.
+    let most = zstd::zstd_safe::compress_bound(to.len()) as u64;
+    if len > most {
+        return Err(damaged(format!(
+            "it has {len} bytes, more than {} need",
+            to.len()
+        )));
+    }
+    let mut bytes = vec![0; len as usize];
+    let read = disk::read_all(file, &mut bytes);
+    let read = read.map_err(|(offset, source)| store.bytes("read", path)(offset, source))?;
+    cut_off(path, read, bytes.len())?;
+    let content = zstd::bulk::decompress_to_buffer(&bytes, to);
+    let content =
+        content.map_err(|error| damaged(format!("it cannot be decompressed: {error}")))?;
+    match content == to.len() {
+        true => Ok(path.to_owned()),
+        false => Err(damaged(format!(
+            "it has {content} bytes of content, and should have {}",
+            to.len()
+        ))),
+    }
+}
+
+fn cut_off(path: &std::path::Path, read: usize, wanted: usize) -> Result<PathBuf, StoreError> {
+    match read == wanted {
+        true => Ok(path.to_owned()),
+        false => Err(StoreError::Damaged {
+            path: path.to_owned(),
+            offset: read as u64,
+            what: format!("it ends there, and should have {wanted} bytes"),
+        }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn runs_are_all_that_is_not_zero() {
+        let mut content = vec![0; 10 * PAGE + 100];
+        assert_eq!(runs(&content).count(), 0);
+        assert!(is_zero(&content));
+        content[PAGE] = 1;
+        content[3 * PAGE - 1] = 1;
+        content[5 * PAGE + 7] = 1;
+        content[10 * PAGE + 99] = 1;
+        let found: Vec<_> = runs(&content).map(|(at, run)| (at, run.len())).collect();
+        assert_eq!(
+            found,
+            [(PAGE, 2 * PAGE), (5 * PAGE, PAGE), (10 * PAGE, 100)]
+        );
+        assert!(!is_zero(&content));
+    }
+}

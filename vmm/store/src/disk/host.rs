@@ -1,0 +1,129 @@
+//! The files of the host.
+
+use std::fs::{self, DirBuilder, OpenOptions};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt};
+use std::path::Path;
+
+use rustix::fs::{FlockOperation, OFlags, flock};
+
+use super::{Disk, File, Kind, Lock, Locked};
+
+/// Whatever a guest had in memory is in these files: they are their owner's alone, who may change that.
+const FOR_OWNER_FILE: u32 = 0o600;
+const FOR_OWNER_DIRECTORY: u32 = 0o700;
+
+/// The host's.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Host;
+
+impl Disk for Host {
+    fn create(&self, path: &Path) -> io::Result<Box<dyn File>> {
+        let mut options = OpenOptions::new();
+        options.write(true).create_new(true).mode(FOR_OWNER_FILE);
+        Ok(Box::new(options.open(path)?))
+    }
+
+    fn open(&self, path: &Path) -> io::Result<Box<dyn File>> {
+        // What is no file must not keep who opens it: a pipe would.
+        let flags = (OFlags::NONBLOCK | OFlags::NOCTTY).bits() as i32;
+        let file = OpenOptions::new()
+            .read(true)
+            .custom_flags(flags)
+            .open(path)?;
+        match file.metadata()?.is_file() {
+            true => Ok(Box::new(file)),
+            false => Err(io::Error::new(io::ErrorKind::InvalidInput, "it is no file")),
+        }
+    }
+
+    fn make_dir(&self, path: &Path) -> io::Result<()> {
+        DirBuilder::new().mode(FOR_OWNER_DIRECTORY).create(path)
+    }
+
+    fn sync_dir(&self, path: &Path) -> io::Result<()> {
+        fs::File::open(path)?.sync_all()
+    }
+
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        fs::rename(from, to)
+    }
+
+    fn remove_file(&self, path: &Path) -> io::Result<()> {
+        fs::remove_file(path)
+    }
+
+    fn remove_dir(&self, path: &Path) -> io::Result<()> {
+        fs::remove_dir(path)
+    }
+
+    fn list(&self, path: &Path) -> io::Result<Vec<(String, Kind)>> {
+        let mut names = Vec::new();
+        for entry in fs::read_dir(path)? {
+            let entry = entry?;
+            let kind = match entry.file_type()? {
+                kind if kind.is_dir() => Kind::Directory,
+                kind if kind.is_file() => Kind::File,
+                _ => Kind::Other,
+            };
+            // Nothing of a store has another name.
+            if let Ok(name) = entry.file_name().into_string() {
+                names.push((name, kind));
+            }
+        }
+        names.sort_unstable_by(|(a, _), (b, _)| a.cmp(b));
+        Ok(names)
+    }
+
+    fn len(&self, path: &Path) -> io::Result<Option<u64>> {
+        match fs::metadata(path) {
+            Ok(data) => Ok(Some(data.len())),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    fn allocated(&self, path: &Path) -> io::Result<u64> {
+        /// What `st_blocks` counts in.
+        const BLOCK: u64 = 512;
+        Ok(fs::metadata(path)?.blocks().saturating_mul(BLOCK))
+    }
+
+    fn lock(&self, path: &Path, how: Lock) -> io::Result<Option<Box<dyn Locked>>> {
+        let directory = fs::File::open(path)?;
+        let operation = match how {
+            Lock::Shared => FlockOperation::NonBlockingLockShared,
+            Lock::Exclusive => FlockOperation::NonBlockingLockExclusive,
+        };
+        match flock(&directory, operation) {
+            Ok(()) => Ok(Some(Box::new(directory))),
+            Err(rustix::io::Errno::WOULDBLOCK) => Ok(None),
+            Err(error) => Err(error.into()),
+        }
+    }
+}
+
+/// The lock is that of the open directory.
+impl Locked for fs::File {}
+
+impl File for fs::File {
+    fn read_at(&self, offset: u64, to: &mut [u8]) -> io::Result<usize> {
+        FileExt::read_at(self, to, offset)
+    }
+
+    fn write_at(&self, offset: u64, bytes: &[u8]) -> io::Result<usize> {
+        FileExt::write_at(self, bytes, offset)
+    }
+
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        fs::File::set_len(self, len)
+    }
+
+    fn len(&self) -> io::Result<u64> {
+        Ok(self.metadata()?.len())
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.sync_data()
+    }
+}

@@ -1,0 +1,140 @@
+//! What goes wrong with a store. Each says which file, and where in it.
+
+use std::io;
+use std::path::PathBuf;
+
+use crate::index::IndexError;
+use crate::manifest::ManifestError;
+use crate::name::{NameError, SnapshotName};
+use crate::parts::PartsError;
+
+/// Why something could not be done with a store. Nothing is there under its final name that is not whole.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// Bytes of a file could not be read or written.
+    #[error("cannot {what} {} at byte {offset}", path.display())]
+    Bytes {
+        /// What was to be done.
+        what: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// Where in it.
+        offset: u64,
+        /// What the host said.
+        source: io::Error,
+    },
+    /// A file or directory could not be made, opened, named, looked at or made durable.
+    #[error("cannot {what} {}", path.display())]
+    File {
+        /// What was to be done.
+        what: &'static str,
+        /// The file or directory.
+        path: PathBuf,
+        /// What the host said.
+        source: io::Error,
+    },
+    /// A file is not what it should be.
+    #[error("{} is damaged at byte {offset}: {what}", path.display())]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// Where in it: the first byte of what is wrong.
+        offset: u64,
+        /// What is wrong.
+        what: String,
+    },
+    /// A manifest makes no sense.
+    #[error("{} makes no sense", path.display())]
+    Manifest {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: ManifestError,
+    },
+    /// An index of chunks makes no sense.
+    #[error("{} makes no sense", path.display())]
+    Index {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: IndexError,
+    },
+    /// The parts of a machine make no sense.
+    #[error("{} makes no sense", path.display())]
+    Parts {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: PartsError,
+    },
+    /// A chunk is not there.
+    #[error("chunk {} is not there: region {region} of `{snapshot}` is in it", path.display())]
+    NoChunk {
+        /// Where it should be.
+        path: PathBuf,
+        /// Number of the region of 2 MiB.
+        region: u64,
+        /// The snapshot.
+        snapshot: SnapshotName,
+    },
+    /// A path is no store.
+    #[error("{} is no snapshot store: {why}", path.display())]
+    NoStore {
+        /// The path.
+        path: PathBuf,
+        /// Why not.
+        why: String,
+    },
+    /// There is no such snapshot.
+    #[error("{} has no snapshot `{name}`", store.display())]
+    NoSnapshot {
+        /// The store.
+        store: PathBuf,
+        /// The name.
+        name: SnapshotName,
+    },
+    /// There is such a snapshot.
+    #[error("{} has a snapshot `{name}` already: choose another name, or drop that one first", store.display())]
+    Exists {
+        /// The store.
+        store: PathBuf,
+        /// The name.
+        name: SnapshotName,
+    },
+    /// Something is no name.
+    #[error(transparent)]
+    Name(#[from] NameError),
+    /// What is to be saved is not of the format.
+    #[error("cannot save that: {what}")]
+    NotOfFormat {
+        /// What is wrong with it.
+        what: String,
+    },
+    /// Others use the store.
+    #[error("{} is in use: a save or a load goes on there", path.display())]
+    Busy {
+        /// The store.
+        path: PathBuf,
+    },
+    /// It is not known which chunks are wanted.
+    #[error(
+        "nothing was collected: `{snapshot}` cannot be read, so it is not known which chunks it names (repair \
+         it, or drop it by name)"
+    )]
+    Unknown {
+        /// The snapshot.
+        snapshot: String,
+        /// Why not.
+        source: Box<StoreError>,
+    },
+    /// Whoever wanted it does not want it any more.
+    #[error("it was called off")]
+    CalledOff,
+}
+
+impl StoreError {
+    /// Whether the host refused, and it may not the next time; and not that what is there is wrong.
+    pub fn is_of_host(&self) -> bool {
+        matches!(self, Self::Bytes { .. } | Self::File { .. })
+    }
+}

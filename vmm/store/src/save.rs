@@ -1,0 +1,365 @@
+//! Writing a snapshot.
+//!
+//! ```text
+//!   regions       tmp/NAME.../chunk-N ──sync──rename──> chunks/ab/abcd...     unless that is there
+//!   finish        tmp/NAME.../{memory, state, snapshot.json} ──sync
+//!                 sync of every folder of chunks that this snapshot names, of chunks/, of tmp/NAME..., of STORE
+//!                 tmp/NAME... ──rename──> STORE/NAME ──sync of STORE
+//! ```
+//! Whatever ends this before, the power among it, there is no STORE/NAME, and what there is in `tmp` and
+//! `chunks` is collected some time (`prune`). A chunk that was there is read and compared before it is named
+//! once more: one that is damaged is written anew. Its folder is made durable by everybody who names it: who
+//! has written it may not have come so far.
+
+use std::path::PathBuf;
+use std::time::SystemTime;
+
+use serde_json::{Map, Value};
+
+use crate::chunk::{self, CHUNK_BYTES, CHUNKS};
+use crate::disk::File;
+use crate::error::StoreError;
+use crate::hash::Hash;
+use crate::index::{ChunkIndex, MAX_MEMORY_BYTES};
+use crate::manifest::{FileFacts, Machine, Manifest, MemoryFacts, Parent};
+use crate::name::SnapshotName;
+use crate::parts::{Part, encode_parts};
+use crate::store::{Hold, Store, TMP, fresh_suffix};
+
+/// The files of a snapshot.
+pub(crate) const MANIFEST: &str = "snapshot.json";
+pub(crate) const INDEX: &str = "memory";
+pub(crate) const STATE: &str = "state";
+
+/// Chunks that are written before they are made durable together: the disk can write one while the next is
+/// being hashed.
+const MOST_PENDING: usize = 32;
+
+/// How the chunks that a save writes are kept. Those that are there stay as they are.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Compression {
+    /// As they are: they can be mapped.
+    #[default]
+    None,
+    /// Compressed by zstd.
+    Zstd {
+        /// 1 (fast) to 19 (small); 0 is zstd's default.
+        level: i32,
+    },
+}
+
+impl Compression {
+    /// Compressed, whichever way.
+    pub(crate) const ANY: Self = Self::Zstd { level: 0 };
+}
+
+/// How a snapshot is saved.
+#[derive(Clone, Debug, Default)]
+pub struct SaveOptions {
+    /// Of the chunks.
+    pub compression: Compression,
+    /// What it is an increment of: a snapshot of this store.
+    pub parent: Option<SnapshotName>,
+}
+
+/// What is to be known of a snapshot, beside memory and parts.
+#[derive(Clone, Debug, Default)]
+pub struct Facts {
+    /// The program that saves it.
+    pub creator: String,
+    /// The machine.
+    pub machine: Machine,
+    /// For the program that saves it.
+    pub program: Map<String, Value>,
+}
+
+/// What a save has written.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Saved {
+    /// Chunks that were written, and the bytes of them.
+    pub written: u64,
+    /// Bytes of those that were written to disk.
+    pub bytes_written: u64,
+    /// Chunks that were there.
+    pub found: u64,
+    /// Regions that are the parent's, and were not read.
+    pub same: u64,
+    /// Regions that are all zeros, among those that were handed over.
+    pub zeros: u64,
+}
+
+/// A snapshot that is being written. Dropping it before it is finished leaves nothing but what `prune`
+/// collects.
+#[derive(Debug)]
+pub struct Saving {
+    store: Store,
+    _hold: Hold,
+    name: SnapshotName,
+    parent: Option<Parent>,
+    compression: Compression,
+    staging: PathBuf,
+    index: ChunkIndex,
+    folders: [bool; 256],
+    pending: Vec<Pending>,
+    saved: Saved,
+    is_named: bool,
+}
+
+/// A chunk that was written and has not its name yet.
+#[derive(Debug)]
+struct Pending {
+    file: Box<dyn File>,
+    hash: Hash,
+    from: PathBuf,
+    to: PathBuf,
+}
+
+impl Saving {
+    /// Begins to save `name`, of a machine with `memory` bytes of memory.
+    ///
+    /// # Errors
+    /// If there is a snapshot of that name, or none of the parent's, or the store cannot be written to.
+    pub fn begin(
+        store: &Store,
+        name: &SnapshotName,
+        memory: u64,
+        options: SaveOptions,
+    ) -> Result<Self, StoreError> {
+        if memory == 0 || !memory.is_multiple_of(4096) || memory > MAX_MEMORY_BYTES {
+            let what = format!("memory of {memory} bytes");
+            return Err(StoreError::NotOfFormat { what });
+        }
+        let hold = store.hold()?;
+        let names = store.list(store.path())?;
+        if names.iter().any(|(there, _)| there == name.as_str()) {
+            return Err(exists(store, name));
+        }
+        let parent = options.parent.map(|name| {
+            let (_, blake3) = crate::read::manifest(store, &name)?;
+            Ok::<_, StoreError>(Parent { name, blake3 })
+        });
+        let tmp = store.path().join(TMP);
+        store.make_dir(&tmp)?;
+        store.make_dir(&store.path().join(CHUNKS))?;
+        let staging = tmp.join(format!("{name}.{}", fresh_suffix()));
+        let parent = parent.transpose()?;
+        store
+            .disk()
+            .make_dir(&staging)
+            .map_err(store.file("make", &staging))?;
+        Ok(Self {
+            store: store.clone(),
+            _hold: hold,
+            name: name.clone(),
+            parent,
+            compression: options.compression,
+            staging,
+            index: ChunkIndex::new(memory),
+            folders: [false; 256],
+            pending: Vec::new(),
+            saved: Saved::default(),
+            is_named: false,
+        })
+    }
+
+    /// Bytes of region `region`; 0 if there is none.
+    pub fn region_bytes(&self, region: u64) -> u64 {
+        self.index.region_bytes(region)
+    }
+
+    /// What was written so far.
+    pub fn so_far(&self) -> Saved {
+        self.saved
+    }
+
+    /// Saves a region. Regions come in ascending order; one that is left out is zeros.
+    ///
+    /// # Errors
+    /// If it comes out of order or has another length, or cannot be written.
+    pub fn region(&mut self, region: u64, content: &[u8]) -> Result<(), StoreError> {
+        self.check(region, content.len() as u64)?;
+        if chunk::is_zero(content) {
+            self.saved.zeros += 1;
+            return Ok(());
+        }
+        let hash = Hash::of(content);
+        let is_pending = self.pending.iter().any(|pending| pending.hash == hash);
+        if is_pending || self.has(hash, content) {
+            self.saved.found += 1;
+        } else {
+            self.write(region, hash, content)?;
+        }
+        self.name_chunk(region, hash);
+        Ok(())
+    }
+
+    /// Saves a region that is known to be in chunk `hash` without looking at it. `false`, and nothing has
+    /// changed, if that chunk is not there any more.
+    ///
+    /// # Errors
+    /// If it comes out of order, or it cannot be found out whether the chunk is there.
+    pub fn same(&mut self, region: u64, hash: Hash) -> Result<bool, StoreError> {
+        let bytes = self.index.region_bytes(region);
+        self.check(region, bytes)?;
+        let len = |compression| {
+            let path = chunk::path_of(&self.store, hash, compression);
+            let len = self.store.disk().len(&path);
+            len.map_err(self.store.file("look at", &path))
+        };
+        let is_there = match len(Compression::None)? {
+            Some(len) => len == bytes,
+            None => len(Compression::ANY)?.is_some(),
+        };
+        if is_there {
+            self.saved.same += 1;
+            self.name_chunk(region, hash);
+        }
+        Ok(is_there)
+    }
+
+    fn check(&self, region: u64, bytes: u64) -> Result<(), StoreError> {
+        if self.index.may_push(region) && bytes == self.index.region_bytes(region) {
+            return Ok(());
+        }
+        Err(StoreError::NotOfFormat {
+            what: format!("region {region} of {bytes} bytes, there"),
+        })
+    }
+
+    fn name_chunk(&mut self, region: u64, hash: Hash) {
+        self.folders[usize::from(hash.folder())] = true;
+        self.index.push(region, hash);
+    }
+
+    /// Whether there is a chunk of this content, every byte of it. One that cannot be read is written anew.
+    fn has(&self, hash: Hash, content: &[u8]) -> bool {
+        let mut found = vec![0; content.len()];
+        matches!(chunk::read(&self.store, hash, &mut found), Ok(true)) && found == content
+    }
+
+    fn write(&mut self, region: u64, hash: Hash, content: &[u8]) -> Result<(), StoreError> {
+        // One that is there as it is, and no good, is what readers would take: it is replaced.
+        let plain = chunk::path_of(&self.store, hash, Compression::None);
+        let compression = match self.store.disk().len(&plain) {
+            Ok(None) => self.compression,
+            _ => Compression::None,
+        };
+        let from = self.staging.join(format!("chunk-{region}"));
+        let (file, bytes) = chunk::write(&self.store, &from, content, compression)?;
+        self.saved.written += 1;
+        self.saved.bytes_written += bytes;
+        self.pending.push(Pending {
+            file,
+            hash,
+            from,
+            to: chunk::path_of(&self.store, hash, compression),
+        });
+        match self.pending.len() < MOST_PENDING {
+            true => Ok(()),
+            false => self.name_pending(),
+        }
+    }
+
+    /// Makes the chunks durable that were written, and gives them their names.
+    fn name_pending(&mut self) -> Result<(), StoreError> {
+        let store = &self.store;
+        for Pending { file, from, .. } in &self.pending {
+            file.sync().map_err(store.file("make durable", from))?;
+        }
+        while let Some(Pending { from, to, hash, .. }) = self.pending.last() {
+            store.make_dir(&chunk::folder_of(store, hash.folder()))?;
+            store
+                .disk()
+                .rename(from, to)
+                .map_err(store.file("name", to))?;
+            self.pending.pop();
+        }
+        Ok(())
+    }
+
+    #[cfg(test)]
+    pub(crate) fn name_for_test(&mut self) {
+        self.name_pending().unwrap();
+    }
+
+    /// Saves the rest, and gives the snapshot its name. When this returns all of it is durable.
+    ///
+    /// # Errors
+    /// If it cannot be written, or somebody else has saved a snapshot of that name meanwhile. There is none by
+    /// this one then.
+    pub fn finish(mut self, facts: Facts, parts: &[Part]) -> Result<Saved, StoreError> {
+        self.name_pending()?;
+        let store = self.store.clone();
+        for folder in (0..=u8::MAX).filter(|folder| self.folders[usize::from(*folder)]) {
+            store.sync_dir(&chunk::folder_of(&store, folder))?;
+        }
+        store.sync_dir(&store.path().join(CHUNKS))?;
+        let (index, chunks) = (self.index.encode(), self.index.len());
+        let state = encode_parts(parts).map_err(|error| StoreError::NotOfFormat {
+            what: error.to_string(),
+        })?;
+        let facts_of = |bytes: &[u8]| FileFacts {
+            bytes: bytes.len() as u64,
+            blake3: Hash::of(bytes),
+        };
+        let memory = MemoryFacts {
+            bytes: self.index.memory_bytes(),
+            chunk_bytes: CHUNK_BYTES,
+            chunks,
+            index: facts_of(&index),
+        };
+        let since_1970 = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+        let manifest = Manifest {
+            created_unix_s: since_1970.map_or(0, |time| time.as_secs()),
+            creator: facts.creator,
+            parent: self.parent.take(),
+            program: facts.program,
+            ..Manifest::new(memory, facts_of(&state), facts.machine)
+        };
+        let (manifest, _) = manifest.encode().map_err(|error| StoreError::NotOfFormat {
+            what: error.to_string(),
+        })?;
+        for (file, bytes) in [(INDEX, &index), (STATE, &state), (MANIFEST, &manifest)] {
+            store.write_durable(&self.staging.join(file), bytes)?;
+        }
+        store.sync_dir(&self.staging)?;
+        // The folders of the store themselves, which may be new.
+        store.sync_dir(store.path())?;
+        let place = store.directory_of(&self.name);
+        if let Err(error) = store.disk().rename(&self.staging, &place) {
+            use std::io::ErrorKind::{AlreadyExists, DirectoryNotEmpty, NotADirectory};
+            return Err(match error.kind() {
+                AlreadyExists | DirectoryNotEmpty | NotADirectory => exists(&store, &self.name),
+                _ => store.file("name", &place)(error),
+            });
+        }
+        if let Err(error) = store.sync_dir(store.path()) {
+            // It is whole, but its name may be lost with the power: then it is not there now either.
+            self.is_named = store.disk().rename(&place, &self.staging).is_err();
+            return Err(error);
+        }
+        self.is_named = true;
+        Ok(self.saved)
+    }
+}
+
+fn exists(store: &Store, name: &SnapshotName) -> StoreError {
+    StoreError::Exists {
+        store: store.path().to_owned(),
+        name: name.clone(),
+    }
+}
+
+impl Drop for Saving {
+    fn drop(&mut self) {
+        if self.is_named {
+            return;
+        }
+        // What cannot be taken away now is collected later.
+        let disk = self.store.disk();
+        for (name, _) in disk.list(&self.staging).unwrap_or_default() {
+            let _ = disk.remove_file(&self.staging.join(name));
+        }
+        let _ = disk.remove_dir(&self.staging);
+    }
+}

@@ -1,0 +1,283 @@
+//! A store: where things are in it, and who may use it meanwhile.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crate::disk::{self, Disk, File, Host, Kind, Lock, Locked};
+use crate::error::StoreError;
+use crate::name::SnapshotName;
+
+/// The file that says that a directory is a store.
+const MARKER: &str = "store.json";
+/// All that is in it.
+const MARKER_TEXT: &str = "{\n  \"format\": \"palimpsest store\",\n  \"version\": 1\n}\n";
+/// The folder of what is being written.
+pub(crate) const TMP: &str = "tmp";
+/// How long a save or a load waits for somebody who collects, which is short.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
+/// How often it is looked whether a store can be had.
+const LOOK: Duration = Duration::from_millis(5);
+
+/// A store on disk. Clones are the same.
+#[derive(Clone, Debug)]
+pub struct Store {
+    path: PathBuf,
+    disk: Arc<dyn Disk>,
+}
+
+/// What a store is held for: nobody takes anything from it while somebody reads or writes there, in whichever
+/// process. It ends with whoever has it, even if that is killed.
+#[derive(Debug)]
+pub struct Hold {
+    _locked: Box<dyn Locked>,
+}
+
+/// The store and the name in it that `STORE/NAME` is.
+///
+/// # Errors
+/// If there is no name at its end.
+pub fn locate(path: &Path) -> Result<(PathBuf, SnapshotName), StoreError> {
+    let name = path
+        .file_name()
+        .map(|name| name.to_string_lossy().into_owned());
+    let name: SnapshotName = name.unwrap_or_default().parse()?;
+    let store = match path.parent() {
+        Some(parent) if parent != Path::new("") => parent,
+        _ => Path::new("."),
+    };
+    Ok((store.to_owned(), name))
+}
+
+impl Store {
+    /// The store at `path`.
+    ///
+    /// # Errors
+    /// If there is none, or one of another version.
+    pub fn open(path: &Path) -> Result<Self, StoreError> {
+        Self::open_on(path, Arc::new(Host))
+    }
+
+    /// The same, which is made if there is nothing at `path`, or an empty directory.
+    ///
+    /// # Errors
+    /// If there is something else, or it cannot be made.
+    pub fn open_or_create(path: &Path) -> Result<Self, StoreError> {
+        Self::open_or_create_on(path, Arc::new(Host))
+    }
+
+    pub(crate) fn open_on(path: &Path, disk: Arc<dyn Disk>) -> Result<Self, StoreError> {
+        let store = Self {
+            path: path.to_owned(),
+            disk,
+        };
+        let marker = store.path.join(MARKER);
+        let text = match store.disk.open(&marker) {
+            Ok(file) => store.read_file(&marker, &*file, 2 * MARKER_TEXT.len() as u64)?,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                return Err(store.none("it has no store.json"));
+            }
+            Err(error) => return Err(store.file("open", &marker)(error)),
+        };
+        match text == MARKER_TEXT.as_bytes() {
+            true => Ok(store),
+            false => {
+                Err(store.none("its store.json is damaged, or of a version that is not known here"))
+            }
+        }
+    }
+
+    pub(crate) fn open_or_create_on(path: &Path, disk: Arc<dyn Disk>) -> Result<Self, StoreError> {
+        let none = match Self::open_on(path, Arc::clone(&disk)) {
+            Err(none @ StoreError::NoStore { .. }) => none,
+            opened => return opened,
+        };
+        let store = Self {
+            path: path.to_owned(),
+            disk,
+        };
+        match store.disk.list(path) {
+            // What a maker has left that was killed, or another is about to name.
+            Ok(names)
+                if names
+                    .iter()
+                    .all(|(name, _)| name.starts_with("store.json.")) => {}
+            Ok(_) => return Err(none),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => store.make_dir(path)?,
+            Err(error) => return Err(store.file("look into", path)(error)),
+        }
+        // Two that make it at once write the same.
+        let fresh = path.join(format!("store.json.{}", fresh_suffix()));
+        let made = store
+            .write_durable(&fresh, MARKER_TEXT.as_bytes())
+            .and_then(|()| {
+                let marker = path.join(MARKER);
+                let named = store.disk.rename(&fresh, &marker);
+                named.map_err(store.file("name", &marker))
+            });
+        if let Err(error) = made {
+            let _ = store.disk.remove_file(&fresh);
+            return Err(error);
+        }
+        store.sync_dir(path)?;
+        let parent = match path.parent() {
+            Some(parent) if parent != Path::new("") => parent,
+            _ => Path::new("."),
+        };
+        store.sync_dir(parent)?;
+        Ok(store)
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Holds it with others who read and write there. Waits for somebody who collects.
+    ///
+    /// # Errors
+    /// If it cannot be had within a minute.
+    pub fn hold(&self) -> Result<Hold, StoreError> {
+        self.lock(Lock::Shared, PATIENCE)
+    }
+
+    pub(crate) fn lock(&self, how: Lock, patience: Duration) -> Result<Hold, StoreError> {
+        let until = Instant::now() + patience;
+        loop {
+            let locked = self.disk.lock(&self.path, how);
+            if let Some(locked) = locked.map_err(self.file("lock", &self.path))? {
+                return Ok(Hold { _locked: locked });
+            }
+            if Instant::now() >= until {
+                return Err(StoreError::Busy {
+                    path: self.path.clone(),
+                });
+            }
+            thread::sleep(LOOK);
+        }
+    }
+
+    /// The names of its snapshots, in order: whatever is there by such a name, whole or not.
+    ///
+    /// # Errors
+    /// If it cannot be looked into.
+    pub fn names(&self) -> Result<Vec<SnapshotName>, StoreError> {
+        let names = self.list(&self.path)?;
+        let directories = names
+            .into_iter()
+            .filter(|(_, kind)| *kind == Kind::Directory);
+        Ok(directories
+            .filter_map(|(name, _)| name.parse().ok())
+            .collect())
+    }
+
+    /// The directory of a snapshot.
+    pub fn directory_of(&self, name: &SnapshotName) -> PathBuf {
+        self.path.join(name.as_str())
+    }
+
+    pub(crate) fn disk(&self) -> &dyn Disk {
+        &*self.disk
+    }
+
+    fn none(&self, why: &str) -> StoreError {
+        StoreError::NoStore {
+            path: self.path.clone(),
+            why: why.to_owned(),
+        }
+    }
+
+    /// The error of an operation on a file as a whole.
+    pub(crate) fn file(
+        &self,
+        what: &'static str,
+        path: &Path,
+    ) -> impl FnOnce(io::Error) -> StoreError {
+        let path = path.to_owned();
+        move |source| StoreError::File { what, path, source }
+    }
+
+    /// The error of an operation on bytes of a file.
+    pub(crate) fn bytes(
+        &self,
+        what: &'static str,
+        path: &Path,
+    ) -> impl FnOnce(u64, io::Error) -> StoreError {
+        let path = path.to_owned();
+        move |offset, source| StoreError::Bytes {
+            what,
+            path,
+            offset,
+            source,
+        }
+    }
+
+    pub(crate) fn list(&self, path: &Path) -> Result<Vec<(String, Kind)>, StoreError> {
+        self.disk.list(path).map_err(self.file("look into", path))
+    }
+
+    /// The same of a folder that need not be there.
+    pub(crate) fn list_if_there(&self, path: &Path) -> Result<Vec<(String, Kind)>, StoreError> {
+        match self.disk.list(path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+            listed => listed.map_err(self.file("look into", path)),
+        }
+    }
+
+    /// Makes a directory, unless it is there.
+    pub(crate) fn make_dir(&self, path: &Path) -> Result<(), StoreError> {
+        match self.disk.make_dir(path) {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+            made => made.map_err(self.file("make", path)),
+        }
+    }
+
+    pub(crate) fn sync_dir(&self, path: &Path) -> Result<(), StoreError> {
+        let synced = self.disk.sync_dir(path);
+        synced.map_err(self.file("make durable", path))
+    }
+
+    /// Writes a new file, all of it durable but for its name.
+    pub(crate) fn write_durable(&self, path: &Path, bytes: &[u8]) -> Result<(), StoreError> {
+        let file = self.disk.create(path).map_err(self.file("make", path))?;
+        let written = disk::write_all(&*file, 0, bytes);
+        written.map_err(|(offset, source)| self.bytes("write", path)(offset, source))?;
+        file.sync().map_err(self.file("make durable", path))
+    }
+
+    /// All of a file that has at most `most` bytes.
+    pub(crate) fn read_file(
+        &self,
+        path: &Path,
+        file: &dyn File,
+        most: u64,
+    ) -> Result<Vec<u8>, StoreError> {
+        let len = file.len().map_err(self.file("look at", path))?;
+        if len > most {
+            return Err(StoreError::Damaged {
+                path: path.to_owned(),
+                offset: most,
+                what: format!("it has {len} bytes, and should have {most} at most"),
+            });
+        }
+        let mut bytes = vec![0; len as usize];
+        let read = disk::read_all(file, &mut bytes);
+        let read = read.map_err(|(offset, source)| self.bytes("read", path)(offset, source))?;
+        bytes.truncate(read);
+        Ok(bytes)
+    }
+}
+
+/// Something for a name that nobody has had, in this process or in others that run.
+pub(crate) fn fresh_suffix() -> String {
+    use std::sync::atomic::{AtomicU64, Ordering};
+    use std::time::SystemTime;
+    static MADE: AtomicU64 = AtomicU64::new(0);
+    // Only that it is another each time matters: nothing is ordered by it.
+    let number = MADE.fetch_add(1, Ordering::Relaxed);
+    let time = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+    let nanos = time.map_or(0, |time| time.as_nanos());
+    format!("{}-{nanos:x}-{number}", std::process::id())
+}
