@@ -93,6 +93,14 @@ impl Incarnations {
         }
     }
 
+    /// The same, of which `begun` have begun, in other processes.
+    pub fn after(entropy: Entropy, begun: u64) -> Self {
+        Self {
+            entropy,
+            begun: AtomicU64::new(begun),
+        }
+    }
+
     /// Begins that of a guest which has not run yet.
     ///
     /// # Errors
@@ -132,7 +140,7 @@ impl Incarnations {
         origin: Option<Origin>,
     ) -> Result<Incarnation, IncarnationError> {
         // What is counted is all: nothing is ordered by it.
-        let number = self.begun.fetch_add(1, Ordering::Relaxed) + 1;
+        let number = self.begun.fetch_add(1, Ordering::Relaxed).wrapping_add(1);
         let [id_low, id_high, seed @ ..] = self.entropy.words(number)?;
         let mut page = read_words(ram, GENERATION_GPA, words_for(layout))?;
         let generation = Generation {

@@ -36,6 +36,7 @@
 //! |---|---|
 //! | [`vm`] | one builder: memory, vCPUs and devices, and the order in which they go |
 //! | [`snapshot`] | taking and restoring snapshots of all of it at one instant |
+//! | [`kept`] | snapshots as files: saved beside the running guest, loaded in another process |
 //! | [`vcpus`] | what a snapshot needs of vCPUs, whoever runs them |
 //! | [`kvm`] | KVM runs them: vCPU threads, exits, write faults, register state |
 //! | [`user`] | threads of this process run them, where there is no KVM |
@@ -53,6 +54,7 @@ pub mod aside;
 pub mod causes;
 pub mod device;
 pub mod host;
+pub mod kept;
 pub mod kvm;
 pub mod memory;
 pub mod saved;

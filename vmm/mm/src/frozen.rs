@@ -77,18 +77,61 @@ impl Frozen {
         self.with_entry(gfn, |entry| look(entry.pfn()))
     }
 
+    /// Whether nobody had touched the region that page `gfn` is in: all of it is zeros, and takes nothing.
+    ///
+    /// # Errors
+    /// If there is no such page.
+    pub fn is_untouched(&self, gfn: Gfn) -> Result<bool, OutOfRange> {
+        self.check(gfn)?;
+        Ok(self.region_of(gfn).is_none())
+    }
+
+    /// Whether two snapshots have all of the region that page `gfn` is in in common, so that it is the same in
+    /// both. If not, it may still be the same by chance: nothing is compared.
+    ///
+    /// # Errors
+    /// If one of them has no such page.
+    pub fn has_in_common(&self, other: &Self, gfn: Gfn) -> Result<bool, OutOfRange> {
+        self.check(gfn)?;
+        other.check(gfn)?;
+        // Never both locks at once: who breaks pages takes them in another order.
+        let holders = |region: &Arc<FrozenRegion>| region.lock().chunk_holders();
+        Ok(match (self.region_of(gfn), other.region_of(gfn)) {
+            (None, None) => true,
+            (Some(ours), Some(theirs)) if Arc::ptr_eq(ours, theirs) => true,
+            // Both hold their chunks, so that an address is that of one chunk.
+            (Some(ours), Some(theirs)) => {
+                let ours = holders(ours);
+                ours.is_some() && ours == holders(theirs)
+            }
+            _ => false,
+        })
+    }
+
+    fn check(&self, gfn: Gfn) -> Result<(), OutOfRange> {
+        let pages = self.pages;
+        match gfn.0 < pages {
+            true => Ok(()),
+            false => Err(OutOfRange { gfn, pages }),
+        }
+    }
+
+    fn region_of(&self, gfn: Gfn) -> Option<&Arc<FrozenRegion>> {
+        self.table.get(self.pool.huge().index(gfn.0))
+    }
+
     /// Which region of a snapshot a page is in: the same number for snapshots that have it in common.
     #[cfg(test)]
     pub(super) fn region_address(&self, gfn: Gfn) -> usize {
-        let region = self.table.get(self.pool.huge().index(gfn.0));
-        region.map_or(0, |region| Arc::as_ptr(region).addr())
+        self.region_of(gfn)
+            .map_or(0, |region| Arc::as_ptr(region).addr())
     }
 
     /// What holds the mapping of a page: the same number for snapshots that have it in common.
     #[cfg(test)]
     pub(super) fn holder(&self, gfn: Gfn) -> usize {
-        let region = self.table.get(self.pool.huge().index(gfn.0));
-        region.map_or(0, |region| region.lock().holder(gfn))
+        self.region_of(gfn)
+            .map_or(0, |region| region.lock().holder(gfn))
     }
 
     /// As [`Frozen::with_frame`], with the entry.
@@ -97,11 +140,8 @@ impl Frozen {
         gfn: Gfn,
         look: impl FnOnce(Entry) -> R,
     ) -> Result<R, OutOfRange> {
-        let pages = self.pages;
-        if gfn.0 >= pages {
-            return Err(OutOfRange { gfn, pages });
-        }
-        Ok(match self.table.get(self.pool.huge().index(gfn.0)) {
+        self.check(gfn)?;
+        Ok(match self.region_of(gfn) {
             Some(region) => {
                 let entries = region.lock();
                 entries.with(gfn, look)
@@ -429,6 +469,17 @@ impl FrozenGuard<'_> {
                 .as_ref()
                 .map_or(0, |chunk| Arc::as_ptr(chunk).addr()),
         }
+    }
+
+    /// What holds the mappings of its chunks, in order, if it is in chunks. Chunks stay where they are from then
+    /// on.
+    fn chunk_holders(&self) -> Option<Vec<Option<*const FrozenChunk>>> {
+        let chunks = self.chunks()?.iter();
+        Some(
+            chunks
+                .map(|chunk| chunk.as_ref().map(Arc::as_ptr))
+                .collect(),
+        )
     }
 
     /// Whether the page is lent to clones, whose windows show its frame.

@@ -73,6 +73,11 @@ impl Boot {
         }))
     }
 
+    /// The registers that only booting sets, of each vCPU.
+    pub fn registers(&self) -> &[VcpuState] {
+        &self.registers
+    }
+
     /// What vCPUs have drawn that have done so many operations.
     pub(super) fn draws(
         &self,
@@ -138,6 +143,24 @@ impl Reference {
             hashes.insert(gfn, hashes::of(&page));
         }
         Self { hashes }
+    }
+
+    /// Its pages by number, and what each hashes to.
+    pub fn pages(&self) -> Vec<(u64, u64)> {
+        let mut pages: Vec<_> = self
+            .hashes
+            .iter()
+            .map(|(&gfn, &hash)| (gfn, hash))
+            .collect();
+        pages.sort_unstable();
+        pages
+    }
+
+    /// One of pages that were kept elsewhere.
+    pub fn of_pages(pages: impl IntoIterator<Item = (u64, u64)>) -> Self {
+        Self {
+            hashes: pages.into_iter().collect(),
+        }
     }
 
     /// Compares the pages of snapshot `number`, which has `found`, with what they were.

@@ -13,6 +13,7 @@ use clap::{
 use guest::abi::Pattern;
 
 use super::fork::ForkArgs;
+use super::snapshot::SnapshotArgs;
 use super::units::{parse_size, parse_time};
 use crate::accel::Accel;
 use crate::policy::Policy;
@@ -31,6 +32,8 @@ Examples:
   vmm --inject share-pinned                   see an oracle catch a wrong fork (exit code 3)
   vmm fork -n 100                             a hundred clones of a running guest, all running
   vmm fork --depth 3 --width 2                clones of clones of clones
+  vmm snapshot save snaps/warm                run, and keep a snapshot as files
+  vmm snapshot run snaps/warm                 run on from there, in another process
   vmm compare                                 three generations of Linux's rules, side by side
   vmm compare --scenario B1 --policy mapcount one historical bug, step by step
   vmm doctor                                  what this machine can and cannot do
@@ -62,6 +65,25 @@ pub(crate) struct Args {
     #[command(subcommand)]
     pub(crate) command: Option<Command>,
 
+    #[command(flatten)]
+    pub(crate) run: RunArgs,
+
+    /// Write what was found as JSON, too
+    #[arg(long, value_name = "FILE", help_heading = "Output")]
+    pub(crate) report: Option<PathBuf>,
+
+    /// Write what each thread did when, for ui.perfetto.dev or chrome://tracing
+    #[arg(long, value_name = "FILE", help_heading = "Output")]
+    pub(crate) trace: Option<PathBuf>,
+
+    /// Log more to standard error: -v what happens, -vv every step, -vvv everything
+    #[arg(short, long, action = ArgAction::Count, help_heading = "Output", global = true)]
+    pub(crate) verbose: u8,
+}
+
+/// What a run is asked to do.
+#[derive(Debug, clap::Args)]
+pub(crate) struct RunArgs {
     /// The program to run: the built-in `payload`, or an ELF that follows the guest ABI
     #[arg(
         long,
@@ -151,7 +173,7 @@ pub(crate) struct Args {
     )]
     restore_every: u64,
 
-    /// How long to run [default: 10s]
+    /// How long to run [default: 10s; 2s if it is to be saved]
     #[arg(
         long,
         value_name = "TIME",
@@ -205,27 +227,16 @@ pub(crate) struct Args {
     )]
     policy: Policy,
 
-    /// Write what was found as JSON, too
-    #[arg(long, value_name = "FILE", help_heading = "Output")]
-    pub(crate) report: Option<PathBuf>,
-
-    /// Write what each thread did when, for ui.perfetto.dev or chrome://tracing
-    #[arg(long, value_name = "FILE", help_heading = "Output")]
-    pub(crate) trace: Option<PathBuf>,
-
     /// Have the guest's memory in core dumps of this program; they are without it otherwise
     #[arg(long, help_heading = "Output")]
     dump_guest_memory: bool,
-
-    /// Log more to standard error: -v what happens, -vv every step, -vvv everything
-    #[arg(short, long, action = ArgAction::Count, help_heading = "Output", global = true)]
-    pub(crate) verbose: u8,
 }
 
 /// What the program does besides running a guest.
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
     Fork(ForkArgs),
+    Snapshot(SnapshotArgs),
     Compare(CompareArgs),
     Doctor(DoctorArgs),
 }
@@ -335,6 +346,13 @@ impl CompareArgs {
 impl Args {
     /// What the run is asked to do. Draws a seed if none was given.
     pub(crate) fn config(&self) -> Config {
+        self.run.config(Duration::from_secs(10))
+    }
+}
+
+impl RunArgs {
+    /// The same, of a run that lasts `duration` unless something else was asked for.
+    pub(crate) fn config(&self, duration: Duration) -> Config {
         Config {
             guest: self.guest.clone(),
             accel: self.accel,
@@ -344,7 +362,7 @@ impl Args {
             length: match (self.snapshots, self.duration) {
                 (Some(snapshots), _) => RunLength::Snapshots(snapshots),
                 (None, Some(duration)) => RunLength::Duration(duration),
-                (None, None) => RunLength::Duration(Duration::from_secs(10)),
+                (None, None) => RunLength::Duration(duration),
             },
             snapshot_every: self.snapshot_every,
             keep: self.keep,

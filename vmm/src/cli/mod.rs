@@ -16,6 +16,7 @@ mod race_text;
 mod report_text;
 mod scenario_text;
 mod screen;
+mod snapshot;
 mod status;
 mod teller;
 mod terminal;
@@ -44,10 +45,12 @@ use crate::session::{
     self,
     config::{ConfigError, GuestSource},
     family::{FamilyError, config::FamilyConfigError},
+    kept::SourceError,
     report::Verdict,
 };
 pub use palimpsest::causes::chain;
 use palimpsest::host::Limits;
+use palimpsest::kept::store::StoreError;
 
 /// The run could not start or finish, the guest crashed, or nothing was checked.
 const EXIT_ERROR: u8 = 1;
@@ -65,6 +68,7 @@ pub fn main() -> ExitCode {
     start_log(args.verbose, &screen, timeline.clone());
     let done = match &args.command {
         Some(Command::Fork(fork)) => fork::run(fork, &screen),
+        Some(Command::Snapshot(snapshot)) => snapshot::run(snapshot, &screen),
         Some(Command::Compare(compare)) => compare::run(compare, &screen),
         // Without a run's flags `args` are those of the main job.
         Some(Command::Doctor(doctor)) => doctor::run(doctor, &args.config()),
@@ -114,6 +118,10 @@ enum Failure {
     FamilyConfig(#[from] FamilyConfigError),
     #[error(transparent)]
     Family(#[from] FamilyError),
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    #[error(transparent)]
+    Source(#[from] SourceError),
     #[error("could not play all of it: {why}")]
     NotPlayed { why: String },
     #[error("--scenario {id}: there is none of that name")]
@@ -129,6 +137,8 @@ impl Failure {
             Self::Config(_)
             | Self::FamilyConfig(_)
             | Self::NoScenario { .. }
+            | Self::Store(StoreError::Name(_) | StoreError::Exists { .. })
+            | Self::Source(SourceError::Store(StoreError::Name(_)))
             | Self::OutputFile(OutputFileError::Same { .. }) => EXIT_USAGE,
             Self::Run(session::RunError::Untrusted(_)) => EXIT_USAGE,
             _ => EXIT_ERROR,
@@ -151,7 +161,11 @@ impl Failure {
             | Self::Run(session::RunError::Build(session::PayloadVmError::Image { .. })) => {
                 Some("--guest takes `payload`, or the path of a static ELF")
             }
-            Self::Run(session::RunError::Untrusted(_)) => None,
+            Self::Run(session::RunError::Untrusted(_) | session::RunError::Load(_)) => None,
+            Self::Store(StoreError::Name(_))
+            | Self::Source(SourceError::Store(StoreError::Name(_))) => {
+                Some("a snapshot is STORE/NAME: the directory of its store, and its name there")
+            }
             Self::Run(_) | Self::Family(_) | Self::Limits(_) | Self::NotPlayed { .. } => {
                 Some("`vmm doctor` says what this machine can and cannot do")
             }

@@ -9,7 +9,8 @@ use super::{
 use crate::session::{
     config::{Config, RunLength, Size, pattern_name},
     report::{
-        EndedBy, FaultCounts, Oracle, Quantiles, Report, StepQuantiles, Verdict, ViolationCounts,
+        EndedBy, FaultCounts, Oracle, Quantiles, Report, SaveCounts, StepQuantiles, Verdict,
+        ViolationCounts,
     },
 };
 
@@ -66,6 +67,23 @@ fn verdict(report: &Report) -> String {
             )
         }
     }
+}
+
+/// What was saved, and what that took.
+fn saved_text(saved: &SaveCounts) -> String {
+    let name = format!("{} in {}", saved.name, printable(&saved.store));
+    if !saved.is_saved {
+        return format!("NOT {name}");
+    }
+    format!(
+        "{name}: {} written of {} in {}; {} chunks new, {} known, {} unread",
+        bytes(saved.bytes_written),
+        bytes(saved.memory_bytes),
+        micros(saved.seconds * 1e6),
+        count(saved.written),
+        count(saved.found),
+        count(saved.same)
+    )
 }
 
 /// Oracles on the first line of those that say what each has seen.
@@ -217,6 +235,19 @@ fn rows(report: &Report) -> Vec<(&'static str, String)> {
             format!("NOT caught by {oracle}")
         };
         rows.push(("injected", format!("{fault}: {outcome}")));
+    }
+    if let Some(loaded) = &report.loaded {
+        let what = format!(
+            "{} from {}: {} of memory in {}, the first of the snapshots",
+            loaded.name,
+            printable(&loaded.store),
+            bytes(loaded.bytes),
+            micros(loaded.seconds * 1e6)
+        );
+        rows.push(("loaded", what));
+    }
+    if let Some(saved) = &report.saved {
+        rows.push(("saved", saved_text(saved)));
     }
     rows.push(("policy", report.policy.clone()));
     rows.push((

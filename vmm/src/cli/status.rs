@@ -7,10 +7,13 @@ use std::sync::{Arc, atomic::AtomicBool};
 
 use indicatif::{ProgressBar, ProgressStyle};
 
+use palimpsest::kept;
+
 use super::{
     printable::printable,
     progress_text::{block, line, violations},
     screen::{STEPS, Screen},
+    snapshot::Transfer,
     teller::Teller,
 };
 use crate::session::{
@@ -31,6 +34,8 @@ pub(crate) struct Status {
     violated: bool,
     /// What the guest printed since its last newline.
     console: String,
+    /// What is said of what is being saved.
+    transfer: Transfer,
 }
 
 impl Status {
@@ -44,6 +49,7 @@ impl Status {
             length,
             violated: false,
             console: String::new(),
+            transfer: Transfer::default(),
         }
     }
 
@@ -72,7 +78,12 @@ impl Status {
         self.teller.screen.raise_block();
         bar.set_position(done(self.length, progress));
         bar.set_prefix(violations(&progress.violations));
-        bar.set_message(block(self.length, progress));
+        let mut message = block(self.length, progress);
+        if let Some(transfer) = self.transfer.text() {
+            message.push('\n');
+            message.push_str(transfer);
+        }
+        bar.set_message(message);
     }
 }
 
@@ -104,6 +115,18 @@ impl Observer for Status {
 
     fn note(&mut self, text: &str) {
         self.teller.screen.line(text);
+    }
+
+    fn loading(&mut self, progress: &kept::Progress) {
+        self.teller.note_stop();
+        self.transfer.tell("loading", progress, &self.teller.screen);
+        if progress.done == progress.bytes {
+            self.transfer = Transfer::default();
+        }
+    }
+
+    fn saving(&mut self, progress: &kept::Progress) {
+        self.transfer.tell("saving", progress, &self.teller.screen);
     }
 }
 

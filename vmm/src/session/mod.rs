@@ -14,6 +14,7 @@
 //! | `ports` | what the guest writes to its ports |
 //! | `drive` | a run that goes on: its loop, snapshots, restores, end |
 //! | [`family`] | a run of many machines: a guest, clones of it, clones of those |
+//! | [`kept`] | runs that are saved to a store, and that begin with what is in one |
 //! | `end` | how a run ended |
 //! | `failure` | what a guest says that it has seen go wrong |
 //! | `life` | whether a rewound guest runs on |
@@ -30,6 +31,7 @@ mod end;
 mod failure;
 pub mod family;
 mod faults;
+pub mod kept;
 mod life;
 pub mod need;
 mod occasion;
@@ -41,9 +43,10 @@ mod stall;
 mod tracker;
 mod vm;
 
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use self::config::{Config, Injection, Untrusted};
+use self::kept::{Keep, Source};
 use self::need::{MemoryPlan, NeedError};
 use self::progress::Observer;
 use self::report::Report;
@@ -53,6 +56,7 @@ use crate::check::inject::{Faulty, PolicyFault};
 use palimpsest::host::Limits;
 use palimpsest::kvm::KvmError;
 use palimpsest::mm::{AnyPolicy, CowPolicy};
+use palimpsest::vm::CloneError;
 
 /// Why a run could not start.
 #[derive(Debug, thiserror::Error)]
@@ -72,9 +76,15 @@ pub enum RunError {
     /// The VM could not be put together.
     #[error(transparent)]
     Build(#[from] PayloadVmError),
+    /// What it was to begin with could not be loaded.
+    #[error(transparent)]
+    Load(#[from] kept::LoadError),
     /// The vCPUs did not start.
     #[error("cannot start the vcpus")]
     Start(#[source] KvmError),
+    /// They did not start where they were saved.
+    #[error("cannot start the machine where it was saved")]
+    Resume(#[from] CloneError),
     /// No thread for the checker.
     #[error("cannot start the checker")]
     Checker(#[source] std::io::Error),
@@ -89,6 +99,15 @@ fn policy_of(config: &Config) -> AnyPolicy {
     }
 }
 
+/// What a run begins with.
+#[derive(Debug)]
+pub enum Beginning {
+    /// A guest that is booted: its program.
+    Boot(Vec<u8>),
+    /// A guest that was saved, and runs on.
+    Load(Box<Source>),
+}
+
 /// Runs `image` as `config` says, until the run is over or `stop` is set.
 ///
 /// # Errors
@@ -96,6 +115,20 @@ fn policy_of(config: &Config) -> AnyPolicy {
 pub fn run(
     config: &Config,
     image: Vec<u8>,
+    stop: &AtomicBool,
+    observer: &mut dyn Observer,
+) -> Result<Report, RunError> {
+    run_from(config, Beginning::Boot(image), None, stop, observer)
+}
+
+/// The same of whatever it begins with; and when it is over, a last snapshot is saved as `keep` says, while it goes on.
+///
+/// # Errors
+/// As [`run`]. What could not be saved is in the report.
+pub fn run_from(
+    config: &Config,
+    beginning: Beginning,
+    keep: Option<Keep>,
     stop: &AtomicBool,
     observer: &mut dyn Observer,
 ) -> Result<Report, RunError> {
@@ -107,8 +140,44 @@ pub fn run(
         observer.note(&note);
     }
     let limits = Limits::detect().map_err(RunError::Limits)?;
-    let plan = MemoryPlan::new(config, &limits)?;
+    // What is being saved, and what that has in common with what was loaded, are snapshots, too.
+    let more = usize::from(keep.is_some()) + usize::from(matches!(beginning, Beginning::Load(_)));
+    let planned = Config {
+        keep: config.keep + more,
+        ..config.clone()
+    };
+    let plan = MemoryPlan::new(&planned, &limits)?;
     let (events, inbox) = ports::events();
-    let vm = vm::PayloadVm::build(&accelerator, config, image, policy, plan, events)?;
-    drive::Drive::start(vm, config, inbox, stop, observer)?.run(name, accelerator.platform())
+    let parts = match beginning {
+        Beginning::Boot(image) => {
+            let vm = vm::PayloadVm::build(&accelerator, config, image, policy, plan, events)?;
+            (vm, None)
+        }
+        Beginning::Load(source) => {
+            source.is_trusted_under(&accelerator, config)?;
+            let mut loading = |progress: &palimpsest::kept::Progress| {
+                observer.loading(progress);
+                !stop.load(Ordering::Relaxed)
+            };
+            let loaded = kept::load(
+                &accelerator,
+                config,
+                &source,
+                policy,
+                plan,
+                events,
+                &mut loading,
+            )?;
+            drop(source);
+            let (vm, begun) = drive::Begun::of(loaded, observer);
+            (vm, Some(begun))
+        }
+    };
+    let job = drive::Job {
+        config,
+        accelerator: &accelerator,
+        keep,
+        stop,
+    };
+    drive::Drive::start(job, parts, inbox, observer)?.run(name)
 }

@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use palimpsest::kept;
+
 use super::report::{DirtyCounts, FaultCounts, PinCounts, Violation, ViolationCounts};
 
 /// Counters at one moment of a run.
@@ -61,4 +63,10 @@ pub trait Observer: Send {
 
     /// Something worth a line happened.
     fn note(&mut self, text: &str);
+
+    /// What the run begins with is being loaded. Called for each region.
+    fn loading(&mut self, _progress: &kept::Progress) {}
+
+    /// A snapshot is being saved, beside the run. Called about ten times a second.
+    fn saving(&mut self, _progress: &kept::Progress) {}
 }

@@ -110,7 +110,20 @@ pub(super) struct PayloadVm {
     pub(super) incarnations: Arc<Incarnations>,
     /// The incarnation that it is in.
     pub(super) incarnation: Arc<Incarnation>,
+    /// Where its program ends: its memory is laid out behind it.
+    pub(super) image_end: u64,
     entry: u64,
+}
+
+/// The guest in a VM's memory, as far as the VM need not know it.
+#[derive(Debug)]
+pub(super) struct Guest {
+    pub(super) layout: Layout,
+    pub(super) image_end: u64,
+    pub(super) reference: Reference,
+    pub(super) incarnations: Arc<Incarnations>,
+    pub(super) incarnation: Arc<Incarnation>,
+    pub(super) entry: u64,
 }
 
 /// The pages that stay writable when a fork is to skip some: each operation of the guest writes there.
@@ -181,6 +194,36 @@ impl PayloadVm {
             devices: config.dma_devices,
         })?;
 
+        let memory = Self::memory(accelerator, config, policy, plan, &layout)?;
+        let ram = memory.ram().clone();
+        image.load(&ram).map_err(no_good)?;
+        boot::write_first_memory(&ram, layout, config.seed, config.pattern)?;
+        let incarnations = Arc::new(Incarnations::new(match config.guest {
+            GuestSource::Payload => Entropy::Seed(config.seed),
+            // Whatever it does with it is its own business, and nobody else is to know it.
+            GuestSource::File(_) => Entropy::Host,
+        }));
+        let incarnation = Arc::new(incarnations.boot(&ram, &layout)?);
+
+        let guest = Guest {
+            layout,
+            image_end: image.end(),
+            reference: Reference::new(&ram, &layout, image.writable()),
+            incarnations,
+            incarnation,
+            entry: image.entry(),
+        };
+        Self::of_guest(accelerator, config, memory, guest, events)
+    }
+
+    /// The memory of one, all of it zeros, that takes as much as `plan` says at most.
+    pub(super) fn memory(
+        accelerator: &Accelerator,
+        config: &Config,
+        policy: AnyPolicy,
+        plan: MemoryPlan,
+        layout: &Layout,
+    ) -> Result<Memory<AnyPolicy>, PayloadVmError> {
         let dumps = if config.dump_guest_memory {
             Dumps::WithGuest
         } else {
@@ -196,21 +239,22 @@ impl PayloadVm {
             if config.inject != Some(Injection::SkipWriteProtect) {
                 return Box::new(window);
             }
-            Box::new(LeakyMmu::new(window, leaky_pages(&layout)))
+            Box::new(LeakyMmu::new(window, leaky_pages(layout)))
         };
         let memory = Memory::with(&frames, config.memory, policy, options, between)?;
-        let ram = memory.ram().clone();
-        image.load(&ram).map_err(no_good)?;
-        boot::write_first_memory(&ram, layout, config.seed, config.pattern)?;
-        let incarnations = Arc::new(Incarnations::new(match config.guest {
-            GuestSource::Payload => Entropy::Seed(config.seed),
-            // Whatever it does with it is its own business, and nobody else is to know it.
-            GuestSource::File(_) => Entropy::Host,
-        }));
-        let incarnation = Arc::new(incarnations.boot(&ram, &layout)?);
+        Ok(memory)
+    }
 
-        let reference = Reference::new(&ram, &layout, image.writable());
+    /// One around `memory`, in which `guest` is.
+    pub(super) fn of_guest(
+        accelerator: &Accelerator,
+        config: &Config,
+        memory: Memory<AnyPolicy>,
+        guest: Guest,
+        events: Events,
+    ) -> Result<Self, PayloadVmError> {
         let aside = Arc::<Aside>::default();
+        let layout = guest.layout;
         let (devices, vm) = with_devices(memory, &layout, config, &aside, events, |builder| {
             builder.build(accelerator, config.vcpus as usize)
         })?;
@@ -219,10 +263,11 @@ impl PayloadVm {
             aside,
             devices,
             layout,
-            reference,
-            incarnations,
-            incarnation,
-            entry: image.entry(),
+            reference: guest.reference,
+            incarnations: guest.incarnations,
+            incarnation: guest.incarnation,
+            image_end: guest.image_end,
+            entry: guest.entry,
         })
     }
 
@@ -262,6 +307,7 @@ impl PayloadVm {
             incarnations: Arc::clone(&self.incarnations),
             // Until it is started.
             incarnation: Arc::clone(snapshot.incarnation().unwrap_or(&self.incarnation)),
+            image_end: self.image_end,
             entry: self.entry,
         })
     }

@@ -99,6 +99,8 @@ pub struct Machine {
     pub accelerator: String,
     /// The same in more words, for people.
     pub platform: String,
+    /// Ticks of the guest's time-stamp counter in a millisecond; 0 if that is not known.
+    pub tsc_khz: u32,
     /// The CPU that the guest saw.
     pub cpu: Cpu,
     /// MSRs that were saved, by number.

@@ -16,9 +16,24 @@ impl Kvm {
     /// # Errors
     /// If it can't be made.
     pub fn unsaved_msrs(&self) -> Result<Vec<u32>, KvmError> {
+        Ok(self.probed_msrs()?.left_out)
+    }
+
+    /// MSRs that are saved and set back here, as [`Kvm::unsaved_msrs`].
+    ///
+    /// # Errors
+    /// As that.
+    pub fn saved_msrs(&self) -> Result<Vec<u32>, KvmError> {
+        Ok(self.probed_msrs()?.kept)
+    }
+
+    fn probed_msrs(&self) -> Result<MsrSet, KvmError> {
+        if let Some(msrs) = self.msrs.get() {
+            return Ok(msrs.clone());
+        }
         let vm = create_vm(self)?;
         let vcpu = create_vcpu(&vm, 0, &vcpu_cpuid(&self.cpuid, 0))?;
-        Ok(msr_set(self, &vcpu, 0)?.left_out)
+        msr_set(self, &vcpu, 0)
     }
 }
 

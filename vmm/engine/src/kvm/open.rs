@@ -140,6 +140,11 @@ impl Kvm {
     pub fn platform(&self) -> &Platform {
         &self.platform
     }
+
+    /// The CPUID that it supports.
+    pub(crate) fn cpuid(&self) -> &CpuId {
+        &self.cpuid
+    }
 }
 
 /// What is at `path`, if it is not a character device.

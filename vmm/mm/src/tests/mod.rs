@@ -9,6 +9,7 @@
 //! | `account` | who pays for what, and what becomes of who may have no more; promises |
 //! | `census` | what each has alone and shares; why a frame is alive |
 //! | `clones` | what it takes to make a clone; who moves where when all of them write |
+//! | `in_common` | which regions snapshots have in common |
 //! | `lent` | what clones borrow: who counts it, who moves, when it becomes theirs |
 //! | `policies` | the rules as tables; which scenario goes wrong under which policy |
 //! | `allocator` | who has which frame, against a plain list
@@ -36,6 +37,7 @@ mod discard;
 mod folio;
 mod force;
 mod get;
+mod in_common;
 mod lent;
 mod merge;
 mod migrate;

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use super::{Drive, TICK};
 use crate::session::config::{GuestSource, RunLength};
 use crate::session::end::End;
+use crate::session::kept::Keeping;
 use crate::session::occasion::PATIENCE;
 use crate::session::report::EndedBy;
 
@@ -33,13 +34,16 @@ impl Drive<'_> {
             RunLength::Duration(length) => {
                 (now >= self.started + length).then_some(EndedBy::Duration)
             }
-            RunLength::Snapshots(count) => (self.taken >= count).then_some(EndedBy::Snapshots),
+            RunLength::Snapshots(count) => {
+                (self.taken - self.taken_before >= count).then_some(EndedBy::Snapshots)
+            }
         };
         let ops = self.counters().ops();
         if let Some(by) = is_over
             && self
                 .occasion
                 .is_over(&ops, &self.vm.requests_by_device(), &self.vm.layout)
+            && self.has_kept()?
         {
             return Err(End::fine(by));
         }
@@ -65,7 +69,9 @@ impl Drive<'_> {
         }
         // What is still missing for the fault does not wait for its time.
         let is_wanted = is_over.is_none() || !self.occasion.has_steps();
-        let due = now >= self.next_snapshot || (is_over.is_some() && is_wanted);
+        // Nor does the run that only waits for what is being saved.
+        let is_saving = matches!(self.keeping, Some(Keeping::Going(_)));
+        let due = now >= self.next_snapshot || (is_over.is_some() && is_wanted && !is_saving);
         if due
             && is_ripe
             && is_wanted

@@ -9,24 +9,19 @@ use super::counts::{fault_counts, pin_counts};
 use crate::check::account;
 use crate::session::config::Injection;
 use crate::session::end::End;
+use crate::session::kept::Keeping;
 use crate::session::ports::Event;
 use crate::session::report::{
     DmaCounts, EndedBy, GuestCounts, MemoryPeaks, Quantiles, Report, SnapshotCounts, Verdict,
 };
-use palimpsest::kvm;
 
 impl Drive<'_> {
     /// Takes everything apart, looks at what is left, and writes it all down.
-    pub(super) fn finish(
-        mut self,
-        mut end: End,
-        duration: Duration,
-        policy: &str,
-        platform: &kvm::Platform,
-    ) -> Report {
+    pub(super) fn finish(mut self, mut end: End, duration: Duration, policy: &str) -> Report {
+        let platform = self.accelerator.platform();
         self.stall.finish(self.vm.ram());
         let ops = self.counters().ops();
-        let ops = ops.iter().sum::<u64>() + self.ops_undone;
+        let ops = (ops.iter().sum::<u64>() + self.ops_undone).saturating_sub(self.ops_before);
         // The guest is stopped first. The snapshots that have their last look now had it run beside them so
         // far.
         self.vm.machine().stop();
@@ -37,8 +32,8 @@ impl Drive<'_> {
         let (mm, dma) = (self.vm.space().stats(), self.vm.devices.stats());
         let faults = fault_counts(&mm, &self.vm.machine().stats());
         let dirty = self.dirty_counts();
-        // Both hold snapshots.
-        (self.parent, self.tracker) = (None, None);
+        // All hold snapshots.
+        (self.parent, self.tracker, self.base) = (None, None, None);
         while !self.kept.is_empty() {
             self.retire_oldest();
         }
@@ -80,6 +75,8 @@ impl Drive<'_> {
             pauses,
             steps,
             stall,
+            loaded,
+            keeping,
             ..
         } = self;
         let frames = vm.frames().clone();
@@ -142,6 +139,11 @@ impl Drive<'_> {
                 vmas_limit: frames.budget().limit(),
             },
             lines_lost: unheard,
+            loaded,
+            saved: match keeping {
+                Some(Keeping::Done(counts)) => Some(counts),
+                _ => None,
+            },
         }
     }
 }

@@ -11,13 +11,17 @@
 //! | `ticking` | what is done every tenth of a second |
 //! | `counts` | how far guest, devices and memory are |
 //! | `finishing` | everything is taken apart, and the report written |
+//! | `beginning` | what it begins with, if that is not a guest that boots |
+//! | `keeping` | saving a last snapshot, while it goes on |
 //! | `random` | choices that a seed repeats |
 
+mod beginning;
 mod counts;
 mod cycle;
 mod draws;
 mod finishing;
 mod guest;
+mod keeping;
 mod random;
 mod restoring;
 mod room;
@@ -31,21 +35,24 @@ use std::time::{Duration, Instant};
 
 use hdrhistogram::Histogram;
 
+pub(super) use self::beginning::{Begun, Job};
 use self::random::SplitMix64;
 use super::RunError;
 use super::config::Config;
+use super::kept::Keeping;
 use super::life::{DeviceWatch, LifeWatch};
 use super::occasion::Occasion;
 use super::ports::Inbox;
 use super::progress::Observer;
-use super::report::{Report, StepTimes, nanoseconds};
+use super::report::{LoadCounts, Report, StepTimes, nanoseconds};
 use super::stall::StallMeter;
 use super::tracker::Tracker;
 use super::vm::PayloadVm;
 use crate::check::{Boot, Examiner, ViolationCounts, Worker};
 use crate::dma::Mismatch;
 use crate::run_snapshot::RunSnapshot;
-use palimpsest::kvm;
+use palimpsest::kept::Base;
+use palimpsest::vm::Accelerator;
 
 /// Between two calls of the observer.
 const TICK: Duration = Duration::from_millis(100);
@@ -53,8 +60,14 @@ const TICK: Duration = Duration::from_millis(100);
 /// A run that goes on.
 pub(super) struct Drive<'a> {
     config: &'a Config,
+    accelerator: &'a Accelerator,
     stop: &'a AtomicBool,
     observer: &'a mut dyn Observer,
+    /// What is to be saved, if anything is.
+    keeping: Option<Keeping>,
+    // Before the VM, whose frames it has.
+    base: Option<Base>,
+    loaded: Option<LoadCounts>,
     vm: PayloadVm,
     inbox: Inbox,
     worker: Worker,
@@ -91,6 +104,10 @@ pub(super) struct Drive<'a> {
     tracker: Option<Tracker>,
     /// Operations that restores have undone.
     ops_undone: u64,
+    /// Operations that the guest had done when the run began.
+    ops_before: u64,
+    /// Snapshots that there were when the run began.
+    taken_before: u64,
     recent_ops: (Instant, u64, f64),
     violations: ViolationCounts,
     /// The latest last.
@@ -100,14 +117,19 @@ pub(super) struct Drive<'a> {
 }
 
 impl<'a> Drive<'a> {
-    /// Starts the guest.
+    /// Starts the guest: where it was, if it was loaded.
     pub(super) fn start(
-        vm: PayloadVm,
-        config: &'a Config,
+        job: Job<'a>,
+        (vm, begun): (PayloadVm, Option<Begun>),
         inbox: Inbox,
-        stop: &'a AtomicBool,
         observer: &'a mut dyn Observer,
     ) -> Result<Self, RunError> {
+        let Job {
+            config,
+            accelerator,
+            keep,
+            stop,
+        } = job;
         let examiner = Examiner::new(
             config.seed,
             config.pattern,
@@ -118,13 +140,19 @@ impl<'a> Drive<'a> {
         .stepping_aside(Arc::clone(vm.aside()));
         let worker = Worker::start(examiner).map_err(RunError::Checker)?;
         let stall = StallMeter::new(vm.layout, vm.machine().tsc_khz());
-        vm.start().map_err(RunError::Start)?;
+        if begun.is_none() {
+            vm.start().map_err(RunError::Start)?;
+        }
         let tracker = Tracker::new(config, &vm.layout);
         let now = Instant::now();
-        Ok(Self {
+        let mut drive = Self {
             config,
+            accelerator,
             stop,
             observer,
+            keeping: keep.map(Keeping::Wanted),
+            base: None,
+            loaded: None,
             vm,
             inbox,
             worker,
@@ -151,26 +179,29 @@ impl<'a> Drive<'a> {
             restore_is_due: false,
             tracker,
             ops_undone: 0,
+            ops_before: 0,
+            taken_before: 0,
             recent_ops: (now, 0, 0.0),
             violations: ViolationCounts::default(),
             mismatches: VecDeque::new(),
             random: SplitMix64(config.seed),
             leaked: false,
-        })
+        };
+        if let Some(begun) = begun {
+            drive.begin_with(begun)?;
+        }
+        Ok(drive)
     }
 
     /// Runs to the end, takes everything apart, and reports.
-    pub(super) fn run(
-        mut self,
-        policy: &str,
-        platform: &kvm::Platform,
-    ) -> Result<Report, RunError> {
-        let end = self.drive();
+    pub(super) fn run(mut self, policy: &str) -> Result<Report, RunError> {
+        let mut end = self.drive();
+        self.end_keeping(&mut end);
         let duration = self.started.elapsed();
         self.tick();
         if end.by.leaves_the_guest_running() {
             self.await_life();
         }
-        Ok(self.finish(end, duration, policy, platform))
+        Ok(self.finish(end, duration, policy))
     }
 }

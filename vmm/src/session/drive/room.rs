@@ -25,8 +25,9 @@ impl Drive<'_> {
             self.drop_oldest();
             return false;
         }
-        // These two hold the last one for what can be compared with it.
+        // These hold the last one for what can be compared with it.
         self.parent = None;
+        self.base = None;
         self.tracker.iter_mut().for_each(Tracker::forget);
         true
     }

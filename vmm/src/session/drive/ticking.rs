@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use super::Drive;
 use super::counts::{fault_counts, pin_counts};
 use crate::session::config::RunLength;
+use crate::session::kept::Keeping;
 use crate::session::life;
 use crate::session::progress::Progress;
 
@@ -38,11 +39,14 @@ impl Drive<'_> {
         }
         let progress = self.progress(ops.iter().sum());
         self.observer.progress(&progress);
+        if let Some(Keeping::Going(going)) = &self.keeping {
+            self.observer.saving(&going.progress());
+        }
     }
 
     fn progress(&mut self, ops_now: u64) -> Progress {
         let now = Instant::now();
-        let ops = ops_now + self.ops_undone;
+        let ops = (ops_now + self.ops_undone).saturating_sub(self.ops_before);
         let (then, before, rate) = self.recent_ops;
         let elapsed = (now - then).as_secs_f64();
         if elapsed >= 0.5 {

@@ -4,6 +4,7 @@
 //! removed, only added. Times in it name their unit.
 
 mod counts;
+mod kept;
 mod quantiles;
 mod verdict;
 
@@ -12,6 +13,7 @@ use serde::{Deserialize, Serialize};
 pub use self::counts::{
     DirtyCounts, DmaCounts, FaultCounts, GuestCounts, MemoryPeaks, PinCounts, SnapshotCounts,
 };
+pub use self::kept::{LoadCounts, SaveCounts};
 pub use self::quantiles::{Quantiles, StepQuantiles, StepTimes, nanoseconds};
 pub use self::verdict::Verdict;
 use super::config::Config;
@@ -150,6 +152,12 @@ pub struct Report {
     /// Lines that nobody read in time, of the guest's and of ours.
     #[serde(default)]
     pub lines_lost: u64,
+    /// What was loaded from a store, if the run began with that. It is the first of the snapshots.
+    #[serde(default)]
+    pub loaded: Option<LoadCounts>,
+    /// What was saved to a store, if that was asked for.
+    #[serde(default)]
+    pub saved: Option<SaveCounts>,
 }
 
 #[cfg(test)]
@@ -250,6 +258,8 @@ pub(crate) mod tests {
                 vmas_limit: 65_530,
             },
             lines_lost: 0,
+            loaded: None,
+            saved: None,
         }
     }
 

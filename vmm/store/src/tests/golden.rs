@@ -30,6 +30,7 @@ fn facts() -> Facts {
             devices: 1,
             accelerator: "kvm".to_owned(),
             platform: "test".to_owned(),
+            tsc_khz: 2_500_000,
             cpu,
             msrs: vec![0x10, 0xc000_0080],
         },

@@ -180,6 +180,11 @@ impl VcpuState {
         &self.msrs
     }
 
+    /// The numbers of its MSRs.
+    pub fn msr_indices(&self) -> Vec<u32> {
+        self.msrs.iter().map(|msr| msr.index).collect()
+    }
+
     /// The area of the extended registers, in 32-bit words, as `KVM_GET_XSAVE` has it.
     pub fn xsave(&self) -> &[u32] {
         &self.xsave

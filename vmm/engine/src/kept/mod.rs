@@ -1,0 +1,41 @@
+//! Kept snapshots: a [`Snapshot`] as files, and a VM made of such files, in another process or on another host.
+//!
+//! ```text
+//!   VM ── snapshot ──> Snapshot ── save ──> STORE/NAME        beside the running guest: what it writes
+//!                                                             meanwhile goes elsewhere, as under any snapshot
+//!   STORE/NAME ── fill ──> Memory ── fork ──> Frozen          no vCPU runs yet
+//!              ── snapshot_of ──> Snapshot ──> Vm::start_from
+//! ```
+//! How it is written and read is the store's ([`palimpsest_store`]): nothing is there under its name before it is
+//! whole and durable, and nothing is used that was not checked. Here is what a snapshot is to a machine: parts
+//! by name, and what a host must have for them ([`check`]).
+//!
+//! Loading is **eager**: all of memory is read and checked before the first vCPU runs, so it takes as long as
+//! reading it. Pages of zeros take no frames. The memory of a VM that was loaded, frozen before it runs, is a
+//! [`Base`]: what is not written after that is not read again by the next save, which is an increment.
+//!
+//! | file | concept |
+//! |---|---|
+//! | `cpu` | which features a guest has seen, and which of them are not here |
+//! | `facts` | what a machine needs of a host |
+//! | `save` | a snapshot into a store |
+//! | `load` | out of it |
+//!
+//! Everything that comes from a store is untrusted: what is no state of a vCPU or a device is refused by these, and
+//! KVM refuses registers that no CPU has. What a store cannot know is whether the memory in it is that of a guest
+//! that does no harm: without KVM ([`user`](crate::user)) load nothing that you would not run as a program.
+//!
+//! [`Snapshot`]: crate::snapshot::Snapshot
+
+mod cpu;
+mod facts;
+mod load;
+mod save;
+#[cfg(test)]
+mod tests;
+
+pub use palimpsest_store as store;
+
+pub use self::facts::{Refusal, check, machine};
+pub use self::load::{LoadError, fill, snapshot_of};
+pub use self::save::{Base, Progress, SaveError, Saver};

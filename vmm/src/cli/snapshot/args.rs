@@ -1,0 +1,278 @@
+//! The verbs of `vmm snapshot`, and their flags.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::Subcommand;
+use palimpsest::kept::store::{Compression, SnapshotName};
+
+use crate::accel::Accel;
+use crate::cli::args::RunArgs;
+use crate::cli::units::parse_time;
+use crate::policy::Policy;
+use crate::session::config::{Config, Injection, PageSize, RunLength};
+
+/// Keep snapshots as files, and run on from them in another process or on another host
+///
+/// A snapshot is STORE/NAME: the directory of a store, and a name in it. All snapshots of a store share what they have
+/// in common: memory is in chunks of 2 MiB that are named by the hash of what is in them. Nothing has its final name
+/// before it is whole and durable, and nothing is used that was not checked. docs/format.md says what is in a store.
+#[derive(Debug, clap::Args)]
+pub(crate) struct SnapshotArgs {
+    #[command(subcommand)]
+    pub(super) verb: Verb,
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum Verb {
+    Save(Box<SaveArgs>),
+    Run(RunKeptArgs),
+    Load(LoadArgs),
+    List(ListArgs),
+    Info(InfoArgs),
+    Verify(VerifyArgs),
+    Diff(DiffArgs),
+    Prune(PruneArgs),
+}
+
+/// Run a guest, and save its last snapshot while it runs on
+///
+/// Takes the flags of a run. When that is over the snapshot that was taken last is saved, beside the running guest, and
+/// the run ends when it is durable. A store that is not there is made.
+#[derive(Debug, clap::Args)]
+pub(super) struct SaveArgs {
+    /// Where to save it
+    #[arg(value_name = "STORE/NAME", conflicts_with = "inject")]
+    pub(super) path: PathBuf,
+
+    #[command(flatten)]
+    pub(super) keeping: KeepingArgs,
+
+    #[command(flatten)]
+    pub(super) run: RunArgs,
+
+    /// Write what was found as JSON, too
+    #[arg(long, value_name = "FILE", help_heading = "Output")]
+    pub(super) report: Option<PathBuf>,
+}
+
+/// How a snapshot is saved.
+#[derive(Debug, clap::Args)]
+pub(super) struct KeepingArgs {
+    /// The snapshot of the store that this one is an increment of [default: what the run began with]
+    #[arg(long, value_name = "NAME", help_heading = "Saving")]
+    pub(super) parent: Option<SnapshotName>,
+
+    /// Compress the chunks that are written, at this level of zstd, 1 to 19 [default level: 3]
+    #[arg(
+        long,
+        value_name = "LEVEL",
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "3",
+        value_parser = clap::value_parser!(i32).range(1..=19),
+        help_heading = "Saving"
+    )]
+    zstd: Option<i32>,
+}
+
+impl KeepingArgs {
+    pub(super) fn compression(&self) -> Compression {
+        self.zstd
+            .map_or(Compression::None, |level| Compression::Zstd { level })
+    }
+}
+
+/// Run on from a snapshot that was saved, and check everything as in any run
+///
+/// The guest runs on where it was saved, with a generation of its own: what two runs of one snapshot draw as random
+/// numbers differs. What memory must hold is known from what was saved with it.
+#[derive(Debug, clap::Args)]
+pub(super) struct RunKeptArgs {
+    /// The snapshot to run
+    #[arg(value_name = "STORE/NAME")]
+    pub(super) path: PathBuf,
+
+    /// Save the last snapshot of this run under this name, in the same store: an increment of what it began with
+    #[arg(
+        long,
+        value_name = "NAME",
+        conflicts_with = "inject",
+        help_heading = "Saving"
+    )]
+    pub(super) save: Option<SnapshotName>,
+
+    #[command(flatten)]
+    pub(super) keeping: KeepingArgs,
+
+    /// How long to run [default: 5s]
+    #[arg(long, value_name = "TIME", conflicts_with = "snapshots", value_parser = parse_time)]
+    duration: Option<Duration>,
+
+    /// Run until this many snapshots are taken, instead of for a time
+    #[arg(long, value_name = "N")]
+    snapshots: Option<u64>,
+
+    /// Time from one snapshot to the next [default: as it was saved]
+    #[arg(long, value_name = "TIME", value_parser = parse_time)]
+    snapshot_every: Option<Duration>,
+
+    /// Snapshots kept alive at once [default: as it was saved]
+    #[arg(long, value_name = "N")]
+    keep: Option<usize>,
+
+    /// Rewind the guest to one of them after every N; 0 is never [default: as it was saved]
+    #[arg(long, value_name = "N")]
+    restore_every: Option<u64>,
+
+    #[command(flatten)]
+    pub(super) place: PlaceArgs,
+
+    /// Do one thing wrong on purpose, to see that an oracle catches it; exit code 3
+    #[arg(long, value_name = "FAULT")]
+    inject: Option<Injection>,
+
+    /// Write what was found as JSON, too
+    #[arg(long, value_name = "FILE")]
+    pub(super) report: Option<PathBuf>,
+}
+
+/// What may be another than it was.
+#[derive(Debug, clap::Args)]
+pub(super) struct PlaceArgs {
+    /// What runs the vCPUs: what ran them when they were saved [default: that]
+    #[arg(long, value_name = "WHAT")]
+    accel: Option<Accel>,
+
+    /// Run it without KVM: it can do whatever this process can, whoever has saved it
+    #[arg(long)]
+    pub(super) trust_guest: bool,
+
+    /// Rules by which pages are shared and copied [default: as it was saved]
+    #[arg(long, value_name = "POLICY")]
+    policy: Option<Policy>,
+
+    /// Largest pages that memory is kept in [default: as it was saved]
+    #[arg(long, value_name = "SIZE")]
+    page_size: Option<PageSize>,
+}
+
+impl PlaceArgs {
+    /// `config`, where this says otherwise.
+    pub(super) fn apply(&self, config: Config) -> Config {
+        Config {
+            accel: self.accel.unwrap_or(config.accel),
+            trust_guest: self.trust_guest,
+            policy: self.policy.unwrap_or(config.policy),
+            page_size: self.page_size.unwrap_or(config.page_size),
+            ..config
+        }
+    }
+}
+
+impl RunKeptArgs {
+    /// `config`, where this says otherwise.
+    pub(super) fn apply(&self, config: Config) -> Config {
+        let config = self.place.apply(config);
+        Config {
+            length: match (self.snapshots, self.duration) {
+                (Some(snapshots), _) => RunLength::Snapshots(snapshots),
+                (None, duration) => RunLength::Duration(duration.unwrap_or(Duration::from_secs(5))),
+            },
+            snapshot_every: self.snapshot_every.unwrap_or(config.snapshot_every),
+            keep: self.keep.unwrap_or(config.keep),
+            restore_every: self.restore_every.unwrap_or(config.restore_every),
+            inject: self.inject,
+            ..config
+        }
+    }
+}
+
+/// Load a snapshot into a machine and check what is in it, without running on
+#[derive(Debug, clap::Args)]
+pub(super) struct LoadArgs {
+    /// The snapshot to load
+    #[arg(value_name = "STORE/NAME")]
+    pub(super) path: PathBuf,
+
+    #[command(flatten)]
+    pub(super) place: PlaceArgs,
+
+    /// Print JSON instead of the screen
+    #[arg(long)]
+    pub(super) json: bool,
+}
+
+/// List the snapshots of a store, and what each takes
+#[derive(Debug, clap::Args)]
+pub(super) struct ListArgs {
+    /// The store
+    #[arg(value_name = "STORE")]
+    pub(super) store: PathBuf,
+
+    /// Print JSON instead of the screen
+    #[arg(long)]
+    pub(super) json: bool,
+}
+
+/// Say what a snapshot is
+#[derive(Debug, clap::Args)]
+pub(super) struct InfoArgs {
+    /// The snapshot
+    #[arg(value_name = "STORE/NAME")]
+    pub(super) path: PathBuf,
+
+    /// Print its manifest
+    #[arg(long)]
+    pub(super) json: bool,
+}
+
+/// Read all of a snapshot, or of each snapshot of a store, and say what is wrong with it; exit code 1 if anything is
+#[derive(Debug, clap::Args)]
+pub(super) struct VerifyArgs {
+    /// The snapshot, or the store
+    #[arg(value_name = "STORE[/NAME]")]
+    pub(super) path: PathBuf,
+
+    /// Print JSON instead of the screen
+    #[arg(long)]
+    pub(super) json: bool,
+}
+
+/// Say how two snapshots differ
+#[derive(Debug, clap::Args)]
+pub(super) struct DiffArgs {
+    /// One of them
+    #[arg(value_name = "STORE/NAME")]
+    pub(super) one: PathBuf,
+
+    /// The other
+    #[arg(value_name = "STORE/NAME")]
+    pub(super) other: PathBuf,
+
+    /// Print JSON instead of the screen
+    #[arg(long)]
+    pub(super) json: bool,
+}
+
+/// Drop snapshots by name, and collect what no snapshot names
+///
+/// Waits for who saves to the store or loads from it.
+#[derive(Debug, clap::Args)]
+pub(super) struct PruneArgs {
+    /// The store
+    #[arg(value_name = "STORE")]
+    pub(super) store: PathBuf,
+
+    /// Drop this snapshot first; may be given several times
+    #[arg(long, value_name = "NAME")]
+    pub(super) drop: Vec<SnapshotName>,
+
+    /// How long to wait for who uses the store
+    #[arg(long, value_name = "TIME", default_value = "10s", value_parser = parse_time)]
+    pub(super) wait: Duration,
+
+    /// Print JSON instead of the screen
+    #[arg(long)]
+    pub(super) json: bool,
+}

@@ -1,0 +1,180 @@
+//! Verbs that run a guest, or are about to.
+
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use palimpsest::host::Limits;
+use palimpsest::kept::store::{Store, StoreError, locate};
+
+use super::args::{KeepingArgs, LoadArgs, RunKeptArgs, SaveArgs};
+use super::transfer::Transfer;
+use crate::accel::Accel;
+use crate::cli::output_file::OutputFile;
+use crate::cli::screen::Screen;
+use crate::cli::status::Status;
+use crate::cli::units::{bytes, count, micros};
+use crate::cli::{Failure, guest_image, interrupt, print, report_text, told};
+use crate::session::config::Config;
+use crate::session::kept::{self, CheckedKept, Keep, Source};
+use crate::session::report::{Report, Verdict};
+use crate::session::{self, Beginning};
+
+/// `vmm snapshot save`.
+pub(super) fn save(args: &SaveArgs, screen: &Screen) -> Result<Verdict, Failure> {
+    let config = args.run.config(std::time::Duration::from_secs(2));
+    config.validate(&Limits::detect().map_err(Failure::Limits)?)?;
+    let (path, name) = locate(&args.path)?;
+    // Found out now and not after minutes of running.
+    let report = prepare_report(args.report.as_deref())?;
+    let image = guest_image(&config.guest)?;
+    let store = Store::open_or_create(&path)?;
+    let keep = keep_in(store, name, &args.keeping)?;
+    let stop = interrupt::stop_flag().map_err(Failure::Signals)?;
+    go(
+        &config,
+        Beginning::Boot(image),
+        Some(keep),
+        &stop,
+        report,
+        screen,
+    )
+}
+
+/// `vmm snapshot run`.
+pub(super) fn run(args: &RunKeptArgs, screen: &Screen) -> Result<Verdict, Failure> {
+    let report = prepare_report(args.report.as_deref())?;
+    let source = Source::open(&args.path)?;
+    let config = args.apply(source.config());
+    config.validate(&Limits::detect().map_err(Failure::Limits)?)?;
+    let keep = match &args.save {
+        Some(name) => Some(keep_in(
+            source.store().clone(),
+            name.clone(),
+            &args.keeping,
+        )?),
+        None => None,
+    };
+    let stop = interrupt::stop_flag().map_err(Failure::Signals)?;
+    go(
+        &config,
+        Beginning::Load(Box::new(source)),
+        keep,
+        &stop,
+        report,
+        screen,
+    )
+}
+
+fn prepare_report(path: Option<&Path>) -> Result<Option<OutputFile>, Failure> {
+    let file = path.map(|path| OutputFile::prepare("--report", path));
+    Ok(file.transpose()?)
+}
+
+/// Where a snapshot is to be saved: its name is free, and its parent there.
+fn keep_in(
+    store: Store,
+    name: palimpsest::kept::store::SnapshotName,
+    args: &KeepingArgs,
+) -> Result<Keep, Failure> {
+    let names = store.names()?;
+    if names.contains(&name) {
+        let store = store.path().to_owned();
+        return Err(StoreError::Exists { store, name }.into());
+    }
+    if let Some(parent) = args.parent.clone().filter(|parent| !names.contains(parent)) {
+        let store = store.path().to_owned();
+        return Err(StoreError::NoSnapshot {
+            store,
+            name: parent,
+        }
+        .into());
+    }
+    Ok(Keep {
+        store,
+        name,
+        parent: args.parent.clone(),
+        compression: args.compression(),
+    })
+}
+
+fn go(
+    config: &Config,
+    beginning: Beginning,
+    keep: Option<Keep>,
+    stop: &std::sync::Arc<AtomicBool>,
+    report_file: Option<OutputFile>,
+    screen: &Screen,
+) -> Result<Verdict, Failure> {
+    screen.line(&format!(
+        "vmm {}: seed {}",
+        env!("CARGO_PKG_VERSION"),
+        config.seed
+    ));
+    let mut status = Status::new(screen.clone(), config.length, stop.clone());
+    let outcome = session::run_from(config, beginning, keep, stop, &mut status);
+    status.finish();
+    let mut report: Report = outcome?;
+    report.lines_lost += screen.lost();
+    let printed = print(&report_text::render(&report)).map_err(Failure::Print);
+    let written = report_file.map_or(Ok(()), |file| file.write(&report));
+    let outcomes = [printed, written.map_err(Failure::from)];
+    Ok(told(report.verdict, outcomes, screen))
+}
+
+/// `vmm snapshot load`.
+pub(super) fn load(args: &LoadArgs, screen: &Screen) -> Result<Verdict, Failure> {
+    let source = Source::open(&args.path)?;
+    let config = args.place.apply(source.config());
+    config.validate(&Limits::detect().map_err(Failure::Limits)?)?;
+    let stop = interrupt::stop_flag().map_err(Failure::Signals)?;
+    let mut transfer = Transfer::default();
+    let checked = kept::check(&config, &source, &mut |progress| {
+        transfer.tell("loading", progress, screen);
+        !stop.load(Ordering::Relaxed)
+    });
+    screen.clear_block();
+    let checked = checked.map_err(Failure::Run)?;
+    for violation in &checked.found {
+        screen.line(&violation.to_string());
+    }
+    let text = match args.json {
+        true => super::looking::json(&checked)?,
+        false => render(&checked, config.accel),
+    };
+    print(&text).map_err(Failure::Print)?;
+    Ok(match (checked.found.is_empty(), checked.follows_formula) {
+        (false, _) => Verdict::Violated,
+        (true, _) => Verdict::Ok,
+    })
+}
+
+fn render(checked: &CheckedKept, accel: Accel) -> String {
+    let loaded = &checked.loaded;
+    let what = match (checked.found.len(), checked.follows_formula) {
+        (0, true) => "what is in it is right".to_owned(),
+        (0, false) => {
+            "whole; its guest follows no formula by which more could be checked".to_owned()
+        }
+        (violations, _) => format!("VIOLATED: {violations} violations"),
+    };
+    let mut text = format!("{}: {what}\n\n", loaded.name);
+    for (name, value) in [
+        (
+            "loaded",
+            format!(
+                "{} chunks, {} of memory, in {}",
+                count(loaded.chunks),
+                bytes(loaded.bytes),
+                micros(loaded.seconds * 1e6)
+            ),
+        ),
+        ("checked", format!("{} pages", count(checked.checked_pages))),
+        ("can run", format!("here, with --accel {accel}")),
+    ] {
+        text.push_str(&format!("{name:<11} {value}\n"));
+    }
+    for note in &checked.notes {
+        text.push_str(&format!("{:<11} {note}\n", "note"));
+    }
+    text
+}

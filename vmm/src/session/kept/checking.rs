@@ -1,0 +1,80 @@
+//! A snapshot loaded and looked at, and no more: no vCPU runs.
+
+use std::sync::Arc;
+
+use palimpsest::host::Limits;
+use palimpsest::kept::Progress;
+use serde::Serialize;
+
+use super::loading::load;
+use super::source::Source;
+use crate::accel::{self, Opened};
+use crate::check::{Examiner, Look, Violation};
+use crate::session::config::Config;
+use crate::session::need::MemoryPlan;
+use crate::session::ports::events;
+use crate::session::report::LoadCounts;
+use crate::session::{RunError, policy_of};
+
+/// What was found of a snapshot that was loaded.
+#[derive(Debug, Serialize)]
+pub struct CheckedKept {
+    /// What was loaded.
+    pub loaded: LoadCounts,
+    /// Whether its guest follows the formula, by which its memory is checked.
+    pub follows_formula: bool,
+    /// Pages that were compared with what they must hold.
+    pub checked_pages: u64,
+    /// What is not as it was, and does not keep it from running on here.
+    pub notes: Vec<String>,
+    /// What is wrong, in words.
+    pub violations: Vec<String>,
+    /// The same.
+    #[serde(skip)]
+    pub found: Vec<Violation>,
+}
+
+/// Loads `source` into a VM as `config` says, which is put together and does not run, and has the oracles look at it.
+///
+/// # Errors
+/// If it cannot be loaded here.
+pub fn check(
+    config: &Config,
+    source: &Source,
+    watch: &mut dyn FnMut(&Progress) -> bool,
+) -> Result<CheckedKept, RunError> {
+    let Opened { accelerator, .. } = accel::open(config.accel)?;
+    let limits = Limits::detect().map_err(RunError::Limits)?;
+    let plan = MemoryPlan::new(config, &limits)?;
+    let (sender, _inbox) = events();
+    let policy = policy_of(config);
+    let loaded = load(&accelerator, config, source, policy, plan, sender, watch)?;
+    let vm = &loaded.vm;
+    let mut examiner = Examiner::new(
+        config.seed,
+        config.pattern,
+        vm.layout,
+        Arc::clone(vm.frames().physmap()),
+        Arc::clone(vm.frames().pool()),
+    );
+    let follows_formula = loaded.boot.is_some();
+    let look = Look {
+        boot: loaded.boot.map(Arc::new),
+        ..Look::default()
+    };
+    let mut findings = examiner.first_look(&loaded.snapshot, &look);
+    let more = examiner.last_look(&loaded.snapshot, None);
+    findings.violations.extend(more.violations);
+    Ok(CheckedKept {
+        loaded: loaded.counts,
+        follows_formula,
+        checked_pages: findings.pages,
+        notes: loaded.notes,
+        violations: findings
+            .violations
+            .iter()
+            .map(Violation::to_string)
+            .collect(),
+        found: findings.violations,
+    })
+}

@@ -1,0 +1,26 @@
+//! Runs that are saved to a store, and runs that begin with what is in one.
+//!
+//! What a snapshot of the engine's has is enough for a machine to run on. The oracles need more: what the guest was
+//! asked to do, what only booting sets, and which incarnation it is in. That is saved beside it, so that what holds
+//! in one process is still checked in the next.
+//!
+//! | file | concept |
+//! |---|---|
+//! | `facts` | what the oracles need, as it is saved |
+//! | `source` | a snapshot in a store, to begin with |
+//! | `loading` | a VM made of one |
+//! | `saving` | a snapshot of a run into a store, while the run goes on |
+//! | `checking` | a snapshot loaded and looked at, and no more |
+
+mod checking;
+mod facts;
+mod loading;
+mod saving;
+mod source;
+
+pub use self::checking::{CheckedKept, check};
+pub use self::loading::LoadError;
+pub(super) use self::loading::{Loaded, load};
+pub use self::saving::Keep;
+pub(super) use self::saving::{Going, Keeping, Of};
+pub use self::source::{Source, SourceError};

@@ -1,0 +1,41 @@
+//! What was saved to a store, and loaded from one.
+
+use serde::{Deserialize, Serialize};
+
+/// A snapshot that was saved.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct SaveCounts {
+    /// The store.
+    pub store: String,
+    /// Its name there.
+    pub name: String,
+    /// Whether it is there, whole and durable.
+    pub is_saved: bool,
+    /// Bytes of guest memory.
+    pub memory_bytes: u64,
+    /// Bytes of chunks that were written.
+    pub bytes_written: u64,
+    /// Chunks that were written.
+    pub written: u64,
+    /// Chunks that were in the store.
+    pub found: u64,
+    /// Regions that were known to be the parent's, and were not read.
+    pub same: u64,
+    /// How long it took, beside the running guest.
+    pub seconds: f64,
+}
+
+/// A snapshot that was loaded.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct LoadCounts {
+    /// The store.
+    pub store: String,
+    /// Its name there.
+    pub name: String,
+    /// Chunks that were read.
+    pub chunks: u64,
+    /// Bytes of memory in them.
+    pub bytes: u64,
+    /// From the first read until the VM was ready to run.
+    pub seconds: f64,
+}
