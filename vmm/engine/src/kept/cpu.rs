@@ -129,7 +129,8 @@ fn seen(cpuid: &dyn Cpuid) -> Cpu {
         String::from_iter(letters.map(char::from)).trim().to_owned()
     };
     let [_, ebx, ecx, edx] = cpuid.leaf(0, 0);
-    let brand = (0x8000_0002..=0x8000_0004).flat_map(|leaf| cpuid.leaf(leaf, 0));
+    // For people, who know the host's: not every KVM gives it to guests.
+    let brand = (0x8000_0002..=0x8000_0004).flat_map(|leaf| Own.leaf(leaf, 0));
     let features = WORDS.map(|(leaf, subleaf, register, mask)| {
         let [eax, ebx, ecx, edx] = cpuid.leaf(leaf, subleaf);
         let (name, word) = match register {

@@ -21,6 +21,14 @@ use crate::session::family::config::{FamilyConfig, Shape};
 /// found.
 #[derive(Debug, clap::Args)]
 pub(crate) struct ForkArgs {
+    /// Begin with a guest that was saved instead of one that boots: what it is is as it was saved
+    #[arg(
+        long,
+        value_name = "STORE/NAME",
+        conflicts_with_all = ["memory", "vcpus", "dma_devices", "pattern", "seed"]
+    )]
+    pub(crate) from: Option<PathBuf>,
+
     /// Clones of the guest
     #[arg(
         short = 'n',
@@ -146,6 +154,24 @@ impl ForkArgs {
             warm_up: self.warm_up,
             duration: self.duration,
         }
+    }
+}
+
+impl ForkArgs {
+    /// The same, of a guest that was saved of a run that was asked to do what `saved` says.
+    pub(crate) fn config_from(&self, saved: Config) -> FamilyConfig {
+        let asked = self.config();
+        let guest = Config {
+            memory: saved.memory,
+            vcpus: saved.vcpus,
+            dma_devices: saved.dma_devices,
+            registered_buffers: saved.registered_buffers,
+            pattern: saved.pattern,
+            seed: saved.seed,
+            guest: saved.guest,
+            ..asked.guest
+        };
+        FamilyConfig { guest, ..asked }
     }
 }
 

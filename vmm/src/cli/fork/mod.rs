@@ -17,19 +17,27 @@ use self::status::ForkStatus;
 use super::output_file::OutputFile;
 use super::screen::Screen;
 use super::{Failure, guest_image, interrupt, print, told};
-use crate::session::family;
+use crate::session::kept::Source;
 use crate::session::report::Verdict;
+use crate::session::{Beginning, family};
 use palimpsest::host::Limits;
 
 /// What came of it.
 pub(super) fn run(args: &ForkArgs, screen: &Screen) -> Result<Verdict, Failure> {
-    let config = args.config();
+    let source = args.from.as_deref().map(Source::open).transpose()?;
+    let config = match &source {
+        Some(source) => args.config_from(source.config()),
+        None => args.config(),
+    };
     config.validate(&Limits::detect().map_err(Failure::Limits)?)?;
     // Found out now and not after minutes of running.
     let report_file = args.report.as_deref();
     let report_file = report_file.map(|path| OutputFile::prepare("--report", path));
     let report_file = report_file.transpose()?;
-    let image = guest_image(&config.guest.guest)?;
+    let beginning = match source {
+        Some(source) => Beginning::Load(Box::new(source)),
+        None => Beginning::Boot(guest_image(&config.guest.guest)?),
+    };
     let stop = interrupt::stop_flag().map_err(Failure::Signals)?;
     screen.line(&format!(
         "vmm {}: seed {}",
@@ -37,7 +45,7 @@ pub(super) fn run(args: &ForkArgs, screen: &Screen) -> Result<Verdict, Failure> 
         config.guest.seed
     ));
     let mut status = ForkStatus::new(screen.clone(), &config, stop.clone());
-    let outcome = family::run(&config, image, &stop, &mut status);
+    let outcome = family::run_from(&config, beginning, &stop, &mut status);
     status.finish();
     let report = outcome?;
 

@@ -10,6 +10,7 @@ use super::tree;
 use crate::cli::printable::printable;
 use crate::cli::progress_text::violations;
 use crate::cli::screen::{STEPS, Screen};
+use crate::cli::snapshot::Transfer;
 use crate::cli::teller::Teller;
 use crate::cli::units::{bytes, count};
 use crate::session::family::config::FamilyConfig;
@@ -23,6 +24,7 @@ const TREE: usize = 12;
 pub(super) struct ForkStatus {
     teller: Teller,
     total: Duration,
+    transfer: Transfer,
 }
 
 impl ForkStatus {
@@ -39,6 +41,7 @@ impl ForkStatus {
         Self {
             teller: Teller::new(screen, stop),
             total: config.warm_up + config.duration,
+            transfer: Transfer::default(),
         }
     }
 
@@ -50,6 +53,10 @@ impl ForkStatus {
 }
 
 impl FamilyObserver for ForkStatus {
+    fn loading(&mut self, progress: &palimpsest::kept::Progress) {
+        self.transfer.tell("loading", progress, &self.teller.screen);
+    }
+
     fn progress(&mut self, progress: &FamilyProgress) {
         self.teller.note_stop();
         if let Some(bar) = self.teller.screen.bar().cloned() {

@@ -83,6 +83,16 @@ fn rows(report: &FamilyReport) -> Vec<(&'static str, String)> {
             ),
         ),
     ];
+    if let Some(loaded) = &report.loaded {
+        let what = format!(
+            "the root, from {} in {}: {} of memory in {}",
+            loaded.name,
+            printable(&loaded.store),
+            bytes(loaded.bytes),
+            micros(loaded.seconds * 1e6)
+        );
+        rows.push(("loaded", what));
+    }
     rows.extend([
         ("", format!("{:>10} {:>10} {:>10}", "p50", "p99", "max")),
         (
@@ -248,6 +258,7 @@ mod tests {
             unchecked: Vec::new(),
             ended_by: EndedBy::Duration,
             duration_s: 6.25,
+            loaded: None,
             refused: None,
             forking: Some(Forking {
                 clones: 2,

@@ -68,6 +68,7 @@ impl Family<'_> {
             error,
             unchecked: self.unchecked,
             ended_by,
+            loaded: self.loaded,
             duration_s: duration.as_secs_f64(),
             refused: self.refused,
             forking: self.forking,

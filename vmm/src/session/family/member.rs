@@ -31,7 +31,7 @@ pub(super) struct Member {
     pub(super) runs_on_from: Weak<RunSnapshot>,
     /// From the wish for a clone to its first instruction.
     pub(super) first_instruction: Option<Duration>,
-    /// Operations that its ancestors had done when it was made.
+    /// Operations that had been done when it was made, by its ancestors or in another process.
     ops_before: u64,
     life: LifeWatch,
     device_life: DeviceWatch,
@@ -50,7 +50,8 @@ pub(super) struct Heard {
 }
 
 impl Member {
-    pub(super) fn root(vm: PayloadVm, inbox: Inbox, promise: Promise) -> Self {
+    /// The root, whose guest had done `ops_before` operations when it was started.
+    pub(super) fn root(vm: PayloadVm, inbox: Inbox, promise: Promise, ops_before: u64) -> Self {
         Self {
             vm,
             inbox,
@@ -58,10 +59,10 @@ impl Member {
             depth: 0,
             runs_on_from: Weak::new(),
             first_instruction: None,
-            ops_before: 0,
+            ops_before,
             life: LifeWatch::default(),
             device_life: DeviceWatch::default(),
-            recent: (Instant::now(), 0, 0.0),
+            recent: (Instant::now(), ops_before, 0.0),
             _promise: promise,
         }
     }

@@ -41,10 +41,11 @@ use self::progress::{FamilyObserver, FamilyProgress, MemberProgress, Phase};
 use self::report::FamilyReport;
 use super::end::End;
 use super::need::ON_THE_WAY;
+use super::occasion::GuestCounters;
 use super::ports::events;
-use super::report::nanoseconds;
+use super::report::{LoadCounts, nanoseconds};
 use super::vm::PayloadVm;
-use super::{RunError, policy_of};
+use super::{Beginning, RunError, kept, policy_of};
 use crate::accel::{self, Opened};
 use crate::check::{Boot, Examiner, Look, Violation, ViolationCounts, Worker};
 use crate::incarnation::Incarnation;
@@ -96,6 +97,19 @@ pub fn run(
     stop: &AtomicBool,
     observer: &mut dyn FamilyObserver,
 ) -> Result<FamilyReport, FamilyError> {
+    run_from(config, Beginning::Boot(image), stop, observer)
+}
+
+/// The same, whose root begins with whatever there is: all clones of a guest that was loaded share its frames.
+///
+/// # Errors
+/// As [`run`].
+pub fn run_from(
+    config: &FamilyConfig,
+    beginning: Beginning,
+    stop: &AtomicBool,
+    observer: &mut dyn FamilyObserver,
+) -> Result<FamilyReport, FamilyError> {
     let guest = &config.guest;
     let Opened { accelerator, note } = accel::open(guest.accel).map_err(RunError::from)?;
     if matches!(accelerator, Accelerator::User(_)) {
@@ -106,8 +120,36 @@ pub fn run(
     let limits = Limits::detect().map_err(RunError::Limits)?;
     let plan = config.plan(&limits).map_err(RunError::from)?;
     let (sender, inbox) = events();
-    let vm = PayloadVm::build(&accelerator, guest, image, policy_of(guest), plan, sender);
-    let vm = vm.map_err(RunError::from)?;
+    let (vm, loaded) = match beginning {
+        Beginning::Boot(image) => {
+            let vm = PayloadVm::build(&accelerator, guest, image, policy_of(guest), plan, sender);
+            (vm.map_err(RunError::from)?, None)
+        }
+        Beginning::Load(source) => {
+            let mut loading = |progress: &palimpsest::kept::Progress| {
+                observer.loading(progress);
+                !stop.load(Ordering::Relaxed)
+            };
+            let policy = policy_of(guest);
+            let loaded = kept::load(
+                &accelerator,
+                guest,
+                &source,
+                policy,
+                plan,
+                sender,
+                &mut loading,
+            );
+            let loaded = loaded.map_err(RunError::from)?;
+            loaded.notes.iter().for_each(|note| observer.note(note));
+            let begun = LoadedRoot {
+                snapshot: loaded.snapshot,
+                boot: loaded.boot.map(Arc::new),
+                counts: loaded.counts,
+            };
+            (loaded.vm, Some(begun))
+        }
+    };
     let platform = accelerator.platform();
     let shells = Shells::start(
         Kvm::open()?,
@@ -117,8 +159,15 @@ pub fn run(
         0,
     )
     .map_err(FamilyError::Shells)?;
-    let family = Family::start(config, vm, inbox, shells, stop, observer)?;
+    let family = Family::start(config, (vm, loaded), inbox, shells, stop, observer)?;
     Ok(family.run(platform))
+}
+
+/// What a root was loaded from.
+struct LoadedRoot {
+    snapshot: Arc<RunSnapshot>,
+    boot: Option<Arc<Boot>>,
+    counts: LoadCounts,
 }
 
 /// A family that lives.
@@ -147,6 +196,8 @@ struct Family<'a> {
     /// Which machine each snapshot is of, by number.
     owners: HashMap<u64, usize>,
     taken: u64,
+    /// What the root was loaded from, if it was.
+    loaded: Option<LoadCounts>,
     boot: Option<Arc<Boot>>,
     first_instruction: Histogram<u64>,
     /// Of snapshots that clones were made of.
@@ -165,7 +216,7 @@ struct Family<'a> {
 impl<'a> Family<'a> {
     fn start(
         config: &'a FamilyConfig,
-        vm: PayloadVm,
+        (mut vm, loaded): (PayloadVm, Option<LoadedRoot>),
         inbox: super::ports::Inbox,
         shells: Shells,
         stop: &'a AtomicBool,
@@ -179,7 +230,7 @@ impl<'a> Family<'a> {
             Arc::clone(vm.frames().pool()),
         )
         .stepping_aside(Arc::clone(vm.aside()));
-        let worker = Worker::start(examiner).map_err(RunError::Checker)?;
+        let mut worker = Worker::start(examiner).map_err(RunError::Checker)?;
         let pool = vm.frames().pool();
         let memory = config.guest.memory / PAGE_SIZE;
         // There is as much: a run with less was refused.
@@ -191,14 +242,38 @@ impl<'a> Family<'a> {
         let for_snapshots = left.saturating_sub(of_family).max(memory.min(left));
         let for_snapshots = pool.try_promise(most_snapshots.min(for_snapshots));
         let for_snapshots = for_snapshots.map_err(FamilyError::Promise)?;
-        vm.start().map_err(RunError::Start)?;
+        let (mut taken, mut boot, mut incarnations) = (0, None, Vec::new());
+        let ops_before = GuestCounters::of(&vm).ops().iter().sum();
+        let counts = match loaded {
+            None => {
+                vm.start().map_err(RunError::Start)?;
+                None
+            }
+            Some(loaded) => {
+                // What it was saved as has drawn numbers, too.
+                incarnations.push(Arc::clone(&vm.incarnation));
+                vm.start_from(&loaded.snapshot, &config.guest)
+                    .map_err(RunError::from)?;
+                boot = loaded.boot;
+                let look = Look {
+                    boot: boot.clone(),
+                    ..Look::default()
+                };
+                worker.first_look(&loaded.snapshot, look);
+                worker.retire_oldest(&mut VecDeque::from([loaded.snapshot]));
+                taken = 1;
+                Some(loaded.counts)
+            }
+        };
+        incarnations.push(Arc::clone(&vm.incarnation));
         let now = Instant::now();
         Ok(Self {
             config,
             stop,
             observer,
-            incarnations: vec![Arc::clone(&vm.incarnation)],
-            members: vec![Some(Member::root(vm, inbox, promise))],
+            incarnations,
+            loaded: counts,
+            members: vec![Some(Member::root(vm, inbox, promise, ops_before))],
             for_snapshots,
             gone: Vec::new(),
             shells,
@@ -209,9 +284,10 @@ impl<'a> Family<'a> {
             phase: Phase::WarmingUp,
             origins: Vec::new(),
             kept: VecDeque::new(),
-            owners: HashMap::new(),
-            taken: 0,
-            boot: None,
+            // What was loaded is the root's.
+            owners: (1..=taken).map(|number| (number, 0)).collect(),
+            taken,
+            boot,
             first_instruction: nanoseconds(),
             fork_pauses: nanoseconds(),
             pauses: nanoseconds(),

@@ -73,4 +73,7 @@ pub trait FamilyObserver: Send {
 
     /// Something worth a line happened.
     fn note(&mut self, text: &str);
+
+    /// What the root begins with is being loaded. Called for each region.
+    fn loading(&mut self, _progress: &palimpsest::kept::Progress) {}
 }

@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use super::config::FamilyConfig;
 use crate::check::ViolationCounts;
-use crate::session::report::{EndedBy, Platform, Quantiles, Verdict};
+use crate::session::report::{EndedBy, LoadCounts, Platform, Quantiles, Verdict};
 
 /// How clones were made.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
@@ -81,6 +81,9 @@ pub struct FamilyReport {
     pub ended_by: EndedBy,
     /// How long the root, or those after it, ran.
     pub duration_s: f64,
+    /// What the root was loaded from, if it was. That is the first of the snapshots.
+    #[serde(default)]
+    pub loaded: Option<LoadCounts>,
     /// Why there are fewer machines than were asked for.
     pub refused: Option<String>,
     /// How clones were made; nothing if it did not come to that.

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use crate::check::{Boot, Reference};
-use crate::incarnation::Incarnation;
+use crate::incarnation::{Drawn, Incarnation, Origin};
 use crate::session::config::Config;
 
 /// Parts of the program: registers as booting has set them, by vCPU, and pages that nobody writes.
@@ -30,40 +30,74 @@ pub(super) struct Facts {
     pub(super) incarnation: SavedIncarnation,
 }
 
-/// An [`Incarnation`], without what it is a copy of.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+/// An [`Incarnation`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct SavedIncarnation {
     number: u64,
+    generation: SavedGeneration,
+    origin: Option<SavedOrigin>,
+}
+
+/// A [`Generation`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct SavedGeneration {
     counter: u64,
     id: [u64; 2],
     seed: [u64; 4],
 }
 
+/// An [`Origin`]: what an incarnation draws follows from what had been drawn when it began.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct SavedOrigin {
+    incarnation: u64,
+    generation: SavedGeneration,
+    /// Count and digest, by vCPU.
+    drawn: Vec<[u64; 2]>,
+}
+
+impl From<Generation> for SavedGeneration {
+    fn from(generation: Generation) -> Self {
+        let Generation { counter, id, seed } = generation;
+        Self { counter, id, seed }
+    }
+}
+
+impl From<SavedGeneration> for Generation {
+    fn from(saved: SavedGeneration) -> Self {
+        let SavedGeneration { counter, id, seed } = saved;
+        Self { counter, id, seed }
+    }
+}
+
 impl From<&Incarnation> for SavedIncarnation {
     fn from(incarnation: &Incarnation) -> Self {
-        let Generation { counter, id, seed } = incarnation.generation;
+        let origin = incarnation.origin.as_ref().map(|origin| SavedOrigin {
+            incarnation: origin.incarnation,
+            generation: origin.generation.into(),
+            drawn: origin.drawn.iter().map(|d| [d.count, d.digest]).collect(),
+        });
         Self {
             number: incarnation.number,
-            counter,
-            id,
-            seed,
+            generation: incarnation.generation.into(),
+            origin,
         }
     }
 }
 
 impl From<SavedIncarnation> for Incarnation {
     fn from(saved: SavedIncarnation) -> Self {
-        let SavedIncarnation {
-            number,
-            counter,
-            id,
-            seed,
-        } = saved;
+        let drawn = |[count, digest]: [u64; 2]| Drawn { count, digest };
         Self {
-            number,
-            generation: Generation { counter, id, seed },
-            origin: None,
+            number: saved.number,
+            generation: saved.generation.into(),
+            origin: saved.origin.map(|origin| Origin {
+                incarnation: origin.incarnation,
+                generation: origin.generation.into(),
+                drawn: origin.drawn.into_iter().map(drawn).collect(),
+            }),
         }
     }
 }
@@ -138,7 +172,17 @@ mod tests {
                 id: [u64::MAX, 1],
                 seed: [2, 3, 4, u64::MAX],
             },
-            origin: None,
+            origin: Some(Origin {
+                incarnation: 6,
+                generation: Generation {
+                    counter: 2,
+                    ..Generation::default()
+                },
+                drawn: vec![Drawn {
+                    count: 9,
+                    digest: u64::MAX,
+                }],
+            }),
         };
         let facts = Facts {
             config: example(),

@@ -124,6 +124,6 @@ impl Source {
 
     /// The incarnation that its guest was in.
     pub(super) fn incarnation(&self) -> Incarnation {
-        self.facts.incarnation.into()
+        self.facts.incarnation.clone().into()
     }
 }
