@@ -1,0 +1,490 @@
+//! `vmm snapshot` and `vmm fork --from`, through the program: what one process has saved runs on in the next.
+
+mod support;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+
+use palimpsest::kept::store::{SnapshotName, Store, verify};
+use serde_json::Value;
+use vmm::accel::Accel;
+
+use crate::support::{accel, no_kvm, stderr, stdout};
+
+/// A store for one test.
+struct Place {
+    dir: tempfile::TempDir,
+}
+
+fn place() -> Place {
+    Place {
+        dir: tempfile::tempdir().unwrap(),
+    }
+}
+
+fn vmm(args: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_vmm"));
+    command.args(args);
+    command
+}
+
+/// What a small machine under load is: two vCPUs, two devices that do DMA, restores.
+const SMALL: [&str; 10] = [
+    "--memory",
+    "32M",
+    "--snapshots",
+    "12",
+    "--snapshot-every",
+    "10ms",
+    "--restore-every",
+    "5",
+    "--seed",
+    "7",
+];
+
+impl Place {
+    fn store(&self) -> PathBuf {
+        self.dir.path().join("store")
+    }
+
+    fn path(&self, name: &str) -> String {
+        self.store().join(name).display().to_string()
+    }
+
+    fn accel(&self) -> &'static str {
+        match accel() {
+            Accel::User => "user",
+            _ => "kvm",
+        }
+    }
+
+    fn save(&self, name: &str, flags: &[&str]) -> Output {
+        let mut command = vmm(&[
+            "snapshot",
+            "save",
+            &self.path(name),
+            "--accel",
+            self.accel(),
+        ]);
+        command.args(SMALL).args(flags).output().unwrap()
+    }
+
+    /// Runs `verb` of `vmm snapshot`, on what is at `name`.
+    fn on(&self, verb: &str, name: &str, flags: &[&str]) -> Output {
+        let mut command = vmm(&["snapshot", verb, &self.path(name)]);
+        command.args(flags).output().unwrap()
+    }
+
+    /// The same, of a verb that writes a report.
+    fn run(&self, name: &str, flags: &[&str]) -> (Output, Value) {
+        let report = self.dir.path().join("report.json");
+        let _ = fs::remove_file(&report);
+        let mut command = vmm(&["snapshot", "run", &self.path(name), "--trust-guest"]);
+        let command = command.args(flags).arg("--report").arg(&report);
+        let output = command.output().unwrap();
+        let json = fs::read(&report).unwrap_or_else(|_| panic!("{}", all(&output)));
+        (output, serde_json::from_slice(&json).unwrap())
+    }
+
+    fn assert_whole(&self, name: &str) {
+        let store = Store::open(&self.store()).unwrap();
+        let name: SnapshotName = name.parse().unwrap();
+        let verified = verify(&store, &name, &mut Default::default(), &mut |_, _| true).unwrap();
+        assert!(verified.wrong.is_empty(), "{:?}", verified.wrong);
+    }
+}
+
+fn all(output: &Output) -> String {
+    format!("{}\n{}", stdout(output), stderr(output))
+}
+
+fn json(output: &Output) -> Value {
+    serde_json::from_str(&stdout(output)).unwrap_or_else(|error| panic!("{error}: {}", all(output)))
+}
+
+#[track_caller]
+fn assert_exit(output: &Output, code: i32) {
+    assert_eq!(output.status.code(), Some(code), "{}", all(output));
+}
+
+const SHORT: [&str; 4] = ["--snapshots", "8", "--snapshot-every", "10ms"];
+
+/// A chunk of the store.
+fn chunk(store: &Path) -> PathBuf {
+    let folder = fs::read_dir(store.join("chunks"))
+        .unwrap()
+        .next()
+        .unwrap()
+        .unwrap();
+    let file = fs::read_dir(folder.path()).unwrap().next().unwrap();
+    file.unwrap().path()
+}
+
+#[test]
+fn what_is_saved_under_load_runs_on_in_another_process_under_all_oracles() {
+    if no_kvm() {
+        return;
+    }
+    let place = place();
+    let saved = place.save("warm", &[]);
+    assert_exit(&saved, 0);
+    assert!(
+        stdout(&saved).contains("saved       warm in "),
+        "{}",
+        all(&saved)
+    );
+    place.assert_whole("warm");
+
+    let loaded = place.on("load", "warm", &["--json"]);
+    assert_exit(&loaded, 0);
+    let loaded = json(&loaded);
+    assert_eq!(
+        (&loaded["follows_formula"], &loaded["violations"]),
+        (&true.into(), &Value::Array(vec![]))
+    );
+    assert!(loaded["checked_pages"].as_u64() > Some(1000), "{loaded}");
+
+    let (ran, report) = place.run("warm", &["--snapshots", "12", "--snapshot-every", "10ms"]);
+    assert_exit(&ran, 0);
+    assert_eq!(report["verdict"], "ok");
+    assert_eq!(report["loaded"]["name"], "warm");
+    assert_eq!(report["snapshots"]["taken"], 13);
+    assert_eq!(report["snapshots"]["checked"], 13);
+    assert_eq!(report["snapshots"]["restored"], 2);
+    for what in [
+        &report["guest"]["ops"],
+        &report["dma"]["to_guest"],
+        &report["checked_draws"],
+    ] {
+        assert!(what.as_u64() > Some(0), "{}", all(&ran));
+    }
+}
+
+/// Each oracle that a fault can trip in a loaded guest is still awake.
+#[test]
+fn faults_are_caught_in_what_was_loaded() {
+    if no_kvm() {
+        return;
+    }
+    let place = place();
+    assert_exit(&place.save("warm", &[]), 0);
+    for fault in ["same-generation", "share-pinned", "skip-write-protect"] {
+        let (ran, report) = place.run(
+            "warm",
+            &[
+                "--inject",
+                fault,
+                "--restore-every",
+                "3",
+                "--duration",
+                "1s",
+            ],
+        );
+        assert_exit(&ran, 3);
+        assert_eq!(report["verdict"], "violated", "{fault}: {}", all(&ran));
+    }
+}
+
+#[test]
+fn load_run_save_again_and_again_and_nothing_drifts() {
+    if no_kvm() {
+        return;
+    }
+    let place = place();
+    assert_exit(&place.save("g0", &["--pattern", "sparse"]), 0);
+    for generation in 1..=5 {
+        let (from, to) = (format!("g{}", generation - 1), format!("g{generation}"));
+        let zstd = if generation % 2 == 0 {
+            "--zstd"
+        } else {
+            "--zstd=1"
+        };
+        let mut flags = vec!["--save", &to, zstd];
+        flags.extend(SHORT);
+        let (ran, report) = place.run(&from, &flags);
+        assert_exit(&ran, 0);
+        assert_eq!(
+            (&report["verdict"], &report["saved"]["is_saved"]),
+            (&"ok".into(), &true.into())
+        );
+        let info = json(&place.on("info", &to, &["--json"]));
+        assert_eq!(info["parent"]["name"], from.as_str());
+    }
+    for generation in 0..=5 {
+        place.assert_whole(&format!("g{generation}"));
+    }
+    // Each stands alone.
+    let list = |place: &Place| json(&place.on("list", ".", &["--json"]));
+    assert_eq!(list(&place).as_array().unwrap().len(), 6);
+    let mut flags = vec!["--json"];
+    let names = ["g0", "g1", "g2", "g3", "g4"];
+    flags.extend(names.iter().flat_map(|name| ["--drop", name]));
+    let pruned = place.on("prune", ".", &flags);
+    assert_exit(&pruned, 0);
+    assert!(json(&pruned)["chunks"].as_u64() > Some(0));
+    let (ran, report) = place.run("g5", &SHORT);
+    assert_exit(&ran, 0);
+    assert_eq!(report["verdict"], "ok");
+}
+
+#[test]
+fn an_increment_does_not_read_what_was_not_written() {
+    if no_kvm() {
+        return;
+    }
+    let place = place();
+    // Code, page tables and the like are in regions that the guest does not write, or not at once.
+    let flags = ["--vcpus", "1", "--dma-devices", "0"];
+    assert_exit(&place.save("a", &flags), 0);
+    // At once: nothing has run in between but a few operations.
+    let flags = [
+        "--save",
+        "b",
+        "--snapshots",
+        "1",
+        "--snapshot-every",
+        "1ms",
+        "--restore-every",
+        "0",
+    ];
+    let (ran, report) = place.run("a", &flags);
+    assert_exit(&ran, 0);
+    let saved = &report["saved"];
+    let [written, found, same] =
+        ["written", "found", "same"].map(|what| saved[what].as_u64().unwrap());
+    assert!(same > 0, "{saved}");
+    assert!(written + found + same <= 16, "{saved}");
+    let diff = json(&{
+        let (a, b) = (place.path("a"), place.path("b"));
+        vmm(&["snapshot", "diff", &a, &b, "--json"])
+            .output()
+            .unwrap()
+    });
+    assert_eq!(
+        diff["regions"].as_array().unwrap().len() as u64,
+        written,
+        "{diff}"
+    );
+}
+
+#[test]
+fn clones_of_what_was_saved_share_one_load() {
+    // A process has guest addresses once.
+    if no_kvm() || accel() == Accel::User {
+        return;
+    }
+    let place = place();
+    assert_exit(&place.save("template", &[]), 0);
+    let report = place.dir.path().join("fork.json");
+    let output = vmm(&[
+        "fork",
+        "--from",
+        &place.path("template"),
+        "-n",
+        "6",
+        "--warm-up",
+        "100ms",
+        "--duration",
+        "1s",
+    ])
+    .arg("--report")
+    .arg(&report)
+    .output()
+    .unwrap();
+    assert_exit(&output, 0);
+    let report: Value = serde_json::from_slice(&fs::read(&report).unwrap()).unwrap();
+    assert_eq!(report["verdict"], "ok");
+    assert_eq!(report["loaded"]["name"], "template");
+    assert_eq!(report["machines"].as_array().unwrap().len(), 7);
+    assert_eq!(report["snapshots"], report["checked"]);
+    assert_eq!(report["shares"]["unexplained_bytes"], 0);
+    assert_eq!(report["config"]["guest"]["memory_bytes"], 32 << 20);
+}
+
+#[test]
+fn another_accelerator_and_a_stranger_without_kvm_are_refused() {
+    if no_kvm() {
+        return;
+    }
+    let place = place();
+    assert_exit(&place.save("warm", &[]), 0);
+    let (ours, other) = match accel() {
+        Accel::User => ("user", "kvm"),
+        _ => ("kvm", "user"),
+    };
+    let refused = place.on("run", "warm", &["--accel", other, "--trust-guest"]);
+    assert_exit(&refused, 1);
+    let said = stderr(&refused);
+    // Where there is no KVM there is nothing to refuse it.
+    let has_reason = said.contains(&format!("run by {ours}, and here they would be by {other}"));
+    assert!(has_reason || said.contains("/dev/kvm"), "{said}");
+    let refused = place.on("run", "warm", &["--accel", "user"]);
+    assert_exit(&refused, 1);
+    assert!(
+        stderr(&refused).contains("say --trust-guest"),
+        "{}",
+        all(&refused)
+    );
+    // Another policy, other pages: what was saved does not depend on them.
+    for flags in [["--policy", "mapcount"], ["--page-size", "4K"]] {
+        let flags = [&flags[..], &["--snapshots", "1"]].concat();
+        let (ran, _) = place.run("warm", &flags);
+        // An old policy may lose what devices write, which is found.
+        assert!(matches!(ran.status.code(), Some(0 | 3)), "{}", all(&ran));
+    }
+}
+
+#[test]
+fn a_damaged_chunk_is_named_and_nothing_runs() {
+    if no_kvm() {
+        return;
+    }
+    let place = place();
+    assert_exit(&place.save("warm", &[]), 0);
+    let chunk = chunk(&place.store());
+    let mut bytes = fs::read(&chunk).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    fs::write(&chunk, bytes).unwrap();
+    let named = chunk.file_name().unwrap().to_str().unwrap();
+    for verb in ["verify", "load", "run"] {
+        let output = place.on(verb, "warm", &[]);
+        if verb == "run" && accel() == Accel::User {
+            continue;
+        }
+        assert_exit(&output, 1);
+        assert!(all(&output).contains(named), "{verb}: {}", all(&output));
+        assert!(
+            !all(&output).contains("guest: "),
+            "{verb}: {}",
+            all(&output)
+        );
+    }
+    fs::remove_file(&chunk).unwrap();
+    let output = place.on("verify", "warm", &[]);
+    assert_exit(&output, 1);
+    assert!(stdout(&output).contains("is not there"), "{}", all(&output));
+    let list = place.on("list", ".", &[]);
+    assert_exit(&list, 1);
+    assert!(stdout(&list).contains("1 CHUNKS MISSING"), "{}", all(&list));
+}
+
+/// The run goes on to its end, and says that it was not saved, and why.
+#[test]
+fn a_save_that_fails_harms_nothing() {
+    if no_kvm() {
+        return;
+    }
+    let place = place();
+    assert_exit(&place.save("warm", &[]), 0);
+    // Files are in the way of chunks in folders that are not there yet.
+    for folder in 0..=255 {
+        let folder = place.store().join("chunks").join(format!("{folder:02x}"));
+        if !folder.exists() {
+            fs::write(&folder, "in the way").unwrap();
+        }
+    }
+    let (ran, report) = place.run("warm", &["--save", "next", "--snapshots", "6"]);
+    assert_exit(&ran, 1);
+    assert_eq!(
+        (&report["verdict"], &report["saved"]["is_saved"]),
+        (&"error".into(), &false.into())
+    );
+    let error = report["error"].as_str().unwrap();
+    assert!(
+        error.contains("cannot name ") && error.contains("chunks/"),
+        "{error}"
+    );
+    assert_eq!(report["snapshots"]["taken"], report["snapshots"]["checked"]);
+    assert_eq!(report["violations"]["cut"], 0);
+    let names = Store::open(&place.store()).unwrap().names().unwrap();
+    assert_eq!(names, ["warm".parse().unwrap()]);
+    assert_eq!(fs::read_dir(place.store().join("tmp")).unwrap().count(), 0);
+    place.assert_whole("warm");
+}
+
+#[test]
+fn what_makes_no_sense_is_refused_at_once() {
+    let place = place();
+    let code = |output: &Output| output.status.code();
+    for name in ["chunks", "a b", "-x", ".."] {
+        let output = place.save(name, &[]);
+        assert_eq!(code(&output), Some(2), "{name}: {}", all(&output));
+    }
+    fs::write(place.dir.path().join("mine"), "x").unwrap();
+    let no_store = place.dir.path().join("warm").display().to_string();
+    let output = vmm(&["snapshot", "save", &no_store]).output().unwrap();
+    assert_eq!(code(&output), Some(1), "{}", all(&output));
+    assert!(
+        stderr(&output).contains("is no snapshot store"),
+        "{}",
+        all(&output)
+    );
+    let output = place.save("warm", &["--inject", "leak-pin"]);
+    assert_eq!(code(&output), Some(2), "{}", all(&output));
+    assert!(!place.store().exists());
+    let none = place.on("run", "none", &[]);
+    assert_exit(&none, 1);
+    if no_kvm() {
+        return;
+    }
+    assert_exit(&place.save("warm", &[]), 0);
+    let twice = place.save("warm", &[]);
+    assert_eq!(code(&twice), Some(2), "{}", all(&twice));
+    assert!(
+        stderr(&twice).contains("has a snapshot `warm` already"),
+        "{}",
+        all(&twice)
+    );
+    let orphan = place.save("other", &["--parent", "nobody"]);
+    assert!(
+        stderr(&orphan).contains("no snapshot `nobody`"),
+        "{}",
+        all(&orphan)
+    );
+}
+
+/// Killed when so many chunks were written, which is another number each time.
+#[test]
+fn a_run_that_is_killed_while_it_saves_leaves_a_store_as_it_was() {
+    if no_kvm() {
+        return;
+    }
+    let place = place();
+    assert_exit(&place.save("before", &[]), 0);
+    let store = Store::open(&place.store()).unwrap();
+    for round in 0..6 {
+        let name = format!("killed{round}");
+        let path = place.path(&name);
+        let mut child: Child = vmm(&["snapshot", "save", &path, "--accel", place.accel()])
+            .args(["--memory", "32M", "--snapshots", "1", "--seed"])
+            .arg(format!("{round}"))
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let tmp = place.store().join("tmp");
+        let begun = || {
+            let saves = fs::read_dir(&tmp).into_iter().flatten().flatten();
+            let files = |save: fs::DirEntry| fs::read_dir(save.path()).map_or(0, Iterator::count);
+            saves.map(files).sum::<usize>()
+        };
+        // It has begun, and written a few chunks that have no name; or has ended, which comes to the same.
+        while begun() <= 2 * round && child.try_wait().unwrap().is_none() {
+            std::thread::yield_now();
+        }
+        let _ = child.kill();
+        child.wait().unwrap();
+        if store.names().unwrap().contains(&name.parse().unwrap()) {
+            place.assert_whole(&name);
+        }
+        place.assert_whole("before");
+    }
+    assert_exit(&place.on("prune", ".", &[]), 0);
+    assert_eq!(fs::read_dir(place.store().join("tmp")).unwrap().count(), 0);
+    assert_exit(&place.save("after", &[]), 0);
+    for name in ["before", "after"] {
+        place.assert_whole(name);
+    }
+}
