@@ -419,6 +419,42 @@ seed        7 (repeat with --seed 7)
     }
 
     #[test]
+    fn what_was_loaded_and_saved_is_told() {
+        use crate::session::report::LoadCounts;
+        let mut report = example();
+        report.loaded = Some(LoadCounts {
+            store: "snaps".to_owned(),
+            name: "warm".to_owned(),
+            chunks: 128,
+            bytes: 256 << 20,
+            seconds: 0.171,
+        });
+        let saved = SaveCounts {
+            store: "snaps".to_owned(),
+            name: "next".to_owned(),
+            is_saved: true,
+            memory_bytes: 256 << 20,
+            bytes_written: 20_480_000,
+            written: 17,
+            found: 1,
+            same: 110,
+            seconds: 0.812,
+        };
+        report.saved = Some(saved.clone());
+        let text = render(&report);
+        let loaded =
+            "loaded      warm from snaps: 256 MiB of memory in 171 ms, the first of the snapshots";
+        assert!(text.contains(loaded), "{text}");
+        let told = "saved       next in snaps: 19.5 MiB written of 256 MiB in 812 ms; 17 chunks new, 1 known, 110 unread";
+        assert!(text.contains(told), "{text}");
+        report.saved = Some(SaveCounts {
+            is_saved: false,
+            ..saved
+        });
+        assert!(render(&report).contains("saved       NOT next in snaps\n"));
+    }
+
+    #[test]
     fn a_violated_run_says_so_first() {
         let mut report = example();
         report.verdict = Verdict::Violated;

@@ -80,7 +80,7 @@ fn what_is_in_common_is_the_same() {
                     w.vm.space.restore(&snapshots[to]).unwrap();
                 }
                 3 => w.vm.space.set_whole_price(1 + next(REGION) as u32),
-                _ => drop(w.vm.cpu_write(Gfn(next(8 * REGION)), step + 1).unwrap()),
+                _ => w.vm.cpu_write(Gfn(next(8 * REGION)), step + 1).unwrap(),
             }
             for (a, b) in snapshots.iter().zip(snapshots.iter().skip(1)) {
                 for first in (0..8).map(|region| region * REGION) {

@@ -331,6 +331,7 @@ pub(crate) mod tests {
             ),
             ("guest", &["ops", "ops_per_s"]),
             ("lines_lost", &[]),
+            ("loaded", &[]),
             (
                 "memory",
                 &[
@@ -345,6 +346,7 @@ pub(crate) mod tests {
             ("pins", &["fast", "registered", "slow"]),
             ("platform", &["accel", "cpus", "kernel", "kvm", "paging"]),
             ("policy", &[]),
+            ("saved", &[]),
             (
                 "snapshots",
                 &["checked", "dropped", "in_flight", "restored", "taken"],
