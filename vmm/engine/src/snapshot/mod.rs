@@ -21,7 +21,7 @@
 //! on their way in the snapshot again, from the memory just restored. What they hold for good stays pinned
 //! throughout: memory goes back *into* its frames, so the device and the guest see the same before and after.
 //!
-//! Snapshots live in memory only: there is no file format yet.
+//! Snapshots live in memory. [`kept`](crate::kept) makes files of them, and them of files.
 //!
 //! | file | concept |
 //! |---|---|
