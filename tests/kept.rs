@@ -6,7 +6,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 
-use palimpsest::kept::store::{SnapshotName, Store, verify};
+use palimpsest::kept::store::{Facts, Part, SaveOptions, Saving, SnapshotName, Store, verify};
 use serde_json::Value;
 use vmm::accel::Accel;
 
@@ -486,5 +486,176 @@ fn a_run_that_is_killed_while_it_saves_leaves_a_store_as_it_was() {
     assert_exit(&place.save("after", &[]), 0);
     for name in ["before", "after"] {
         place.assert_whole(name);
+    }
+}
+
+/// A snapshot that is whole, hashes and all, and that somebody has made of another.
+fn forge(place: &Place, to: &str, change: impl FnOnce(&mut Facts, &mut Vec<Part>)) {
+    let store = Store::open(&place.store()).unwrap();
+    let kept = store.read(&"warm".parse().unwrap()).unwrap();
+    let (manifest, index) = (kept.manifest(), kept.index());
+    let mut facts = Facts {
+        creator: manifest.creator.clone(),
+        machine: manifest.machine.clone(),
+        program: manifest.program.clone(),
+    };
+    let mut parts = kept.parts().to_vec();
+    change(&mut facts, &mut parts);
+    let options = SaveOptions::default();
+    let mut saving =
+        Saving::begin(&store, &to.parse().unwrap(), index.memory_bytes(), options).unwrap();
+    for (region, hash) in index.iter() {
+        assert!(saving.same(region, hash).unwrap());
+    }
+    saving.finish(facts, &parts).unwrap();
+}
+
+/// What the program makes of it: an end, and no panic.
+#[track_caller]
+fn assert_survived(place: &Place, name: &str, what: &str) -> i32 {
+    let mut command = vmm(&["snapshot", "run", &place.path(name)]);
+    command.args([
+        "--snapshots",
+        "1",
+        "--snapshot-every",
+        "1ms",
+        "--restore-every",
+        "1",
+    ]);
+    let output = support::within(support::PATIENCE, move || command.output().unwrap());
+    let code = output.status.code();
+    assert!(
+        matches!(code, Some(0..=3)),
+        "{what}: {code:?} {}",
+        all(&output)
+    );
+    assert!(
+        !stderr(&output).contains("panicked"),
+        "{what}: {}",
+        all(&output)
+    );
+    code.unwrap()
+}
+
+/// Whoever can write to the store can have any state loaded. KVM and devices look at what they are given.
+#[test]
+fn states_that_somebody_made_up_end_a_run_and_not_the_program() {
+    // Without KVM there is nothing that would keep it.
+    if no_kvm() || accel() == Accel::User {
+        return;
+    }
+    let place = place();
+    assert_exit(&place.save("warm", &[]), 0);
+    let names: Vec<String> = {
+        let store = Store::open(&place.store()).unwrap();
+        let kept = store.read(&"warm".parse().unwrap()).unwrap();
+        kept.parts().iter().map(|part| part.name.clone()).collect()
+    };
+    assert_eq!(names.len(), 2 + 2 + 2 + 1, "{names:?}");
+    let mut random = 99_u64;
+    let mut next = |below: usize| {
+        random = random
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407);
+        (random >> 33) as usize % below
+    };
+    let mut number = 0;
+    let mut refused = 0;
+    for (at, name) in names.iter().enumerate() {
+        for change in 0..9 {
+            number += 1;
+            let to = format!("made-up-{number}");
+            forge(&place, &to, |_, parts| match change {
+                0 => drop(parts.remove(at)),
+                1 => parts[at].bytes.clear(),
+                2 => parts[at].version += 1,
+                3 => drop(parts[at].bytes.drain(10..)),
+                4 => parts[at].bytes.fill(0xff),
+                _ => {
+                    // Mostly in front, where the registers are that matter.
+                    for _ in 0..=change {
+                        let len = parts[at].bytes.len();
+                        let below = if next(2) == 0 { len } else { len.min(600) };
+                        parts[at].bytes[next(below)] ^= 1 << next(8);
+                    }
+                }
+            });
+            let code = assert_survived(&place, &to, &format!("{name}, change {change}"));
+            if change < 3 {
+                assert_eq!(code, 1, "{name}, change {change}");
+            }
+            refused += u64::from(code != 0);
+        }
+    }
+    assert!(refused > number / 2, "{refused} of {number}");
+}
+
+#[test]
+fn facts_that_somebody_made_up_are_refused() {
+    if no_kvm() || accel() == Accel::User {
+        return;
+    }
+    let place = place();
+    assert_exit(&place.save("warm", &[]), 0);
+    type Change = (&'static str, Value, i32);
+    let mut number = 0;
+    let config: [Change; 14] = [
+        ("memory_bytes", 0.into(), 1),
+        ("memory_bytes", u64::MAX.into(), 1),
+        ("memory_bytes", (64 << 20).into(), 1),
+        ("vcpus", 1.into(), 1),
+        ("vcpus", u64::MAX.into(), 1),
+        ("dma_devices", 0.into(), 1),
+        ("dma_devices", u64::MAX.into(), 1),
+        ("registered_buffers", u64::MAX.into(), 2),
+        ("keep", 0.into(), 2),
+        ("keep", u64::MAX.into(), 0),
+        ("restore_every", u64::MAX.into(), 0),
+        ("snapshot_every_s", 1e300.into(), 1),
+        ("pattern", "none".into(), 1),
+        ("seed", 8.into(), 3),
+    ];
+    for (key, value, code) in config {
+        number += 1;
+        let to = format!("facts-{number}");
+        forge(&place, &to, |facts, _| {
+            facts.program["config"][key] = value.clone()
+        });
+        let mut command = vmm(&["snapshot", "run", &place.path(&to), "--snapshots", "1"]);
+        let output = support::within(support::PATIENCE, move || command.output().unwrap());
+        let said = all(&output);
+        assert!(!said.contains("panicked"), "{key} {value}: {said}");
+        assert_eq!(output.status.code(), Some(code), "{key} {value}: {said}");
+    }
+    for (key, value) in [
+        ("image_end", Value::from(u64::MAX)),
+        ("image_end", 0.into()),
+        ("image_end", (31 << 20).into()),
+        ("follows_formula", false.into()),
+        ("incarnation", Value::Null),
+        ("more", 1.into()),
+    ] {
+        number += 1;
+        let to = format!("facts-{number}");
+        forge(&place, &to, |facts, _| {
+            drop(facts.program.insert(key.to_owned(), value.clone()))
+        });
+        assert_survived(&place, &to, &format!("{key} {value}"));
+    }
+    // Draws that were never made, and a generation that nobody has.
+    for (number_of, count) in [(0, 0), (u64::MAX, u64::MAX)] {
+        number += 1;
+        let to = format!("facts-{number}");
+        forge(&place, &to, |facts, _| {
+            let incarnation = &mut facts.program["incarnation"];
+            incarnation["number"] = number_of.into();
+            incarnation["generation"]["counter"] = count.into();
+            incarnation["origin"] = serde_json::json!({
+                "incarnation": count,
+                "generation": { "counter": count, "id": [0, 0], "seed": [0, 0, 0, 0] },
+                "drawn": [[count, count]],
+            });
+        });
+        assert_survived(&place, &to, &format!("incarnation {number_of} {count}"));
     }
 }

@@ -143,7 +143,7 @@ pub fn run_from(
     // What is being saved, and what that has in common with what was loaded, are snapshots, too.
     let more = usize::from(keep.is_some()) + usize::from(matches!(beginning, Beginning::Load(_)));
     let planned = Config {
-        keep: config.keep + more,
+        keep: config.keep.saturating_add(more),
         ..config.clone()
     };
     let plan = MemoryPlan::new(&planned, &limits)?;

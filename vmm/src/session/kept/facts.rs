@@ -1,6 +1,6 @@
 //! What the oracles need to know of a guest, as it is saved.
 
-use guest::abi::Generation;
+use guest::abi::{Generation, PAGE_SIZE};
 use palimpsest::kept::store::{Kept, Part};
 use palimpsest::kvm::{StateError, VcpuState};
 use palimpsest::saved::{Saved, State};
@@ -154,7 +154,11 @@ pub(super) fn reference(kept: &Kept) -> Option<Reference> {
         return None;
     };
     let pages = pages.iter().map(|page| page.map(u64::from_le_bytes));
-    let is_known = part.version == REFERENCE_VERSION;
+    // There is always some: a guest has page tables.
+    let all = kept.index().memory_bytes() / PAGE_SIZE;
+    let is_known = part.version == REFERENCE_VERSION
+        && pages.len() > 0
+        && pages.clone().all(|[gfn, _]| gfn < all);
     is_known.then(|| Reference::of_pages(pages.map(|[gfn, hash]| (gfn, hash))))
 }
 
