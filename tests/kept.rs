@@ -7,8 +7,11 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 
 use palimpsest::kept::store::{Facts, Part, SaveOptions, Saving, SnapshotName, Store, verify};
+use palimpsest::kvm::VcpuState;
+use palimpsest::saved::Saved;
 use serde_json::Value;
 use vmm::accel::Accel;
+use vmm::session::kept::Source;
 
 use crate::support::{accel, no_kvm, stderr, stdout};
 
@@ -658,4 +661,63 @@ fn facts_that_somebody_made_up_are_refused() {
         });
         assert_survived(&place, &to, &format!("incarnation {number_of} {count}"));
     }
+}
+
+/// A run that version 1 of the format was saved of, when there was no other. What is in it is right for ever; whether
+/// it runs on is a matter of the CPU.
+#[test]
+fn a_run_that_was_saved_long_ago_is_read_and_runs_on_where_it_can() {
+    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/v1");
+    let store = Store::open(&golden).unwrap();
+    let name: SnapshotName = "sparse".parse().unwrap();
+    let verified = verify(&store, &name, &mut Default::default(), &mut |_, _| true).unwrap();
+    assert!(verified.wrong.is_empty(), "{:?}", verified.wrong);
+    let source = Source::of(store.read(&name).unwrap()).unwrap();
+    let config = source.config();
+    assert_eq!((config.memory, config.vcpus, config.seed), (16 << 20, 1, 3));
+    let kept = store.read(&name).unwrap();
+    for state in ["vcpu/0", "boot/0"] {
+        let part = kept.part(state).unwrap();
+        let saved = Saved::stored(part.version, part.bytes.clone());
+        VcpuState::of_saved(&saved).unwrap();
+    }
+    if no_kvm() || accel() == Accel::User {
+        return;
+    }
+    let path = golden.join("sparse").display().to_string();
+    let ran = vmm(&["snapshot", "run", &path])
+        .args(SHORT)
+        .output()
+        .unwrap();
+    match ran.status.code() {
+        Some(0) => {}
+        // Another CPU, or another KVM.
+        Some(1) => {
+            let said = stderr(&ran);
+            let is_refused = ["this is one of", "have not:", "cannot be set here:"];
+            assert!(is_refused.iter().any(|why| said.contains(why)), "{said}");
+            support::say(&said);
+        }
+        code => panic!("{code:?}: {}", all(&ran)),
+    }
+}
+
+/// Fifty times, as `load_run_save_again_and_again_and_nothing_drifts` does a few: before a release.
+#[test]
+#[ignore = "takes minutes: before a release"]
+fn load_run_save_fifty_times_and_nothing_drifts() {
+    if no_kvm() {
+        return;
+    }
+    let place = place();
+    assert_exit(&place.save("g0", &[]), 0);
+    for generation in 1..=50 {
+        let (from, to) = (format!("g{}", generation - 1), format!("g{generation}"));
+        let flags = ["--save", &to, "--snapshots", "4", "--snapshot-every", "5ms"];
+        let (ran, report) = place.run(&from, &flags);
+        assert_exit(&ran, 0);
+        assert_eq!(report["verdict"], "ok", "generation {generation}");
+        assert_exit(&place.on("prune", ".", &["--drop", &from]), 0);
+    }
+    place.assert_whole("g50");
 }

@@ -8,12 +8,14 @@
 //! | `damage` | every byte of a small snapshot changed, and every file cut |
 //! | `refused` | each operation refused in turn |
 //! | `power` | the power lost at each operation in turn |
+//! | `mutated` | a short run of what `tests/fuzz` does for long |
 //! | `golden` | snapshots of each version, as they were once written |
 
 mod damage;
 mod faulty;
 mod golden;
 mod memory;
+mod mutated;
 mod power;
 mod refused;
 mod saving;
