@@ -1,6 +1,8 @@
 //! A snapshot into a store, beside the guest that runs on.
 
+use std::num::NonZeroU64;
 use std::sync::Arc;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use super::store::{
@@ -14,6 +16,8 @@ use crate::saved;
 use crate::snapshot::Snapshot;
 use crate::timeline::span;
 
+/// How often who waits looks whether it is called off.
+const LOOK: Duration = Duration::from_millis(50);
 /// Bytes that are copied out of a snapshot before whoever does it looks whether to step aside.
 const PIECE: u64 = 64 << 10;
 
@@ -98,6 +102,9 @@ pub struct Saver<'a> {
     pub compression: Compression,
     /// Who steps aside for the guest while its vCPUs are stopped and started.
     pub aside: Option<&'a Aside>,
+    /// The most bytes of memory a second that are read, hashed and written: less of the host's time is taken from
+    /// the guest then. Nothing: as many as go.
+    pub most_a_second: Option<NonZeroU64>,
     /// What else is to be known of it.
     pub facts: Facts,
     /// Parts beside those of the machine, whose names are neither `vcpu/...` nor `device/...`.
@@ -120,10 +127,11 @@ impl Saver<'_> {
             .filter(|base| base.memory.pages() == memory.pages());
         let options = SaveOptions {
             compression: self.compression,
-            parent: self.parent.or_else(|| Some(base?.name.clone())),
+            parent: self.parent.clone().or_else(|| Some(base?.name.clone())),
         };
         let mut saving = Saving::begin(self.store, &self.name, bytes, options)?;
         let mut content = vec![0; CHUNK_BYTES as usize];
+        let mut read = 0;
         for region in 0..bytes.div_ceil(CHUNK_BYTES) {
             let progress = Progress {
                 done: region * CHUNK_BYTES,
@@ -155,6 +163,15 @@ impl Saver<'_> {
                 self.frames.read(memory, gpa, piece)?;
             }
             saving.region(region, content)?;
+            read += content.len() as u64;
+            let progress = Progress {
+                done: (region + 1) * CHUNK_BYTES,
+                saved: saving.so_far(),
+                ..progress
+            };
+            if !self.keep_pace(began, read, &progress, watch) {
+                return Err(StoreError::CalledOff.into());
+            }
         }
         let states = |what, states: &[saved::Saved]| {
             let parts = states.iter().enumerate().map(|(number, state)| Part {
@@ -175,6 +192,38 @@ impl Saver<'_> {
             saved,
         });
         Ok(saved)
+    }
+}
+
+impl Saver<'_> {
+    /// Waits until as much time has passed as `read` bytes are to take at least. No lock is held meanwhile. Says whether
+    /// to go on.
+    fn keep_pace(
+        &self,
+        began: Instant,
+        read: u64,
+        progress: &Progress,
+        watch: &mut dyn FnMut(&Progress) -> bool,
+    ) -> bool {
+        let Some(most) = self.most_a_second else {
+            return true;
+        };
+        let least = Duration::try_from_secs_f64(read as f64 / most.get() as f64);
+        let least = least.unwrap_or(Duration::MAX);
+        loop {
+            let elapsed = began.elapsed();
+            let Some(left) = least.checked_sub(elapsed).filter(|left| !left.is_zero()) else {
+                return true;
+            };
+            let now = Progress {
+                elapsed,
+                ..*progress
+            };
+            if !watch(&now) {
+                return false;
+            }
+            thread::sleep(left.min(LOOK));
+        }
     }
 }
 

@@ -1,7 +1,9 @@
 //! What is saved of memory and parts is what is loaded, increments among it; and what cannot run here is refused by
-//! name. Whole VMs are in `vm/tests/kept.rs`.
+//! name. Whole VMs are in the program's `tests/kept.rs`.
 
+use std::num::NonZeroU64;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use super::store::{Compression, Cpu, Facts, Kept, Machine, Part, Saved, Store, StoreError};
 use super::*;
@@ -76,6 +78,7 @@ fn save(host: &Host, store: &Store, name: &str, base: Option<&Base>) -> Result<S
         parent: None,
         compression: Compression::None,
         aside: None,
+        most_a_second: None,
         facts: Facts {
             machine: machine_of_two(),
             ..Facts::default()
@@ -169,6 +172,7 @@ fn a_save_that_is_called_off_leaves_no_name() {
             parent: None,
             compression: Compression::Zstd { level: 1 },
             aside: None,
+            most_a_second: None,
             facts: Facts::default(),
             parts: Vec::new(),
         };
@@ -304,4 +308,44 @@ fn msrs_that_cannot_be_set_are_named() {
         "{error}"
     );
     assert!(error.to_string().ends_with("0xdeadbeef"), "{error}");
+}
+
+/// No faster than it is told, and called off at once all the same.
+#[test]
+fn a_save_keeps_the_pace_that_it_is_given() {
+    let (_dir, store) = store();
+    let host = host();
+    host.write(0, 1, MEMORY);
+    let snapshot = snapshot(host.freeze());
+    let save = |name: &str, most: u64, watch: &mut dyn FnMut(&Progress) -> bool| {
+        let saver = Saver {
+            store: &store,
+            name: name.parse().unwrap(),
+            snapshot: &snapshot,
+            frames: &host.frames,
+            base: None,
+            parent: None,
+            compression: Compression::None,
+            aside: None,
+            most_a_second: NonZeroU64::new(most),
+            facts: Facts::default(),
+            parts: Vec::new(),
+        };
+        let began = Instant::now();
+        (saver.save(watch), began.elapsed())
+    };
+    let (saved, took) = save("slow", 20 * REGION, &mut |_| true);
+    saved.unwrap();
+    // Four regions, at twenty a second.
+    assert!(took >= Duration::from_millis(200), "{took:?}");
+    // Hours, if it were not for the second look.
+    let mut looks = 0;
+    let (saved, _) = save("off", 1, &mut |_| {
+        looks += 1;
+        looks < 3
+    });
+    assert!(matches!(
+        saved,
+        Err(SaveError::Store(StoreError::CalledOff))
+    ));
 }

@@ -1,5 +1,6 @@
 //! The verbs of `vmm snapshot`, and their flags.
 
+use std::num::NonZeroU64;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -8,7 +9,7 @@ use palimpsest::kept::store::{Compression, SnapshotName};
 
 use crate::accel::Accel;
 use crate::cli::args::RunArgs;
-use crate::cli::units::parse_time;
+use crate::cli::units::{parse_size, parse_time};
 use crate::policy::Policy;
 use crate::session::config::{Config, Injection, PageSize, RunLength};
 
@@ -74,6 +75,16 @@ pub(super) struct KeepingArgs {
         help_heading = "Saving"
     )]
     zstd: Option<i32>,
+
+    /// The most memory that is read and written a second, to leave the guest more of the host [default: no limit]
+    #[arg(long, value_name = "SIZE", value_parser = parse_rate, help_heading = "Saving")]
+    pub(super) rate: Option<NonZeroU64>,
+}
+
+fn parse_rate(text: &str) -> Result<NonZeroU64, String> {
+    let rate = parse_size(text).map_err(|error| error.to_string())?;
+    NonZeroU64::new(rate)
+        .ok_or_else(|| "must be more than 0: nothing would ever be saved".to_owned())
 }
 
 impl KeepingArgs {

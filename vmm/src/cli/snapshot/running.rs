@@ -94,6 +94,7 @@ fn keep_in(
         name,
         parent: args.parent.clone(),
         compression: args.compression(),
+        most_a_second: args.rate,
     })
 }
 

@@ -1,6 +1,7 @@
 //! A snapshot of a run into a store, by a thread of its own, while the run goes on.
 
 use std::io;
+use std::num::NonZeroU64;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
@@ -31,6 +32,8 @@ pub struct Keep {
     pub parent: Option<SnapshotName>,
     /// How chunks are kept.
     pub compression: Compression,
+    /// The most bytes of memory a second; nothing: as many as go.
+    pub most_a_second: Option<NonZeroU64>,
 }
 
 /// The state of a run's wish to be saved.
@@ -112,6 +115,7 @@ impl Going {
                     parent: keep.parent,
                     compression: keep.compression,
                     aside: Some(&aside),
+                    most_a_second: keep.most_a_second,
                     facts,
                     parts,
                 };
