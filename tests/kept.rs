@@ -3,12 +3,14 @@
 mod support;
 
 use std::fs;
+use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 
 use palimpsest::kept::store::{Facts, Part, SaveOptions, Saving, SnapshotName, Store, verify};
 use palimpsest::kvm::VcpuState;
 use palimpsest::saved::Saved;
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use vmm::accel::Accel;
 use vmm::session::kept::Source;
@@ -720,4 +722,86 @@ fn load_run_save_fifty_times_and_nothing_drifts() {
         assert_exit(&place.on("prune", ".", &["--drop", &from]), 0);
     }
     place.assert_whole("g50");
+}
+
+/// Whatever is loaded twice has two generations: it draws no number twice, in whichever process.
+#[test]
+fn two_loads_are_two_incarnations() {
+    if no_kvm() {
+        return;
+    }
+    let place = place();
+    assert_exit(&place.save("warm", &[]), 0);
+    let mut ids = std::collections::HashSet::new();
+    let mut note = |name: &str| {
+        let info = json(&place.on("info", name, &["--json"]));
+        let generation = &info["program"]["incarnation"]["generation"];
+        assert!(
+            ids.insert(generation["id"].to_string()),
+            "{name}: {generation}"
+        );
+        generation["counter"].as_u64().unwrap()
+    };
+    let before = note("warm");
+    for name in ["one", "other"] {
+        let (ran, _) = place.run(
+            "warm",
+            &["--save", name, "--snapshots", "2", "--restore-every", "0"],
+        );
+        assert_exit(&ran, 0);
+        assert_eq!(note(name), before + 1);
+    }
+}
+
+#[test]
+fn an_interrupt_while_it_saves_ends_the_run_and_leaves_no_name() {
+    if no_kvm() {
+        return;
+    }
+    let place = place();
+    let mut child = vmm(&[
+        "snapshot",
+        "save",
+        &place.path("warm"),
+        "--accel",
+        place.accel(),
+    ])
+    .args(SMALL)
+    // It would take half a minute.
+    .args(["--rate", "1M"])
+    .stdout(Stdio::piped())
+    .stderr(Stdio::piped())
+    .spawn()
+    .unwrap();
+    let mut said = BufReader::new(child.stderr.take().unwrap());
+    let mut line = String::new();
+    while !line.starts_with("saving ") {
+        line.clear();
+        assert_ne!(
+            said.read_line(&mut line).unwrap(),
+            0,
+            "it ended before it saved"
+        );
+    }
+    let pid = Pid::from_raw(child.id().try_into().unwrap()).unwrap();
+    kill_process(pid, Signal::INT).unwrap();
+    // Else it waits for somebody to read.
+    let rest = std::thread::spawn(move || std::io::copy(&mut said, &mut std::io::sink()));
+    let output = support::within(support::PATIENCE, move || child.wait_with_output().unwrap());
+    rest.join().unwrap().unwrap();
+    let printed = stdout(&output);
+    assert_eq!(output.status.code(), Some(1), "{printed}");
+    assert!(
+        printed.contains("saving `warm` was called off"),
+        "{printed}"
+    );
+    assert!(printed.contains("saved       NOT warm"), "{printed}");
+    assert!(
+        printed.contains("cut 0, isolation 0, coherence 0"),
+        "{printed}"
+    );
+    assert_eq!(Store::open(&place.store()).unwrap().names().unwrap(), []);
+    assert_eq!(fs::read_dir(place.store().join("tmp")).unwrap().count(), 0);
+    // The way is free.
+    assert_exit(&place.save("warm", &[]), 0);
 }
