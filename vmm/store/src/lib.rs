@@ -43,6 +43,7 @@
 //! | `parts` | `state` |
 //! | `chunk` | a chunk's file |
 //! | `save` | writing a snapshot |
+//! | `naming` | making its chunks durable meanwhile, and giving them their names |
 //! | `read` | reading one |
 //! | `verify`, `list`, `diff`, `prune` | what is done with those that are there |
 //! | `disk` | all operations on files, so that each can be refused |
@@ -61,6 +62,7 @@ mod index;
 mod list;
 mod manifest;
 mod name;
+mod naming;
 mod parts;
 mod prune;
 mod read;

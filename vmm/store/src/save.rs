@@ -11,18 +11,19 @@
 //! once more: one that is damaged is written anew. Its folder is made durable by everybody who names it: who
 //! has written it may not have come so far.
 
+use std::collections::HashSet;
 use std::path::PathBuf;
 use std::time::SystemTime;
 
 use serde_json::{Map, Value};
 
 use crate::chunk::{self, CHUNK_BYTES, CHUNKS};
-use crate::disk::File;
 use crate::error::StoreError;
 use crate::hash::Hash;
 use crate::index::{ChunkIndex, MAX_MEMORY_BYTES};
 use crate::manifest::{FileFacts, Machine, Manifest, MemoryFacts, Parent};
 use crate::name::SnapshotName;
+use crate::naming::{Namer, Pending};
 use crate::parts::{Part, encode_parts};
 use crate::store::{Hold, Store, TMP, fresh_suffix};
 
@@ -30,10 +31,6 @@ use crate::store::{Hold, Store, TMP, fresh_suffix};
 pub(crate) const MANIFEST: &str = "snapshot.json";
 pub(crate) const INDEX: &str = "memory";
 pub(crate) const STATE: &str = "state";
-
-/// Chunks that are written before they are made durable together: the disk can write one while the next is
-/// being hashed.
-const MOST_PENDING: usize = 32;
 
 /// How the chunks that a save writes are kept. Those that are there stay as they are.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -100,18 +97,11 @@ pub struct Saving {
     staging: PathBuf,
     index: ChunkIndex,
     folders: [bool; 256],
-    pending: Vec<Pending>,
+    /// Chunks that this save has written: it need not look for them.
+    written: HashSet<Hash>,
+    namer: Namer,
     saved: Saved,
     is_named: bool,
-}
-
-/// A chunk that was written and has not its name yet.
-#[derive(Debug)]
-struct Pending {
-    file: Box<dyn File>,
-    hash: Hash,
-    from: PathBuf,
-    to: PathBuf,
 }
 
 impl Saving {
@@ -156,7 +146,8 @@ impl Saving {
             staging,
             index: ChunkIndex::new(memory),
             folders: [false; 256],
-            pending: Vec::new(),
+            written: HashSet::new(),
+            namer: Namer::start(store)?,
             saved: Saved::default(),
             is_named: false,
         })
@@ -183,8 +174,7 @@ impl Saving {
             return Ok(());
         }
         let hash = Hash::of(content);
-        let is_pending = self.pending.iter().any(|pending| pending.hash == hash);
-        if is_pending || self.has(hash, content) {
+        if self.written.contains(&hash) || self.has(hash, content) {
             self.saved.found += 1;
         } else {
             self.write(region, hash, content)?;
@@ -248,38 +238,18 @@ impl Saving {
         let (file, bytes) = chunk::write(&self.store, &from, content, compression)?;
         self.saved.written += 1;
         self.saved.bytes_written += bytes;
-        self.pending.push(Pending {
+        self.written.insert(hash);
+        self.namer.send(Pending {
             file,
-            hash,
             from,
+            folder: chunk::folder_of(&self.store, hash.folder()),
             to: chunk::path_of(&self.store, hash, compression),
-        });
-        match self.pending.len() < MOST_PENDING {
-            true => Ok(()),
-            false => self.name_pending(),
-        }
-    }
-
-    /// Makes the chunks durable that were written, and gives them their names.
-    fn name_pending(&mut self) -> Result<(), StoreError> {
-        let store = &self.store;
-        for Pending { file, from, .. } in &self.pending {
-            file.sync().map_err(store.file("make durable", from))?;
-        }
-        while let Some(Pending { from, to, hash, .. }) = self.pending.last() {
-            store.make_dir(&chunk::folder_of(store, hash.folder()))?;
-            store
-                .disk()
-                .rename(from, to)
-                .map_err(store.file("name", to))?;
-            self.pending.pop();
-        }
-        Ok(())
+        })
     }
 
     #[cfg(test)]
     pub(crate) fn name_for_test(&mut self) {
-        self.name_pending().unwrap();
+        self.namer.finish().unwrap();
     }
 
     /// Saves the rest, and gives the snapshot its name. When this returns all of it is durable.
@@ -288,7 +258,7 @@ impl Saving {
     /// If it cannot be written, or somebody else has saved a snapshot of that name meanwhile. There is none by
     /// this one then.
     pub fn finish(mut self, facts: Facts, parts: &[Part]) -> Result<Saved, StoreError> {
-        self.name_pending()?;
+        self.namer.finish()?;
         let store = self.store.clone();
         for folder in (0..=u8::MAX).filter(|folder| self.folders[usize::from(*folder)]) {
             store.sync_dir(&chunk::folder_of(&store, folder))?;
@@ -355,6 +325,8 @@ impl Drop for Saving {
         if self.is_named {
             return;
         }
+        // It would put more there.
+        let _ = self.namer.finish();
         // What cannot be taken away now is collected later.
         let disk = self.store.disk();
         for (name, _) in disk.list(&self.staging).unwrap_or_default() {
