@@ -14,6 +14,7 @@ use serde_json::json;
 
 use super::args::{DiffArgs, InfoArgs, ListArgs, VerifyArgs};
 use super::transfer::Transfer;
+use crate::cli::report_text::plural;
 use crate::cli::screen::Screen;
 use crate::cli::units::{bytes, count, time};
 use crate::cli::{Failure, interrupt, print};
@@ -239,8 +240,8 @@ pub(super) fn verify(args: &VerifyArgs, screen: &Screen) -> Result<Verdict, Fail
         true => json(&snapshots)?,
         false => {
             text + &format!(
-                "\n{} snapshots in {}, {wrong} wrong\n",
-                names.len(),
+                "\n{} in {}, {wrong} wrong\n",
+                plural(names.len() as u64, "snapshot"),
                 time(began.elapsed())
             )
         }
@@ -287,7 +288,7 @@ pub(super) fn diff(args: &DiffArgs, screen: &Screen) -> Result<Verdict, Failure>
                 count(found.regions.len() as u64),
                 count(found.same),
                 count(found.pages),
-                bytes(found.pages * 4096),
+                bytes(found.pages * 4096)
             )
         }
     };
