@@ -639,6 +639,7 @@ fn facts_that_somebody_made_up_are_refused() {
         ("follows_formula", false.into()),
         ("incarnation", Value::Null),
         ("more", 1.into()),
+        ("abi", 2.into()),
     ] {
         number += 1;
         let to = format!("facts-{number}");

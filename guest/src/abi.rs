@@ -112,6 +112,9 @@ pub const LOW_STACKS: u64 = 16;
 pub const STACK_SIZE: u64 = 0x1_0000;
 /// Where the ELF is linked and loaded. Every segment must lie at or above it.
 pub const IMAGE_GPA: u64 = 0x20_0000;
+/// Which ABI this is. A guest that was saved is looked at by the one that it was built for: another layout of what is
+/// in memory, or another formula, is another number.
+pub const ABI_VERSION: u32 = 1;
 /// The most vCPUs a guest may have: what a page key has bits for, and an APIC id.
 pub const MAX_VCPUS: u64 = 256;
 /// The most DMA devices a guest may have.

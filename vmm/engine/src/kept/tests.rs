@@ -234,12 +234,12 @@ fn parts_that_are_not_there_are_named() {
         ..machine_of_two()
     };
     assert!(refused("a", machine).contains("no part `vcpu/0`"));
-    for (n, vcpus) in [0, 256, u32::MAX].into_iter().enumerate() {
+    for (n, vcpus) in [0, 257, u32::MAX].into_iter().enumerate() {
         let machine = Machine {
             vcpus,
             ..machine_of_two()
         };
-        assert!(refused(&format!("v{n}"), machine).contains("a machine has 1 to 255"));
+        assert!(refused(&format!("v{n}"), machine).contains("a machine has 1 to 256"));
     }
     let devices = u32::MAX;
     let machine = Machine {

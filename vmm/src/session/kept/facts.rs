@@ -20,6 +20,8 @@ const REFERENCE_VERSION: u32 = 1;
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Facts {
+    /// The ABI of its guest (`guest::abi::ABI_VERSION`).
+    pub(super) abi: u32,
     /// What the run was asked to do.
     pub(super) config: Config,
     /// Where the guest's program ends: memory is laid out behind it.
@@ -189,6 +191,7 @@ mod tests {
             }),
         };
         let facts = Facts {
+            abi: 1,
             config: example(),
             image_end: 1 << 20,
             follows_formula: true,

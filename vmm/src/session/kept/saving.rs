@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::Instant;
 
+use guest::abi::ABI_VERSION;
 use palimpsest::aside::Aside;
 use palimpsest::causes::chain;
 use palimpsest::kept::store::{self, Compression, Saved, SnapshotName, Store, StoreError};
@@ -89,6 +90,7 @@ impl Going {
     ) -> Result<Self, String> {
         let machine = kept::machine(of.accelerator, snapshot.taken(), of.tsc_khz);
         let facts = Facts {
+            abi: ABI_VERSION,
             config: of.config.clone(),
             image_end: of.image_end,
             follows_formula: of.boot.is_some(),

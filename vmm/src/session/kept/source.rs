@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use guest::abi::ABI_VERSION;
 use palimpsest::kept::store::{Kept, SnapshotName, Store, StoreError, locate};
 
 use super::facts::Facts;
@@ -33,6 +34,19 @@ pub enum SourceError {
         creator: String,
         /// What is missing.
         source: serde_json::Error,
+    },
+    /// Its guest is of another ABI: where what is in its memory is not known here.
+    #[error(
+        "`{name}` is of a guest of ABI {found}, and this program knows ABI {ABI_VERSION}: run it with the one that \
+         saved it ({creator})"
+    )]
+    Abi {
+        /// The snapshot.
+        name: SnapshotName,
+        /// Its ABI.
+        found: u32,
+        /// Who says to have saved it.
+        creator: String,
     },
     /// It contradicts itself.
     #[error("`{name}` says {said} of {what}, and is of {is}: it cannot be run")]
@@ -70,6 +84,13 @@ impl Source {
             creator: manifest.creator.escape_debug().to_string(),
             source,
         })?;
+        if facts.abi != ABI_VERSION {
+            return Err(SourceError::Abi {
+                name: name(),
+                found: facts.abi,
+                creator: manifest.creator.escape_debug().to_string(),
+            });
+        }
         let (config, machine) = (&facts.config, &manifest.machine);
         let contradiction = |what, said: String, is: String| SourceError::Contradiction {
             name: name(),
