@@ -131,7 +131,7 @@ fn what_makes_no_sense_is_refused_with_a_reason() {
         (&["--depth", "99"], 2, "at most 1024 machines"),
         (&["-n", "2", "--depth", "2"], 2, "cannot be used with"),
         (&["--width", "2"], 2, "--depth"),
-        (&["--vcpus", "17"], 2, "--vcpus 17: "),
+        (&["--vcpus", "257"], 2, "--vcpus 257: "),
         (&["--inject", "stale-page"], 2, "reuse-shared, share-pinned"),
         (&["--keep", "0"], 2, "--keep 0"),
         (&["--accel", "user"], 1, "clones need KVM"),
