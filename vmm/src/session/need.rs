@@ -19,9 +19,10 @@ const PROGRAM: u64 = 16 << 20;
 const STACK: u64 = 2 << 20;
 /// Addresses that the C library takes for what a thread allocates, whether it does or not.
 const ARENA: u64 = 64 << 20;
-/// Threads besides those of vCPUs and devices: the main one, the checker, the one that copies ahead,
-/// and those that write output.
-const OTHER_THREADS: u64 = 6;
+/// Threads besides those of vCPUs and devices: the main one, the checker, the one that copies ahead and the
+/// one that fills the stock, and who gives the two their turns, the watch, two that save, and those that write
+/// output.
+const OTHER_THREADS: u64 = 12;
 /// Private memory that a clone takes beside its threads: notes, tables, what they allocate.
 const CLONE: u64 = 3 << 20;
 /// Frames of the pool beyond those of guest and snapshots: the zero frame, and folios that are used in part.
