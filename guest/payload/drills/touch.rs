@@ -9,9 +9,7 @@ use core::sync::atomic::AtomicU64;
 
 use super::tables::{ACCESSED, DIRTY};
 use super::{Vcpu, read, write};
-use crate::abi::{
-    MAX_VCPUS, PAGE_SIZE, PAGE_TABLES_GPA, REGION_SIZE, STACK_SIZE, VcpuPage,
-};
+use crate::abi::{MAX_VCPUS, PAGE_SIZE, PAGE_TABLES_GPA, REGION_SIZE, STACK_SIZE, VcpuPage};
 
 /// A word for each vCPU in the program's own region.
 static IN_IMAGE: [AtomicU64; MAX_VCPUS as usize] =
