@@ -30,7 +30,7 @@
 use super::addr::{Order, Pfn};
 use super::bits::{BitSet, words_of};
 use super::ledger::{AccountNumber, Exhausted, Ledger};
-use super::stock::{COMMIT_FOLIOS, Stock};
+use super::stock::{COMMIT_FOLIOS, FILL_FOLIOS, Stock};
 
 /// How many frames are in which condition.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -285,7 +285,7 @@ impl Allocator {
     /// homes that have none yet need it more.
     pub(super) fn prepare_stock(&mut self) -> Option<Claim> {
         let pages = self.folio.pages();
-        let wanted = self.wanted().min(COMMIT_FOLIOS);
+        let wanted = self.wanted().min(FILL_FOLIOS);
         let is_bare = |&run: &u64| self.whole.get(run) && !self.ready.get(run);
         let run = self.whole.iter().find(is_bare).filter(|_| wanted > 0)?;
         let runs = self.frames / pages;

@@ -12,6 +12,10 @@
 /// make host memory huge is for the call. And what is kept in stock though nobody takes it.
 pub(super) const COMMIT_FOLIOS: u64 = 8;
 
+/// What of the stock is filled at a time: who does it may be in the way of others for as long as that takes, and the
+/// host may need 4 ms for each.
+pub(super) const FILL_FOLIOS: u64 = 2;
+
 /// Of what is in use, the part that a first snapshot is expected to copy soon: one of so many runs.
 const PART: u64 = 4;
 /// The most that is kept in stock, in runs: 256 MiB.
