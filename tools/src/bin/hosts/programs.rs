@@ -10,6 +10,9 @@ use serde_json::Value;
 /// The library, and so its unit tests.
 pub(crate) const LIBRARY: &str = "palimpsest";
 
+/// The tests of kept snapshots, some of which read files that are not in a host.
+pub(crate) const KEPT: &str = "kept";
+
 /// The programs that run in a host.
 #[derive(Debug)]
 pub(crate) struct Programs {

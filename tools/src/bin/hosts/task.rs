@@ -5,7 +5,7 @@ use std::time::Duration;
 use clap::ValueEnum;
 use vmm::session::config::Injection;
 
-use super::programs::LIBRARY;
+use super::programs::{KEPT, LIBRARY};
 
 /// A command to run in a host.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -197,6 +197,10 @@ fn test(name: &str) -> Task {
     if name == LIBRARY {
         command.extend(["kvm::", "host::"]);
     }
+    // Nor has that of what is kept: registers that are set from bytes, and clones of a load.
+    if name == KEPT {
+        command.extend(["what_is_saved_under_load", "clones_of_what_was_saved"]);
+    }
     let at_fault = EMULATOR.iter().filter(|(program, _)| *program == name);
     command.extend(at_fault.flat_map(|(_, test)| ["--skip", test]));
     Task::of(Suite::Tests, &command).within(5 * LIMIT)
@@ -220,13 +224,17 @@ mod tests {
 
     #[test]
     fn there_is_time_for_some_tests_with_every_change_and_for_all_by_hand() {
-        let names = ["cli", "leftovers", LIBRARY].map(str::to_owned);
-        assert_eq!(tasks(Suite::Tests, Extent::Full, &names).len(), 3);
+        let names = ["cli", "leftovers", LIBRARY, KEPT].map(str::to_owned);
+        assert_eq!(tasks(Suite::Tests, Extent::Full, &names).len(), 4);
         let soon = tasks(Suite::Tests, Extent::Short, &names);
         let titles = Vec::from_iter(soon.iter().map(Task::title));
-        assert_eq!(titles.len(), 2);
+        assert_eq!(titles.len(), 3);
         assert!(
             titles[1].ends_with("--test-threads=1 kvm:: host::"),
+            "{titles:?}"
+        );
+        assert!(
+            titles[2].ends_with(" clones_of_what_was_saved"),
             "{titles:?}"
         );
     }
