@@ -450,6 +450,29 @@ fn what_makes_no_sense_is_refused_at_once() {
     );
 }
 
+/// One is taken for the save, when the time is up.
+#[test]
+fn a_run_that_is_over_before_its_first_snapshot_is_saved() {
+    if no_kvm() {
+        return;
+    }
+    let place = place();
+    for (name, duration, every) in [("short", "1ms", "20ms"), ("between", "50ms", "1000s")] {
+        let path = place.path(name);
+        let mut command = vmm(&["snapshot", "save", &path, "--accel", place.accel()]);
+        command.args(["--memory", "32M", "--duration", duration]);
+        command.args(["--snapshot-every", every]);
+        let output = support::within(support::PATIENCE, move || command.output().unwrap());
+        assert_exit(&output, 0);
+        assert!(
+            stdout(&output).contains(&format!("saved       {name} in ")),
+            "{}",
+            all(&output)
+        );
+        place.assert_whole(name);
+    }
+}
+
 /// Killed when so many chunks were written, which is another number each time.
 #[test]
 fn a_run_that_is_killed_while_it_saves_leaves_a_store_as_it_was() {

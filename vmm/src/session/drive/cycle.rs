@@ -68,7 +68,9 @@ impl Drive<'_> {
             return self.restore();
         }
         // What is still missing for the fault does not wait for its time.
-        let is_wanted = is_over.is_none() || !self.occasion.has_steps();
+        // Nor does the one that is to be saved, if there is none.
+        let is_wanted =
+            is_over.is_none() || !self.occasion.has_steps() || self.lacks_what_to_save();
         // Nor does the run that only waits for what is being saved.
         let is_saving = matches!(self.keeping, Some(Keeping::Going(_)));
         let due = now >= self.next_snapshot || (is_over.is_some() && is_wanted && !is_saving);

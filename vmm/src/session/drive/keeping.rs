@@ -53,6 +53,11 @@ impl Drive<'_> {
         }
     }
 
+    /// A snapshot is to be saved, and there is none: one is taken for that, whatever the run's length.
+    pub(super) fn lacks_what_to_save(&self) -> bool {
+        matches!(self.keeping, Some(Keeping::Wanted(_))) && self.kept.is_empty()
+    }
+
     /// The run ends, whether all was saved or not. What goes on is given up.
     pub(super) fn end_keeping(&mut self, end: &mut End) {
         match mem::take(&mut self.keeping) {
