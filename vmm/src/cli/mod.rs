@@ -137,7 +137,9 @@ impl Failure {
             Self::Config(_)
             | Self::FamilyConfig(_)
             | Self::NoScenario { .. }
-            | Self::Store(StoreError::Name(_) | StoreError::Exists { .. })
+            | Self::Store(
+                StoreError::Name(_) | StoreError::Exists { .. } | StoreError::Nested { .. },
+            )
             | Self::Source(SourceError::Store(StoreError::Name(_)))
             | Self::OutputFile(OutputFileError::Same { .. }) => EXIT_USAGE,
             Self::Run(session::RunError::Untrusted(_)) => EXIT_USAGE,

@@ -85,6 +85,17 @@ pub enum StoreError {
         /// Why not.
         why: String,
     },
+    /// A store would be in another one, which takes away what is not its own.
+    #[error(
+        "{} cannot be a store: it is in the store {}, where it would be taken away; save as {}/NAME",
+        path.display(), outer.display(), outer.display()
+    )]
+    Nested {
+        /// Where it would be.
+        path: PathBuf,
+        /// The store around it.
+        outer: PathBuf,
+    },
     /// There is no such snapshot.
     #[error("{} has no snapshot `{name}`", store.display())]
     NoSnapshot {

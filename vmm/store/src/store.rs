@@ -44,11 +44,15 @@ pub fn locate(path: &Path) -> Result<(PathBuf, SnapshotName), StoreError> {
         .file_name()
         .map(|name| name.to_string_lossy().into_owned());
     let name: SnapshotName = name.unwrap_or_default().parse()?;
-    let store = match path.parent() {
+    Ok((parent_of(path).to_owned(), name))
+}
+
+/// The directory that `path` is in.
+fn parent_of(path: &Path) -> &Path {
+    match path.parent() {
         Some(parent) if parent != Path::new("") => parent,
         _ => Path::new("."),
-    };
-    Ok((store.to_owned(), name))
+    }
 }
 
 impl Store {
@@ -63,7 +67,7 @@ impl Store {
     /// The same, which is made if there is nothing at `path`, or an empty directory.
     ///
     /// # Errors
-    /// If there is something else, or it cannot be made.
+    /// If there is something else, or it is in another store, or it cannot be made.
     pub fn open_or_create(path: &Path) -> Result<Self, StoreError> {
         Self::open_or_create_on(path, Arc::new(Host))
     }
@@ -90,13 +94,14 @@ impl Store {
     }
 
     pub(crate) fn open_or_create_on(path: &Path, disk: Arc<dyn Disk>) -> Result<Self, StoreError> {
-        let none = match Self::open_on(path, Arc::clone(&disk)) {
-            Err(none @ StoreError::NoStore { .. }) => none,
-            opened => return opened,
-        };
         let store = Self {
             path: path.to_owned(),
             disk,
+        };
+        store.is_in_no_other()?;
+        let none = match Self::open_on(path, Arc::clone(&store.disk)) {
+            Err(none @ StoreError::NoStore { .. }) => none,
+            opened => return opened,
         };
         match store.disk.list(path) {
             // What a maker has left that was killed, or another is about to name.
@@ -122,12 +127,32 @@ impl Store {
             return Err(error);
         }
         store.sync_dir(path)?;
-        let parent = match path.parent() {
-            Some(parent) if parent != Path::new("") => parent,
-            _ => Path::new("."),
-        };
-        store.sync_dir(parent)?;
+        store.sync_dir(parent_of(path))?;
         Ok(store)
+    }
+
+    /// Refuses a place in another store: what is there is a snapshot to that one, or left over.
+    fn is_in_no_other(&self) -> Result<(), StoreError> {
+        // Of what is there, links and `..` resolved, or of where it would be made.
+        let (there, is_made) = match self.disk.real(&self.path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                let parent = parent_of(&self.path);
+                (self.disk.real(parent), false)
+            }
+            real => (real, true),
+        };
+        let there = there.map_err(self.file("look at", &self.path))?;
+        for outer in there.ancestors().skip(usize::from(is_made)) {
+            let marker = outer.join(MARKER);
+            let found = self.disk.len(&marker);
+            if found.map_err(self.file("look at", &marker))?.is_some() {
+                return Err(StoreError::Nested {
+                    path: self.path.clone(),
+                    outer: outer.to_owned(),
+                });
+            }
+        }
+        Ok(())
     }
 
     /// Where it is.

@@ -4,7 +4,7 @@
 
 mod host;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::{fmt, io};
 
 pub(crate) use self::host::Host;
@@ -50,6 +50,8 @@ pub(crate) trait Disk: fmt::Debug + Send + Sync {
     fn list(&self, path: &Path) -> io::Result<Vec<(String, Kind)>>;
     /// Bytes of a file; `None` if it is not there.
     fn len(&self, path: &Path) -> io::Result<Option<u64>>;
+    /// The path of what is there, from the root on and without links.
+    fn real(&self, path: &Path) -> io::Result<PathBuf>;
     /// Bytes of a file that take space.
     fn allocated(&self, path: &Path) -> io::Result<u64>;
     /// Holds a directory; `None` if that cannot be had now.

@@ -1,7 +1,7 @@
 //! A disk that refuses, is short, or dies at its k-th operation.
 
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -119,6 +119,10 @@ impl Disk for FaultyDisk {
     fn len(&self, path: &Path) -> io::Result<Option<u64>> {
         self.faults.next()?;
         self.disk.len(path)
+    }
+    fn real(&self, path: &Path) -> io::Result<PathBuf> {
+        self.faults.next()?;
+        self.disk.real(path)
     }
     fn allocated(&self, path: &Path) -> io::Result<u64> {
         self.faults.next()?;

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::path::{Component, Path};
+use std::path::{Component, Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use crate::disk::{Disk, File, Kind, Lock, Locked};
@@ -242,6 +242,10 @@ impl Disk for MemoryDisk {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(error) => Err(error),
         }
+    }
+
+    fn real(&self, path: &Path) -> io::Result<PathBuf> {
+        find(&self.nodes(), path).map(|_| path.to_owned())
     }
 
     fn allocated(&self, path: &Path) -> io::Result<u64> {

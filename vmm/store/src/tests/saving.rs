@@ -132,6 +132,44 @@ fn a_directory_of_somebody_else_is_no_store() {
     assert!(matches!(error, StoreError::NoStore { .. }), "{error}");
 }
 
+/// What is in a store and not of it is taken away some time, or dropped as a snapshot.
+#[test]
+fn no_store_is_made_in_a_store() {
+    let (dir, store) = on_disk();
+    save(&store, "a", &memory(1, 2)).unwrap();
+    let outer = std::fs::canonicalize(store.path()).unwrap();
+    std::os::unix::fs::symlink(store.path().join("tmp"), dir.path().join("link")).unwrap();
+    for nested in [
+        "store/tmp",
+        "store/x",
+        "store/a/x",
+        "store/../store/x",
+        "link",
+        "link/x",
+    ] {
+        let error = Store::open_or_create(&dir.path().join(nested)).unwrap_err();
+        assert!(
+            matches!(&error, StoreError::Nested { outer: of, .. } if *of == outer),
+            "{nested}: {error}"
+        );
+        assert!(
+            error
+                .to_string()
+                .contains(&format!("{}/NAME", outer.display()))
+        );
+    }
+    assert!(leftovers(&store).unwrap().is_empty() && !store.path().join("x").exists());
+    // Nor is one that is there taken for one.
+    let other = dir.path().join("other");
+    let moved = store.path().join("moved");
+    Store::open_or_create(&other).unwrap();
+    std::fs::rename(other, &moved).unwrap();
+    let error = Store::open_or_create(&moved).unwrap_err();
+    assert!(matches!(error, StoreError::Nested { .. }), "{error}");
+    Store::open_or_create(&dir.path().join("beside")).unwrap();
+    Store::open_or_create(store.path()).unwrap();
+}
+
 #[test]
 fn regions_out_of_order_or_of_another_length_are_refused() {
     let (_dir, store) = on_disk();
