@@ -79,7 +79,7 @@ pub struct Saved {
     pub bytes_written: u64,
     /// Chunks that were there.
     pub found: u64,
-    /// Regions that are the parent's, and were not read.
+    /// Regions whose memory was not read, since their chunks are known: these were read and checked.
     pub same: u64,
     /// Regions that are all zeros, among those that were handed over.
     pub zeros: u64,
@@ -97,8 +97,10 @@ pub struct Saving {
     staging: PathBuf,
     index: ChunkIndex,
     folders: [bool; 256],
-    /// Chunks that this save has written: it need not look for them.
-    written: HashSet<Hash>,
+    /// Chunks that this save has written, or read and found right: it need not look at them once more.
+    right: HashSet<Hash>,
+    /// Room for the content of one.
+    scratch: Vec<u8>,
     namer: Namer,
     saved: Saved,
     is_named: bool,
@@ -146,7 +148,8 @@ impl Saving {
             staging,
             index: ChunkIndex::new(memory),
             folders: [false; 256],
-            written: HashSet::new(),
+            right: HashSet::new(),
+            scratch: Vec::new(),
             namer: Namer::start(store)?,
             saved: Saved::default(),
             is_named: false,
@@ -174,7 +177,8 @@ impl Saving {
             return Ok(());
         }
         let hash = Hash::of(content);
-        if self.written.contains(&hash) || self.has(hash, content) {
+        if self.right.contains(&hash) || self.has(hash, content) {
+            self.right.insert(hash);
             self.saved.found += 1;
         } else {
             self.write(region, hash, content)?;
@@ -183,28 +187,29 @@ impl Saving {
         Ok(())
     }
 
-    /// Saves a region that is known to be in chunk `hash` without looking at it. `false`, and nothing has
-    /// changed, if that chunk is not there any more.
+    /// Saves a region that is known to be in chunk `hash` without looking at its memory. The chunk is read and checked,
+    /// once a save. `false`, and nothing has changed, if it is not there any more, or cannot be read, or is damaged:
+    /// hand over the content then ([`region`](Self::region)), and it is written anew.
     ///
     /// # Errors
-    /// If it comes out of order, or it cannot be found out whether the chunk is there.
+    /// If it comes out of order.
     pub fn same(&mut self, region: u64, hash: Hash) -> Result<bool, StoreError> {
         let bytes = self.index.region_bytes(region);
         self.check(region, bytes)?;
-        let len = |compression| {
-            let path = chunk::path_of(&self.store, hash, compression);
-            let len = self.store.disk().len(&path);
-            len.map_err(self.store.file("look at", &path))
-        };
-        let is_there = match len(Compression::None)? {
-            Some(len) => len == bytes,
-            None => len(Compression::ANY)?.is_some(),
-        };
-        if is_there {
-            self.saved.same += 1;
-            self.name_chunk(region, hash);
+        // A chunk of the same name and another length is not this one.
+        let is_whole = bytes == CHUNK_BYTES;
+        if !(is_whole && self.right.contains(&hash)) {
+            self.scratch.resize(bytes as usize, 0);
+            if !matches!(chunk::read(&self.store, hash, &mut self.scratch), Ok(true)) {
+                return Ok(false);
+            }
+            if is_whole {
+                self.right.insert(hash);
+            }
         }
-        Ok(is_there)
+        self.saved.same += 1;
+        self.name_chunk(region, hash);
+        Ok(true)
     }
 
     fn check(&self, region: u64, bytes: u64) -> Result<(), StoreError> {
@@ -238,7 +243,7 @@ impl Saving {
         let (file, bytes) = chunk::write(&self.store, &from, content, compression)?;
         self.saved.written += 1;
         self.saved.bytes_written += bytes;
-        self.written.insert(hash);
+        self.right.insert(hash);
         self.namer.send(Pending {
             file,
             from,

@@ -102,7 +102,7 @@ pub struct Saver<'a> {
     pub compression: Compression,
     /// Who steps aside for the guest while its vCPUs are stopped and started.
     pub aside: Option<&'a Aside>,
-    /// The most bytes of memory a second that are read, hashed and written: less of the host's time is taken from
+    /// The most bytes of memory, or of the chunks it is in, a second that are read, hashed and written: less of the host's time is taken from
     /// the guest then. Nothing: as many as go.
     pub most_a_second: Option<NonZeroU64>,
     /// What else is to be known of it.
@@ -146,23 +146,27 @@ impl Saver<'_> {
             if memory.is_untouched(first)? {
                 continue;
             }
+            let mut is_same = false;
             if let Some(base) = base
                 && memory.has_in_common(&base.memory, first)?
             {
-                match base.index.get(region) {
-                    None => continue,
-                    Some(hash) if saving.same(region, hash)? => continue,
-                    // It is gone: what is in it is here.
-                    Some(_) => {}
-                }
+                let Some(hash) = base.index.get(region) else {
+                    continue;
+                };
+                self.aside.into_iter().for_each(Aside::pass);
+                is_same = saving.same(region, hash)?;
+                // If not it is gone, or damaged: what is in it is here.
             }
             let content = &mut content[..saving.region_bytes(region) as usize];
-            let gpas = (region * CHUNK_BYTES..).step_by(PIECE as usize);
-            for (gpa, piece) in gpas.zip(content.chunks_mut(PIECE as usize)) {
-                self.aside.into_iter().for_each(Aside::pass);
-                self.frames.read(memory, gpa, piece)?;
+            if !is_same {
+                let gpas = (region * CHUNK_BYTES..).step_by(PIECE as usize);
+                for (gpa, piece) in gpas.zip(content.chunks_mut(PIECE as usize)) {
+                    self.aside.into_iter().for_each(Aside::pass);
+                    self.frames.read(memory, gpa, piece)?;
+                }
+                saving.region(region, content)?;
             }
-            saving.region(region, content)?;
+            // Its chunk was, if it is the same.
             read += content.len() as u64;
             let progress = Progress {
                 done: (region + 1) * CHUNK_BYTES,

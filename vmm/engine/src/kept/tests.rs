@@ -156,6 +156,26 @@ fn an_increment_reads_what_was_written_since_and_is_whole() {
     assert!(load(&store, "c").0.all() == loaded.all());
 }
 
+/// Nor does it hand on what is damaged in the store.
+#[test]
+fn an_increment_mends_the_chunk_it_would_name() {
+    let (_dir, store) = store();
+    let first = host();
+    first.write(0, 5, REGION);
+    save(&first, &store, "a", None).unwrap();
+    let (loaded, kept) = load(&store, "a");
+    let base = Base::new(&kept, loaded.freeze());
+    let hash = kept.index().get(0).unwrap().to_string();
+    let chunk = store.path().join("chunks").join(&hash[..2]).join(&hash);
+    let mut bytes = std::fs::read(&chunk).unwrap();
+    bytes[77] ^= 1;
+    std::fs::write(&chunk, bytes).unwrap();
+    let done = save(&loaded, &store, "b", Some(&base)).unwrap();
+    assert_eq!((done.same, done.written), (0, 1));
+    assert!(load(&store, "b").0.all() == first.all());
+    assert!(load(&store, "a").0.all() == first.all());
+}
+
 #[test]
 fn a_save_that_is_called_off_leaves_no_name() {
     let (_dir, store) = store();

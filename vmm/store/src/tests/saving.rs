@@ -269,6 +269,51 @@ fn a_damaged_chunk_is_written_anew_by_who_has_its_content() {
     assert!(wrong(&store, "a").is_empty() && wrong(&store, "b").is_empty());
 }
 
+/// Nor is it by an increment, which knows it by name only: plain or compressed, changed, cut or of another length.
+#[test]
+fn an_increment_does_not_name_a_damaged_chunk() {
+    for options in [SaveOptions::default, zstd] {
+        for damage in 0..3 {
+            let (_dir, store) = on_disk();
+            save_with(&store, "a", &memory(1, 2), options()).unwrap();
+            let hash = store.read(&name("a")).unwrap().index().get(0).unwrap();
+            let paths = chunk_paths(&store).unwrap();
+            let (_, path) = paths.into_iter().find(|(of, _)| *of == hash).unwrap();
+            let mut bytes = std::fs::read(&path).unwrap();
+            let middle = bytes.len() / 2;
+            match damage {
+                0 => bytes[middle] ^= 1,
+                1 => bytes.truncate(middle),
+                _ => bytes.push(0),
+            }
+            std::fs::write(&path, bytes).unwrap();
+            let mut saving = Saving::begin(&store, &name("b"), 2 * CHUNK_BYTES, options()).unwrap();
+            assert!(!saving.same(0, hash).unwrap(), "{damage}");
+            saving.region(0, &memory(1, 2)[&0]).unwrap();
+            // It is right now, and need not be read again.
+            assert!(saving.same(1, hash).unwrap());
+            let saved = saving.finish(Facts::default(), &parts()).unwrap();
+            assert_eq!((saved.written, saved.same), (1, 1), "{damage}");
+            assert!(wrong(&store, "b").is_empty(), "{damage}");
+            assert!(wrong(&store, "a").is_empty(), "{damage}");
+        }
+    }
+}
+
+/// A record of a whole region cannot have a shorter one's chunk, whatever was read before.
+#[test]
+fn a_chunk_of_another_length_is_not_named() {
+    let (_dir, store) = on_disk();
+    save(&store, "a", &memory(1, 2)).unwrap();
+    let kept = store.read(&name("a")).unwrap();
+    let [whole, short] = [0, 1].map(|region| kept.index().get(region).unwrap());
+    let mut saving = Saving::begin(&store, &name("b"), MEMORY, SaveOptions::default()).unwrap();
+    assert!(!saving.same(0, short).unwrap());
+    assert!(saving.same(0, whole).unwrap());
+    assert!(!saving.same(1, whole).unwrap());
+    assert!(saving.same(1, short).unwrap());
+}
+
 #[test]
 fn differences_are_found_by_page() {
     let (_dir, store) = on_disk();
