@@ -6,7 +6,7 @@ use crate::chunk;
 use crate::error::StoreError;
 use crate::hash::Hash;
 use crate::index::ChunkIndex;
-use crate::manifest::{FileFacts, MAX_MANIFEST_BYTES, Manifest};
+use crate::manifest::{FileFacts, MAX_MANIFEST_BYTES, Manifest, Parent};
 use crate::name::SnapshotName;
 use crate::parts::{Part, decode_parts};
 use crate::save::{Compression, INDEX, MANIFEST, STATE};
@@ -35,6 +35,19 @@ impl Store {
         Ok(Kept {
             _hold: Some(hold),
             ..kept
+        })
+    }
+
+    /// The snapshot that has the name now, as the parent of another.
+    ///
+    /// # Errors
+    /// If there is none, or its manifest is damaged.
+    pub fn parent(&self, name: &SnapshotName) -> Result<Parent, StoreError> {
+        let _hold = self.hold()?;
+        let (_, blake3) = manifest(self, name)?;
+        Ok(Parent {
+            name: name.clone(),
+            blake3,
         })
     }
 }
@@ -126,6 +139,14 @@ impl Kept {
     /// The hash of its manifest, and so of all of it.
     pub fn hash(&self) -> Hash {
         self.hash
+    }
+
+    /// This one, as the parent of another: whatever has its name when that is saved.
+    pub fn as_parent(&self) -> Parent {
+        Parent {
+            name: self.name.clone(),
+            blake3: self.hash,
+        }
     }
 
     /// Which region is in which chunk.

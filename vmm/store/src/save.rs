@@ -55,8 +55,9 @@ impl Compression {
 pub struct SaveOptions {
     /// Of the chunks.
     pub compression: Compression,
-    /// What it is an increment of: a snapshot of this store.
-    pub parent: Option<SnapshotName>,
+    /// What it is an increment of ([`Kept::as_parent`](crate::Kept::as_parent), [`Store::parent`]). It need not be there
+    /// any more.
+    pub parent: Option<Parent>,
 }
 
 /// What is to be known of a snapshot, beside memory and parts.
@@ -110,7 +111,7 @@ impl Saving {
     /// Begins to save `name`, of a machine with `memory` bytes of memory.
     ///
     /// # Errors
-    /// If there is a snapshot of that name, or none of the parent's, or the store cannot be written to.
+    /// If there is a snapshot of that name, or the store cannot be written to.
     pub fn begin(
         store: &Store,
         name: &SnapshotName,
@@ -126,15 +127,10 @@ impl Saving {
         if names.iter().any(|(there, _)| there == name.as_str()) {
             return Err(exists(store, name));
         }
-        let parent = options.parent.map(|name| {
-            let (_, blake3) = crate::read::manifest(store, &name)?;
-            Ok::<_, StoreError>(Parent { name, blake3 })
-        });
         let tmp = store.path().join(TMP);
         store.make_dir(&tmp)?;
         store.make_dir(&store.path().join(CHUNKS))?;
         let staging = tmp.join(format!("{name}.{}", fresh_suffix()));
-        let parent = parent.transpose()?;
         store
             .disk()
             .make_dir(&staging)
@@ -143,7 +139,7 @@ impl Saving {
             store: store.clone(),
             _hold: hold,
             name: name.clone(),
-            parent,
+            parent: options.parent,
             compression: options.compression,
             staging,
             index: ChunkIndex::new(memory),

@@ -6,7 +6,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::store::{
-    CHUNK_BYTES, ChunkIndex, Compression, Facts, Kept, Part, SaveOptions, Saved, Saving,
+    CHUNK_BYTES, ChunkIndex, Compression, Facts, Kept, Parent, Part, SaveOptions, Saved, Saving,
     SnapshotName, Store, StoreError,
 };
 use crate::aside::Aside;
@@ -35,7 +35,7 @@ pub enum SaveError {
 /// A snapshot whose memory is in a store and here: what another has in common with it need not be read again.
 #[derive(Clone, Debug)]
 pub struct Base {
-    name: SnapshotName,
+    parent: Parent,
     memory: Arc<Frozen>,
     index: ChunkIndex,
 }
@@ -45,15 +45,15 @@ impl Base {
     /// what was saved under that name.
     pub fn new(kept: &Kept, memory: Arc<Frozen>) -> Self {
         Self {
-            name: kept.name().clone(),
+            parent: kept.as_parent(),
             memory,
             index: kept.index().clone(),
         }
     }
 
-    /// Its name in the store.
+    /// Its name in the store when it was loaded or saved.
     pub fn name(&self) -> &SnapshotName {
-        &self.name
+        &self.parent.name
     }
 }
 
@@ -96,8 +96,8 @@ pub struct Saver<'a> {
     pub frames: &'a Frames,
     /// What it may have in common with.
     pub base: Option<&'a Base>,
-    /// The snapshot of the store that it is called an increment of, if that is not `base`.
-    pub parent: Option<SnapshotName>,
+    /// The snapshot that it is called an increment of, if that is not `base`. Neither need be in the store any more.
+    pub parent: Option<Parent>,
     /// How chunks are kept.
     pub compression: Compression,
     /// Who steps aside for the guest while its vCPUs are stopped and started.
@@ -127,7 +127,7 @@ impl Saver<'_> {
             .filter(|base| base.memory.pages() == memory.pages());
         let options = SaveOptions {
             compression: self.compression,
-            parent: self.parent.clone().or_else(|| Some(base?.name.clone())),
+            parent: self.parent.clone().or_else(|| Some(base?.parent.clone())),
         };
         let mut saving = Saving::begin(self.store, &self.name, bytes, options)?;
         let mut content = vec![0; CHUNK_BYTES as usize];

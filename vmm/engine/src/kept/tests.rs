@@ -5,7 +5,7 @@ use std::num::NonZeroU64;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::store::{Compression, Cpu, Facts, Kept, Machine, Part, Saved, Store, StoreError};
+use super::store::{Compression, Cpu, Facts, Kept, Machine, Part, Saved, Store, StoreError, prune};
 use super::*;
 use crate::kvm::{Kvm, StateKind};
 use crate::memory::{Frames, Memory};
@@ -148,12 +148,34 @@ fn an_increment_reads_what_was_written_since_and_is_whole() {
     assert!(again.all() == loaded.all());
     let parent = kept.manifest().parent.clone().unwrap();
     assert_eq!(&parent.name, base.name());
+    assert_eq!(parent, read(&store, "a").as_parent());
     // A chunk that is gone is written once more: what is in it is here.
     let hash = read(&store, "a").index().get(0).unwrap().to_string();
     std::fs::remove_file(store.path().join("chunks").join(&hash[..2]).join(&hash)).unwrap();
     let done = save(&loaded, &store, "c", Some(&base)).unwrap();
     assert_eq!((done.same, done.written), (2, 1));
     assert!(load(&store, "c").0.all() == loaded.all());
+}
+
+/// What was loaded is here, whatever the store has of it.
+#[test]
+fn an_increment_of_what_was_dropped_meanwhile_is_whole() {
+    let (_dir, store) = store();
+    let first = host();
+    first.write(0, 5, REGION);
+    first.write(REGION, 4, REGION);
+    save(&first, &store, "a", None).unwrap();
+    let (loaded, kept) = load(&store, "a");
+    let base = Base::new(&kept, loaded.freeze());
+    let parent = kept.as_parent();
+    drop(kept);
+    loaded.write(77, 6, 1);
+    prune(&store, &["a".parse().unwrap()], Duration::ZERO).unwrap();
+    let done = save(&loaded, &store, "b", Some(&base)).unwrap();
+    assert_eq!((done.same, done.written), (0, 2));
+    let (again, kept) = load(&store, "b");
+    assert!(again.all() == loaded.all());
+    assert_eq!(kept.manifest().parent.as_ref(), Some(&parent));
 }
 
 /// Nor does it hand on what is damaged in the store.

@@ -81,18 +81,12 @@ fn keep_in(
         let store = store.path().to_owned();
         return Err(StoreError::Exists { store, name }.into());
     }
-    if let Some(parent) = args.parent.clone().filter(|parent| !names.contains(parent)) {
-        let store = store.path().to_owned();
-        return Err(StoreError::NoSnapshot {
-            store,
-            name: parent,
-        }
-        .into());
-    }
+    let parent = args.parent.as_ref().map(|parent| store.parent(parent));
+    let parent = parent.transpose()?;
     Ok(Keep {
         store,
         name,
-        parent: args.parent.clone(),
+        parent,
         compression: args.compression(),
         most_a_second: args.rate,
     })

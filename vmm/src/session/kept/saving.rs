@@ -10,7 +10,7 @@ use std::time::Instant;
 use guest::abi::ABI_VERSION;
 use palimpsest::aside::Aside;
 use palimpsest::causes::chain;
-use palimpsest::kept::store::{self, Compression, Saved, SnapshotName, Store, StoreError};
+use palimpsest::kept::store::{self, Compression, Parent, Saved, SnapshotName, Store, StoreError};
 use palimpsest::kept::{self, Base, Progress, SaveError, Saver};
 use palimpsest::memory::Frames;
 use palimpsest::vm::Accelerator;
@@ -30,7 +30,7 @@ pub struct Keep {
     /// Under which name.
     pub name: SnapshotName,
     /// What it is called an increment of, if that is not what the run began with.
-    pub parent: Option<SnapshotName>,
+    pub parent: Option<Parent>,
     /// How chunks are kept.
     pub compression: Compression,
     /// The most bytes of memory a second; nothing: as many as go.

@@ -47,7 +47,7 @@ fn write_to(
 ) {
     let options = SaveOptions {
         compression,
-        parent: parent.map(name),
+        parent: parent.map(|parent| store.parent(&name(parent)).unwrap()),
     };
     let memory = 4096 * numbers.len() as u64;
     let mut saving = Saving::begin(store, &name(named), memory, options).unwrap();

@@ -68,7 +68,7 @@ fn while_an_increment_is_saved() {
         |disk| {
             let store = store_on(&disk)?;
             let options = SaveOptions {
-                parent: Some(name("a")),
+                parent: Some(store.parent(&name("a"))?),
                 ..SaveOptions::default()
             };
             let mut saving = Saving::begin(&store, &name("b"), MEMORY, options)?;

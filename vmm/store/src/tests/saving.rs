@@ -75,7 +75,7 @@ fn an_increment_takes_the_parents_chunks_unread_and_stands_alone() {
     save(&store, "a", &memory(1, 2)).unwrap();
     let parent = store.read(&name("a")).unwrap();
     let options = SaveOptions {
-        parent: Some(name("a")),
+        parent: Some(store.parent(&name("a")).unwrap()),
         ..SaveOptions::default()
     };
     let mut saving = Saving::begin(&store, &name("b"), MEMORY, options).unwrap();
@@ -93,12 +93,33 @@ fn an_increment_takes_the_parents_chunks_unread_and_stands_alone() {
     let pruned = prune(&store, &[name("a")], Duration::ZERO).unwrap();
     assert_eq!((pruned.chunks, pruned.kept), (1, 2));
     assert_eq!(load(&store, "b").unwrap(), memory(1, 9));
-    let orphan = SaveOptions {
-        parent: Some(name("a")),
-        ..SaveOptions::default()
-    };
-    let error = Saving::begin(&store, &name("c"), MEMORY, orphan).unwrap_err();
+    let error = store.parent(&name("a")).unwrap_err();
     assert!(matches!(error, StoreError::NoSnapshot { .. }), "{error}");
+}
+
+/// Whoever has loaded it knows what it was. Another may have its name meanwhile, or none.
+#[test]
+fn a_parent_is_what_was_loaded_and_need_not_be_there_any_more() {
+    let (_dir, store) = on_disk();
+    save(&store, "a", &memory(1, 2)).unwrap();
+    let loaded = store.read(&name("a")).unwrap().as_parent();
+    assert_eq!(store.parent(&name("a")).unwrap(), loaded);
+    prune(&store, &[name("a")], Duration::ZERO).unwrap();
+    for named in ["orphan", "of-another"] {
+        let options = SaveOptions {
+            parent: Some(loaded.clone()),
+            ..SaveOptions::default()
+        };
+        save_with(&store, named, &memory(1, 9), options).unwrap();
+        let child = store.read(&name(named)).unwrap();
+        assert_eq!(child.manifest().parent.as_ref(), Some(&loaded));
+        assert!(wrong(&store, named).is_empty());
+        drop(child);
+        if named == "orphan" {
+            save(&store, "a", &memory(5, 6)).unwrap();
+            assert_ne!(store.parent(&name("a")).unwrap(), loaded);
+        }
+    }
 }
 
 #[test]
