@@ -473,6 +473,50 @@ fn a_run_that_is_over_before_its_first_snapshot_is_saved() {
     }
 }
 
+#[test]
+fn a_damaged_store_is_called_that_by_all_who_look() {
+    let place = place();
+    Store::open_or_create(&place.store()).unwrap();
+    assert_exit(&place.on("verify", ".", &[]), 0);
+    for marker in ["", "x"] {
+        fs::write(place.store().join("store.json"), marker).unwrap();
+        for verb in ["verify", "list"] {
+            let output = place.on(verb, ".", &[]);
+            assert_exit(&output, 1);
+            let said = stderr(&output);
+            assert!(said.contains("its store.json is damaged"), "{verb}: {said}");
+        }
+    }
+}
+
+/// Nothing runs before: it says so at once.
+#[test]
+fn a_save_that_cannot_be_made_is_refused_before_the_run() {
+    if no_kvm() {
+        return;
+    }
+    let place = place();
+    Store::open_or_create(&place.store()).unwrap();
+    fs::write(place.store().join("file"), "x").unwrap();
+    let refused = place.save("file", &[]);
+    assert_exit(&refused, 2);
+    assert!(
+        stderr(&refused).contains("is no snapshot"),
+        "{}",
+        all(&refused)
+    );
+    // As if it could not be written to: root may write anywhere.
+    fs::write(place.store().join("tmp"), "in the way").unwrap();
+    let refused = place.save("warm", &[]);
+    assert_exit(&refused, 1);
+    let said = stderr(&refused);
+    assert!(
+        said.contains("cannot make ") && said.contains("store/tmp/"),
+        "{said}"
+    );
+    assert!(!said.contains("guest: "), "{said}");
+}
+
 /// Killed when so many chunks were written, which is another number each time.
 #[test]
 fn a_run_that_is_killed_while_it_saves_leaves_a_store_as_it_was() {

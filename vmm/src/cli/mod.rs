@@ -138,7 +138,10 @@ impl Failure {
             | Self::FamilyConfig(_)
             | Self::NoScenario { .. }
             | Self::Store(
-                StoreError::Name(_) | StoreError::Exists { .. } | StoreError::Nested { .. },
+                StoreError::Name(_)
+                | StoreError::Exists { .. }
+                | StoreError::InTheWay { .. }
+                | StoreError::Nested { .. },
             )
             | Self::Source(SourceError::Store(StoreError::Name(_)))
             | Self::OutputFile(OutputFileError::Same { .. }) => EXIT_USAGE,

@@ -112,6 +112,15 @@ pub enum StoreError {
         /// The name.
         name: SnapshotName,
     },
+    /// Something is there by that name, and is no snapshot.
+    #[error(
+        "{} is no snapshot, as it has no snapshot.json: choose another name, or move it away if it is nobody's",
+        path.display()
+    )]
+    InTheWay {
+        /// What is there.
+        path: PathBuf,
+    },
     /// Something is no name.
     #[error(transparent)]
     Name(#[from] NameError),
@@ -130,7 +139,7 @@ pub enum StoreError {
     /// It is not known which chunks are wanted.
     #[error(
         "nothing was collected: `{snapshot}` cannot be read, so it is not known which chunks it names (repair \
-         it, or drop it by name)"
+         it, drop it by name, or move it away if it is no snapshot)"
     )]
     Unknown {
         /// The snapshot.

@@ -34,7 +34,7 @@ pub struct Pruned {
 /// Drops the snapshots `names`, and collects what nobody names. Waits `patience` for who uses the store.
 ///
 /// # Errors
-/// If one of `names` is not there: nothing was done then. If somebody uses the store, or it is not known which chunks
+/// If one of `names` is not there, or is no snapshot: nothing was done then. If somebody uses the store, or it is not known which chunks
 /// are wanted, or something cannot be taken away: all that is there is still whole.
 pub fn prune(
     store: &Store,
@@ -49,6 +49,13 @@ pub fn prune(
             store: store.path().to_owned(),
             name: name.clone(),
         });
+    }
+    for name in names {
+        // It is somebody's: nobody has saved it, and what is in it is not known.
+        if !store.has_manifest(name)? {
+            let path = store.directory_of(name);
+            return Err(StoreError::InTheWay { path });
+        }
     }
     let tmp = store.path().join(TMP);
     if !names.is_empty() {
@@ -94,8 +101,6 @@ fn wanted(store: &Store) -> Result<HashSet<Hash>, StoreError> {
     for name in store.names()? {
         match read_held(store, &name) {
             Ok(kept) => wanted.extend(kept.index().iter().map(|(_, hash)| hash)),
-            // An empty directory is nobody's.
-            Err(_) if store.list(&store.directory_of(&name))?.is_empty() => {}
             Err(source) => {
                 return Err(StoreError::Unknown {
                     snapshot: name.to_string(),

@@ -123,10 +123,7 @@ impl Saving {
             return Err(StoreError::NotOfFormat { what });
         }
         let hold = store.hold()?;
-        let names = store.list(store.path())?;
-        if names.iter().any(|(there, _)| there == name.as_str()) {
-            return Err(exists(store, name));
-        }
+        store.is_free_held(name)?;
         let tmp = store.path().join(TMP);
         store.make_dir(&tmp)?;
         store.make_dir(&store.path().join(CHUNKS))?;
@@ -300,7 +297,12 @@ impl Saving {
         if let Err(error) = store.disk().rename(&self.staging, &place) {
             use std::io::ErrorKind::{AlreadyExists, DirectoryNotEmpty, NotADirectory};
             return Err(match error.kind() {
-                AlreadyExists | DirectoryNotEmpty | NotADirectory => exists(&store, &self.name),
+                AlreadyExists | DirectoryNotEmpty | NotADirectory => {
+                    let taken = store.is_free_held(&self.name);
+                    taken
+                        .err()
+                        .unwrap_or_else(|| store.file("name", &place)(error))
+                }
                 _ => store.file("name", &place)(error),
             });
         }
@@ -311,13 +313,6 @@ impl Saving {
         }
         self.is_named = true;
         Ok(self.saved)
-    }
-}
-
-fn exists(store: &Store, name: &SnapshotName) -> StoreError {
-    StoreError::Exists {
-        store: store.path().to_owned(),
-        name: name.clone(),
     }
 }
 

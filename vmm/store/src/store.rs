@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use crate::disk::{self, Disk, File, Host, Kind, Lock, Locked};
 use crate::error::StoreError;
 use crate::name::SnapshotName;
+use crate::save::MANIFEST;
 
 /// The file that says that a directory is a store.
 const MARKER: &str = "store.json";
@@ -62,6 +63,12 @@ impl Store {
     /// If there is none, or one of another version.
     pub fn open(path: &Path) -> Result<Self, StoreError> {
         Self::open_on(path, Arc::new(Host))
+    }
+
+    /// Whether there is something at `path` that says it is a store, good or not.
+    pub fn is_marked(path: &Path) -> bool {
+        // What cannot be found out is found by who opens it.
+        matches!(Host.len(&path.join(MARKER)), Ok(Some(_)))
     }
 
     /// The same, which is made if there is nothing at `path`, or an empty directory.
@@ -184,18 +191,63 @@ impl Store {
         }
     }
 
-    /// The names of its snapshots, in order: whatever is there by such a name, whole or not.
+    /// The names of its snapshots, in order: every directory by such a name that is not empty, whole or not.
     ///
     /// # Errors
     /// If it cannot be looked into.
     pub fn names(&self) -> Result<Vec<SnapshotName>, StoreError> {
+        let mut names = Vec::new();
+        for (name, kind) in self.list(&self.path)? {
+            let (Ok(name), Kind::Directory) = (name.parse(), kind) else {
+                continue;
+            };
+            // What cannot be looked into may be one. What is not there any more is dropped at this moment.
+            let inside = self.list_if_there(&self.directory_of(&name));
+            if !inside.is_ok_and(|inside| inside.is_empty()) {
+                names.push(name);
+            }
+        }
+        Ok(names)
+    }
+
+    /// Whether `name` could be saved now: nothing is there by it but an empty directory, and files can be made. It is
+    /// for who has much to do before a save, which looks once more.
+    ///
+    /// # Errors
+    /// If not.
+    pub fn may_save(&self, name: &SnapshotName) -> Result<(), StoreError> {
+        let _hold = self.hold()?;
+        self.is_free_held(name)?;
+        let tmp = self.path.join(TMP);
+        self.make_dir(&tmp)?;
+        let probe = tmp.join(format!("{name}.{}", fresh_suffix()));
+        let made = self.disk.make_dir(&probe);
+        made.map_err(self.file("make", &probe))?;
+        let removed = self.disk.remove_dir(&probe);
+        removed.map_err(self.file("take away", &probe))
+    }
+
+    /// The same of the name alone, for who holds the store.
+    pub(crate) fn is_free_held(&self, name: &SnapshotName) -> Result<(), StoreError> {
         let names = self.list(&self.path)?;
-        let directories = names
-            .into_iter()
-            .filter(|(_, kind)| *kind == Kind::Directory);
-        Ok(directories
-            .filter_map(|(name, _)| name.parse().ok())
-            .collect())
+        let there = names.iter().find(|(there, _)| there == name.as_str());
+        let path = self.directory_of(name);
+        match there {
+            None => Ok(()),
+            Some((_, Kind::Directory)) if self.list_if_there(&path)?.is_empty() => Ok(()),
+            Some((_, Kind::Directory)) if self.has_manifest(name)? => Err(StoreError::Exists {
+                store: self.path.clone(),
+                name: name.clone(),
+            }),
+            Some(_) => Err(StoreError::InTheWay { path }),
+        }
+    }
+
+    /// Whether a snapshot was saved by that name, whole or not.
+    pub(crate) fn has_manifest(&self, name: &SnapshotName) -> Result<bool, StoreError> {
+        let path = self.directory_of(name).join(MANIFEST);
+        let len = self.disk.len(&path).map_err(self.file("look at", &path))?;
+        Ok(len.is_some())
     }
 
     /// The directory of a snapshot.

@@ -189,7 +189,7 @@ pub(super) fn verify(args: &VerifyArgs, screen: &Screen) -> Result<Verdict, Fail
             let names = store.names()?;
             (store, names)
         }
-        Err(StoreError::NoStore { .. }) => {
+        Err(StoreError::NoStore { .. }) if !Store::is_marked(&args.path) => {
             let (path, name) = locate(&args.path)?;
             let store = Store::open(&path)?;
             if !store.names()?.contains(&name) {

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use palimpsest::host::Limits;
-use palimpsest::kept::store::{Store, StoreError, locate};
+use palimpsest::kept::store::{Store, locate};
 
 use super::args::{KeepingArgs, LoadArgs, RunKeptArgs, SaveArgs};
 use super::transfer::Transfer;
@@ -70,17 +70,14 @@ fn prepare_report(path: Option<&Path>) -> Result<Option<OutputFile>, Failure> {
     Ok(file.transpose()?)
 }
 
-/// Where a snapshot is to be saved: its name is free, and its parent there.
+/// Where a snapshot is to be saved: its name is free, its parent there, and the store can be written to. Found out now
+/// and not after minutes of running.
 fn keep_in(
     store: Store,
     name: palimpsest::kept::store::SnapshotName,
     args: &KeepingArgs,
 ) -> Result<Keep, Failure> {
-    let names = store.names()?;
-    if names.contains(&name) {
-        let store = store.path().to_owned();
-        return Err(StoreError::Exists { store, name }.into());
-    }
+    store.may_save(&name)?;
     let parent = args.parent.as_ref().map(|parent| store.parent(parent));
     let parent = parent.transpose()?;
     Ok(Keep {

@@ -126,6 +126,36 @@ fn a_save_that_is_refused_once_leaves_no_name_and_no_file() {
 }
 
 #[test]
+fn looking_whether_a_save_may_begin() {
+    walk(
+        || with_a().0,
+        |disk| store_on(&disk)?.may_save(&name("b")),
+        |disk, _, what| {
+            let store = whole(disk);
+            assert_eq!(store.names().unwrap(), [name("a")], "{what}");
+            prune(&store, &[], Duration::ZERO).unwrap();
+            assert!(leftovers(&store).unwrap().is_empty(), "{what}");
+        },
+    );
+    // What is found at once is what a save would find late.
+    let (disk, store) = with_a();
+    store.may_save(&name("b")).unwrap();
+    assert!(leftovers(&store).unwrap().is_empty());
+    let error = store.may_save(&name("a")).unwrap_err();
+    assert!(matches!(error, StoreError::Exists { .. }), "{error}");
+    let mut refused = 0;
+    for at in 0.. {
+        let faulty = FaultyDisk::new(&disk, at, Fault::Always(EROFS));
+        let store = Store::open_on(Path::new("/store"), Arc::clone(&faulty) as _);
+        match store.and_then(|store| store.may_save(&name("b"))) {
+            Ok(()) => break,
+            Err(_) => refused += 1,
+        }
+    }
+    assert!(refused > 4, "{refused}");
+}
+
+#[test]
 fn reading() {
     walk(
         || with_a().0,

@@ -135,6 +135,42 @@ fn names_that_are_there_are_refused_early_and_late() {
     assert!(leftovers(&store).unwrap().is_empty());
 }
 
+/// Only a directory that is not empty is a snapshot; only what was saved is dropped.
+#[test]
+fn what_is_no_snapshot_is_neither_listed_nor_dropped_nor_replaced() {
+    let (_dir, store) = on_disk();
+    save(&store, "a", &memory(1, 2)).unwrap();
+    let at = |name: &str| store.path().join(name);
+    std::fs::create_dir(at("empty")).unwrap();
+    std::fs::write(at("file"), "x").unwrap();
+    std::os::unix::fs::symlink("nowhere", at("link")).unwrap();
+    assert_eq!(store.names().unwrap(), [name("a")]);
+    assert_eq!(crate::list::list(&store).unwrap().len(), 1);
+    let error = prune(&store, &[name("empty")], Duration::ZERO).unwrap_err();
+    assert!(matches!(error, StoreError::NoSnapshot { .. }), "{error}");
+    std::fs::create_dir(at("notes")).unwrap();
+    std::fs::write(at("notes/mine"), "x").unwrap();
+    let error = prune(&store, &[name("a"), name("notes")], Duration::ZERO).unwrap_err();
+    assert!(
+        matches!(&error, StoreError::InTheWay { path } if *path == at("notes")),
+        "{error}"
+    );
+    assert!(at("notes/mine").exists() && at("a").exists());
+    for taken in ["file", "link", "notes"] {
+        let late = store.may_save(&name(taken)).unwrap_err();
+        let error = save(&store, taken, &memory(1, 2)).unwrap_err();
+        for error in [late, error] {
+            assert!(matches!(error, StoreError::InTheWay { .. }), "{error}");
+        }
+    }
+    let error = store.may_save(&name("a")).unwrap_err();
+    assert!(matches!(error, StoreError::Exists { .. }), "{error}");
+    // An empty one is in nobody's way.
+    store.may_save(&name("empty")).unwrap();
+    save(&store, "empty", &memory(3, 4)).unwrap();
+    assert_eq!(load(&store, "empty").unwrap(), memory(3, 4));
+}
+
 #[test]
 fn a_directory_of_somebody_else_is_no_store() {
     let dir = tempfile::tempdir().unwrap();
