@@ -473,6 +473,26 @@ fn a_run_that_is_over_before_its_first_snapshot_is_saved() {
     }
 }
 
+/// Flags of a save without a save are a mistake; and what is always refused is not offered.
+#[test]
+fn flags_that_would_do_nothing_are_refused_and_not_offered() {
+    let place = place();
+    for flags in [&["--parent", "a"][..], &["--zstd"], &["--rate", "1M"]] {
+        let refused = place.on("run", "warm", flags);
+        assert_exit(&refused, 2);
+        assert!(stderr(&refused).contains("--save"), "{}", all(&refused));
+        // With it they are taken, and it is the store that is missing.
+        let missing = place.on("run", "warm", &[flags, &["--save", "b"]].concat());
+        assert_exit(&missing, 1);
+    }
+    let help = stdout(&vmm(&["snapshot", "save", "--help"]).output().unwrap());
+    assert!(
+        help.contains("--seed") && !help.contains("--inject <"),
+        "{help}"
+    );
+    assert!(help.contains("but --trace and --inject"), "{help}");
+}
+
 #[test]
 fn a_damaged_store_is_called_that_by_all_who_look() {
     let place = place();

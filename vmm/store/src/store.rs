@@ -44,7 +44,9 @@ pub fn locate(path: &Path) -> Result<(PathBuf, SnapshotName), StoreError> {
     let name = path
         .file_name()
         .map(|name| name.to_string_lossy().into_owned());
-    let name: SnapshotName = name.unwrap_or_default().parse()?;
+    // What has no name at its end is shown as it is.
+    let name = name.unwrap_or_else(|| path.display().to_string());
+    let name: SnapshotName = name.parse()?;
     Ok((parent_of(path).to_owned(), name))
 }
 

@@ -38,9 +38,10 @@ pub(super) enum Verb {
 
 /// Run a guest, and save its last snapshot while it runs on
 ///
-/// Takes the flags of a run. When that is over the snapshot that was taken last is saved, beside the running guest, and
+/// Takes the flags of a run, but --trace and --inject: what a fault has spoilt is not kept. When that is over the snapshot that was taken last is saved, beside the running guest, and
 /// the run ends when it is durable. A store that is not there is made.
 #[derive(Debug, clap::Args)]
+#[command(mut_arg("inject", |arg| arg.hide(true)))]
 pub(super) struct SaveArgs {
     /// Where to save it
     #[arg(value_name = "STORE/NAME", conflicts_with = "inject")]
@@ -99,6 +100,11 @@ impl KeepingArgs {
 /// The guest runs on where it was saved, with a generation of its own: what two runs of one snapshot draw as random
 /// numbers differs. What memory must hold is known from what was saved with it.
 #[derive(Debug, clap::Args)]
+#[command(
+    mut_arg("parent", |arg| arg.requires("save")),
+    mut_arg("zstd", |arg| arg.requires("save")),
+    mut_arg("rate", |arg| arg.requires("save"))
+)]
 pub(super) struct RunKeptArgs {
     /// The snapshot to run
     #[arg(value_name = "STORE/NAME")]

@@ -10,6 +10,7 @@ use super::args::{KeepingArgs, LoadArgs, RunKeptArgs, SaveArgs};
 use super::transfer::Transfer;
 use crate::accel::Accel;
 use crate::cli::output_file::OutputFile;
+use crate::cli::report_text::plural;
 use crate::cli::screen::Screen;
 use crate::cli::status::Status;
 use crate::cli::units::{bytes, count, micros};
@@ -147,7 +148,7 @@ fn render(checked: &CheckedKept, accel: Accel) -> String {
         (0, false) => {
             "whole; its guest follows no formula by which more could be checked".to_owned()
         }
-        (violations, _) => format!("VIOLATED: {violations} violations"),
+        (violations, _) => format!("VIOLATED: {}", plural(violations as u64, "violation")),
     };
     let mut text = format!("{}: {what}\n\n", loaded.name);
     for (name, value) in [

@@ -398,6 +398,10 @@ fn a_path_is_a_store_and_a_name() {
     for none in ["", "/", "..", "s/..", "s/chunks", "s/a b"] {
         assert!(located(none).is_err(), "{none}");
     }
+    for none in ["/", "..", "s/.."] {
+        let error = located(none).unwrap_err().to_string();
+        assert!(error.starts_with(&format!("`{none}` cannot")), "{error}");
+    }
 }
 
 #[test]
