@@ -43,8 +43,8 @@ pub enum StoreError {
         /// What is wrong.
         what: String,
     },
-    /// A manifest makes no sense.
-    #[error("{} makes no sense", path.display())]
+    /// A manifest is of a version that is not known here, or makes no sense.
+    #[error("{} cannot be read", path.display())]
     Manifest {
         /// The file.
         path: PathBuf,

@@ -12,8 +12,8 @@ use crate::vm::By;
 pub enum Refusal {
     /// Something else ran its vCPUs.
     #[error(
-        "its vcpus were run by {theirs}, and here they would be by {ours}: they have not the same registers \
-         (load it with --accel {theirs})"
+        "its vcpus were run by {theirs}, and here they would be by {ours}: they have not the same registers{}",
+        advice(theirs)
     )]
     Accelerator {
         /// What did.
@@ -49,6 +49,14 @@ pub enum Refusal {
     /// KVM does not say what it can do.
     #[error("cannot find out what can be set here")]
     Kvm(#[from] KvmError),
+}
+
+/// What was saved may say anything: only what there is is advised.
+fn advice(theirs: &str) -> String {
+    match theirs {
+        "kvm" | "user" => format!("; it runs on under {theirs} only"),
+        _ => String::new(),
+    }
 }
 
 fn in_hex(numbers: &[u32]) -> String {

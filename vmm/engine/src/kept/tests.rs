@@ -157,6 +157,17 @@ fn an_increment_reads_what_was_written_since_and_is_whole() {
     assert!(load(&store, "c").0.all() == loaded.all());
 }
 
+/// What a store says is not made a flag that there is not.
+#[test]
+fn only_an_accelerator_that_there_is_is_advised() {
+    let said = |theirs: &str| {
+        let (theirs, ours) = (theirs.to_owned(), StateKind::Kvm);
+        Refusal::Accelerator { theirs, ours }.to_string()
+    };
+    assert!(said("user").ends_with("; it runs on under user only"));
+    assert!(said("foo").ends_with("they have not the same registers"));
+}
+
 /// What was loaded is here, whatever the store has of it.
 #[test]
 fn an_increment_of_what_was_dropped_meanwhile_is_whole() {

@@ -41,13 +41,13 @@ pub enum CloneError {
         source: StateError,
     },
     /// Devices could not become what they were.
-    #[error("cannot restore the devices of the clone")]
+    #[error("cannot restore the devices from the snapshot")]
     Devices(#[source] Cause),
     /// The last changes to its memory could not be made.
     #[error("cannot tell the clone who it is")]
     Identity(#[source] Cause),
     /// vCPUs could not be set or started.
-    #[error("cannot start the vcpus of the clone")]
+    #[error("cannot start the vcpus from the snapshot")]
     Vcpus(#[from] KvmError),
 }
 

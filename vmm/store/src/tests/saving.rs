@@ -171,6 +171,20 @@ fn what_is_no_snapshot_is_neither_listed_nor_dropped_nor_replaced() {
     assert_eq!(load(&store, "empty").unwrap(), memory(3, 4));
 }
 
+/// It is not damaged: who has a later program can read it.
+#[test]
+fn a_snapshot_of_a_later_version_is_refused_by_that() {
+    let (_dir, store) = on_disk();
+    save(&store, "a", &memory(1, 2)).unwrap();
+    let path = store.path().join("a/snapshot.json");
+    let text = std::fs::read_to_string(&path).unwrap();
+    std::fs::write(&path, text.replace("\"version\": 1", "\"version\": 2")).unwrap();
+    let error = store.read(&name("a")).unwrap_err();
+    let why = std::error::Error::source(&error).unwrap().to_string();
+    assert!(error.to_string().ends_with("cannot be read"), "{error}");
+    assert!(why.starts_with("it is version 2"), "{why}");
+}
+
 #[test]
 fn a_directory_of_somebody_else_is_no_store() {
     let dir = tempfile::tempdir().unwrap();
