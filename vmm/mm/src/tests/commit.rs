@@ -3,6 +3,7 @@
 use std::sync::Mutex;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread;
+use std::time::Duration;
 
 use super::super::allocator::Allocator;
 use super::super::fresh::FreshFolio;
@@ -423,16 +424,21 @@ fn what_the_host_is_asked_for_is_not_left_over() {
     let (pool, asks, answer) = slow_pool(60);
     thread::scope(|scope| {
         let provider = scope.spawn(|| pool.provide());
-        for _ in 0..2 {
-            let (first, count) = asks.recv().unwrap();
-            assert!(pool.is_allocated(first) && count > 0);
-            assert_eq!(pool.leftovers(9), []);
+        // Looked at when the host has answered, or nobody would.
+        let seen = [(); 2].map(|()| {
+            let (first, _) = asks.recv().unwrap();
+            let seen = (pool.is_allocated(first), pool.leftovers(9));
             answer.send(true).unwrap();
-        }
+            seen
+        });
         provider.join().unwrap();
+        assert_eq!(seen, [(true, vec![]), (true, vec![])]);
         assert_eq!(pool.leftovers(9), []);
     });
 }
+
+/// Longer than it takes to wake a thread on any host.
+const LONG: Duration = Duration::from_secs(60);
 
 /// Whoever fills it sleeps while there is enough, and is woken when there is not, and when it is over.
 #[test]
@@ -447,12 +453,17 @@ fn who_fills_the_stock_waits_for_something_to_do() {
                 done.send(in_stock(&keeper)).unwrap();
             }
         });
-        let hear = |want| while pieces.recv().unwrap() != want {};
-        hear(20);
+        // If it sleeps for ever it is ended all the same.
+        let heard = || {
+            let mut said = std::iter::from_fn(|| pieces.recv_timeout(LONG).ok());
+            said.any(|there| there == 20)
+        };
+        let first = heard();
         let taken = folios(&pool, 1);
-        hear(20);
+        let second = heard();
         pool.close_stock();
         keeper.join().unwrap();
+        assert_eq!((first, second), (true, true));
         drop((used, taken));
     });
 }
