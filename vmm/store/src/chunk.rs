@@ -61,7 +61,7 @@ pub(crate) fn write(
             let len = file.set_len(content.len() as u64);
             len.map_err(store.file("set the length of", path))?;
             let mut written = 0;
-            for (offset, run) in runs(content) {
+            for (offset, run) in data_runs(content) {
                 disk::write_all(&*file, offset as u64, run).map_err(at)?;
                 written += run.len();
             }
@@ -77,8 +77,9 @@ pub(crate) fn write(
     Ok((file, written as u64))
 }
 
-/// The longest runs of pages that are not zeros, and where they are.
-fn runs(content: &[u8]) -> impl Iterator<Item = (usize, &[u8])> {
+/// The longest runs of pages of 4 KiB that are not zeros, and where they are, in bytes: what of a region takes
+/// room, on disk and in memory.
+pub fn data_runs(content: &[u8]) -> impl Iterator<Item = (usize, &[u8])> {
     let mut at = 0;
     std::iter::from_fn(move || {
         let is_zero = |at: usize| is_zero(&content[at..content.len().min(at + PAGE)]);
@@ -203,13 +204,15 @@ mod tests {
     #[test]
     fn runs_are_all_that_is_not_zero() {
         let mut content = vec![0; 10 * PAGE + 100];
-        assert_eq!(runs(&content).count(), 0);
+        assert_eq!(data_runs(&content).count(), 0);
         assert!(is_zero(&content));
         content[PAGE] = 1;
         content[3 * PAGE - 1] = 1;
         content[5 * PAGE + 7] = 1;
         content[10 * PAGE + 99] = 1;
-        let found: Vec<_> = runs(&content).map(|(at, run)| (at, run.len())).collect();
+        let found: Vec<_> = data_runs(&content)
+            .map(|(at, run)| (at, run.len()))
+            .collect();
         assert_eq!(
             found,
             [(PAGE, 2 * PAGE), (5 * PAGE, PAGE), (10 * PAGE, 100)]

@@ -72,7 +72,7 @@ mod store;
 mod tests;
 mod verify;
 
-pub use self::chunk::CHUNK_BYTES;
+pub use self::chunk::{CHUNK_BYTES, data_runs};
 pub use self::diff::{Difference, diff};
 pub use self::error::StoreError;
 pub use self::hash::Hash;

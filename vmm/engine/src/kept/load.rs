@@ -4,10 +4,10 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::save::{DEVICE, Progress, VCPU, part_name};
-use super::store::{CHUNK_BYTES, Kept, Saved, StoreError};
+use super::store::{CHUNK_BYTES, Kept, Saved, StoreError, data_runs};
 use crate::host::{Ram, RamError};
 use crate::kvm::MAX_VCPUS;
-use crate::mm::{Frozen, PAGE_SIZE};
+use crate::mm::Frozen;
 use crate::saved;
 use crate::snapshot::Snapshot;
 use crate::timeline::span;
@@ -84,7 +84,8 @@ pub fn fill(
         }
         let content = &mut content[..kept.index().region_bytes(region) as usize];
         kept.region(region, content)?;
-        for (offset, run) in runs(content) {
+        // Zeros take no frames.
+        for (offset, run) in data_runs(content) {
             let gpa = region * CHUNK_BYTES + offset as u64;
             let written = ram.write(gpa, run);
             written.map_err(|source| LoadError::Memory { gpa, source })?;
@@ -97,27 +98,6 @@ pub fn fill(
         saved: Saved::default(),
     });
     Ok(())
-}
-
-/// The longest runs of pages that are not zeros, and where they are: zeros take no frames.
-fn runs(content: &[u8]) -> impl Iterator<Item = (usize, &[u8])> {
-    const PAGE: usize = PAGE_SIZE as usize;
-    const ZEROS: [u8; PAGE] = [0; PAGE];
-    let mut at = 0;
-    std::iter::from_fn(move || {
-        let is_zero = |at: usize| {
-            let page = &content[at..content.len().min(at + PAGE)];
-            page == &ZEROS[..page.len()]
-        };
-        while at < content.len() && is_zero(at) {
-            at += PAGE;
-        }
-        let first = at;
-        while at < content.len() && !is_zero(at) {
-            at += PAGE;
-        }
-        (first < at).then(|| (first, &content[first..at.min(content.len())]))
-    })
 }
 
 /// What `kept` is a snapshot of, with memory that was filled with it: what a VM is started from. The states in it
