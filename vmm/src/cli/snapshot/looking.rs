@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 use std::io;
 use std::path::Path;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 
 use palimpsest::causes::chain;
@@ -204,17 +204,8 @@ pub(super) fn verify(args: &VerifyArgs, screen: &Screen) -> Result<Verdict, Fail
     let (began, mut right) = (Instant::now(), HashSet::new());
     let (mut wrong, mut snapshots, mut text) = (0, Vec::new(), String::new());
     for name in &names {
-        let mut transfer = Transfer::default();
-        let verified = store::verify(&store, name, &mut right, &mut |done, all| {
-            let progress = Progress {
-                done: done * CHUNK_BYTES,
-                bytes: all * CHUNK_BYTES,
-                elapsed: began.elapsed(),
-                ..Progress::default()
-            };
-            transfer.tell("verifying", &progress, screen);
-            !stop.load(Ordering::Relaxed)
-        });
+        let mut watch = watch_chunks("verifying", began, &stop, screen);
+        let verified = store::verify(&store, name, &mut right, &mut watch);
         screen.clear_block();
         let verified = verified?;
         wrong += verified.wrong.len();
@@ -258,17 +249,8 @@ pub(super) fn verify(args: &VerifyArgs, screen: &Screen) -> Result<Verdict, Fail
 pub(super) fn diff(args: &DiffArgs, screen: &Screen) -> Result<Verdict, Failure> {
     let [one, other] = [read(&args.one)?, read(&args.other)?];
     let stop = interrupt::stop_flag().map_err(Failure::Signals)?;
-    let (began, mut transfer) = (Instant::now(), Transfer::default());
-    let found = store::diff(&one, &other, &mut |done, all| {
-        let progress = Progress {
-            done: done * CHUNK_BYTES,
-            bytes: all * CHUNK_BYTES,
-            elapsed: began.elapsed(),
-            ..Progress::default()
-        };
-        transfer.tell("comparing", &progress, screen);
-        !stop.load(Ordering::Relaxed)
-    });
+    let mut watch = watch_chunks("comparing", Instant::now(), &stop, screen);
+    let found = store::diff(&one, &other, &mut watch);
     screen.clear_block();
     let found = found?;
     let text = match args.json {
@@ -294,6 +276,26 @@ pub(super) fn diff(args: &DiffArgs, screen: &Screen) -> Result<Verdict, Failure>
     };
     print(&text).map_err(Failure::Print)?;
     Ok(Verdict::Ok)
+}
+
+/// Tells how many chunks are done, of how many, since `began`; and says whether to go on.
+fn watch_chunks<'a>(
+    what: &'a str,
+    began: Instant,
+    stop: &'a AtomicBool,
+    screen: &'a Screen,
+) -> impl FnMut(u64, u64) -> bool + 'a {
+    let mut transfer = Transfer::default();
+    move |done, all| {
+        let progress = Progress {
+            done: done * CHUNK_BYTES,
+            bytes: all * CHUNK_BYTES,
+            elapsed: began.elapsed(),
+            ..Progress::default()
+        };
+        transfer.tell(what, &progress, screen);
+        !stop.load(Ordering::Relaxed)
+    }
 }
 
 #[cfg(test)]
