@@ -332,7 +332,7 @@ impl Allocator {
         };
         let run = self.folio.index(first.0) as u64;
         if missing > 0 && !is_home && !(self.whole.get(run) && self.ready.get(run)) {
-            self.stock.is_late(count.div_ceil(self.folio.pages()));
+            self.stock.note_late(count.div_ceil(self.folio.pages()));
         }
         let is_run = count == self.folio.pages() && self.folio.floor(first.0) == first.0;
         let claim = Claim {
@@ -397,7 +397,7 @@ impl Allocator {
     pub(super) fn refuse(&mut self, claim: Claim) {
         let claim = self.without_ahead(claim);
         if claim.count == 0 {
-            self.stock.is_refused();
+            self.stock.note_refused();
         }
         let Claim { first, count, .. } = claim;
         self.end_transit(first, count);
@@ -441,7 +441,6 @@ impl Allocator {
     /// A snapshot is about to be taken: what may go back to the host of what is in stock.
     pub(super) fn take_surplus(&mut self) -> Vec<Surplus> {
         let surplus = self.stock.look();
-        self.stock.goes_back(surplus);
         // What is used next is at the other end.
         let idle: Vec<_> = self.whole.iter_common(&self.ready).collect();
         let runs = &idle[idle.len() - surplus as usize..];

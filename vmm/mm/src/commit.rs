@@ -194,7 +194,7 @@ impl Supply {
     pub(super) fn stock_up(&self) -> bool {
         let mut allocator = self.lock();
         let Some(claim) = allocator.prepare_stock() else {
-            allocator.stock_mut().is_refused();
+            allocator.stock_mut().note_refused();
             return false;
         };
         drop(allocator);

@@ -21,6 +21,23 @@ const PART: u64 = 4;
 /// The most that is kept in stock, in runs: 256 MiB.
 const MOST: u64 = 128;
 
+/// What is known of how many runs are needed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Learnt {
+    /// Nothing: there was no look yet.
+    #[default]
+    Nothing,
+    /// Nothing: there was one, so the copies for the first snapshot are being made.
+    FirstSnapshot,
+    /// What was between the last two.
+    Interval {
+        /// Runs that were wanted at once.
+        taken: u64,
+        /// How many of them had not come back by its end.
+        kept: u64,
+    },
+}
+
 /// How many runs are in stock, and were.
 #[derive(Debug, Default)]
 pub(super) struct Stock {
@@ -32,11 +49,7 @@ pub(super) struct Stock {
     out: i64,
     /// The most that was.
     most_out: i64,
-    /// How many were wanted at once between the last two looks, if there were two.
-    taken: Option<u64>,
-    /// How many of them had not come back by the second of these.
-    kept: u64,
-    looks: u64,
+    learnt: Learnt,
     /// It cannot be filled: the host has refused, or there is no run for it. Not tried again before the next
     /// look.
     is_refused: bool,
@@ -58,7 +71,7 @@ impl Stock {
             (true, false) => {
                 self.runs -= 1;
                 self.least = self.least.min(self.runs);
-                self.is_out(1);
+                self.note_out(1);
             }
             (false, true) => {
                 self.runs += 1;
@@ -73,23 +86,18 @@ impl Stock {
         self.out += runs as i64;
     }
 
-    /// So many runs go to the host next.
-    pub(super) fn goes_back(&mut self, runs: u64) {
-        self.out -= runs as i64;
-    }
-
     /// Somebody has to wait for the memory of so many runs.
-    pub(super) fn is_late(&mut self, runs: u64) {
-        self.is_out(runs as i64);
+    pub(super) fn note_late(&mut self, runs: u64) {
+        self.note_out(runs as i64);
     }
 
-    fn is_out(&mut self, runs: i64) {
+    fn note_out(&mut self, runs: i64) {
         self.out += runs;
         self.most_out = self.most_out.max(self.out);
     }
 
     /// There is no memory for more, or no run.
-    pub(super) fn is_refused(&mut self) {
+    pub(super) fn note_refused(&mut self) {
         self.is_refused = true;
     }
 
@@ -103,35 +111,47 @@ impl Stock {
 
     /// How many there will be at the next look, if as many come back as did before the last.
     fn expected(&self) -> u64 {
-        // What is out before the first snapshot is whose it is.
-        let out = u64::try_from(self.out).ok().filter(|_| self.looks > 0);
-        self.runs + out.unwrap_or(0).saturating_sub(self.kept)
+        let kept = match self.learnt {
+            // What is out before the first snapshot is whose it is.
+            Learnt::Nothing => return self.runs,
+            Learnt::FirstSnapshot => 0,
+            Learnt::Interval { kept, .. } => kept,
+        };
+        self.runs + self.still_out().saturating_sub(kept)
     }
 
     fn aim(&self, in_use: u64) -> u64 {
-        let aim = match (self.taken, self.looks) {
-            (Some(taken), _) => taken,
-            (None, 0) => in_use / PART,
-            // Its copies are being made, and should not have to share memory's bandwidth with more for others.
-            (None, _) => COMMIT_FOLIOS,
+        let aim = match self.learnt {
+            Learnt::Nothing => in_use / PART,
+            // They should not have to share memory's bandwidth with more for others.
+            Learnt::FirstSnapshot => COMMIT_FOLIOS,
+            Learnt::Interval { taken, .. } => taken,
         };
         aim.min(MOST)
     }
 
-    /// A snapshot is about to be taken: how many runs may go back to the host. They were in stock ever since
-    /// the last look, and are more than what was taken meanwhile.
+    /// How many were taken since the last look and have not come back.
+    fn still_out(&self) -> u64 {
+        u64::try_from(self.out).unwrap_or(0)
+    }
+
+    /// A snapshot is about to be taken: how many runs go to the host next. They were in stock ever since the
+    /// last look, and are more than what was taken meanwhile.
     pub(super) fn look(&mut self) -> u64 {
         let taken = self.most_out as u64;
-        // Until the first look the guest had no snapshot that would have needed copies.
-        if self.looks > 0 {
-            self.taken = Some(taken);
-            self.kept = u64::try_from(self.out).unwrap_or(0);
-        }
+        self.learnt = match self.learnt {
+            // There was no snapshot that would have needed copies.
+            Learnt::Nothing => Learnt::FirstSnapshot,
+            Learnt::FirstSnapshot | Learnt::Interval { .. } => Learnt::Interval {
+                taken,
+                kept: self.still_out(),
+            },
+        };
         let beyond = self.runs.saturating_sub(taken.max(COMMIT_FOLIOS));
         let surplus = self.least.saturating_sub(COMMIT_FOLIOS).min(beyond);
         self.least = self.runs - surplus;
-        (self.out, self.most_out) = (0, 0);
-        self.looks += 1;
+        // Nobody takes those that go.
+        (self.out, self.most_out) = (-(surplus as i64), 0);
         self.is_refused = false;
         surplus
     }
@@ -164,7 +184,6 @@ mod tests {
     /// A look, and what goes back to the host then.
     fn look(stock: &mut Stock) -> u64 {
         let surplus = stock.look();
-        stock.goes_back(surplus);
         take(stock, surplus);
         surplus
     }
@@ -189,13 +208,13 @@ mod tests {
         let mut stock = stock(30);
         look(&mut stock);
         take(&mut stock, 20);
-        stock.is_late(3);
+        stock.note_late(3);
         assert_eq!(look(&mut stock), 0);
         assert_eq!(stock.wanted(1000), 23 - 10);
         // What is put there meanwhile does not count, nor what was taken after as much had come back.
         take(&mut stock, 10);
         fill(&mut stock, 4);
-        stock.is_late(15);
+        stock.note_late(15);
         come_back(&mut stock, 9);
         take(&mut stock, 9);
         look(&mut stock);
@@ -242,7 +261,7 @@ mod tests {
     #[test]
     fn a_host_that_refuses_is_asked_again_after_the_next_look() {
         let mut stock = stock(0);
-        stock.is_refused();
+        stock.note_refused();
         assert_eq!(stock.wanted(100), 0);
         look(&mut stock);
         assert_eq!(stock.wanted(100), COMMIT_FOLIOS);
