@@ -8,7 +8,9 @@
 //!   that page, before the restore and after;
 //! * other snapshots that shared the frame are given a copy of what it held, as by any break.
 //!
-//! Sharing the snapshot's frame instead would save the copy, and cost a remapping that is far dearer.
+//! Sharing the snapshot's frames instead would save the copies, and cost a remapping that is far dearer: not
+//! for itself, but for what it leaves. A guest of 256 MiB that was rewound so was in 120 mappings, not in a
+//! few, and a fork protects each by itself: 2.3 ms of pause where it had been 0.25 (KVM on PVM).
 
 use std::cell::Cell;
 use std::sync::Arc;

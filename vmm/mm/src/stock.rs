@@ -6,7 +6,9 @@
 //! first snapshot is the one that most guests see; a guest that is never forked pays with that.
 //!
 //! Who fills the stock has time: it is asked for by [`Stock::wanted`], by a thread that works when nobody
-//! else does. What is in the stock beyond that and was there all the time goes back to the host.
+//! else does. What was free over many snapshots, and is more than any of them took, goes back to the host a little
+//! at a time ([`Idle`]): memory that goes is missed by a guest that is rewound, or whose snapshots are dropped, only
+//! now and then.
 
 /// Huge folios' worth of memory that is asked for at a time, where somebody needs less: most of what it costs to
 /// make host memory huge is for the call. And what is kept in stock though nobody takes it.
@@ -20,6 +22,51 @@ pub(super) const FILL_FOLIOS: u64 = 2;
 const PART: u64 = 4;
 /// The most that is kept in stock, in runs: 256 MiB.
 const MOST: u64 = 128;
+
+/// Looks in an epoch of [`Idle`]: memory goes back to the host if nobody needed it for one to two of them.
+pub(super) const EPOCH: u32 = 16;
+
+/// What nobody has needed for a while: over the epoch of looks that is, and the one before it.
+#[derive(Clone, Copy, Debug, Default)]
+struct Idle {
+    looks: u32,
+    /// The least that there was in stock in each, the older first.
+    least: [u64; 2],
+    /// The most that was taken between two looks of each.
+    taken: [u64; 2],
+}
+
+impl Idle {
+    /// Between the last look and this there were at least `least` runs in stock, and `taken` were taken.
+    fn look(&mut self, least: u64, taken: u64) {
+        self.looks += 1;
+        if self.looks == EPOCH {
+            self.looks = 0;
+            self.least = [self.least[1], least];
+            self.taken = [self.taken[1], taken];
+        } else {
+            self.least[1] = self.least[1].min(least);
+            self.taken[1] = self.taken[1].max(taken);
+        }
+    }
+
+    /// Runs that were in stock all the time.
+    fn least(&self) -> u64 {
+        self.least[0].min(self.least[1])
+    }
+
+    /// Runs that were taken at once.
+    fn taken(&self) -> u64 {
+        self.taken[0].max(self.taken[1])
+    }
+
+    /// So many of the runs that were in stock no longer are, by our own doing.
+    fn has_gone(&mut self, runs: u64) {
+        self.least
+            .iter_mut()
+            .for_each(|least| *least = least.saturating_sub(runs));
+    }
+}
 
 /// What is known of how many runs are needed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -45,6 +92,7 @@ pub(super) struct Stock {
     runs: u64,
     /// The least that there were since the last look.
     least: u64,
+    idle: Idle,
     /// How many more were taken than came back since the last look, from here or past it.
     out: i64,
     /// The most that was.
@@ -135,8 +183,8 @@ impl Stock {
         u64::try_from(self.out).unwrap_or(0)
     }
 
-    /// A snapshot is about to be taken: how many runs go to the host next. They were in stock ever since the
-    /// last look, and are more than what was taken meanwhile.
+    /// A snapshot is about to be taken: how many runs go to the host next, a few at a time. They were in stock for
+    /// at least an epoch, and are more than what was taken between any two looks of that.
     pub(super) fn look(&mut self) -> u64 {
         let taken = self.most_out as u64;
         self.learnt = match self.learnt {
@@ -147,8 +195,13 @@ impl Stock {
                 kept: self.still_out(),
             },
         };
-        let beyond = self.runs.saturating_sub(taken.max(COMMIT_FOLIOS));
-        let surplus = self.least.saturating_sub(COMMIT_FOLIOS).min(beyond);
+        self.idle.look(self.least, taken);
+        let beyond = self
+            .runs
+            .saturating_sub(self.idle.taken().max(COMMIT_FOLIOS));
+        let idle = self.idle.least().saturating_sub(COMMIT_FOLIOS);
+        let surplus = idle.min(beyond).min(COMMIT_FOLIOS);
+        self.idle.has_gone(surplus);
         self.least = self.runs - surplus;
         // Nobody takes those that go.
         (self.out, self.most_out) = (-(surplus as i64), 0);
@@ -247,15 +300,33 @@ mod tests {
     }
 
     #[test]
-    fn what_nobody_took_goes_but_for_what_is_taken_at_a_time() {
+    fn what_nobody_took_goes_a_few_at_a_time() {
         let mut stock = stock(50);
-        assert_eq!(look(&mut stock), 0, "it came since the last look");
-        take(&mut stock, 20);
-        // They are the snapshot's, which keeps them: the next will need as many.
-        assert_eq!(look(&mut stock), 10);
-        // What has gone back to the host was not taken.
-        assert_eq!(look(&mut stock), 20 - COMMIT_FOLIOS);
-        assert_eq!(stock.wanted(100), 0);
+        // The first look ends a time in which there was less.
+        for n in 1..2 * EPOCH {
+            assert_eq!(look(&mut stock), 0, "look {n}");
+        }
+        let went = [(); 7].map(|()| look(&mut stock));
+        assert_eq!(went, [8, 8, 8, 8, 8, 2, 0], "all but COMMIT_FOLIOS");
+        assert_eq!((stock.runs(), stock.wanted(100)), (COMMIT_FOLIOS, 0));
+    }
+
+    #[test]
+    fn what_is_taken_now_and_then_stays() {
+        let mut stock = stock(30 + COMMIT_FOLIOS);
+        let went = |stock: &mut Stock| -> u64 {
+            let looks = (0..4 * EPOCH).map(|n| {
+                if n % EPOCH == 0 {
+                    take(stock, 30);
+                    come_back(stock, 30);
+                }
+                look(stock)
+            });
+            looks.sum()
+        };
+        assert_eq!(went(&mut stock), 0);
+        fill(&mut stock, 20);
+        assert_eq!(went(&mut stock), 20, "what is beyond that");
     }
 
     #[test]
