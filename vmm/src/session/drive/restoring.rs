@@ -39,6 +39,7 @@ impl Drive<'_> {
         let (ram, layout) = (self.vm.ram().clone(), self.vm.layout);
         let pool = Arc::clone(self.vm.frames().pool());
         let original = snapshot.incarnation().unwrap_or(&self.vm.incarnation);
+        let stall = &mut self.stall;
         let (mut wrong, mut begun) = (None, None);
         let restored = self.vm.parts().restore(snapshot.taken(), || {
             // Before anything is written: it is all the snapshot's.
@@ -48,6 +49,7 @@ impl Drive<'_> {
             {
                 tracing::warn!(%error, "cannot inject a stale page");
             }
+            stall.rewound(&ram);
             begun = Some(self.vm.begin_copy(original, self.config)?);
             Ok(())
         });
