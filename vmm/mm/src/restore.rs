@@ -76,6 +76,52 @@ impl<P: CowPolicy> AddressSpace<P> {
         Ok(())
     }
 
+    /// Does what [`AddressSpace::restore`] to the same snapshot would have to do first, while the guest runs: others that
+    /// share a region whose bytes will change are given their copies. It stays read-only, so no write is taken for
+    /// granted.
+    ///
+    /// It is never needed: what it cannot do is left to the restore, and so is what the guest writes meanwhile.
+    pub fn prepare_restore(&self, snapshot: &Frozen) {
+        let regions = self.mapped.table.regions();
+        if snapshot.pages != self.mapped.table.pages() {
+            return;
+        }
+        for index in 0..regions {
+            let theirs = snapshot.table.get(index);
+            if theirs.is_none() && self.mapped.table.is_vacant(index) {
+                continue;
+            }
+            // A fork may come in between.
+            let Ok(_no_fork) = self.mapped.enter() else {
+                return;
+            };
+            let mut region = self.mapped.table.lock(index);
+            if self.shows(&region, theirs) || self.adopt(&mut region).is_err() {
+                continue;
+            }
+            if let Some(huge) = region.huge()
+                && theirs.is_none_or(|theirs| theirs.lock().huge() != Some(huge.pfn()))
+            {
+                self.open_all(&mut region);
+                if self.make_ours(&region, huge.pfn()).is_err() {
+                    return;
+                }
+            }
+        }
+    }
+
+    /// Makes the folio of a region exclusive, so that all of it can be written to, if that can be.
+    fn make_ours(&self, region: &RegionGuard<'_>, head: Pfn) -> Result<(), FaultError> {
+        let is_ours = || {
+            let frames = self.pool.frames();
+            frames.try_reuse_huge(head, &self.policy).is_ok()
+        };
+        if !is_ours() && self.move_all_sharers(region)? {
+            let _ = is_ours();
+        }
+        Ok(())
+    }
+
     /// Whether a region shows what a snapshot has of it because it has not changed since.
     fn shows(&self, region: &RegionGuard<'_>, theirs: Option<&Arc<FrozenRegion>>) -> bool {
         let lineage = lock(&self.lineage);
@@ -106,11 +152,7 @@ impl<P: CowPolicy> AddressSpace<P> {
             self.open(region, gfn);
             if let Some(huge) = region.huge() {
                 // All of it, so that it stays one.
-                let frames = self.pool.frames();
-                let is_ours = |head| frames.try_reuse_huge(head, &self.policy).is_ok();
-                if !is_ours(huge.pfn()) && self.move_all_sharers(region)? {
-                    let _ = is_ours(huge.pfn());
-                }
+                self.make_ours(region, huge.pfn())?;
             }
             self.resolve(region, gfn, Intent::Unshare)?;
             let ours = region.get(gfn).pfn();

@@ -66,6 +66,9 @@ impl<P: CowPolicy> Parts<'_, P> {
         let _span = span!("restore");
         let began = Instant::now();
         let _ahead = Resting::of(self.ahead);
+        let step = span!("prepare");
+        self.space.prepare_restore(&snapshot.memory);
+        drop(step);
         self.note_protected();
         let _first = self.precedence.map(Precedence::take);
         let aside = self.aside.map(Aside::hold);

@@ -1320,3 +1320,69 @@ fn a_folio_all_of_whose_pages_are_held_is_not_shared() {
     drop((frozen, younger));
     w.settle();
 }
+
+/// A guest of one region that has written all of it before each of two snapshots, and nothing since.
+fn rewindable(frames: u64) -> (Huge, Arc<Frozen>, Arc<Frozen>) {
+    let w = huge_with(REGION, frames).written();
+    w.vm.space.set_whole_price(0);
+    let first = w.vm.space.fork().unwrap();
+    for n in 0..REGION {
+        w.vm.cpu_write(Gfn(n), 200 + n).unwrap();
+    }
+    assert!(w.is_huge(P), "it was broken in one piece");
+    let second = w.vm.space.fork().unwrap();
+    (w, first, second)
+}
+
+#[test]
+fn a_restore_that_was_prepared_has_no_copies_to_make_for_others() {
+    let (w, first, second) = rewindable(64);
+    let holds = |w: &Huge| {
+        w.assert_as_written(&first);
+        assert!((0..REGION).all(|n| w.read(&second, Gfn(n)) == 200 + n));
+    };
+    let frame = w.entry(P).pfn();
+    let copied = w.stats().copied;
+    // It is what the second shows: nothing to be done.
+    w.vm.space.prepare_restore(&second);
+    assert_eq!(
+        (w.stats().copied, w.state(P).is_exclusive()),
+        (copied, false)
+    );
+    w.vm.space.prepare_restore(&first);
+    assert_eq!(w.stats().copied, copied + REGION);
+    assert!(w.state(P).is_exclusive() && !w.entry(P).is_writable());
+    assert!((0..REGION).all(|n| w.vm.cpu_read(Gfn(n)) == 200 + n));
+    holds(&w);
+    // It runs on meanwhile.
+    w.vm.cpu_write(P, 7).unwrap();
+    holds(&w);
+    let before = (w.stats().copied, w.pool.usage().in_use);
+    w.vm.space.restore(&first).unwrap();
+    assert_eq!((w.stats().copied, w.pool.usage().in_use), before);
+    assert!((0..REGION).all(|n| w.vm.cpu_read(Gfn(n)) == 100 + n));
+    assert_eq!(w.entry(P).pfn(), frame);
+    holds(&w);
+    drop((first, second));
+    w.settle();
+}
+
+#[test]
+fn what_cannot_be_prepared_is_left_to_the_restore() {
+    // Frame 0 is the zero frame, and two folios are the snapshots' and the guest's: there is none for a third.
+    let (w, first, second) = rewindable(3 * REGION);
+    w.vm.space.prepare_restore(&first);
+    assert!(!w.state(P).is_exclusive());
+    assert!(
+        w.vm.space.restore(&first).is_err(),
+        "nor is there for the restore"
+    );
+    drop(second);
+    w.vm.space.restore(&first).unwrap();
+    assert!((0..REGION).all(|n| w.vm.cpu_read(Gfn(n)) == 100 + n));
+    let other = huge_with(2 * REGION, 64).written();
+    w.vm.space.prepare_restore(&other.vm.space.fork().unwrap());
+    w.assert_as_written(&first);
+    drop(first);
+    w.settle();
+}
