@@ -30,7 +30,7 @@
 use super::addr::{Order, Pfn};
 use super::bits::{BitSet, words_of};
 use super::ledger::{AccountNumber, Exhausted, Ledger};
-use super::stock::{COMMIT_FOLIOS, FILL_FOLIOS, Stock};
+use super::stock::{FILL_FOLIOS, Stock};
 
 /// How many frames are in which condition.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -274,10 +274,10 @@ impl Allocator {
         self.claim(pfn, 0, self.rest_of_run(pfn), None).ok()
     }
 
-    /// As [`Allocator::prepare_single`], for folios.
-    pub(super) fn prepare_folios(&mut self) -> Option<Claim> {
+    /// As [`Allocator::prepare_single`], for `count` folios if there are as many in a row.
+    pub(super) fn prepare_folios(&mut self, count: u64) -> Option<Claim> {
         let head = self.find_folio()?;
-        let most = (self.frames - head.0).min(COMMIT_FOLIOS * self.folio.pages());
+        let most = (self.frames - head.0).min(count * self.folio.pages());
         self.claim(head, 0, most, None).ok()
     }
 

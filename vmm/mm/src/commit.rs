@@ -21,7 +21,7 @@ use std::sync::Arc;
 
 use super::addr::{PAGE_SIZE, Pfn};
 use super::allocator::{Allocator, Claim, Surplus, Unavailable};
-use super::mmu::FrameMemory;
+use super::mmu::{FrameMemory, MOST_FOLIOS_AT_ONCE};
 use super::sync::{Condvar, Mutex, MutexGuard, lock, wait};
 
 /// Why there was no frame.
@@ -162,14 +162,23 @@ impl Supply {
         }
     }
 
+    /// How many folios the host is asked for at a time, where somebody needs one.
+    pub(super) fn folios_at_once(&self) -> u64 {
+        self.memory.folios_at_once().clamp(1, MOST_FOLIOS_AT_ONCE)
+    }
+
     /// Has memory ready for whoever needs a frame or a folio next, and may be in a hurry. What there is no
     /// memory for is left to them.
     pub(super) fn provide(&self) {
-        for prepare in [Allocator::prepare_single, Allocator::prepare_folios] {
-            let claim = prepare(&mut self.lock());
-            if let Some(claim) = claim.filter(Claim::needs_memory) {
-                let _ = self.commit(claim);
-            }
+        let single = self.lock().prepare_single();
+        self.commit_if_needed(single);
+        let folios = self.lock().prepare_folios(self.folios_at_once());
+        self.commit_if_needed(folios);
+    }
+
+    fn commit_if_needed(&self, claim: Option<Claim>) {
+        if let Some(claim) = claim.filter(Claim::needs_memory) {
+            let _ = self.commit(claim);
         }
     }
 

@@ -139,7 +139,7 @@ pub use frame_state::FrameState;
 pub use frozen::Frozen;
 pub use hold::{Get, Pin, PinnedRun};
 pub use ledger::{AccountUsage, Charges};
-pub use mmu::{FrameMemory, Mmu, MmuError};
+pub use mmu::{FrameMemory, MOST_FOLIOS_AT_ONCE, Mmu, MmuError};
 pub use page_set::PageSet;
 pub use pin::PinError;
 pub use policy::{

@@ -107,6 +107,10 @@ impl MmuError {
     }
 }
 
+/// Huge folios' worth of memory that is asked for at a time at most, where somebody needs less: where memory is
+/// cheap, most of what it costs to make it huge is for the call.
+pub const MOST_FOLIOS_AT_ONCE: u64 = 8;
+
 /// The bytes behind the frames.
 pub trait FrameMemory: Send + Sync {
     /// Makes sure that `count` frames from `first` on have memory behind them. Frames that had none read as
@@ -117,6 +121,12 @@ pub trait FrameMemory: Send + Sync {
     /// pages, since to make a huge one takes the host milliseconds while all CPUs are busy.
     fn commit_base_pages(&self, first: Pfn, count: u64) -> io::Result<()> {
         self.commit(first, count)
+    }
+
+    /// How many folios it is asked for at a time at most by somebody who needs one just now: as many as do not take
+    /// much longer than that one.
+    fn folios_at_once(&self) -> u64 {
+        MOST_FOLIOS_AT_ONCE
     }
 
     /// Copies the frame `from` to the frame `to`. Nobody writes to either meanwhile, except a device that

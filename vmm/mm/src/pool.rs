@@ -31,7 +31,6 @@ use super::policy::CowPolicy;
 use super::pool_ref::PoolRef;
 use super::promise::{Promise, PromiseError, Promises};
 use super::safeguard::{Safeguard, is_left_out};
-use super::stock::COMMIT_FOLIOS;
 use super::stripe::Striped;
 
 /// All frames of a process.
@@ -259,7 +258,7 @@ impl FramePool {
         index: u64,
     ) -> Result<Option<FreshFolio>, AllocError> {
         let (head, pages) = (home.frame(index), self.huge().pages());
-        let most = home.rest(index).min(COMMIT_FOLIOS * pages);
+        let most = home.rest(index).min(self.supply.folios_at_once() * pages);
         let payer = payer.number();
         let taken = self
             .supply

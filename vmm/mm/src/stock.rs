@@ -10,9 +10,10 @@
 //! at a time ([`Idle`]): memory that goes is missed by a guest that is rewound, or whose snapshots are dropped, only
 //! now and then.
 
-/// Huge folios' worth of memory that is asked for at a time, where somebody needs less: most of what it costs to
-/// make host memory huge is for the call. And what is kept in stock though nobody takes it.
-pub(super) const COMMIT_FOLIOS: u64 = 8;
+use super::mmu::MOST_FOLIOS_AT_ONCE;
+
+/// Huge folios' worth of memory that is kept in stock though nobody takes it: what is asked for at a time.
+pub(super) const COMMIT_FOLIOS: u64 = MOST_FOLIOS_AT_ONCE;
 
 /// What of the stock is filled at a time: who does it may be in the way of others for as long as that takes, and the
 /// host may need 4 ms for each.

@@ -15,6 +15,7 @@
 //! | `idle` | work for CPU time that nobody else wants, by threads that hold locks |
 //! | `ahead` | a thread that breaks ahead of the guest's writes |
 //! | `stock` | a thread that has memory ready for copies |
+//! | `at_once` | how much memory is asked for at a time |
 //! | `stream` | copies of whole folios, past the caches |
 //! | `space` | an address space without its policy |
 //! | `ram` | guest memory by guest-physical address, for host code: every access holds what it touches |
@@ -24,6 +25,7 @@
 
 mod ahead;
 mod aligned;
+mod at_once;
 mod budget;
 mod call;
 mod idle;

@@ -336,7 +336,10 @@ impl Model {
                 }
             }
             Step::PrepareFolios => {
-                if let Some(claim) = self.allocator.prepare_folios() {
+                if let Some(claim) = self
+                    .allocator
+                    .prepare_folios(super::super::MOST_FOLIOS_AT_ONCE)
+                {
                     self.prepared(claim);
                 }
             }

@@ -29,6 +29,10 @@ impl FrameMemory for PhysMap {
         Ok(())
     }
 
+    fn folios_at_once(&self) -> u64 {
+        self.at_once.folios()
+    }
+
     fn copy(&self, from: Pfn, to: Pfn) {
         assert_ne!(from, to, "a frame is not copied to itself");
         // SAFETY: both are whole frames inside the mapping, with memory, and differ, so they do not overlap.

@@ -9,8 +9,10 @@
 
 use std::io;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use rustix::fs::FallocateFlags;
+use rustix::time::{ClockId, clock_gettime};
 
 use super::PhysMap;
 use super::interrupted::in_spite_of_signals;
@@ -49,8 +51,12 @@ impl PhysMap {
         for offset in (offset..offset + len).step_by(HUGE_PAGE as usize) {
             self.allocate(offset, PAGE_SIZE)?;
         }
+        let before = cpu_time();
         // SAFETY: a range of our own mapping.
-        unsafe { collapse(self.writable.base().add(offset as usize), len as usize) }
+        unsafe { collapse(self.writable.base().add(offset as usize), len as usize) }?;
+        self.at_once
+            .took(len / HUGE_PAGE, cpu_time().saturating_sub(before));
+        Ok(())
     }
 
     /// Gives memory to `len` bytes from `start` on, in huge pages where that can be and is wanted.
@@ -83,4 +89,10 @@ impl PhysMap {
         }
         Ok(())
     }
+}
+
+/// What this thread has had of the CPUs so far.
+fn cpu_time() -> Duration {
+    let time = clock_gettime(ClockId::ThreadCPUTime);
+    Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
 }

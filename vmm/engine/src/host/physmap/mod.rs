@@ -32,6 +32,7 @@ use self::backed::Backed;
 use super::mapping::Mapping;
 use super::private::Dumps;
 use super::syscalls::{map_again, mmap};
+use crate::host::at_once::AtOnce;
 use crate::mm::{PAGE_SIZE, Pfn, Protection};
 
 /// The bytes of all frames: an unnamed file in memory, mapped for as long as this lives. Frames get memory by
@@ -47,6 +48,7 @@ pub struct PhysMap {
     huge: AtomicBool,
     /// Whether the host has given a huge page.
     has_given_huge: AtomicBool,
+    at_once: AtOnce,
     dumps: Dumps,
     backed: Backed,
     /// CPUs that copies are shared out over. Asked for once: files of control groups are read for it, which
@@ -90,6 +92,7 @@ impl PhysMap {
             read_only,
             huge: AtomicBool::new(true),
             has_given_huge: AtomicBool::new(false),
+            at_once: AtOnce::default(),
             dumps,
             backed: Backed::none(frames),
             cpus: thread::available_parallelism().map_or(1, NonZero::get),
