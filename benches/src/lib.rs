@@ -14,10 +14,11 @@
 //! | [`summary`], [`footprint`], [`heap`] | percentiles; memory of processes; memory of tables |
 //! | [`clones`] | what clones of a running VM cost |
 //! | [`copies`] | ways to make a copy of a running VM that runs |
+//! | [`kept`] | what keeping snapshots as files costs |
 //! | [`stress`] | loops that must leave nothing behind |
 //! | [`console`] | progress, Ctrl-C, and how a program ends |
 //!
-//! `benches/snapshot.rs`, `benches/clone.rs` and `benches/stress.rs` put them together.
+//! `benches/snapshot.rs`, `clone.rs`, `kept.rs` and `stress.rs` put them together.
 
 #[cfg(test)]
 mod alone;
@@ -28,6 +29,7 @@ pub mod copies;
 pub mod footprint;
 pub mod heap;
 pub mod json_file;
+pub mod kept;
 pub mod machine;
 pub mod measure;
 pub mod report;

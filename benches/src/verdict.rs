@@ -45,3 +45,30 @@ impl Verdict {
         })
     }
 }
+
+/// Judges the worst of what was `found`, each number with where.
+pub(crate) fn worst(
+    what: &str,
+    (bound, limit): (Bound, f64),
+    found: impl Iterator<Item = (f64, String)>,
+    needs: &str,
+) -> Verdict {
+    let found = found
+        .filter(|(value, _)| value.is_finite())
+        .reduce(|a, b| match bound {
+            Bound::AtMost if b.0 > a.0 => b,
+            Bound::AtLeast if b.0 < a.0 => b,
+            _ => a,
+        });
+    let (found, where_) = match found {
+        Some((value, where_)) => (Some(value), where_),
+        None => (None, format!("needs {needs}")),
+    };
+    Verdict {
+        what: what.to_owned(),
+        bound,
+        limit,
+        found,
+        where_,
+    }
+}

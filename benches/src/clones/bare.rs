@@ -69,9 +69,9 @@ pub struct BareVm {
     _vm: VmFd,
 }
 
-/// How the first run of a vCPU ended.
+/// How a run of a vCPU ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum FirstExit {
+pub enum Exit {
     /// By an `out`.
     Out,
     /// By something else.
@@ -140,13 +140,13 @@ impl BareVm {
     ///
     /// # Errors
     /// KVM's.
-    pub fn run(&mut self) -> Result<FirstExit, Refused> {
+    pub fn run(&mut self) -> Result<Exit, Refused> {
         const EINTR: i32 = 4;
         const EAGAIN: i32 = 11;
         loop {
             match self.vcpu.run() {
-                Ok(VcpuExit::IoOut(..)) => return Ok(FirstExit::Out),
-                Ok(_) => return Ok(FirstExit::Other),
+                Ok(VcpuExit::IoOut(..)) => return Ok(Exit::Out),
+                Ok(_) => return Ok(Exit::Other),
                 Err(error) if matches!(error.errno(), EINTR | EAGAIN) => {}
                 Err(error) => return Err(refused("run the vcpu")(error)),
             }
@@ -154,7 +154,7 @@ impl BareVm {
     }
 }
 
-/// A bare VM whose vCPU runs on a thread of its own until its first `out`, and is held there.
+/// A bare VM whose vCPU runs on a thread of its own, and is held at each `out` until it is let on.
 pub struct BareMachine {
     gate: Arc<Gate>,
     thread: Option<JoinHandle<()>>,
@@ -178,15 +178,16 @@ impl BareMachine {
         let gate = Gate::new();
         let its = Arc::clone(&gate);
         let life = move || {
-            let ended = vm.set(&registers).and_then(|()| vm.run());
-            match ended {
-                // Held here till all is over.
-                Ok(FirstExit::Out) => while its.arrive() {},
-                Ok(FirstExit::Other) => {
-                    its.has_ended("it came out of kvm without an `out`".to_owned())
+            let mut exit = vm.set(&registers).and_then(|()| vm.run());
+            let why = loop {
+                match exit {
+                    Ok(Exit::Out) if its.arrive() => exit = vm.run(),
+                    Ok(Exit::Out) => return,
+                    Ok(Exit::Other) => break "it came out of kvm without an `out`".to_owned(),
+                    Err(refused) => break chain(&MeasureError::from(refused)),
                 }
-                Err(refused) => its.has_ended(chain(&MeasureError::from(refused))),
-            }
+            };
+            its.has_ended(why);
         };
         let thread = thread::Builder::new().name("bare".to_owned()).spawn(life);
         let thread = thread.map_err(|source| MeasureError::Host {
@@ -206,6 +207,11 @@ impl BareMachine {
     /// If it has ended, or it takes too long.
     pub fn first_instruction(&self, began: Instant) -> Result<Duration, MeasureError> {
         Ok(self.gate.wait(1)?.saturating_duration_since(began))
+    }
+
+    /// Where it says that it runs, and is held.
+    pub fn gate(&self) -> &Gate {
+        &self.gate
     }
 
     /// Copies its memory out.

@@ -17,7 +17,8 @@ const ANNOUNCE_AT: usize = 0x00;
 const COUNT_AT: usize = 0x20;
 const SWEEP_AT: usize = 0x40;
 const STAMP_AT: usize = 0x80;
-const CODE_LEN: usize = 0xc0;
+const READ_AT: usize = 0xc0;
+const CODE_LEN: usize = 0x100;
 
 /// Says that it runs, and goes to where R9 says.
 const ANNOUNCE: &[u8] = &[
@@ -55,12 +56,23 @@ const STAMP: &[u8] = &[
     0x66, 0xba, 0x00, 0x05, 0xef, // done: mov dx, PORT_CONSOLE; out dx, eax
     0xeb, 0xeb, // jmp m
 ];
+/// As [`SWEEP`], but it reads.
+const READ: &[u8] = &[
+    0x66, 0xba, 0x00, 0x05, 0xef, // l: mov dx, PORT_CONSOLE; out dx, eax
+    0x48, 0x89, 0xf9, // mov rcx, rdi
+    0x48, 0x8b, 0x01, // m: mov rax, [rcx]
+    0x48, 0x81, 0xc1, 0x00, 0x10, 0x00, 0x00, // add rcx, PAGE_SIZE
+    0x48, 0x39, 0xf1, // cmp rcx, rsi
+    0x72, 0xf1, // jb m
+    0xeb, 0xe7, // jmp l
+];
 /// Of [`STAMP`]: the number is counted, and not written yet.
 const STAMP_UNWRITTEN: u64 = IMAGE_GPA + STAMP_AT as u64 + 6;
 const _: () = {
     assert!(PORT_CONSOLE == 0x500 && PAGE_SIZE == 0x1000);
     assert!(ANNOUNCE.len() <= COUNT_AT - ANNOUNCE_AT && COUNT.len() <= SWEEP_AT - COUNT_AT);
-    assert!(SWEEP.len() <= STAMP_AT - SWEEP_AT && STAMP.len() <= CODE_LEN - STAMP_AT);
+    assert!(SWEEP.len() <= STAMP_AT - SWEEP_AT && STAMP.len() <= READ_AT - STAMP_AT);
+    assert!(READ.len() <= CODE_LEN - READ_AT);
 };
 
 /// What lies at [`IMAGE_GPA`].
@@ -71,6 +83,7 @@ pub fn code() -> [u8; CODE_LEN] {
         (COUNT_AT, COUNT),
         (SWEEP_AT, SWEEP),
         (STAMP_AT, STAMP),
+        (READ_AT, READ),
     ] {
         code[at..at + part.len()].copy_from_slice(part);
     }
@@ -112,6 +125,8 @@ pub enum Begins {
     Operations(u64),
     /// It becomes a [`Program::Sweep`].
     Sweeping(u64),
+    /// The same, but it reads a word in each page.
+    Reading(u64),
 }
 
 /// `snapshot` with registers by which a clone of it begins so.
@@ -138,6 +153,10 @@ pub fn state_beginning(state: VcpuState, begins: Begins) -> VcpuState {
         Begins::Operations(operations) => regs.r8 = operations,
         Begins::Sweeping(bytes) => {
             regs.rip = IMAGE_GPA + SWEEP_AT as u64;
+            (regs.rdi, regs.rsi) = (DATA_GPA, DATA_GPA + bytes);
+        }
+        Begins::Reading(bytes) => {
+            regs.rip = IMAGE_GPA + READ_AT as u64;
             (regs.rdi, regs.rsi) = (DATA_GPA, DATA_GPA + bytes);
         }
     }

@@ -4,7 +4,7 @@
 use super::parent::Entries;
 use super::price::Price;
 use super::report::CloneReport;
-use crate::verdict::{Bound, Verdict};
+use crate::verdict::{Bound, Verdict, worst};
 
 const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;
@@ -129,32 +129,6 @@ fn setting(price: &Price) -> String {
 }
 
 /// The worst of `found`, which are numbers and where they are of.
-fn worst(
-    what: &str,
-    (bound, limit): (Bound, f64),
-    found: impl Iterator<Item = (f64, String)>,
-    needs: &str,
-) -> Verdict {
-    let found = found
-        .filter(|(value, _)| value.is_finite())
-        .reduce(|a, b| match bound {
-            Bound::AtMost if b.0 > a.0 => b,
-            Bound::AtLeast if b.0 < a.0 => b,
-            _ => a,
-        });
-    let (found, where_) = match found {
-        Some((value, where_)) => (Some(value), where_),
-        None => (None, format!("needs {needs}")),
-    };
-    Verdict {
-        what: what.to_owned(),
-        bound,
-        limit,
-        found,
-        where_,
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::super::crowd::Crowd;

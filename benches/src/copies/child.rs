@@ -13,7 +13,7 @@ use rustix::thread::futex;
 use rustix::time::{ClockId, clock_gettime};
 
 use crate::clones::MeasureError;
-use crate::clones::bare::{Bare, FirstExit, Registers};
+use crate::clones::bare::{Bare, Exit, Registers};
 use crate::clones::gate::PATIENCE;
 use crate::technique::{Anonymous, Child, wait_for_the_end};
 
@@ -102,8 +102,8 @@ impl ChildVm {
                 Ok((vm, exit))
             });
             let what = match &ran {
-                Ok((_, FirstExit::Out)) => RAN,
-                Ok((_, FirstExit::Other)) => ASTRAY,
+                Ok((_, Exit::Out)) => RAN,
+                Ok((_, Exit::Other)) => ASTRAY,
                 Err(_) => REFUSED,
             };
             say(said, what);

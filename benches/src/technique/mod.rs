@@ -31,7 +31,8 @@ use std::sync::Arc;
 use palimpsest::causes::Cause;
 use palimpsest::host::{Placement, Window};
 use palimpsest::kvm::{GuestRam, Memslot};
-use palimpsest::mm::ForkError;
+use palimpsest::memory::Frames;
+use palimpsest::mm::{ForkError, Frozen};
 
 pub(crate) use anonymous::Anonymous;
 pub use anonymous::PageSize;
@@ -51,6 +52,11 @@ pub trait Technique: Send + Sync {
 
     /// Guest memory, for whoever loads a program into it, and for faults that KVM hands to the VMM.
     fn ram(&self) -> Arc<dyn GuestRam>;
+
+    /// The frames that guest memory is in, if the technique is one of ours.
+    fn frames(&self) -> Option<&Frames> {
+        None
+    }
 
     /// Puts memory behind `gpas`, as a guest that writes them all does, but faster. What lies in no such
     /// range may be left out of snapshots.
@@ -88,6 +94,11 @@ pub trait Technique: Send + Sync {
 pub trait SnapshotMemory {
     /// Copies memory out as it was when the snapshot was taken.
     fn read(&self, gpa: u64, buf: &mut [u8]) -> Result<(), TechniqueError>;
+
+    /// The frozen address space that it is, if it is one of ours.
+    fn frozen(&self) -> Option<&Arc<Frozen>> {
+        None
+    }
 
     /// The process that holds it, if that is not this one.
     fn process(&self) -> Option<i32> {

@@ -85,6 +85,10 @@ impl Technique for Ours {
         Arc::new(self.memory.ram().clone())
     }
 
+    fn frames(&self) -> Option<&Frames> {
+        Some(self.memory.frames())
+    }
+
     /// What the guest's write faults would do, without the guest.
     fn populate(&self, gpas: Range<u64>) -> Result<(), TechniqueError> {
         let before = heap::mark();
@@ -183,5 +187,9 @@ impl SnapshotMemory for CowSnapshot<'_> {
         let frames = self.ours.memory.frames();
         let read = frames.read(&self.frozen, gpa, buf);
         read.map_err(|error| TechniqueError::Memory(error.into()))
+    }
+
+    fn frozen(&self) -> Option<&Arc<Frozen>> {
+        Some(&self.frozen)
     }
 }
