@@ -7,7 +7,7 @@
 use std::io;
 use std::path::PathBuf;
 
-use crate::disk::{self, File};
+use crate::disk::{self, File, Stamp};
 use crate::error::StoreError;
 use crate::hash::Hash;
 use crate::save::Compression;
@@ -111,7 +111,7 @@ pub(crate) fn read(store: &Store, hash: Hash, to: &mut [u8]) -> Result<bool, Sto
             }
         }
     };
-    let path = found?;
+    let (path, compression, stamp) = found?;
     let found = Hash::of(to);
     if found != hash {
         return Err(StoreError::Damaged {
@@ -120,8 +120,13 @@ pub(crate) fn read(store: &Store, hash: Hash, to: &mut [u8]) -> Result<bool, Sto
             what: format!("its content has the hash {found}, which is not its name"),
         });
     }
+    let bytes = to.len() as u64;
+    store.right().saw_as(hash, bytes, compression, stamp);
     Ok(true)
 }
+
+/// A chunk's file that was read, how it is kept, and what it was before that.
+type ReadFile = (PathBuf, Compression, Stamp);
 
 fn open(store: &Store, path: &std::path::Path) -> Result<Option<Box<dyn File>>, StoreError> {
     match store.disk().open(path) {
@@ -136,8 +141,9 @@ fn read_plain(
     path: &std::path::Path,
     file: &dyn File,
     to: &mut [u8],
-) -> Result<PathBuf, StoreError> {
-    let len = file.len().map_err(store.file("look at", path))?;
+) -> Result<ReadFile, StoreError> {
+    let stamp = file.stamp().map_err(store.file("look at", path))?;
+    let len = stamp.bytes;
     if len != to.len() as u64 {
         return Err(StoreError::Damaged {
             path: path.to_owned(),
@@ -147,7 +153,8 @@ fn read_plain(
     }
     let read = disk::read_all(file, to);
     let read = read.map_err(|(offset, source)| store.bytes("read", path)(offset, source))?;
-    cut_off(path, read, to.len())
+    cut_off(path, read, to.len())?;
+    Ok((path.to_owned(), Compression::None, stamp))
 }
 
 fn read_compressed(
@@ -155,13 +162,14 @@ fn read_compressed(
     path: &std::path::Path,
     file: &dyn File,
     to: &mut [u8],
-) -> Result<PathBuf, StoreError> {
+) -> Result<ReadFile, StoreError> {
     let damaged = |what| StoreError::Damaged {
         path: path.to_owned(),
         offset: 0,
         what,
     };
-    let len = file.len().map_err(store.file("look at", path))?;
+    let stamp = file.stamp().map_err(store.file("look at", path))?;
+    let len = stamp.bytes;
     // What zstd needs at most for that much, and a bit.
     let most = zstd::zstd_safe::compress_bound(to.len()) as u64;
     if len > most {
@@ -178,7 +186,7 @@ fn read_compressed(
     let content =
         content.map_err(|error| damaged(format!("it cannot be decompressed: {error}")))?;
     match content == to.len() {
-        true => Ok(path.to_owned()),
+        true => Ok((path.to_owned(), Compression::ANY, stamp)),
         false => Err(damaged(format!(
             "it has {content} bytes of content, and should have {}",
             to.len()
@@ -186,9 +194,9 @@ fn read_compressed(
     }
 }
 
-fn cut_off(path: &std::path::Path, read: usize, wanted: usize) -> Result<PathBuf, StoreError> {
+fn cut_off(path: &std::path::Path, read: usize, wanted: usize) -> Result<(), StoreError> {
     match read == wanted {
-        true => Ok(path.to_owned()),
+        true => Ok(()),
         false => Err(StoreError::Damaged {
             path: path.to_owned(),
             offset: read as u64,

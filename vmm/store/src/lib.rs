@@ -43,7 +43,8 @@
 //! | `parts` | `state` |
 //! | `chunk` | a chunk's file |
 //! | `save` | writing a snapshot |
-//! | `naming` | making its chunks durable meanwhile, and giving them their names |
+//! | `writers` | writing its chunks meanwhile, and giving them their names |
+//! | `right` | chunks that need not be read again to be named |
 //! | `read` | reading one |
 //! | `verify`, `list`, `diff`, `prune` | what is done with those that are there |
 //! | `disk` | all operations on files, so that each can be refused |
@@ -62,15 +63,16 @@ mod index;
 mod list;
 mod manifest;
 mod name;
-mod naming;
 mod parts;
 mod prune;
 mod read;
+mod right;
 mod save;
 mod store;
 #[cfg(test)]
 mod tests;
 mod verify;
+mod writers;
 
 pub use self::chunk::{CHUNK_BYTES, data_runs};
 pub use self::diff::{Difference, diff};

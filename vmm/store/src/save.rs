@@ -8,7 +8,7 @@
 //! ```
 //! Whatever ends this before, the power among it, there is no STORE/NAME, and what there is in `tmp` and
 //! `chunks` is collected some time (`prune`). A chunk that was there is read and compared before it is named
-//! once more: one that is damaged is written anew. Its folder is made durable by everybody who names it: who
+//! once more, or was before by this process and has not changed since: one that is damaged is written anew. Its folder is made durable by everybody who names it: who
 //! has written it may not have come so far.
 
 use std::collections::HashSet;
@@ -23,9 +23,9 @@ use crate::hash::Hash;
 use crate::index::{ChunkIndex, MAX_MEMORY_BYTES};
 use crate::manifest::{FileFacts, Machine, Manifest, MemoryFacts, Parent};
 use crate::name::SnapshotName;
-use crate::naming::{Namer, Pending};
 use crate::parts::{Part, encode_parts};
 use crate::store::{Hold, Store, TMP, fresh_suffix};
+use crate::writers::Writers;
 
 /// The files of a snapshot.
 pub(crate) const MANIFEST: &str = "snapshot.json";
@@ -94,7 +94,6 @@ pub struct Saving {
     _hold: Hold,
     name: SnapshotName,
     parent: Option<Parent>,
-    compression: Compression,
     staging: PathBuf,
     index: ChunkIndex,
     folders: [bool; 256],
@@ -102,7 +101,7 @@ pub struct Saving {
     right: HashSet<Hash>,
     /// Room for the content of one.
     scratch: Vec<u8>,
-    namer: Namer,
+    writers: Writers,
     saved: Saved,
     is_named: bool,
 }
@@ -137,13 +136,12 @@ impl Saving {
             _hold: hold,
             name: name.clone(),
             parent: options.parent,
-            compression: options.compression,
-            staging,
             index: ChunkIndex::new(memory),
             folders: [false; 256],
             right: HashSet::new(),
             scratch: Vec::new(),
-            namer: Namer::start(store)?,
+            writers: Writers::start(store, &staging, options.compression)?,
+            staging,
             saved: Saved::default(),
             is_named: false,
         })
@@ -156,7 +154,15 @@ impl Saving {
 
     /// What was written so far.
     pub fn so_far(&self) -> Saved {
-        self.saved
+        Saved {
+            bytes_written: self.writers.bytes(),
+            ..self.saved
+        }
+    }
+
+    /// Room for the content of region `region`, for [`Saving::region_of`]. What is in it is anybody's.
+    pub fn room(&self, region: u64) -> Vec<u8> {
+        self.writers.room(self.region_bytes(region))
     }
 
     /// Saves a region. Regions come in ascending order; one that is left out is zeros.
@@ -165,23 +171,36 @@ impl Saving {
     /// If it comes out of order or has another length, or cannot be written.
     pub fn region(&mut self, region: u64, content: &[u8]) -> Result<(), StoreError> {
         self.check(region, content.len() as u64)?;
-        if chunk::is_zero(content) {
+        let mut room = self.room(region);
+        room.copy_from_slice(content);
+        self.region_of(region, room)
+    }
+
+    /// The same of a content that is handed over, in [`Saving::room`] at best. It is written by other threads: an
+    /// error of theirs may come with a later region, or at the end.
+    ///
+    /// # Errors
+    /// As [`Saving::region`].
+    pub fn region_of(&mut self, region: u64, content: Vec<u8>) -> Result<(), StoreError> {
+        self.check(region, content.len() as u64)?;
+        if chunk::is_zero(&content) {
             self.saved.zeros += 1;
             return Ok(());
         }
-        let hash = Hash::of(content);
-        if self.right.contains(&hash) || self.has(hash, content) {
-            self.right.insert(hash);
+        let hash = Hash::of(&content);
+        if self.right.contains(&hash) || self.has(hash, &content) {
             self.saved.found += 1;
         } else {
-            self.write(region, hash, content)?;
+            self.saved.written += 1;
+            self.writers.send(region, hash, content)?;
         }
+        self.right.insert(hash);
         self.name_chunk(region, hash);
         Ok(())
     }
 
     /// Saves a region that is known to be in chunk `hash` without looking at its memory. The chunk is read and checked,
-    /// once a save. `false`, and nothing has changed, if it is not there any more, or cannot be read, or is damaged:
+    /// unless this process has seen it to be right and its file has not changed since. `false`, and nothing has changed, if it is not there any more, or cannot be read, or is damaged:
     /// hand over the content then ([`region`](Self::region)), and it is written anew.
     ///
     /// # Errors
@@ -192,9 +211,11 @@ impl Saving {
         // A chunk of the same name and another length is not this one.
         let is_whole = bytes == CHUNK_BYTES;
         if !(is_whole && self.right.contains(&hash)) {
-            self.scratch.resize(bytes as usize, 0);
-            if !matches!(chunk::read(&self.store, hash, &mut self.scratch), Ok(true)) {
-                return Ok(false);
+            if !self.store.is_still_right(hash, bytes) {
+                self.scratch.resize(bytes as usize, 0);
+                if !matches!(chunk::read(&self.store, hash, &mut self.scratch), Ok(true)) {
+                    return Ok(false);
+                }
             }
             if is_whole {
                 self.right.insert(hash);
@@ -220,34 +241,18 @@ impl Saving {
     }
 
     /// Whether there is a chunk of this content, every byte of it. One that cannot be read is written anew.
-    fn has(&self, hash: Hash, content: &[u8]) -> bool {
-        let mut found = vec![0; content.len()];
-        matches!(chunk::read(&self.store, hash, &mut found), Ok(true)) && found == content
-    }
-
-    fn write(&mut self, region: u64, hash: Hash, content: &[u8]) -> Result<(), StoreError> {
-        // One that is there as it is, and no good, is what readers would take: it is replaced.
-        let plain = chunk::path_of(&self.store, hash, Compression::None);
-        let compression = match self.store.disk().len(&plain) {
-            Ok(None) => self.compression,
-            _ => Compression::None,
-        };
-        let from = self.staging.join(format!("chunk-{region}"));
-        let (file, bytes) = chunk::write(&self.store, &from, content, compression)?;
-        self.saved.written += 1;
-        self.saved.bytes_written += bytes;
-        self.right.insert(hash);
-        self.namer.send(Pending {
-            file,
-            from,
-            folder: chunk::folder_of(&self.store, hash.folder()),
-            to: chunk::path_of(&self.store, hash, compression),
-        })
+    fn has(&mut self, hash: Hash, content: &[u8]) -> bool {
+        if self.store.is_still_right(hash, content.len() as u64) {
+            return true;
+        }
+        self.scratch.resize(content.len(), 0);
+        let found = &mut self.scratch;
+        matches!(chunk::read(&self.store, hash, found), Ok(true)) && found == content
     }
 
     #[cfg(test)]
     pub(crate) fn name_for_test(&mut self) {
-        self.namer.finish().unwrap();
+        self.writers.finish().unwrap();
     }
 
     /// Saves the rest, and gives the snapshot its name. When this returns all of it is durable.
@@ -256,7 +261,7 @@ impl Saving {
     /// If it cannot be written, or somebody else has saved a snapshot of that name meanwhile. There is none by
     /// this one then.
     pub fn finish(mut self, facts: Facts, parts: &[Part]) -> Result<Saved, StoreError> {
-        self.namer.finish()?;
+        self.writers.finish()?;
         let store = self.store.clone();
         for folder in (0..=u8::MAX).filter(|folder| self.folders[usize::from(*folder)]) {
             store.sync_dir(&chunk::folder_of(&store, folder))?;
@@ -312,7 +317,7 @@ impl Saving {
             return Err(error);
         }
         self.is_named = true;
-        Ok(self.saved)
+        Ok(self.so_far())
     }
 }
 
@@ -322,7 +327,7 @@ impl Drop for Saving {
             return;
         }
         // It would put more there.
-        let _ = self.namer.finish();
+        let _ = self.writers.finish();
         // What cannot be taken away now is collected later.
         let disk = self.store.disk();
         for (name, _) in disk.list(&self.staging).unwrap_or_default() {

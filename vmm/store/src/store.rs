@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use crate::disk::{self, Disk, File, Host, Kind, Lock, Locked};
 use crate::error::StoreError;
 use crate::name::SnapshotName;
+use crate::right::Right;
 use crate::save::MANIFEST;
 
 /// The file that says that a directory is a store.
@@ -27,6 +28,7 @@ const LOOK: Duration = Duration::from_millis(5);
 pub struct Store {
     path: PathBuf,
     disk: Arc<dyn Disk>,
+    right: Arc<Right>,
 }
 
 /// What a store is held for: nobody takes anything from it while somebody reads or writes there, in whichever
@@ -85,6 +87,7 @@ impl Store {
         let store = Self {
             path: path.to_owned(),
             disk,
+            right: Arc::default(),
         };
         let marker = store.path.join(MARKER);
         let text = match store.disk.open(&marker) {
@@ -106,6 +109,7 @@ impl Store {
         let store = Self {
             path: path.to_owned(),
             disk,
+            right: Arc::default(),
         };
         store.is_in_no_other()?;
         let none = match Self::open_on(path, Arc::clone(&store.disk)) {
@@ -259,6 +263,11 @@ impl Store {
 
     pub(crate) fn disk(&self) -> &dyn Disk {
         &*self.disk
+    }
+
+    /// The chunks that were seen to be right by this, or a clone of it.
+    pub(crate) fn right(&self) -> &Right {
+        &self.right
     }
 
     fn none(&self, why: &str) -> StoreError {

@@ -130,7 +130,6 @@ impl Saver<'_> {
             parent: self.parent.clone().or_else(|| Some(base?.parent.clone())),
         };
         let mut saving = Saving::begin(self.store, &self.name, bytes, options)?;
-        let mut content = vec![0; CHUNK_BYTES as usize];
         let mut read = 0;
         for region in 0..bytes.div_ceil(CHUNK_BYTES) {
             let progress = Progress {
@@ -157,17 +156,17 @@ impl Saver<'_> {
                 is_same = saving.same(region, hash)?;
                 // If not it is gone, or damaged: what is in it is here.
             }
-            let content = &mut content[..saving.region_bytes(region) as usize];
             if !is_same {
+                let mut content = saving.room(region);
                 let gpas = (region * CHUNK_BYTES..).step_by(PIECE as usize);
                 for (gpa, piece) in gpas.zip(content.chunks_mut(PIECE as usize)) {
                     self.aside.into_iter().for_each(Aside::pass);
                     self.frames.read(memory, gpa, piece)?;
                 }
-                saving.region(region, content)?;
+                saving.region_of(region, content)?;
             }
-            // Its chunk was, if it is the same.
-            read += content.len() as u64;
+            // Its chunk may have been, if it is the same.
+            read += saving.region_bytes(region);
             let progress = Progress {
                 done: (region + 1) * CHUNK_BYTES,
                 saved: saving.so_far(),

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{FlockOperation, OFlags, flock};
 
-use super::{Disk, File, Kind, Lock, Locked};
+use super::{Disk, File, Kind, Lock, Locked, Stamp};
 
 /// Whatever a guest had in memory is in these files: they are their owner's alone, who may change that.
 const FOR_OWNER_FILE: u32 = 0o600;
@@ -83,6 +83,14 @@ impl Disk for Host {
         }
     }
 
+    fn stamp(&self, path: &Path) -> io::Result<Option<Stamp>> {
+        match fs::metadata(path) {
+            Ok(data) => Ok(Some(stamp(&data))),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
     fn real(&self, path: &Path) -> io::Result<PathBuf> {
         fs::canonicalize(path)
     }
@@ -107,6 +115,16 @@ impl Disk for Host {
     }
 }
 
+fn stamp(data: &fs::Metadata) -> Stamp {
+    Stamp {
+        device: data.dev(),
+        inode: data.ino(),
+        bytes: data.len(),
+        modified: (data.mtime(), data.mtime_nsec()),
+        changed: (data.ctime(), data.ctime_nsec()),
+    }
+}
+
 /// The lock is that of the open directory.
 impl Locked for fs::File {}
 
@@ -125,6 +143,10 @@ impl File for fs::File {
 
     fn len(&self) -> io::Result<u64> {
         Ok(self.metadata()?.len())
+    }
+
+    fn stamp(&self) -> io::Result<Stamp> {
+        Ok(stamp(&self.metadata()?))
     }
 
     fn sync(&self) -> io::Result<()> {

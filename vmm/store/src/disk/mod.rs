@@ -17,6 +17,17 @@ pub(crate) enum Kind {
     Other,
 }
 
+/// What a file is, to whoever wants to know whether it is another, or was changed: its number and its device, bytes,
+/// and when its content and anything else of it were changed last (seconds and nanoseconds).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Stamp {
+    pub(crate) device: u64,
+    pub(crate) inode: u64,
+    pub(crate) bytes: u64,
+    pub(crate) modified: (i64, i64),
+    pub(crate) changed: (i64, i64),
+}
+
 /// How a store is held.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Lock {
@@ -50,6 +61,8 @@ pub(crate) trait Disk: fmt::Debug + Send + Sync {
     fn list(&self, path: &Path) -> io::Result<Vec<(String, Kind)>>;
     /// Bytes of a file; `None` if it is not there.
     fn len(&self, path: &Path) -> io::Result<Option<u64>>;
+    /// What the file is; `None` if it is not there.
+    fn stamp(&self, path: &Path) -> io::Result<Option<Stamp>>;
     /// The path of what is there, from the root on and without links.
     fn real(&self, path: &Path) -> io::Result<PathBuf>;
     /// Bytes of a file that take space.
@@ -68,6 +81,8 @@ pub(crate) trait File: Send + fmt::Debug {
     fn set_len(&self, len: u64) -> io::Result<()>;
     /// Bytes there are.
     fn len(&self) -> io::Result<u64>;
+    /// What it is.
+    fn stamp(&self) -> io::Result<Stamp>;
     /// Makes all of it durable.
     fn sync(&self) -> io::Result<()>;
 }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::memory::MemoryDisk;
-use crate::disk::{Disk, File, Kind, Lock, Locked};
+use crate::disk::{Disk, File, Kind, Lock, Locked, Stamp};
 
 /// What becomes of an operation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -120,6 +120,10 @@ impl Disk for FaultyDisk {
         self.faults.next()?;
         self.disk.len(path)
     }
+    fn stamp(&self, path: &Path) -> io::Result<Option<Stamp>> {
+        self.faults.next()?;
+        self.disk.stamp(path)
+    }
     fn real(&self, path: &Path) -> io::Result<PathBuf> {
         self.faults.next()?;
         self.disk.real(path)
@@ -158,6 +162,10 @@ impl File for FaultyFile {
     fn len(&self) -> io::Result<u64> {
         self.faults.next()?;
         self.file.len()
+    }
+    fn stamp(&self) -> io::Result<Stamp> {
+        self.faults.next()?;
+        self.file.stamp()
     }
     fn sync(&self) -> io::Result<()> {
         self.faults.next()?;

@@ -5,7 +5,7 @@ use std::io;
 use std::path::{Component, Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use crate::disk::{Disk, File, Kind, Lock, Locked};
+use crate::disk::{Disk, File, Kind, Lock, Locked, Stamp};
 
 /// What is at a name.
 #[derive(Clone, Debug)]
@@ -14,6 +14,8 @@ enum Node {
         bytes: Vec<u8>,
         /// What a power cut leaves.
         durable: Vec<u8>,
+        /// How often it was changed.
+        changes: i64,
     },
     Directory {
         names: BTreeMap<String, usize>,
@@ -58,6 +60,16 @@ impl MemoryDisk {
         self.0.lock().unwrap()
     }
 
+    /// Changes a byte of a file, or the last one if it is shorter, below what is seen of files.
+    pub(super) fn rot(&self, path: &Path, at: usize) {
+        let node = find(&self.nodes(), path).unwrap();
+        let Node::File { bytes, .. } = &mut self.nodes()[node] else {
+            panic!("only files rot");
+        };
+        let at = at.min(bytes.len() - 1);
+        bytes[at] ^= 1;
+    }
+
     /// What is left when the power goes and comes back.
     pub(super) fn after(&self, cut: Cut) -> Self {
         let mut nodes = self.nodes().clone();
@@ -73,7 +85,7 @@ impl MemoryDisk {
         };
         for node in &mut nodes {
             match node {
-                Node::File { bytes, durable } => bytes.clone_from(durable),
+                Node::File { bytes, durable, .. } => bytes.clone_from(durable),
                 Node::Directory { names, durable } => {
                     let all: Vec<_> = names.keys().chain(durable.keys()).cloned().collect();
                     for name in all {
@@ -140,6 +152,7 @@ impl Disk for MemoryDisk {
         let file = Node::File {
             bytes: Vec::new(),
             durable: Vec::new(),
+            changes: 0,
         };
         let node = add(&mut self.nodes(), path, file)?;
         Ok(Box::new(Open {
@@ -244,6 +257,14 @@ impl Disk for MemoryDisk {
         }
     }
 
+    fn stamp(&self, path: &Path) -> io::Result<Option<Stamp>> {
+        match self.open(path) {
+            Ok(file) => file.stamp().map(Some),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
     fn real(&self, path: &Path) -> io::Result<PathBuf> {
         find(&self.nodes(), path).map(|_| path.to_owned())
     }
@@ -273,8 +294,16 @@ struct Open {
 impl Open {
     fn with<R>(&self, look: impl FnOnce(&mut Vec<u8>, &mut Vec<u8>) -> R) -> R {
         match &mut self.disk.nodes()[self.node] {
-            Node::File { bytes, durable } => look(bytes, durable),
+            Node::File { bytes, durable, .. } => look(bytes, durable),
             Node::Directory { .. } => unreachable!("only files are opened"),
+        }
+    }
+
+    /// The same of its content, which changes.
+    fn change(&self, change: impl FnOnce(&mut Vec<u8>)) {
+        self.with(|bytes, _| change(bytes));
+        if let Node::File { changes, .. } = &mut self.disk.nodes()[self.node] {
+            *changes += 1;
         }
     }
 }
@@ -290,21 +319,35 @@ impl File for Open {
     }
 
     fn write_at(&self, offset: u64, from: &[u8]) -> io::Result<usize> {
-        self.with(|bytes, _| {
+        self.change(|bytes| {
             let end = offset as usize + from.len();
             bytes.resize(bytes.len().max(end), 0);
             bytes[offset as usize..end].copy_from_slice(from);
-            Ok(from.len())
-        })
+        });
+        Ok(from.len())
     }
 
     fn set_len(&self, len: u64) -> io::Result<()> {
-        self.with(|bytes, _| bytes.resize(len as usize, 0));
+        self.change(|bytes| bytes.resize(len as usize, 0));
         Ok(())
     }
 
     fn len(&self) -> io::Result<u64> {
         Ok(self.with(|bytes, _| bytes.len() as u64))
+    }
+
+    fn stamp(&self) -> io::Result<Stamp> {
+        let bytes = self.len()?;
+        let Node::File { changes, .. } = self.disk.nodes()[self.node] else {
+            unreachable!("only files are opened");
+        };
+        Ok(Stamp {
+            device: 1,
+            inode: self.node as u64,
+            bytes,
+            modified: (changes, 0),
+            changed: (changes, 0),
+        })
     }
 
     fn sync(&self) -> io::Result<()> {

@@ -5,6 +5,7 @@
 //! | `memory` | a disk in memory that can lose its power |
 //! | `faulty` | a disk that refuses, is short, or dies at its k-th operation |
 //! | `saving` | what is saved is what is loaded |
+//! | `right` | what was seen to be right is not read again |
 //! | `strangers` | what is no store or no snapshot is left alone |
 //! | `damage` | every byte of a small snapshot changed, and every file cut |
 //! | `refused` | each operation refused in turn |
@@ -19,6 +20,7 @@ mod memory;
 mod mutated;
 mod power;
 mod refused;
+mod right;
 mod saving;
 mod strangers;
 

@@ -229,6 +229,7 @@ fn a_damaged_chunk_is_written_anew_by_who_has_its_content() {
     bytes[4096] ^= 1;
     std::fs::write(&path, bytes).unwrap();
     assert_eq!(wrong(&store, "a").len(), 1);
+    let store = Store::open(store.path()).unwrap();
     let saved = save(&store, "b", &memory(1, 2)).unwrap();
     assert_eq!((saved.written, saved.found), (1, 1));
     assert!(wrong(&store, "a").is_empty() && wrong(&store, "b").is_empty());
@@ -252,6 +253,8 @@ fn an_increment_does_not_name_a_damaged_chunk() {
                 _ => bytes.push(0),
             }
             std::fs::write(&path, bytes).unwrap();
+            // Another process, which knows nothing of it.
+            let store = Store::open(store.path()).unwrap();
             let mut saving = Saving::begin(&store, &name("b"), 2 * CHUNK_BYTES, options()).unwrap();
             assert!(!saving.same(0, hash).unwrap(), "{damage}");
             saving.region(0, &memory(1, 2)[&0]).unwrap();
