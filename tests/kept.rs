@@ -372,7 +372,11 @@ fn a_damaged_chunk_is_named_and_nothing_runs() {
     assert!(stdout(&output).contains("is not there"), "{}", all(&output));
     let list = place.on("list", ".", &[]);
     assert_exit(&list, 1);
-    assert!(stdout(&list).contains("1 CHUNKS MISSING"), "{}", all(&list));
+    assert!(
+        stdout(&list).contains("; 1 CHUNK MISSING\n"),
+        "{}",
+        all(&list)
+    );
 }
 
 /// The run goes on to its end, and says that it was not saved, and why.
@@ -477,13 +481,25 @@ fn a_run_that_is_over_before_its_first_snapshot_is_saved() {
 #[test]
 fn flags_that_would_do_nothing_are_refused_and_not_offered() {
     let place = place();
-    for flags in [&["--parent", "a"][..], &["--zstd"], &["--rate", "1M"]] {
+    for flags in [
+        &["--parent", "a"][..],
+        &["--zstd"],
+        &["--rate", "1M"],
+        &["--every", "1s"],
+    ] {
         let refused = place.on("run", "warm", flags);
         assert_exit(&refused, 2);
         assert!(stderr(&refused).contains("--save"), "{}", all(&refused));
         // With it they are taken, and it is the store that is missing.
         let missing = place.on("run", "warm", &[flags, &["--save", "b"]].concat());
         assert_exit(&missing, 1);
+    }
+    for flags in [
+        &["--keep-last", "1"][..],
+        &["--every", "0s"],
+        &["--every", "1s", "--keep-last", "0"],
+    ] {
+        assert_exit(&place.save("warm", flags), 2);
     }
     let help = stdout(&vmm(&["snapshot", "save", "--help"]).output().unwrap());
     assert!(
@@ -892,4 +908,248 @@ fn an_interrupt_while_it_saves_ends_the_run_and_leaves_no_name() {
     assert_eq!(fs::read_dir(place.store().join("tmp")).unwrap().count(), 0);
     // The way is free.
     assert_exit(&place.save("warm", &[]), 0);
+}
+
+/// Somebody else saves under its name while the run goes on: as if it had been taken before.
+#[test]
+fn a_name_that_is_taken_late_is_a_name_that_is_taken() {
+    if no_kvm() {
+        return;
+    }
+    let place = place();
+    Store::open_or_create(&place.store()).unwrap();
+    let path = place.path("late");
+    let mut command = vmm(&["snapshot", "save", &path, "--accel", place.accel()]);
+    command.args(["--memory", "32M", "--snapshots", "20"]);
+    command.stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().unwrap();
+    let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
+    // The name was free when it said so.
+    let first = lines.next().unwrap().unwrap();
+    assert!(first.contains("seed"), "{first}");
+    fs::create_dir(&path).unwrap();
+    fs::write(Path::new(&path).join("snapshot.json"), "another's").unwrap();
+    let said: Vec<_> = lines.map_while(Result::ok).collect();
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(2), "{said:?}");
+    let why = "has a snapshot `late` already: choose another name, or drop that one first";
+    assert!(said.iter().any(|line| line.contains(why)), "{said:?}");
+    assert!(
+        stdout(&output).contains("saved       NOT late in "),
+        "{}",
+        stdout(&output)
+    );
+    let there = fs::read_to_string(Path::new(&path).join("snapshot.json")).unwrap();
+    assert_eq!(there, "another's");
+    assert_eq!(fs::read_dir(place.store().join("tmp")).unwrap().count(), 0);
+}
+
+#[test]
+fn a_name_without_a_store_is_refused_with_what_to_say() {
+    for verb in ["save", "run", "load", "info", "verify"] {
+        let output = vmm(&["snapshot", verb, "warm"]).output().unwrap();
+        assert_exit(&output, 2);
+        assert!(
+            stderr(&output).contains("say STORE/warm"),
+            "{verb}: {}",
+            all(&output)
+        );
+    }
+}
+
+fn names(place: &Place) -> Vec<String> {
+    let store = Store::open(&place.store()).unwrap();
+    store
+        .names()
+        .unwrap()
+        .iter()
+        .map(ToString::to_string)
+        .collect()
+}
+
+/// All that are there are whole, each is an increment of one before it, and nothing is left over.
+fn assert_checkpoints(place: &Place, names: &[String]) {
+    for name in names {
+        place.assert_whole(name);
+        let info = json(&place.on("info", name, &["--json"]));
+        if let Some(parent) = info["parent"]["name"].as_str() {
+            assert!(parent < name.as_str(), "{parent} {name}");
+        }
+    }
+    assert_eq!(fs::read_dir(place.store().join("tmp")).unwrap().count(), 0);
+}
+
+#[test]
+fn checkpoints_are_increments_of_which_the_last_are_kept() {
+    if no_kvm() {
+        return;
+    }
+    let place = place();
+    let report = place.dir.path().join("report.json");
+    let file = report.display().to_string();
+    let flags = ["--every", "1ms", "--keep-last", "2", "--report", &file];
+    let saved = place.save("run", &[&flags[..], &["--pattern", "sparse"]].concat());
+    assert_exit(&saved, 0);
+    let counts: Value = serde_json::from_slice(&fs::read(&report).unwrap()).unwrap();
+    let counts = &counts["checkpoints"];
+    let of = |what: &str| counts[what].as_u64().unwrap();
+    // One of the first snapshot, and one at the end.
+    assert!(of("saved") >= 2, "{counts}");
+    assert_eq!((of("kept"), of("failed")), (2, 0), "{counts}");
+    assert_eq!(of("dropped"), of("saved") - 2, "{counts}");
+    let there = names(&place);
+    let last = of("saved");
+    assert_eq!(there, [last - 1, last].map(|n| format!("run-{n:06}")));
+    assert_eq!(counts["last"], there[1].as_str());
+    assert!(stdout(&saved).contains("saved       "), "{}", all(&saved));
+    assert_checkpoints(&place, &there);
+    let info = json(&place.on("info", &there[1], &["--json"]));
+    assert_eq!(info["parent"]["name"], there[0].as_str());
+    // The next run goes on with the numbers, and drops nothing that it has not saved.
+    let (ran, report) = place.run(
+        &there[1],
+        &[
+            "--save",
+            "run",
+            "--every",
+            "1ms",
+            "--keep-last",
+            "1",
+            "--snapshots",
+            "6",
+        ],
+    );
+    assert_exit(&ran, 0);
+    assert_eq!(report["checkpoints"]["kept"], 1);
+    let now = names(&place);
+    assert_eq!((now.len(), &now[..2]), (3, &there[..]));
+    assert!(now[2] > there[1], "{now:?}");
+    assert_checkpoints(&place, &now);
+    let (ran, report) = place.run(&now[2], &SHORT);
+    assert_exit(&ran, 0);
+    assert_eq!(report["verdict"], "ok");
+}
+
+/// A run that saves checkpoints until it is told to stop, and what it says.
+fn checkpointing(place: &Place) -> (Child, std::sync::mpsc::Receiver<String>) {
+    let path = place.path("run");
+    let mut command = vmm(&["snapshot", "save", &path, "--accel", place.accel()]);
+    command.args([
+        "--memory",
+        "32M",
+        "--every",
+        "10ms",
+        "--snapshot-every",
+        "10ms",
+    ]);
+    command.stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().unwrap();
+    let lines = BufReader::new(child.stderr.take().unwrap()).lines();
+    let (sender, said) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        for line in lines.map_while(Result::ok) {
+            let _ = sender.send(line);
+        }
+    });
+    (child, said)
+}
+
+fn interrupted(child: Child) -> Output {
+    let pid = Pid::from_raw(child.id() as i32).unwrap();
+    kill_process(pid, Signal::INT).unwrap();
+    support::within(support::PATIENCE, move || child.wait_with_output().unwrap())
+}
+
+#[test]
+fn checkpoints_go_on_until_ctrl_c_which_leaves_those_that_are_there() {
+    if no_kvm() {
+        return;
+    }
+    let place = place();
+    Store::open_or_create(&place.store()).unwrap();
+    let (mut child, said) = checkpointing(&place);
+    while names(&place).len() < 3 {
+        assert!(
+            child.try_wait().unwrap().is_none(),
+            "{:?}",
+            Vec::from_iter(said)
+        );
+        std::thread::yield_now();
+    }
+    let output = interrupted(child);
+    assert_exit(&output, 0);
+    let text = stdout(&output);
+    assert!(text.contains(", ended by Ctrl-C or a signal\n"), "{text}");
+    assert!(text.contains(" checkpoints of run in "), "{text}");
+    assert_checkpoints(&place, &names(&place));
+}
+
+/// It is said, the run goes on, and so do checkpoints when the disk takes them again.
+#[test]
+fn a_checkpoint_that_is_refused_is_told_and_the_next_is_saved() {
+    if no_kvm() {
+        return;
+    }
+    let place = place();
+    Store::open_or_create(&place.store()).unwrap();
+    // As a full disk: no chunk can be named.
+    let chunks = place.store().join("chunks");
+    fs::create_dir(&chunks).unwrap();
+    let folders = || (0..=255).map(|folder| chunks.join(format!("{folder:02x}")));
+    folders().for_each(|folder| fs::write(folder, "in the way").unwrap());
+    let (mut child, said) = checkpointing(&place);
+    let refused = said
+        .iter()
+        .find(|line| line.contains("was not saved, the run goes on"));
+    let refused = refused.unwrap();
+    assert!(refused.contains("checkpoint `run-000001`"), "{refused}");
+    assert!(
+        refused.contains("cannot name ") && refused.contains("chunks/"),
+        "{refused}"
+    );
+    assert_eq!(names(&place), [""; 0]);
+    folders().for_each(|folder| fs::remove_file(folder).unwrap());
+    while names(&place).is_empty() {
+        assert!(
+            child.try_wait().unwrap().is_none(),
+            "{:?}",
+            Vec::from_iter(said)
+        );
+        std::thread::yield_now();
+    }
+    let output = interrupted(child);
+    // One that was begun before the files were away may have failed after the first that was saved.
+    assert_exit(&output, 0);
+    assert!(
+        stdout(&output).contains(" NOT saved\n"),
+        "{}",
+        stdout(&output)
+    );
+    assert_checkpoints(&place, &names(&place));
+}
+
+#[test]
+fn a_run_whose_last_checkpoint_is_refused_says_so_at_its_end() {
+    if no_kvm() {
+        return;
+    }
+    let place = place();
+    Store::open_or_create(&place.store()).unwrap();
+    fs::write(place.store().join("chunks"), "in the way").unwrap();
+    let report = place.dir.path().join("report.json");
+    let file = report.display().to_string();
+    let ran = place.save("run", &["--every", "1ms", "--report", &file]);
+    assert_exit(&ran, 1);
+    let report: Value = serde_json::from_slice(&fs::read(&report).unwrap()).unwrap();
+    let error = report["error"].as_str().unwrap();
+    assert!(
+        error.starts_with("the last checkpoint was not saved: "),
+        "{error}"
+    );
+    assert!(
+        report["checkpoints"]["failed"].as_u64() > Some(1),
+        "{report}"
+    );
+    assert_eq!(report["snapshots"]["taken"], report["snapshots"]["checked"]);
+    assert_eq!(names(&place), [""; 0]);
 }

@@ -351,6 +351,11 @@ impl Args {
 }
 
 impl RunArgs {
+    /// Whether it was said when the run is over.
+    pub(crate) fn has_length(&self) -> bool {
+        self.snapshots.is_some() || self.duration.is_some()
+    }
+
     /// The same, of a run that lasts `duration` unless something else was asked for.
     pub(crate) fn config(&self, duration: Duration) -> Config {
         Config {

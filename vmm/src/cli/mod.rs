@@ -122,6 +122,8 @@ enum Failure {
     Store(#[from] StoreError),
     #[error(transparent)]
     Source(#[from] SourceError),
+    #[error("{why}")]
+    NameTaken { why: String },
     #[error("could not play all of it: {why}")]
     NotPlayed { why: String },
     #[error("--scenario {id}: there is none of that name")]
@@ -137,13 +139,15 @@ impl Failure {
             Self::Config(_)
             | Self::FamilyConfig(_)
             | Self::NoScenario { .. }
+            | Self::NameTaken { .. }
             | Self::Store(
                 StoreError::Name(_)
+                | StoreError::NoPlace { .. }
                 | StoreError::Exists { .. }
                 | StoreError::InTheWay { .. }
                 | StoreError::Nested { .. },
             )
-            | Self::Source(SourceError::Store(StoreError::Name(_)))
+            | Self::Source(SourceError::Store(StoreError::Name(_) | StoreError::NoPlace { .. }))
             | Self::OutputFile(OutputFileError::Same { .. }) => EXIT_USAGE,
             Self::Run(session::RunError::Untrusted(_)) => EXIT_USAGE,
             _ => EXIT_ERROR,

@@ -13,6 +13,7 @@ fn so_far(length: RunLength, progress: &Progress) -> (String, String) {
     let snapshots = count(progress.snapshots);
     match length {
         RunLength::Duration(total) => (format!("{elapsed} of {}", exact_time(total)), snapshots),
+        RunLength::UNTIL_STOPPED => (elapsed, snapshots),
         RunLength::Snapshots(total) => (elapsed, format!("{snapshots} of {}", count(total))),
     }
 }

@@ -9,8 +9,8 @@ use super::{
 use crate::session::{
     config::{Config, RunLength, Size, pattern_name},
     report::{
-        EndedBy, FaultCounts, Oracle, Quantiles, Report, SaveCounts, StepQuantiles, Verdict,
-        ViolationCounts,
+        CheckpointCounts, EndedBy, FaultCounts, Oracle, Quantiles, Report, SaveCounts,
+        StepQuantiles, Verdict, ViolationCounts,
     },
 };
 
@@ -84,6 +84,27 @@ fn saved_text(saved: &SaveCounts) -> String {
         count(saved.found),
         count(saved.same)
     )
+}
+
+/// What was saved every so often.
+fn checkpoints_text(counts: &CheckpointCounts) -> String {
+    let mut text = format!(
+        "{} of {} in {}",
+        plural(counts.saved, "checkpoint"),
+        counts.name,
+        printable(&counts.store)
+    );
+    if let Some(last) = &counts.last {
+        text.push_str(&format!(
+            ", the last {last}; {} written, {} kept",
+            bytes(counts.bytes_written),
+            count(counts.kept)
+        ));
+    }
+    if counts.failed > 0 {
+        text.push_str(&format!("; {} NOT saved", count(counts.failed)));
+    }
+    text
 }
 
 /// Oracles on the first line of those that say what each has seen.
@@ -249,6 +270,9 @@ fn rows(report: &Report) -> Vec<(&'static str, String)> {
     if let Some(saved) = &report.saved {
         rows.push(("saved", saved_text(saved)));
     }
+    if let Some(checkpoints) = &report.checkpoints {
+        rows.push(("saved", checkpoints_text(checkpoints)));
+    }
     rows.push(("policy", report.policy.clone()));
     rows.push((
         "platform",
@@ -290,6 +314,9 @@ fn ended(report: &Report) -> String {
                 "{ran} of {}, ended early by Ctrl-C or a signal",
                 exact_time(asked)
             )
+        }
+        (EndedBy::CtrlC, RunLength::UNTIL_STOPPED) => {
+            format!("{ran}, ended by Ctrl-C or a signal")
         }
         (EndedBy::CtrlC, RunLength::Snapshots(_)) => {
             format!("{ran}, ended early by Ctrl-C or a signal")
@@ -439,6 +466,7 @@ seed        7 (repeat with --seed 7)
             found: 1,
             same: 110,
             seconds: 0.812,
+            name_is_taken: false,
         };
         report.saved = Some(saved.clone());
         let text = render(&report);

@@ -141,7 +141,10 @@ pub fn run_from(
     }
     let limits = Limits::detect().map_err(RunError::Limits)?;
     // What is being saved, and what that has in common with what was loaded, are snapshots, too.
-    let more = usize::from(keep.is_some()) + usize::from(matches!(beginning, Beginning::Load(_)));
+    // Each checkpoint is what the next has something in common with.
+    let is_base = keep.as_ref().is_some_and(|keep| keep.every.is_some())
+        || matches!(beginning, Beginning::Load(_));
+    let more = usize::from(keep.is_some()) + usize::from(is_base);
     let planned = Config {
         keep: config.keep.saturating_add(more),
         ..config.clone()

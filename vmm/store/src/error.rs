@@ -124,6 +124,12 @@ pub enum StoreError {
     /// Something is no name.
     #[error(transparent)]
     Name(#[from] NameError),
+    /// A path has a name only, and no store.
+    #[error("`{name}` says no store: say STORE/{name}, or ./{name} if this directory is the store")]
+    NoPlace {
+        /// The name.
+        name: SnapshotName,
+    },
     /// What is to be saved is not of the format.
     #[error("cannot save that: {what}")]
     NotOfFormat {

@@ -41,7 +41,7 @@ pub struct Hold {
 /// The store and the name in it that `STORE/NAME` is.
 ///
 /// # Errors
-/// If there is no name at its end.
+/// If there is no name at its end, or nothing else.
 pub fn locate(path: &Path) -> Result<(PathBuf, SnapshotName), StoreError> {
     let name = path
         .file_name()
@@ -49,7 +49,10 @@ pub fn locate(path: &Path) -> Result<(PathBuf, SnapshotName), StoreError> {
     // What has no name at its end is shown as it is.
     let name = name.unwrap_or_else(|| path.display().to_string());
     let name: SnapshotName = name.parse()?;
-    Ok((parent_of(path).to_owned(), name))
+    match path.parent() {
+        Some(store) if store != Path::new("") => Ok((store.to_owned(), name)),
+        _ => Err(StoreError::NoPlace { name }),
+    }
 }
 
 /// The directory that `path` is in.

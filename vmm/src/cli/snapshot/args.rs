@@ -1,6 +1,6 @@
 //! The verbs of `vmm snapshot`, and their flags.
 
-use std::num::NonZeroU64;
+use std::num::{NonZeroU64, NonZeroUsize};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -80,6 +80,23 @@ pub(super) struct KeepingArgs {
     /// The most memory that is read and written a second, to leave the guest more of the host [default: no limit]
     #[arg(long, value_name = "SIZE", value_parser = parse_rate, help_heading = "Saving")]
     pub(super) rate: Option<NonZeroU64>,
+
+    /// Save one every so often, as NAME-000001 and so on, each an increment of the last; until Ctrl-C, unless the
+    /// run has a length. One that cannot be saved is said, and the run goes on
+    #[arg(long, value_name = "TIME", value_parser = parse_every, help_heading = "Saving")]
+    pub(super) every: Option<Duration>,
+
+    /// With --every, drop all of them but the last N, as soon as one more is saved [default: all are kept]
+    #[arg(long, value_name = "N", requires = "every", help_heading = "Saving")]
+    pub(super) keep_last: Option<NonZeroUsize>,
+}
+
+fn parse_every(text: &str) -> Result<Duration, String> {
+    let every = parse_time(text).map_err(|error| error.to_string())?;
+    match every.is_zero() {
+        true => Err("must be more than 0".to_owned()),
+        false => Ok(every),
+    }
 }
 
 fn parse_rate(text: &str) -> Result<NonZeroU64, String> {
@@ -103,7 +120,8 @@ impl KeepingArgs {
 #[command(
     mut_arg("parent", |arg| arg.requires("save")),
     mut_arg("zstd", |arg| arg.requires("save")),
-    mut_arg("rate", |arg| arg.requires("save"))
+    mut_arg("rate", |arg| arg.requires("save")),
+    mut_arg("every", |arg| arg.requires("save"))
 )]
 pub(super) struct RunKeptArgs {
     /// The snapshot to run

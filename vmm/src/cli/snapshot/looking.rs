@@ -104,7 +104,8 @@ fn entry_text(entry: &store::Entry) -> String {
                 text.push_str(&format!(", after {}", parent.name));
             }
             if usage.missing > 0 {
-                text.push_str(&format!("; {} CHUNKS MISSING", count(usage.missing)));
+                let missing = plural(usage.missing, "chunk").to_uppercase();
+                text.push_str(&format!("; {missing} MISSING"));
             }
             text + "\n"
         }

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use palimpsest::host::Limits;
-use palimpsest::kept::store::{Store, locate};
+use palimpsest::kept::store::{Store, StoreError, locate};
 
 use super::args::{KeepingArgs, LoadArgs, RunKeptArgs, SaveArgs};
 use super::transfer::Transfer;
@@ -15,14 +15,17 @@ use crate::cli::screen::Screen;
 use crate::cli::status::Status;
 use crate::cli::units::{bytes, count, micros};
 use crate::cli::{Failure, guest_image, interrupt, print, report_text, told};
-use crate::session::config::Config;
-use crate::session::kept::{self, CheckedKept, Keep, Source};
+use crate::session::config::{Config, RunLength};
+use crate::session::kept::{self, CheckedKept, Every, Keep, Source, checkpoint_name, next_number};
 use crate::session::report::{Report, Verdict};
 use crate::session::{self, Beginning};
 
 /// `vmm snapshot save`.
 pub(super) fn save(args: &SaveArgs, screen: &Screen) -> Result<Verdict, Failure> {
-    let config = args.run.config(std::time::Duration::from_secs(2));
+    let mut config = args.run.config(std::time::Duration::from_secs(2));
+    if args.keeping.every.is_some() && !args.run.has_length() {
+        config.length = RunLength::UNTIL_STOPPED;
+    }
     config.validate(&Limits::detect().map_err(Failure::Limits)?)?;
     let (path, name) = locate(&args.path)?;
     // Found out now and not after minutes of running.
@@ -78,7 +81,20 @@ fn keep_in(
     name: palimpsest::kept::store::SnapshotName,
     args: &KeepingArgs,
 ) -> Result<Keep, Failure> {
-    store.may_save(&name)?;
+    let every = match args.every {
+        Some(interval) => Some(Every {
+            interval,
+            first: next_number(&store, &name)?,
+            keep_last: args.keep_last,
+        }),
+        None => None,
+    };
+    match &every {
+        Some(every) => {
+            store.may_save(&checkpoint_name(&name, every.first).map_err(StoreError::from)?)?
+        }
+        None => store.may_save(&name)?,
+    }
     let parent = args.parent.as_ref().map(|parent| store.parent(parent));
     let parent = parent.transpose()?;
     Ok(Keep {
@@ -87,6 +103,7 @@ fn keep_in(
         parent,
         compression: args.compression(),
         most_a_second: args.rate,
+        every,
     })
 }
 
@@ -111,7 +128,14 @@ fn go(
     let printed = print(&report_text::render(&report)).map_err(Failure::Print);
     let written = report_file.map_or(Ok(()), |file| file.write(&report));
     let outcomes = [printed, written.map_err(Failure::from)];
-    Ok(told(report.verdict, outcomes, screen))
+    let verdict = told(report.verdict, outcomes, screen);
+    match (verdict, report.saved, report.error) {
+        // As it would have been if the name had been taken before.
+        (Verdict::Error, Some(saved), Some(why)) if saved.name_is_taken => {
+            Err(Failure::NameTaken { why })
+        }
+        _ => Ok(verdict),
+    }
 }
 
 /// `vmm snapshot load`.

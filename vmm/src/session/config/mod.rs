@@ -146,6 +146,11 @@ pub enum RunLength {
     Snapshots(u64),
 }
 
+impl RunLength {
+    /// When somebody ends it: after more snapshots than can be taken.
+    pub const UNTIL_STOPPED: Self = Self::Snapshots(u64::MAX);
+}
+
 fn lossy_path<S: serde::Serializer>(path: &std::path::Path, to: S) -> Result<S::Ok, S::Error> {
     to.serialize_str(&path.to_string_lossy())
 }

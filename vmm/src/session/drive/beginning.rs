@@ -8,7 +8,7 @@ use crate::check::{Boot, Look};
 use crate::run_snapshot::RunSnapshot;
 use crate::session::RunError;
 use crate::session::config::Config;
-use crate::session::kept::{Keep, Loaded};
+use crate::session::kept::{Keep, Keeping, Loaded};
 use crate::session::progress::Observer;
 use crate::session::report::LoadCounts;
 use crate::session::vm::PayloadVm;
@@ -72,7 +72,11 @@ impl Drive<'_> {
         self.parent = Some(Arc::clone(&snapshot));
         self.kept.push_back(snapshot);
         // Only a save has a use for it.
-        self.base = self.keeping.is_some().then_some(begun.base);
+        match &mut self.keeping {
+            None => {}
+            Some(Keeping::Checkpoints(checkpoints, _)) => checkpoints.begin_with(begun.base),
+            Some(_) => self.base = Some(begun.base),
+        }
         self.loaded = Some(begun.counts);
         Ok(())
     }

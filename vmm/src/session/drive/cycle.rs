@@ -63,6 +63,7 @@ impl Drive<'_> {
             self.tick();
         }
         self.check_all_are_well()?;
+        self.checkpoint(now);
         self.track(now)?;
         if self.restore_is_due && is_ripe {
             return self.restore();
@@ -72,7 +73,10 @@ impl Drive<'_> {
         let is_wanted =
             is_over.is_none() || !self.occasion.has_steps() || self.lacks_what_to_save();
         // Nor does the run that only waits for what is being saved.
-        let is_saving = matches!(self.keeping, Some(Keeping::Going(_)));
+        let is_saving = matches!(
+            self.keeping,
+            Some(Keeping::Going(_) | Keeping::Checkpoints(_, Some(_)))
+        );
         let due = now >= self.next_snapshot || (is_over.is_some() && is_wanted && !is_saving);
         if due
             && is_ripe

@@ -77,6 +77,7 @@ impl Drive<'_> {
             stall,
             loaded,
             keeping,
+            checkpoints,
             ..
         } = self;
         let frames = vm.frames().clone();
@@ -144,6 +145,7 @@ impl Drive<'_> {
                 Some(Keeping::Done(counts)) => Some(counts),
                 _ => None,
             },
+            checkpoints,
         }
     }
 }

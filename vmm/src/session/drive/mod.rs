@@ -39,12 +39,12 @@ pub(super) use self::beginning::{Begun, Job};
 use self::random::SplitMix64;
 use super::RunError;
 use super::config::Config;
-use super::kept::Keeping;
+use super::kept::{Checkpoints, Keeping};
 use super::life::{DeviceWatch, LifeWatch};
 use super::occasion::Occasion;
 use super::ports::Inbox;
 use super::progress::Observer;
-use super::report::{LoadCounts, Report, StepTimes, nanoseconds};
+use super::report::{CheckpointCounts, LoadCounts, Report, StepTimes, nanoseconds};
 use super::stall::StallMeter;
 use super::tracker::Tracker;
 use super::vm::PayloadVm;
@@ -65,6 +65,8 @@ pub(super) struct Drive<'a> {
     observer: &'a mut dyn Observer,
     /// What is to be saved, if anything is.
     keeping: Option<Keeping>,
+    /// What was saved every so often, when the run is over.
+    checkpoints: Option<CheckpointCounts>,
     // Before the VM, whose frames it has.
     base: Option<Base>,
     loaded: Option<LoadCounts>,
@@ -150,7 +152,14 @@ impl<'a> Drive<'a> {
             accelerator,
             stop,
             observer,
-            keeping: keep.map(Keeping::Wanted),
+            keeping: keep.map(|keep| match keep.every.clone() {
+                Some(every) => {
+                    let checkpoints = Checkpoints::new(keep, every);
+                    Keeping::Checkpoints(Box::new(checkpoints), None)
+                }
+                None => Keeping::Wanted(keep),
+            }),
+            checkpoints: None,
             base: None,
             loaded: None,
             vm,

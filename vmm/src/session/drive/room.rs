@@ -3,6 +3,7 @@
 use guest::abi::PAGE_SIZE;
 
 use super::Drive;
+use crate::session::kept::Keeping;
 use crate::session::tracker::Tracker;
 use palimpsest::mm::PoolUsage;
 
@@ -28,6 +29,9 @@ impl Drive<'_> {
         // These hold the last one for what can be compared with it.
         self.parent = None;
         self.base = None;
+        if let Some(Keeping::Checkpoints(checkpoints, _)) = &mut self.keeping {
+            checkpoints.forget();
+        }
         self.tracker.iter_mut().for_each(Tracker::forget);
         true
     }

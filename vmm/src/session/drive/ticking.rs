@@ -39,7 +39,7 @@ impl Drive<'_> {
         }
         let progress = self.progress(ops.iter().sum());
         self.observer.progress(&progress);
-        if let Some(Keeping::Going(going)) = &self.keeping {
+        if let Some(Keeping::Going(going) | Keeping::Checkpoints(_, Some(going))) = &self.keeping {
             self.observer.saving(&going.progress());
         }
     }

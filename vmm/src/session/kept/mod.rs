@@ -10,17 +10,21 @@
 //! | `source` | a snapshot in a store, to begin with |
 //! | `loading` | a VM made of one |
 //! | `saving` | a snapshot of a run into a store, while the run goes on |
+//! | `checkpoints` | one every so often |
 //! | `checking` | a snapshot loaded and looked at, and no more |
 
 mod checking;
+mod checkpoints;
 mod facts;
 mod loading;
 mod saving;
 mod source;
 
 pub use self::checking::{CheckedKept, check};
+pub(super) use self::checkpoints::Checkpoints;
+pub use self::checkpoints::{Every, checkpoint_name, next_number};
 pub use self::loading::LoadError;
 pub(super) use self::loading::{Loaded, load};
 pub use self::saving::Keep;
-pub(super) use self::saving::{Going, Keeping, Of};
+pub(super) use self::saving::{Going, Keeping, Of, Then};
 pub use self::source::{Source, SourceError};

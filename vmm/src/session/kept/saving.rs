@@ -5,7 +5,7 @@ use std::num::NonZeroU64;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use guest::abi::ABI_VERSION;
 use palimpsest::aside::Aside;
@@ -15,6 +15,7 @@ use palimpsest::kept::{self, Base, Progress, SaveError, Saver};
 use palimpsest::memory::Frames;
 use palimpsest::vm::Accelerator;
 
+use super::checkpoints::{Checkpointed, Checkpoints, Every};
 use super::facts::{Facts, parts};
 use crate::check::{Boot, Reference};
 use crate::incarnation::Incarnation;
@@ -35,6 +36,8 @@ pub struct Keep {
     pub compression: Compression,
     /// The most bytes of memory a second; nothing: as many as go.
     pub most_a_second: Option<NonZeroU64>,
+    /// One every so often, whose names begin with this one; nothing: one at the end of the run.
+    pub every: Option<Every>,
 }
 
 /// The state of a run's wish to be saved.
@@ -46,12 +49,51 @@ pub(in crate::session) enum Keeping {
     Going(Going),
     /// It is done, well or not.
     Done(SaveCounts),
+    /// Every so often; and the one that a thread saves now.
+    Checkpoints(Box<Checkpoints>, Option<Going>),
+}
+
+/// What is done with a snapshot that was saved.
+#[derive(Debug)]
+pub(in crate::session) enum Then {
+    /// Nothing.
+    End,
+    /// The next is one of its increments, and these are dropped.
+    Drop(Vec<SnapshotName>),
+}
+
+/// How long is waited for who uses the store before older checkpoints are dropped another time.
+const PATIENCE: Duration = Duration::from_millis(500);
+
+impl Then {
+    /// Does it.
+    fn go(self, keep: &Keep, snapshot: &RunSnapshot) -> Checkpointed {
+        let Self::Drop(drops) = self else {
+            return Checkpointed::default();
+        };
+        // It was just saved. If it cannot be read all the same, the next has nothing in common with it.
+        let kept = keep.store.read(&keep.name).ok();
+        let memory = Arc::clone(snapshot.taken().memory());
+        let mut done = Checkpointed {
+            base: kept.map(|kept| Base::new(&kept, memory)),
+            ..Checkpointed::default()
+        };
+        if !drops.is_empty() {
+            match store::prune(&keep.store, &drops, PATIENCE) {
+                Ok(pruned) => done.dropped = pruned.dropped,
+                // Somebody else has dropped one.
+                Err(StoreError::NoSnapshot { name, .. }) => done.dropped.push(name),
+                Err(error) => done.not_dropped = Some(chain(&error)),
+            }
+        }
+        done
+    }
 }
 
 /// A save that goes on.
 #[derive(Debug)]
 pub(in crate::session) struct Going {
-    thread: Option<JoinHandle<Result<Saved, SaveError>>>,
+    thread: Option<JoinHandle<Result<(Saved, Checkpointed), SaveError>>>,
     shared: Arc<Shared>,
     keep: Keep,
     began: Instant,
@@ -87,6 +129,7 @@ impl Going {
         keep: Keep,
         snapshot: Arc<RunSnapshot>,
         of: Of<'_>,
+        then: Then,
     ) -> Result<Self, String> {
         let machine = kept::machine(of.accelerator, snapshot.taken(), of.tsc_khz);
         let facts = Facts {
@@ -110,22 +153,23 @@ impl Going {
             move || {
                 let saver = Saver {
                     store: &keep.store,
-                    name: keep.name,
+                    name: keep.name.clone(),
                     snapshot: snapshot.taken(),
                     frames: &frames,
                     base: base.as_ref(),
-                    parent: keep.parent,
+                    parent: keep.parent.clone(),
                     compression: keep.compression,
                     aside: Some(&aside),
                     most_a_second: keep.most_a_second,
                     facts,
                     parts,
                 };
-                saver.save(&mut |progress| {
+                let saved = saver.save(&mut |progress| {
                     *shared.progress.lock().unwrap_or_else(|e| e.into_inner()) = *progress;
                     // Only that it is seen some time matters.
                     !shared.is_called_off.load(Ordering::Relaxed)
-                })
+                })?;
+                Ok((saved, then.go(&keep, &snapshot)))
             }
         });
         let thread = thread
@@ -158,19 +202,30 @@ impl Going {
         self.shared.is_called_off.store(true, Ordering::Relaxed);
     }
 
+    /// What it is to be called.
+    pub(in crate::session) fn name(&self) -> &SnapshotName {
+        &self.keep.name
+    }
+
     /// Waits for its end. Says what came of it, in words if nothing did.
-    pub(in crate::session) fn finish(mut self) -> (SaveCounts, Result<(), String>) {
+    pub(in crate::session) fn finish(mut self) -> (SaveCounts, Result<Checkpointed, String>) {
         let done = self.thread.take().map(JoinHandle::join);
+        let mut name_is_taken = false;
         let done = match done {
             Some(Ok(Ok(saved))) => Ok(saved),
             Some(Ok(Err(SaveError::Store(StoreError::CalledOff)))) => {
                 Err(format!("saving `{}` was called off", self.keep.name))
             }
-            Some(Ok(Err(error))) => Err(chain(&error)),
+            Some(Ok(Err(error))) => {
+                use StoreError::{Exists, InTheWay};
+                let taken = matches!(&error, SaveError::Store(Exists { .. } | InTheWay { .. }));
+                name_is_taken = taken;
+                Err(chain(&error))
+            }
             Some(Err(_)) | None => Err("the thread that saves has panicked".to_owned()),
         };
         let saved = match &done {
-            Ok(saved) => *saved,
+            Ok((saved, _)) => *saved,
             Err(_) => self.progress().saved,
         };
         let counts = SaveCounts {
@@ -183,8 +238,9 @@ impl Going {
             found: saved.found,
             same: saved.same,
             seconds: self.began.elapsed().as_secs_f64(),
+            name_is_taken,
         };
-        (counts, done.map(drop))
+        (counts, done.map(|(_, then)| then))
     }
 }
 

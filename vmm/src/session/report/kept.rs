@@ -23,6 +23,32 @@ pub struct SaveCounts {
     pub same: u64,
     /// How long it took, beside the running guest.
     pub seconds: f64,
+    /// It was not saved since something has its name that was not there when the run began.
+    #[serde(default)]
+    pub name_is_taken: bool,
+}
+
+/// Snapshots that were saved every so often.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CheckpointCounts {
+    /// The store.
+    pub store: String,
+    /// What their names begin with.
+    pub name: String,
+    /// How many were saved.
+    pub saved: u64,
+    /// How many could not be, and why the last of these could not.
+    pub failed: u64,
+    /// See above.
+    pub last_failure: Option<String>,
+    /// How many were dropped again.
+    pub dropped: u64,
+    /// How many are there of those that were saved.
+    pub kept: u64,
+    /// The name of the last.
+    pub last: Option<String>,
+    /// Bytes of chunks that were written.
+    pub bytes_written: u64,
 }
 
 /// A snapshot that was loaded.

@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 pub use self::counts::{
     DirtyCounts, DmaCounts, FaultCounts, GuestCounts, MemoryPeaks, PinCounts, SnapshotCounts,
 };
-pub use self::kept::{LoadCounts, SaveCounts};
+pub use self::kept::{CheckpointCounts, LoadCounts, SaveCounts};
 pub use self::quantiles::{Quantiles, StepQuantiles, StepTimes, nanoseconds};
 pub use self::verdict::Verdict;
 use super::config::Config;
@@ -158,6 +158,9 @@ pub struct Report {
     /// What was saved to a store, if that was asked for.
     #[serde(default)]
     pub saved: Option<SaveCounts>,
+    /// What was saved every so often, if that was asked for.
+    #[serde(default)]
+    pub checkpoints: Option<CheckpointCounts>,
 }
 
 #[cfg(test)]
@@ -260,6 +263,7 @@ pub(crate) mod tests {
             lines_lost: 0,
             loaded: None,
             saved: None,
+            checkpoints: None,
         }
     }
 
@@ -277,6 +281,7 @@ pub(crate) mod tests {
         let json = serde_json::to_value(example()).unwrap();
         let expected: BTreeMap<&str, &[&str]> = BTreeMap::from([
             ("checked_draws", &[] as &[_]),
+            ("checkpoints", &[]),
             ("checked_pages", &[]),
             (
                 "config",

@@ -305,7 +305,9 @@ fn a_path_is_a_store_and_a_name() {
     let of = |store: &str, name: &str| (store.to_owned(), name.to_owned());
     assert_eq!(located("s/a").unwrap(), of("s", "a"));
     assert_eq!(located("/x/s/a/").unwrap(), of("/x/s", "a"));
-    assert_eq!(located("a").unwrap(), of(".", "a"));
+    assert_eq!(located("./a").unwrap(), of(".", "a"));
+    let bare = located("a").unwrap_err().to_string();
+    assert!(bare.contains("say STORE/a"), "{bare}");
     for none in ["", "/", "..", "s/..", "s/chunks", "s/a b"] {
         assert!(located(none).is_err(), "{none}");
     }
