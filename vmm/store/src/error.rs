@@ -121,6 +121,12 @@ pub enum StoreError {
         /// What is there.
         path: PathBuf,
     },
+    /// A folder of a store is a link, to somewhere that may be anybody's.
+    #[error("{} is a link, and nothing in a store is: put there what it leads to", path.display())]
+    Link {
+        /// The link.
+        path: PathBuf,
+    },
     /// Something is no name.
     #[error(transparent)]
     Name(#[from] NameError),

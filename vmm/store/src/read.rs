@@ -3,6 +3,7 @@
 use std::io;
 
 use crate::chunk;
+use crate::disk::Kind;
 use crate::error::StoreError;
 use crate::hash::Hash;
 use crate::index::ChunkIndex;
@@ -76,15 +77,20 @@ pub(crate) fn read_held(store: &Store, name: &SnapshotName) -> Result<Kept, Stor
 
 /// The manifest of a snapshot, and its hash.
 pub(crate) fn manifest(store: &Store, name: &SnapshotName) -> Result<(Manifest, Hash), StoreError> {
-    let path = store.directory_of(name).join(MANIFEST);
+    let none = || StoreError::NoSnapshot {
+        store: store.path().to_owned(),
+        name: name.clone(),
+    };
+    let place = store.directory_of(name);
+    let kind = store.disk().kind(&place);
+    // What a link leads to is not in the store.
+    if kind.map_err(store.file("look at", &place))? == Some(Kind::Link) {
+        return Err(none());
+    }
+    let path = place.join(MANIFEST);
     let file = match store.disk().open(&path) {
         Ok(file) => file,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            return Err(StoreError::NoSnapshot {
-                store: store.path().to_owned(),
-                name: name.clone(),
-            });
-        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(none()),
         Err(error) => return Err(store.file("open", &path)(error)),
     };
     let bytes = store.read_file(&path, &*file, MAX_MANIFEST_BYTES)?;

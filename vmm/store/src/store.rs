@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use crate::chunk::CHUNKS;
 use crate::disk::{self, Disk, File, Host, Kind, Lock, Locked};
 use crate::error::StoreError;
 use crate::name::SnapshotName;
@@ -189,6 +190,7 @@ impl Store {
         loop {
             let locked = self.disk.lock(&self.path, how);
             if let Some(locked) = locked.map_err(self.file("lock", &self.path))? {
+                self.has_no_links()?;
                 return Ok(Hold { _locked: locked });
             }
             if Instant::now() >= until {
@@ -197,6 +199,28 @@ impl Store {
                 });
             }
             thread::sleep(LOOK);
+        }
+    }
+
+    /// Refuses a store of which a folder is elsewhere: chunks there are nobody's, or somebody else's.
+    fn has_no_links(&self) -> Result<(), StoreError> {
+        let chunks = self.path.join(CHUNKS);
+        let kind = |path: &Path| match self.disk.kind(path) {
+            Ok(Some(Kind::Link)) => Err(StoreError::Link {
+                path: path.to_owned(),
+            }),
+            kind => kind.map_err(self.file("look at", path)),
+        };
+        kind(&self.path.join(TMP))?;
+        if kind(&chunks)? != Some(Kind::Directory) {
+            return Ok(());
+        }
+        let folders = self.list_if_there(&chunks)?;
+        match folders.into_iter().find(|(_, kind)| *kind == Kind::Link) {
+            Some((name, _)) => Err(StoreError::Link {
+                path: chunks.join(name),
+            }),
+            None => Ok(()),
         }
     }
 

@@ -13,6 +13,9 @@ use super::{Disk, File, Kind, Lock, Locked, Stamp};
 const FOR_OWNER_FILE: u32 = 0o600;
 const FOR_OWNER_DIRECTORY: u32 = 0o700;
 
+/// Why a file is not opened that is a link.
+const IS_LINK: &str = "it is a link, and nothing in a store is";
+
 /// The host's.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Host;
@@ -26,11 +29,14 @@ impl Disk for Host {
 
     fn open(&self, path: &Path) -> io::Result<Box<dyn File>> {
         // What is no file must not keep who opens it: a pipe would.
-        let flags = (OFlags::NONBLOCK | OFlags::NOCTTY).bits() as i32;
-        let file = OpenOptions::new()
-            .read(true)
-            .custom_flags(flags)
-            .open(path)?;
+        let flags = (OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::NOFOLLOW).bits() as i32;
+        let file = OpenOptions::new().read(true).custom_flags(flags).open(path);
+        let file = file.map_err(|error| match error.raw_os_error() {
+            Some(errno) if errno == rustix::io::Errno::LOOP.raw_os_error() => {
+                io::Error::new(io::ErrorKind::InvalidInput, IS_LINK)
+            }
+            _ => error,
+        })?;
         match file.metadata()?.is_file() {
             true => Ok(Box::new(file)),
             false => Err(io::Error::new(io::ErrorKind::InvalidInput, "it is no file")),
@@ -61,11 +67,7 @@ impl Disk for Host {
         let mut names = Vec::new();
         for entry in fs::read_dir(path)? {
             let entry = entry?;
-            let kind = match entry.file_type()? {
-                kind if kind.is_dir() => Kind::Directory,
-                kind if kind.is_file() => Kind::File,
-                _ => Kind::Other,
-            };
+            let kind = kind(entry.file_type()?);
             // Nothing of a store has another name.
             if let Ok(name) = entry.file_name().into_string() {
                 names.push((name, kind));
@@ -75,8 +77,16 @@ impl Disk for Host {
         Ok(names)
     }
 
+    fn kind(&self, path: &Path) -> io::Result<Option<Kind>> {
+        match fs::symlink_metadata(path) {
+            Ok(data) => Ok(Some(kind(data.file_type()))),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
     fn len(&self, path: &Path) -> io::Result<Option<u64>> {
-        match fs::metadata(path) {
+        match fs::symlink_metadata(path) {
             Ok(data) => Ok(Some(data.len())),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(error) => Err(error),
@@ -84,7 +94,7 @@ impl Disk for Host {
     }
 
     fn stamp(&self, path: &Path) -> io::Result<Option<Stamp>> {
-        match fs::metadata(path) {
+        match fs::symlink_metadata(path) {
             Ok(data) => Ok(Some(stamp(&data))),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(error) => Err(error),
@@ -98,7 +108,7 @@ impl Disk for Host {
     fn allocated(&self, path: &Path) -> io::Result<u64> {
         /// What `st_blocks` counts in.
         const BLOCK: u64 = 512;
-        Ok(fs::metadata(path)?.blocks().saturating_mul(BLOCK))
+        Ok(fs::symlink_metadata(path)?.blocks().saturating_mul(BLOCK))
     }
 
     fn lock(&self, path: &Path, how: Lock) -> io::Result<Option<Box<dyn Locked>>> {
@@ -112,6 +122,15 @@ impl Disk for Host {
             Err(rustix::io::Errno::WOULDBLOCK) => Ok(None),
             Err(error) => Err(error.into()),
         }
+    }
+}
+
+fn kind(of: fs::FileType) -> Kind {
+    match of {
+        of if of.is_dir() => Kind::Directory,
+        of if of.is_file() => Kind::File,
+        of if of.is_symlink() => Kind::Link,
+        _ => Kind::Other,
     }
 }
 

@@ -14,6 +14,8 @@ pub(crate) use self::host::Host;
 pub(crate) enum Kind {
     Directory,
     File,
+    /// A symbolic link, whatever it leads to.
+    Link,
     Other,
 }
 
@@ -44,7 +46,7 @@ pub(crate) trait Locked: Send + Sync + fmt::Debug {}
 pub(crate) trait Disk: fmt::Debug + Send + Sync {
     /// Makes a file that is not there yet.
     fn create(&self, path: &Path) -> io::Result<Box<dyn File>>;
-    /// Opens a file for reading.
+    /// Opens a file for reading; not by a link.
     fn open(&self, path: &Path) -> io::Result<Box<dyn File>>;
     /// Makes a directory that is not there yet.
     fn make_dir(&self, path: &Path) -> io::Result<()>;
@@ -59,6 +61,8 @@ pub(crate) trait Disk: fmt::Debug + Send + Sync {
     fn remove_dir(&self, path: &Path) -> io::Result<()>;
     /// The names in a directory.
     fn list(&self, path: &Path) -> io::Result<Vec<(String, Kind)>>;
+    /// What is there by a name, if anything is; not what a link leads to.
+    fn kind(&self, path: &Path) -> io::Result<Option<Kind>>;
     /// Bytes of a file; `None` if it is not there.
     fn len(&self, path: &Path) -> io::Result<Option<u64>>;
     /// What the file is; `None` if it is not there.

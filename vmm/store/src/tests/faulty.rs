@@ -116,6 +116,10 @@ impl Disk for FaultyDisk {
         self.faults.next()?;
         self.disk.list(path)
     }
+    fn kind(&self, path: &Path) -> io::Result<Option<Kind>> {
+        self.faults.next()?;
+        self.disk.kind(path)
+    }
     fn len(&self, path: &Path) -> io::Result<Option<u64>> {
         self.faults.next()?;
         self.disk.len(path)

@@ -249,6 +249,18 @@ impl Disk for MemoryDisk {
             .collect())
     }
 
+    fn kind(&self, path: &Path) -> io::Result<Option<Kind>> {
+        let nodes = self.nodes();
+        match find(&nodes, path) {
+            Ok(node) => Ok(Some(match nodes[node] {
+                Node::File { .. } => Kind::File,
+                Node::Directory { .. } => Kind::Directory,
+            })),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
     fn len(&self, path: &Path) -> io::Result<Option<u64>> {
         match self.open(path) {
             Ok(file) => file.len().map(Some),

@@ -99,6 +99,106 @@ fn what_is_no_snapshot_is_neither_listed_nor_dropped_nor_replaced() {
     assert_eq!(load(&store, "empty").unwrap(), memory(3, 4));
 }
 
+/// By no verb: a link to a snapshot is none, and one in place of a file or a folder is not what it leads to.
+#[test]
+fn nothing_in_a_store_is_a_link() {
+    let (dir, store) = on_disk();
+    save(&store, "a", &memory(1, 2)).unwrap();
+    let link = |from: &str, to: &std::path::Path| {
+        let from = store.path().join(from);
+        let aside = dir.path().join("aside");
+        let _ = std::fs::rename(&from, &aside);
+        std::os::unix::fs::symlink(to, &from).unwrap();
+        move || {
+            std::fs::remove_file(&from).unwrap();
+            let _ = std::fs::rename(&aside, &from);
+        }
+    };
+    let no_snapshot = |error: StoreError| matches!(error, StoreError::NoSnapshot { .. });
+    let back = link("b", &store.path().join("a"));
+    assert_eq!(store.names().unwrap(), [name("a")]);
+    assert_eq!(crate::list::list(&store).unwrap().len(), 1);
+    assert!(no_snapshot(store.read(&name("b")).unwrap_err()));
+    assert!(no_snapshot(store.parent(&name("b")).unwrap_err()));
+    assert!(no_snapshot(
+        prune(&store, &[name("b")], Duration::ZERO).unwrap_err()
+    ));
+    let taken = save(&store, "b", &memory(1, 2)).unwrap_err();
+    assert!(matches!(taken, StoreError::InTheWay { .. }), "{taken}");
+    assert_eq!(wrong(&store, "b").len(), 1);
+    back();
+    // Files: where they have gone to they are as they were.
+    let (_, chunk) = crate::list::chunk_paths(&store)
+        .unwrap()
+        .into_iter()
+        .next()
+        .unwrap();
+    let chunk = chunk
+        .strip_prefix(store.path())
+        .unwrap()
+        .display()
+        .to_string();
+    for file in ["a/snapshot.json", "a/memory", "a/state", &chunk] {
+        let back = link(file, &dir.path().join("aside"));
+        let error = load(&store, "a").unwrap_err();
+        assert!(
+            causes(&error).contains("it is a link"),
+            "{file}: {}",
+            causes(&error)
+        );
+        assert_eq!(wrong(&store, "a").len(), 1, "{file}");
+        let listed = crate::list::list(&store).unwrap();
+        let is_whole = |entry: &crate::list::Entry| {
+            entry
+                .found
+                .as_ref()
+                .is_ok_and(|(_, usage)| usage.missing == 0)
+        };
+        assert!(!is_whole(&listed[0]), "{file}");
+        back();
+    }
+    let back = link("store.json", &dir.path().join("aside"));
+    let error = Store::open(store.path()).unwrap_err();
+    assert!(
+        causes(&error).contains("it is a link"),
+        "{}",
+        causes(&error)
+    );
+    back();
+    // Folders: nothing is read, written or collected there.
+    let folder = chunk.rsplit_once('/').unwrap().0.to_owned();
+    for folder in ["tmp", "chunks", &folder] {
+        let back = link(folder, &dir.path().join("aside"));
+        let is_link = |error: StoreError| matches!(&error, StoreError::Link { path } if path.ends_with(folder));
+        assert!(is_link(load(&store, "a").unwrap_err()), "{folder}");
+        assert!(
+            is_link(save(&store, "c", &memory(1, 2)).unwrap_err()),
+            "{folder}"
+        );
+        assert!(is_link(crate::list::list(&store).unwrap_err()), "{folder}");
+        assert!(
+            is_link(prune(&store, &[], Duration::ZERO).unwrap_err()),
+            "{folder}"
+        );
+        assert!(is_link(wrong(&store, "a").remove(0)), "{folder}");
+        back();
+    }
+    assert_eq!(load(&store, "a").unwrap(), memory(1, 2));
+    // The way to a store is not in it.
+    std::os::unix::fs::symlink(store.path(), dir.path().join("way")).unwrap();
+    let store = Store::open(&dir.path().join("way")).unwrap();
+    save(&store, "c", &memory(1, 2)).unwrap();
+    assert_eq!(load(&store, "c").unwrap(), memory(1, 2));
+}
+
+fn causes(error: &StoreError) -> String {
+    let source = std::error::Error::source(error);
+    format!(
+        "{error}: {}",
+        source.map(ToString::to_string).unwrap_or_default()
+    )
+}
+
 /// It is not damaged: who has a later program can read it.
 #[test]
 fn a_snapshot_of_a_later_version_is_refused_by_that() {
