@@ -98,6 +98,10 @@ hold! {
     adoption_against_drop_of_the_snapshot
     get_against_adoption
     pin_against_adoption
+
+    touch_against_get
+    touch_against_clone
+    prefetch_against_drop_of_all
 }
 
 hold! {
@@ -108,6 +112,11 @@ hold! {
     unpin_against_gathering
     adoption_against_adoption
     adoption_against_adoption_by_the_last_but_one
+    touch_against_touch
+    touch_against_touch_of_its_neighbour
+    touch_against_pin
+    touch_against_fork
+    touch_against_reader_and_prefetch
     pins_of_a_folio_against_fork
     reader_of_a_folio_against_its_next_lives
     two_forks_that_need_the_last_memory

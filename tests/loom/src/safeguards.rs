@@ -76,6 +76,7 @@ safeguards! {
     loan_ends_with_move: LoanEndsWithMove, second_lending_against_break, "isolation";
     adopted_before_given_back: AdoptedBeforeGivenBack, adoption_against_break, "isolation";
     borrowed_before_entry: BorrowedBeforeEntry, get_against_adoption, "isolation";
+    brought_in_turn: BroughtInTurn, touch_against_touch, "once";
     folio_looked_at_again_for_a_run: FolioLookedAtAgain, pins_of_a_folio_against_fork, "isolation";
 }
 

@@ -8,8 +8,8 @@ use crate::host::{
     Dumps, MappingBudget, PhysMap, Placement, Precedence, Prices, Ram, StockKeeper, Window,
 };
 use crate::mm::{
-    Account, AddressSpace, AllocError, CowPolicy, Exclusive, ForkError, FramePool, Frozen, Gfn,
-    Mmu, OutOfRange, PAGE_SIZE,
+    Account, AddressSpace, AllocError, CowPolicy, Exclusive, ForkError, FramePool, Frozen,
+    FrozenError, Gfn, Mmu, PAGE_SIZE,
 };
 
 /// Why there is no memory for a VM.
@@ -139,11 +139,11 @@ impl Frames {
     /// in others the bytes are anybody's.
     ///
     /// # Errors
-    /// If the snapshot has no such page. What lies before it was copied.
+    /// If the snapshot has no such page, or it is backed and cannot be brought. What lies before it was copied.
     ///
     /// # Panics
     /// If the snapshot is in other frames, and one of them has no memory here.
-    pub fn read(&self, frozen: &Frozen, gpa: u64, buf: &mut [u8]) -> Result<(), OutOfRange> {
+    pub fn read(&self, frozen: &Frozen, gpa: u64, buf: &mut [u8]) -> Result<(), FrozenError> {
         let mut done = 0;
         while done < buf.len() {
             let at = gpa.saturating_add(done as u64);

@@ -16,17 +16,23 @@
 //! The snapshot's region stays in the clone's lineage until the region changes. Whoever is the last to have
 //! it takes it from there, and finds himself the frames' last holder.
 //!
+//! A region that was backed when it was borrowed (`backed.rs`) is *hidden*: the window shows nothing of it. To adopt
+//! it is to bring it, too, and to show it: between counting its mappings and publishing its entries.
+//!
 //! What only looks does without: [`AddressSpace::entry`] and a reader's hold ask the snapshot's region.
 
 use std::mem;
 use std::sync::Arc;
 
-use super::addr::{Gfn, Pfn};
+use super::addr::{Gfn, OutOfRange, Pfn};
+use super::backed::{BringError, Toucher};
 use super::entry::Entry;
+use super::fault::FaultError;
 use super::frame_state::FrameState;
-use super::frozen::FrozenRegion;
+use super::frozen::{FrozenGuard, FrozenRegion};
 use super::lent::{Loan, Slots};
 use super::mapped::table::RegionGuard;
+use super::mmu::MmuError;
 use super::pool::FramePool;
 use super::safeguard::{Safeguard, is_left_out};
 use super::space::AddressSpace;
@@ -41,6 +47,20 @@ pub struct TooManyMappings {
     pub gfn: Gfn,
     /// What is known of its frame.
     pub state: FrameState,
+}
+
+/// Why a region that is borrowed could not be made the space's own. Nothing has changed.
+#[derive(Debug, thiserror::Error)]
+pub enum AdoptError {
+    /// A frame of it has as many mappings as can be counted.
+    #[error(transparent)]
+    TooManyMappings(#[from] TooManyMappings),
+    /// Its bytes were somewhere else still, and cannot be had.
+    #[error(transparent)]
+    Bring(#[from] BringError),
+    /// It was hidden, and the MMU cannot show it.
+    #[error(transparent)]
+    Mmu(#[from] MmuError),
 }
 
 /// What a space has borrowed, by the node of its snapshot. What of it is borrowed still the table knows.
@@ -71,7 +91,7 @@ impl<P> AddressSpace<P> {
     /// # Errors
     /// If it is borrowed, and cannot be adopted.
     #[inline]
-    pub(super) fn lock(&self, index: usize) -> Result<RegionGuard<'_>, TooManyMappings> {
+    pub(super) fn lock(&self, index: usize) -> Result<RegionGuard<'_>, AdoptError> {
         let mut region = self.mapped.table.lock(index);
         self.adopt(&mut region)?;
         Ok(region)
@@ -79,7 +99,7 @@ impl<P> AddressSpace<P> {
 
     /// Locks the region that `gfn` lies in: [`AddressSpace::lock`].
     #[inline]
-    pub(super) fn lock_of(&self, gfn: Gfn) -> Result<RegionGuard<'_>, TooManyMappings> {
+    pub(super) fn lock_of(&self, gfn: Gfn) -> Result<RegionGuard<'_>, AdoptError> {
         self.lock(self.mapped.table.region_of(gfn))
     }
 
@@ -92,11 +112,58 @@ impl<P> AddressSpace<P> {
 
     /// Makes a region the space's own, if it is borrowed.
     #[inline]
-    pub(super) fn adopt(&self, region: &mut RegionGuard<'_>) -> Result<(), TooManyMappings> {
+    pub(super) fn adopt(&self, region: &mut RegionGuard<'_>) -> Result<(), AdoptError> {
+        self.adopt_for(region, Toucher::Host)
+    }
+
+    /// The same for somebody else than host code.
+    #[inline]
+    pub(super) fn adopt_for(
+        &self,
+        region: &mut RegionGuard<'_>,
+        toucher: Toucher,
+    ) -> Result<(), AdoptError> {
         if self.has_borrowed(region) {
-            self.adopt_borrowed(region)?;
+            self.adopt_borrowed(region, toucher)?;
         }
         Ok(())
+    }
+
+    /// Shows page `gfn` to vCPUs, if it is hidden from them: it was backed when the space was made, and is brought.
+    /// For a vCPU that has touched it, whatever it has done there; a write of what is shown takes a
+    /// [write fault](AddressSpace::write_fault).
+    ///
+    /// # Errors
+    /// If there is no such page, or it cannot be brought or shown. Nothing has changed.
+    pub fn touch(&self, gfn: Gfn) -> Result<Touch, FaultError> {
+        let table = &self.mapped.table;
+        table.in_range(gfn)?;
+        // What is shown is never hidden again.
+        if !table.is_hidden(table.region_of(gfn)) {
+            return self
+                .mapped
+                .check()
+                .map(|()| Touch::WasShown)
+                .map_err(Into::into);
+        }
+        let _no_fork = self.mapped.enter()?;
+        let mut region = table.lock_of(gfn);
+        if !self.has_borrowed(&region) || !region.is_hidden() {
+            return Ok(Touch::WasShown);
+        }
+        self.adopt_for(&mut region, Toucher::Vcpu)?;
+        Ok(Touch::Shown)
+    }
+
+    /// Whether page `gfn` is hidden from vCPUs: it was backed when the space was made. A hint: somebody may have
+    /// it shown at any time.
+    ///
+    /// # Errors
+    /// If there is no such page.
+    pub fn is_hidden(&self, gfn: Gfn) -> Result<bool, OutOfRange> {
+        let table = &self.mapped.table;
+        table.in_range(gfn)?;
+        Ok(table.is_hidden(table.region_of(gfn)))
     }
 
     /// Whether a region is borrowed.
@@ -105,14 +172,43 @@ impl<P> AddressSpace<P> {
         !self.borrowed.is_nothing() && region.is_borrowed()
     }
 
+    /// How many regions are hidden from vCPUs. It only ever becomes less.
+    pub fn hidden(&self) -> u64 {
+        if self.borrowed.is_nothing() {
+            return 0;
+        }
+        self.mapped.table.hidden()
+    }
+
+    /// The first page of the first region that is hidden from vCPUs, from that of `from` on. A hint, as
+    /// [`AddressSpace::is_hidden`].
+    pub fn first_hidden(&self, from: Gfn) -> Option<Gfn> {
+        let table = &self.mapped.table;
+        if self.borrowed.is_nothing() || table.in_range(from).is_err() {
+            return None;
+        }
+        let mut regions = table.region_of(from)..table.regions();
+        let first = regions.find(|&index| table.is_hidden(index))?;
+        Some(table.pages_of_region(first).0)
+    }
+
     #[cold]
-    fn adopt_borrowed(&self, region: &mut RegionGuard<'_>) -> Result<(), TooManyMappings> {
+    fn adopt_borrowed(
+        &self,
+        region: &mut RegionGuard<'_>,
+        toucher: Toucher,
+    ) -> Result<(), AdoptError> {
         let lender = lock(&self.lineage).unchanged.get(region.index()).cloned();
         if is_left_out(Safeguard::AdoptedBeforeGivenBack) {
             self.give_back(region);
         }
         if let Some(lender) = &lender {
-            self.count_and_publish(region, lender)?;
+            let theirs = lender.lock_brought(toucher)?;
+            if region.is_hidden() {
+                self.count_and_show(region, &theirs)?;
+            } else {
+                self.count_and_publish(region, &theirs)?;
+            }
         }
         if !is_left_out(Safeguard::AdoptedBeforeGivenBack) {
             self.give_back(region);
@@ -123,18 +219,59 @@ impl<P> AddressSpace<P> {
     fn count_and_publish(
         &self,
         region: &mut RegionGuard<'_>,
-        lender: &FrozenRegion,
+        theirs: &FrozenGuard<'_>,
     ) -> Result<(), TooManyMappings> {
-        let theirs = lender.lock();
         if let Some(head) = theirs.huge() {
-            let mapped = self.pool.frames().try_map_again_huge(head);
-            mapped.map_err(|state| TooManyMappings {
-                gfn: region.first(),
-                state,
-            })?;
+            self.count_huge(region, head)?;
             region.adopt_huge(head);
             return Ok(());
         }
+        for (gfn, pfn) in self.count_pages(region, theirs)?.keep() {
+            region.adopt_page(gfn, pfn);
+        }
+        Ok(())
+    }
+
+    /// The same of a region that is hidden, which the MMU shows then.
+    fn count_and_show(
+        &self,
+        region: &mut RegionGuard<'_>,
+        theirs: &FrozenGuard<'_>,
+    ) -> Result<(), AdoptError> {
+        if let Some(head) = theirs.huge() {
+            self.count_huge(region, head)?;
+            let frames: Vec<Pfn> = head.run(region.len()).collect();
+            let shown = self.mapped.show(region, &frames, true);
+            if shown.is_err() && region.is_hidden() {
+                self.pool.unmap_huge(head);
+            }
+            return Ok(shown?);
+        }
+        let counted = self.count_pages(region, theirs)?;
+        let mut frames = vec![Pfn::ZERO; region.len() as usize];
+        for &(gfn, pfn) in &counted.counted {
+            frames[(gfn.0 - region.first().0) as usize] = pfn;
+        }
+        let shown = self.mapped.show(region, &frames, false);
+        if !region.is_hidden() {
+            counted.keep();
+        }
+        Ok(shown?)
+    }
+
+    fn count_huge(&self, region: &RegionGuard<'_>, head: Pfn) -> Result<(), TooManyMappings> {
+        let mapped = self.pool.frames().try_map_again_huge(head);
+        mapped.map_err(|state| TooManyMappings {
+            gfn: region.first(),
+            state,
+        })
+    }
+
+    fn count_pages(
+        &self,
+        region: &RegionGuard<'_>,
+        theirs: &FrozenGuard<'_>,
+    ) -> Result<MoreMappings<'_>, TooManyMappings> {
         let mut pages = MoreMappings::new(&self.pool);
         for (index, chunk) in theirs.chunks().into_iter().flatten().enumerate() {
             let Some(chunk) = chunk else { continue };
@@ -144,10 +281,7 @@ impl<P> AddressSpace<P> {
                 present.try_for_each(|(gfn, &pfn)| pages.count(gfn, pfn))
             })?;
         }
-        for (gfn, pfn) in pages.keep() {
-            region.adopt_page(gfn, pfn);
-        }
-        Ok(())
+        Ok(pages)
     }
 
     /// Has a region not borrowed any more.
@@ -158,14 +292,16 @@ impl<P> AddressSpace<P> {
     }
 
     /// Calls `look` with the entry of a page as the snapshot's region has it that it is borrowed of. None if
-    /// it is not borrowed (any more).
+    /// it is not borrowed (any more), or hidden: what it is borrowed of may have no frames yet, and then only who
+    /// adopts it finds some.
     ///
     /// It changes neither meanwhile: nobody takes the snapshot's region from the lineage, and till then the
     /// page is in that frame, by the loan or by a mapping of the space's own.
     #[inline]
     pub(super) fn with_borrowed<R>(&self, gfn: Gfn, look: impl FnOnce(Entry) -> R) -> Option<R> {
         let index = self.mapped.table.region_of(gfn);
-        if self.borrowed.is_nothing() || !self.mapped.table.is_borrowed(index) {
+        let table = &self.mapped.table;
+        if self.borrowed.is_nothing() || !table.is_borrowed(index) || table.is_hidden(index) {
             return None;
         }
         self.with_lender(index, |lender| lender.lock().with(gfn, look))
@@ -193,6 +329,15 @@ impl<P> AddressSpace<P> {
             self.borrowed.give_back(node, slots);
         }
     }
+}
+
+/// What became of a vCPU's touch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Touch {
+    /// The page was shown already: if it is a write, it takes a fault.
+    WasShown,
+    /// It is shown now.
+    Shown,
 }
 
 /// Mappings that are counted, of pages without an entry yet: they are taken back if they get none.

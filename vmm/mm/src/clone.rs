@@ -15,6 +15,9 @@
 //! is counted in entries; and all of it under a policy that would not share everything that is shared
 //! already, as it would have to be asked about each page.
 //!
+//! What of the snapshot is backed (`backed.rs`) is hidden from the clone's vCPUs, and brought when they touch it; or at
+//! once, if it cannot be borrowed.
+//!
 //! A clone that cannot be made leaves nothing behind.
 
 use std::mem;
@@ -23,6 +26,7 @@ use std::sync::Arc;
 use super::account::Account;
 use super::addr::{Gfn, Pfn};
 use super::adopt::Borrowed;
+use super::backed::Toucher;
 use super::entry::Entry;
 use super::fork::{Copies, ForkError};
 use super::frame_state::{FrameState, GETS, MAPS, PINS};
@@ -81,6 +85,7 @@ impl<P: CowPolicy> AddressSpace<P> {
             adoption.adopt_node(&frozen.table, node, lent.as_deref())?;
         }
         adoption.map_counted(Rest::Mapped)?;
+        adoption.hide(&lent)?;
         let different = mem::take(&mut adoption.different);
         drop(adoption);
         for index in different {
@@ -106,6 +111,7 @@ impl<P: CowPolicy> AddressSpace<P> {
             }
             let lent = snapshot.lend(node, slots)?;
             table.borrow(node, slots);
+            table.hide(node, lent.hidden & slots);
             Some(lent)
         };
         let lent: Vec<_> = (0..snapshot.nodes()).map(lend).collect();
@@ -198,6 +204,27 @@ impl<P: CowPolicy> Adoption<'_, P> {
         }
     }
 
+    /// Hides what is backed of what is `lent`, by node: neighbours with one call.
+    fn hide(&self, lent: &[Option<Arc<Lent>>]) -> Result<(), ForkError> {
+        let table = &self.clone.mapped.table;
+        let nodes = lent.iter().enumerate();
+        let hidden = nodes.flat_map(|(node, lent)| {
+            let slots = lent.as_ref().map_or(0, |lent| lent.hidden);
+            each(slots & table.borrowed(node)).map(move |slot| node * FAN_OUT + slot)
+        });
+        let hidden: Vec<usize> = hidden.collect();
+        for run in hidden.chunk_by(|a, b| a + 1 == *b) {
+            let (first, _) = table.pages_of_region(run[0]);
+            let (last, count) = table.pages_of_region(run[run.len() - 1]);
+            let hidden = self
+                .clone
+                .mapped
+                .hide_first(first, last.0 + count - first.0);
+            hidden.map_err(ForkError::Map)?;
+        }
+        Ok(())
+    }
+
     /// Whether a region in so many runs of frames is to be copied.
     fn is_scattered(&self, runs: usize) -> bool {
         let most = if self.clone.mapped.is_crowded() {
@@ -213,7 +240,7 @@ impl<P: CowPolicy> Adoption<'_, P> {
         let clone = self.clone;
         let (first, count) = clone.mapped.table.pages_of_region(index);
         // A break must not move the snapshot between the look and the share: the frame would be the writer's.
-        let theirs = from.lock();
+        let theirs = from.lock_brought(Toucher::Reader)?;
         let is_shared = if let Some(head) = theirs.huge() {
             let _locked = (!is_left_out(Safeguard::CloneUnderLock)).then_some(theirs);
             let frames = clone.pool.frames();

@@ -20,7 +20,8 @@ use std::sync::Weak;
 use std::sync::atomic::Ordering;
 
 use super::addr::{Gfn, OutOfRange, Pfn};
-use super::adopt::TooManyMappings;
+use super::adopt::{AdoptError, TooManyMappings};
+use super::backed::{BringError, Toucher};
 use super::commit::AllocError;
 use super::entry::Entry;
 use super::fresh::Fresh;
@@ -74,6 +75,19 @@ pub enum FaultError {
     /// The region is borrowed, and cannot be made the space's own.
     #[error(transparent)]
     TooManyMappings(#[from] TooManyMappings),
+    /// The bytes of the region are somewhere else still, and cannot be had.
+    #[error(transparent)]
+    Bring(#[from] BringError),
+}
+
+impl From<AdoptError> for FaultError {
+    fn from(error: AdoptError) -> Self {
+        match error {
+            AdoptError::TooManyMappings(error) => error.into(),
+            AdoptError::Bring(error) => error.into(),
+            AdoptError::Mmu(error) => error.into(),
+        }
+    }
 }
 
 /// What a break is for.
@@ -122,7 +136,7 @@ impl<P: CowPolicy> AddressSpace<P> {
         let stale =
             is_left_out(Safeguard::FaultLooksUnderLock).then(|| self.mapped.table.peek(gfn));
         let mut region = self.mapped.table.lock_of(gfn);
-        self.adopt(&mut region)?;
+        self.adopt_for(&mut region, Toucher::Vcpu)?;
         let entry = stale.unwrap_or_else(|| region.get(gfn));
         let resolution = self.resolve_entry(&mut region, gfn, entry, Intent::Write)?;
         self.count(Intent::Write, resolution);

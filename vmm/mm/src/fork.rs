@@ -19,6 +19,7 @@
 use std::sync::Arc;
 
 use super::addr::{Gfn, Pfn};
+use super::backed::BringError;
 use super::commit::AllocError;
 use super::frozen::{Frozen, FrozenChunk, FrozenChunks, FrozenFrames, FrozenRegion};
 use super::mapped::table::RegionGuard;
@@ -62,6 +63,9 @@ pub enum ForkError {
     /// The child's own MMU could not be set up.
     #[error("cannot map the clone's memory")]
     Map(#[source] MmuError),
+    /// Of a clone: memory that cannot be shared cannot be had either.
+    #[error(transparent)]
+    Bring(#[from] BringError),
 }
 
 impl<P: CowPolicy> AddressSpace<P> {

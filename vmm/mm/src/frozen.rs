@@ -20,20 +20,36 @@
 //! A snapshot is never written, but not bound to frames either: when a running space writes to a page that
 //! only snapshots share with it, *they* are given the copy (`fault.rs`). Unless it is lent to clones, whose
 //! windows show its frames (`lent.rs`): then it stays where it is.
+//!
+//! A region of a snapshot that comes from outside may be *backed* (`backed.rs`): it has no frames before somebody
+//! wants its bytes, and the mappings it has then are as those of any other.
 
 use std::fmt;
 use std::mem;
 use std::ops::Range;
 use std::ptr;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use super::account::Account;
 use super::addr::{Gfn, Order, OutOfRange, Pfn};
+use super::backed::{Backed, Backing, BringError, Brought, Source, Toucher};
 use super::entry::Entry;
 use super::frame_state::FrameState;
 use super::lent::{FAN_OUT, Leases, Lending, Lent, Slots, each};
 use super::pool::FramePool;
+use super::safeguard::{Safeguard, is_left_out};
 use super::sync::{Mutex, MutexGuard, lock};
+
+/// Why what is in a snapshot could not be looked at.
+#[derive(Debug, thiserror::Error)]
+pub enum FrozenError {
+    /// No such page.
+    #[error(transparent)]
+    OutOfRange(#[from] OutOfRange),
+    /// It is backed, and could not be brought.
+    #[error(transparent)]
+    Bring(#[from] BringError),
+}
 
 /// A snapshot of an address space: its pages as they were at one instant. It has no vCPUs and is never
 /// written.
@@ -46,6 +62,71 @@ pub struct Frozen {
 }
 
 impl Frozen {
+    /// A snapshot of `pages` pages that comes from outside: `regions` of it, in order, are backed by `backing`, and
+    /// the others are zeros. What is brought is in frames of `pool`, in huge folios if it `uses_huge` ones, and
+    /// `account` pays for it.
+    ///
+    /// # Panics
+    /// If the account is of another pool, or there is no such region.
+    pub fn backed(
+        pool: &Arc<FramePool>,
+        account: Account,
+        pages: u64,
+        uses_huge: bool,
+        regions: impl IntoIterator<Item = usize>,
+        backing: Arc<dyn Backing>,
+    ) -> Arc<Self> {
+        assert!(pool.has_account(&account), "a snapshot pays its own pool");
+        let order = pool.huge();
+        let source = Arc::new(Source {
+            backing,
+            account: account.clone(),
+            uses_huge,
+        });
+        // Without it regions are where there is room.
+        let mut home = pool.reserve(pages).ok();
+        let mut table = FrozenTable::new(pages.div_ceil(order.pages()) as usize);
+        let mut regions = regions.into_iter().peekable();
+        for (index, first) in (0..).zip((0..pages).step_by(order.pages() as usize)) {
+            let pages = order.pages().min(pages - first);
+            let home = home.as_mut().map(|home| home.split_front(pages));
+            if regions.next_if_eq(&index).is_some() {
+                let backed = Backed {
+                    source: Arc::clone(&source),
+                    home,
+                    index,
+                    first: Gfn(first),
+                    pages,
+                    turn: Mutex::new(()),
+                };
+                let frames = FrozenFrames::Backed(Arc::new(backed));
+                let region = FrozenRegion::new(pool, Gfn(first), frames);
+                table.replace(index, Some(Arc::new(region)));
+            }
+        }
+        assert!(
+            regions.next().is_none(),
+            "there is no such region, or it is out of order"
+        );
+        Arc::new(Self {
+            pool: Arc::clone(pool),
+            table,
+            pages,
+            account,
+        })
+    }
+
+    /// The regions that are backed still.
+    pub fn backed_regions(&self) -> BackedRegions {
+        let regions = self.table.iter();
+        let backed = regions.filter(|(_, region)| region.lock().backed().is_some());
+        BackedRegions(
+            backed
+                .map(|(index, region)| (index, Arc::downgrade(region)))
+                .collect(),
+        )
+    }
+
     /// Number of pages.
     pub fn pages(&self) -> u64 {
         self.pages
@@ -61,9 +142,15 @@ impl Frozen {
         &self.pool
     }
 
-    /// The entry of a page just now: a hint, since a break may move it to another frame.
+    /// The entry of a page just now: a hint, since a break may move it to another frame. A page that was not
+    /// brought yet has none.
+    ///
+    /// # Errors
+    /// If there is no such page.
     pub fn entry(&self, gfn: Gfn) -> Result<Entry, OutOfRange> {
-        self.with_entry(gfn, |entry| entry)
+        self.check(gfn)?;
+        let region = self.region_of(gfn);
+        Ok(region.map_or(Entry::UNTOUCHED, |region| region.lock().get(gfn)))
     }
 
     /// The frame a page is in just now: a hint as well.
@@ -72,8 +159,11 @@ impl Frozen {
     }
 
     /// Calls `look` with the frame a page is in, which stays there and as it is for the length of the call. A
-    /// break of the page waits meanwhile: be short.
-    pub fn with_frame<R>(&self, gfn: Gfn, look: impl FnOnce(Pfn) -> R) -> Result<R, OutOfRange> {
+    /// break of the page waits meanwhile: be short. What is backed is brought first.
+    ///
+    /// # Errors
+    /// If there is no such page, or it cannot be brought.
+    pub fn with_frame<R>(&self, gfn: Gfn, look: impl FnOnce(Pfn) -> R) -> Result<R, FrozenError> {
         self.with_entry(gfn, |entry| look(entry.pfn()))
     }
 
@@ -139,11 +229,11 @@ impl Frozen {
         &self,
         gfn: Gfn,
         look: impl FnOnce(Entry) -> R,
-    ) -> Result<R, OutOfRange> {
+    ) -> Result<R, FrozenError> {
         self.check(gfn)?;
         Ok(match self.region_of(gfn) {
             Some(region) => {
-                let entries = region.lock();
+                let entries = region.lock_brought(Toucher::Reader)?;
                 entries.with(gfn, look)
             }
             None => look(Entry::UNTOUCHED),
@@ -156,6 +246,44 @@ impl fmt::Debug for Frozen {
         f.debug_struct("Frozen")
             .field("pages", &self.pages)
             .finish()
+    }
+}
+
+/// Regions of a snapshot that were backed when somebody asked. It keeps none of them: a region that nobody has any
+/// more is gone.
+#[derive(Clone)]
+pub struct BackedRegions(Vec<(usize, Weak<FrozenRegion>)>);
+
+impl BackedRegions {
+    /// Their numbers, in order.
+    pub fn iter(&self) -> impl Iterator<Item = usize> {
+        self.0.iter().map(|(index, _)| *index)
+    }
+
+    /// How many they are.
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// Brings region number `index`, if it is one of them, is there still, and was not brought.
+    ///
+    /// # Errors
+    /// If it cannot be brought. Nothing has changed.
+    pub fn bring(&self, index: usize, toucher: Toucher) -> Result<(), BringError> {
+        let at = self.0.binary_search_by_key(&index, |(index, _)| *index);
+        let region = at.ok().and_then(|at| self.0[at].1.upgrade());
+        region.map_or(Ok(()), |region| region.bring(toucher))
+    }
+}
+
+impl fmt::Debug for BackedRegions {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_list().entries(self.iter()).finish()
     }
 }
 
@@ -315,6 +443,8 @@ struct Entries {
 
 /// Where the pages of a frozen region are.
 pub(super) enum FrozenFrames {
+    /// Somewhere else still: in no frame.
+    Backed(Arc<Backed>),
     /// In the folio at this frame, by one huge entry, whose mapping this is.
     Huge(Pfn),
     /// Each in a frame of its own.
@@ -337,12 +467,52 @@ impl FrozenRegion {
         }
     }
 
-    /// Its entries. It stays huge, or in chunks, while this is held.
+    /// Its entries. It stays huge, or in chunks, or backed, while this is held.
     pub(super) fn lock(&self) -> FrozenGuard<'_> {
         FrozenGuard {
             region: self,
             entries: lock(&self.entries),
         }
+    }
+
+    /// Its entries, for who wants what is in it: it is not backed.
+    ///
+    /// # Errors
+    /// If it was, and cannot be brought.
+    pub(super) fn lock_brought(&self, toucher: Toucher) -> Result<FrozenGuard<'_>, BringError> {
+        let entries = self.lock();
+        if entries.backed().is_none() {
+            return Ok(entries);
+        }
+        drop(entries);
+        self.bring(toucher)?;
+        // Once it has frames it has them for good.
+        Ok(self.lock())
+    }
+
+    /// Brings it, if it is backed still.
+    ///
+    /// # Errors
+    /// If it cannot be brought. It is backed then as it was.
+    pub(super) fn bring(&self, toucher: Toucher) -> Result<(), BringError> {
+        let Some(backed) = self.lock().backed().cloned() else {
+            return Ok(());
+        };
+        let _turn = (!is_left_out(Safeguard::BroughtInTurn)).then(|| lock(&backed.turn));
+        if self.lock().backed().is_none() && !is_left_out(Safeguard::BroughtInTurn) {
+            return Ok(());
+        }
+        let frames = match backed.bring(&self.pool, toucher)? {
+            Brought::Huge(head) => FrozenFrames::Huge(head),
+            Brought::Small(frames) => {
+                let each = self.chunk_order().pages() as usize;
+                let chunks = frames.chunks(each);
+                let chunk = |frames: &[Pfn]| FrozenChunk::new(&self.pool, frames.iter().copied());
+                FrozenFrames::Small(chunks.map(chunk).collect())
+            }
+        };
+        self.lock().come(frames);
+        Ok(())
     }
 
     fn chunk_order(&self) -> Order {
@@ -381,21 +551,43 @@ impl FrozenGuard<'_> {
     pub(super) fn huge(&self) -> Option<Pfn> {
         match self.entries.frames {
             FrozenFrames::Huge(head) => Some(head),
-            FrozenFrames::Small(_) => None,
+            FrozenFrames::Small(_) | FrozenFrames::Backed(_) => None,
         }
+    }
+
+    /// What backs it, if it was not brought yet.
+    pub(super) fn backed(&self) -> Option<&Arc<Backed>> {
+        match &self.entries.frames {
+            FrozenFrames::Backed(backed) => Some(backed),
+            _ => None,
+        }
+    }
+
+    /// It was brought, to these frames, each of which has a mapping counted for it.
+    fn come(&mut self, frames: FrozenFrames) {
+        let Entries {
+            frames: place,
+            leases,
+        } = &mut *self.entries;
+        *place = frames;
+        // Who has borrowed it so far sees nothing of it, and counts what is here when he comes for it. Who
+        // borrows it from now on is to see it.
+        leases.make_over();
     }
 
     /// Its chunks, if it is in chunks.
     pub(super) fn chunks(&self) -> Option<&FrozenChunks> {
         match &self.entries.frames {
-            FrozenFrames::Huge(_) => None,
+            FrozenFrames::Huge(_) | FrozenFrames::Backed(_) => None,
             FrozenFrames::Small(chunks) => Some(chunks),
         }
     }
 
-    /// Calls `look` with the entry of a page, which does not change meanwhile.
+    /// Calls `look` with the entry of a page, which does not change meanwhile. A backed region has none: who wants
+    /// what is in it has it brought first ([`FrozenRegion::lock_brought`]).
     pub(super) fn with<R>(&self, gfn: Gfn, look: impl FnOnce(Entry) -> R) -> R {
         let chunk = match &self.entries.frames {
+            FrozenFrames::Backed(_) => return look(Entry::UNTOUCHED),
             FrozenFrames::Huge(head) => {
                 let index = gfn.0 - self.region.first.0;
                 return look(Entry::huge_read_only(Pfn(head.0 + index)));
@@ -415,9 +607,14 @@ impl FrozenGuard<'_> {
     }
 
     /// The frames of all its pages just now, [`Pfn::ZERO`] for those that were never touched, to as many
-    /// places.
+    /// places: numbers that are no frame's, if it is backed.
     pub(super) fn frames(&self, into: &mut [Pfn]) {
         match &self.entries.frames {
+            // No frame of anybody's, nor the same for two of them.
+            FrozenFrames::Backed(backed) => {
+                let nowhere = u64::MAX - Arc::as_ptr(backed).addr() as u64;
+                into.fill(Pfn(nowhere));
+            }
             FrozenFrames::Huge(head) => {
                 for (place, pfn) in into.iter_mut().zip(head.0..) {
                     *place = Pfn(pfn);
@@ -446,6 +643,7 @@ impl FrozenGuard<'_> {
     pub(super) fn each(&self, look: &mut impl FnMut(usize, Gfn, Entry)) {
         let region = self.region;
         match &self.entries.frames {
+            FrozenFrames::Backed(_) => {}
             FrozenFrames::Huge(head) => {
                 let holder = ptr::from_ref(region).addr();
                 look(holder, region.first, Entry::huge_read_only(*head));
@@ -464,7 +662,7 @@ impl FrozenGuard<'_> {
     /// What holds the mapping of a page: the same number for regions that have it in common.
     pub(super) fn holder(&self, gfn: Gfn) -> usize {
         match &self.entries.frames {
-            FrozenFrames::Huge(_) => ptr::from_ref(self.region).addr(),
+            FrozenFrames::Huge(_) | FrozenFrames::Backed(_) => ptr::from_ref(self.region).addr(),
             FrozenFrames::Small(chunks) => chunks[self.region.chunk_of(gfn)]
                 .as_ref()
                 .map_or(0, |chunk| Arc::as_ptr(chunk).addr()),
@@ -486,6 +684,7 @@ impl FrozenGuard<'_> {
     pub(super) fn is_lent(&self, gfn: Gfn) -> bool {
         match &self.entries.frames {
             FrozenFrames::Huge(_) => self.entries.leases.is_lent(),
+            FrozenFrames::Backed(_) => false,
             FrozenFrames::Small(chunks) => chunks[self.region.chunk_of(gfn)]
                 .as_ref()
                 .is_some_and(|chunk| lock(&chunk.pages).leases.is_lent()),
@@ -497,6 +696,7 @@ impl FrozenGuard<'_> {
         let region = self.region;
         let Entries { frames, leases } = &mut *self.entries;
         match frames {
+            FrozenFrames::Backed(_) => lending.lend(leases, Lending::hide),
             FrozenFrames::Huge(head) => {
                 let count = region.pool.huge().pages();
                 lending.lend(leases, |lending| lending.push(region.first, *head, count));

@@ -9,10 +9,10 @@
 
 use std::sync::Arc;
 
-use super::addr::{Access, Gfn, OutOfRange};
+use super::addr::{Access, Gfn};
 use super::entry::Entry;
 use super::fault::{FaultError, Intent};
-use super::frozen::Frozen;
+use super::frozen::{Frozen, FrozenError};
 use super::hold::Get;
 use super::policy::CowPolicy;
 use super::pool::FramePool;
@@ -25,16 +25,17 @@ impl<P: CowPolicy> AddressSpace<P> {
     /// (PROTOCOL.md D3).
     ///
     /// # Errors
-    /// For reading, only if there is no such page; for writing as [`AddressSpace::write_fault`].
+    /// For reading, only if there is no such page, or it is backed and cannot be brought; for writing as
+    /// [`AddressSpace::write_fault`].
     pub fn get(&self, gfn: Gfn, access: Access) -> Result<Get, FaultError> {
         match self.policy.lookup(access) {
-            Access::Read => Ok(self.get_to_read(gfn)?),
+            Access::Read => self.get_to_read(gfn),
             Access::Write => self.get_to_write(gfn),
         }
     }
 
     /// A reader's hold is the same under all policies.
-    fn get_to_read(&self, gfn: Gfn) -> Result<Get, OutOfRange> {
+    fn get_to_read(&self, gfn: Gfn) -> Result<Get, FaultError> {
         let table = &self.mapped.table;
         table.in_range(gfn)?;
         let stale = is_left_out(Safeguard::BorrowedBeforeEntry).then(|| table.peek(gfn));
@@ -43,14 +44,20 @@ impl<P: CowPolicy> AddressSpace<P> {
         if let Some(hold) = self.with_borrowed(gfn, |entry| get_locked(&self.pool, entry)) {
             return Ok(hold);
         }
+        // A page that is hidden looks untouched as well; once it is not hidden it has an entry.
+        let is_hidden = table.is_hidden(table.region_of(gfn));
         let entry = stale.unwrap_or_else(|| table.peek(gfn));
-        if let Ok(hold) = self.pool.try_get(entry)
+        if !is_hidden
+            && let Ok(hold) = self.pool.try_get(entry)
             // The frame may have left this page, and become another's, before it was held.
             && (stale.is_some() || table.peek(gfn) == entry || is_left_out(Safeguard::GetRereadsEntry))
         {
             return Ok(hold);
         }
-        Ok(get_locked(&self.pool, table.lock_of(gfn).get(gfn)))
+        let mut region = table.lock_of(gfn);
+        // It is borrowed still if it is hidden.
+        self.adopt(&mut region)?;
+        Ok(get_locked(&self.pool, region.get(gfn)))
     }
 
     fn get_to_write(&self, gfn: Gfn) -> Result<Get, FaultError> {
@@ -69,8 +76,8 @@ impl Frozen {
     /// cannot keep it for itself.
     ///
     /// # Errors
-    /// If there is no such page.
-    pub fn get(&self, gfn: Gfn) -> Result<Get, OutOfRange> {
+    /// If there is no such page, or it cannot be brought.
+    pub fn get(&self, gfn: Gfn) -> Result<Get, FrozenError> {
         self.with_entry(gfn, |entry| get_locked(&self.pool, entry))
     }
 }

@@ -18,6 +18,9 @@
 //! borrows next for as long as nothing has moved: with the first move the loan is *over*, and the next to
 //! borrow makes another.
 //!
+//! A region that is backed (`backed.rs`) is lent, too: who borrows it sees nothing there, so it has no run and may
+//! be brought, and move, meanwhile. When it has come, the loan is over for who borrows next.
+//!
 //! Locks: a loan's is the innermost of all.
 
 use std::sync::{Arc, Weak};
@@ -90,6 +93,12 @@ impl Loan {
         }
     }
 
+    /// Ends it for who would borrow next, because a region has come that was backed. Those who borrow that see
+    /// nothing of it: it is where they want it wherever it is.
+    fn make_over(&self) {
+        lock(&self.0).is_over = true;
+    }
+
     /// Ends it, because a region is to move. Not if somebody borrows that.
     fn try_end(&self, slot: usize) -> bool {
         let mut borrowers = lock(&self.0);
@@ -131,6 +140,13 @@ impl Leases {
         may
     }
 
+    /// The region, which was backed, has frames now: what was worked out for it does not hold for who borrows
+    /// next.
+    pub(super) fn make_over(&mut self) {
+        self.loans().for_each(|(loan, _)| loan.make_over());
+        self.0 = Vec::new();
+    }
+
     fn loans(&self) -> impl Iterator<Item = (Arc<Loan>, usize)> {
         let loans = self.0.iter();
         loans.filter_map(|(loan, slot)| Some((loan.upgrade()?, usize::from(*slot))))
@@ -153,6 +169,8 @@ pub(super) struct Lent {
     pub(super) runs: Vec<Run>,
     /// The regions that are in more than one run, and in how many.
     pub(super) uneven: Vec<(usize, usize)>,
+    /// The regions that are backed, and so in none: who borrows them is to see nothing there.
+    pub(super) hidden: Slots,
 }
 
 impl Lent {
@@ -179,6 +197,7 @@ impl Lending {
                 loan: Loan::new(slots),
                 runs: Vec::new(),
                 uneven: Vec::new(),
+                hidden: 0,
             },
             slot: 0,
             pieces: 0,
@@ -219,6 +238,11 @@ impl Lending {
                 self.pieces += 1;
             }
         }
+    }
+
+    /// The region has no frames yet.
+    pub(super) fn hide(&mut self) {
+        self.lent.hidden |= 1 << self.slot;
     }
 
     fn note_pieces(&mut self) {

@@ -39,6 +39,7 @@
 //! | `hold`, `fresh` | the handles: what devices and readers have of frames; frames between two owners |
 //! | `pool` | all frames of a process, and the limit of their memory |
 //! | `lent` | what of a snapshot clones show without counting it as theirs |
+//! | `backed` | memory that is somewhere else still, and is brought when somebody wants it |
 //! | `frozen` | snapshots, and what they share with each other |
 //! | `mapped/table` | the entries of a space, and the locks of its regions |
 //! | `mapped` | the table and the MMU, changed as one; what becomes of a change that is refused |
@@ -70,6 +71,7 @@ mod addr;
 mod adopt;
 mod ahead;
 mod allocator;
+mod backed;
 mod bits;
 mod census;
 mod clone;
@@ -128,15 +130,16 @@ mod readme {}
 
 pub use account::Account;
 pub use addr::{Access, Gfn, Order, OutOfRange, PAGE_SIZE, Pfn, Protection, REGION_PAGES};
-pub use adopt::TooManyMappings;
+pub use adopt::{AdoptError, TooManyMappings, Touch};
 pub use allocator::PoolUsage;
+pub use backed::{Backing, BackingError, BringError, Toucher};
 pub use census::{Census, Counts, Holding, How, MappedBy, OtherPool, Sharing, Why};
 pub use commit::AllocError;
 pub use entry::Entry;
 pub use fault::{FaultError, FaultOutcome, Resolution};
 pub use fork::ForkError;
 pub use frame_state::FrameState;
-pub use frozen::Frozen;
+pub use frozen::{BackedRegions, Frozen, FrozenError};
 pub use hold::{Get, Pin, PinnedRun};
 pub use ledger::{AccountUsage, Charges};
 pub use mmu::{FrameMemory, MOST_FOLIOS_AT_ONCE, Mmu, MmuError};

@@ -27,8 +27,20 @@ pub trait Mmu: Send + Sync {
         protection: Protection,
     ) -> Result<(), MmuError>;
 
-    /// Changes the protection of `count` mapped pages from `first` on.
+    /// Changes the protection of `count` pages from `first` on that are mapped. Those of them that are hidden stay
+    /// hidden.
     fn protect(&self, first: Gfn, count: u64, protection: Protection) -> Result<(), MmuError>;
+
+    /// Hides `count` pages from `first` on: vCPUs see nothing there, so that a touch, a read too, is a fault. An MMU
+    /// that cannot refuses; then there are no clones of what is backed.
+    fn hide(&self, first: Gfn, count: u64) -> Result<(), MmuError> {
+        Err(MmuError::Host {
+            what: "hide",
+            first,
+            count,
+            source: io::ErrorKind::Unsupported.into(),
+        })
+    }
 
     /// Whether mappings are running short, so that whole regions should be resolved at once: neighbours
     /// that are alike need one mapping between them.
@@ -45,6 +57,10 @@ impl<M: Mmu + ?Sized> Mmu for Arc<M> {
 
     fn protect(&self, first: Gfn, count: u64, to: Protection) -> Result<(), MmuError> {
         (**self).protect(first, count, to)
+    }
+
+    fn hide(&self, first: Gfn, count: u64) -> Result<(), MmuError> {
+        (**self).hide(first, count)
     }
 
     fn is_crowded(&self) -> bool {

@@ -297,6 +297,24 @@ impl FramePool {
         Ok(Fresh::of_allocated(self.reference(), &taken))
     }
 
+    /// Gives a fresh frame its first mapping, which the caller must put into an entry: possibly shared, as what a
+    /// snapshot has.
+    pub(super) fn share_fresh(&self, fresh: Fresh) -> Pfn {
+        let held = fresh.into_held();
+        let mapped = self.frames.try_map_held(held.pfn());
+        debug_assert!(mapped.is_ok(), "a fresh frame has no mappings");
+        held.pfn()
+    }
+
+    /// The same of a folio, which a huge entry maps.
+    pub(super) fn share_fresh_folio(&self, fresh: FreshFolio) -> Pfn {
+        let head = fresh.into_mapped();
+        let mapped = self.frames.try_map_again_huge(head);
+        debug_assert!(mapped.is_ok(), "a fresh folio has one mapping");
+        self.unmap_huge(head);
+        head
+    }
+
     pub(super) fn free(&self, pfn: Pfn) {
         self.supply.free(pfn, 1);
     }

@@ -7,7 +7,8 @@
 //! does with a cleared entry and a frozen reference count (PROTOCOL.md 5.2, 4.11).
 
 use super::addr::{Gfn, OutOfRange};
-use super::adopt::TooManyMappings;
+use super::adopt::{AdoptError, TooManyMappings};
+use super::backed::BringError;
 use super::commit::AllocError;
 use super::frame_state::FrameState;
 use super::mmu::MmuError;
@@ -29,6 +30,9 @@ pub enum RearrangeError {
     /// The region is borrowed, and cannot be made the space's own.
     #[error(transparent)]
     TooManyMappings(#[from] TooManyMappings),
+    /// The bytes of the region are somewhere else still, and cannot be had.
+    #[error(transparent)]
+    Bring(#[from] BringError),
     /// Merge only: the page was never touched, so there is no frame to save.
     #[error("{gfn:?} was never touched")]
     Untouched {
@@ -52,4 +56,14 @@ pub enum RearrangeError {
     /// The MMU could not be changed.
     #[error(transparent)]
     Mmu(#[from] MmuError),
+}
+
+impl From<AdoptError> for RearrangeError {
+    fn from(error: AdoptError) -> Self {
+        match error {
+            AdoptError::TooManyMappings(error) => error.into(),
+            AdoptError::Bring(error) => error.into(),
+            AdoptError::Mmu(error) => error.into(),
+        }
+    }
 }

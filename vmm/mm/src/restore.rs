@@ -16,6 +16,7 @@ use std::cell::Cell;
 use std::sync::Arc;
 
 use super::addr::Pfn;
+use super::backed::Toucher;
 use super::fault::{FaultError, Intent};
 use super::frozen::{Frozen, FrozenRegion};
 use super::mapped::table::RegionGuard;
@@ -49,7 +50,8 @@ impl<P: CowPolicy> AddressSpace<P> {
     /// a pin.
     ///
     /// # Errors
-    /// If the sizes or pools differ (nothing has changed then), or there is no memory, or the MMU refuses.
+    /// If the sizes or pools differ, or what is backed cannot be brought (nothing has changed then), or there is no
+    /// memory, or the MMU refuses.
     pub fn restore(&self, snapshot: &Frozen) -> Result<(), RestoreError> {
         let (there, here) = (snapshot.pages, self.mapped.table.pages());
         if there != here {
@@ -62,6 +64,14 @@ impl<P: CowPolicy> AddressSpace<P> {
             return Err(RestoreError::Pool);
         }
         let _alone = self.mapped.enter_alone().map_err(FaultError::from)?;
+        // What can fail of it before anything has changed: bytes that are somewhere else.
+        for (index, theirs) in snapshot.table.iter() {
+            if theirs.lock().backed().is_some()
+                && !self.shows(&self.mapped.table.lock(index), Some(theirs))
+            {
+                theirs.bring(Toucher::Reader).map_err(FaultError::from)?;
+            }
+        }
         for index in 0..self.mapped.table.regions() {
             let theirs = snapshot.table.get(index);
             if theirs.is_none() && self.mapped.table.is_vacant(index) {

@@ -110,11 +110,14 @@ pub enum Safeguard {
     /// `get.rs`: who looks without a lock asks whether a page is borrowed before he reads its entry. Partner:
     /// who adopts it in between: it would be taken for untouched.
     BorrowedBeforeEntry,
+    /// `frozen.rs`: a backed region is brought by one at a time, who looks again whether it is backed. Partner:
+    /// another who wants it: he may have mapped the frames that it came to by then.
+    BroughtInTurn,
 }
 
 impl Safeguard {
     /// All of them, each at its own number.
-    pub const ALL: [Self; 36] = [
+    pub const ALL: [Self; 37] = [
         Self::PinRereadsEntry,
         Self::PinAcquires,
         Self::PinTestsInTheWord,
@@ -151,6 +154,7 @@ impl Safeguard {
         Self::LoanEndsWithMove,
         Self::AdoptedBeforeGivenBack,
         Self::BorrowedBeforeEntry,
+        Self::BroughtInTurn,
     ];
 }
 

@@ -5,9 +5,10 @@
 //! protection is still on its way. That is what KVM's MMU notifier gives the real window.
 
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex as StdMutex, PoisonError};
 
 use super::addr::{Gfn, Order, Pfn, Protection};
+use super::backed::{Backing, BackingError, Toucher};
 use super::commit::AllocError;
 use super::fault::FaultError;
 use super::frozen::Frozen;
@@ -70,6 +71,9 @@ impl FrameMemory for SoftMemory {
     }
 }
 
+/// The frame of a page that is hidden.
+const HIDDEN: Pfn = Pfn(u64::MAX);
+
 /// What each page of one address space is mapped to.
 #[derive(Debug)]
 pub struct SoftMmu {
@@ -84,9 +88,14 @@ impl SoftMmu {
         })
     }
 
-    /// What `gfn` is mapped to.
+    /// What `gfn` is mapped to; a frame that there is not, if it is hidden.
     pub fn page(&self, gfn: Gfn) -> (Pfn, Protection) {
         read(&self.pages)[gfn.0 as usize]
+    }
+
+    /// Whether `gfn` is hidden.
+    pub fn is_hidden(&self, gfn: Gfn) -> bool {
+        self.page(gfn).0 == HIDDEN
     }
 }
 
@@ -113,10 +122,86 @@ impl Mmu for Arc<SoftMmu> {
         let mut pages = write(&self.pages);
         for page in &mut pages[first.0 as usize..(first.0 + count) as usize] {
             // As `mprotect` on a window: zeros stay read-only.
-            if page.0 != Pfn::ZERO {
+            if page.0 != Pfn::ZERO && page.0 != HIDDEN {
                 page.1 = protection;
             }
         }
+        Ok(())
+    }
+
+    fn hide(&self, first: Gfn, count: u64) -> Result<(), MmuError> {
+        let mut pages = write(&self.pages);
+        for page in &mut pages[first.0 as usize..(first.0 + count) as usize] {
+            *page = (HIDDEN, Protection::ReadOnly);
+        }
+        Ok(())
+    }
+}
+
+/// What backs a snapshot, one word a page.
+#[derive(Debug)]
+pub struct SoftBacking {
+    memory: Arc<SoftMemory>,
+    /// Pages of a region.
+    each: usize,
+    words: Vec<u64>,
+    /// How often each region was brought, and for whom.
+    brought: StdMutex<Vec<(usize, Toucher)>>,
+    /// The regions that cannot be.
+    bad: StdMutex<Vec<usize>>,
+}
+
+impl SoftBacking {
+    /// Of a snapshot with a page for each of `words`, for `pool`, whose frames are in `memory`.
+    pub fn new(pool: &FramePool, memory: &Arc<SoftMemory>, words: Vec<u64>) -> Arc<Self> {
+        Arc::new(Self {
+            memory: Arc::clone(memory),
+            each: pool.huge().pages() as usize,
+            words,
+            brought: StdMutex::default(),
+            bad: StdMutex::default(),
+        })
+    }
+
+    /// A snapshot that it backs all of that is not zeros.
+    pub fn frozen(self: &Arc<Self>, pool: &Arc<FramePool>, uses_huge: bool) -> Arc<Frozen> {
+        let regions = (0..).zip(self.words.chunks(self.each));
+        let regions = regions.filter(|(_, words)| words.iter().any(|&word| word != 0));
+        Frozen::backed(
+            pool,
+            pool.open_account(None),
+            self.words.len() as u64,
+            uses_huge,
+            regions.map(|(index, _)| index),
+            Arc::clone(self) as Arc<dyn Backing>,
+        )
+    }
+
+    /// Which regions were brought so far, in order, and for whom.
+    pub fn brought(&self) -> Vec<(usize, Toucher)> {
+        let brought = self.brought.lock();
+        brought.unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Has these regions be bad from now on, and no others.
+    pub fn spoil(&self, regions: &[usize]) {
+        *self.bad.lock().unwrap_or_else(PoisonError::into_inner) = regions.to_vec();
+    }
+}
+
+impl Backing for SoftBacking {
+    fn bring(&self, region: usize, frames: &[Pfn], toucher: Toucher) -> Result<(), BackingError> {
+        let words = &self.words[region * self.each..];
+        let bad = self.bad.lock().unwrap_or_else(PoisonError::into_inner);
+        for (n, (&pfn, &word)) in frames.iter().zip(words).enumerate() {
+            if n > 0 && bad.contains(&region) {
+                return Err(format!("region {region} is bad").into());
+            }
+            self.memory.store(pfn, word);
+        }
+        let brought = self.brought.lock();
+        let mut brought = brought.unwrap_or_else(PoisonError::into_inner);
+        brought.push((region, toucher));
         Ok(())
     }
 }
@@ -221,9 +306,28 @@ impl<P: CowPolicy> SoftVm<P> {
     }
 
     /// A vCPU reads a page.
+    ///
+    /// # Panics
+    /// If it is hidden, and cannot be shown.
     pub fn cpu_read(&self, gfn: Gfn) -> u64 {
-        let pages = read(&self.mmu.pages);
-        self.memory.load(pages[gfn.0 as usize].0)
+        self.try_cpu_read(gfn).expect("what is hidden can be shown")
+    }
+
+    /// A vCPU reads a page, which may be hidden.
+    ///
+    /// # Errors
+    /// If it cannot be shown.
+    pub fn try_cpu_read(&self, gfn: Gfn) -> Result<u64, FaultError> {
+        loop {
+            {
+                let pages = read(&self.mmu.pages);
+                let (pfn, _) = pages[gfn.0 as usize];
+                if pfn != HIDDEN {
+                    return Ok(self.memory.load(pfn));
+                }
+            }
+            self.space.touch(gfn)?;
+        }
     }
 
     /// A vCPU writes a page, faulting as often as it must.

@@ -176,7 +176,8 @@ impl<P: CowPolicy> AddressSpace<P> {
         &self.pool
     }
 
-    /// The entry of a page just now. Of a page that a clone has borrowed, that of its snapshot.
+    /// The entry of a page just now. Of a page that a clone has borrowed, that of its snapshot; one that is hidden
+    /// has none yet.
     pub fn entry(&self, gfn: Gfn) -> Result<Entry, OutOfRange> {
         self.mapped.table.in_range(gfn)?;
         let borrowed = self.with_borrowed(gfn, |entry| entry);

@@ -11,6 +11,7 @@
 //! | torn | a child has all that was written before what it has |
 //! | once | what is to be done once was done once |
 
+mod backed;
 mod clone;
 mod dirty;
 mod fault;
@@ -22,6 +23,7 @@ mod memory;
 mod pin;
 mod rearrange;
 
+pub(crate) use backed::*;
 pub(crate) use clone::*;
 pub(crate) use dirty::*;
 pub(crate) use fault::*;

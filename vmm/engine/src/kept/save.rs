@@ -11,7 +11,7 @@ use super::store::{
 };
 use crate::aside::Aside;
 use crate::memory::Frames;
-use crate::mm::{Frozen, Gfn, OutOfRange, PAGE_SIZE};
+use crate::mm::{Frozen, FrozenError, Gfn, PAGE_SIZE};
 use crate::saved;
 use crate::snapshot::Snapshot;
 use crate::timeline::span;
@@ -27,9 +27,9 @@ pub enum SaveError {
     /// The store could not take it.
     #[error("cannot save the snapshot")]
     Store(#[from] StoreError),
-    /// It has less memory than it says. Does not happen.
+    /// Its memory cannot be read: what it was loaded from does not give it.
     #[error("cannot read the snapshot's memory")]
-    Memory(#[from] OutOfRange),
+    Memory(#[from] FrozenError),
 }
 
 /// A snapshot whose memory is in a store and here: what another has in common with it need not be read again.
@@ -142,12 +142,14 @@ impl Saver<'_> {
                 return Err(StoreError::CalledOff.into());
             }
             let first = Gfn(region * CHUNK_BYTES / PAGE_SIZE);
-            if memory.is_untouched(first)? {
+            if memory.is_untouched(first).map_err(FrozenError::from)? {
                 continue;
             }
             let mut is_same = false;
             if let Some(base) = base
-                && memory.has_in_common(&base.memory, first)?
+                && memory
+                    .has_in_common(&base.memory, first)
+                    .map_err(FrozenError::from)?
             {
                 let Some(hash) = base.index.get(region) else {
                     continue;

@@ -2,7 +2,7 @@
 //!
 //! **Guarantee.** Whoever gets past [`Mapped::enter`] or [`Mapped::enter_alone`] and has a region's lock
 //! finds that the MMU shows just what the region's entries say; or, as long as the region is borrowed, what
-//! the snapshot's region says that it is borrowed of. Nobody else can change either side: the entries' setters
+//! the snapshot's region says that it is borrowed of, and nothing if it is hidden. Nobody else can change either side: the entries' setters
 //! and the MMU are this module's own.
 //!
 //! A change asks the MMU first and then publishes the entries, all under the locks of the regions it is in.
@@ -396,6 +396,66 @@ impl Mapped {
         self.mmu.map(first, frame, count, Protection::ReadOnly)?;
         run.iter().for_each(|stretch| self.table.publish(stretch));
         Ok(())
+    }
+
+    /// Hides pages of whole regions that are borrowed and backed, of a space that nobody else has yet.
+    ///
+    /// # Errors
+    /// As [`Mapped::map_first`].
+    pub(super) fn hide_first(&self, first: Gfn, count: u64) -> Result<(), MmuError> {
+        self.mmu.hide(first, count)
+    }
+
+    /// Shows a hidden region: each of its pages as the region's entries are to say, which `frames` has in order,
+    /// [`Pfn::ZERO`] for zeros; all of them in one run if it `is_huge`. A mapping of each is counted. The entries
+    /// are published with it.
+    ///
+    /// If the MMU refuses the region is hidden as it was, and nothing published; or else the space is broken, and
+    /// the entries are there, so that the frames stay.
+    pub(super) fn show(
+        &self,
+        region: &mut RegionGuard<'_>,
+        frames: &[Pfn],
+        is_huge: bool,
+    ) -> Result<(), MmuError> {
+        self.check()?;
+        let (first, count) = (region.first(), region.len());
+        let show = || {
+            let pages: Vec<(Gfn, Pfn)> = region.pages().zip(frames.iter().copied()).collect();
+            let follows = |&(gfn, pfn): &(Gfn, Pfn), &(next, after): &(Gfn, Pfn)| {
+                gfn.0 + 1 == next.0
+                    && match pfn {
+                        Pfn::ZERO => after == Pfn::ZERO,
+                        Pfn(n) => after == Pfn(n + 1),
+                    }
+            };
+            let mut runs = pages.chunk_by(follows);
+            runs.try_for_each(|run| {
+                let (gfn, pfn) = run[0];
+                self.mmu
+                    .map(gfn, pfn, run.len() as u64, Protection::ReadOnly)
+            })
+        };
+        let shown = show().or_else(|error| {
+            // Some of it may be shown. A vCPU may have read that, and it was right.
+            if self.mmu.hide(first, count).is_ok() {
+                return Err(error);
+            }
+            show().map_err(|_| self.break_for_good(error))
+        });
+        if shown.is_ok() || matches!(shown, Err(MmuError::Broken { .. })) {
+            if is_huge {
+                region.adopt_huge(frames[0]);
+            } else {
+                for (gfn, &pfn) in region.pages().zip(frames) {
+                    if pfn != Pfn::ZERO {
+                        region.adopt_page(gfn, pfn);
+                    }
+                }
+            }
+            region.show();
+        }
+        shown
     }
 
     /// Has `count` pages from `first` on show zeros again, in small entries. `regions` are all those that

@@ -6,7 +6,8 @@
 //!
 //! A region of a clone may be **borrowed** (`lent.rs`): it has no entries yet, and shows what the snapshot's
 //! region says. To who reads without a lock it looks untouched, so who believes that asks first whether it is
-//! borrowed ([`Table::is_borrowed`]).
+//! borrowed ([`Table::is_borrowed`]). What it is borrowed of may be *backed* (`backed.rs`); then it is **hidden**, and
+//! vCPUs see nothing of it until it is adopted.
 
 use std::ops::{Range, RangeInclusive};
 use std::sync::{Mutex as StdMutex, MutexGuard as StdMutexGuard, OnceLock, PoisonError, Weak};
@@ -30,6 +31,8 @@ pub(in super::super) struct Table {
     huge: Box<[AtomicU64]>,
     /// Of each group, which of its regions are borrowed ([`Slots`]).
     borrowed: Box<[AtomicU64]>,
+    /// Of each group, which of those are hidden: they were backed when they were borrowed.
+    hidden: Box<[AtomicU64]>,
     /// The rest, made when somebody first looks at a region of the group: a clone has huge entries long before
     /// it has need of more, and most of a very large guest is never touched.
     groups: Box<[OnceLock<Group>]>,
@@ -74,6 +77,7 @@ impl Table {
         Self {
             huge: zeroed(regions),
             borrowed: zeroed(regions.div_ceil(GROUP)),
+            hidden: zeroed(regions.div_ceil(GROUP)),
             groups: (0..regions.div_ceil(GROUP))
                 .map(|_| OnceLock::new())
                 .collect(),
@@ -123,6 +127,25 @@ impl Table {
     /// Notes that regions of a group of a space that nobody else has yet are borrowed.
     pub(in super::super) fn borrow(&self, group: usize, slots: Slots) {
         self.borrowed[group].store(slots, Ordering::Release);
+    }
+
+    /// Notes that regions of a group that are borrowed are hidden, as [`Table::borrow`].
+    pub(in super::super) fn hide(&self, group: usize, slots: Slots) {
+        self.hidden[group].store(slots, Ordering::Release);
+    }
+
+    /// How many regions are hidden.
+    pub(in super::super) fn hidden(&self) -> u64 {
+        let hidden = self.hidden.iter();
+        hidden
+            .map(|slots| u64::from(slots.load(Ordering::Acquire).count_ones()))
+            .sum()
+    }
+
+    /// Whether vCPUs see nothing of a region: it was backed when it was borrowed.
+    #[inline]
+    pub(in super::super) fn is_hidden(&self, index: usize) -> bool {
+        self.hidden[index / GROUP].load(Ordering::Acquire) >> (index % GROUP) & 1 != 0
     }
 
     fn is_made(&self, index: usize) -> bool {
@@ -231,6 +254,7 @@ impl Table {
         RegionGuard {
             state: lock(&group.states[at]),
             borrowed: &self.borrowed[index / GROUP],
+            hidden: &self.hidden[index / GROUP],
             huge: &self.huge[index],
             entries: &group.entries[first_entry..first_entry + count as usize],
             first,
@@ -328,6 +352,7 @@ impl Stretch {
 pub(in super::super) struct RegionGuard<'a> {
     pub(in super::super) state: MutexGuard<'a, RegionState>,
     borrowed: &'a AtomicU64,
+    hidden: &'a AtomicU64,
     huge: &'a AtomicU64,
     entries: &'a [AtomicU64],
     first: Gfn,
@@ -352,6 +377,11 @@ impl RegionGuard<'_> {
         self.borrowed.load(Ordering::Acquire) & self.slot_of_group() != 0
     }
 
+    /// Whether vCPUs see nothing of it: it is borrowed, and was backed when it was.
+    pub(in super::super) fn is_hidden(&self) -> bool {
+        self.hidden.load(Ordering::Acquire) & self.slot_of_group() != 0
+    }
+
     #[inline]
     fn slot_of_group(&self) -> Slots {
         1 << (self.index % GROUP)
@@ -361,17 +391,12 @@ impl RegionGuard<'_> {
     ///
     /// Release pairs with the acquire in [`Table::is_borrowed`].
     pub(in super::super) fn own(&mut self) {
-        let slot = self.slot_of_group();
-        let mut seen = self.borrowed.load(Ordering::Relaxed);
-        // Its neighbours may cease to be borrowed, too.
-        while let Err(now) = self.borrowed.compare_exchange_weak(
-            seen,
-            seen & !slot,
-            Ordering::AcqRel,
-            Ordering::Relaxed,
-        ) {
-            seen = now;
-        }
+        take_out(self.borrowed, self.slot_of_group());
+    }
+
+    /// Notes that it is not hidden any more: vCPUs see what its entries say.
+    pub(super) fn show(&mut self) {
+        take_out(self.hidden, self.slot_of_group());
     }
 
     /// Publishes what a snapshot's region says, whose frames were counted once more for this: a huge entry,
@@ -562,5 +587,16 @@ impl RegionGuard<'_> {
 
     fn slot(&self, gfn: Gfn) -> &AtomicU64 {
         &self.entries[(gfn.0 - self.first.0) as usize]
+    }
+}
+
+/// Takes a region out of those that `slots` says of its group.
+fn take_out(slots: &AtomicU64, slot: Slots) {
+    let mut seen = slots.load(Ordering::Relaxed);
+    // Its neighbours may be taken out, too.
+    while let Err(now) =
+        slots.compare_exchange_weak(seen, seen & !slot, Ordering::AcqRel, Ordering::Relaxed)
+    {
+        seen = now;
     }
 }

@@ -84,9 +84,10 @@ fn holds_beyond_the_end_are_refused() {
         let error = w.vm.space.get(Gfn(4), access).unwrap_err();
         assert!(matches!(error, FaultError::OutOfRange(e) if e == beyond));
     }
-    assert_eq!(frozen.get(Gfn(4)).unwrap_err(), beyond);
+    let is_beyond = |error| matches!(error, FrozenError::OutOfRange(error) if error == beyond);
+    assert!(is_beyond(frozen.get(Gfn(4)).unwrap_err()));
     assert_eq!(frozen.frame(Gfn(4)).unwrap_err(), beyond);
-    assert_eq!(frozen.with_frame(Gfn(4), drop).unwrap_err(), beyond);
+    assert!(is_beyond(frozen.with_frame(Gfn(4), drop).unwrap_err()));
 }
 
 #[test]

@@ -4,6 +4,7 @@
 //! |---|---|
 //! | `transitions` | PROTOCOL.md 3.2 for base frames: faults, pins, forks, restores |
 //! | `folio` | huge folios: sharing, splitting, breaking whole regions |
+//! | `backed` | what is somewhere else: who has it brought, and what if it cannot be |
 //! | `get`, `dirty`, `discard`, `migrate`, `merge`, `force` | each operation: its contract, each of its errors |
 //! | `differ` | where two snapshots differ |
 //! | `account` | who pays for what, and what becomes of who may have no more; promises |
@@ -28,6 +29,7 @@
 mod account;
 mod ahead;
 mod allocator;
+mod backed;
 mod census;
 mod clones;
 mod commit;

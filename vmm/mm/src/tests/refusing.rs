@@ -175,6 +175,11 @@ impl Mmu for RefusingMmu {
             self.inner.protect(Gfn(first.0 + skipped), part, protection)
         })
     }
+    fn hide(&self, first: Gfn, count: u64) -> Result<(), MmuError> {
+        self.ask("hide", first, count, |skipped, part| {
+            self.inner.hide(Gfn(first.0 + skipped), part)
+        })
+    }
     fn is_crowded(&self) -> bool {
         self.refusals.crowded.load(Ordering::Relaxed) > 0
     }
