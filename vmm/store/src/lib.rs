@@ -46,6 +46,7 @@
 //! | `writers` | writing its chunks meanwhile, and giving them their names |
 //! | `right` | chunks that need not be read again to be named |
 //! | `read` | reading one |
+//! | `touched` | what of one was wanted first when it was loaded |
 //! | `verify`, `list`, `diff`, `prune` | what is done with those that are there |
 //! | `disk` | all operations on files, so that each can be refused |
 //!
@@ -71,6 +72,7 @@ mod save;
 mod store;
 #[cfg(test)]
 mod tests;
+mod touched;
 mod verify;
 mod writers;
 
