@@ -24,14 +24,14 @@ use rustix::process::setpriority_process;
 const NICE: i32 = 19;
 
 /// The thread that gives turns. It ends when this is dropped, which is after its worker has ended.
-pub(super) struct Spare {
+pub(crate) struct Spare {
     turn: Arc<IdleTurn>,
     thread: Option<JoinHandle<()>>,
 }
 
 /// What the two threads say to each other: no lock is held by the one at low priority.
 #[derive(Default)]
-pub(super) struct IdleTurn {
+pub(crate) struct IdleTurn {
     /// Who gives turns, from when it runs on.
     giver: OnceLock<Thread>,
     /// Who takes them, from when it has asked for the first on.
@@ -43,7 +43,7 @@ pub(super) struct IdleTurn {
 impl Spare {
     /// # Errors
     /// The host's, if it can't have another thread.
-    pub(super) fn start() -> io::Result<Self> {
+    pub(crate) fn start() -> io::Result<Self> {
         let turn = Arc::<IdleTurn>::default();
         let its = Arc::clone(&turn);
         let thread = thread::Builder::new()
@@ -65,7 +65,7 @@ impl Spare {
     }
 
     /// Its turns, of which one worker takes them all.
-    pub(super) fn turn(&self) -> &Arc<IdleTurn> {
+    pub(crate) fn turn(&self) -> &Arc<IdleTurn> {
         &self.turn
     }
 }
@@ -95,7 +95,7 @@ impl IdleTurn {
 
     /// Asks for a turn, as the worker. Returns when it is given, or `go_on` says no: it is asked again after
     /// [`IdleTurn::look_again`].
-    pub(super) fn wait(&self, go_on: impl Fn() -> bool) {
+    pub(crate) fn wait(&self, go_on: impl Fn() -> bool) {
         self.worker.get_or_init(thread::current);
         self.is_given.store(false, Ordering::Relaxed);
         self.giver.get().inspect(|giver| giver.unpark());
@@ -105,7 +105,7 @@ impl IdleTurn {
     }
 
     /// Has a worker that waits for a turn ask whether to go on.
-    pub(super) fn look_again(&self) {
+    pub(crate) fn look_again(&self) {
         self.worker.get().inspect(|worker| worker.unpark());
     }
 }

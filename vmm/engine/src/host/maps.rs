@@ -9,6 +9,7 @@ use std::ops::Range;
 pub(super) struct MappedPart {
     /// Host addresses.
     pub(super) addresses: Range<u64>,
+    pub(super) is_readable: bool,
     pub(super) is_writable: bool,
     pub(super) is_shared: bool,
     /// Which byte of the file the first one is.
@@ -71,6 +72,7 @@ fn parse(line: &str) -> Option<MappedPart> {
     let rights = words.next()?.as_bytes();
     Some(MappedPart {
         addresses: hex(start)?..hex(end)?,
+        is_readable: *rights.first()? == b'r',
         is_writable: *rights.get(1)? == b'w',
         is_shared: *rights.get(3)? == b's',
         offset: hex(words.next()?)?,
@@ -86,6 +88,7 @@ mod tests {
         let line = "7f01-7f0a rw-s 00003000 00:01 1066  /memfd:palimpsest-frames (deleted)\n";
         let part = MappedPart {
             addresses: 0x7f01..0x7f0a,
+            is_readable: true,
             is_writable: true,
             is_shared: true,
             offset: 0x3000,

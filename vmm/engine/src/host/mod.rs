@@ -52,6 +52,7 @@ pub(crate) mod tests;
 
 pub use ahead::Ahead;
 pub use budget::MappingBudget;
+pub(crate) use idle::{IdleTurn, Spare};
 pub use limits::{Limiter, Limits, Room};
 pub use physmap::PhysMap;
 pub use precedence::Precedence;
@@ -59,5 +60,5 @@ pub use prices::Prices;
 pub use private::Dumps;
 pub use ram::{PinnedBuffer, Ram, RamError, SlicePin};
 pub use space::Space;
-pub(crate) use stock::StockKeeper;
+pub(crate) use stock::{Pauses, StockKeeper};
 pub use window::{LOWEST, Placement, Window};

@@ -17,6 +17,8 @@ impl Shown {
     pub(super) const ZEROS: Self = Self(0);
     /// Nothing is mapped: what is written without being a frame.
     pub(super) const NOTHING: Self = Self(Self::WRITABLE);
+    /// Nothing may be seen: what is mapped may not be touched.
+    pub(super) const HIDDEN: Self = Self(1 << 2);
     pub(super) const FRAME: i64 = 1;
     pub(super) const WRITABLE: i64 = 2;
 
@@ -28,7 +30,7 @@ impl Shown {
     #[inline]
     pub(super) fn protected(self, protection: Protection) -> Self {
         match protection {
-            _ if self == Self::ZEROS || self == Self::NOTHING => self,
+            _ if self.0 & Self::FRAME == 0 => self,
             Protection::ReadOnly => Self(self.0 & !Self::WRITABLE),
             Protection::ReadWrite => Self(self.0 | Self::WRITABLE),
         }

@@ -2,6 +2,7 @@
 
 use crate::mm::{
     Access, AddressSpace, CowPolicy, FaultError, FaultOutcome, Get, Gfn, Pin, PinError, PinnedRun,
+    Touch,
 };
 
 /// An address space as devices and vCPUs see it: pages that can be held, pinned and made writable.
@@ -16,6 +17,18 @@ pub trait Space: Send + Sync {
     /// # Errors
     /// Its own.
     fn resolve_write(&self, gfn: Gfn) -> Result<FaultOutcome, FaultError>;
+
+    /// See [`AddressSpace::touch`].
+    ///
+    /// # Errors
+    /// Its own.
+    fn touch(&self, gfn: Gfn) -> Result<Touch, FaultError>;
+
+    /// See [`AddressSpace::hidden`].
+    fn hidden(&self) -> u64;
+
+    /// See [`AddressSpace::first_hidden`].
+    fn first_hidden(&self, from: Gfn) -> Option<Gfn>;
 
     /// See [`AddressSpace::set_whole_price`].
     fn set_whole_price(&self, small: u32);
@@ -47,6 +60,18 @@ impl<P: CowPolicy> Space for AddressSpace<P> {
 
     fn resolve_write(&self, gfn: Gfn) -> Result<FaultOutcome, FaultError> {
         self.resolve_write(gfn)
+    }
+
+    fn touch(&self, gfn: Gfn) -> Result<Touch, FaultError> {
+        self.touch(gfn)
+    }
+
+    fn hidden(&self) -> u64 {
+        self.hidden()
+    }
+
+    fn first_hidden(&self, from: Gfn) -> Option<Gfn> {
+        self.first_hidden(from)
     }
 
     fn set_whole_price(&self, small: u32) {

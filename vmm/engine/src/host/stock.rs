@@ -63,13 +63,13 @@ impl StockKeeper {
 
 /// How long it is before a CPU is asked for again.
 #[derive(Default)]
-struct Pauses {
+pub(crate) struct Pauses {
     next: Duration,
 }
 
 impl Pauses {
     /// Waits until a CPU is idle. `false` if it is over before.
-    fn wait_for_idle_cpu(&mut self, turn: &IdleTurn, over: &AtomicBool) -> bool {
+    pub(crate) fn wait_for_idle_cpu(&mut self, turn: &IdleTurn, over: &AtomicBool) -> bool {
         let is_over = || over.load(Ordering::Acquire);
         while !is_over() {
             let asked = Instant::now();

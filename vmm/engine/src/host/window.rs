@@ -243,7 +243,7 @@ impl Window {
         count: u64,
         what: &'static str,
         shows: impl Fn(Shown) -> Shown,
-        apply: impl FnOnce(Range<u64>, Replaces) -> rustix::io::Result<()>,
+        apply: impl FnOnce(Range<u64>, Replaces, &ShownPages) -> rustix::io::Result<()>,
     ) -> Result<(), MmuError> {
         assert!(
             count > 0
@@ -276,7 +276,7 @@ impl Window {
             .map_err(|limit| MmuError::MappingLimit { limit })?;
         let mapped = self.mapped(first, count);
         if !mapped.is_empty()
-            && let Err(error) = apply(mapped.clone(), replaces)
+            && let Err(error) = apply(mapped.clone(), replaces, &shown)
         {
             let _ = self.budget.change(after, before);
             let noted = shown.runs_within(mapped.clone());
@@ -315,6 +315,30 @@ impl Window {
 }
 
 impl Window {
+    /// Maps no frames at `pages`: zeros, if they may be read.
+    fn map_nothing(
+        &self,
+        pages: Range<u64>,
+        rights: ProtFlags,
+        replaces: Replaces,
+    ) -> rustix::io::Result<()> {
+        let count = pages.end - pages.start;
+        // SAFETY: `change` has checked that the range is the window's own. Only vCPUs look through it.
+        unsafe {
+            mmap_anonymous(
+                self.address(Gfn(pages.start)),
+                (count * PAGE_SIZE) as usize,
+                rights,
+                MapFlags::PRIVATE | MapFlags::NORESERVE | replaces.flags(),
+            )
+        }?;
+        // Of a window that is not settled that is done when it is.
+        if replaces == Replaces::Mappings {
+            self.keep_private(Gfn(pages.start), count);
+        }
+        Ok(())
+    }
+
     /// Whether pages `range` show what is `noted` of them, by the kernel's word. If it does not say, they may
     /// not.
     fn is_mapped_as(
@@ -356,8 +380,10 @@ impl Window {
                     Protection::ReadOnly
                 };
                 Shown::frames(distance, protection)
-            } else {
+            } else if part.is_readable {
                 Shown::ZEROS
+            } else {
+                Shown::HIDDEN
             };
             (pages, shown)
         };
@@ -365,13 +391,14 @@ impl Window {
     }
 
     /// What each page shows by the kernel's word: its frame, with the protection it has. Nothing where
-    /// nothing is mapped.
+    /// nothing is mapped, or hidden.
     #[cfg(test)]
     pub(super) fn pages_by_kernel(&self) -> Vec<Option<(Pfn, Protection)>> {
         let mut pages = vec![None; self.pages as usize];
         for (run, shown) in self.shown_by_kernel(0..self.pages).unwrap() {
             for page in run {
                 pages[page as usize] = Some(match shown {
+                    Shown::HIDDEN => continue,
                     Shown::ZEROS => (Pfn::ZERO, Protection::ReadOnly),
                     Shown(bits) => (
                         Pfn((page as i64 + (bits >> 2)) as u64),
@@ -396,32 +423,18 @@ impl Mmu for Window {
         count: u64,
         protection: Protection,
     ) -> Result<(), MmuError> {
-        let bytes = |pages: &Range<u64>| ((pages.end - pages.start) * PAGE_SIZE) as usize;
         if frame == Pfn::ZERO {
             let shows = |_| Shown::ZEROS;
-            return self.change(first, count, "clear", shows, |pages, replaces| {
-                // SAFETY: `change` has checked that the range is the window's own. Only vCPUs look through
-                // it.
-                unsafe {
-                    mmap_anonymous(
-                        self.address(Gfn(pages.start)),
-                        bytes(&pages),
-                        self.readable(),
-                        MapFlags::PRIVATE | MapFlags::NORESERVE | replaces.flags(),
-                    )
-                }?;
-                // Of a window that is not settled that is done when it is.
-                if replaces == Replaces::Mappings {
-                    self.keep_private(first, count);
-                }
-                Ok(())
+            return self.change(first, count, "clear", shows, |pages, replaces, _| {
+                self.map_nothing(pages, self.readable(), replaces)
             });
         }
         let distance = frame.0 as i64 - first.0 as i64;
         let shows = |_| Shown::frames(distance, protection);
-        self.change(first, count, "map", shows, |pages, replaces| {
+        self.change(first, count, "map", shows, |pages, replaces, _| {
             let frame = Pfn(frame.0 + (pages.start - first.0));
-            let (at, len) = (self.address(Gfn(pages.start)), bytes(&pages));
+            let len = ((pages.end - pages.start) * PAGE_SIZE) as usize;
+            let at = self.address(Gfn(pages.start));
             match replaces {
                 // SAFETY: as above.
                 Replaces::Mappings => unsafe { self.physmap.show(frame, protection, at, len) },
@@ -438,10 +451,28 @@ impl Mmu for Window {
         };
         let flags = MprotectFlags::from_bits_retain(flags.bits());
         let shows = |page: Shown| page.protected(protection);
-        self.change(first, count, "protect", shows, |pages, _| {
-            let len = ((pages.end - pages.start) * PAGE_SIZE) as usize;
-            // SAFETY: as above.
-            unsafe { mprotect(self.address(Gfn(pages.start)), len, flags) }
+        self.change(first, count, "protect", shows, |pages, _, shown| {
+            // What is hidden is a mapping like others, and would be seen.
+            let mut seen: Vec<Range<u64>> = Vec::new();
+            for (run, shown) in shown.runs_within(pages) {
+                match seen.last_mut() {
+                    _ if shown == Shown::HIDDEN => {}
+                    Some(last) if last.end == run.start => last.end = run.end,
+                    _ => seen.push(run),
+                }
+            }
+            seen.into_iter().try_for_each(|pages| {
+                let len = ((pages.end - pages.start) * PAGE_SIZE) as usize;
+                // SAFETY: as above.
+                unsafe { mprotect(self.address(Gfn(pages.start)), len, flags) }
+            })
+        })
+    }
+
+    fn hide(&self, first: Gfn, count: u64) -> Result<(), MmuError> {
+        let shows = |_| Shown::HIDDEN;
+        self.change(first, count, "hide", shows, |pages, replaces, _| {
+            self.map_nothing(pages, ProtFlags::empty(), replaces)
         })
     }
 

@@ -27,15 +27,19 @@
 //!
 //! [`Snapshot`]: crate::snapshot::Snapshot
 
+mod chunks;
 mod cpu;
 mod facts;
 mod load;
+mod prefetch;
 mod save;
 #[cfg(test)]
 mod tests;
 
 pub use palimpsest_store as store;
 
+pub use self::chunks::{BroughtCounts, ChunkError, Chunks, LazyOptions, lazily, may_be_lazy};
 pub use self::facts::{Refusal, check, machine};
 pub use self::load::{LoadError, fill, snapshot_of};
+pub use self::prefetch::Prefetcher;
 pub use self::save::{Base, Progress, SaveError, Saver};

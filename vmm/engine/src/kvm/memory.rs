@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use crate::causes::Cause;
 use crate::host::{Ram, Window};
-use crate::mm::{Access, Gfn, Resolution};
+use crate::mm::{Access, Gfn, Resolution, Touch};
 
 /// What the KVM layer needs of guest memory.
 ///
@@ -32,6 +32,27 @@ pub trait GuestRam: Send + Sync {
     /// # Errors
     /// If there is no such page, or no memory for its copy. The vCPU ends.
     fn write_fault(&self, gfn: u64) -> Result<bool, Cause>;
+
+    /// Shows the page at guest frame `gfn` to the guest: a vCPU has touched it. `false` if it was shown already, as all
+    /// of memory is that is not loaded lazily.
+    ///
+    /// # Errors
+    /// If there is no such page, or what is to be there cannot be had. The vCPU ends.
+    fn touch(&self, _gfn: u64) -> Result<bool, Cause> {
+        Ok(false)
+    }
+
+    /// How many regions of 2 MiB are hidden from the guest, which becomes less and never more. 0 of memory that is not
+    /// loaded lazily.
+    fn hidden(&self) -> u64 {
+        0
+    }
+
+    /// The first guest frame that is hidden, of those from `from` on and those beside it. None if none is, as in
+    /// memory that is not loaded lazily.
+    fn first_hidden(&self, _from: u64) -> Option<u64> {
+        None
+    }
 
     /// Notes that a vCPU was in the guest for so long, from entry to exit: the shortest time is what entry
     /// and exit cost.
@@ -71,6 +92,18 @@ impl GuestRam for Ram {
 
     fn write_fault(&self, gfn: u64) -> Result<bool, Cause> {
         Ok(Self::write_fault(self, Gfn(gfn))? != Resolution::AlreadyWritable)
+    }
+
+    fn touch(&self, gfn: u64) -> Result<bool, Cause> {
+        Ok(Self::touch(self, Gfn(gfn))? == Touch::Shown)
+    }
+
+    fn hidden(&self) -> u64 {
+        Self::hidden(self)
+    }
+
+    fn first_hidden(&self, from: u64) -> Option<u64> {
+        Self::first_hidden(self, Gfn(from)).map(|gfn| gfn.0)
     }
 
     fn was_entered(&self, time: Duration) {

@@ -14,10 +14,11 @@ use kvm_bindings::kvm_sregs;
 use super::memory::GuestRam;
 use super::paging::Walker;
 use super::platform::{Paging, Platform};
+use super::state::VcpuState;
 use crate::causes::Cause;
 
 /// The most table pages that are looked at. A guest with more is taken for changed.
-pub(super) const MOST: usize = 4096;
+pub(in crate::kvm) const MOST: usize = 4096;
 
 /// What a guest's page tables were. By default unknown.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -79,6 +80,18 @@ impl Translation {
             Paging::Shadow | Paging::Unknown if platform.kvm == "svm" => Self::ShadowOnSvm,
             Paging::Shadow | Paging::Unknown => Self::Shadow,
         }
+    }
+}
+
+/// Whether vCPUs in these states may begin with memory that is hidden from them, on `platform`. Where KVM reads the
+/// guest's tables by itself, and nobody is told that it could not, only such as cannot change to others and have no
+/// handler for what KVM gives them then; and none where nothing is left of one that has met that.
+pub(crate) fn may_begin_hidden(platform: &Platform, states: &[VcpuState]) -> bool {
+    let is_confined = |state: &VcpuState| state.confined() == Confined::Yes;
+    match Translation::of(platform) {
+        Translation::Nested => true,
+        Translation::Shadow => states.iter().all(is_confined),
+        Translation::ShadowOnSvm => false,
     }
 }
 

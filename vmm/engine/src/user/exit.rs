@@ -25,6 +25,8 @@ pub(super) enum Exit {
     Kicked,
     /// It wrote a page that its window shows read-only.
     WriteFault { gfn: u64 },
+    /// It read or executed a page that its window does not show, or that is no memory.
+    Touch { gfn: u64, address: u64 },
     /// It wrote a port by an instruction of so many bytes.
     Out { port: u16, value: u32, len: u64 },
     /// Ring 3 may not do it, and what stands at RIP is nothing of that kind.
@@ -49,7 +51,11 @@ pub(super) fn of(raw: RawExit, frame: &Frame, addresses: &Addresses, ram: &dyn G
                 Some(gpa) if write => Exit::WriteFault {
                     gfn: gpa / PAGE_SIZE,
                 },
-                _ => Exit::Crash(CrashReason::Mmio {
+                Some(gpa) => Exit::Touch {
+                    gfn: gpa / PAGE_SIZE,
+                    address: raw.address,
+                },
+                None => Exit::Crash(CrashReason::Mmio {
                     gpa: raw.address,
                     write,
                 }),

@@ -30,6 +30,8 @@ use crate::timeline::span;
 /// How often in a row a write may fault at a page that is writable already. Another vCPU may have been first,
 /// or a fork have taken the page back; not for ever.
 const MOST_LOST: u32 = 1000;
+/// How often in a row a touch may fault at a page that is shown already: another vCPU may have been first.
+const MOST_UNSEEN: u32 = 10;
 /// How often in a row an instruction may be one that ring 3 may not execute, and be another when it is looked
 /// at: another vCPU may be patching it.
 const MOST_PATCHED: u32 = 100;
@@ -87,6 +89,8 @@ struct Running {
     shape: XstateShape,
     /// Where a write last faulted at a page that was writable, and how often in a row it did.
     lost: (u64, u64, u32),
+    /// Where a touch last faulted at a page that was shown already, and how often in a row it did.
+    unseen: (u64, u64, u32),
     /// How often in a row the instruction at RIP was not what it had been.
     patched: u32,
 }
@@ -109,6 +113,7 @@ impl Running {
             crossing,
             shape,
             lost: (0, 0, 0),
+            unseen: (0, 0, 0),
             patched: 0,
         })
     }
@@ -132,7 +137,10 @@ impl Running {
             urgent::end();
             let Vcpu { ram, addresses, .. } = &self.vcpu;
             let exit = exit::of(raw, self.crossing.frame(), addresses, &**ram);
-            if matches!(exit, Exit::Out { .. } | Exit::WriteFault { .. }) {
+            if matches!(
+                exit,
+                Exit::Out { .. } | Exit::WriteFault { .. } | Exit::Touch { .. }
+            ) {
                 ram.was_entered(entered.elapsed());
             }
             self.vcpu.counters().note_exit();
@@ -159,6 +167,23 @@ impl Running {
                         return Some(self.failed(error));
                     }
                     self.vcpu.ram.was_handled(exited.elapsed());
+                }
+                Exit::Touch { gfn, address } => {
+                    let _span = span!("touch", address = address);
+                    match self.vcpu.ram.touch(gfn) {
+                        Ok(true) => self.unseen = (0, 0, 0),
+                        // Another vCPU may have been first. If not it is no memory that may be touched so.
+                        Ok(false) if self.may_be_shown_by_now(address) => {}
+                        Ok(false) => {
+                            return Some(self.crashed(CrashReason::Mmio {
+                                gpa: address,
+                                write: false,
+                            }));
+                        }
+                        Err(source) => {
+                            return Some(self.failed(VcpuRunError::Memory { gfn, source }));
+                        }
+                    }
                 }
                 Exit::Crash(reason) => return Some(self.crashed(reason)),
                 Exit::Refused(raw) => {
@@ -228,6 +253,17 @@ impl Running {
                 tried: format!("the page at {address:#x}"),
             },
         })
+    }
+
+    /// Whether a touch of `address`, where nothing is hidden, may have faulted because something was.
+    fn may_be_shown_by_now(&mut self, address: u64) -> bool {
+        let rip = self.crossing.frame().gpr(Gpr::Rip);
+        let times = match self.unseen {
+            (at, to, times) if (at, to) == (rip, address) => times + 1,
+            _ => 1,
+        };
+        self.unseen = (rip, address, times);
+        times < MOST_UNSEEN
     }
 
     /// Stays out of the guest, and does what is asked about the registers, until the command changes.

@@ -93,6 +93,7 @@ impl<P: CowPolicy> Vm<P> {
         drop(step);
         identity().map_err(CloneError::Identity)?;
         self.keep_tables_of_clone_writable()?;
+        self.machine.show_what_kvm_reads(&vcpus)?;
         let _step = span!("registers, resume");
         let started = self
             .machine

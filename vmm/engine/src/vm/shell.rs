@@ -141,6 +141,18 @@ impl GuestRam for Inside {
         self.filling()?.ram.write_fault(gfn)
     }
 
+    fn touch(&self, gfn: u64) -> Result<bool, Cause> {
+        self.filling()?.ram.touch(gfn)
+    }
+
+    fn hidden(&self) -> u64 {
+        self.filling().map_or(0, |filling| filling.ram.hidden())
+    }
+
+    fn first_hidden(&self, from: u64) -> Option<u64> {
+        self.filling().ok()?.ram.first_hidden(from)
+    }
+
     fn was_entered(&self, time: Duration) {
         if let Ok(filling) = self.filling() {
             filling.ram.was_entered(time);

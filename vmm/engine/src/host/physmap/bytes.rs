@@ -103,3 +103,26 @@ impl FrameMemory for PhysMap {
         unsafe { ptr::write_bytes(self.frame(frame), 0, PAGE_SIZE as usize) }
     }
 }
+
+impl PhysMap {
+    /// Has `fill` write what is in it to a run of frames that follow each other, which nobody else has: from
+    /// `first` on, `count` of them. What it gets is all of their bytes, with anything in them.
+    ///
+    /// # Panics
+    /// If a frame has no memory.
+    ///
+    /// # Safety
+    /// The frames are nobody's but the caller's: nobody else reads or writes them before this returns, and nothing
+    /// shows them.
+    pub(crate) unsafe fn with_fresh<R>(
+        &self,
+        first: Pfn,
+        count: u64,
+        fill: impl FnOnce(&mut [u8]) -> R,
+    ) -> R {
+        let (at, len) = (self.run(first, count), (count * PAGE_SIZE) as usize);
+        // SAFETY: the run lies in the mapping and has memory, just checked; it is all initialised, by the host; and
+        // it is the caller's alone, by contract, so that this is the one reference to it.
+        fill(unsafe { std::slice::from_raw_parts_mut(at, len) })
+    }
+}

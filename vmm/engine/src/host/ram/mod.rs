@@ -21,7 +21,7 @@ use super::physmap::PhysMap;
 use super::precedence::Precedence;
 use super::prices::Prices;
 use super::space::Space;
-use crate::mm::{Access, FaultError, Gfn, PAGE_SIZE, PinError, Resolution};
+use crate::mm::{Access, FaultError, Gfn, PAGE_SIZE, PinError, Resolution, Touch};
 
 /// Guest memory of a running VM, whatever its copy-on-write policy.
 #[derive(Clone)]
@@ -115,6 +115,27 @@ impl Ram {
             self.space.set_whole_price(price);
         }
         Ok(fault.resolution)
+    }
+
+    /// Shows page `gfn` to a vCPU that has touched it, if it was hidden: as
+    /// [`AddressSpace::touch`](crate::mm::AddressSpace::touch).
+    ///
+    /// # Errors
+    /// As there.
+    pub fn touch(&self, gfn: Gfn) -> Result<Touch, FaultError> {
+        self.precedence.give_way();
+        self.space.touch(gfn)
+    }
+
+    /// How many regions of 2 MiB are hidden from vCPUs: [`AddressSpace::hidden`](crate::mm::AddressSpace::hidden).
+    pub fn hidden(&self) -> u64 {
+        self.space.hidden()
+    }
+
+    /// The first page that is hidden from vCPUs, from the region of `from` on:
+    /// [`AddressSpace::first_hidden`](crate::mm::AddressSpace::first_hidden).
+    pub fn first_hidden(&self, from: Gfn) -> Option<Gfn> {
+        self.space.first_hidden(from)
     }
 
     /// Bytes of guest memory, from gpa 0.

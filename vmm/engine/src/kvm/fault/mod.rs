@@ -38,6 +38,7 @@
 //! | `decode`, `vector` | the instruction at RIP, and what it reads and writes |
 //! | `event` | what delivering an event needs |
 //! | `pages` | collects pages |
+//! | `unseen` | what a vCPU could not even see, because it was not loaded yet |
 //! | `stalled` | vCPUs that KVM keeps from getting on without a write fault |
 
 mod cause;
@@ -48,6 +49,7 @@ mod ladder;
 mod pages;
 mod rung;
 mod stalled;
+mod unseen;
 mod vector;
 
 #[cfg(test)]
@@ -59,3 +61,4 @@ pub(super) use ladder::{Ladder, resolve};
 pub(super) use rung::RungCounters;
 pub use rung::{Rung, RungCounts};
 pub(super) use stalled::{page_fault_is_over, stalled_on, tables_to_update};
+pub(super) use unseen::{show, show_all_that_kvm_reads};

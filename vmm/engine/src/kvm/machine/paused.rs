@@ -8,6 +8,7 @@ use std::time::Instant;
 use super::Machine;
 use crate::kvm::control::{Awaited, RegisterTask, Slot, TaskState, TimedOut};
 use crate::kvm::error::KvmError;
+use crate::kvm::fault;
 use crate::kvm::state::{Clock, VcpuState};
 use crate::kvm::table_bits;
 use crate::kvm::tables::{PageTables, Translation};
@@ -70,6 +71,18 @@ impl Machine {
         }
         let kept = table_bits::keep_writable(&*self.ram, gfns);
         kept.map_err(|source| KvmError::Tables { source })
+    }
+
+    /// Shows what KVM reads by itself for vCPUs in these states, where it does, before they run.
+    pub(crate) fn show_what_kvm_reads(&self, states: &[VcpuState]) -> Result<(), KvmError> {
+        if self.translation == Translation::Nested {
+            return Ok(());
+        }
+        let vcpus = states.iter().map(|state| (state.regs(), state.sregs()));
+        let shown = fault::show_all_that_kvm_reads(vcpus, &*self.ram);
+        shown
+            .map(drop)
+            .map_err(|source| KvmError::Tables { source })
     }
 
     /// The page tables of vCPUs in these states.

@@ -9,6 +9,7 @@ use rustix::io::Errno;
 use vmm_sys_util::errno;
 
 use super::Vcpu;
+use crate::causes::Cause;
 use crate::kvm::memory::GuestRam;
 use crate::kvm::outcome::CrashReason;
 
@@ -23,6 +24,8 @@ pub(super) enum Exit {
     Store { gpa: u64, data: [u8; 8], len: usize },
     /// KVM emulates a load from memory, and has been given what is there.
     Loaded,
+    /// The same, and what is there cannot be had.
+    NotLoaded { gpa: u64, source: Cause },
     /// The guest wants to set an MSR by which KVM writes to memory.
     SetMsr { index: u32, value: u64 },
     /// A write fault, with the gpas it is about if KVM says so.
@@ -64,6 +67,9 @@ impl Vcpu {
             Ok(VcpuExit::IoIn(port, _)) => Exit::Crash(CrashReason::PortRead { port }),
             Ok(VcpuExit::MmioRead(gpa, data)) => match self.ram.read(gpa, data) {
                 Ok(()) => Exit::Loaded,
+                Err(source) if is_memory(&*self.ram, gpa, data.len()) => {
+                    Exit::NotLoaded { gpa, source }
+                }
                 Err(_) => Exit::Crash(CrashReason::Mmio { gpa, write: false }),
             },
             Ok(VcpuExit::MmioWrite(gpa, data)) => {

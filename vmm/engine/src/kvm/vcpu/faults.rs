@@ -6,14 +6,15 @@ use std::sync::atomic::Ordering;
 use kvm_bindings::{kvm_msr_entry, kvm_regs, kvm_sregs};
 
 use super::Vcpu;
-use crate::kvm::error::VcpuRunError;
+use crate::causes::Cause;
+use crate::kvm::error::{VcpuRunError, WriteFaultError};
 use crate::kvm::fault::{self, StoredBy, WriteFault};
 use crate::kvm::msr;
 use crate::kvm::tables::Translation;
 use crate::mm::PAGE_SIZE;
 
 impl Vcpu {
-    /// Makes writable what the vCPU wants to write.
+    /// Shows what the vCPU could not see, or makes writable what it wants to write.
     pub(super) fn write_fault(&mut self, gpas: Option<Range<u64>>) -> Result<(), VcpuRunError> {
         let (regs, sregs) = self.exit_registers()?;
         let xsave = || self.fd.get_xsave().ok();
@@ -24,8 +25,17 @@ impl Vcpu {
             cpuid: &self.cpuid,
             xsave: &xsave,
         };
+        let shown = fault::show(&fault, &*self.ram);
+        if shown.map_err(|source| memory_fault(&regs, source))? {
+            self.ladder.step_down();
+            return Ok(());
+        }
         if let Some(rung) = self.ladder.climb(&fault, &*self.ram)? {
             self.counters().rungs.count(rung);
+        } else if let Some(gfn) = self.ram.first_hidden(0) {
+            // Whatever it is about, it is hidden or was somebody else's to resolve: in the end all is shown.
+            let shown = self.ram.touch(gfn);
+            shown.map_err(|source| VcpuRunError::Memory { gfn, source })?;
         }
         Ok(())
     }
@@ -58,6 +68,21 @@ impl Vcpu {
             self.counters().rungs.count(fault::Rung::Operand);
         }
         Ok(())
+    }
+
+    /// Shows what is hidden of all that the vCPU, or KVM for it, may have touched. `false` if nothing is.
+    fn show(&self, regs: &kvm_regs, sregs: &kvm_sregs) -> Result<bool, VcpuRunError> {
+        let fault = WriteFault {
+            regs,
+            sregs,
+            gpas: None,
+            cpuid: &self.cpuid,
+            xsave: &|| self.fd.get_xsave().ok(),
+        };
+        let read = fault::show_all_that_kvm_reads([(regs, sregs)], &*self.ram);
+        let read = read.map_err(|source| memory_fault(regs, source))?;
+        let shown = fault::show(&fault, &*self.ram);
+        Ok(shown.map_err(|source| memory_fault(regs, source))? || read)
     }
 
     pub(super) fn stalled_on(
@@ -115,6 +140,9 @@ impl Vcpu {
     /// (`emulator_cmpxchg_emulated` in `arch/x86/kvm/x86.c`).
     pub(super) fn emulate_again(&mut self) -> Result<bool, VcpuRunError> {
         let (regs, sregs) = self.exit_registers()?;
+        if self.show(&regs, &sregs)? {
+            return Ok(true);
+        }
         let (gfns, _) = self.stalled_on(&regs, &sregs)?;
         if fault::resolve(&gfns, &*self.ram)? {
             self.lost_races = None;
@@ -144,9 +172,11 @@ impl Vcpu {
             cpuid: &self.cpuid,
             xsave: &xsave,
         };
+        // What it was given may be because KVM could not read what was hidden.
+        let shown = self.show(&regs, &sregs)?;
         let gfns = fault::tables_to_update(&fault, &*self.ram);
         let gfns = gfns.map_err(|source| VcpuRunError::Fault { source })?;
-        if !fault::resolve(&gfns, &*self.ram)? {
+        if !fault::resolve(&gfns, &*self.ram)? && !shown {
             // Another thread may have made the table writable since, or another vCPU have set the bits. Then
             // there was a page fault just now, which CR2 tells, since it is 0 before; and the tables know no
             // reason for it.
@@ -172,5 +202,15 @@ impl Vcpu {
         self.fd.set_regs(&regs).map_err(error("registers"))?;
         self.fd.set_vcpu_events(&events).map_err(error("events"))?;
         Ok(true)
+    }
+}
+
+/// Guest memory could not be had for a fault of the instruction at RIP.
+fn memory_fault(regs: &kvm_regs, source: Cause) -> VcpuRunError {
+    VcpuRunError::Fault {
+        source: WriteFaultError::Memory {
+            rip: regs.rip,
+            source,
+        },
     }
 }

@@ -18,6 +18,7 @@ use crate::kvm::kick::KickFlag;
 use crate::kvm::outcome::{CrashReason, Outcome};
 use crate::kvm::port::PortAction;
 use crate::kvm::urgent;
+use crate::mm::PAGE_SIZE;
 use crate::timeline::span;
 
 impl Vcpu {
@@ -93,6 +94,12 @@ impl Vcpu {
             match exit {
                 Exit::Interrupted => self.kicked = true,
                 Exit::Loaded => {}
+                Exit::NotLoaded { gpa, source } => {
+                    return Some(self.failed(VcpuRunError::Memory {
+                        gfn: gpa / PAGE_SIZE,
+                        source,
+                    }));
+                }
                 Exit::Store { gpa, data, len } => {
                     if let Err(error) = self.store(gpa, &data[..len]) {
                         return Some(self.failed(error));

@@ -2,6 +2,7 @@
 
 mod clones;
 mod large;
+mod lazy;
 
 use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Mutex, Weak};

@@ -1,6 +1,8 @@
 //! What is saved of memory and parts is what is loaded, increments among it; and what cannot run here is refused by
 //! name. Whole VMs are in the program's `tests/kept.rs`.
 
+mod lazy;
+
 use std::num::NonZeroU64;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
