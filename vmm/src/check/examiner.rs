@@ -25,7 +25,7 @@ use crate::incarnation::Incarnation;
 use crate::run_snapshot::RunSnapshot;
 use palimpsest::aside::Aside;
 use palimpsest::host::PhysMap;
-use palimpsest::mm::FramePool;
+use palimpsest::mm::{BringError, FramePool, Toucher};
 
 /// After this many violations in one look at one snapshot the rest of that look is not reported.
 const ENOUGH: usize = 16;
@@ -111,6 +111,18 @@ impl Examiner {
             aside: Some(aside),
             ..self
         }
+    }
+
+    /// Has all of a snapshot's memory there, if it is read as it is used: what is looked at is there for good then.
+    ///
+    /// # Errors
+    /// If some of it cannot be had.
+    pub fn bring(&self, snapshot: &RunSnapshot) -> Result<(), BringError> {
+        let regions = snapshot.memory().backed_regions();
+        regions.iter().try_for_each(|region| {
+            self.aside.iter().for_each(|aside| aside.pass());
+            regions.bring(region, Toucher::Reader)
+        })
     }
 
     /// Checks that `snapshot` is the state at one instant, and that all that differs from the snapshot before

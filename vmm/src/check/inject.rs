@@ -68,6 +68,10 @@ impl<M: Mmu> Mmu for LeakyMmu<M> {
         self.mmu.map(first, frame, count, protection)
     }
 
+    fn hide(&self, first: Gfn, count: u64) -> Result<(), MmuError> {
+        self.mmu.hide(first, count)
+    }
+
     fn protect(&self, first: Gfn, count: u64, protection: Protection) -> Result<(), MmuError> {
         let (first, end) = (first.0, first.0 + count);
         let parts = match protection {

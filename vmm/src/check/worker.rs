@@ -2,11 +2,12 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{self, Receiver, Sender};
+use std::sync::{Arc, OnceLock};
 use std::thread::{self, JoinHandle};
 
+use palimpsest::causes::chain;
 use palimpsest::timeline::TARGET;
 use tracing::span::EnteredSpan;
 use tracing::trace_span;
@@ -57,16 +58,18 @@ struct WorkerCounters {
     checked: AtomicU64,
     pages: AtomicU64,
     draws: AtomicU64,
+    /// Why it cannot go on.
+    failed: OnceLock<String>,
 }
 
-/// The checker has panicked. The panic itself has been printed.
+/// The checker has ended too early.
 #[derive(Debug, thiserror::Error)]
-#[error(
-    "the checker has panicked with {tasks} looks at snapshots to do: not every snapshot was checked"
-)]
+#[error("{why}, with {tasks} looks at snapshots to do: not every snapshot was checked")]
 pub struct Unfinished {
     /// Looks that were not done.
     pub tasks: u64,
+    /// Why.
+    pub why: String,
 }
 
 /// How far the worker is.
@@ -95,6 +98,13 @@ impl Worker {
             .spawn(move || {
                 for task in todo {
                     let _span = task.span();
+                    // Memory that is read as it is used: what cannot be had is no violation.
+                    if let Task::First(snapshot, _) = &task
+                        && let Err(error) = examiner.bring(snapshot)
+                    {
+                        count.failed.get_or_init(|| chain(&error));
+                        return;
+                    }
                     let Findings {
                         pages,
                         draws,
@@ -180,7 +190,16 @@ impl Worker {
         self.violations.try_iter().collect()
     }
 
-    /// Whether the thread has ended though it should not have: it panicked.
+    /// Why it is dead, in words.
+    pub fn why_dead(&self) -> String {
+        match self.counters.failed.get() {
+            Some(why) => format!("the checker cannot go on: {why}"),
+            // The panic itself has been printed.
+            None => "the checker has panicked".to_owned(),
+        }
+    }
+
+    /// Whether the thread has ended though it should not have: it panicked, or memory cannot be had.
     pub fn is_dead(&self) -> bool {
         self.thread.as_ref().is_some_and(JoinHandle::is_finished) && self.tasks.is_some()
     }
@@ -194,7 +213,10 @@ impl Worker {
         let ended = self.thread.take().map_or(Ok(()), JoinHandle::join);
         let result = match (ended, self.backlog()) {
             (Ok(()), 0) => Ok(()),
-            (_, tasks) => Err(Unfinished { tasks }),
+            (_, tasks) => Err(Unfinished {
+                tasks,
+                why: self.why_dead(),
+            }),
         };
         (self.take_violations(), result)
     }

@@ -9,7 +9,7 @@ use super::{
 use crate::session::{
     config::{Config, RunLength, Size, pattern_name},
     report::{
-        CheckpointCounts, EndedBy, FaultCounts, Oracle, Quantiles, Report, SaveCounts,
+        CheckpointCounts, EndedBy, FaultCounts, LoadCounts, Oracle, Quantiles, Report, SaveCounts,
         StepQuantiles, Verdict, ViolationCounts,
     },
 };
@@ -258,14 +258,8 @@ fn rows(report: &Report) -> Vec<(&'static str, String)> {
         rows.push(("injected", format!("{fault}: {outcome}")));
     }
     if let Some(loaded) = &report.loaded {
-        let what = format!(
-            "{} from {}: {} of memory in {}, the first of the snapshots",
-            loaded.name,
-            printable(&loaded.store),
-            bytes(loaded.bytes),
-            micros(loaded.seconds * 1e6)
-        );
-        rows.push(("loaded", what));
+        let from = format!("{} from {}", loaded.name, printable(&loaded.store));
+        rows.extend(loaded_rows(&from, loaded));
     }
     if let Some(saved) = &report.saved {
         rows.push(("saved", saved_text(saved)));
@@ -285,6 +279,30 @@ fn rows(report: &Report) -> Vec<(&'static str, String)> {
     ));
     rows.push(("seed", format!("{} (repeat with --seed {0})", config.seed)));
     rows
+}
+
+/// What was loaded: `from` where, and how much of it was read before the guest ran, or since.
+pub(in crate::cli) fn loaded_rows(from: &str, loaded: &LoadCounts) -> Vec<(&'static str, String)> {
+    if !loaded.is_lazy {
+        let (memory, time) = (bytes(loaded.bytes), micros(loaded.seconds * 1e6));
+        return vec![("loaded", format!("{from}: {memory} of memory in {time}"))];
+    }
+    let what = format!(
+        "{from}: first instruction after {}, {} of {} chunks read since",
+        micros(loaded.first_instruction_s * 1e6),
+        count(loaded.read()),
+        count(loaded.chunks)
+    );
+    let read_for = format!(
+        "{} vcpus (waited {}, {} at most), {} devices, {} checks and saves, {} nobody yet",
+        count(loaded.by_vcpus),
+        micros(loaded.waited_s * 1e6),
+        micros(loaded.waited_most_s * 1e6),
+        count(loaded.by_host),
+        count(loaded.by_readers),
+        count(loaded.prefetched)
+    );
+    vec![("loaded", what), ("read for", read_for)]
 }
 
 /// How it was found which pages vCPUs wanted to write. `None` if they never faulted.
@@ -455,6 +473,8 @@ seed        7 (repeat with --seed 7)
             chunks: 128,
             bytes: 256 << 20,
             seconds: 0.171,
+            first_instruction_s: 0.172,
+            ..LoadCounts::default()
         });
         let saved = SaveCounts {
             store: "snaps".to_owned(),
@@ -470,8 +490,7 @@ seed        7 (repeat with --seed 7)
         };
         report.saved = Some(saved.clone());
         let text = render(&report);
-        let loaded =
-            "loaded      warm from snaps: 256 MiB of memory in 171 ms, the first of the snapshots";
+        let loaded = "loaded      warm from snaps: 256 MiB of memory in 171 ms\n";
         assert!(text.contains(loaded), "{text}");
         let told = "saved       next in snaps: 19.5 MiB written of 256 MiB in 812 ms; 17 chunks new, 1 known, 110 unread";
         assert!(text.contains(told), "{text}");

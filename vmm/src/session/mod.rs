@@ -166,9 +166,9 @@ pub fn run_from(
                 &accelerator,
                 config,
                 &source,
-                policy,
                 plan,
                 events,
+                kept::Purpose::Run,
                 &mut loading,
             )?;
             drop(source);

@@ -7,10 +7,10 @@ use std::time::Instant;
 
 use guest::abi::{Layout, PAGE_SIZE, PORT_DOORBELL_EVENT};
 use palimpsest::aside::Aside;
-use palimpsest::host::{Dumps, Ram};
+use palimpsest::host::{Dumps, Ram, Window};
 use palimpsest::kvm::{BootError, KvmError, Machine};
 use palimpsest::memory::{Frames, Memory, MemoryError, MemoryOptions};
-use palimpsest::mm::{Account, AddressSpace, AnyPolicy, Mmu, REGION_PAGES};
+use palimpsest::mm::{Account, AddressSpace, AnyPolicy, Frozen, Mmu, REGION_PAGES};
 use palimpsest::snapshot::Parts;
 use palimpsest::vcpus::Capture;
 use palimpsest::vm::{self, Accelerator, CloneError, Shell};
@@ -132,6 +132,14 @@ pub(super) fn leaky_pages(layout: &Layout) -> Range<u64> {
     first..first + REGION_PAGES
 }
 
+/// What the address space of a guest is to change: its window, or one that a fault is in.
+fn mmu(config: &Config, layout: &Layout, window: Arc<Window>) -> Box<dyn Mmu> {
+    match config.inject {
+        Some(Injection::SkipWriteProtect) => Box::new(LeakyMmu::new(window, leaky_pages(layout))),
+        _ => Box::new(window),
+    }
+}
+
 /// Devices for the guest in `memory`, and the VM that `build` makes of it with them.
 fn with_devices(
     memory: Memory<AnyPolicy>,
@@ -224,24 +232,43 @@ impl PayloadVm {
         plan: MemoryPlan,
         layout: &Layout,
     ) -> Result<Memory<AnyPolicy>, PayloadVmError> {
-        let dumps = if config.dump_guest_memory {
-            Dumps::WithGuest
-        } else {
-            Dumps::WithoutGuest
-        };
-        let frames = Frames::with_limit(plan.physmap, plan.frames, dumps)?;
+        let frames = Self::frames_of(config, plan)?;
         let options = MemoryOptions {
             base_pages: config.page_size == PageSize::Base,
             placement: accelerator.placement(),
             ..MemoryOptions::default()
         };
-        let between = |window| -> Box<dyn Mmu> {
-            if config.inject != Some(Injection::SkipWriteProtect) {
-                return Box::new(window);
-            }
-            Box::new(LeakyMmu::new(window, leaky_pages(layout)))
-        };
+        let between = |window| mmu(config, layout, window);
         let memory = Memory::with(&frames, config.memory, policy, options, between)?;
+        Ok(memory)
+    }
+
+    /// The frames of one that takes as much as `plan` says at most.
+    pub(super) fn frames_of(config: &Config, plan: MemoryPlan) -> Result<Frames, PayloadVmError> {
+        let dumps = if config.dump_guest_memory {
+            Dumps::WithGuest
+        } else {
+            Dumps::WithoutGuest
+        };
+        Ok(Frames::with_limit(plan.physmap, plan.frames, dumps)?)
+    }
+
+    /// The memory of one that is what `frozen` is, which is in `frames`.
+    pub(super) fn memory_of(
+        accelerator: &Accelerator,
+        config: &Config,
+        policy: AnyPolicy,
+        frames: &Frames,
+        frozen: &Frozen,
+        layout: &Layout,
+    ) -> Result<Memory<AnyPolicy>, PayloadVmError> {
+        let window = Arc::new(frames.window(config.memory, accelerator.placement())?);
+        let options = MemoryOptions {
+            base_pages: config.page_size == PageSize::Base,
+            ..MemoryOptions::default()
+        };
+        let between = |window| mmu(config, layout, window);
+        let memory = Memory::clone_of(frames, frozen, policy, options, window, between)?;
         Ok(memory)
     }
 

@@ -7,6 +7,7 @@ use guest::abi::Pattern;
 
 use crate::accel::Accel;
 use crate::cli::args::{pattern_parser, random_seed};
+use crate::cli::snapshot::LoadingArgs;
 use crate::cli::units::{parse_size, parse_time};
 use crate::policy::Policy;
 use crate::session::config::{Config, GuestSource, Injection, PageSize, RunLength};
@@ -20,6 +21,10 @@ use crate::session::family::config::{FamilyConfig, Shape};
 /// on. At the end it says how long a clone took to its first instruction, who has which memory, and what was
 /// found.
 #[derive(Debug, clap::Args)]
+#[command(
+    mut_arg("lazy", |arg| arg.requires("from")),
+    mut_arg("prefetch", |arg| arg.requires("from"))
+)]
 pub(crate) struct ForkArgs {
     /// Begin with a guest that was saved instead of one that boots: what it is is as it was saved
     #[arg(
@@ -28,6 +33,9 @@ pub(crate) struct ForkArgs {
         conflicts_with_all = ["memory", "vcpus", "dma_devices", "pattern", "seed"]
     )]
     pub(crate) from: Option<PathBuf>,
+
+    #[command(flatten)]
+    pub(crate) loading: LoadingArgs,
 
     /// Clones of the guest
     #[arg(

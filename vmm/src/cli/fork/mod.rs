@@ -24,7 +24,10 @@ use palimpsest::host::Limits;
 
 /// What came of it.
 pub(super) fn run(args: &ForkArgs, screen: &Screen) -> Result<Verdict, Failure> {
-    let source = args.from.as_deref().map(Source::open).transpose()?;
+    let mut source = args.from.as_deref().map(Source::open).transpose()?;
+    if let Some(source) = &mut source {
+        source.loading = args.loading.loading();
+    }
     let config = match &source {
         Some(source) => args.config_from(source.config()),
         None => args.config(),

@@ -3,7 +3,7 @@
 use std::fmt::Write;
 
 use crate::cli::printable::printable;
-use crate::cli::report_text::{kvm_in_words, plural, quantiles, violations};
+use crate::cli::report_text::{kvm_in_words, loaded_rows, plural, quantiles, violations};
 use crate::cli::units::{bytes, count, exact_time, micros};
 use crate::session::config::{Size, pattern_name};
 use crate::session::family::config::Shape;
@@ -84,14 +84,9 @@ fn rows(report: &FamilyReport) -> Vec<(&'static str, String)> {
         ),
     ];
     if let Some(loaded) = &report.loaded {
-        let what = format!(
-            "the root, from {} in {}: {} of memory in {}",
-            loaded.name,
-            printable(&loaded.store),
-            bytes(loaded.bytes),
-            micros(loaded.seconds * 1e6)
-        );
-        rows.push(("loaded", what));
+        let store = printable(&loaded.store);
+        let from = format!("the root, from {} in {store}", loaded.name);
+        rows.extend(loaded_rows(&from, loaded));
     }
     rows.extend([
         ("", format!("{:>10} {:>10} {:>10}", "p50", "p99", "max")),

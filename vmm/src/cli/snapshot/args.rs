@@ -12,6 +12,7 @@ use crate::cli::args::RunArgs;
 use crate::cli::units::{parse_size, parse_time};
 use crate::policy::Policy;
 use crate::session::config::{Config, Injection, PageSize, RunLength};
+use crate::session::kept::{Lazy, Loading, Prefetch};
 
 /// Keep snapshots as files, and run on from them in another process or on another host
 ///
@@ -163,6 +164,9 @@ pub(super) struct RunKeptArgs {
     #[command(flatten)]
     pub(super) place: PlaceArgs,
 
+    #[command(flatten)]
+    pub(super) loading: LoadingArgs,
+
     /// Do one thing wrong on purpose, to see that an oracle catches it; exit code 3
     #[arg(long, value_name = "FAULT")]
     inject: Option<Injection>,
@@ -170,6 +174,37 @@ pub(super) struct RunKeptArgs {
     /// Write what was found as JSON, too
     #[arg(long, value_name = "FILE")]
     pub(super) report: Option<PathBuf>,
+}
+
+/// When what was saved is read.
+#[derive(Clone, Copy, Debug, clap::Args)]
+pub(crate) struct LoadingArgs {
+    /// When memory is read that was saved: as the guest uses it, or before it runs
+    #[arg(
+        long,
+        value_name = "WHEN",
+        default_value = "auto",
+        help_heading = "Loading"
+    )]
+    lazy: Lazy,
+
+    /// What of it is read when a CPU is idle, before the guest wants it
+    #[arg(
+        long,
+        value_name = "WHAT",
+        default_value = "earlier",
+        help_heading = "Loading"
+    )]
+    prefetch: Prefetch,
+}
+
+impl LoadingArgs {
+    pub(in crate::cli) fn loading(self) -> Loading {
+        Loading {
+            lazy: self.lazy,
+            prefetch: self.prefetch,
+        }
+    }
 }
 
 /// What may be another than it was.

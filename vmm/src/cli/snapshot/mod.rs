@@ -14,8 +14,8 @@ mod pruning;
 mod running;
 mod transfer;
 
-pub(super) use self::args::SnapshotArgs;
 use self::args::Verb;
+pub(super) use self::args::{LoadingArgs, SnapshotArgs};
 pub(super) use self::transfer::Transfer;
 use super::Failure;
 use super::screen::Screen;

@@ -47,7 +47,8 @@ pub(super) fn save(args: &SaveArgs, screen: &Screen) -> Result<Verdict, Failure>
 /// `vmm snapshot run`.
 pub(super) fn run(args: &RunKeptArgs, screen: &Screen) -> Result<Verdict, Failure> {
     let report = prepare_report(args.report.as_deref())?;
-    let source = Source::open(&args.path)?;
+    let mut source = Source::open(&args.path)?;
+    source.loading = args.loading.loading();
     let config = args.apply(source.config());
     config.validate(&Limits::detect().map_err(Failure::Limits)?)?;
     let keep = match &args.save {

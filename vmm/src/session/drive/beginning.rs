@@ -2,13 +2,14 @@
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::time::Instant;
 
 use super::Drive;
 use crate::check::{Boot, Look};
 use crate::run_snapshot::RunSnapshot;
 use crate::session::RunError;
 use crate::session::config::Config;
-use crate::session::kept::{Keep, Keeping, Loaded};
+use crate::session::kept::{Keep, Keeping, LoadGoing, Loaded};
 use crate::session::progress::Observer;
 use crate::session::report::LoadCounts;
 use crate::session::vm::PayloadVm;
@@ -30,6 +31,8 @@ pub(in crate::session) struct Begun {
     boot: Option<Boot>,
     base: Base,
     counts: LoadCounts,
+    going: Option<LoadGoing>,
+    began: Instant,
 }
 
 impl Begun {
@@ -41,6 +44,8 @@ impl Begun {
             boot: loaded.boot,
             base: loaded.base,
             counts: loaded.counts,
+            going: loaded.going,
+            began: loaded.began,
         };
         (loaded.vm, begun)
     }
@@ -61,7 +66,15 @@ impl Drive<'_> {
         (self.taken, self.taken_before, self.first_of_boot) = (1, 1, 1);
         self.ops_before = counted.iter().sum();
         self.recent_ops.1 = 0;
-        self.vm.start_from(&snapshot, self.config)?;
+        let running = self.vm.start_from(&snapshot, self.config)?;
+        let mut counts = begun.counts;
+        counts.first_instruction_s = running.duration_since(begun.began).as_secs_f64();
+        if let Some(mut going) = begun.going {
+            if let Err(why) = going.prefetch(self.vm.frames()) {
+                self.observer.note(&why);
+            }
+            self.loading = Some(going);
+        }
         self.worker.first_look(&snapshot, look);
         if self.boot.is_some() {
             self.life.rewound(snapshot.number(), counted);
@@ -77,7 +90,7 @@ impl Drive<'_> {
             Some(Keeping::Checkpoints(checkpoints, _)) => checkpoints.begin_with(begun.base),
             Some(_) => self.base = Some(begun.base),
         }
-        self.loaded = Some(begun.counts);
+        self.loaded = Some(counts);
         Ok(())
     }
 }

@@ -113,7 +113,7 @@ impl Drive<'_> {
             return Err(End::error(&error));
         }
         if self.worker.is_dead() {
-            return Err(End::failed("the checker has panicked".to_owned()));
+            return Err(End::failed(self.worker.why_dead()));
         }
         Ok(())
     }

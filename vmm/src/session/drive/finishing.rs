@@ -61,6 +61,9 @@ impl Drive<'_> {
             }
         }
 
+        if let (Some(loading), Some(loaded)) = (self.loading.take(), &mut self.loaded) {
+            loading.finish(loaded);
+        }
         let Self {
             config,
             observer,

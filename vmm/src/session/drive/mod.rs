@@ -39,7 +39,7 @@ pub(super) use self::beginning::{Begun, Job};
 use self::random::SplitMix64;
 use super::RunError;
 use super::config::Config;
-use super::kept::{Checkpoints, Keeping};
+use super::kept::{Checkpoints, Keeping, LoadGoing};
 use super::life::{DeviceWatch, LifeWatch};
 use super::occasion::Occasion;
 use super::ports::Inbox;
@@ -70,6 +70,8 @@ pub(super) struct Drive<'a> {
     // Before the VM, whose frames it has.
     base: Option<Base>,
     loaded: Option<LoadCounts>,
+    /// What of that goes on.
+    loading: Option<LoadGoing>,
     vm: PayloadVm,
     inbox: Inbox,
     worker: Worker,
@@ -162,6 +164,7 @@ impl<'a> Drive<'a> {
             checkpoints: None,
             base: None,
             loaded: None,
+            loading: None,
             vm,
             inbox,
             worker,

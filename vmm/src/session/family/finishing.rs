@@ -41,6 +41,9 @@ impl Family<'_> {
         if checks.checked == 0 {
             self.unchecked.push("no snapshot was taken".to_owned());
         }
+        if let (Some(loading), Some(loaded)) = (self.loading.take(), &mut self.loaded) {
+            loading.finish(loaded);
+        }
         let Self {
             config,
             shells,

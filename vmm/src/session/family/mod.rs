@@ -40,6 +40,7 @@ use self::member::{Heard, Member};
 use self::progress::{FamilyObserver, FamilyProgress, MemberProgress, Phase};
 use self::report::FamilyReport;
 use super::end::End;
+use super::kept::LoadGoing;
 use super::need::ON_THE_WAY;
 use super::occasion::GuestCounters;
 use super::ports::events;
@@ -130,14 +131,13 @@ pub fn run_from(
                 observer.loading(progress);
                 !stop.load(Ordering::Relaxed)
             };
-            let policy = policy_of(guest);
             let loaded = kept::load(
                 &accelerator,
                 guest,
                 &source,
-                policy,
                 plan,
                 sender,
+                kept::Purpose::Run,
                 &mut loading,
             );
             let loaded = loaded.map_err(RunError::from)?;
@@ -146,6 +146,8 @@ pub fn run_from(
                 snapshot: loaded.snapshot,
                 boot: loaded.boot.map(Arc::new),
                 counts: loaded.counts,
+                going: loaded.going,
+                began: loaded.began,
             };
             (loaded.vm, Some(begun))
         }
@@ -168,6 +170,8 @@ struct LoadedRoot {
     snapshot: Arc<RunSnapshot>,
     boot: Option<Arc<Boot>>,
     counts: LoadCounts,
+    going: Option<LoadGoing>,
+    began: Instant,
 }
 
 /// A family that lives.
@@ -198,6 +202,8 @@ struct Family<'a> {
     taken: u64,
     /// What the root was loaded from, if it was.
     loaded: Option<LoadCounts>,
+    /// What of that goes on.
+    loading: Option<LoadGoing>,
     boot: Option<Arc<Boot>>,
     first_instruction: Histogram<u64>,
     /// Of snapshots that clones were made of.
@@ -243,6 +249,7 @@ impl<'a> Family<'a> {
         let for_snapshots = pool.try_promise(most_snapshots.min(for_snapshots));
         let for_snapshots = for_snapshots.map_err(FamilyError::Promise)?;
         let (mut taken, mut boot, mut incarnations) = (0, None, Vec::new());
+        let mut loading = None;
         let ops_before = GuestCounters::of(&vm).ops().iter().sum();
         let counts = match loaded {
             None => {
@@ -252,8 +259,16 @@ impl<'a> Family<'a> {
             Some(loaded) => {
                 // What it was saved as has drawn numbers, too.
                 incarnations.push(Arc::clone(&vm.incarnation));
-                vm.start_from(&loaded.snapshot, &config.guest)
-                    .map_err(RunError::from)?;
+                let running = vm.start_from(&loaded.snapshot, &config.guest);
+                let running = running.map_err(RunError::from)?;
+                let mut counts = loaded.counts;
+                counts.first_instruction_s = running.duration_since(loaded.began).as_secs_f64();
+                loading = loaded.going;
+                if let Some(going) = &mut loading
+                    && let Err(why) = going.prefetch(vm.frames())
+                {
+                    observer.note(&why);
+                }
                 boot = loaded.boot;
                 let look = Look {
                     boot: boot.clone(),
@@ -262,7 +277,7 @@ impl<'a> Family<'a> {
                 worker.first_look(&loaded.snapshot, look);
                 worker.retire_oldest(&mut VecDeque::from([loaded.snapshot]));
                 taken = 1;
-                Some(loaded.counts)
+                Some(counts)
             }
         };
         incarnations.push(Arc::clone(&vm.incarnation));
@@ -273,6 +288,7 @@ impl<'a> Family<'a> {
             observer,
             incarnations,
             loaded: counts,
+            loading,
             members: vec![Some(Member::root(vm, inbox, promise, ops_before))],
             for_snapshots,
             gone: Vec::new(),
@@ -420,7 +436,7 @@ impl<'a> Family<'a> {
             self.violation(None, &violation);
         }
         if self.worker.is_dead() {
-            return Err(End::failed("the checker has panicked".to_owned()));
+            return Err(End::failed(self.worker.why_dead()));
         }
         let machines = self.members.len() as u32;
         for of in 0..self.members.len() {

@@ -1,20 +1,23 @@
 //! A snapshot loaded and looked at, and no more: no vCPU runs.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use palimpsest::host::Limits;
 use palimpsest::kept::Progress;
+use palimpsest::kept::store::{CHUNK_BYTES, StoreError};
+use palimpsest::mm::Toucher;
 use serde::Serialize;
 
-use super::loading::load;
+use super::loading::{LoadError, Loaded, Purpose, load};
 use super::source::Source;
 use crate::accel::{self, Opened};
 use crate::check::{Examiner, Look, Violation};
+use crate::session::RunError;
 use crate::session::config::Config;
 use crate::session::need::MemoryPlan;
 use crate::session::ports::events;
 use crate::session::report::LoadCounts;
-use crate::session::{RunError, policy_of};
 
 /// What was found of a snapshot that was loaded.
 #[derive(Debug, Serialize)]
@@ -47,8 +50,16 @@ pub fn check(
     let limits = Limits::detect().map_err(RunError::Limits)?;
     let plan = MemoryPlan::new(config, &limits)?;
     let (sender, _inbox) = events();
-    let policy = policy_of(config);
-    let loaded = load(&accelerator, config, source, policy, plan, sender, watch)?;
+    let loaded = load(
+        &accelerator,
+        config,
+        source,
+        plan,
+        sender,
+        Purpose::Look,
+        watch,
+    )?;
+    bring_all(source, &loaded, watch)?;
     let vm = &loaded.vm;
     let mut examiner = Examiner::new(
         config.seed,
@@ -77,4 +88,36 @@ pub fn check(
             .collect(),
         found: findings.violations,
     })
+}
+
+/// Has all of its memory read. No vCPU runs that could want it.
+fn bring_all(
+    source: &Source,
+    loaded: &Loaded,
+    watch: &mut dyn FnMut(&Progress) -> bool,
+) -> Result<(), LoadError> {
+    let name = || source.name().to_string();
+    let began = Instant::now();
+    let regions = loaded.snapshot.memory().backed_regions();
+    let bytes = regions.len() as u64 * CHUNK_BYTES;
+    for (done, region) in (0..).zip(regions.iter()) {
+        let progress = Progress {
+            done: done * CHUNK_BYTES,
+            bytes,
+            elapsed: began.elapsed(),
+            ..Progress::default()
+        };
+        if !watch(&progress) {
+            return Err(LoadError::Load {
+                name: name(),
+                source: StoreError::CalledOff.into(),
+            });
+        }
+        let brought = regions.bring(region, Toucher::Reader);
+        brought.map_err(|source| LoadError::Bring {
+            name: name(),
+            source,
+        })?;
+    }
+    Ok(())
 }

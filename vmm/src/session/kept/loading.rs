@@ -1,21 +1,24 @@
-//! A VM made of a snapshot in a store. All of memory is read and checked before it runs.
+//! A VM made of a snapshot in a store. Each chunk of memory is read and checked before anybody sees it: all of them
+//! before the guest runs, or as they are used.
 
 use std::sync::Arc;
 use std::time::Instant;
 
 use guest::abi::Layout;
-use palimpsest::kept::{self, Base, Progress, Refusal};
+use palimpsest::kept::{self, Base, LazyOptions, Progress, Refusal};
 use palimpsest::kvm::StateError;
-use palimpsest::mm::{AnyPolicy, ForkError};
+use palimpsest::mm::{BringError, ForkError};
 use palimpsest::vm::Accelerator;
 
 use super::facts;
+use super::lazily::{Going, Lazy};
 use super::source::Source;
 use crate::check::Boot;
 use crate::incarnation::{Entropy, Incarnation, Incarnations};
 use crate::run_snapshot::{ForeignStateError, RunSnapshot};
-use crate::session::config::{Config, Size};
+use crate::session::config::{Config, PageSize, Size};
 use crate::session::need::MemoryPlan;
+use crate::session::policy_of;
 use crate::session::ports::Events;
 use crate::session::report::LoadCounts;
 use crate::session::vm::{Guest, PayloadVm, PayloadVmError};
@@ -80,6 +83,31 @@ pub enum LoadError {
         /// The snapshot.
         name: String,
     },
+    /// Its vCPUs are in no state that is one.
+    #[error("`{name}` is of vcpus that cannot be")]
+    State {
+        /// The snapshot.
+        name: String,
+        /// Why.
+        source: StateError,
+    },
+    /// Its memory cannot be read as it is used.
+    #[error(
+        "`{name}` cannot be read as it is used: this KVM has its own copy of the guest's page tables, and a guest that \
+         can change to others would be told of page faults that are none; leave out --lazy always"
+    )]
+    NotLazily {
+        /// The snapshot.
+        name: String,
+    },
+    /// Some of its memory is not there, or damaged.
+    #[error("cannot load `{name}`")]
+    Bring {
+        /// The snapshot.
+        name: String,
+        /// Why.
+        source: BringError,
+    },
     /// No VM for it.
     #[error(transparent)]
     Vm(#[from] PayloadVmError),
@@ -105,6 +133,36 @@ impl Source {
     }
 }
 
+/// What a snapshot is loaded for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::session) enum Purpose {
+    /// It is to run on.
+    Run,
+    /// It is looked at, and no vCPU runs.
+    Look,
+}
+
+/// Whether the memory of `source` is to be read as it is used.
+fn is_lazy(
+    accelerator: &Accelerator,
+    source: &Source,
+    snapshot: &palimpsest::snapshot::Snapshot,
+) -> Result<bool, LoadError> {
+    if source.loading.lazy == Lazy::Never {
+        return Ok(false);
+    }
+    let name = || source.name().to_string();
+    let may = kept::may_be_lazy(accelerator, snapshot);
+    let may = may.map_err(|source| LoadError::State {
+        name: name(),
+        source,
+    })?;
+    match source.loading.lazy {
+        Lazy::Always if !may => Err(LoadError::NotLazily { name: name() }),
+        _ => Ok(may),
+    }
+}
+
 /// A VM that does not run yet, in the memory of a snapshot.
 #[derive(Debug)]
 pub(in crate::session) struct Loaded {
@@ -116,6 +174,10 @@ pub(in crate::session) struct Loaded {
     /// What the next save has in common with it.
     pub(in crate::session) base: Base,
     pub(in crate::session) counts: LoadCounts,
+    /// What goes on while the guest runs, if not all was read before.
+    pub(in crate::session) going: Option<Going>,
+    /// When it was begun.
+    pub(in crate::session) began: Instant,
     /// What is not as it was.
     pub(in crate::session) notes: Vec<String>,
 }
@@ -126,12 +188,12 @@ pub(in crate::session) fn load(
     accelerator: &Accelerator,
     config: &Config,
     source: &Source,
-    policy: AnyPolicy,
     plan: MemoryPlan,
     events: Events,
+    purpose: Purpose,
     watch: &mut dyn FnMut(&Progress) -> bool,
 ) -> Result<Loaded, LoadError> {
-    let began = Instant::now();
+    let (began, policy) = (Instant::now(), policy_of(config));
     let kept = &source.kept;
     let name = || source.name().to_string();
     let image_end = source.facts.image_end;
@@ -162,11 +224,33 @@ pub(in crate::session) fn load(
     let saved = source.incarnation();
     let incarnations = Arc::new(Incarnations::after(Entropy::Host, saved.number));
     let saved = Arc::<Incarnation>::new(saved);
-    let memory = PayloadVm::memory(accelerator, config, policy, plan, &layout)?;
-    kept::fill(kept, memory.ram(), watch).map_err(not_loaded)?;
-    let frozen = memory.space().fork().map_err(LoadError::Freeze)?;
-    let base = Base::new(kept, Arc::clone(&frozen));
-    let snapshot = kept::snapshot_of(kept, frozen).map_err(not_loaded)?;
+    let frames = PayloadVm::frames_of(config, plan)?;
+    let options = LazyOptions {
+        base_pages: config.page_size == PageSize::Base,
+        account: None,
+    };
+    // Nothing is read yet, and nothing will be if it cannot be so.
+    let (frozen, chunks) = kept::lazily(kept, &frames, options).map_err(not_loaded)?;
+    let mut snapshot = kept::snapshot_of(kept, frozen).map_err(not_loaded)?;
+    let is_lazy = match purpose {
+        Purpose::Run => is_lazy(accelerator, source, &snapshot)?,
+        Purpose::Look => true,
+    };
+    let (memory, going) = if is_lazy {
+        let frozen = snapshot.memory();
+        let backed = frozen.backed_regions();
+        let memory = PayloadVm::memory_of(accelerator, config, policy, &frames, frozen, &layout)?;
+        let going = Going::new(chunks, backed, source.loading.prefetch);
+        (memory, Some(going))
+    } else {
+        drop((chunks, snapshot, frames));
+        let memory = PayloadVm::memory(accelerator, config, policy, plan, &layout)?;
+        kept::fill(kept, memory.ram(), watch).map_err(not_loaded)?;
+        let frozen = memory.space().fork().map_err(LoadError::Freeze)?;
+        snapshot = kept::snapshot_of(kept, frozen).map_err(not_loaded)?;
+        (memory, None)
+    };
+    let base = Base::new(kept, Arc::clone(snapshot.memory()));
     let snapshot = RunSnapshot::new(1, None, snapshot).map_err(|source| LoadError::Foreign {
         name: name(),
         source,
@@ -211,7 +295,11 @@ pub(in crate::session) fn load(
             chunks: kept.index().len(),
             bytes: source.bytes(),
             seconds,
+            is_lazy,
+            ..LoadCounts::default()
         },
+        going,
+        began,
         notes,
     })
 }

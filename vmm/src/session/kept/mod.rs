@@ -8,6 +8,7 @@
 //! |---|---|
 //! | `facts` | what the oracles need, as it is saved |
 //! | `source` | a snapshot in a store, to begin with |
+//! | `lazily` | when its memory is read, and what of it before somebody wants it |
 //! | `loading` | a VM made of one |
 //! | `saving` | a snapshot of a run into a store, while the run goes on |
 //! | `checkpoints` | one every so often |
@@ -16,6 +17,7 @@
 mod checking;
 mod checkpoints;
 mod facts;
+mod lazily;
 mod loading;
 mod saving;
 mod source;
@@ -23,8 +25,10 @@ mod source;
 pub use self::checking::{CheckedKept, check};
 pub(super) use self::checkpoints::Checkpoints;
 pub use self::checkpoints::{Every, checkpoint_name, next_number};
+pub(super) use self::lazily::Going as LoadGoing;
+pub use self::lazily::{Lazy, Loading, Prefetch};
 pub use self::loading::LoadError;
-pub(super) use self::loading::{Loaded, load};
+pub(super) use self::loading::{Loaded, Purpose, load};
 pub use self::saving::Keep;
 pub(super) use self::saving::{Going, Keeping, Of, Then};
 pub use self::source::{Source, SourceError};

@@ -1,11 +1,13 @@
 //! A snapshot in a store, to begin with.
 
 use std::path::Path;
+use std::sync::Arc;
 
 use guest::abi::ABI_VERSION;
 use palimpsest::kept::store::{Kept, SnapshotName, Store, StoreError, locate};
 
 use super::facts::Facts;
+use super::lazily::Loading;
 use crate::accel::Accel;
 use crate::incarnation::Incarnation;
 use crate::session::config::{Config, Size};
@@ -13,8 +15,10 @@ use crate::session::config::{Config, Size};
 /// A snapshot in a store. The store keeps what it names while this is there.
 #[derive(Debug)]
 pub struct Source {
-    pub(super) kept: Kept,
+    pub(super) kept: Arc<Kept>,
     pub(super) facts: Facts,
+    /// How it is to be loaded.
+    pub loading: Loading,
 }
 
 /// Why a snapshot cannot be begun with.
@@ -110,7 +114,11 @@ impl Source {
                 return Err(contradiction(what, said.to_string(), is.to_string()));
             }
         }
-        Ok(Self { kept, facts })
+        Ok(Self {
+            kept: Arc::new(kept),
+            facts,
+            loading: Loading::default(),
+        })
     }
 
     /// Its name.

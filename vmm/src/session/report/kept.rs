@@ -58,10 +58,45 @@ pub struct LoadCounts {
     pub store: String,
     /// Its name there.
     pub name: String,
-    /// Chunks that were read.
+    /// Chunks that it is in.
     pub chunks: u64,
     /// Bytes of memory in them.
     pub bytes: u64,
     /// From the first read until the VM was ready to run.
     pub seconds: f64,
+    /// Whether chunks were read as somebody wanted them, while the guest ran. If not all were, before it did, and what
+    /// follows is 0.
+    #[serde(default)]
+    pub is_lazy: bool,
+    /// Chunks that a vCPU has touched first.
+    #[serde(default)]
+    pub by_vcpus: u64,
+    /// Those that a device, or other host code, has.
+    #[serde(default)]
+    pub by_host: u64,
+    /// Those that who reads snapshots has: the checker, a save.
+    #[serde(default)]
+    pub by_readers: u64,
+    /// Those that were read before anybody wanted them.
+    #[serde(default)]
+    pub prefetched: u64,
+    /// From the first read until the last vCPU was about to run; 0 if none did.
+    #[serde(default)]
+    pub first_instruction_s: f64,
+    /// What vCPUs have waited for chunks that they have touched: in all, and at most for one.
+    #[serde(default)]
+    pub waited_s: f64,
+    /// See there.
+    #[serde(default)]
+    pub waited_most_s: f64,
+}
+
+impl LoadCounts {
+    /// Chunks that were read.
+    pub fn read(&self) -> u64 {
+        match self.is_lazy {
+            true => self.by_vcpus + self.by_host + self.by_readers + self.prefetched,
+            false => self.chunks,
+        }
+    }
 }
