@@ -92,21 +92,27 @@ impl<P: CowPolicy> AddressSpace<P> {
     ///
     /// It is never needed: what it cannot do is left to the restore, and so is what the guest writes meanwhile.
     pub fn prepare_restore(&self, snapshot: &Frozen) {
-        let regions = self.mapped.table.regions();
-        if snapshot.pages != self.mapped.table.pages() {
+        let table = &self.mapped.table;
+        if snapshot.pages != table.pages() || !Arc::ptr_eq(&snapshot.pool, &self.pool) {
             return;
         }
-        for index in 0..regions {
+        for index in 0..table.regions() {
             let theirs = snapshot.table.get(index);
-            if theirs.is_none() && self.mapped.table.is_vacant(index) {
+            // What is borrowed nobody has written, and what is restored may be that.
+            let stays = |region: &_| self.has_borrowed(region) || self.shows(region, theirs);
+            if theirs.is_none() && table.is_vacant(index) || stays(&table.lock(index)) {
                 continue;
+            }
+            // Without the lock: it may take a while. What cannot be brought fails when it has to be.
+            if theirs.is_some_and(|theirs| theirs.bring(Toucher::Reader).is_err()) {
+                return;
             }
             // A fork may come in between.
             let Ok(_no_fork) = self.mapped.enter() else {
                 return;
             };
-            let mut region = self.mapped.table.lock(index);
-            if self.shows(&region, theirs) || self.adopt(&mut region).is_err() {
+            let mut region = table.lock(index);
+            if stays(&region) {
                 continue;
             }
             if let Some(huge) = region.huge()
