@@ -66,6 +66,7 @@ impl Drive<'_> {
         (self.taken, self.taken_before, self.first_of_boot) = (1, 1, 1);
         self.ops_before = counted.iter().sum();
         self.recent_ops.1 = 0;
+        self.stall.rewound(self.vm.ram());
         let running = self.vm.start_from(&snapshot, self.config)?;
         let mut counts = begun.counts;
         counts.first_instruction_s = running.duration_since(begun.began).as_secs_f64();
