@@ -11,7 +11,7 @@ use guest::abi::{
 
 use super::hashes::{self, Hashes};
 use super::identity::{Found, Observation, due};
-use super::view::WORDS;
+use super::view::Page;
 use super::violation::{Oracle, Violation};
 use palimpsest::host::Ram;
 use palimpsest::kvm::VcpuState;
@@ -136,7 +136,7 @@ impl Reference {
             {
                 continue;
             }
-            let mut page = [0; WORDS];
+            let mut page = Page::zeros();
             for (word, bytes) in page.iter_mut().zip(bytes.as_chunks().0) {
                 *word = u64::from_le_bytes(*bytes);
             }

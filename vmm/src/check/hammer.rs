@@ -3,7 +3,7 @@
 use guest::abi::{Layout, PAGE_SIZE, Pattern};
 use guest::formula::{Schedule, identify, matching_words, page_key, page_word_from_key};
 
-use super::view::{Page, View, WORDS};
+use super::view::{Page, View};
 use super::violation::{Oracle, Violation};
 use super::written::{When, WrittenSlots};
 use palimpsest::mm::Pfn;
@@ -36,7 +36,7 @@ struct Content {
 impl Content {
     fn check(self, page: &Page) -> Result<(), Wrong> {
         let in_progress = self.in_progress;
-        let done = in_progress.map_or(0, |_| matching_words(in_progress, 0, page));
+        let done = in_progress.map_or(0, |_| matching_words(in_progress, 0, &page[..]));
         let word = done + matching_words(self.complete, done as u64, &page[done..]);
         match page.get(word) {
             None => Ok(()),
@@ -91,7 +91,7 @@ impl Hammered {
         report: &mut dyn FnMut(Violation),
     ) -> u64 {
         let what = "a page is not what the registers say it is";
-        let mut page = [0; WORDS];
+        let mut page = Page::zeros();
         let order = |parent, now| (parent, now);
         let pages = self.each_against(parent, now, order, |vcpu, slot, shared| {
             match (shared, parent) {
@@ -118,7 +118,7 @@ impl Hammered {
         report: &mut dyn FnMut(Violation),
     ) -> u64 {
         let what = "a page has changed since the snapshot was taken";
-        let mut page = [0; WORDS];
+        let mut page = Page::zeros();
         let order = |heir, now| (now, heir);
         let pages = self.each_against(heir, now, order, |vcpu, slot, shared| {
             match (shared, heir) {
@@ -221,7 +221,7 @@ impl Hammered {
         slot: u64,
         report: &mut dyn FnMut(Violation),
     ) {
-        let mut page = [0; WORDS];
+        let mut page = Page::zeros();
         let mut look = |at| self.look(at, vcpu, slot, &mut page);
         match (look(old), look(new)) {
             (Ok(()), Err(wrong)) => {
@@ -258,7 +258,7 @@ impl Hammered {
             None => all.collect(),
         };
         let is_slot = |gfn| self.layout.slot_at(self.pattern, gfn * PAGE_SIZE).is_some();
-        let mut page = [0; WORDS];
+        let mut page = Page::zeros();
         let mut pages = 0;
         for gfn in gfns {
             if now.view.frame(gfn) == Pfn::ZERO || is_slot(gfn) {
@@ -266,7 +266,7 @@ impl Hammered {
             }
             pages += 1;
             now.view.page(gfn, &mut page);
-            let word = matching_words(None, 0, &page);
+            let word = matching_words(None, 0, &page[..]);
             if let Some(found) = page.get(word) {
                 let mut v = Violation::new(oracle, "a page that nobody writes is not zero");
                 v.snapshot = Some(now.view.number);

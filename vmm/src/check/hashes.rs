@@ -6,7 +6,7 @@ use std::ops::Range;
 
 use xxhash_rust::xxh3::Xxh3Default;
 
-use super::view::{Page, View, WORDS};
+use super::view::{Page, View};
 use super::violation::{Oracle, Violation};
 use palimpsest::mm::Pfn;
 
@@ -85,11 +85,11 @@ pub(super) fn last_look(
 
 /// What an untouched page would hash to.
 pub(super) fn of_zeros() -> u64 {
-    of(&[0; WORDS])
+    of(&Page::zeros())
 }
 
 fn hash(view: View<'_>, gfn: u64) -> u64 {
-    let mut page = [0; WORDS];
+    let mut page = Page::zeros();
     view.page(gfn, &mut page);
     of(&page)
 }

@@ -6,7 +6,7 @@
 
 use guest::abi::{Layout, PAGE_SIZE};
 
-use super::view::{View, WORDS};
+use super::view::{Page, View};
 use super::violation::{Oracle, Violation};
 use crate::run_snapshot::RunSnapshot;
 use palimpsest::host::Ram;
@@ -22,7 +22,7 @@ pub fn restored(
 ) -> Option<Violation> {
     let view = View::new(snapshot.number(), snapshot.memory(), ram.physmap(), pool);
     let mut bytes = vec![0; PAGE_SIZE as usize];
-    let mut page = [0; WORDS];
+    let mut page = Page::zeros();
     for gfn in 0..layout.hammer_base / PAGE_SIZE {
         ram.read(gfn * PAGE_SIZE, &mut bytes).ok()?;
         view.page(gfn, &mut page);

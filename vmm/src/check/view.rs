@@ -1,6 +1,6 @@
 //! Reading a snapshot's memory.
 
-use std::ops::Range;
+use std::ops::{Deref, DerefMut, Range};
 
 use zerocopy::IntoBytes;
 
@@ -11,8 +11,32 @@ use palimpsest::mm::{FramePool, Frozen, Gfn, PAGE_SIZE, Pfn};
 /// The 64-bit words of a page.
 pub(super) const WORDS: usize = (PAGE_SIZE / 8) as usize;
 
-/// The words of one page.
-pub(super) type Page = [u64; WORDS];
+/// The words of one page. On a page of its own: to copy one page to another takes a CPU a quarter of what it takes to
+/// copy it to where the stack happens to be (`rep movsb`; 0.24 and 0.85 us).
+#[derive(Clone)]
+#[repr(C, align(4096))]
+pub(super) struct Page([u64; WORDS]);
+
+impl Page {
+    /// One of zeros.
+    pub(super) const fn zeros() -> Self {
+        Self([0; WORDS])
+    }
+}
+
+impl Deref for Page {
+    type Target = [u64; WORDS];
+
+    fn deref(&self) -> &Self::Target {
+        &self.0
+    }
+}
+
+impl DerefMut for Page {
+    fn deref_mut(&mut self) -> &mut Self::Target {
+        &mut self.0
+    }
+}
 
 /// A snapshot's memory, by guest-physical address. Reads beyond its end give zeros.
 ///
