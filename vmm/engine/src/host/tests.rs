@@ -463,3 +463,44 @@ fn guest_addresses_that_are_taken_are_refused_and_it_is_said_by_what() {
     let none = placed(LOWEST / PAGE_SIZE).unwrap_err().to_string();
     assert_eq!(none, "there is no memory above 0x10000");
 }
+
+/// What is hidden is a mapping that nothing may be seen of, whatever rights its neighbours get, until it is shown.
+#[test]
+fn what_is_hidden_stays_hidden_until_it_is_shown() {
+    let (window, budget) = window_of(PAGES, 100);
+    let used = budget.used();
+    window
+        .map(Gfn(0), Pfn(1), PAGES, Protection::ReadOnly)
+        .unwrap();
+    window.hide(Gfn(10), 5).unwrap();
+    window.hide(Gfn(20), 1).unwrap();
+    let shown = |gfn: u64| window.pages_by_kernel()[gfn as usize];
+    let is_hidden = |gfn: u64| shown(gfn).is_none();
+    for to in [Protection::ReadWrite, Protection::ReadOnly] {
+        window.protect(Gfn(5), 30, to).unwrap();
+        for gfn in 0..PAGES {
+            let hidden = (10..15).contains(&gfn) || gfn == 20;
+            assert_eq!(is_hidden(gfn), hidden, "page {gfn}, {to:?}");
+            let changed = (5..35).contains(&gfn) && !hidden;
+            let right = if changed { to } else { Protection::ReadOnly };
+            assert!(
+                hidden || shown(gfn) == Some((Pfn(1 + gfn), right)),
+                "page {gfn}"
+            );
+        }
+    }
+    // All of it, and nothing but it.
+    window.protect(Gfn(10), 5, Protection::ReadWrite).unwrap();
+    assert!((10..15).all(is_hidden));
+    window
+        .map(Gfn(10), Pfn(40), 5, Protection::ReadOnly)
+        .unwrap();
+    window
+        .map(Gfn(20), Pfn::ZERO, 1, Protection::ReadOnly)
+        .unwrap();
+    assert_eq!(shown(12), Some((Pfn(42), Protection::ReadOnly)));
+    assert_eq!(shown(20), Some((Pfn::ZERO, Protection::ReadOnly)));
+    assert!(budget.used() > used);
+    drop(window);
+    assert_eq!(budget.used(), 0);
+}

@@ -24,7 +24,7 @@ use crate::vm::By;
 
 /// Why a chunk could not be brought.
 #[derive(Debug, thiserror::Error)]
-#[error("snapshot `{snapshot}` is not whole: what is at {gpa:#x} of its memory cannot be loaded")]
+#[error("cannot load what snapshot `{snapshot}` has at {gpa:#x}")]
 pub struct ChunkError {
     /// The snapshot.
     pub snapshot: SnapshotName,

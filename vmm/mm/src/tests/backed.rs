@@ -330,7 +330,12 @@ fn a_restore_brings_what_it_needs_before_it_changes_anything() {
         RestoreError::Fault(FaultError::Bring(BringError::Backing { first: SPARSE, .. }))
     ));
     (0..PAGES).for_each(|n| assert_eq!(vm.cpu_read(Gfn(n)), 1, "page {n}"));
+    // What can be is brought before the guest is stopped, and changes nothing yet.
+    vm.space.prepare_restore(&w.frozen);
+    (0..PAGES).for_each(|n| assert_eq!(vm.cpu_read(Gfn(n)), 1, "page {n}"));
     w.backing.spoil(&[]);
+    vm.space.prepare_restore(&w.frozen);
+    assert_eq!(w.brought(), [0, 1, 3]);
     vm.space.restore(&w.frozen).unwrap();
     (0..PAGES).for_each(|n| assert_eq!(vm.cpu_read(Gfn(n)), word(n), "page {n}"));
     drop(vm);
