@@ -230,3 +230,65 @@ fn pruning() {
         },
     );
 }
+
+/// Advice that cannot be written leaves what was there before, or none; the snapshot is whole, and read as it was.
+#[test]
+fn advice_that_is_refused_harms_nothing() {
+    let before = [1, 0];
+    let make = || {
+        let (disk, store) = with_a();
+        store
+            .read(&name("a"))
+            .unwrap()
+            .note_touched(&before)
+            .unwrap();
+        disk
+    };
+    walk(
+        make,
+        |disk| store_on(&disk)?.read(&name("a"))?.note_touched(&[0]),
+        |disk, done, what| {
+            let store = store_on(&(Arc::new(disk.clone()) as Arc<dyn Disk>)).unwrap();
+            let kept = store.read(&name("a")).unwrap();
+            let (touched, known) = (kept.touched(), kept.index().get(0).is_some());
+            let (old, new) = match known {
+                true => (vec![1, 0], vec![0]),
+                false => (vec![1], vec![]),
+            };
+            match done {
+                Ok(()) => assert_eq!(touched, new, "{what}"),
+                Err(_) => assert!(touched == old || touched == new, "{what}: {touched:?}"),
+            }
+            let mut content = vec![0; crate::CHUNK_BYTES as usize];
+            for (region, _) in kept.index().iter() {
+                let bytes = kept.index().region_bytes(region) as usize;
+                assert!(
+                    kept.region(region, &mut content[..bytes]).unwrap(),
+                    "{what}"
+                );
+            }
+        },
+    );
+}
+
+/// A reader whose disk refuses to give the advice does without.
+#[test]
+fn advice_that_cannot_be_read_is_none() {
+    for fault in FAULTS {
+        for at in 0..6 {
+            let (disk, store) = with_a();
+            let kept = store.read(&name("a")).unwrap();
+            kept.note_touched(&[0, 1]).unwrap();
+            let told = kept.touched();
+            assert!(!told.is_empty());
+            let faulty = FaultyDisk::new(&disk, at, fault);
+            let Ok(kept) = store_on(&(Arc::clone(&faulty) as Arc<dyn Disk>))
+                .and_then(|store| store.read(&name("a")))
+            else {
+                continue;
+            };
+            let touched = kept.touched();
+            assert!(touched == told || touched.is_empty(), "{fault:?} at {at}");
+        }
+    }
+}
