@@ -149,7 +149,10 @@ pub fn run_from(
         keep: config.keep.saturating_add(more),
         ..config.clone()
     };
-    let plan = MemoryPlan::new(&planned, &limits)?;
+    let plan = MemoryPlan::new(&planned, &limits).map_err(|error| match beginning {
+        Beginning::Boot(_) => error,
+        Beginning::Load(_) => error.of_saved(),
+    })?;
     let (events, inbox) = ports::events();
     let parts = match beginning {
         Beginning::Boot(image) => {

@@ -120,17 +120,49 @@ fn whole_mib(bytes: u64) -> Size {
     Size(bytes >> shift << shift)
 }
 
+/// Who says how large a guest is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Whose {
+    /// Who runs it, by a flag.
+    Flag,
+    /// The snapshot that it is saved as.
+    Snapshot,
+}
+
+impl Whose {
+    /// A guest with so many bytes, in words.
+    fn with(self, memory: u64) -> String {
+        let size = Size(memory);
+        match self {
+            Self::Flag => format!("--memory {size}"),
+            Self::Snapshot => format!("a guest that was saved with {size}"),
+        }
+    }
+}
+
+impl NeedError {
+    /// The same of a guest that is as it was saved: no flag makes it smaller.
+    #[must_use]
+    pub fn of_saved(mut self) -> Self {
+        let (Self::Memory { whose, .. } | Self::Resource { whose, .. }) = &mut self;
+        *whose = Whose::Snapshot;
+        self
+    }
+}
+
 /// Why a run has not enough of the host.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum NeedError {
     /// Less memory than the least.
     #[error(
-        "--memory {}: this run needs {} at least ({need}), and {by} leaves it {}",
-        Size(need.guest),
+        "{}: this run needs {} at least ({need}), and {by} leaves it {}",
+        whose.with(need.guest),
         mib(need.total()),
         whole_mib(*usable)
     )]
     Memory {
+        /// Who says how large the guest is.
+        whose: Whose,
         /// What is needed.
         need: Need,
         /// Who limits it.
@@ -140,12 +172,14 @@ pub enum NeedError {
     },
     /// Less of something else than the least.
     #[error(
-        "--memory {}: this run needs {what} of {} at least, and {by} leaves it {}",
-        Size(*memory),
+        "{}: this run needs {what} of {} at least, and {by} leaves it {}",
+        whose.with(*memory),
         mib(*least),
         whole_mib(*left)
     )]
     Resource {
+        /// Who says how large the guest is.
+        whose: Whose,
         /// Bytes of guest memory.
         memory: u64,
         /// Of what.
@@ -190,13 +224,38 @@ impl MemoryPlan {
         snapshots: u64,
         limits: &Limits,
     ) -> Result<Self, NeedError> {
-        let need = Need::of(config);
+        let (need, wanted) = (Need::of(config), wanted(config));
+        Self::for_need(config, need, wanted, [clones, each, snapshots], limits)
+    }
+
+    /// What a guest may take that was saved as `config` says, is looked at, and does not run: nothing is copied.
+    ///
+    /// # Errors
+    /// If that is less than it cannot do without.
+    pub fn to_look(config: &Config, limits: &Limits) -> Result<Self, NeedError> {
+        let need = Need {
+            copies: SPARE,
+            ..Need::of(config)
+        };
+        let wanted = config.memory.saturating_add(SPARE);
+        Self::for_need(config, need, wanted, [0; 3], limits).map_err(NeedError::of_saved)
+    }
+
+    /// What may be taken if `need` is the least and `wanted` the most without clones.
+    fn for_need(
+        config: &Config,
+        need: Need,
+        wanted: u64,
+        [clones, each, snapshots]: [u64; 3],
+        limits: &Limits,
+    ) -> Result<Self, NeedError> {
         let of_clones = clones.saturating_mul(config.memory);
         let of_snapshots = snapshots.saturating_mul(config.memory);
         let room = limits.memory();
         let usable = usable(room);
         if usable < need.total() {
             return Err(NeedError::Memory {
+                whose: Whose::Flag,
                 need,
                 by: room.by.clone(),
                 usable,
@@ -209,7 +268,7 @@ impl MemoryPlan {
         let others = clones.saturating_mul(each).saturating_add(of_snapshots);
         // The root has its own beside what its snapshots may need.
         let root = if clones > 0 { config.memory } else { 0 };
-        let mut most = most.min(wanted(config).saturating_add(root).saturating_add(others));
+        let mut most = most.min(wanted.saturating_add(root).saturating_add(others));
         // A clone has no checker, nor anything else by itself.
         let threads = (1 + clones) * (config.vcpus + config.dma_devices) + OTHER_THREADS;
         let private = need.checker
@@ -219,6 +278,7 @@ impl MemoryPlan {
             + threads * STACK
             + clones * CLONE;
         let refused = |what, least, room: &Room| NeedError::Resource {
+            whose: Whose::Flag,
             memory: config.memory,
             what,
             least,
@@ -347,6 +407,31 @@ mod tests {
             text.starts_with("--memory 256 MiB: this run needs ")
                 && text.contains("(guest 256 MiB, copies for one snapshot 260 MiB, tables ")
                 && text.ends_with("and the control group's /g/memory.max leaves it 108 MiB"),
+            "{text}"
+        );
+    }
+
+    /// Who looks at a snapshot needs no room for copies, and no flag would make its guest smaller.
+    #[test]
+    fn to_look_takes_half_and_blames_no_flag() {
+        let config = guest_of(256);
+        let host = Limits::of_host(400 << 20);
+        let error = MemoryPlan::new(&config, &host).unwrap_err();
+        assert!(
+            error.to_string().starts_with("--memory 256 MiB: "),
+            "{error}"
+        );
+        let saved = error.of_saved().to_string();
+        assert!(
+            saved.starts_with("a guest that was saved with 256 MiB: this run needs "),
+            "{saved}"
+        );
+        let plan = MemoryPlan::to_look(&config, &host).unwrap();
+        assert!(plan.frames * PAGE_SIZE >= 256 << 20, "{plan:?}");
+        let error = MemoryPlan::to_look(&config, &Limits::of_host(200 << 20)).unwrap_err();
+        let text = error.to_string();
+        assert!(
+            text.contains("with 256 MiB: ") && text.contains("one snapshot 4 MiB"),
             "{text}"
         );
     }

@@ -50,7 +50,8 @@ pub(super) fn run(args: &RunKeptArgs, screen: &Screen) -> Result<Verdict, Failur
     let mut source = Source::open(&args.path)?;
     source.loading = args.loading.loading();
     let config = args.apply(source.config());
-    config.validate(&Limits::detect().map_err(Failure::Limits)?)?;
+    // How much room it needs the run finds out: no flag says how large the guest is.
+    config.validate_all_but_room()?;
     let keep = match &args.save {
         Some(name) => Some(keep_in(
             source.store().clone(),
@@ -143,7 +144,7 @@ fn go(
 pub(super) fn load(args: &LoadArgs, screen: &Screen) -> Result<Verdict, Failure> {
     let source = Source::open(&args.path)?;
     let config = args.place.apply(source.config());
-    config.validate(&Limits::detect().map_err(Failure::Limits)?)?;
+    config.validate_all_but_room()?;
     let stop = interrupt::stop_flag().map_err(Failure::Signals)?;
     let mut transfer = Transfer::default();
     let checked = kept::check(&config, &source, &mut |progress| {

@@ -166,6 +166,13 @@ impl Config {
 
     /// Refuses what makes no sense, and what `host` cannot give.
     pub fn validate(&self, host: &Limits) -> Result<(), ConfigError> {
+        self.validate_all_but_room()?;
+        MemoryPlan::new(self, host)?;
+        Ok(())
+    }
+
+    /// Refuses what makes no sense.
+    pub fn validate_all_but_room(&self) -> Result<(), ConfigError> {
         if self.vcpus == 0 || self.vcpus > abi::MAX_VCPUS {
             return Err(ConfigError::Vcpus { given: self.vcpus });
         }
@@ -196,9 +203,7 @@ impl Config {
             }
             RunLength::Snapshots(_) => {}
         }
-        self.validate_injection()?;
-        MemoryPlan::new(self, host)?;
-        Ok(())
+        self.validate_injection()
     }
 
     fn validate_injection(&self) -> Result<(), ConfigError> {

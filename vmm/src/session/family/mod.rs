@@ -119,7 +119,10 @@ pub fn run_from(
         });
     }
     let limits = Limits::detect().map_err(RunError::Limits)?;
-    let plan = config.plan(&limits).map_err(RunError::from)?;
+    let plan = config.plan(&limits).map_err(|error| match beginning {
+        Beginning::Boot(_) => RunError::from(error),
+        Beginning::Load(_) => error.of_saved().into(),
+    })?;
     let (sender, inbox) = events();
     let (vm, loaded) = match beginning {
         Beginning::Boot(image) => {

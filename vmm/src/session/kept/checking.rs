@@ -48,7 +48,7 @@ pub fn check(
 ) -> Result<CheckedKept, RunError> {
     let Opened { accelerator, .. } = accel::open(config.accel)?;
     let limits = Limits::detect().map_err(RunError::Limits)?;
-    let plan = MemoryPlan::new(config, &limits)?;
+    let plan = MemoryPlan::to_look(config, &limits)?;
     let (sender, _inbox) = events();
     let loaded = load(
         &accelerator,
