@@ -308,6 +308,14 @@ fn clones_of_what_was_saved_share_one_load() {
     let report: Value = serde_json::from_slice(&fs::read(&report).unwrap()).unwrap();
     assert_eq!(report["verdict"], "ok");
     assert_eq!(report["loaded"]["name"], "template");
+    // One load for all: each chunk is read once at most.
+    let loaded = &report["loaded"];
+    assert_eq!(loaded["is_lazy"], true);
+    let read: u64 = ["by_vcpus", "by_host", "by_readers", "prefetched"]
+        .iter()
+        .map(|of| loaded[of].as_u64().unwrap())
+        .sum();
+    assert!(read <= loaded["chunks"].as_u64().unwrap(), "{loaded}");
     assert_eq!(report["machines"].as_array().unwrap().len(), 7);
     assert_eq!(report["snapshots"], report["checked"]);
     assert_eq!(report["shares"]["unexplained_bytes"], 0);
@@ -345,6 +353,95 @@ fn another_accelerator_and_a_stranger_without_kvm_are_refused() {
         // An old policy may lose what devices write, which is found.
         assert!(matches!(ran.status.code(), Some(0 | 3)), "{}", all(&ran));
     }
+}
+
+/// The guest runs before its memory is read, or after, as is asked for; all oracles look either way; and what was
+/// wanted is known the next time.
+#[test]
+fn memory_is_read_as_it_is_used_or_before() {
+    if no_kvm() {
+        return;
+    }
+    let place = place();
+    assert_exit(&place.save("warm", &[]), 0);
+    let touched = place.store().join("warm/touched");
+    assert!(!touched.exists());
+    let sum = |loaded: &Value| {
+        let of = |what: &str| loaded[what].as_u64().unwrap();
+        of("by_vcpus") + of("by_host") + of("by_readers") + of("prefetched")
+    };
+    for flags in [
+        &[][..],
+        &["--lazy", "always"],
+        &["--prefetch", "all"],
+        &["--prefetch", "none"],
+    ] {
+        let (output, report) = place.run("warm", &[flags, &SHORT].concat());
+        assert_exit(&output, 0);
+        let loaded = &report["loaded"];
+        assert_eq!(loaded["is_lazy"], true, "{loaded}");
+        // The checker reads all of it.
+        assert_eq!(sum(loaded), loaded["chunks"].as_u64().unwrap(), "{loaded}");
+        assert!(
+            loaded["first_instruction_s"].as_f64().unwrap() > 0.0,
+            "{loaded}"
+        );
+        assert!(loaded["by_vcpus"].as_u64().unwrap() + loaded["by_host"].as_u64().unwrap() > 0);
+        assert!(stdout(&output).contains("read for "), "{}", all(&output));
+        assert!(touched.exists());
+        place.assert_whole("warm");
+    }
+    // Advice is advice.
+    fs::write(&touched, b"PALTOUCH and nothing that makes sense").unwrap();
+    let (output, _) = place.run("warm", &SHORT);
+    assert_exit(&output, 0);
+    let (output, report) = place.run("warm", &[&["--lazy", "never"][..], &SHORT].concat());
+    assert_exit(&output, 0);
+    let loaded = &report["loaded"];
+    assert_eq!((&loaded["is_lazy"], sum(loaded)), (&Value::Bool(false), 0));
+}
+
+/// Whichever chunk it is, and whoever touches it: the run ends with the chunk's name, and nobody takes for the guest's
+/// what is in it.
+#[test]
+fn a_chunk_that_is_damaged_under_a_lazy_load_ends_the_run_and_violates_nothing() {
+    if no_kvm() {
+        return;
+    }
+    let place = place();
+    assert_exit(&place.save("warm", &[]), 0);
+    let store = Store::open(&place.store()).unwrap();
+    let kept = store.read(&"warm".parse().unwrap()).unwrap();
+    let chunks = kept.index().iter().map(|(_, hash)| {
+        let hash = hash.to_string();
+        place.store().join("chunks").join(&hash[..2]).join(hash)
+    });
+    let chunks: Vec<_> = chunks.collect();
+    drop(kept);
+    for (n, chunk) in chunks.iter().enumerate().step_by(3) {
+        let content = fs::read(chunk).unwrap();
+        let damaged = match n % 2 {
+            0 => {
+                let mut damaged = content.clone();
+                damaged[n * 4099] ^= 1;
+                damaged
+            }
+            _ => content[..content.len() - 1 - n].to_vec(),
+        };
+        fs::write(chunk, damaged).unwrap();
+        let output = place.on("run", "warm", &[&["--trust-guest"][..], &SHORT].concat());
+        let named = chunk.file_name().unwrap().to_str().unwrap();
+        let said = all(&output);
+        assert_exit(&output, 1);
+        assert!(said.contains(named), "{n}: {said}");
+        assert!(
+            !said.contains("panicked") && !said.contains("VIOLATED"),
+            "{n}: {said}"
+        );
+        fs::write(chunk, content).unwrap();
+    }
+    let (output, _) = place.run("warm", &SHORT);
+    assert_exit(&output, 0);
 }
 
 #[test]
