@@ -535,6 +535,12 @@ fn what_is_prefetched_is_there_when_it_is_touched() {
     regions.bring(2, Toucher::Prefetch).unwrap();
     regions.bring(99, Toucher::Prefetch).unwrap();
     assert_eq!(w.backing.brought(), [(3, Toucher::Prefetch)]);
+    // It is the snapshot's, as what a fork has shared is.
+    let state = w.pool.state(w.frozen.frame(SPARSE).unwrap());
+    assert_eq!(
+        (state.maps(), state.refs(), state.is_exclusive()),
+        (1, 1, false)
+    );
     assert!(clone.mmu.is_hidden(SPARSE));
     assert_eq!(clone.space.touch(SPARSE).unwrap(), Touch::Shown);
     assert_eq!(clone.space.touch(SPARSE).unwrap(), Touch::WasShown);
