@@ -7,6 +7,7 @@ use super::*;
 use crate::host::Placement;
 use crate::kept::store::{Compression, Facts, Kept, Machine, Store};
 use crate::kept::{BroughtCounts, Chunks, LazyOptions, Saver, lazily, may_be_lazy, snapshot_of};
+use crate::kvm::{Paging, Rung};
 use crate::memory::MemoryOptions;
 
 /// Where the guest waits until it is told to go on.
@@ -162,6 +163,10 @@ fn a_guest_finds_all_that_it_touches_and_the_rest_is_not_read() {
             assert!(is_right(&end), "{end}");
         }
         assert_eq!(run.vm.memory().space().hidden(), 1);
+        // What KVM reads by itself it has found: no vCPU had to be recovered.
+        if kvm.platform().paging == Paging::Shadow {
+            assert_eq!(run.vm.machine().stats().rungs.of(Rung::Walk), 0);
+        }
         let counts = run.settle();
         assert_eq!((counts.chunks, counts.brought()), (7, 6), "{counts:?}");
         assert!(counts.by_vcpus >= 3, "{counts:?}");
