@@ -46,7 +46,7 @@ mod vm;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use self::config::{Config, Injection, Untrusted};
-use self::kept::{Keep, Source};
+use self::kept::{Keep, Lazy, Source};
 use self::need::{MemoryPlan, NeedError};
 use self::progress::Observer;
 use self::report::Report;
@@ -159,7 +159,14 @@ pub fn run_from(
             let vm = vm::PayloadVm::build(&accelerator, config, image, policy, plan, events)?;
             (vm, None)
         }
-        Beginning::Load(source) => {
+        Beginning::Load(mut source) => {
+            // Who loads as he goes holds the store, and nothing can be dropped from it.
+            let every = keep.as_ref().and_then(|keep| keep.every.as_ref());
+            if source.loading.lazy == Lazy::Auto
+                && every.is_some_and(|every| every.keep_last.is_some())
+            {
+                source.loading.lazy = Lazy::Never;
+            }
             source.is_trusted_under(&accelerator, config)?;
             let mut loading = |progress: &palimpsest::kept::Progress| {
                 observer.loading(progress);
