@@ -5,7 +5,7 @@
 //! case, so the two are one chunk, and whoever looks for it takes what is there.
 
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use crate::disk::{self, File, Stamp};
 use crate::error::StoreError;
@@ -31,11 +31,30 @@ pub(crate) fn is_zero(bytes: &[u8]) -> bool {
 
 /// The file of a chunk.
 pub(crate) fn path_of(store: &Store, hash: Hash, compression: Compression) -> PathBuf {
+    store.path().join(key_of(hash, compression))
+}
+
+/// The same from the store on.
+pub(crate) fn key_of(hash: Hash, compression: Compression) -> String {
     let end = match compression {
         Compression::None => "",
         Compression::Zstd { .. } => COMPRESSED,
     };
-    folder_of(store, hash.folder()).join(format!("{hash}{end}"))
+    format!("{CHUNKS}/{:02x}/{hash}{end}", hash.folder())
+}
+
+/// Whether there is a chunk of that name, right or not. What cannot be looked at is not.
+pub(crate) fn is_there(store: &Store, hash: Hash) -> bool {
+    [Compression::None, Compression::ANY]
+        .into_iter()
+        .any(|form| matches!(store.disk().len(&path_of(store, hash, form)), Ok(Some(_))))
+}
+
+/// The chunk whose file `path` is, in whichever form; `None` if it is none.
+pub(crate) fn hash_of(store: &Store, path: &Path) -> Option<Hash> {
+    let name = path.file_name()?.to_str()?;
+    let hash: Hash = name.strip_suffix(COMPRESSED).unwrap_or(name).parse().ok()?;
+    (path.parent()? == folder_of(store, hash.folder())).then_some(hash)
 }
 
 /// The folder of those whose hashes begin with `folder`.
@@ -47,7 +66,7 @@ pub(crate) fn folder_of(store: &Store, folder: u8) -> PathBuf {
 /// were written.
 pub(crate) fn write(
     store: &Store,
-    path: &std::path::Path,
+    path: &Path,
     content: &[u8],
     compression: Compression,
 ) -> Result<(Box<dyn File>, u64), StoreError> {
@@ -77,6 +96,11 @@ pub(crate) fn write(
     Ok((file, written as u64))
 }
 
+/// The most bytes of a compressed chunk of so many bytes: what zstd needs for what cannot be compressed.
+pub(crate) fn most_compressed(bytes: usize) -> u64 {
+    zstd::zstd_safe::compress_bound(bytes) as u64
+}
+
 /// The longest runs of pages of 4 KiB that are not zeros, and where they are, in bytes: what of a region takes
 /// room, on disk and in memory.
 pub fn data_runs(content: &[u8]) -> impl Iterator<Item = (usize, &[u8])> {
@@ -100,13 +124,44 @@ pub fn data_runs(content: &[u8]) -> impl Iterator<Item = (usize, &[u8])> {
 /// # Errors
 /// If it cannot be read, or is not what its name says.
 pub(crate) fn read(store: &Store, hash: Hash, to: &mut [u8]) -> Result<bool, StoreError> {
+    if let Some(cache) = store.cache() {
+        if cache.read(hash, to) {
+            return Ok(true);
+        }
+        let is_there = read_past_cache(store, hash, to)?;
+        if is_there {
+            cache.keep(hash, to);
+        }
+        return Ok(is_there);
+    }
+    read_past_cache(store, hash, to)
+}
+
+fn read_past_cache(store: &Store, hash: Hash, to: &mut [u8]) -> Result<bool, StoreError> {
+    // To look for what is not there takes time where objects are: what chunks were like before is looked for first.
+    // What has the hash is the chunk, whatever is beside it.
+    if store.is_remote() && store.were_compressed() {
+        let path = path_of(store, hash, Compression::ANY);
+        if let Some(file) = open(store, &path)?
+            && read_compressed(store, &path, &*file, to).is_ok()
+            && Hash::of(to) == hash
+        {
+            return Ok(true);
+        }
+    }
     let path = path_of(store, hash, Compression::None);
     let found = match open(store, &path)? {
-        Some(file) => read_plain(store, &path, &*file, to),
+        Some(file) => {
+            store.note_compressed(false);
+            read_plain(store, &path, &*file, to)
+        }
         None => {
             let path = path_of(store, hash, Compression::ANY);
             match open(store, &path)? {
-                Some(file) => read_compressed(store, &path, &*file, to),
+                Some(file) => {
+                    store.note_compressed(true);
+                    read_compressed(store, &path, &*file, to)
+                }
                 None => return Ok(false),
             }
         }
@@ -120,15 +175,18 @@ pub(crate) fn read(store: &Store, hash: Hash, to: &mut [u8]) -> Result<bool, Sto
             what: format!("its content has the hash {found}, which is not its name"),
         });
     }
-    let bytes = to.len() as u64;
-    store.right().saw_as(hash, bytes, compression, stamp);
+    // An object has nothing by which it is known again.
+    if !store.is_remote() {
+        let bytes = to.len() as u64;
+        store.right().saw_as(hash, bytes, compression, stamp);
+    }
     Ok(true)
 }
 
 /// A chunk's file that was read, how it is kept, and what it was before that.
 type ReadFile = (PathBuf, Compression, Stamp);
 
-fn open(store: &Store, path: &std::path::Path) -> Result<Option<Box<dyn File>>, StoreError> {
+fn open(store: &Store, path: &Path) -> Result<Option<Box<dyn File>>, StoreError> {
     match store.disk().open(path) {
         Ok(file) => Ok(Some(file)),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
@@ -138,7 +196,7 @@ fn open(store: &Store, path: &std::path::Path) -> Result<Option<Box<dyn File>>, 
 
 fn read_plain(
     store: &Store,
-    path: &std::path::Path,
+    path: &Path,
     file: &dyn File,
     to: &mut [u8],
 ) -> Result<ReadFile, StoreError> {
@@ -159,7 +217,7 @@ fn read_plain(
 
 fn read_compressed(
     store: &Store,
-    path: &std::path::Path,
+    path: &Path,
     file: &dyn File,
     to: &mut [u8],
 ) -> Result<ReadFile, StoreError> {
@@ -170,8 +228,7 @@ fn read_compressed(
     };
     let stamp = file.stamp().map_err(store.file("look at", path))?;
     let len = stamp.bytes;
-    // What zstd needs at most for that much, and a bit.
-    let most = zstd::zstd_safe::compress_bound(to.len()) as u64;
+    let most = most_compressed(to.len());
     if len > most {
         return Err(damaged(format!(
             "it has {len} bytes, more than {} need",
@@ -194,7 +251,7 @@ fn read_compressed(
     }
 }
 
-fn cut_off(path: &std::path::Path, read: usize, wanted: usize) -> Result<(), StoreError> {
+fn cut_off(path: &Path, read: usize, wanted: usize) -> Result<(), StoreError> {
     match read == wanted {
         true => Ok(()),
         false => Err(StoreError::Damaged {

@@ -1,11 +1,12 @@
 //! What goes wrong with a store. Each says which file, and where in it.
 
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use crate::index::IndexError;
 use crate::manifest::ManifestError;
 use crate::name::{NameError, SnapshotName};
+use crate::objects::is_called_off;
 use crate::parts::PartsError;
 
 /// Why something could not be done with a store. Nothing is there under its final name that is not whole.
@@ -162,9 +163,75 @@ pub enum StoreError {
     /// Whoever wanted it does not want it any more.
     #[error("it was called off")]
     CalledOff,
+    /// The host has no more threads.
+    #[error("cannot start a thread to copy chunks")]
+    Threads {
+        /// What the host said.
+        source: io::Error,
+    },
+    /// Something is to be written in place in a store of objects.
+    #[error("{} is an object store: save to a directory, and push the snapshot from there", store.display())]
+    ReadOnly {
+        /// The store.
+        store: PathBuf,
+    },
+    /// Somebody else has begun to push a snapshot by that name.
+    #[error(
+        "another push to {}/{name} goes on, or did not end: let that one end (the same push again goes on with it), \
+         choose another name, or drop this one first", store.display()
+    )]
+    Claimed {
+        /// The store.
+        store: PathBuf,
+        /// The name.
+        name: SnapshotName,
+    },
+    /// It is taken away at this moment.
+    #[error(
+        "{}/{name} is being dropped, or that did not end: drop it again, and then push it", store.display()
+    )]
+    BeingDropped {
+        /// The store.
+        store: PathBuf,
+        /// The name.
+        name: SnapshotName,
+    },
+    /// An object store does not do what two that write there at once need.
+    #[error(
+        "{} cannot be pushed to: whoever keeps it replaces an object that was to be put only if nothing is there \
+         (If-None-Match), so two pushes of one name could both be told that they were first", store.display()
+    )]
+    Replaces {
+        /// The store.
+        store: PathBuf,
+    },
+    /// A store of objects is not collected.
+    #[error(
+        "nothing was collected in {}: an object store has no locks, so a push that goes on could lose the chunks it \
+         has found there; drop snapshots by name, and to have the room of their chunks back, push what is wanted to \
+         another place and delete this one", store.display()
+    )]
+    NotCollected {
+        /// The store.
+        store: PathBuf,
+    },
 }
 
+/// What writing in place to a store of objects ends with.
+#[derive(Clone, Copy, Debug, thiserror::Error)]
+#[error("an object store is not written to in place")]
+pub(crate) struct ReadOnly;
+
 impl StoreError {
+    /// The error of an operation on a file as a whole.
+    pub(crate) fn file(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self + use<> {
+        let path = path.to_owned();
+        move |source| match is_called_off(&source) {
+            true => Self::CalledOff,
+            false => Self::File { what, path, source },
+        }
+    }
+
     /// Whether the host refused, and it may not the next time; and not that what is there is wrong.
     pub fn is_of_host(&self) -> bool {
         matches!(self, Self::Bytes { .. } | Self::File { .. })

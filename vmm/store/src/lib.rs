@@ -48,6 +48,9 @@
 //! | `read` | reading one |
 //! | `touched` | what of one was wanted first when it was loaded |
 //! | `verify`, `list`, `diff`, `prune` | what is done with those that are there |
+//! | `objects` | stores that are in no directory: objects by key, as an object store has them |
+//! | `copy` | copying a snapshot from one store to another: a push, a pull |
+//! | `cache` | chunks of stores elsewhere, kept on this host |
 //! | `disk` | all operations on files, so that each can be refused |
 //!
 //! Not covered: whoever can write to the store can put another snapshot there, hashes and all. Hashes find what
@@ -55,7 +58,9 @@
 
 #![forbid(unsafe_code)]
 
+mod cache;
 mod chunk;
+mod copy;
 mod diff;
 mod disk;
 mod error;
@@ -64,6 +69,7 @@ mod index;
 mod list;
 mod manifest;
 mod name;
+mod objects;
 mod parts;
 mod prune;
 mod read;
@@ -76,7 +82,9 @@ mod touched;
 mod verify;
 mod writers;
 
+pub use self::cache::{Cache, CacheCounts};
 pub use self::chunk::{CHUNK_BYTES, data_runs};
+pub use self::copy::{Copied, CopyOptions, copy};
 pub use self::diff::{Difference, diff};
 pub use self::error::StoreError;
 pub use self::hash::Hash;
@@ -86,6 +94,7 @@ pub use self::manifest::{
     Cpu, FileFacts, Machine, Manifest, ManifestError, MemoryFacts, Parent, VERSION,
 };
 pub use self::name::{NameError, SnapshotName};
+pub use self::objects::{CalledOff, Listing, Objects, Piece};
 pub use self::parts::{Part, PartsError, decode_parts, encode_parts};
 pub use self::prune::{Pruned, prune};
 pub use self::read::Kept;

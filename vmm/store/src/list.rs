@@ -74,6 +74,16 @@ pub fn list(store: &Store) -> Result<Vec<Entry>, StoreError> {
 /// The chunks that there are, and what each takes.
 fn chunk_files(store: &Store) -> Result<HashMap<Hash, u64>, StoreError> {
     let mut files = HashMap::new();
+    let chunks = store.path().join(CHUNKS);
+    let below = store.disk().files_below(&chunks);
+    if let Some(below) = below.map_err(store.file("look into", &chunks))? {
+        for (path, bytes) in below {
+            if let Some(hash) = chunk::hash_of(store, &path) {
+                *files.entry(hash).or_default() += bytes;
+            }
+        }
+        return Ok(files);
+    }
     for (hash, path) in chunk_paths(store)? {
         let bytes = store.disk().allocated(&path);
         *files.entry(hash).or_default() += bytes.map_err(store.file("look at", &path))?;

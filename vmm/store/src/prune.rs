@@ -13,6 +13,7 @@ use crate::error::StoreError;
 use crate::hash::Hash;
 use crate::list::{chunk_paths, leftovers};
 use crate::name::SnapshotName;
+use crate::objects::{Objects, drop_name};
 use crate::read::read_held;
 use crate::store::{Store, TMP, fresh_suffix};
 
@@ -33,6 +34,9 @@ pub struct Pruned {
 
 /// Drops the snapshots `names`, and collects what nobody names. Waits `patience` for who uses the store.
 ///
+/// A store of objects is not collected: with `names` they are dropped there, and their chunks stay; without it is an
+/// error.
+///
 /// # Errors
 /// If one of `names` is not there, or is no snapshot: nothing was done then. If somebody uses the store, or it is not known which chunks
 /// are wanted, or something cannot be taken away: all that is there is still whole.
@@ -41,6 +45,9 @@ pub fn prune(
     names: &[SnapshotName],
     patience: Duration,
 ) -> Result<Pruned, StoreError> {
+    if let Some(objects) = store.objects() {
+        return prune_objects(store, &**objects, names);
+    }
     let _hold = store.lock(Lock::Exclusive, patience)?;
     let mut pruned = Pruned::default();
     let there = store.names()?;
@@ -91,6 +98,28 @@ pub fn prune(
         }
         pruned.bytes += remove_file(store, &path)?;
         pruned.chunks += 1;
+    }
+    Ok(pruned)
+}
+
+/// Drops snapshots by name, and leaves their chunks: who pushes holds nothing, and may be about to name one that it has
+/// found.
+fn prune_objects(
+    store: &Store,
+    objects: &dyn Objects,
+    names: &[SnapshotName],
+) -> Result<Pruned, StoreError> {
+    if names.is_empty() {
+        return Err(StoreError::NotCollected {
+            store: store.path().to_owned(),
+        });
+    }
+    let mut pruned = Pruned::default();
+    for name in names {
+        if !pruned.dropped.contains(name) {
+            drop_name(store, objects, name)?;
+            pruned.dropped.push(name.clone());
+        }
     }
     Ok(pruned)
 }

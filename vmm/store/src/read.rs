@@ -1,8 +1,10 @@
 //! Reading a snapshot: no byte of it is used that was not checked.
 
 use std::io;
+use std::num::NonZeroUsize;
 
 use crate::chunk;
+use crate::copy::in_order;
 use crate::disk::Kind;
 use crate::error::StoreError;
 use crate::hash::Hash;
@@ -13,6 +15,9 @@ use crate::parts::{Part, decode_parts};
 use crate::save::{Compression, INDEX, MANIFEST, STATE};
 use crate::store::{Hold, Store};
 
+/// Chunks of a store of objects that are fetched at once.
+const AT_ONCE: usize = 8;
+
 /// A snapshot that is read. The store keeps all that it names while this is there.
 #[derive(Debug)]
 pub struct Kept {
@@ -20,6 +25,8 @@ pub struct Kept {
     _hold: Option<Hold>,
     name: SnapshotName,
     manifest: Manifest,
+    /// The same as it was written.
+    manifest_bytes: Vec<u8>,
     hash: Hash,
     index: ChunkIndex,
     parts: Vec<Part>,
@@ -45,7 +52,7 @@ impl Store {
     /// If there is none, or its manifest is damaged.
     pub fn parent(&self, name: &SnapshotName) -> Result<Parent, StoreError> {
         let _hold = self.hold()?;
-        let (_, blake3) = manifest(self, name)?;
+        let (_, blake3, _) = manifest(self, name)?;
         Ok(Parent {
             name: name.clone(),
             blake3,
@@ -55,7 +62,7 @@ impl Store {
 
 /// The same for who holds the store.
 pub(crate) fn read_held(store: &Store, name: &SnapshotName) -> Result<Kept, StoreError> {
-    let (manifest, hash) = manifest(store, name)?;
+    let (manifest, hash, manifest_bytes) = manifest(store, name)?;
     let place = store.directory_of(name);
     let path = place.join(INDEX);
     let index = checked(store, &path, &manifest.memory.index)?;
@@ -69,23 +76,26 @@ pub(crate) fn read_held(store: &Store, name: &SnapshotName) -> Result<Kept, Stor
         _hold: None,
         name: name.clone(),
         manifest,
+        manifest_bytes,
         hash,
         index,
         parts,
     })
 }
 
-/// The manifest of a snapshot, and its hash.
-pub(crate) fn manifest(store: &Store, name: &SnapshotName) -> Result<(Manifest, Hash), StoreError> {
+/// The manifest of a snapshot, its hash, and its bytes.
+fn manifest(store: &Store, name: &SnapshotName) -> Result<(Manifest, Hash, Vec<u8>), StoreError> {
     let none = || StoreError::NoSnapshot {
         store: store.path().to_owned(),
         name: name.clone(),
     };
     let place = store.directory_of(name);
-    let kind = store.disk().kind(&place);
-    // What a link leads to is not in the store.
-    if kind.map_err(store.file("look at", &place))? == Some(Kind::Link) {
-        return Err(none());
+    // What a link leads to is not in the store. Objects have none.
+    if !store.is_remote() {
+        let kind = store.disk().kind(&place);
+        if kind.map_err(store.file("look at", &place))? == Some(Kind::Link) {
+            return Err(none());
+        }
     }
     let path = place.join(MANIFEST);
     let file = match store.disk().open(&path) {
@@ -94,7 +104,10 @@ pub(crate) fn manifest(store: &Store, name: &SnapshotName) -> Result<(Manifest, 
         Err(error) => return Err(store.file("open", &path)(error)),
     };
     let bytes = store.read_file(&path, &*file, MAX_MANIFEST_BYTES)?;
-    Manifest::decode(&bytes).map_err(|source| StoreError::Manifest { path, source })
+    match Manifest::decode(&bytes) {
+        Ok((manifest, hash)) => Ok((manifest, hash, bytes)),
+        Err(source) => Err(StoreError::Manifest { path, source }),
+    }
 }
 
 /// The bytes of a file beside a manifest, which has what they should be.
@@ -140,6 +153,11 @@ impl Kept {
     /// What it is.
     pub fn manifest(&self) -> &Manifest {
         &self.manifest
+    }
+
+    /// The same, as it is in its file.
+    pub fn manifest_bytes(&self) -> &[u8] {
+        &self.manifest_bytes
     }
 
     /// The hash of its manifest, and so of all of it.
@@ -192,5 +210,30 @@ impl Kept {
                 snapshot: self.name.clone(),
             }),
         }
+    }
+
+    /// Reads every region that is not all zeros, and hands it over with its number: in order and on this thread, while
+    /// others read what comes next. From a directory they are few: what takes time there is to hash.
+    ///
+    /// # Errors
+    /// The first of a chunk that is not there or damaged, or of `take`: nothing more is handed over then.
+    pub fn each_region<E: From<StoreError>>(
+        &self,
+        mut take: impl FnMut(u64, &[u8]) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let regions: Vec<u64> = self.index.iter().map(|(region, _)| region).collect();
+        let at_once = match self.store.is_remote() {
+            false => 1,
+            true => AT_ONCE,
+        };
+        let at_once = NonZeroUsize::MIN.saturating_add(at_once - 1);
+        let read = |region: &u64| {
+            let mut content = vec![0; self.index.region_bytes(*region) as usize];
+            self.region(*region, &mut content)?;
+            Ok(content)
+        };
+        in_order(&regions, at_once, read, |region, content| {
+            take(*region, &content)
+        })
     }
 }

@@ -24,6 +24,7 @@ use crate::index::{ChunkIndex, MAX_MEMORY_BYTES};
 use crate::manifest::{FileFacts, Machine, Manifest, MemoryFacts, Parent};
 use crate::name::SnapshotName;
 use crate::parts::{Part, encode_parts};
+use crate::read::Kept;
 use crate::store::{Hold, Store, TMP, fresh_suffix};
 use crate::writers::Writers;
 
@@ -121,6 +122,7 @@ impl Saving {
             let what = format!("memory of {memory} bytes");
             return Err(StoreError::NotOfFormat { what });
         }
+        store.is_directory()?;
         let hold = store.hold()?;
         store.is_free_held(name)?;
         let tmp = store.path().join(TMP);
@@ -261,12 +263,6 @@ impl Saving {
     /// If it cannot be written, or somebody else has saved a snapshot of that name meanwhile. There is none by
     /// this one then.
     pub fn finish(mut self, facts: Facts, parts: &[Part]) -> Result<Saved, StoreError> {
-        self.writers.finish()?;
-        let store = self.store.clone();
-        for folder in (0..=u8::MAX).filter(|folder| self.folders[usize::from(*folder)]) {
-            store.sync_dir(&chunk::folder_of(&store, folder))?;
-        }
-        store.sync_dir(&store.path().join(CHUNKS))?;
         let (index, chunks) = (self.index.encode(), self.index.len());
         let state = encode_parts(parts).map_err(|error| StoreError::NotOfFormat {
             what: error.to_string(),
@@ -292,7 +288,37 @@ impl Saving {
         let (manifest, _) = manifest.encode().map_err(|error| StoreError::NotOfFormat {
             what: error.to_string(),
         })?;
-        for (file, bytes) in [(INDEX, &index), (STATE, &state), (MANIFEST, &manifest)] {
+        self.name_files(&index, &state, &manifest)
+    }
+
+    /// The same of a snapshot of another store, all of whose regions were saved.
+    pub(crate) fn finish_copy(self, kept: &Kept) -> Result<Saved, StoreError> {
+        let index = self.index.encode();
+        let state = encode_parts(kept.parts()).map_err(|error| StoreError::NotOfFormat {
+            what: error.to_string(),
+        })?;
+        // A region of zeros that was in a chunk is none here.
+        if self.index != *kept.index() {
+            return Err(StoreError::NotOfFormat {
+                what: format!("`{}`, which has a chunk of zeros", kept.name()),
+            });
+        }
+        self.name_files(&index, &state, kept.manifest_bytes())
+    }
+
+    fn name_files(
+        mut self,
+        index: &[u8],
+        state: &[u8],
+        manifest: &[u8],
+    ) -> Result<Saved, StoreError> {
+        self.writers.finish()?;
+        let store = self.store.clone();
+        for folder in (0..=u8::MAX).filter(|folder| self.folders[usize::from(*folder)]) {
+            store.sync_dir(&chunk::folder_of(&store, folder))?;
+        }
+        store.sync_dir(&store.path().join(CHUNKS))?;
+        for (file, bytes) in [(INDEX, index), (STATE, state), (MANIFEST, manifest)] {
             store.write_durable(&self.staging.join(file), bytes)?;
         }
         store.sync_dir(&self.staging)?;

@@ -3,20 +3,24 @@
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use crate::cache::Cache;
 use crate::chunk::CHUNKS;
 use crate::disk::{self, Disk, File, Host, Kind, Lock, Locked};
 use crate::error::StoreError;
 use crate::name::SnapshotName;
+use crate::objects::{Objects, is_called_off};
 use crate::right::Right;
 use crate::save::MANIFEST;
 
 /// The file that says that a directory is a store.
-const MARKER: &str = "store.json";
+pub(crate) const MARKER: &str = "store.json";
 /// All that is in it.
-const MARKER_TEXT: &str = "{\n  \"format\": \"palimpsest store\",\n  \"version\": 1\n}\n";
+pub(crate) const MARKER_TEXT: &str =
+    "{\n  \"format\": \"palimpsest store\",\n  \"version\": 1\n}\n";
 /// The folder of what is being written.
 pub(crate) const TMP: &str = "tmp";
 /// How long a save or a load waits for somebody who collects, which is short.
@@ -30,6 +34,12 @@ pub struct Store {
     path: PathBuf,
     disk: Arc<dyn Disk>,
     right: Arc<Right>,
+    /// What it is of, if it is of objects.
+    objects: Option<Arc<dyn Objects>>,
+    /// Where chunks are kept that were read.
+    cache: Option<Arc<Cache>>,
+    /// Whether the chunk that was found last was compressed. A guess for the next, and no more: nothing is ordered by it.
+    were_compressed: Arc<AtomicBool>,
 }
 
 /// What a store is held for: nobody takes anything from it while somebody reads or writes there, in whichever
@@ -87,12 +97,20 @@ impl Store {
         Self::open_or_create_on(path, Arc::new(Host))
     }
 
-    pub(crate) fn open_on(path: &Path, disk: Arc<dyn Disk>) -> Result<Self, StoreError> {
-        let store = Self {
+    /// What is at `path`, whatever that is.
+    pub(crate) fn at(path: &Path, disk: Arc<dyn Disk>) -> Self {
+        Self {
             path: path.to_owned(),
             disk,
             right: Arc::default(),
-        };
+            objects: None,
+            cache: None,
+            were_compressed: Arc::default(),
+        }
+    }
+
+    pub(crate) fn open_on(path: &Path, disk: Arc<dyn Disk>) -> Result<Self, StoreError> {
+        let store = Self::at(path, disk);
         let marker = store.path.join(MARKER);
         let text = match store.disk.open(&marker) {
             Ok(file) => store.read_file(&marker, &*file, 2 * MARKER_TEXT.len() as u64)?,
@@ -110,11 +128,7 @@ impl Store {
     }
 
     pub(crate) fn open_or_create_on(path: &Path, disk: Arc<dyn Disk>) -> Result<Self, StoreError> {
-        let store = Self {
-            path: path.to_owned(),
-            disk,
-            right: Arc::default(),
-        };
+        let store = Self::at(path, disk);
         store.is_in_no_other()?;
         let none = match Self::open_on(path, Arc::clone(&store.disk)) {
             Err(none @ StoreError::NoStore { .. }) => none,
@@ -172,9 +186,67 @@ impl Store {
         Ok(())
     }
 
-    /// Where it is.
+    /// Where it is: a directory, or the URL of a store of objects.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// The same, which is of `objects`.
+    pub(crate) fn of_objects(self, objects: Arc<dyn Objects>) -> Self {
+        Self {
+            objects: Some(objects),
+            ..self
+        }
+    }
+
+    /// The same, whose chunks are looked for in `cache` first and kept there when they were read.
+    pub fn with_cache(self, cache: Arc<Cache>) -> Self {
+        Self {
+            cache: Some(cache),
+            ..self
+        }
+    }
+
+    /// The same as it is, whatever is in a cache of it.
+    pub(crate) fn without_cache(&self) -> Self {
+        Self {
+            cache: None,
+            ..self.clone()
+        }
+    }
+
+    /// Whether it is of objects somewhere else, and no directory: it can be read, and copied to, and nothing is saved
+    /// there in place.
+    pub fn is_remote(&self) -> bool {
+        self.objects.is_some()
+    }
+
+    /// What it is of, if it is of objects.
+    pub(crate) fn objects(&self) -> Option<&Arc<dyn Objects>> {
+        self.objects.as_ref()
+    }
+
+    /// Where chunks are kept that were read, if they are.
+    pub(crate) fn cache(&self) -> Option<&Cache> {
+        self.cache.as_deref()
+    }
+
+    pub(crate) fn were_compressed(&self) -> bool {
+        self.were_compressed.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn note_compressed(&self, is_compressed: bool) {
+        self.were_compressed.store(is_compressed, Ordering::Relaxed);
+    }
+
+    /// Refuses what is written in place.
+    pub(crate) fn is_directory(&self) -> Result<(), StoreError> {
+        match self.is_remote() {
+            false => Ok(()),
+            true => Err(StoreError::ReadOnly {
+                store: self.path.clone(),
+            }),
+        }
     }
 
     /// Holds it with others who read and write there. Waits for somebody who collects.
@@ -190,7 +262,10 @@ impl Store {
         loop {
             let locked = self.disk.lock(&self.path, how);
             if let Some(locked) = locked.map_err(self.file("lock", &self.path))? {
-                self.has_no_links()?;
+                // Objects have none.
+                if !self.is_remote() {
+                    self.has_no_links()?;
+                }
                 return Ok(Hold { _locked: locked });
             }
             if Instant::now() >= until {
@@ -236,7 +311,12 @@ impl Store {
             };
             // What cannot be looked into may be one. What is not there any more is dropped at this moment.
             let inside = self.list_if_there(&self.directory_of(&name));
-            if !inside.is_ok_and(|inside| inside.is_empty()) {
+            let is_one = inside.map_or(true, |inside| match self.is_remote() {
+                false => !inside.is_empty(),
+                // What is pushed there, or dropped, is in sight meanwhile.
+                true => inside.iter().any(|(file, _)| file == MANIFEST),
+            });
+            if is_one {
                 names.push(name);
             }
         }
@@ -249,6 +329,7 @@ impl Store {
     /// # Errors
     /// If not.
     pub fn may_save(&self, name: &SnapshotName) -> Result<(), StoreError> {
+        self.is_directory()?;
         let _hold = self.hold()?;
         self.is_free_held(name)?;
         let tmp = self.path.join(TMP);
@@ -310,8 +391,7 @@ impl Store {
         what: &'static str,
         path: &Path,
     ) -> impl FnOnce(io::Error) -> StoreError {
-        let path = path.to_owned();
-        move |source| StoreError::File { what, path, source }
+        StoreError::file(what, path)
     }
 
     /// The error of an operation on bytes of a file.
@@ -321,11 +401,14 @@ impl Store {
         path: &Path,
     ) -> impl FnOnce(u64, io::Error) -> StoreError {
         let path = path.to_owned();
-        move |offset, source| StoreError::Bytes {
-            what,
-            path,
-            offset,
-            source,
+        move |offset, source| match is_called_off(&source) {
+            true => StoreError::CalledOff,
+            false => StoreError::Bytes {
+                what,
+                path,
+                offset,
+                source,
+            },
         }
     }
 
@@ -387,7 +470,7 @@ impl Store {
 
 /// Something for a name that nobody has had, in this process or in others that run.
 pub(crate) fn fresh_suffix() -> String {
-    use std::sync::atomic::{AtomicU64, Ordering};
+    use std::sync::atomic::AtomicU64;
     use std::time::SystemTime;
     static MADE: AtomicU64 = AtomicU64::new(0);
     // Only that it is another each time matters: nothing is ordered by it.

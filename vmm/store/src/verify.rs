@@ -33,7 +33,8 @@ pub fn verify(
     goes_on: &mut dyn FnMut(u64, u64) -> bool,
 ) -> Result<Verified, StoreError> {
     let mut verified = Verified::default();
-    let kept = match store.read(name) {
+    // What is in a cache says nothing of what is there.
+    let kept = match store.without_cache().read(name) {
         Ok(kept) => kept,
         Err(error) => {
             verified.wrong.push(error);

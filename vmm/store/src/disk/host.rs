@@ -4,8 +4,11 @@ use std::fs::{self, DirBuilder, OpenOptions};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
-use rustix::fs::{FlockOperation, OFlags, flock};
+use rustix::fs::{
+    AtFlags, CWD, FlockOperation, OFlags, Timespec, Timestamps, UTIME_NOW, flock, utimensat,
+};
 
 use super::{Disk, File, Kind, Lock, Locked, Stamp};
 
@@ -109,6 +112,22 @@ impl Disk for Host {
         /// What `st_blocks` counts in.
         const BLOCK: u64 = 512;
         Ok(fs::symlink_metadata(path)?.blocks().saturating_mul(BLOCK))
+    }
+
+    fn touch(&self, path: &Path) -> io::Result<()> {
+        let now = Timespec {
+            tv_sec: 0,
+            tv_nsec: UTIME_NOW,
+        };
+        let times = Timestamps {
+            last_access: now,
+            last_modification: now,
+        };
+        Ok(utimensat(CWD, path, &times, AtFlags::empty())?)
+    }
+
+    fn touched(&self, path: &Path) -> io::Result<SystemTime> {
+        fs::metadata(path)?.modified()
     }
 
     fn lock(&self, path: &Path, how: Lock) -> io::Result<Option<Box<dyn Locked>>> {

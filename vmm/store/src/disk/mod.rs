@@ -5,6 +5,7 @@
 mod host;
 
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 use std::{fmt, io};
 
 pub(crate) use self::host::Host;
@@ -71,6 +72,18 @@ pub(crate) trait Disk: fmt::Debug + Send + Sync {
     fn real(&self, path: &Path) -> io::Result<PathBuf>;
     /// Bytes of a file that take space.
     fn allocated(&self, path: &Path) -> io::Result<u64>;
+    /// The files in a directory and in those in it, and the bytes of each; `None` where each has to be looked for.
+    fn files_below(&self, _path: &Path) -> io::Result<Option<Vec<(PathBuf, u64)>>> {
+        Ok(None)
+    }
+    /// Notes that a file was used now.
+    fn touch(&self, _path: &Path) -> io::Result<()> {
+        Ok(())
+    }
+    /// When a file was used last, as far as was noted.
+    fn touched(&self, _path: &Path) -> io::Result<SystemTime> {
+        Ok(SystemTime::UNIX_EPOCH)
+    }
     /// Holds a directory; `None` if that cannot be had now.
     fn lock(&self, path: &Path, how: Lock) -> io::Result<Option<Box<dyn Locked>>>;
 }

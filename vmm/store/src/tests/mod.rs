@@ -4,15 +4,21 @@
 //! |---|---|
 //! | `memory` | a disk in memory that can lose its power |
 //! | `faulty` | a disk that refuses, is short, or dies at its k-th operation |
+//! | `bucket` | objects in memory, whose k-th operation goes wrong, or is when somebody else does something |
 //! | `saving` | what is saved is what is loaded |
 //! | `right` | what was seen to be right is not read again |
 //! | `strangers` | what is no store or no snapshot is left alone |
 //! | `damage` | every byte of a small snapshot changed, and every file cut |
 //! | `refused` | each operation refused in turn |
 //! | `power` | the power lost at each operation in turn |
+//! | `copying` | copies between directories and objects, refused, cut and raced at each operation in turn |
+//! | `caching` | the cache of chunks |
 //! | `mutated` | a short run of what `tests/fuzz` does for long |
 //! | `golden` | snapshots of each version, as they were once written |
 
+mod bucket;
+mod caching;
+mod copying;
 mod damage;
 mod faulty;
 mod golden;
