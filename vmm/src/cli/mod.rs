@@ -121,6 +121,8 @@ enum Failure {
     #[error(transparent)]
     Store(#[from] StoreError),
     #[error(transparent)]
+    Place(#[from] snapshot::PlaceError),
+    #[error(transparent)]
     Source(#[from] SourceError),
     #[error("{why}")]
     NameTaken { why: String },
@@ -145,11 +147,13 @@ impl Failure {
                 | StoreError::NoPlace { .. }
                 | StoreError::Exists { .. }
                 | StoreError::InTheWay { .. }
-                | StoreError::Nested { .. },
+                | StoreError::Nested { .. }
+                | StoreError::ReadOnly { .. }
+                | StoreError::NotCollected { .. },
             )
-            | Self::Source(SourceError::Store(StoreError::Name(_) | StoreError::NoPlace { .. }))
             | Self::OutputFile(OutputFileError::Same { .. }) => EXIT_USAGE,
             Self::Run(session::RunError::Untrusted(_)) => EXIT_USAGE,
+            Self::Place(error) if error.is_usage() => EXIT_USAGE,
             _ => EXIT_ERROR,
         }
     }
@@ -171,8 +175,7 @@ impl Failure {
                 Some("--guest takes `payload`, or the path of a static ELF")
             }
             Self::Run(session::RunError::Untrusted(_) | session::RunError::Load(_)) => None,
-            Self::Store(StoreError::Name(_))
-            | Self::Source(SourceError::Store(StoreError::Name(_))) => {
+            Self::Store(StoreError::Name(_)) => {
                 Some("a snapshot is STORE/NAME: the directory of its store, and its name there")
             }
             Self::Run(_) | Self::Family(_) | Self::Limits(_) | Self::NotPlayed { .. } => {

@@ -70,9 +70,9 @@ pub fn fill(
         return Err(LoadError::Size { snapshot, memory });
     }
     let began = Instant::now();
-    let mut content = vec![0; CHUNK_BYTES as usize];
     let all = kept.index().len();
-    for (done, (region, _)) in (0..).zip(kept.index().iter()) {
+    let mut done = 0;
+    let mut write = |region: u64, content: &[u8]| -> Result<(), LoadError> {
         let progress = Progress {
             done: done * CHUNK_BYTES,
             bytes: all * CHUNK_BYTES,
@@ -82,13 +82,23 @@ pub fn fill(
         if !watch(&progress) {
             return Err(StoreError::CalledOff.into());
         }
-        let content = &mut content[..kept.index().region_bytes(region) as usize];
-        kept.region(region, content)?;
         // Zeros take no frames.
         for (offset, run) in data_runs(content) {
             let gpa = region * CHUNK_BYTES + offset as u64;
             let written = ram.write(gpa, run);
             written.map_err(|source| LoadError::Memory { gpa, source })?;
+        }
+        done += 1;
+        Ok(())
+    };
+    if kept.store().is_remote() {
+        kept.each_region(&mut write)?;
+    } else {
+        let mut content = vec![0; CHUNK_BYTES as usize];
+        for (region, _) in kept.index().iter() {
+            let content = &mut content[..kept.index().region_bytes(region) as usize];
+            kept.region(region, content)?;
+            write(region, content)?;
         }
     }
     watch(&Progress {

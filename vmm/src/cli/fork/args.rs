@@ -7,7 +7,7 @@ use guest::abi::Pattern;
 
 use crate::accel::Accel;
 use crate::cli::args::{pattern_parser, random_seed};
-use crate::cli::snapshot::LoadingArgs;
+use crate::cli::snapshot::{CacheArgs, LoadingArgs, ReachArgs};
 use crate::cli::units::{parse_size, parse_time};
 use crate::policy::Policy;
 use crate::session::config::{Config, GuestSource, Injection, PageSize, RunLength};
@@ -36,6 +36,12 @@ pub(crate) struct ForkArgs {
 
     #[command(flatten)]
     pub(crate) loading: LoadingArgs,
+
+    #[command(flatten)]
+    pub(crate) reach: ReachArgs,
+
+    #[command(flatten)]
+    pub(crate) cache: CacheArgs,
 
     /// Clones of the guest
     #[arg(

@@ -16,6 +16,7 @@ pub(super) use self::args::ForkArgs;
 use self::status::ForkStatus;
 use super::output_file::OutputFile;
 use super::screen::Screen;
+use super::snapshot::Places;
 use super::{Failure, guest_image, interrupt, print, told};
 use crate::session::kept::Source;
 use crate::session::report::Verdict;
@@ -24,7 +25,12 @@ use palimpsest::host::Limits;
 
 /// What came of it.
 pub(super) fn run(args: &ForkArgs, screen: &Screen) -> Result<Verdict, Failure> {
-    let mut source = args.from.as_deref().map(Source::open).transpose()?;
+    // What is asked of a store by URL goes on when the run is to end: its last checks may want memory that is there.
+    let places = Places::new(&args.reach, Default::default()).with_cache(&args.cache);
+    let mut source = match &args.from {
+        Some(path) => Some(Source::of(places.read(path)?)?),
+        None => None,
+    };
     if let Some(source) = &mut source {
         source.loading = args.loading.loading();
     }
@@ -50,6 +56,7 @@ pub(super) fn run(args: &ForkArgs, screen: &Screen) -> Result<Verdict, Failure> 
     let mut status = ForkStatus::new(screen.clone(), &config, stop.clone());
     let outcome = family::run_from(&config, beginning, &stop, &mut status);
     status.finish();
+    places.tell_trouble(screen);
     let report = outcome?;
 
     let printed = print(&text::render(&report)).map_err(Failure::Print);

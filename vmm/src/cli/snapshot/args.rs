@@ -7,6 +7,7 @@ use std::time::Duration;
 use clap::Subcommand;
 use palimpsest::kept::store::{Compression, SnapshotName};
 
+use super::place::{CacheArgs, ReachArgs};
 use crate::accel::Accel;
 use crate::cli::args::RunArgs;
 use crate::cli::units::{parse_size, parse_time};
@@ -16,7 +17,9 @@ use crate::session::kept::{Lazy, Loading, Prefetch};
 
 /// Keep snapshots as files, and run on from them in another process or on another host
 ///
-/// A snapshot is STORE/NAME: the directory of a store, and a name in it. All snapshots of a store share what they have
+/// A snapshot is STORE/NAME: the directory of a store, and a name in it; or the URL of a store in an object store
+/// (s3://BUCKET/PATH, gs://BUCKET/PATH, az://CONTAINER/PATH) where one is read from, or pushed to. Credentials are in the
+/// environment, by the names that everybody uses (AWS_ACCESS_KEY_ID, AWS_ENDPOINT and so on). All snapshots of a store share what they have
 /// in common: memory is in chunks of 2 MiB that are named by the hash of what is in them. Nothing has its final name
 /// before it is whole and durable, and nothing is used that was not checked. docs/format.md says what is in a store.
 #[derive(Debug, clap::Args)]
@@ -35,6 +38,8 @@ pub(super) enum Verb {
     Verify(VerifyArgs),
     Diff(DiffArgs),
     Prune(PruneArgs),
+    Push(PushArgs),
+    Pull(PullArgs),
 }
 
 /// Run a guest, and save its last snapshot while it runs on
@@ -167,6 +172,12 @@ pub(super) struct RunKeptArgs {
     #[command(flatten)]
     pub(super) loading: LoadingArgs,
 
+    #[command(flatten)]
+    pub(super) reach: ReachArgs,
+
+    #[command(flatten)]
+    pub(super) cache: CacheArgs,
+
     /// Do one thing wrong on purpose, to see that an oracle catches it; exit code 3
     #[arg(long, value_name = "FAULT")]
     inject: Option<Injection>,
@@ -268,6 +279,12 @@ pub(super) struct LoadArgs {
     #[command(flatten)]
     pub(super) place: PlaceArgs,
 
+    #[command(flatten)]
+    pub(super) reach: ReachArgs,
+
+    #[command(flatten)]
+    pub(super) cache: CacheArgs,
+
     /// Print JSON instead of the screen
     #[arg(long)]
     pub(super) json: bool,
@@ -279,6 +296,9 @@ pub(super) struct ListArgs {
     /// The store
     #[arg(value_name = "STORE")]
     pub(super) store: PathBuf,
+
+    #[command(flatten)]
+    pub(super) reach: ReachArgs,
 
     /// Print JSON instead of the screen
     #[arg(long)]
@@ -292,6 +312,9 @@ pub(super) struct InfoArgs {
     #[arg(value_name = "STORE/NAME")]
     pub(super) path: PathBuf,
 
+    #[command(flatten)]
+    pub(super) reach: ReachArgs,
+
     /// Print its manifest
     #[arg(long)]
     pub(super) json: bool,
@@ -303,6 +326,9 @@ pub(super) struct VerifyArgs {
     /// The snapshot, or the store
     #[arg(value_name = "STORE[/NAME]")]
     pub(super) path: PathBuf,
+
+    #[command(flatten)]
+    pub(super) reach: ReachArgs,
 
     /// Print JSON instead of the screen
     #[arg(long)]
@@ -320,6 +346,12 @@ pub(super) struct DiffArgs {
     #[arg(value_name = "STORE/NAME")]
     pub(super) other: PathBuf,
 
+    #[command(flatten)]
+    pub(super) reach: ReachArgs,
+
+    #[command(flatten)]
+    pub(super) cache: CacheArgs,
+
     /// Print JSON instead of the screen
     #[arg(long)]
     pub(super) json: bool,
@@ -327,7 +359,8 @@ pub(super) struct DiffArgs {
 
 /// Drop snapshots by name, and collect what no snapshot names
 ///
-/// Waits for who saves to the store or loads from it.
+/// Waits for who saves to the store or loads from it. A store by URL is not collected, since nobody can wait for a push
+/// that goes on elsewhere: --drop takes snapshots away there, and leaves their chunks.
 #[derive(Debug, clap::Args)]
 pub(super) struct PruneArgs {
     /// The store
@@ -341,6 +374,89 @@ pub(super) struct PruneArgs {
     /// How long to wait for who uses the store
     #[arg(long, value_name = "TIME", default_value = "10s", value_parser = parse_time)]
     pub(super) wait: Duration,
+
+    #[command(flatten)]
+    pub(super) reach: ReachArgs,
+
+    /// Print JSON instead of the screen
+    #[arg(long)]
+    pub(super) json: bool,
+}
+
+/// Copy a snapshot to an object store, or to another directory
+///
+/// Chunks that are there are not sent again, whoever has sent them; a push that was cut goes on when it is done again.
+/// Nothing has the snapshot's name there before all of it is there, and of two that push different snapshots by one name
+/// one is first, and the other is told. The store is made if there is nothing.
+#[derive(Debug, clap::Args)]
+pub(super) struct PushArgs {
+    /// The snapshot
+    #[arg(value_name = "STORE/NAME")]
+    pub(super) from: PathBuf,
+
+    /// The store to copy it to
+    #[arg(value_name = "URL")]
+    pub(super) to: PathBuf,
+
+    /// Compress the chunks that are sent, at this level of zstd, 1 to 19; 0 sends them as they are
+    #[arg(
+        long,
+        value_name = "LEVEL",
+        default_value_t = 3,
+        value_parser = clap::value_parser!(i32).range(0..=19)
+    )]
+    pub(super) zstd: i32,
+
+    /// Read each chunk back that was sent or found there, and send those again that are damaged there
+    #[arg(long)]
+    pub(super) check: bool,
+
+    #[command(flatten)]
+    pub(super) copy: CopyArgs,
+}
+
+/// Copy a snapshot from an object store, or from another directory, to a directory
+///
+/// All of it is checked as it comes. Chunks that are there are not fetched; a pull that was cut goes on when it is done
+/// again. The store is made if there is nothing.
+#[derive(Debug, clap::Args)]
+pub(super) struct PullArgs {
+    /// The snapshot
+    #[arg(value_name = "URL/NAME")]
+    pub(super) from: PathBuf,
+
+    /// The store to copy it to
+    #[arg(value_name = "STORE")]
+    pub(super) to: PathBuf,
+
+    /// Compress the chunks that are written, at this level of zstd, 1 to 19 [default level: 3]
+    #[arg(
+        long,
+        value_name = "LEVEL",
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "3",
+        value_parser = clap::value_parser!(i32).range(1..=19)
+    )]
+    pub(super) zstd: Option<i32>,
+
+    #[command(flatten)]
+    pub(super) copy: CopyArgs,
+}
+
+/// How a snapshot is copied.
+#[derive(Debug, clap::Args)]
+pub(super) struct CopyArgs {
+    /// The name that it is to have there [default: the one that it has]
+    #[arg(long = "as", value_name = "NAME")]
+    pub(super) name: Option<SnapshotName>,
+
+    /// Chunks that are under way at once
+    #[arg(long, value_name = "N", default_value = "8")]
+    pub(super) at_once: NonZeroUsize,
+
+    #[command(flatten)]
+    pub(super) reach: ReachArgs,
 
     /// Print JSON instead of the screen
     #[arg(long)]

@@ -2,17 +2,17 @@
 
 use std::collections::HashSet;
 use std::io;
-use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 
 use palimpsest::causes::chain;
 use palimpsest::kept::Progress;
-use palimpsest::kept::store::{self, CHUNK_BYTES, Kept, Store, StoreError, locate};
+use palimpsest::kept::store::{self, CHUNK_BYTES, Store, StoreError};
 use serde::Serialize;
 use serde_json::json;
 
 use super::args::{DiffArgs, InfoArgs, ListArgs, VerifyArgs};
+use super::place::{Places, locate};
 use super::transfer::Transfer;
 use crate::cli::report_text::plural;
 use crate::cli::screen::Screen;
@@ -24,11 +24,6 @@ use crate::session::report::Verdict;
 pub(super) fn json(value: &impl Serialize) -> Result<String, Failure> {
     let json = serde_json::to_string_pretty(value);
     Ok(json.map_err(|error| Failure::Print(io::Error::other(error)))? + "\n")
-}
-
-fn read(path: &Path) -> Result<Kept, Failure> {
-    let (store, name) = locate(path)?;
-    Ok(Store::open(&store)?.read(&name)?)
 }
 
 /// How long ago that was.
@@ -46,7 +41,8 @@ fn age(created_unix_s: u64) -> String {
 
 /// `vmm snapshot list`.
 pub(super) fn list(args: &ListArgs) -> Result<Verdict, Failure> {
-    let store = Store::open(&args.store)?;
+    let places = Places::new(&args.reach, Default::default());
+    let store = places.store(&args.store)?;
     let entries = store::list(&store)?;
     let is_right = entries.iter().all(|entry| {
         entry
@@ -115,7 +111,7 @@ fn entry_text(entry: &store::Entry) -> String {
 
 /// `vmm snapshot info`.
 pub(super) fn info(args: &InfoArgs) -> Result<Verdict, Failure> {
-    let kept = read(&args.path)?;
+    let kept = Places::new(&args.reach, Default::default()).read(&args.path)?;
     let manifest = kept.manifest();
     let text = match args.json {
         true => json(manifest)?,
@@ -184,24 +180,26 @@ fn short(hash: &str) -> &str {
 
 /// `vmm snapshot verify`.
 pub(super) fn verify(args: &VerifyArgs, screen: &Screen) -> Result<Verdict, Failure> {
+    let stop = interrupt::stop_flag().map_err(Failure::Signals)?;
+    // What is in a cache says nothing of what is in the store.
+    let places = Places::new(&args.reach, stop.clone());
     // A store has a marker, and a snapshot has none.
-    let (store, names) = match Store::open(&args.path) {
+    let (store, names) = match places.store(&args.path) {
         Ok(store) => {
             let names = store.names()?;
             (store, names)
         }
-        Err(StoreError::NoStore { .. }) if !Store::is_marked(&args.path) => {
+        Err(Failure::Store(StoreError::NoStore { .. })) if !Store::is_marked(&args.path) => {
             let (path, name) = locate(&args.path)?;
-            let store = Store::open(&path)?;
+            let store = places.store(&path)?;
             if !store.names()?.contains(&name) {
                 let store = store.path().to_owned();
                 return Err(StoreError::NoSnapshot { store, name }.into());
             }
             (store, vec![name])
         }
-        Err(error) => return Err(error.into()),
+        Err(failure) => return Err(failure),
     };
-    let stop = interrupt::stop_flag().map_err(Failure::Signals)?;
     let (began, mut right) = (Instant::now(), HashSet::new());
     let (mut wrong, mut snapshots, mut text) = (0, Vec::new(), String::new());
     for name in &names {
@@ -248,11 +246,13 @@ pub(super) fn verify(args: &VerifyArgs, screen: &Screen) -> Result<Verdict, Fail
 
 /// `vmm snapshot diff`.
 pub(super) fn diff(args: &DiffArgs, screen: &Screen) -> Result<Verdict, Failure> {
-    let [one, other] = [read(&args.one)?, read(&args.other)?];
     let stop = interrupt::stop_flag().map_err(Failure::Signals)?;
+    let places = Places::new(&args.reach, stop.clone()).with_cache(&args.cache);
+    let [one, other] = [places.read(&args.one)?, places.read(&args.other)?];
     let mut watch = watch_chunks("comparing", Instant::now(), &stop, screen);
     let found = store::diff(&one, &other, &mut watch);
     screen.clear_block();
+    places.tell_trouble(screen);
     let found = found?;
     let text = match args.json {
         true => json(&json!({

@@ -5,17 +5,22 @@
 //! | `args` | its verbs and their flags |
 //! | `running` | verbs that run a guest: save, run, load |
 //! | `looking` | verbs that look at what is there: list, info, verify, diff |
+//! | `copying` | push and pull: from one store to another |
+//! | `place` | where a snapshot is: a directory, or a URL |
 //! | `pruning` | dropping and collecting |
 //! | `transfer` | how far a save or a load is |
 
 mod args;
+mod copying;
 mod looking;
+mod place;
 mod pruning;
 mod running;
 mod transfer;
 
 use self::args::Verb;
 pub(super) use self::args::{LoadingArgs, SnapshotArgs};
+pub(super) use self::place::{CacheArgs, PlaceError, Places, ReachArgs};
 pub(super) use self::transfer::Transfer;
 use super::Failure;
 use super::screen::Screen;
@@ -32,5 +37,7 @@ pub(super) fn run(args: &SnapshotArgs, screen: &Screen) -> Result<Verdict, Failu
         Verb::Verify(verify) => looking::verify(verify, screen),
         Verb::Diff(diff) => looking::diff(diff, screen),
         Verb::Prune(prune) => pruning::run(prune, screen),
+        Verb::Push(push) => copying::push(push, screen),
+        Verb::Pull(pull) => copying::pull(pull, screen),
     }
 }

@@ -4,9 +4,10 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use palimpsest::host::Limits;
-use palimpsest::kept::store::{Store, StoreError, locate};
+use palimpsest::kept::store::{Store, StoreError};
 
 use super::args::{KeepingArgs, LoadArgs, RunKeptArgs, SaveArgs};
+use super::place::{Places, is_url, locate};
 use super::transfer::Transfer;
 use crate::accel::Accel;
 use crate::cli::output_file::OutputFile;
@@ -28,6 +29,9 @@ pub(super) fn save(args: &SaveArgs, screen: &Screen) -> Result<Verdict, Failure>
     }
     config.validate(&Limits::detect().map_err(Failure::Limits)?)?;
     let (path, name) = locate(&args.path)?;
+    if is_url(&path) {
+        return Err(StoreError::ReadOnly { store: path }.into());
+    }
     // Found out now and not after minutes of running.
     let report = prepare_report(args.report.as_deref())?;
     let image = guest_image(&config.guest)?;
@@ -47,7 +51,9 @@ pub(super) fn save(args: &SaveArgs, screen: &Screen) -> Result<Verdict, Failure>
 /// `vmm snapshot run`.
 pub(super) fn run(args: &RunKeptArgs, screen: &Screen) -> Result<Verdict, Failure> {
     let report = prepare_report(args.report.as_deref())?;
-    let mut source = Source::open(&args.path)?;
+    // What is asked of a store by URL goes on when the run is to end: its last checks may want memory that is there.
+    let places = Places::new(&args.reach, Default::default()).with_cache(&args.cache);
+    let mut source = Source::of(places.read(&args.path)?)?;
     source.loading = args.loading.loading();
     let config = args.apply(source.config());
     // How much room it needs the run finds out: no flag says how large the guest is.
@@ -61,14 +67,16 @@ pub(super) fn run(args: &RunKeptArgs, screen: &Screen) -> Result<Verdict, Failur
         None => None,
     };
     let stop = interrupt::stop_flag().map_err(Failure::Signals)?;
-    go(
+    let verdict = go(
         &config,
         Beginning::Load(Box::new(source)),
         keep,
         &stop,
         report,
         screen,
-    )
+    );
+    places.tell_trouble(screen);
+    verdict
 }
 
 fn prepare_report(path: Option<&Path>) -> Result<Option<OutputFile>, Failure> {
@@ -142,16 +150,18 @@ fn go(
 
 /// `vmm snapshot load`.
 pub(super) fn load(args: &LoadArgs, screen: &Screen) -> Result<Verdict, Failure> {
-    let source = Source::open(&args.path)?;
+    let stop = interrupt::stop_flag().map_err(Failure::Signals)?;
+    let places = Places::new(&args.reach, stop.clone()).with_cache(&args.cache);
+    let source = Source::of(places.read(&args.path)?)?;
     let config = args.place.apply(source.config());
     config.validate_all_but_room()?;
-    let stop = interrupt::stop_flag().map_err(Failure::Signals)?;
     let mut transfer = Transfer::default();
     let checked = kept::check(&config, &source, &mut |progress| {
         transfer.tell("loading", progress, screen);
         !stop.load(Ordering::Relaxed)
     });
     screen.clear_block();
+    places.tell_trouble(screen);
     let checked = checked.map_err(Failure::Run)?;
     for violation in &checked.found {
         screen.line(&violation.to_string());

@@ -1,10 +1,9 @@
 //! A snapshot in a store, to begin with.
 
-use std::path::Path;
 use std::sync::Arc;
 
 use guest::abi::ABI_VERSION;
-use palimpsest::kept::store::{Kept, SnapshotName, Store, StoreError, locate};
+use palimpsest::kept::store::{Kept, SnapshotName, Store};
 
 use super::facts::Facts;
 use super::lazily::Loading;
@@ -24,9 +23,6 @@ pub struct Source {
 /// Why a snapshot cannot be begun with.
 #[derive(Debug, thiserror::Error)]
 pub enum SourceError {
-    /// The store does not give it.
-    #[error(transparent)]
-    Store(#[from] StoreError),
     /// It was not saved by this program.
     #[error(
         "`{name}` was saved by another program ({creator}): this one does not know what to check of it"
@@ -67,16 +63,7 @@ pub enum SourceError {
 }
 
 impl Source {
-    /// The snapshot at `STORE/NAME`.
-    ///
-    /// # Errors
-    /// If there is none, it is damaged, or not of this program's.
-    pub fn open(path: &Path) -> Result<Self, SourceError> {
-        let (store, name) = locate(path)?;
-        Self::of(Store::open(&store)?.read(&name)?)
-    }
-
-    /// The same of one that was read.
+    /// A snapshot that was read, of this program's.
     ///
     /// # Errors
     /// If it is not of this program's.
