@@ -640,7 +640,8 @@ fn what_is_in_the_cache_is_not_asked_for() {
     assert_eq!(chunks(&faults), 2);
 }
 
-/// What a load costs from the cache and from a bucket on loopback, beside a directory. For people, with `--nocapture`.
+/// What a load costs from the cache, beside a directory, and from a bucket, which is the server's time here: it hands out
+/// files by 4 KiB, and is built to be built quickly. For people, with `--nocapture`.
 #[test]
 #[ignore = "it measures, and asserts nothing"]
 fn what_a_load_costs() {
