@@ -1257,3 +1257,95 @@ fn a_run_whose_last_checkpoint_is_refused_says_so_at_its_end() {
     assert_eq!(report["snapshots"]["taken"], report["snapshots"]["checked"]);
     assert_eq!(names(&place), [""; 0]);
 }
+
+/// Whole, hashes and all: nothing is damaged, and it is no snapshot that this program can run.
+#[test]
+fn what_is_whole_and_cannot_be_run_is_told_in_a_note() {
+    if no_kvm() {
+        return;
+    }
+    let place = place();
+    assert_exit(&place.save("warm", &[]), 0);
+    let plain = place.on("verify", "warm", &["--json"]);
+    assert_exit(&plain, 0);
+    assert_eq!(json(&plain)[0]["notes"], Value::Array(vec![]));
+    type Change = fn(&mut Facts, &mut Vec<Part>);
+    let changes: [(&str, Change, &str); 6] = [
+        (
+            "vcpu",
+            |_, parts| parts[0].version += 1,
+            "its part `vcpu/0` makes no sense",
+        ),
+        (
+            "device",
+            |_, parts| parts[2].bytes.clear(),
+            "its part `device/0` makes no sense",
+        ),
+        (
+            "boot",
+            |_, parts| parts.retain(|part| part.name != "boot/1"),
+            "it has no part `boot/1`",
+        ),
+        (
+            "reference",
+            |_, parts| drop(parts.pop()),
+            "which pages its guest never writes",
+        ),
+        (
+            "abi",
+            |facts, _| drop(facts.program.insert("abi".to_owned(), 9999.into())),
+            "ABI 9999",
+        ),
+        (
+            "cpu",
+            |facts, _| facts.machine.cpu.vendor = "Nobody".to_owned(),
+            "CPU of Nobody",
+        ),
+    ];
+    for (name, change, why) in changes {
+        forge(&place, name, change);
+        let verified = place.on("verify", name, &[]);
+        assert_exit(&verified, 0);
+        let text = stdout(&verified);
+        assert!(
+            text.contains("note: ") && text.contains(why),
+            "{name}: {text}"
+        );
+        let notes = json(&place.on("verify", name, &["--json"]));
+        assert_eq!(notes[0]["wrong"], Value::Array(vec![]));
+        assert!(
+            notes[0]["notes"].to_string().contains(why),
+            "{name}: {notes}"
+        );
+    }
+}
+
+/// Not by running it: KVM is asked whether it takes them.
+#[test]
+fn registers_that_cannot_be_set_here_are_no_load() {
+    if no_kvm() || accel() == Accel::User {
+        return;
+    }
+    let place = place();
+    assert_exit(&place.save("warm", &[]), 0);
+    assert_exit(&place.on("load", "warm", &[]), 0);
+    forge(&place, "made-up", |_, parts| {
+        let part = &mut parts[1];
+        let saved = Saved::stored(part.version, part.bytes.clone());
+        let state = VcpuState::of_saved(&saved).unwrap();
+        let (regs, mut sregs) = (*state.regs(), *state.sregs());
+        // No CPU has it.
+        sregs.cr4 |= 1 << 63;
+        part.bytes = Saved::new(state.with_registers(regs, sregs)).to_bytes();
+    });
+    for verb in ["load", "run"] {
+        let refused = place.on(verb, "made-up", &[]);
+        assert_exit(&refused, 1);
+        assert!(
+            stderr(&refused).contains("vcpu 1"),
+            "{verb}: {}",
+            all(&refused)
+        );
+    }
+    assert!(stderr(&place.on("load", "made-up", &[])).contains("cannot be set here"));
+}

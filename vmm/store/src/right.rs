@@ -29,6 +29,19 @@ struct Seen {
     bytes: u64,
     is_compressed: bool,
     stamp: Stamp,
+    /// Its name was made durable since. It is that of this file, which would have changed with it.
+    is_named_durably: bool,
+}
+
+/// What is known of a chunk's file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Known {
+    /// Nothing, or it has changed: it must be read.
+    Nothing,
+    /// Its content is right.
+    Right,
+    /// And it will have its name after a power cut.
+    RightAndDurable,
 }
 
 impl Right {
@@ -47,8 +60,31 @@ impl Right {
             bytes,
             is_compressed: compression != Compression::None,
             stamp,
+            is_named_durably: false,
         };
-        self.seen().insert(hash, seen);
+        let mut all = self.seen();
+        match all.get(&hash) {
+            // Nothing new.
+            Some(known) if known.stamp == stamp => {}
+            _ => drop(all.insert(hash, seen)),
+        }
+    }
+
+    /// What was seen of `hashes`: before their folders are made durable.
+    pub(crate) fn stamps(&self, hashes: impl Iterator<Item = Hash>) -> Vec<(Hash, Stamp)> {
+        let all = self.seen();
+        let stamp = |hash| Some((hash, all.get(&hash)?.stamp));
+        hashes.filter_map(stamp).collect()
+    }
+
+    /// The folders of `seen` were made durable since. Another save may have put other files there meanwhile.
+    pub(crate) fn named_durably(&self, seen: &[(Hash, Stamp)]) {
+        let mut all = self.seen();
+        for (hash, stamp) in seen {
+            if let Some(seen) = all.get_mut(hash).filter(|seen| seen.stamp == *stamp) {
+                seen.is_named_durably = true;
+            }
+        }
     }
 
     fn seen(&self) -> MutexGuard<'_, HashMap<Hash, Seen>> {
@@ -57,10 +93,10 @@ impl Right {
 }
 
 impl Store {
-    /// Whether the chunk `hash`, with `bytes` bytes of content, was seen to be right and is as it was then.
-    pub(crate) fn is_still_right(&self, hash: Hash, bytes: u64) -> bool {
+    /// What is known of the chunk `hash`, with `bytes` bytes of content, if it is as it was when it was seen.
+    pub(crate) fn known(&self, hash: Hash, bytes: u64) -> Known {
         let Some(seen) = self.right().seen().get(&hash).copied() else {
-            return false;
+            return Known::Nothing;
         };
         let stamp = |compression| {
             let path = chunk::path_of(self, hash, compression);
@@ -71,6 +107,11 @@ impl Store {
             (Ok(None), true) => stamp(Compression::ANY),
             (now, _) => now,
         };
-        seen.bytes == bytes && matches!(now, Ok(Some(now)) if now == seen.stamp)
+        let is_same = seen.bytes == bytes && matches!(now, Ok(Some(now)) if now == seen.stamp);
+        match (is_same, seen.is_named_durably) {
+            (false, _) => Known::Nothing,
+            (true, false) => Known::Right,
+            (true, true) => Known::RightAndDurable,
+        }
     }
 }

@@ -25,6 +25,7 @@ use crate::manifest::{FileFacts, Machine, Manifest, MemoryFacts, Parent};
 use crate::name::SnapshotName;
 use crate::parts::{Part, encode_parts};
 use crate::read::Kept;
+use crate::right::Known;
 use crate::store::{Hold, Store, TMP, fresh_suffix};
 use crate::writers::Writers;
 
@@ -97,6 +98,7 @@ pub struct Saving {
     parent: Option<Parent>,
     staging: PathBuf,
     index: ChunkIndex,
+    /// Those that are to be made durable.
     folders: [bool; 256],
     /// Chunks that this save has written, or read and found right: it need not look at them once more.
     right: HashSet<Hash>,
@@ -194,6 +196,7 @@ impl Saving {
             self.saved.found += 1;
         } else {
             self.saved.written += 1;
+            self.folders[usize::from(hash.folder())] = true;
             self.writers.send(region, hash, content)?;
         }
         self.right.insert(hash);
@@ -213,11 +216,9 @@ impl Saving {
         // A chunk of the same name and another length is not this one.
         let is_whole = bytes == CHUNK_BYTES;
         if !(is_whole && self.right.contains(&hash)) {
-            if !self.store.is_still_right(hash, bytes) {
-                self.scratch.resize(bytes as usize, 0);
-                if !matches!(chunk::read(&self.store, hash, &mut self.scratch), Ok(true)) {
-                    return Ok(false);
-                }
+            let is_right = self.is_right(hash, bytes, |_| true);
+            if !is_right {
+                return Ok(false);
             }
             if is_whole {
                 self.right.insert(hash);
@@ -238,18 +239,27 @@ impl Saving {
     }
 
     fn name_chunk(&mut self, region: u64, hash: Hash) {
-        self.folders[usize::from(hash.folder())] = true;
         self.index.push(region, hash);
     }
 
     /// Whether there is a chunk of this content, every byte of it. One that cannot be read is written anew.
     fn has(&mut self, hash: Hash, content: &[u8]) -> bool {
-        if self.store.is_still_right(hash, content.len() as u64) {
-            return true;
+        self.is_right(hash, content.len() as u64, |found| found == content)
+    }
+
+    /// Whether there is a chunk `hash` of so many bytes that is right: it is known to be, or is read and found to be,
+    /// and `is_it`. Its folder is made durable in the end, unless that is known, too.
+    fn is_right(&mut self, hash: Hash, bytes: u64, is_it: impl FnOnce(&[u8]) -> bool) -> bool {
+        let known = self.store.known(hash, bytes);
+        if known == Known::Nothing {
+            self.scratch.resize(bytes as usize, 0);
+            let found = &mut self.scratch;
+            if !matches!(chunk::read(&self.store, hash, found), Ok(true)) || !is_it(found) {
+                return false;
+            }
         }
-        self.scratch.resize(content.len(), 0);
-        let found = &mut self.scratch;
-        matches!(chunk::read(&self.store, hash, found), Ok(true)) && found == content
+        self.folders[usize::from(hash.folder())] |= known != Known::RightAndDurable;
+        true
     }
 
     #[cfg(test)]
@@ -314,10 +324,14 @@ impl Saving {
     ) -> Result<Saved, StoreError> {
         self.writers.finish()?;
         let store = self.store.clone();
+        let seen = store
+            .right()
+            .stamps(self.index.iter().map(|(_, hash)| hash));
         for folder in (0..=u8::MAX).filter(|folder| self.folders[usize::from(*folder)]) {
             store.sync_dir(&chunk::folder_of(&store, folder))?;
         }
         store.sync_dir(&store.path().join(CHUNKS))?;
+        store.right().named_durably(&seen);
         for (file, bytes) in [(INDEX, index), (STATE, state), (MANIFEST, manifest)] {
             store.write_durable(&self.staging.join(file), bytes)?;
         }

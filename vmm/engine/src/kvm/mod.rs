@@ -14,7 +14,7 @@
 //! How: [`platform`] says which KVM this host has, `open` and `create` make the file descriptors, [`boot`]
 //! (with `paging`) fills guest memory, [`registers`] holds the entry state, [`machine`] and `control` drive
 //! the vCPU threads of `vcpu`, `kick` gets them out of the guest, [`fault`] finds the pages of a write fault,
-//! `watch` kicks vCPUs that do not come out by themselves, [`state`] and `msr` capture and restore registers.
+//! `watch` kicks vCPUs that do not come out by themselves, `trial` tries registers without running, [`state`] and `msr` capture and restore registers.
 //! Memory is reached only through [`GuestRam`], ports only through [`PortHandler`].
 //!
 //! Not covered: interrupts (there is no interrupt controller), guests that leave 64-bit mode, `in` and MMIO
@@ -45,6 +45,7 @@ mod table_bits;
 pub(crate) mod tables;
 #[cfg(test)]
 pub(crate) mod tests;
+mod trial;
 pub(crate) mod urgent;
 mod vcpu;
 mod vcpus;

@@ -321,6 +321,8 @@ pub(super) struct InfoArgs {
 }
 
 /// Read all of a snapshot, or of each snapshot of a store, and say what is wrong with it; exit code 1 if anything is
+///
+/// What is whole and cannot be run by this program, or on this host, is said in a note: nothing is wrong with it.
 #[derive(Debug, clap::Args)]
 pub(super) struct VerifyArgs {
     /// The snapshot, or the store

@@ -18,6 +18,7 @@ use crate::cli::report_text::plural;
 use crate::cli::screen::Screen;
 use crate::cli::units::{bytes, count, time};
 use crate::cli::{Failure, interrupt, print};
+use crate::session::kept::obstacles;
 use crate::session::report::Verdict;
 
 /// As it is printed.
@@ -219,11 +220,20 @@ pub(super) fn verify(args: &VerifyArgs, screen: &Screen) -> Result<Verdict, Fail
         for error in &verified.wrong {
             text.push_str(&format!("         {}\n", chain(error)));
         }
+        // What is whole may still be nothing that runs.
+        let notes = match verified.wrong.is_empty() {
+            true => obstacles(store.read(name)?),
+            false => Vec::new(),
+        };
+        for note in &notes {
+            text.push_str(&format!("         note: {note}\n"));
+        }
         snapshots.push(json!({
             "name": name,
             "chunks": verified.chunks,
             "bytes_read": verified.bytes,
             "wrong": verified.wrong.iter().map(|error| chain(error)).collect::<Vec<_>>(),
+            "notes": notes,
         }));
     }
     let text = match args.json {

@@ -7,6 +7,7 @@ use palimpsest::host::Limits;
 use palimpsest::kept::Progress;
 use palimpsest::kept::store::{CHUNK_BYTES, StoreError};
 use palimpsest::mm::Toucher;
+use palimpsest::vm::Accelerator;
 use serde::Serialize;
 
 use super::loading::{LoadError, Loaded, Purpose, load};
@@ -50,6 +51,7 @@ pub fn check(
     let limits = Limits::detect().map_err(RunError::Limits)?;
     let plan = MemoryPlan::to_look(config, &limits)?;
     let (sender, _inbox) = events();
+    let name = source.name().to_string();
     let loaded = load(
         &accelerator,
         config,
@@ -61,6 +63,18 @@ pub fn check(
     )?;
     bring_all(source, &loaded, watch)?;
     let vm = &loaded.vm;
+    let mut notes = loaded.notes;
+    match &accelerator {
+        // As when it is started.
+        Accelerator::Kvm(kvm) => {
+            let tried = kvm.try_states(loaded.snapshot.vcpus());
+            tried.map_err(|source| LoadError::States { name, source })?;
+        }
+        Accelerator::User(_) if !config.trust_guest => {
+            notes.push("to run it here takes --trust-guest, since nothing isolates it".to_owned());
+        }
+        Accelerator::User(_) => {}
+    }
     let mut examiner = Examiner::new(
         config.seed,
         config.pattern,
@@ -80,7 +94,7 @@ pub fn check(
         loaded: loaded.counts,
         follows_formula,
         checked_pages: findings.pages,
-        notes: loaded.notes,
+        notes,
         violations: findings
             .violations
             .iter()

@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use guest::abi::Layout;
 use palimpsest::kept::{self, Base, LazyOptions, Progress, Refusal};
-use palimpsest::kvm::StateError;
+use palimpsest::kvm::{KvmError, StateError};
 use palimpsest::mm::{BringError, ForkError};
 use palimpsest::vm::Accelerator;
 
@@ -68,6 +68,14 @@ pub enum LoadError {
         name: String,
         /// Why.
         source: ForeignStateError,
+    },
+    /// KVM does not take its registers.
+    #[error("`{name}` has registers that cannot be set here")]
+    States {
+        /// The snapshot.
+        name: String,
+        /// Why.
+        source: KvmError,
     },
     /// What it has of the registers that booting has set is none.
     #[error("`{name}` does not say which registers booting has set")]

@@ -12,6 +12,7 @@
 //! | `loading` | a VM made of one |
 //! | `saving` | a snapshot of a run into a store, while the run goes on |
 //! | `checkpoints` | one every so often |
+//! | `reading` | whether this program and host can make something of one |
 //! | `checking` | a snapshot loaded and looked at, and no more |
 
 mod checking;
@@ -19,6 +20,7 @@ mod checkpoints;
 mod facts;
 mod lazily;
 mod loading;
+mod reading;
 mod saving;
 mod source;
 
@@ -29,6 +31,7 @@ pub(super) use self::lazily::Going as LoadGoing;
 pub use self::lazily::{Lazy, Loading, Prefetch};
 pub use self::loading::LoadError;
 pub(super) use self::loading::{Loaded, Purpose, load};
+pub use self::reading::obstacles;
 pub use self::saving::Keep;
 pub(super) use self::saving::{Going, Keeping, Of, Then};
 pub use self::source::{Source, SourceError};

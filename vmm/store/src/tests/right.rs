@@ -7,6 +7,7 @@ use super::memory::MemoryDisk;
 use super::*;
 use crate::chunk;
 use crate::hash::Hash;
+use crate::right::Known;
 
 /// A store with a snapshot `a`, the disk it is on, and its first region's chunk.
 fn with_a(options: SaveOptions) -> (MemoryDisk, Store, Hash) {
@@ -83,10 +84,13 @@ fn a_file_that_was_changed_is_read_again() {
                     crate::disk::write_all(&*other, 0, &bytes).unwrap();
                 }
             }
-            assert!(!store.is_still_right(hash, CHUNK_BYTES), "{change}");
+            assert!(store.known(hash, CHUNK_BYTES) == Known::Nothing, "{change}");
             assert_eq!(is_named(&store, hash), change == 3, "{change}");
             // It was read, and is right as it is now.
-            assert_eq!(store.is_still_right(hash, CHUNK_BYTES), change == 3);
+            assert_eq!(
+                store.known(hash, CHUNK_BYTES) != Known::Nothing,
+                change == 3
+            );
         }
     }
 }
@@ -95,7 +99,7 @@ fn a_file_that_was_changed_is_read_again() {
 #[test]
 fn a_file_beside_a_compressed_one_is_read() {
     let (disk, store, hash) = with_a(zstd());
-    assert!(store.is_still_right(hash, CHUNK_BYTES));
+    assert!(store.known(hash, CHUNK_BYTES) != Known::Nothing);
     disk.create(&path(&store, hash, &SaveOptions::default()))
         .unwrap();
     assert!(!is_named(&store, hash));
@@ -104,9 +108,9 @@ fn a_file_beside_a_compressed_one_is_read() {
 #[test]
 fn a_chunk_of_another_length_was_not_seen() {
     let (_, store, hash) = with_a(SaveOptions::default());
-    assert!(store.is_still_right(hash, CHUNK_BYTES));
-    assert!(!store.is_still_right(hash, CHUNK_BYTES - 4096));
-    assert!(!store.is_still_right(Hash::of(b"nobody has it"), CHUNK_BYTES));
+    assert!(store.known(hash, CHUNK_BYTES) != Known::Nothing);
+    assert!(store.known(hash, CHUNK_BYTES - 4096) == Known::Nothing);
+    assert!(store.known(Hash::of(b"nobody has it"), CHUNK_BYTES) == Known::Nothing);
 }
 
 /// On the host's own files, whose stamps are the kernel's.
@@ -115,14 +119,54 @@ fn files_of_the_host_are_told_apart() {
     let (_dir, store) = super::saving::on_disk();
     save(&store, "a", &memory(1, 2)).unwrap();
     let hash = store.read(&name("a")).unwrap().index().get(0).unwrap();
-    assert!(store.is_still_right(hash, CHUNK_BYTES));
+    assert!(store.known(hash, CHUNK_BYTES) != Known::Nothing);
     let path = path(&store, hash, &SaveOptions::default());
     let file = std::fs::File::options().write(true).open(&path).unwrap();
     // What a write does, at a time that is not this one's for sure.
     file.set_modified(std::time::SystemTime::UNIX_EPOCH)
         .unwrap();
-    assert!(!store.is_still_right(hash, CHUNK_BYTES));
-    assert!(is_named(&store, hash) && store.is_still_right(hash, CHUNK_BYTES));
+    assert!(store.known(hash, CHUNK_BYTES) == Known::Nothing);
+    assert!(is_named(&store, hash) && store.known(hash, CHUNK_BYTES) != Known::Nothing);
     std::fs::remove_file(&path).unwrap();
-    assert!(!store.is_still_right(hash, CHUNK_BYTES) && !is_named(&store, hash));
+    assert!(store.known(hash, CHUNK_BYTES) == Known::Nothing && !is_named(&store, hash));
+}
+
+/// By who has made it durable, and not by who has only written or read it.
+#[test]
+fn a_name_that_is_known_to_be_durable_is_not_made_so_again() {
+    let (disk, store, hash) = with_a(SaveOptions::default());
+    assert_eq!(store.known(hash, CHUNK_BYTES), Known::RightAndDurable);
+    let reader = another(&disk);
+    load(&reader, "a").unwrap();
+    assert_eq!(reader.known(hash, CHUNK_BYTES), Known::Right);
+    // It is still what is known when it is read once more.
+    load(&store, "a").unwrap();
+    assert_eq!(store.known(hash, CHUNK_BYTES), Known::RightAndDurable);
+    let mut unfinished = Saving::begin(&store, &name("b"), MEMORY, SaveOptions::default()).unwrap();
+    unfinished.region(0, &memory(8, 9)[&0]).unwrap();
+    unfinished.name_for_test();
+    let other = Hash::of(&memory(8, 9)[&0]);
+    assert_eq!(store.known(other, CHUNK_BYTES), Known::Right);
+    drop(unfinished);
+    save(&store, "c", &memory(8, 9)).unwrap();
+    assert_eq!(store.known(other, CHUNK_BYTES), Known::RightAndDurable);
+    // Another save has put another file there in between.
+    let seen = store.right().stamps([hash].into_iter());
+    disk.open(&path(&store, hash, &SaveOptions::default()))
+        .unwrap()
+        .write_at(0, &[0])
+        .unwrap();
+    load(&store, "a").unwrap();
+    store.right().named_durably(&seen);
+    assert_eq!(store.known(hash, CHUNK_BYTES), Known::Right);
+    // Another file has that name now, and may not after a power cut.
+    let path = path(&store, hash, &SaveOptions::default());
+    disk.remove_file(&path).unwrap();
+    save(&store, "d", &memory(1, 2)).unwrap();
+    for cut in [super::memory::Cut::Lost, super::memory::Cut::NamesKept] {
+        let left = store_on(&(Arc::new(disk.after(cut)) as Arc<dyn Disk>)).unwrap();
+        for named in ["a", "c", "d"] {
+            assert!(wrong(&left, named).is_empty(), "{named} {cut:?}");
+        }
+    }
 }
