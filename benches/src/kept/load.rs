@@ -4,7 +4,7 @@
 //! | | ours | mapped |
 //! |---|---|---|
 //! | read | manifest, index, state, and memory as the engine loads it | nothing: registers are at hand |
-//! | memory | checked, chunk by chunk | not checked |
+//! | memory | as it is touched, checked chunk by chunk; or all of it before | as it is touched, not checked |
 //! | VM | the engine's | KVM's, its memslot the mapping, CPUID and registers set |
 //! | ends | the first `out` has come out of KVM | the same |
 
@@ -15,11 +15,12 @@ use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use guest::abi::PAGE_SIZE;
-use palimpsest::host::Dumps;
+use palimpsest::host::{Dumps, Placement};
 use palimpsest::kept::store::Store;
-use palimpsest::kept::{self};
+use palimpsest::kept::{self, LazyOptions};
 use palimpsest::kvm::{Kvm, VcpuState};
-use palimpsest::memory::{Frames, Memory};
+use palimpsest::memory::{Frames, Memory, MemoryOptions};
+use palimpsest::mm::Exclusive;
 use palimpsest::vm::Vm;
 use serde::{Deserialize, Serialize};
 
@@ -46,8 +47,10 @@ pub struct LoadCost {
     pub memory: u64,
     /// Bytes of the passes.
     pub pass: u64,
-    /// Ours.
+    /// Ours, as it is touched.
     pub ours: Loading,
+    /// Ours, all of it before the first vCPU runs.
+    pub whole: Loading,
     /// A file that is mapped privately.
     pub mapped: Loading,
 }
@@ -152,14 +155,16 @@ pub fn measure(
         states
     };
     let bare = Bare::open()?;
-    let (mut ours, mut mapped) = (Measured::default(), Measured::default());
+    let [mut ours, mut whole, mut mapped]: [Measured; 3] = Default::default();
     for round in 0..=rounds {
         for ((begins, as_name), state) in begins.into_iter().zip(names).zip(&states) {
             check(stop)?;
-            let of_ours = load(kvm, &path, as_name, memory)?;
+            let of_ours = load(kvm, How::Lazily, &path, as_name, memory)?;
+            let of_whole = load(kvm, How::Whole, &path, as_name, memory)?;
             let of_mapped = map(&bare, &file_path, memory, state)?;
             if round > 0 {
                 ours.record(begins, of_ours);
+                whole.record(begins, of_whole);
                 mapped.record(begins, of_mapped);
             }
         }
@@ -168,25 +173,48 @@ pub fn measure(
         memory,
         pass,
         ours: ours.loading(),
+        whole: whole.loading(),
         mapped: mapped.loading(),
     })
+}
+
+/// How memory is loaded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum How {
+    /// As it is touched.
+    Lazily,
+    /// All of it, before the first vCPU runs.
+    Whole,
 }
 
 /// Loads `STORE/NAME` into a VM that runs: until its first instruction, and its first pass.
 fn load(
     kvm: &Kvm,
+    how: How,
     store: &Path,
     as_name: &str,
     memory: u64,
 ) -> Result<(Duration, Duration), KeptError> {
     let wish = Instant::now();
-    let kept = Store::open(store)?.read(&name(as_name))?;
+    let kept = Arc::new(Store::open(store)?.read(&name(as_name))?);
     kept::check(kvm, &kept.manifest().machine, 0)?;
     let frames = (2 * memory + SPARE) / PAGE_SIZE;
     let frames = Frames::with_limit(frames, frames, Dumps::WithoutGuest)?;
-    let memory = Memory::new(&frames, memory)?;
-    kept::fill(&kept, memory.ram(), &mut |_| true)?;
-    let frozen = memory.space().fork()?;
+    let (memory, frozen) = match how {
+        How::Whole => {
+            let memory = Memory::new(&frames, memory)?;
+            kept::fill(&kept, memory.ram(), &mut |_| true)?;
+            let frozen = memory.space().fork()?;
+            (memory, frozen)
+        }
+        How::Lazily => {
+            let (frozen, _) = kept::lazily(&kept, &frames, LazyOptions::default())?;
+            let window = Arc::new(frames.window(memory, Placement::Anywhere)?);
+            let (options, plain) = (MemoryOptions::default(), |window| Box::new(window) as _);
+            let memory = Memory::clone_of(&frames, &frozen, Exclusive, options, window, plain)?;
+            (memory, frozen)
+        }
+    };
     let snapshot = kept::snapshot_of(&kept, frozen)?;
     let gate = Gate::new();
     let told = Arc::clone(&gate);

@@ -37,6 +37,7 @@ fn load_of(memory: u64, first: f64) -> LoadCost {
         memory,
         pass: 128 << 20,
         ours: loading(2.0),
+        whole: loading(3.0),
         mapped: loading(1.0),
     }
 }
@@ -189,7 +190,7 @@ fn tables_are_those_of_what_was_measured() {
     };
     assert_eq!(
         line("1.00 GiB  "),
-        "1.00 GiB 1.00 ms 2.00 ms 2.00 ms x2.00 4.00 ms 10.0 ms 20.0 ms x2.00 40.0 ms 40.0 ms x1.00"
+        "1.00 GiB 1.00 ms 2.00 ms 2.00 ms x2.00 4.00 ms 3.00 ms 10.0 ms 20.0 ms x2.00 40.0 ms 40.0 ms x1.00"
     );
     assert_eq!(
         line("1.00 GiB, 2 vcpus"),
@@ -252,7 +253,7 @@ fn loads_saves_and_clones_are_of_guests_that_run() {
     let (dir, stop) = (tempfile::tempdir().unwrap(), AtomicBool::new(false));
     let memory = 64 << 20;
     let cost = load::measure(&kvm, dir.path(), memory, 1, &stop).unwrap();
-    for loading in [cost.ours, cost.mapped] {
+    for loading in [cost.ours, cost.whole, cost.mapped] {
         // Both guests, of one round.
         assert_eq!(loading.first_instruction_us.count, 2);
         assert_eq!(

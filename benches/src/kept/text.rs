@@ -58,6 +58,7 @@ fn loads(report: &KeptReport) -> Vec<Vec<String>> {
         "ours",
         "",
         "max",
+        "all before",
         "pass, reading: mapped",
         "ours",
         "",
@@ -76,6 +77,7 @@ fn loads(report: &KeptReport) -> Vec<Vec<String>> {
             micros(first.p50),
             ratio(first.p50, theirs.p50),
             micros(first.max),
+            micros(load.whole.first_instruction_us.p50),
         ];
         for (ours, mapped) in [
             (ours.read_pass_us.p50, mapped.read_pass_us.p50),
