@@ -58,6 +58,17 @@ impl Ladder {
         self.swept = 0;
     }
 
+    /// Whether a fault has come back so often with nothing to be done about it that it is not for another vCPU that was
+    /// first: then it is about what no look finds.
+    pub(in crate::kvm) fn is_at_a_loss(&self) -> bool {
+        self.barren > Self::TRIES
+    }
+
+    /// Something was done all the same. If the fault comes back there is more to be done, and it is no failure yet.
+    pub(in crate::kvm) fn was_helped(&mut self) {
+        self.barren = self.barren.min(Self::TRIES + 1);
+    }
+
     /// Makes writable what the fault is about, by the first rung that finds something to do. `None` if there
     /// was nothing: then another vCPU was first, or the fault will come back.
     pub(in crate::kvm) fn climb(

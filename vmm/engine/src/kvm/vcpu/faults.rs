@@ -32,10 +32,13 @@ impl Vcpu {
         }
         if let Some(rung) = self.ladder.climb(&fault, &*self.ram)? {
             self.counters().rungs.count(rung);
-        } else if let Some(gfn) = self.ram.first_hidden(0) {
-            // Whatever it is about, it is hidden or was somebody else's to resolve: in the end all is shown.
+        } else if self.ladder.is_at_a_loss()
+            && let Some(gfn) = self.ram.first_hidden(0)
+        {
+            // Nobody else was first, so it is hidden, wherever it is: in the end all is shown.
             let shown = self.ram.touch(gfn);
             shown.map_err(|source| VcpuRunError::Memory { gfn, source })?;
+            self.ladder.was_helped();
         }
         Ok(())
     }

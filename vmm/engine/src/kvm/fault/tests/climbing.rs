@@ -115,6 +115,31 @@ fn a_fault_that_comes_back_climbs_to_all_of_memory_and_ends() {
     );
 }
 
+/// Such as a load of what is hidden, which another vCPU has just been shown: that is no reason to show more.
+#[test]
+fn who_was_not_first_is_at_a_loss_only_when_the_fault_has_come_back() {
+    let mut vcpu = Climber::at(&[0x90]);
+    let mut barren = 0;
+    while barren <= Ladder::TRIES {
+        assert!(!vcpu.ladder.is_at_a_loss());
+        barren = match vcpu.step() {
+            (None, _) => barren + 1,
+            // Tables are made writable on the way.
+            (Some(_), _) => 0,
+        };
+    }
+    assert!(vcpu.ladder.is_at_a_loss());
+    // As long as something can be done about it it is no failure, however often that is.
+    for _ in 0..2 * Ladder::LIMIT {
+        vcpu.ladder.was_helped();
+        let _ = vcpu.climb().unwrap();
+    }
+    assert!(vcpu.ladder.is_at_a_loss());
+    vcpu.regs.rip += 1;
+    assert_eq!(vcpu.step(), (None, vec![]));
+    assert!(!vcpu.ladder.is_at_a_loss());
+}
+
 #[test]
 fn all_of_memory_is_taken_by_regions() {
     // In 32-bit paging there are no other rungs.
