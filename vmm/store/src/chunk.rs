@@ -7,6 +7,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
+use crate::buffer::Buffer;
 use crate::disk::{self, File, Stamp};
 use crate::error::StoreError;
 use crate::hash::Hash;
@@ -235,7 +236,7 @@ fn read_compressed(
             to.len()
         )));
     }
-    let mut bytes = vec![0; len as usize];
+    let mut bytes = Buffer::new(len as usize);
     let read = disk::read_all(file, &mut bytes);
     let read = read.map_err(|(offset, source)| store.bytes("read", path)(offset, source))?;
     cut_off(path, read, bytes.len())?;

@@ -1,5 +1,6 @@
 //! How two snapshots differ.
 
+use crate::buffer::Buffer;
 use crate::chunk::CHUNK_BYTES;
 use crate::error::StoreError;
 use crate::read::Kept;
@@ -36,7 +37,7 @@ pub fn diff(
     regions.sort_unstable();
     regions.dedup();
     let all = regions.len() as u64;
-    let mut content = [vec![0; CHUNK_BYTES as usize], vec![0; CHUNK_BYTES as usize]];
+    let mut content = [(); 2].map(|()| Buffer::new(CHUNK_BYTES as usize));
     for (done, region) in (0..).zip(regions) {
         if !goes_on(done, all) {
             return Err(StoreError::CalledOff);

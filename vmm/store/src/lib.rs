@@ -15,7 +15,7 @@
 //!   STORE/tmp/...                     what is being written
 //! ```
 //! ```
-//! use palimpsest_store::{Hold, Saving, SaveOptions, SnapshotName, Store};
+//! use palimpsest_store::{Buffer, Hold, Saving, SaveOptions, SnapshotName, Store};
 //! # let dir = tempfile::tempdir()?;
 //! # let path = dir.path().join("store");
 //! let store = Store::open_or_create(&path)?;
@@ -27,9 +27,9 @@
 //! saving.finish(Default::default(), &[])?;
 //!
 //! let kept = store.read(&name)?;
-//! let mut region = vec![0; 2 << 20];
+//! let mut region = Buffer::new(2 << 20);
 //! kept.region(1, &mut region)?;
-//! assert_eq!(region, vec![7; 2 << 20]);
+//! assert_eq!(region[..], vec![7; 2 << 20]);
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
@@ -42,6 +42,7 @@
 //! | `index` | `memory`: which region is in which chunk |
 //! | `parts` | `state` |
 //! | `chunk` | a chunk's file |
+//! | `buffer` | room for what is in one |
 //! | `save` | writing a snapshot |
 //! | `writers` | writing its chunks meanwhile, and giving them their names |
 //! | `right` | chunks that need not be read again to be named |
@@ -58,6 +59,7 @@
 
 #![forbid(unsafe_code)]
 
+mod buffer;
 mod cache;
 mod chunk;
 mod copy;
@@ -82,6 +84,7 @@ mod touched;
 mod verify;
 mod writers;
 
+pub use self::buffer::Buffer;
 pub use self::cache::{Cache, CacheCounts};
 pub use self::chunk::{CHUNK_BYTES, data_runs};
 pub use self::copy::{Copied, CopyOptions, copy};

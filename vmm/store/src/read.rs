@@ -3,6 +3,7 @@
 use std::io;
 use std::num::NonZeroUsize;
 
+use crate::buffer::Buffer;
 use crate::chunk;
 use crate::copy::in_order;
 use crate::disk::Kind;
@@ -228,7 +229,7 @@ impl Kept {
         };
         let at_once = NonZeroUsize::MIN.saturating_add(at_once - 1);
         let read = |region: &u64| {
-            let mut content = vec![0; self.index.region_bytes(*region) as usize];
+            let mut content = Buffer::new(self.index.region_bytes(*region) as usize);
             self.region(*region, &mut content)?;
             Ok(content)
         };

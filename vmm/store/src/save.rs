@@ -17,6 +17,7 @@ use std::time::SystemTime;
 
 use serde_json::{Map, Value};
 
+use crate::buffer::Buffer;
 use crate::chunk::{self, CHUNK_BYTES, CHUNKS};
 use crate::error::StoreError;
 use crate::hash::Hash;
@@ -103,7 +104,7 @@ pub struct Saving {
     /// Chunks that this save has written, or read and found right: it need not look at them once more.
     right: HashSet<Hash>,
     /// Room for the content of one.
-    scratch: Vec<u8>,
+    scratch: Buffer,
     writers: Writers,
     saved: Saved,
     is_named: bool,
@@ -143,7 +144,7 @@ impl Saving {
             index: ChunkIndex::new(memory),
             folders: [false; 256],
             right: HashSet::new(),
-            scratch: Vec::new(),
+            scratch: Buffer::default(),
             writers: Writers::start(store, &staging, options.compression)?,
             staging,
             saved: Saved::default(),
@@ -165,7 +166,7 @@ impl Saving {
     }
 
     /// Room for the content of region `region`, for [`Saving::region_of`]. What is in it is anybody's.
-    pub fn room(&self, region: u64) -> Vec<u8> {
+    pub fn room(&self, region: u64) -> Buffer {
         self.writers.room(self.region_bytes(region))
     }
 
@@ -185,7 +186,7 @@ impl Saving {
     ///
     /// # Errors
     /// As [`Saving::region`].
-    pub fn region_of(&mut self, region: u64, content: Vec<u8>) -> Result<(), StoreError> {
+    pub fn region_of(&mut self, region: u64, content: Buffer) -> Result<(), StoreError> {
         self.check(region, content.len() as u64)?;
         if chunk::is_zero(&content) {
             self.saved.zeros += 1;
@@ -252,7 +253,7 @@ impl Saving {
     fn is_right(&mut self, hash: Hash, bytes: u64, is_it: impl FnOnce(&[u8]) -> bool) -> bool {
         let known = self.store.known(hash, bytes);
         if known == Known::Nothing {
-            self.scratch.resize(bytes as usize, 0);
+            self.scratch.resize(bytes as usize);
             let found = &mut self.scratch;
             if !matches!(chunk::read(&self.store, hash, found), Ok(true)) || !is_it(found) {
                 return false;

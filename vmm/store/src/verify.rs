@@ -2,6 +2,7 @@
 
 use std::collections::HashSet;
 
+use crate::buffer::Buffer;
 use crate::chunk::CHUNK_BYTES;
 use crate::error::StoreError;
 use crate::hash::Hash;
@@ -42,7 +43,7 @@ pub fn verify(
         }
     };
     verified.chunks = kept.index().len();
-    let mut content = vec![0; CHUNK_BYTES as usize];
+    let mut content = Buffer::new(CHUNK_BYTES as usize);
     for (done, (region, hash)) in (0..).zip(kept.index().iter()) {
         if !goes_on(done, verified.chunks) {
             return Err(StoreError::CalledOff);

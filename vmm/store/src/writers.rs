@@ -15,6 +15,7 @@ use std::sync::mpsc::{self, Receiver, SyncSender};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 
+use crate::buffer::Buffer;
 use crate::chunk;
 use crate::error::StoreError;
 use crate::hash::Hash;
@@ -31,7 +32,7 @@ const MOST_WAITING: usize = 4;
 struct Chunk {
     region: u64,
     hash: Hash,
-    content: Vec<u8>,
+    content: Buffer,
 }
 
 /// The threads. Dropping it waits for their end.
@@ -41,7 +42,7 @@ pub(crate) struct Writers {
     threads: Vec<JoinHandle<Result<(), StoreError>>>,
     shared: Arc<Shared>,
     /// Room for contents, which comes back when they are written.
-    emptied: Receiver<Vec<u8>>,
+    emptied: Receiver<Buffer>,
     /// For what is said of threads that are not to be had.
     path: PathBuf,
 }
@@ -94,9 +95,9 @@ impl Writers {
     }
 
     /// Room for the content of a chunk, `bytes` long. What is in it is anybody's.
-    pub(crate) fn room(&self, bytes: u64) -> Vec<u8> {
+    pub(crate) fn room(&self, bytes: u64) -> Buffer {
         let mut room = self.emptied.try_recv().unwrap_or_default();
-        room.resize(bytes as usize, 0);
+        room.resize(bytes as usize);
         room
     }
 
@@ -114,7 +115,7 @@ impl Writers {
         &mut self,
         region: u64,
         hash: Hash,
-        content: Vec<u8>,
+        content: Buffer,
     ) -> Result<(), StoreError> {
         let chunk = Chunk {
             region,
@@ -171,7 +172,7 @@ struct Writer {
     compression: Compression,
     receiver: Arc<Mutex<Receiver<Chunk>>>,
     shared: Arc<Shared>,
-    empties: mpsc::Sender<Vec<u8>>,
+    empties: mpsc::Sender<Buffer>,
 }
 
 impl Writer {

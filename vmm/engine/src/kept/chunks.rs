@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::load::LoadError;
-use super::store::{CHUNK_BYTES, Kept, SnapshotName, StoreError};
+use super::store::{Buffer, CHUNK_BYTES, Kept, SnapshotName, StoreError};
 use crate::host::PhysMap;
 use crate::kvm::tables::may_begin_hidden;
 use crate::kvm::{StateError, VcpuState};
@@ -124,7 +124,7 @@ impl Chunks {
                 })
             };
         }
-        let mut content = vec![0; (count * PAGE_SIZE) as usize];
+        let mut content = Buffer::new((count * PAGE_SIZE) as usize);
         self.kept.region(region, &mut content)?;
         for (&pfn, page) in frames.iter().zip(content.chunks(PAGE_SIZE as usize)) {
             self.physmap.slice(pfn, 0, PAGE_SIZE).copy_from(page);

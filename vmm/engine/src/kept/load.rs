@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::save::{DEVICE, Progress, VCPU, part_name};
-use super::store::{CHUNK_BYTES, Kept, Saved, StoreError, data_runs};
+use super::store::{Buffer, CHUNK_BYTES, Kept, Saved, StoreError, data_runs};
 use crate::host::{Ram, RamError};
 use crate::kvm::MAX_VCPUS;
 use crate::mm::Frozen;
@@ -94,7 +94,7 @@ pub fn fill(
     if kept.store().is_remote() {
         kept.each_region(&mut write)?;
     } else {
-        let mut content = vec![0; CHUNK_BYTES as usize];
+        let mut content = Buffer::new(CHUNK_BYTES as usize);
         for (region, _) in kept.index().iter() {
             let content = &mut content[..kept.index().region_bytes(region) as usize];
             kept.region(region, content)?;

@@ -1,6 +1,7 @@
 //! Into a directory: a save like any other, whose memory comes from another store.
 
 use super::{Copied, CopyOptions, in_order};
+use crate::buffer::Buffer;
 use crate::chunk;
 use crate::error::StoreError;
 use crate::hash::Hash;
@@ -67,8 +68,8 @@ pub(super) fn copy(
     Ok(copied)
 }
 
-fn content(kept: &Kept, region: u64) -> Result<Vec<u8>, StoreError> {
-    let mut content = vec![0; kept.index().region_bytes(region) as usize];
+fn content(kept: &Kept, region: u64) -> Result<Buffer, StoreError> {
+    let mut content = Buffer::new(kept.index().region_bytes(region) as usize);
     kept.region(region, &mut content)?;
     Ok(content)
 }

@@ -4,6 +4,7 @@ use std::collections::{HashMap, HashSet};
 use std::sync::OnceLock;
 
 use super::{Copied, CopyOptions, in_order};
+use crate::buffer::Buffer;
 use crate::chunk::{self, CHUNKS};
 use crate::error::StoreError;
 use crate::hash::Hash;
@@ -93,7 +94,7 @@ impl Sending<'_> {
             (None, Some(len)) => len <= chunk::most_compressed(bytes),
             (None, None) => false,
         };
-        let mut content = vec![0; bytes];
+        let mut content = Buffer::new(bytes);
         if is_there && (!self.options.check || self.is_right(hash, &mut content)?) {
             return Ok(None);
         }
@@ -105,7 +106,7 @@ impl Sending<'_> {
         };
         let path = chunk::path_of(self.to, hash, compression);
         let encoded;
-        let sent = match compression {
+        let sent: &[u8] = match compression {
             Compression::None => &content,
             Compression::Zstd { level } => {
                 let compressed = zstd::bulk::compress(&content, level);
