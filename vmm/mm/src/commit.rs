@@ -13,8 +13,8 @@
 //! # What is in stock
 //! Memory for copies is there before they are made, as far as somebody has the time to see to it
 //! ([`Supply::stock_up`]); how much, `stock.rs` says. [`Supply::give_back_surplus`], which is called before
-//! each snapshot, gives back the runs that were free all the time since the last call, but for as many as were
-//! taken meanwhile. So memory that each snapshot uses for a while stays, and what one of them has needed once goes.
+//! each snapshot, gives back runs that nobody has needed for many snapshots, a few at a time. So memory that
+//! snapshots use now and then stays, and what one of them has needed once goes.
 
 use std::io;
 use std::sync::Arc;
