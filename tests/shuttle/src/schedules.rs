@@ -85,7 +85,7 @@ macro_rules! safeguards {
 safeguards! {
     pin_tests_in_the_word: PinTestsInTheWord, "coherence";
     share_tests_in_the_word: ShareTestsInTheWord, "coherence";
-    get_only_of_mapped: GetOnlyOfMapped, "freed twice";
+    get_only_of_mapped: GetOnlyOfMapped, "freed twice" | "was not fresh";
     fault_looks_under_lock: FaultLooksUnderLock, "coherence" | "count";
     mmu_before_unmap: MmuBeforeUnmap, "coherence";
     copy_is_held: CopyIsHeld, "is not held";
