@@ -526,6 +526,7 @@ fn the_json_report_has_these_keys_and_types() {
     let expected = [
         ("checked_draws", "count"),
         ("checked_pages", "count"),
+        ("checkpoints", "null"),
         ("config.accel", "text"),
         ("config.copy_ahead", "bool"),
         ("config.dma_devices", "count"),
