@@ -60,6 +60,10 @@ pub(crate) enum Extent {
 /// are much the same on all.
 const LONG: [&str; 3] = ["cli", "compare", "fork"];
 
+/// The tests that talk to a server on the loopback device, which hosts here do not set up. What they show is the same
+/// on all.
+const NETWORK: [&str; 2] = ["remote", "s3"];
+
 /// Tests of which the emulator of a processor is at fault if they fail, and why.
 const EMULATOR: [(&str, &str); 1] = [(
     // QEMU 7.2 gives `rcl m64` its carry before the store faults: done again, it is of another carry.
@@ -121,6 +125,7 @@ pub(crate) fn tasks(suite: Suite, extent: Extent, tests: &[String]) -> Vec<Task>
         Suite::Compare => compare(extent),
         Suite::Tests => tests
             .iter()
+            .filter(|name| !NETWORK.contains(&name.as_str()))
             .filter(|name| extent == Extent::Full || !LONG.contains(&name.as_str()))
             .map(|name| test(name))
             .collect(),
@@ -195,7 +200,7 @@ fn test(name: &str) -> Task {
     let mut command = vec![program.as_str(), "--test-threads=1"];
     // The rest of the library's own has nothing to do with what it runs on.
     if name == LIBRARY {
-        command.extend(["kvm::", "host::"]);
+        command.extend(["kvm::", "host::", "vm::tests::lazy"]);
     }
     // Nor has that of what is kept: registers that are set from bytes, and clones of a load.
     if name == KEPT {
@@ -224,13 +229,13 @@ mod tests {
 
     #[test]
     fn there_is_time_for_some_tests_with_every_change_and_for_all_by_hand() {
-        let names = ["cli", "leftovers", LIBRARY, KEPT].map(str::to_owned);
+        let names = ["cli", "leftovers", LIBRARY, KEPT, "remote", "s3"].map(str::to_owned);
         assert_eq!(tasks(Suite::Tests, Extent::Full, &names).len(), 4);
         let soon = tasks(Suite::Tests, Extent::Short, &names);
         let titles = Vec::from_iter(soon.iter().map(Task::title));
         assert_eq!(titles.len(), 3);
         assert!(
-            titles[1].ends_with("--test-threads=1 kvm:: host::"),
+            titles[1].ends_with("--test-threads=1 kvm:: host:: vm::tests::lazy"),
             "{titles:?}"
         );
         assert!(
