@@ -97,6 +97,9 @@ impl Faults {
     ) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
+        // Nobody could say when it is over where there is no way to it. It asks for nothing.
+        let reached = TcpStream::connect(address);
+        drop(reached.expect("the loopback device is up"));
         let shared = Arc::new(Shared {
             server,
             decide: Mutex::new(Box::new(decide)),
