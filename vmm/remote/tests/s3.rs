@@ -393,13 +393,19 @@ fn what_is_refused_is_not_asked_for_again() {
     let error = local
         .push("warm", &options(&faults.endpoint()))
         .unwrap_err();
-    assert_eq!(faults.requests().len(), 1);
+    // It may ask in another way, but nothing twice.
+    let requests = faults.requests();
+    let asked: HashSet<_> = requests.iter().map(|r| (&r.method, &r.path)).collect();
+    assert!(
+        asked.len() == requests.len() && asked.len() <= 2,
+        "{requests:?}"
+    );
     let text = chain(&error);
     assert!(
         text.contains("credentials") && text.contains("403"),
         "{text}"
     );
-    // The same by the server itself.
+    // The same by the server itself, which says more to who asks for the bytes than to who asks how many they are.
     let mut wrong = options(&server.endpoint());
     for (variable, value) in &mut wrong.settings {
         if variable == "AWS_SECRET_ACCESS_KEY" {
@@ -408,7 +414,7 @@ fn what_is_refused_is_not_asked_for_again() {
     }
     let text = chain(&local.push("warm", &wrong).unwrap_err());
     assert!(
-        text.contains("credentials") && text.contains("SignatureDoesNotMatch"),
+        text.contains("credentials") && text.contains("403"),
         "{text}"
     );
     assert!(!text.contains("another"), "{text}");
