@@ -269,6 +269,19 @@ fn number(value: f64) -> String {
     }
 }
 
+/// A table below its title, or nothing if there is no line but the first, which is the header.
+pub(crate) fn titled(title: &str, lines: &[Vec<String>]) -> String {
+    match lines.len() {
+        0 | 1 => String::new(),
+        _ => format!("\n{title}\n{}", align(lines)),
+    }
+}
+
+/// A line of a table.
+pub(crate) fn fields<const N: usize>(fields: [&str; N]) -> Vec<String> {
+    fields.map(str::to_owned).into()
+}
+
 /// `lines` with their fields in columns: the first to the left, the others to the right.
 pub(crate) fn align(lines: &[Vec<String>]) -> String {
     align_by(lines, |column| column > 0)

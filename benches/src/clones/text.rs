@@ -3,7 +3,7 @@
 use vmm::cli::units::{bytes, micros};
 
 use super::report::CloneReport;
-use crate::text::{align, caveats, ratio, targets};
+use crate::text::{caveats, fields, ratio, targets, titled};
 
 /// All of `report`.
 pub fn report(report: &CloneReport) -> String {
@@ -27,18 +27,11 @@ pub fn report(report: &CloneReport) -> String {
         ),
     ];
     for (title, lines) in tables {
-        // The first line is the header.
-        if lines.len() > 1 {
-            text.push_str(&format!("\n{title}\n{}", align(&lines)));
-        }
+        text.push_str(&titled(title, &lines));
     }
     text.push('\n');
     text.push_str(&targets(&report.targets));
     text
-}
-
-fn line<const N: usize>(fields: [&str; N]) -> Vec<String> {
-    fields.map(str::to_owned).into()
 }
 
 fn prices(report: &CloneReport) -> Vec<Vec<String>> {
@@ -57,7 +50,7 @@ fn prices(report: &CloneReport) -> Vec<Vec<String>> {
         "",
         "max",
     ];
-    let mut lines = vec![line(header)];
+    let mut lines = vec![fields(header)];
     for price in &report.prices {
         let mut fields = vec![
             format!("{}, {}", bytes(price.memory), price.entries),
@@ -83,7 +76,7 @@ fn idle(report: &CloneReport) -> Vec<Vec<String>> {
         "frames",
         "bare VM, private",
     ];
-    let mut lines = vec![line(header)];
+    let mut lines = vec![fields(header)];
     for idle in &report.idle {
         lines.push(vec![
             format!("{}, {}", bytes(idle.memory), idle.entries),
@@ -107,7 +100,7 @@ fn crowds(report: &CloneReport) -> Vec<Vec<String>> {
         "max",
         "parent's speed",
     ];
-    let mut lines = vec![line(header)];
+    let mut lines = vec![fields(header)];
     for crowd in &report.crowds {
         let speed = crowd.parent_meanwhile / crowd.parent_before;
         lines.push(vec![
@@ -137,7 +130,7 @@ fn pauses(report: &CloneReport) -> Vec<Vec<String>> {
         "",
         "max",
     ];
-    let mut lines = vec![line(header)];
+    let mut lines = vec![fields(header)];
     for pause in &report.pauses {
         let mut fields = vec![bytes(pause.memory)];
         for time in [pause.without_us, pause.again_us] {
@@ -164,7 +157,7 @@ fn rewrites(report: &CloneReport) -> Vec<Vec<String>> {
         "later",
         "",
     ];
-    let mut lines = vec![line(header)];
+    let mut lines = vec![fields(header)];
     for rewrite in &report.rewrites {
         let (unshared, snapshot) = (rewrite.unshared_us, rewrite.under_snapshot_us);
         lines.push(vec![

@@ -3,7 +3,7 @@
 use vmm::cli::units::{bytes, micros};
 
 use super::report::KeptReport;
-use crate::text::{align, caveats, ratio, targets};
+use crate::text::{caveats, fields, ratio, targets, titled};
 
 /// All of `report`.
 pub fn report(report: &KeptReport) -> String {
@@ -36,18 +36,11 @@ pub fn report(report: &KeptReport) -> String {
         ("clones of one load", clones(report)),
     ];
     for (title, lines) in tables {
-        // The first line is the header.
-        if lines.len() > 1 {
-            text.push_str(&format!("\n{title}\n{}", align(&lines)));
-        }
+        text.push_str(&titled(title, &lines));
     }
     text.push('\n');
     text.push_str(&targets(&report.targets));
     text
-}
-
-fn line<const N: usize>(fields: [&str; N]) -> Vec<String> {
-    fields.map(str::to_owned).into()
 }
 
 fn loads(report: &KeptReport) -> Vec<Vec<String>> {
@@ -66,7 +59,7 @@ fn loads(report: &KeptReport) -> Vec<Vec<String>> {
         "ours",
         "",
     ];
-    let mut lines = vec![line(header)];
+    let mut lines = vec![fields(header)];
     for load in &report.loads {
         let (ours, mapped) = (&load.ours, &load.mapped);
         let (first, theirs) = (ours.first_instruction_us, mapped.first_instruction_us);
@@ -105,7 +98,7 @@ fn saves(report: &KeptReport) -> Vec<Vec<String>> {
         "",
         "max",
     ];
-    let mut lines = vec![line(header)];
+    let mut lines = vec![fields(header)];
     for save in &report.saves {
         lines.push(vec![
             setting(save.memory, save.vcpus),
@@ -130,7 +123,7 @@ fn speeds(report: &KeptReport) -> Vec<Vec<String>> {
         "a raw write",
         "copy + hash",
     ];
-    let mut lines = vec![line(header)];
+    let mut lines = vec![fields(header)];
     for save in &report.saves {
         let share = |share: f64| format!("{:.0}%", share * 100.0);
         lines.push(vec![
@@ -157,7 +150,7 @@ fn pauses(report: &KeptReport) -> Vec<Vec<String>> {
         "",
         "max",
     ];
-    let mut lines = vec![line(header)];
+    let mut lines = vec![fields(header)];
     for save in &report.saves {
         let usual = save.pause_us;
         let mut fields = vec![
@@ -176,7 +169,7 @@ fn pauses(report: &KeptReport) -> Vec<Vec<String>> {
 
 fn increments(report: &KeptReport) -> Vec<Vec<String>> {
     let header = ["", "bytes", "", "time", "", "max"];
-    let mut lines = vec![line(header)];
+    let mut lines = vec![fields(header)];
     for cost in &report.increments {
         let changed = bytes(cost.changed);
         for (what, part) in [
@@ -200,7 +193,7 @@ fn increments(report: &KeptReport) -> Vec<Vec<String>> {
 
 fn verifies(report: &KeptReport) -> Vec<Vec<String>> {
     let header = ["", "verify", "CPU time", "GB/s a core", "one file", "b3sum"];
-    let mut lines = vec![line(header)];
+    let mut lines = vec![fields(header)];
     for cost in &report.verifies {
         lines.push(vec![
             bytes(cost.bytes),
@@ -226,7 +219,7 @@ fn clones(report: &KeptReport) -> Vec<Vec<String>> {
         "private, each",
         "all run after",
     ];
-    let mut lines = vec![line(header)];
+    let mut lines = vec![fields(header)];
     for cost in &report.clones {
         lines.push(vec![
             bytes(cost.memory),
